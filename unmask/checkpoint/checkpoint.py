@@ -1,0 +1,143 @@
+"""One model's files, opened and checked: `open_checkpoint` is the door of this room."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from unmask.checkpoint.adapter import Adapter, MergedTensors
+from unmask.checkpoint.gguf import open_gguf
+from unmask.checkpoint.resolve import Location, resolve
+from unmask.checkpoint.tensors import TensorSource, open_tensors
+from unmask.checkpoint.tokenizer import TextTokenizer, read_tokenizer
+from unmask.errors import CheckpointError, StorageError
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a model's files say, before any of it is run.
+
+    Attributes:
+        name: the id or path it was asked for by.
+        config: the architecture, in the words of the hub's `config.json` (a GGUF header is translated).
+        tensors: weights by innermost name, adapters already merged in.
+        tokenizer: the model's own.
+        encoder_config: `llm2vec_config.json` where there is one (pooling_mode, max_length, ...), else empty.
+        trained_as: the hub name of the decoder it began as; chat templates are kept under it.
+        files: every file that decides a vector.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    tensors: TensorSource
+    tokenizer: TextTokenizer
+    encoder_config: Mapping[str, Any]
+    trained_as: str
+    files: tuple[Path, ...]
+    folder: Path | None
+
+    @cached_property
+    def revision(self) -> str:
+        """Content address of the weights: 16 hex digits over all files' SHA-256, in merging order."""
+        whole = hashlib.sha256()
+        for file in self.files:
+            with file.open("rb") as opened:
+                whole.update(hashlib.file_digest(opened, "sha256").digest())
+        return whole.hexdigest()[:16]
+
+
+def open_checkpoint(model: str | Path, adapters: Sequence[str | Path] = ()) -> Checkpoint:
+    """Find a model and its adapters by name, read their headers and check that they fit together.
+
+    Args:
+        model: `unmask/smollm2-135m-embed`, a hub id, a folder in the hub's layout, or a `.gguf` file. Naming an
+            adapter is enough: its base, and the adapters it was trained on top of, are found from it.
+        adapters: further LoRA adapters, merged in this order after those.
+
+    Raises:
+        ModelNotFound: nothing of that name is here or can be fetched.
+        CheckpointError: a file is damaged, or the files do not fit each other.
+        StorageError: a file is there but cannot be read.
+    """
+    location = resolve(model, adapters)
+    try:
+        return _open(location)
+    except OSError as error:
+        raise StorageError(f"cannot read {error.filename or location.base}: {error.strerror or error}") from error
+
+
+def _open(location: Location) -> Checkpoint:
+    base = location.base
+    if base.is_file():
+        config, tensors, tokenizer = open_gguf(base)
+        files, folder = [base], None
+    else:
+        config = _read_config(base)
+        tensors, tokenizer = open_tensors(base), read_tokenizer(base)
+        files, folder = _deciding_files(base), base
+    merged = [Adapter(path) for path in location.adapters]
+    for adapter in merged:
+        files += [adapter.folder / "adapter_config.json", adapter.weights_file]
+    if merged:
+        tensors = MergedTensors(tensors, merged)
+    _check_vocabulary(location.name, tensors, tokenizer)
+    return Checkpoint(
+        name=location.name,
+        config=config,
+        tensors=tensors,
+        tokenizer=tokenizer,
+        encoder_config=_encoder_config((*reversed(location.adapters), base)),
+        trained_as=str(config.get("_name_or_path") or location.trained_as),
+        files=tuple(files),
+        folder=folder,
+    )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} is not a model folder: it has no config.json") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise CheckpointError(f"{file} names no model_type, so the architecture is unknown")
+    # A multimodal file keeps its decoder's shape one level down.
+    text = config.get("text_config")
+    return {**text, "_name_or_path": config.get("_name_or_path")} if isinstance(text, dict) else config
+
+
+def _deciding_files(folder: Path) -> list[Path]:
+    patterns = ("model*.safetensors",) if any(folder.glob("model*.safetensors")) else ("pytorch_model*.bin",)
+    patterns = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", *patterns)
+    return [file for pattern in patterns for file in sorted(folder.glob(pattern))]
+
+
+def _encoder_config(folders: Sequence[Path]) -> dict[str, Any]:
+    """The outermost `llm2vec_config.json`: the last adapter's before the base's."""
+    for folder in folders:
+        file = folder / "llm2vec_config.json"
+        if folder.is_dir() and file.is_file():
+            try:
+                config = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise CheckpointError(f"{file} is not JSON: {error}") from error
+            if not isinstance(config, dict):
+                raise CheckpointError(f"{file} is not a JSON object")
+            return config
+    return {}
+
+
+def _check_vocabulary(name: str, tensors: TensorSource, tokenizer: TextTokenizer) -> None:
+    if "embed_tokens.weight" not in tensors.names():
+        raise CheckpointError(f"{name} has no token embedding (embed_tokens.weight); it is not a decoder's checkpoint")
+    rows = tensors.shape("embed_tokens.weight")[0]
+    if tokenizer.highest_id >= rows:
+        raise CheckpointError(
+            f"{name}: the tokenizer produces ids up to {tokenizer.highest_id}, but the embedding has {rows} rows; "
+            "the tokenizer belongs to another model"
+        )

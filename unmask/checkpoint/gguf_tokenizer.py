@@ -1,0 +1,262 @@
+"""The tokenizer in a GGUF header, rebuilt so that it gives the ids of the model's own `tokenizer.json`.
+
+A header holds tokens, their types, and merges (`gpt2`) or scores (`llama`, which is SentencePiece BPE). What
+it leaves out is how text is split before the merges: `tokenizer.ggml.pre` names that, the table here says it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+
+from unmask.checkpoint.tokenizer import TextTokenizer
+from unmask.errors import CheckpointError
+
+# tokenizer.ggml.token_type
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+_NEVER_JOINED = (_UNKNOWN, _CONTROL, _BYTE)
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's spelling of a space
+
+
+@dataclass(frozen=True)
+class _Pre:
+    """How a byte-level tokenizer cuts text into the words that merges stay within.
+
+    Attributes:
+        splits: regular expressions, applied in order; each match becomes a piece of its own.
+        digits: every digit is a piece, after the splits.
+        gpt2: the expression of GPT-2 is applied last.
+        nfc: text is composed (Unicode NFC) first.
+        ignore_merges: a whole word that is a token is taken as it is, whatever the merges would give.
+        add_bos: BOS goes before every text where the header does not say.
+    """
+
+    splits: tuple[str, ...] = ()
+    digits: bool = False
+    gpt2: bool = False
+    nfc: bool = False
+    ignore_merges: bool = False
+    add_bos: bool = False
+
+
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN35 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Letters with case, as of one Unicode version. Those that an editor might compose (NFC) are spelled out.
+_DEEPSEEK_LETTERS = (
+    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝ"
+    "Ὗ-\u1f7dᾀ-ᾴᾶ-ᾼ\u1fbeῂ-ῄῆ-ῌῐ-\u1fd3ῖ-\u1fdbῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\u2126ℨ\u212a-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳ"
+    "Ꙁ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
+)
+_DEEPSEEK_LLM = (
+    r"[\r\n]",
+    rf"\s?[{_DEEPSEEK_LETTERS}]+",
+    "\\s?[!-/:-~！-／：-～‘-‟\u3000-。]+",
+    r"\s+$",
+    "[一-龥ࠀ-一가-\ud7ff]+",
+)
+_DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+")
+
+# tokenizer.ggml.pre, as named by https://github.com/ggml-org/llama.cpp/blob/master/convert_hf_to_gguf_update.py.
+# A file without it is older than the field; GPT-2's own splitting is then the best guess.
+_PRE = {
+    "default": _Pre(gpt2=True),
+    "gpt-2": _Pre(gpt2=True),
+    "smollm": _Pre(digits=True, gpt2=True),
+    "starcoder": _Pre(digits=True, gpt2=True),
+    "refact": _Pre(digits=True, gpt2=True),
+    "llama-bpe": _Pre((_LLAMA3,), ignore_merges=True, add_bos=True),
+    "llama3": _Pre((_LLAMA3,), ignore_merges=True, add_bos=True),
+    "llama-v3": _Pre((_LLAMA3,), ignore_merges=True, add_bos=True),
+    "smaug-bpe": _Pre((_LLAMA3,)),
+    "tekken": _Pre((_TEKKEN,), ignore_merges=True, add_bos=True),
+    "qwen2": _Pre((_QWEN2,), nfc=True),
+    "deepseek-r1-qwen": _Pre((_QWEN2,), nfc=True),
+    "qwen35": _Pre((_QWEN35,), nfc=True),
+    "deepseek-llm": _Pre(_DEEPSEEK_LLM, digits=True),
+    "deepseek-coder": _Pre(_DEEPSEEK_CODER, digits=True),
+}
+
+
+def build_tokenizer(file: Path, fields: Mapping[str, Any]) -> TextTokenizer:
+    """The tokenizer that the header fields `tokenizer.ggml.*` describe; `file` is only named in messages.
+
+    Raises:
+        CheckpointError: a field is missing or damaged, or names a tokenizer that is not known here.
+    """
+    model = fields.get("tokenizer.ggml.model")
+    if not isinstance(model, str) or model not in _BUILDERS:
+        raise CheckpointError(f"{file} has the tokenizer {model!r}; a .gguf file can have {', '.join(_BUILDERS)}")
+    vocabulary = _Vocabulary(file, fields)
+    try:
+        tokenizer, add_bos = _BUILDERS[model](vocabulary)
+        tokenizer.add_tokens(vocabulary.added())
+    except CheckpointError:
+        raise
+    except Exception as error:  # the Rust library raises bare Exception for every fault
+        raise CheckpointError(f"{file} is damaged: no tokenizer can be made of its tokens ({error})") from error
+    bos_id, eos_id = vocabulary.id_in("bos_token_id"), vocabulary.id_in("eos_token_id")
+    return TextTokenizer(
+        tokenizer,
+        bos_id,
+        eos_id,
+        prefix=(bos_id,) if vocabulary.flag("add_bos_token", add_bos) and bos_id is not None else (),
+        suffix=(eos_id,) if vocabulary.flag("add_eos_token", False) and eos_id is not None else (),
+    )
+
+
+class _Vocabulary:
+    """The tokens of a header and the fields about them, checked."""
+
+    def __init__(self, file: Path, fields: Mapping[str, Any]) -> None:
+        self.file, self._fields = file, fields
+        self.tokens = list(self.texts("tokens"))
+        kinds = self.numbers("token_type")
+        self.kinds: list[int] = [_NORMAL] * len(self.tokens) if kinds is None else kinds.astype(int).tolist()
+
+    def texts(self, name: str) -> list[str]:
+        found = self._fields.get(f"tokenizer.ggml.{name}")
+        if not isinstance(found, list):
+            raise CheckpointError(f"{self.file} has no list of texts tokenizer.ggml.{name}")
+        return found
+
+    def numbers(self, name: str) -> np.ndarray | None:
+        """One number for each token, None where the file has no such list."""
+        found = self._fields.get(f"tokenizer.ggml.{name}")
+        if found is None:
+            return None
+        if not isinstance(found, np.ndarray) or len(found) != len(self.tokens):
+            raise CheckpointError(f"{self.file} is damaged: tokenizer.ggml.{name} is not one number for each token")
+        return found
+
+    def flag(self, name: str, default: bool) -> bool:
+        found = self._fields.get(f"tokenizer.ggml.{name}")
+        return found if isinstance(found, bool) else default
+
+    def id_in(self, name: str) -> int | None:
+        found = self._fields.get(f"tokenizer.ggml.{name}")
+        if found is None:
+            return None
+        if not isinstance(found, int) or not 0 <= found < len(self.tokens):
+            raise CheckpointError(f"{self.file} is damaged: tokenizer.ggml.{name} is {found!r}, not a token's id")
+        return found
+
+    @property
+    def pre(self) -> _Pre:
+        name = self._fields.get("tokenizer.ggml.pre", "default")
+        if not isinstance(name, str) or name not in _PRE:
+            raise CheckpointError(f"{self.file} splits text by the rule {name!r}; known are {', '.join(_PRE)}")
+        return _PRE[name]
+
+    def mark_spaces(self) -> None:
+        """Spell runs of spaces in SentencePiece's way again; the converter wrote Gemma's as plain spaces."""
+        for index, token in enumerate(self.tokens):
+            if self.kinds[index] == _USER_DEFINED and not token.strip(" "):
+                self.tokens[index] = _SPACE * len(token)
+
+    def ids(self, *, without: int | None = None) -> dict[str, int]:
+        """Token -> id. Empty tokens, which no text can give, and those of type `without` are left out."""
+        kept = [(token, index) for index, token in enumerate(self.tokens) if token and self.kinds[index] != without]
+        ids = dict(kept)
+        if len(ids) != len(kept):
+            raise CheckpointError(f"{self.file} is damaged: its vocabulary has {len(kept) - len(ids)} tokens twice")
+        return ids
+
+    def added(self) -> list[AddedToken]:
+        """Tokens that are found in the text as they stand, before anything else is done to it."""
+        return [
+            AddedToken(token, normalized=False, special=kind != _USER_DEFINED)
+            for token, kind in zip(self.tokens, self.kinds, strict=True)
+            if token and kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+        ]
+
+
+def _byte_level(vocabulary: _Vocabulary) -> tuple[Tokenizer, bool]:
+    pre = vocabulary.pre
+    merges = [(left, right) for left, _, right in (text.partition(" ") for text in vocabulary.texts("merges"))]
+    # Unused tokens pad the vocabulary to the embedding's rows; the model's own tokenizer does not have them.
+    model = BPE(vocabulary.ids(without=_UNUSED), merges, ignore_merges=pre.ignore_merges)
+    tokenizer = Tokenizer(model)
+    steps: list[pre_tokenizers.PreTokenizer] = [
+        pre_tokenizers.Split(Regex(split), behavior="isolated") for split in pre.splits
+    ]
+    if pre.digits:
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.gpt2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
+    if pre.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    return tokenizer, pre.add_bos
+
+
+def _sentence_piece(vocabulary: _Vocabulary) -> tuple[Tokenizer, bool]:
+    vocabulary.mark_spaces()
+    ids = vocabulary.ids()
+    unknown = vocabulary.id_in("unknown_token_id")
+    tokenizer = Tokenizer(
+        BPE(
+            ids,
+            _merges(vocabulary, ids),
+            unk_token=None if unknown is None else vocabulary.tokens[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    to_spaces: list[decoders.Decoder] = [
+        decoders.Replace(_SPACE, " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+    ]
+    to_marks: list[normalizers.Normalizer] = [normalizers.Replace(" ", _SPACE)]
+    if vocabulary.flag("add_space_prefix", True):
+        to_marks.insert(0, normalizers.Prepend(_SPACE))
+        to_spaces.append(decoders.Strip(" ", 1, 0))
+    tokenizer.normalizer = normalizers.Sequence(to_marks)
+    tokenizer.decoder = decoders.Sequence(to_spaces)
+    return tokenizer, True
+
+
+def _merges(vocabulary: _Vocabulary, ids: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Every way to make a piece of two others, in the order in which SentencePiece would join them.
+
+    It joins the pair whose result has the highest score, and the leftmost of equals. Runs of spaces have one
+    score; ranking a longer left half higher makes them grow from the left as they do there.
+    """
+    scores = vocabulary.numbers("scores")
+    # User-defined pieces are matched before any joining, and the header has lost their scores.
+    rank = (-np.arange(len(vocabulary.tokens)) if scores is None else scores).astype(np.float64)
+    rank[np.array(vocabulary.kinds) == _USER_DEFINED] = np.inf
+    joined = {token: index for token, index in ids.items() if vocabulary.kinds[index] not in _NEVER_JOINED}
+    merges: list[tuple[str, str]] = []
+    results: list[int] = []
+    for token, index in joined.items():
+        for cut in range(1, len(token)):
+            if (left := token[:cut]) in joined and (right := token[cut:]) in joined:
+                merges.append((left, right))
+                results.append(index)
+    left_lengths = np.fromiter((len(left) for left, _ in merges), np.int64, len(merges))
+    right_lengths = np.fromiter((len(right) for _, right in merges), np.int64, len(merges))
+    order = np.lexsort((-right_lengths, -left_lengths, -rank[results]))  # the last key decides first
+    return [merges[position] for position in order.tolist()]
+
+
+_BUILDERS = {"gpt2": _byte_level, "llama": _sentence_piece}

@@ -1,0 +1,149 @@
+"""From a model's name to local paths: shipped, local, mirrored under UNMASK_HOME, or on the hub."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from unmask.checkpoint.adapter import AdapterConfig
+from unmask.checkpoint.shipped import SHIPPED, fetch_shipped
+from unmask.errors import CheckpointError, ModelNotFound
+from unmask.home import home
+
+DEFAULT_MODEL = "unmask/smollm2-135m-embed"
+
+# The published LLM2Vec adapters of the second stage were trained on (base + this adapter), but their own
+# adapter_config.json may name the base alone. https://github.com/McGill-NLP/llm2vec, "Getting Started".
+TRAINED_ON = {
+    f"McGill-NLP/LLM2Vec-{base}-mntp-{stage}": f"McGill-NLP/LLM2Vec-{base}-mntp"
+    for base in ("Sheared-LLaMA", "Llama-2-7b-chat-hf", "Mistral-7B-Instruct-v2", "Meta-Llama-3-8B-Instruct")
+    for stage in ("supervised", "unsup-simcse")
+} | {
+    f"McGill-NLP/LLM2Vec-Meta-Llama-31-8B-Instruct-mntp-{stage}": "McGill-NLP/LLM2Vec-Meta-Llama-31-8B-Instruct-mntp"
+    for stage in ("supervised", "unsup-simcse")
+}
+
+
+@dataclass(frozen=True)
+class Location:
+    """Local paths of one model.
+
+    Attributes:
+        name: as it was asked for.
+        base: a folder in the hub's layout, or a `.gguf` file.
+        adapters: adapter folders, in merging order.
+        trained_as: hub name (or path) of the base.
+    """
+
+    name: str
+    base: Path
+    adapters: tuple[Path, ...]
+    trained_as: str
+
+
+def resolve(model: str | Path, adapters: Sequence[str | Path] = ()) -> Location:
+    """Find the files of `model`, following an adapter's configuration down to its base.
+
+    Raises:
+        ModelNotFound: a name in the chain is neither local nor fetchable.
+        CheckpointError: the chain of adapters does not end at a model.
+    """
+    location = _follow(str(model), seen=())
+    added = tuple(_adapter_folder(str(adapter)) for adapter in adapters)
+    return replace(location, name=str(model), adapters=location.adapters + added)
+
+
+def _follow(name: str, seen: tuple[str, ...]) -> Location:
+    if name in seen:
+        raise CheckpointError(f"the adapters {' -> '.join((*seen, name))} name each other as their base; no model is left")
+    path = local_path(name)
+    if path.is_file() or not (path / "adapter_config.json").is_file():
+        trained_as = SHIPPED[name].trained_as if name in SHIPPED else name
+        return Location(name, path, (), trained_as)
+    config = AdapterConfig.read(path)
+    base = config.base
+    if (path / "config.json").is_file() and _holds_weights(path):
+        # A full model that also keeps its adapter's files: transformers would load the weights and then the adapter.
+        return Location(name, path, (path,), name)
+    first_stage = TRAINED_ON.get(name) or TRAINED_ON.get(_published_name(path))
+    if first_stage is not None and base not in (None, first_stage):
+        base = first_stage
+    if not base:
+        raise CheckpointError(f"{path / 'adapter_config.json'} does not name its base model (base_model_name_or_path)")
+    beside = path / base
+    below = _follow(str(beside) if beside.is_dir() else base, (*seen, name))
+    return replace(below, adapters=(*below.adapters, path))
+
+
+def _holds_weights(path: Path) -> bool:
+    return any(path.glob("model*.safetensors")) or any(path.glob("pytorch_model*.bin"))
+
+
+def _published_name(path: Path) -> str:
+    """`<org>/<name>` from the last two folders, so that a local mirror of a hub model is recognised."""
+    return "/".join(path.parts[-2:])
+
+
+def _adapter_folder(name: str) -> Path:
+    path = local_path(name)
+    if not (path / "adapter_config.json").is_file():
+        raise CheckpointError(f"{name} is not an adapter: {path} has no adapter_config.json")
+    return path
+
+
+def local_path(name: str) -> Path:
+    """Where the files of one name lie, after fetching them if need be.
+
+    Order: shipped models, an existing path, `UNMASK_HOME/models/<name>`, the hub (its cache first when offline).
+    """
+    if name in SHIPPED:
+        return fetch_shipped(name)
+    path = Path(name).expanduser()
+    if path.exists():
+        if path.is_dir() and not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
+            raise CheckpointError(f"{path} is not a model: it has neither config.json nor adapter_config.json")
+        return path.absolute()
+    mirrored = home() / "models" / name
+    if not path.is_absolute() and mirrored.is_dir():
+        return mirrored
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or name.endswith(".gguf"):
+        raise ModelNotFound(
+            f"no model at {name}: expected a folder with config.json, a .gguf file, or a hub id like org/name"
+        )
+    return _fetch_from_hub(name)
+
+
+def _fetch_from_hub(repo: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        # Small files first: they say whether there is anything to load. Each call falls back to the cache by itself
+        # when the hub cannot be reached or HF_HUB_OFFLINE is set.
+        folder = Path(snapshot_download(repo, allow_patterns=["*.json", "tokenizer.model"]))
+        snapshot_download(repo, allow_patterns=["*.safetensors"])
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(repo, allow_patterns=["pytorch_model*.bin", "adapter_model.bin"])
+    except GatedRepoError as error:
+        raise ModelNotFound(
+            f"{repo} is gated on the hub: accept its licence there and set HF_TOKEN to a token that may read it"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelNotFound(f"the hub has no model {repo} that this machine may read") from error
+    except HFValidationError as error:
+        raise ModelNotFound(f"{repo!r} is neither a local path nor a valid hub id") from error
+    except LocalEntryNotFoundError as error:
+        raise ModelNotFound(
+            f"{repo} is not in the local hub cache and the hub cannot be reached; "
+            f"connect once, or put its folder under {home() / 'models' / repo}"
+        ) from error
+    except HfHubHTTPError as error:
+        raise ModelNotFound(f"the hub refused {repo}: {error}") from error
+    if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
+        raise ModelNotFound(f"{repo} on the hub is not a model: it has neither config.json nor adapter_config.json")
+    return folder

@@ -1,0 +1,163 @@
+"""Where tensors come from, under the names of the inner model (`layers.0.self_attn.q_proj.weight`).
+
+Hub checkpoints spell the same tensor differently: `model.layers...` in a CausalLM file, `layers...` in the file
+of a bare `LlamaModel`, `language_model.model.layers...` in a multimodal one. Every source here answers to the
+innermost name, so that the code which builds a model has one vocabulary.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from unmask.errors import CheckpointError
+
+_OUTER = re.compile(r"^(?:base_model\.model\.)?(?:model\.)?(?:language_model\.)?(?:model\.)*")
+
+
+class TensorSource(Protocol):
+    """Named tensors that are read one at a time, so that a model never stands in memory twice."""
+
+    def names(self) -> Sequence[str]:
+        """Innermost names of all tensors."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape without reading the data."""
+        ...
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor on the CPU, in the precision it is stored in."""
+        ...
+
+
+def innermost(name: str) -> str:
+    """Strip the wrappers around the decoder's own tensor name.
+
+    >>> innermost("model.layers.0.mlp.up_proj.weight")
+    'layers.0.mlp.up_proj.weight'
+    """
+    return _OUTER.sub("", name)
+
+
+def open_tensors(folder: Path) -> TensorSource:
+    """The weights in a hub-layout folder: safetensors before `pytorch_model.bin`, sharded or whole.
+
+    Raises:
+        CheckpointError: none of the known files is there, a shard is missing, or a file is damaged.
+    """
+    for index_name, opener in (
+        ("model.safetensors.index.json", SafetensorsFiles),
+        ("pytorch_model.bin.index.json", PickledFiles),
+    ):
+        index = folder / index_name
+        if index.is_file():
+            return opener(_shards(index))
+    if (folder / "model.safetensors").is_file():
+        return SafetensorsFiles([folder / "model.safetensors"])
+    if (folder / "pytorch_model.bin").is_file():
+        return PickledFiles([folder / "pytorch_model.bin"])
+    raise CheckpointError(
+        f"{folder} holds no weights: looked for model.safetensors, pytorch_model.bin and their .index.json; "
+        f"found {_listing(folder)}"
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(table.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is not a shard index (no usable weight_map): {error}") from error
+    if any(Path(name).name != name for name in names):
+        raise CheckpointError(f"{index} points outside its own folder; refusing to follow it")
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{index.parent} lacks {len(missing)} of {len(names)} shards named in {index.name}: {', '.join(missing[:3])}"
+        )
+    return [index.parent / name for name in names]
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
+
+
+class SafetensorsFiles:
+    """Memory-mapped safetensors: a tensor's bytes are read when the tensor is."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self._where: dict[str, tuple[Callable[..., torch.Tensor], str, tuple[int, ...]]] = {}
+        for file in files:
+            try:
+                handle = safe_open(str(file), framework="pt")
+                for key in handle.keys():  # noqa: SIM118 - the handle is not a mapping
+                    shape = tuple(handle.get_slice(key).get_shape())
+                    self._where[innermost(key)] = (handle.get_tensor, key, shape)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{file} is damaged or truncated ({error}); delete it and fetch it again"
+                ) from error
+
+    def names(self) -> Sequence[str]:
+        return list(self._where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._where[name][2]
+
+    def read(self, name: str) -> torch.Tensor:
+        get, key, _ = self._where[name]
+        return get(key)
+
+
+class PickledFiles:
+    """`pytorch_model.bin`, read with torch's restricted unpickler: data only, no code."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._tensors: dict[str, torch.Tensor] = {}
+        for file in files:
+            for key, value in read_pickled(file).items():
+                self._tensors[innermost(key)] = value
+
+    def names(self) -> Sequence[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+
+def read_pickled(file: Path) -> dict[str, torch.Tensor]:
+    """A `.bin` state dict as tensors only.
+
+    Raises:
+        CheckpointError: the file is damaged, or holds anything but tensors (which could run code).
+    """
+    import pickle
+
+    try:
+        # An archive that torch wrote since 1.6 can be mapped; older ones are read whole.
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{file} holds more than tensors, or is damaged; refusing to run what is in it. "
+            "Convert it to safetensors where you trust it"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise CheckpointError(f"{file} is damaged or truncated; delete it and fetch it again ({error})") from error
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise CheckpointError(f"{file} is not a state dict: expected names and tensors only")
+    return content
+
+
+def _is_zip(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(2) == b"PK"

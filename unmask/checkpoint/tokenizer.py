@@ -1,0 +1,105 @@
+"""A model's own tokenizer: the `tokenizers` object, and the few special ids that encoding needs."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from unmask.errors import CheckpointError
+
+# Classes that rebuild the post-processor from these two flags; for the others tokenizer.json decides alone.
+_FLAGGED_CLASSES = ("LlamaTokenizer", "GemmaTokenizer", "CodeLlamaTokenizer")
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """`tokenizers.Tokenizer` without its post-processor: specials are added where the prompt is built, and character
+    offsets stay exact (a byte-level post-processor would trim white space from them).
+
+    Attributes:
+        text: turns text into ids, and only that.
+        bos_id, eos_id: ids of these tokens, where the model has them.
+        prefix, suffix: ids that the model expects around every sequence (usually BOS alone, and nothing).
+    """
+
+    text: Tokenizer
+    bos_id: int | None
+    eos_id: int | None
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+
+    @property
+    def highest_id(self) -> int:
+        """The largest id that a text can produce; the embedding needs a row for it."""
+        return max(self.text.get_vocab(with_added_tokens=True).values(), default=-1)
+
+
+def read_tokenizer(folder: Path) -> TextTokenizer:
+    """The tokenizer of a hub-layout folder: `tokenizer.json`, or a SentencePiece `tokenizer.model` converted.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    settings = _read_json(folder / "tokenizer_config.json")
+    named = {**_read_json(folder / "special_tokens_map.json"), **settings}
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        try:
+            tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:
+            raise CheckpointError(f"{file} is damaged: {error}") from error
+    elif (folder / "tokenizer.model").is_file():
+        tokenizer = _convert_sentencepiece(folder)
+    else:
+        raise CheckpointError(f"{folder} has no tokenizer: looked for tokenizer.json and tokenizer.model")
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    bos_id = _id_of(tokenizer, named.get("bos_token"))
+    eos_id = _id_of(tokenizer, named.get("eos_token"))
+    prefix, suffix = _added_around(tokenizer)
+    tokenizer.post_processor = None  # pyright: ignore[reportAttributeAccessIssue] - the stub forgets None
+    if str(settings.get("tokenizer_class", "")).startswith(_FLAGGED_CLASSES):
+        if isinstance(settings.get("add_bos_token"), bool):
+            prefix = (bos_id,) if settings["add_bos_token"] and bos_id is not None else ()
+        if isinstance(settings.get("add_eos_token"), bool):
+            suffix = (eos_id,) if settings["add_eos_token"] and eos_id is not None else ()
+    return TextTokenizer(tokenizer, bos_id, eos_id, prefix, suffix)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _id_of(tokenizer: Tokenizer, token: str | dict[str, Any] | None) -> int | None:
+    content = token.get("content") if isinstance(token, dict) else token
+    return tokenizer.token_to_id(content) if isinstance(content, str) else None
+
+
+def _added_around(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What the post-processor puts before and after a text, found by asking it."""
+    bare = tokenizer.encode("a", add_special_tokens=False).ids
+    full = tokenizer.encode("a", add_special_tokens=True).ids
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return tuple(full[:start]), tuple(full[start + len(bare) :])
+    return (), ()
+
+
+def _convert_sentencepiece(folder: Path) -> Tokenizer:
+    try:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(folder).backend_tokenizer
+    except (ImportError, OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder / 'tokenizer.model'} could not be converted ({error}); "
+            "save a tokenizer.json beside it (AutoTokenizer.from_pretrained(...).save_pretrained(...))"
+        ) from error
