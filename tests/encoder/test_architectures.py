@@ -1,0 +1,217 @@
+"""Every row of the architecture table against transformers, and against what an encoder must be."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from unmask.encoder.architectures import ARCHITECTURES, Rope, shape_of
+from unmask.encoder.decoder import Decoder, runs_of
+from unmask.encoder.transformers_decoder import TransformersDecoder
+from unmask.errors import CheckpointError, UnsupportedArchitecture
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 96,
+    "vocab_size": 120,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama"},
+    "llama with biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "llama 3 rope": {"model_type": "llama", "rope_theta": 500000.0, "rope_scaling": LLAMA3_ROPE},
+    "llama linear rope": {"model_type": "llama", "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "mistral with a window": {"model_type": "mistral", "sliding_window": 6},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2 with a window": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "max_window_layers": 2,
+    },
+    "qwen3": {"model_type": "qwen3"},
+    "gemma": {"model_type": "gemma", "hidden_act": "gelu_pytorch_tanh"},
+    "gemma2": {"model_type": "gemma2", "sliding_window": 5, "query_pre_attn_scalar": 24},
+    "gemma3": {"model_type": "gemma3_text", "sliding_window": 5, "query_pre_attn_scalar": 24},
+    "gemma3 bidirectional": {"model_type": "gemma3_text", "sliding_window": 8, "use_bidirectional_attention": True},
+}
+
+
+class StateDict:
+    """A tensor source over a model in memory."""
+
+    def __init__(self, state: dict[str, torch.Tensor]) -> None:
+        self.state = state
+
+    def names(self) -> list[str]:
+        return list(self.state)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.state[name].shape)
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.state[name]
+
+
+def transformers_model(config: dict[str, Any]) -> torch.nn.Module:
+    from transformers import AutoConfig, AutoModel
+
+    values = {**SMALL, **config}
+    if not config.get("use_bidirectional_attention"):  # such a model needs no other switch, and none is meant for it
+        values["is_causal"] = False
+    # Eager attention is the only one that knows Gemma 2's soft cap.
+    built = AutoConfig.for_model(values.pop("model_type"), **values)
+    torch.manual_seed(7)
+    model = AutoModel.from_config(built, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Large enough that every term matters, norms and biases off their neutral start.
+            parameter.add_(torch.randn_like(parameter) * (0.3 if "norm" in name or "bias" in name else 0.08))
+    return model
+
+
+def ours(config: dict[str, Any], model: torch.nn.Module) -> Decoder:
+    shape = shape_of({**SMALL, **config})
+    assert shape is not None
+    return Decoder.load(shape, StateDict(model.state_dict()), torch.float32, "cpu")
+
+
+def test_every_row_has_a_variant() -> None:
+    assert {variant["model_type"] for variant in VARIANTS.values()} == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_hidden_states_match_transformers(variant: str) -> None:
+    model = transformers_model(VARIANTS[variant])
+    decoder = ours(VARIANTS[variant], model)
+    lengths = [37, 11, 11, 1]
+    ids = torch.randint(1, 120, (sum(lengths),))
+    states = decoder(ids, lengths)
+    for sequence, mine in zip(ids.split(lengths), states.split(lengths), strict=True):
+        theirs = model(input_ids=sequence[None], use_cache=False).last_hidden_state[0]
+        assert (mine - theirs).norm() / theirs.norm() <= 1e-5
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_a_later_token_changes_earlier_states(variant: str) -> None:
+    decoder = ours(VARIANTS[variant], transformers_model(VARIANTS[variant]))
+    ids = torch.arange(1, 6)
+    changed = ids.clone()
+    changed[-1] = 100
+    before, after = decoder(ids, [5]), decoder(changed, [5])
+    assert ((before[:4] - after[:4]).norm(dim=1) > 1e-4).all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_batch_one_equals_batch_n(variant: str) -> None:
+    decoder = ours(VARIANTS[variant], transformers_model(VARIANTS[variant]))
+    lengths = [40, 40, 23, 9, 9, 9, 2, 1]
+    ids = torch.randint(1, 120, (sum(lengths),))
+    together = decoder(ids, lengths).split(lengths)
+    for sequence, state in zip(ids.split(lengths), together, strict=True):
+        alone = decoder(sequence, [len(sequence)])
+        assert (alone - state).norm() / alone.norm() <= 1e-5
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_reach_every_parameter(variant: str) -> None:
+    decoder = ours(VARIANTS[variant], transformers_model(VARIANTS[variant]))
+    with torch.inference_mode():  # serving first must not spoil training after
+        decoder(torch.arange(1, 31), [20, 10])
+    decoder(torch.arange(1, 31), [20, 10]).square().sum().backward()
+    for name, parameter in decoder.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_llama3_frequencies_match_transformers() -> None:
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaling = {**LLAMA3_ROPE, "original_max_position_embeddings": 8192}
+    config = AutoConfig.for_model("llama", **{**SMALL, "head_dim": 128, "rope_theta": 5e5, "rope_scaling": scaling})
+    theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    mine = Rope(5e5, "llama3", 8.0, 1.0, 4.0, 8192).frequencies(128)
+    torch.testing.assert_close(torch.tensor(mine), theirs, rtol=1e-6, atol=0)
+
+
+def test_stored_factors_equal_the_rule() -> None:
+    """GGUF files of Llama 3 store divisors instead of the rule that made them."""
+    plain, scaled = Rope(5e5).frequencies(64), Rope(5e5, "llama3", 8.0).frequencies(64)
+    factors = tuple(p / s for p, s in zip(plain, scaled, strict=True))
+    assert Rope(5e5, factors=factors).frequencies(64) == pytest.approx(scaled)
+
+
+@torch.no_grad()
+def test_a_decoder_without_a_row_runs_through_transformers() -> None:
+    config = {"model_type": "olmo2"}
+    model = transformers_model(config)
+    assert shape_of({**SMALL, **config}) is None
+    decoder = TransformersDecoder.load({**SMALL, **config}, StateDict(model.state_dict()), torch.float32, "cpu")
+    lengths = [12, 5, 5]
+    ids = torch.randint(1, 120, (sum(lengths),))
+    states = decoder(ids, lengths)
+    for sequence, mine in zip(ids.split(lengths), states.split(lengths), strict=True):
+        theirs = model(input_ids=sequence[None], use_cache=False).last_hidden_state[0]
+        assert (mine - theirs).norm() / theirs.norm() <= 1e-5
+
+
+def test_unknown_architecture_is_named() -> None:
+    with pytest.raises(UnsupportedArchitecture, match="'no-such-model'"):
+        TransformersDecoder.load({"model_type": "no-such-model"}, StateDict({}), torch.float32, "cpu")
+
+
+def test_a_row_does_not_swallow_an_unknown_rope() -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    assert shape_of({**SMALL, "model_type": "llama", "rope_scaling": yarn}) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": None}, "hidden_size"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"vocab_size": "many"}, "vocab_size"),
+        ({"num_key_value_heads": 3}, "divisible"),
+    ],
+)
+def test_impossible_config(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        shape_of({**SMALL, "model_type": "llama", **change})
+
+
+def test_wrong_missing_and_left_over_tensors_are_named() -> None:
+    state = dict(transformers_model({"model_type": "llama"}).state_dict())
+    shape = shape_of({**SMALL, "model_type": "llama"})
+    assert shape is not None
+
+    def load(changed: dict[str, torch.Tensor]) -> None:
+        Decoder.load(shape, StateDict(changed), torch.float32, "cpu")
+
+    name = "layers.2.mlp.up_proj.weight"
+    with pytest.raises(CheckpointError, match=r"layers\.2\.mlp\.up_proj\.weight \[96, 63\]"):
+        load({**state, name: torch.zeros(96, 63)})
+    with pytest.raises(CheckpointError, match=r"lack 1 tensors.*layers\.2\.mlp\.up_proj\.weight"):
+        load({key: value for key, value in state.items() if key != name})
+    with pytest.raises(CheckpointError, match=r"no place for.*layers\.0\.self_attn\.q_proj\.bias"):
+        load({**state, "layers.0.self_attn.q_proj.bias": torch.zeros(64)})
+
+
+def test_runs_cover_all_tokens_once() -> None:
+    assert runs_of([5, 5, 5, 3, 1, 1]) == [(0, 3, 5), (15, 1, 3), (18, 2, 1)]

@@ -1,0 +1,8 @@
+"""Text to vectors: prompts, packs, one bidirectional forward, pooling."""
+
+from unmask.encoder.architectures import ARCHITECTURES, Architecture, Shape
+from unmask.encoder.decoder import Decoder
+from unmask.encoder.encoder import Encoder
+from unmask.encoder.prompt import Prompt
+
+__all__ = ["ARCHITECTURES", "Architecture", "Decoder", "Encoder", "Prompt", "Shape"]

@@ -1,0 +1,329 @@
+"""Decoder architectures as data: one row per family, one `Shape` per checkpoint.
+
+A row says what is true of every checkpoint of a `model_type`; `shape_of` adds the numbers of one `config.json`.
+The forward in `decoder.py` reads only the Shape. To add a family, add a row; if it needs something no row has,
+add the field there and one branch to the forward.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from unmask.errors import CheckpointError
+
+_MODELING = "https://github.com/huggingface/transformers/blob/main/src/transformers/models"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What all checkpoints of one `model_type` have in common.
+
+    Attributes:
+        source: where the defining code lives.
+        norm_offset: RMSNorm multiplies by (norm_offset + weight); Gemma stores its weights around zero.
+        embedding_scaled: token embeddings are multiplied by sqrt(width).
+        qkv_bias: biases on query, key and value: always, never, or as `attention_bias` in the config says (None).
+        out_bias: a bias on the attention output, read from `attention_bias`.
+        qk_norm: an RMSNorm over each query and key head.
+        sandwich_norm: norms after attention and MLP as well as before.
+        sliding_every: k > 0: every k-th layer attends fully and the others within the window; 0: by `layer_types`
+            or `max_window_layers`; None: all layers use the window, where the config has one.
+        local_theta: RoPE base of the sliding layers, where it differs.
+        tied_scale: attention is scaled by `query_pre_attn_scalar`, not by the head size.
+        softcapped: attention scores are squashed by `attn_logit_softcapping`.
+        default_*: what the defining code assumes where a config says nothing.
+    """
+
+    source: str
+    activation: str = "silu"
+    norm_offset: float = 0.0
+    embedding_scaled: bool = False
+    qkv_bias: bool | None = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sandwich_norm: bool = False
+    sliding_every: int | None = 0
+    local_theta: float | None = None
+    tied_scale: bool = False
+    softcapped: bool = False
+    default_softcap: float | None = None
+    default_theta: float = 10_000.0
+    default_head_dim: int | None = None
+
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "llama": Architecture(f"{_MODELING}/llama/modeling_llama.py", qkv_bias=None, out_bias=True, mlp_bias=True),
+    "mistral": Architecture(f"{_MODELING}/mistral/modeling_mistral.py", sliding_every=None),
+    "qwen2": Architecture(f"{_MODELING}/qwen2/modeling_qwen2.py", qkv_bias=True),
+    "qwen3": Architecture(
+        f"{_MODELING}/qwen3/modeling_qwen3.py", qkv_bias=None, out_bias=True, qk_norm=True, default_head_dim=128
+    ),
+    "gemma": Architecture(
+        f"{_MODELING}/gemma/modeling_gemma.py",
+        activation="gelu_tanh",
+        norm_offset=1.0,
+        embedding_scaled=True,
+        qkv_bias=None,
+        out_bias=True,
+        default_head_dim=256,
+    ),
+    "gemma2": Architecture(
+        f"{_MODELING}/gemma2/modeling_gemma2.py",
+        activation="gelu_tanh",
+        norm_offset=1.0,
+        embedding_scaled=True,
+        qkv_bias=None,
+        out_bias=True,
+        sandwich_norm=True,
+        sliding_every=2,
+        tied_scale=True,
+        softcapped=True,
+        default_softcap=50.0,
+        default_head_dim=256,
+    ),
+    "gemma3_text": Architecture(
+        f"{_MODELING}/gemma3/modeling_gemma3.py",
+        activation="gelu_tanh",
+        norm_offset=1.0,
+        embedding_scaled=True,
+        qkv_bias=None,
+        out_bias=True,
+        qk_norm=True,
+        sandwich_norm=True,
+        sliding_every=6,
+        local_theta=10_000.0,
+        tied_scale=True,
+        softcapped=True,
+        default_theta=1_000_000.0,
+        default_head_dim=256,
+    ),
+}
+
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    # Gemma 1 configs say "gelu" or nothing and mean the tanh form (transformers PR 29402).
+    "gelu": "gelu_tanh",
+}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding (arXiv 2104.09864) of one kind of layer.
+
+    Attributes:
+        theta: base of the frequencies.
+        kind: "default", "linear" (positions divided by factor) or "llama3" (long wavelengths divided by factor).
+        factors: per-frequency divisors, where a file stores them instead of the rule; length head_dim / 2.
+    """
+
+    theta: float
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+    factors: tuple[float, ...] = ()
+
+    def frequencies(self, head_dim: int) -> list[float]:
+        """Radians per position for each of the head_dim / 2 pairs."""
+        inverse = [self.theta ** (-i / head_dim) for i in range(0, head_dim, 2)]
+        if self.factors:
+            return [f / d for f, d in zip(inverse, self.factors, strict=True)]
+        if self.kind == "linear":
+            return [f / self.factor for f in inverse]
+        if self.kind == "llama3":
+            return [self._llama3(f) for f in inverse]
+        return inverse
+
+    def _llama3(self, frequency: float) -> float:
+        # https://github.com/meta-llama/llama-models, apply_scaling: keep short waves, divide long ones, blend between.
+        wavelength = 2 * math.pi / frequency
+        if wavelength < self.original_context / self.high_freq_factor:
+            return frequency
+        if wavelength > self.original_context / self.low_freq_factor:
+            return frequency / self.factor
+        blend = (self.original_context / wavelength - self.low_freq_factor) / (
+            self.high_freq_factor - self.low_freq_factor
+        )
+        return (1 - blend) * frequency / self.factor + blend * frequency
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Everything the forward needs to know of one checkpoint. Sizes in elements.
+
+    Attributes:
+        windows: per layer, the farthest distance |i - j| a token may attend over, or None for any.
+        ropes: per layer.
+    """
+
+    vocabulary: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    inner: int
+    eps: float
+    activation: str
+    norm_offset: float
+    embedding_scale: float
+    attention_scale: float
+    softcap: float | None
+    qkv_bias: bool
+    out_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    sandwich_norm: bool
+    windows: tuple[int | None, ...]
+    ropes: tuple[Rope, ...]
+
+    @property
+    def layers(self) -> int:
+        return len(self.windows)
+
+    @property
+    def flops_per_token(self) -> int:
+        """Multiply-adds of the linear layers, times two; attention itself (quadratic in length) not counted."""
+        attention = self.width * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        return 2 * self.layers * (attention + 3 * self.width * self.inner)
+
+
+def shape_of(config: Mapping[str, Any]) -> Shape | None:
+    """The Shape that a config describes, or None if the table has no row for it (or not for this variant).
+
+    Raises:
+        CheckpointError: a row exists, but a required number is missing or impossible.
+    """
+    row = ARCHITECTURES.get(_model_type(config))
+    if row is None:
+        return None
+    activation = config.get("hidden_activation") or config.get("hidden_act") or row.activation
+    if _ACTIVATIONS.get(activation, activation) != row.activation:
+        return None
+    layers = _number(config, "num_hidden_layers")
+    heads = _number(config, "num_attention_heads")
+    width = _number(config, "hidden_size")
+    head_dim = int(config.get("head_dim") or row.default_head_dim or width // heads)
+    kv_heads = int(config.get("num_key_value_heads") or heads)
+    if head_dim % 2 or heads % kv_heads:
+        raise CheckpointError(
+            f"config.json: head_dim {head_dim} must be even and {heads} heads divisible by {kv_heads} key-value heads"
+        )
+    windows = _windows(config, row, layers)
+    ropes = _ropes(config, row, windows)
+    if ropes is None:
+        return None
+    biased = bool(config.get("attention_bias", False))
+    softcap = config.get("attn_logit_softcapping", row.default_softcap) if row.softcapped else None
+    scalar = float(config.get("query_pre_attn_scalar") or 256) if row.tied_scale else head_dim
+    return Shape(
+        vocabulary=_number(config, "vocab_size"),
+        width=width,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        inner=_number(config, "intermediate_size"),
+        eps=float(config.get("rms_norm_eps", 1e-6)),
+        activation=row.activation,
+        norm_offset=row.norm_offset,
+        embedding_scale=math.sqrt(width) if row.embedding_scaled else 1.0,
+        attention_scale=scalar**-0.5,
+        softcap=float(softcap) if softcap else None,
+        qkv_bias=biased if row.qkv_bias is None else row.qkv_bias,
+        out_bias=row.out_bias and biased,
+        mlp_bias=row.mlp_bias and bool(config.get("mlp_bias", False)),
+        qk_norm=row.qk_norm,
+        sandwich_norm=row.sandwich_norm,
+        windows=windows,
+        ropes=ropes,
+    )
+
+
+def _model_type(config: Mapping[str, Any]) -> str:
+    kind = str(config.get("model_type", ""))
+    # A multimodal Gemma 3 file names its decoder by the whole model's type.
+    return "gemma3_text" if kind == "gemma3" else kind
+
+
+def _number(config: Mapping[str, Any], key: str) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"config.json: {key} is {value!r}; expected a positive whole number")
+    return value
+
+
+def _windows(config: Mapping[str, Any], row: Architecture, layers: int) -> tuple[int | None, ...]:
+    """Per layer, the attention window as a distance; None attends to everything.
+
+    transformers' bidirectional sliding mask keeps |i - j| <= sliding_window; a model trained bidirectionally
+    (`use_bidirectional_attention`) states the whole width, half of it on either side.
+    """
+    window = config.get("sliding_window")
+    if not window or config.get("use_sliding_window") is False:
+        return (None,) * layers
+    if config.get("use_bidirectional_attention"):
+        window = window // 2
+    kinds = config.get("layer_types")
+    if kinds is not None:
+        return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)
+    every = config.get("sliding_window_pattern", row.sliding_every)
+    if row.sliding_every is None:
+        return (int(window),) * layers
+    if every:
+        return tuple(None if (i + 1) % every == 0 else int(window) for i in range(layers))
+    if config.get("use_sliding_window"):
+        start = int(config.get("max_window_layers", 28))
+        return tuple(int(window) if i >= start else None for i in range(layers))
+    return (None,) * layers
+
+
+def _ropes(
+    config: Mapping[str, Any], row: Architecture, windows: tuple[int | None, ...]
+) -> tuple[Rope, ...] | None:
+    parameters = config.get("rope_parameters") or {}
+    # transformers 5 writes one table, or one per kind of layer; earlier configs have rope_theta and rope_scaling.
+    whole = parameters.get("full_attention", parameters)
+    local = parameters.get("sliding_attention")
+    theta = float(whole.get("rope_theta") or config.get("rope_theta") or row.default_theta)
+    full = _rope(theta, whole if whole.get("rope_type") else config.get("rope_scaling") or {}, config)
+    if full is None:
+        return None
+    if row.local_theta is None:
+        return (full,) * len(windows)
+    local_theta = (local or {}).get("rope_theta") or config.get("rope_local_base_freq") or row.local_theta
+    sliding = Rope(float(local_theta))
+    return tuple(full if window is None else sliding for window in _kinds(config, row, windows))
+
+
+def _kinds(
+    config: Mapping[str, Any], row: Architecture, windows: tuple[int | None, ...]
+) -> tuple[int | None, ...]:
+    """Which layers count as sliding for RoPE, even where the window itself is switched off."""
+    if any(window is not None for window in windows):
+        return windows
+    return _windows({**config, "sliding_window": 1}, row, len(windows))
+
+
+def _rope(theta: float, scaling: Mapping[str, Any], config: Mapping[str, Any]) -> Rope | None:
+    if config.get("rope_factors"):
+        return Rope(theta, factors=tuple(float(f) for f in config["rope_factors"]))
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind == "default":
+        return Rope(theta)
+    if kind == "linear":
+        return Rope(theta, kind, float(scaling["factor"]))
+    if kind == "llama3":
+        return Rope(
+            theta,
+            kind,
+            float(scaling["factor"]),
+            float(scaling["low_freq_factor"]),
+            float(scaling["high_freq_factor"]),
+            int(scaling["original_max_position_embeddings"]),
+        )
+    return None  # yarn, longrope, dynamic: transformers knows them

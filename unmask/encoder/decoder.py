@@ -1,0 +1,245 @@
+"""The forward: one decoder stack, bidirectional, over sequences laid end to end without padding.
+
+Dimension letters, used in every shape comment:
+    T  tokens in the pack, all sequences together      W  width of the residual stream
+    H  query heads        K  key-value heads           D  size of a head        I  inner width of the MLP
+    N  sequences of one length                         L  that length
+
+Only attention needs to know where a sequence ends; everything else sees T tokens. The same code trains and serves:
+it is an ordinary `nn.Module` whose parameters are fused (query+key+value, gate+up) and can take gradients.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unmask.checkpoint.tensors import TensorSource
+from unmask.encoder.architectures import Rope, Shape
+from unmask.errors import CheckpointError
+
+Run = tuple[int, int, int]  # first token, number of sequences, their common length
+
+
+def runs_of(lengths: list[int]) -> list[Run]:
+    """Neighbouring sequences of equal length, to be attended as one batch.
+
+    >>> runs_of([4, 4, 7])
+    [(0, 2, 4), (8, 1, 7)]
+    """
+    runs: list[Run] = []
+    start = 0
+    for length in lengths:
+        if runs and runs[-1][2] == length:
+            first, count, _ = runs[-1]
+            runs[-1] = (first, count + 1, length)
+        else:
+            runs.append((start, 1, length))
+        start += length
+    return runs
+
+
+class Norm(nn.Module):
+    """RMSNorm (arXiv 1910.07467), computed in float32."""
+
+    def __init__(self, size: int, eps: float, offset: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps, self.offset = eps, offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight.float() + self.offset if self.offset else self.weight.float()
+        return F.rms_norm(x.float(), (x.shape[-1],), scale, self.eps).to(x.dtype)
+
+
+class Layer(nn.Module):
+    """One decoder layer: attention and MLP, each on the residual stream."""
+
+    def __init__(self, shape: Shape, window: int | None) -> None:
+        super().__init__()
+        self.shape, self.window = shape, window
+        heads = shape.heads + 2 * shape.kv_heads
+
+        def norm(size: int) -> Norm:
+            return Norm(size, shape.eps, shape.norm_offset)
+
+        self.attention_norm = norm(shape.width)
+        self.qkv = nn.Linear(shape.width, heads * shape.head_dim, bias=shape.qkv_bias)
+        self.out = nn.Linear(shape.heads * shape.head_dim, shape.width, bias=shape.out_bias)
+        self.mlp_norm = norm(shape.width)
+        self.gate_up = nn.Linear(shape.width, 2 * shape.inner, bias=shape.mlp_bias)
+        self.down = nn.Linear(shape.inner, shape.width, bias=shape.mlp_bias)
+        self.q_norm = norm(shape.head_dim) if shape.qk_norm else None
+        self.k_norm = norm(shape.head_dim) if shape.qk_norm else None
+        self.attention_out_norm = norm(shape.width) if shape.sandwich_norm else None
+        self.mlp_out_norm = norm(shape.width) if shape.sandwich_norm else None
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, runs: list[Run]) -> Tensor:
+        """x [T, W]; cos, sin [T, 1, D/2] -> [T, W]."""
+        attended = self.attend(self.attention_norm(x), cos, sin, runs)  # [T, W]
+        x = x + (self.attention_out_norm(attended) if self.attention_out_norm else attended)
+        mixed = self.mlp(self.mlp_norm(x))  # [T, W]
+        return x + (self.mlp_out_norm(mixed) if self.mlp_out_norm else mixed)
+
+    def attend(self, x: Tensor, cos: Tensor, sin: Tensor, runs: list[Run]) -> Tensor:
+        s = self.shape
+        heads = self.qkv(x).view(x.shape[0], s.heads + 2 * s.kv_heads, s.head_dim)  # [T, H+2K, D]
+        q, k, v = heads.split((s.heads, s.kv_heads, s.kv_heads), dim=1)  # [T, H, D], [T, K, D] twice
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        parts = [self._attend_run(q, k, v, run) for run in runs]
+        return self.out(parts[0] if len(parts) == 1 else torch.cat(parts))
+
+    def _attend_run(self, q: Tensor, k: Tensor, v: Tensor, run: Run) -> Tensor:
+        start, count, length = run
+        stop = start + count * length
+        # [N*L, heads, D] -> [N, heads, L, D]
+        q, k, v = (x[start:stop].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
+        mask = None
+        if self.window is not None and length > self.window + 1:
+            position = torch.arange(length, device=q.device)
+            mask = (position[:, None] - position[None, :]).abs() <= self.window  # [L, L]
+        if self.shape.softcap is None:
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, scale=self.shape.attention_scale, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        else:
+            out = capped_attention(q, k, v, mask, self.shape.attention_scale, self.shape.softcap)
+        return out.transpose(1, 2).flatten(0, 1).flatten(1)  # [N*L, H*D]
+
+    def mlp(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)  # [T, I] twice
+        gate = F.silu(gate) if self.shape.activation == "silu" else F.gelu(gate, approximate="tanh")
+        return self.down(gate * up)  # [T, W]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + D/2]) by its position's angle. x [T, heads, D]; cos, sin [T, 1, D/2]."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float) -> Tensor:
+    """Attention with scores squashed into (-cap, cap) (Gemma 2, arXiv 2408.00118). q [N, H, L, D]; k, v [N, K, L, D]."""
+    repeat = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
+    scores = cap * torch.tanh(q @ k.transpose(-1, -2) * (scale / cap))  # [N, H, L, L]
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype) @ v
+
+
+class Decoder(nn.Module):
+    """A decoder-only transformer with its causal mask removed."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.embedding = nn.Embedding(shape.vocabulary, shape.width)
+        self.layers = nn.ModuleList(Layer(shape, window) for window in shape.windows)
+        self.norm = Norm(shape.width, shape.eps, shape.norm_offset)
+        self._angles: dict[tuple[Rope, int, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def forward(self, ids: Tensor, lengths: list[int]) -> Tensor:
+        """Final hidden states of a pack.
+
+        Args:
+            ids: token ids of all sequences end to end, [T].
+            lengths: tokens of each sequence, summing to T. Keep equal lengths together: they share a kernel call.
+
+        Returns:
+            [T, W], after the final norm, in the weights' precision.
+        """
+        runs = runs_of(lengths)
+        positions = torch.cat([torch.arange(length, device=ids.device).repeat(n) for _, n, length in runs])  # [T]
+        x = self.embedding(ids)  # [T, W]
+        if self.shape.embedding_scale != 1.0:
+            x = x * torch.tensor(self.shape.embedding_scale, dtype=x.dtype, device=x.device)
+        rotations = {
+            rope: self._rotation(rope, positions, max(lengths), x.dtype) for rope in set(self.shape.ropes)
+        }
+        for layer, rope in zip(self.layers, self.shape.ropes, strict=True):
+            x = layer(x, *rotations[rope], runs)
+        return self.norm(x)
+
+    def _rotation(self, rope: Rope, positions: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin for each token, [T, 1, D/2]."""
+        size, device = 1 << (length - 1).bit_length(), positions.device  # a table for the next power of two, built once
+        key = (rope, size, device)
+        if key not in self._angles:
+            with torch.inference_mode(False), torch.no_grad():  # training may need the table that serving built
+                frequencies = torch.tensor(rope.frequencies(self.shape.head_dim), device=device)
+                angles = torch.outer(torch.arange(size, device=device).float(), frequencies)  # [size, D/2]
+                self._angles[key] = (angles.cos(), angles.sin())
+        cos, sin = self._angles[key]
+        return cos[positions].to(dtype).unsqueeze(1), sin[positions].to(dtype).unsqueeze(1)
+
+    @classmethod
+    def load(cls, shape: Shape, tensors: TensorSource, dtype: torch.dtype, device: str) -> "Decoder":
+        """Build the model and fill it, one tensor at a time, converting as it goes.
+
+        Raises:
+            CheckpointError: a tensor is missing, has another shape than the config says, or is left over.
+        """
+        with torch.device("meta"):
+            decoder = cls(shape)
+        decoder.to(dtype).to_empty(device=device)
+        known = set(tensors.names())
+        wanted = decoder.sources()
+        missing = [name for names in wanted.values() for name in names if name not in known]
+        if missing:
+            raise CheckpointError(f"the weights lack {len(missing)} tensors, for example {missing[0]!r}")
+        used = {name for names in wanted.values() for name in names}
+        extra = sorted(name for name in known - used if name.startswith("layers.") and "inv_freq" not in name)
+        if extra:
+            raise CheckpointError(
+                f"the weights hold {len(extra)} tensors this architecture has no place for, for example {extra[0]!r}; "
+                "the config does not describe them"
+            )
+        parameters = dict(decoder.named_parameters())
+        with torch.no_grad():
+            for target, names in wanted.items():
+                fill(parameters[target], names, tensors)
+        return decoder.eval()
+
+    def sources(self) -> dict[str, list[str]]:
+        """For each of our parameters, the hub tensors stacked to make it, in order."""
+        table = {"embedding.weight": ["embed_tokens.weight"], "norm.weight": ["norm.weight"]}
+        sandwich = self.shape.sandwich_norm
+        for i in range(self.shape.layers):
+            hub = {
+                "attention_norm": ["input_layernorm"],
+                "qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+                "out": ["self_attn.o_proj"],
+                "mlp_norm": ["pre_feedforward_layernorm" if sandwich else "post_attention_layernorm"],
+                "gate_up": ["mlp.gate_proj", "mlp.up_proj"],
+                "down": ["mlp.down_proj"],
+                "q_norm": ["self_attn.q_norm"],
+                "k_norm": ["self_attn.k_norm"],
+                "attention_out_norm": ["post_attention_layernorm"],
+                "mlp_out_norm": ["post_feedforward_layernorm"],
+            }
+            for name, _ in self.layers[i].named_parameters():
+                module, kind = name.rsplit(".", 1)
+                table[f"layers.{i}.{name}"] = [f"layers.{i}.{part}.{kind}" for part in hub[module]]
+        return table
+
+
+def fill(parameter: nn.Parameter, names: list[str], tensors: TensorSource) -> None:
+    """Copy hub tensors into one parameter, stacked along the first axis.
+
+    Raises:
+        CheckpointError: they do not add up to the parameter's shape.
+    """
+    shapes = [tensors.shape(name) for name in names]
+    rows = sum(shape[0] for shape in shapes if shape)
+    if rows != parameter.shape[0] or any(shape[1:] != tuple(parameter.shape[1:]) for shape in shapes):
+        told = ", ".join(f"{name} {list(shape)}" for name, shape in zip(names, shapes, strict=True))
+        raise CheckpointError(
+            f"wrong shape: {told}; the config calls for {list(parameter.shape)} in all. "
+            "The config belongs to other weights, or the file is damaged"
+        )
+    start = 0
+    for name, shape in zip(names, shapes, strict=True):
+        parameter[start : start + shape[0]].copy_(tensors.read(name))
+        start += shape[0]

@@ -1,0 +1,215 @@
+"""`Encoder`: a model that maps text to vectors, from loading to the float32 array."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from unmask.checkpoint import Checkpoint, open_checkpoint
+from unmask.encoder.architectures import shape_of
+from unmask.encoder.decoder import Decoder
+from unmask.encoder.packing import pack
+from unmask.encoder.pooling import POOLINGS, pool
+from unmask.encoder.prompt import DefaultPrompts, Prompt
+from unmask.encoder.reference import ReferencePrompts
+from unmask.encoder.templates import template_for
+from unmask.encoder.transformers_decoder import TransformersDecoder
+from unmask.errors import CheckpointError, InputError, UsageError
+
+Compat = Literal["default", "reference"]
+
+# Tokens per forward. Large enough that the matrix products run at full speed, small enough to stay in cache.
+PACK_TOKENS = 2048
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Encoder:
+    """A text encoder. Make one with `Encoder.load`.
+
+    Attributes:
+        name: the id or path it was loaded by.
+        checkpoint: the files behind it; `checkpoint.revision` is their content address.
+        decoder: the bidirectional transformer, an `nn.Module` that can be trained.
+        pooling, max_length, compat: as loaded.
+        dim: length of a vector.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        decoder: nn.Module,
+        prompts: DefaultPrompts | ReferencePrompts,
+        *,
+        pooling: str,
+        max_length: int,
+        compat: Compat,
+        dim: int,
+    ) -> None:
+        self.name = checkpoint.name
+        self.checkpoint = checkpoint
+        self.decoder = decoder
+        self.prompts = prompts
+        self.pooling = pooling
+        self.max_length = max_length
+        self.compat = compat
+        self.dim = dim
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path,
+        *,
+        adapters: Sequence[str | Path] = (),
+        compat: Compat = "default",
+        pooling: str | None = None,
+        skip_instruction: bool | None = None,
+        max_length: int | None = None,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        device: str = "cpu",
+    ) -> "Encoder":
+        """Load a model by id, folder or `.gguf` file.
+
+        Args:
+            model: `unmask/smollm2-135m-embed`, a hub id, a folder in the hub's layout, or a GGUF file. An adapter's
+                name is enough: the base and the adapters below it are found from its configuration.
+            adapters: further LoRA adapters, merged in float32 in the order given.
+            compat: "reference" gives the published LLM2Vec vectors, quirks included; "default" mends them.
+            pooling: mean, weighted_mean, eos_token, last_token or bos_token. Left out: what the model's
+                `llm2vec_config.json` says, else mean.
+            skip_instruction: leave the instruction out of the pooling. Left out: as the model says, else True.
+            max_length: tokens per sequence, everything counted. Left out: as the model says, else 512.
+            dtype: precision of the weights; vectors are float32 in any case.
+            device: a torch device.
+
+        Raises:
+            ModelNotFound, CheckpointError, UnsupportedArchitecture, AdapterMismatch: see `unmask.errors`.
+            UsageError: an argument has a value that does not exist.
+        """
+        if compat not in ("default", "reference"):
+            raise UsageError(f"compat={compat!r}: choose 'default' or 'reference'")
+        if dtype not in _DTYPES:
+            raise UsageError(f"dtype={dtype!r}: choose one of {', '.join(_DTYPES)}")
+        checkpoint = open_checkpoint(model, adapters)
+        said = checkpoint.encoder_config
+        pooling = str(pooling or said.get("pooling_mode") or "mean")
+        skip = bool(said.get("skip_instruction", True) if skip_instruction is None else skip_instruction)
+        length = _length("max_length", max_length or said.get("max_length") or 512)
+        doc_length = _length("doc_max_length", said.get("doc_max_length") or 400)
+        if pooling not in POOLINGS:
+            raise UsageError(f"pooling={pooling!r}: choose one of {', '.join(POOLINGS)}")
+        tokenizer = checkpoint.tokenizer
+        if pooling == "bos_token" and not (tokenizer.prefix and tokenizer.prefix[0] == tokenizer.bos_id):
+            raise UsageError(f"pooling='bos_token' needs a model whose sequences begin with BOS; {model} adds none")
+        template = template_for(checkpoint.trained_as, said)
+        eos = pooling == "eos_token"
+        if eos and compat == "default" and tokenizer.eos_id is None:
+            raise UsageError(f"pooling='eos_token' needs an end-of-sequence token; {model} names none")
+        if compat == "reference":
+            kind = str(checkpoint.config.get("model_type"))
+            prompts = ReferencePrompts(tokenizer, template, length, doc_length, kind, eos, skip)
+        else:
+            prompts = DefaultPrompts(tokenizer, template, length, eos, skip)
+        decoder, dim = _build(checkpoint, compat, _DTYPES[dtype], device)
+        return cls(checkpoint, decoder, prompts, pooling=pooling, max_length=length, compat=compat, dim=dim)
+
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        *,
+        instruction: str = "",
+        normalize: bool = False,
+        dimensions: int | None = None,
+        truncate: bool = True,
+    ) -> np.ndarray:
+        """Vectors of texts, in their order.
+
+        Args:
+            texts: one text (gives one row) or many. An empty text has no vector and is an error.
+            instruction: what to look for, as in "Given a web search query, retrieve relevant passages that answer
+                the query:". The model reads it; it is never averaged into the vector.
+            normalize: scale each vector to length 1, after `dimensions`.
+            dimensions: keep only the first so many numbers of each vector (Matryoshka, arXiv 2205.13147).
+            truncate: cut the end off texts that do not fit `max_length`; otherwise they are an error.
+
+        Returns:
+            float32 [n, dimensions or dim]. A text gets the same vector alone and in any batch, to 1e-5 relative.
+
+        Raises:
+            EmptyText, TextTooLong, InstructionTooLong: with the index of the text.
+            UsageError: `dimensions` is out of range.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        _require_strings(texts)
+        vectors = self.encode_prompts(self.prompts.build(texts, instruction, truncate))
+        return finish(vectors, normalize=normalize, dimensions=dimensions)
+
+    def encode_prompts(self, prompts: Sequence[Prompt]) -> np.ndarray:
+        """Raw vectors of prepared prompts, float32 [n, dim], in their order."""
+        vectors = np.empty((len(prompts), self.dim), dtype=np.float32)
+        for members in pack([len(prompt.ids) for prompt in prompts], PACK_TOKENS):
+            vectors[members] = self.forward_pack([prompts[i] for i in members])
+        return vectors
+
+    @torch.inference_mode()
+    def forward_pack(self, prompts: Sequence[Prompt]) -> np.ndarray:
+        """One forward over all prompts given, float32 [n, dim]. Keep prompts of equal length together."""
+        device = next(self.decoder.parameters()).device
+        ids = torch.from_numpy(np.concatenate([prompt.ids for prompt in prompts])).to(device)  # [T]
+        hidden = self.decoder(ids, [len(prompt.ids) for prompt in prompts])  # [T, W]
+        return pool(hidden, prompts, self.pooling).cpu().numpy()
+
+    def count_tokens(self, texts: str | Sequence[str], *, instruction: str = "") -> np.ndarray:
+        """Tokens that each text's sequence has before any truncation: BOS, template and instruction included.
+
+        Returns:
+            int64 [n]. Compare with `max_length` to see what would be cut.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        _require_strings(texts)
+        return np.array(self.prompts.lengths(texts, instruction), dtype=np.int64)
+
+
+def finish(vectors: np.ndarray, *, normalize: bool, dimensions: int | None) -> np.ndarray:
+    """Cut and scale raw vectors [n, dim] as a caller asked.
+
+    Raises:
+        UsageError: more dimensions than there are, or fewer than one.
+    """
+    if dimensions is not None:
+        if not 1 <= dimensions <= vectors.shape[1]:
+            raise UsageError(f"dimensions={dimensions}: this model's vectors have 1 to {vectors.shape[1]}")
+        vectors = np.ascontiguousarray(vectors[:, :dimensions])
+    if normalize:
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        vectors = vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
+    return vectors
+
+
+def _build(checkpoint: Checkpoint, compat: Compat, dtype: torch.dtype, device: str) -> tuple[nn.Module, int]:
+    config: dict[str, Any] = dict(checkpoint.config)
+    if compat == "reference":
+        config["sliding_window"] = None  # the reference's mask knows no window
+    shape = shape_of(config)
+    try:
+        if shape is None:
+            decoder = TransformersDecoder.load(config, checkpoint.tensors, dtype, device)
+            return decoder, int(config["hidden_size"])
+        return Decoder.load(shape, checkpoint.tensors, dtype, device), shape.width
+    except CheckpointError as error:
+        raise type(error)(f"{checkpoint.name}: {error}") from error
+
+
+def _length(name: str, value: Any) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise UsageError(f"{name}={value!r}: expected a positive whole number of tokens")
+    return value
+
+
+def _require_strings(texts: Sequence[str]) -> None:
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InputError(f"input {index} is {type(text).__name__}, not str; pass instructions as instruction=...", index)

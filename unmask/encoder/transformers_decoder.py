@@ -1,0 +1,74 @@
+"""Decoders without a row in our table, through `transformers` with `config.is_causal = False`: slower, but right."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unmask.checkpoint.tensors import TensorSource
+from unmask.errors import CheckpointError, UnsupportedArchitecture
+
+
+class TransformersDecoder(nn.Module):
+    """Any decoder of the transformers library behind the same call as `Decoder`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, lengths: list[int]) -> Tensor:
+        """ids [T] and their sequences' lengths -> final hidden states [T, W]."""
+        rows = ids.split(lengths)
+        padded = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)  # [n, longest]
+        real = torch.arange(padded.shape[1], device=ids.device) < torch.tensor(lengths, device=ids.device)[:, None]
+        hidden = self.model(input_ids=padded, attention_mask=real.long(), use_cache=False).last_hidden_state
+        return hidden[real]  # [T, W]
+
+    @classmethod
+    def load(
+        cls, config: Mapping[str, Any], tensors: TensorSource, dtype: torch.dtype, device: str
+    ) -> "TransformersDecoder":
+        """Build the model from a hub config, fill it, and prove that no causal mask is left.
+
+        Raises:
+            UnsupportedArchitecture: transformers does not know the model_type, or keeps it causal.
+            CheckpointError: weights are missing or of the wrong shape.
+        """
+        from transformers import AutoConfig, AutoModel
+
+        kind = config["model_type"]
+        values = {key: value for key, value in config.items() if key not in ("model_type", "_name_or_path")}
+        try:
+            built = AutoConfig.for_model(kind, **values, is_causal=False)
+            model = AutoModel.from_config(built, dtype=dtype)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UnsupportedArchitecture(
+                f"architecture {kind!r} is neither in unmask's table nor buildable with transformers: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+        state = model.state_dict()
+        known = set(tensors.names())
+        missing = sorted(set(state) - known)
+        if missing:
+            raise CheckpointError(f"the weights lack {len(missing)} tensors of {kind}, for example {missing[0]!r}")
+        with torch.no_grad():
+            for name, target in state.items():
+                if tensors.shape(name) != tuple(target.shape):
+                    raise CheckpointError(
+                        f"wrong shape: {name} is {list(tensors.shape(name))}, {kind} needs {list(target.shape)}"
+                    )
+                target.copy_(tensors.read(name))
+        decoder = cls(model.to(device).eval())
+        decoder._require_bidirectional(kind, device)
+        return decoder
+
+    @torch.no_grad()
+    def _require_bidirectional(self, kind: str, device: str) -> None:
+        first = torch.tensor([1, 2, 3, 1, 2, 4], device=device)
+        states = self(first, [3, 3])
+        if torch.equal(states[:2], states[3:5]):
+            raise UnsupportedArchitecture(
+                f"architecture {kind!r} stays causal in transformers (a later token changes no earlier state), "
+                "so it cannot be an encoder here"
+            )
