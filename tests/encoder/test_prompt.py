@@ -109,7 +109,7 @@ def test_errors_name_the_input_and_the_limit() -> None:
     with pytest.raises(EmptyText, match="input 1 is empty") as empty:
         prompts.build(["fine", ""])
     assert empty.value.index == 1
-    with pytest.raises(TextTooLong, match="maximum context length is 10 tokens, however input 0 has") as long:
+    with pytest.raises(TextTooLong, match="maximum context length is 10 tokens, however you requested") as long:
         prompts.build(["word " * 50], truncate=False)
     assert long.value.index == 0
     with pytest.raises(InstructionTooLong, match="leave no room"):
@@ -121,6 +121,7 @@ def test_native_ids() -> None:
     prompts = DefaultPrompts(own, LLAMA3, 64)
     words = prompts.build(["some text"], "Find:")[0]
     ids = own.text.encode(" some text").ids
+    assert own.bos_id is not None
     given_ids = prompts.build_from_ids([ids, [own.bos_id, *ids]], "Find:")
     assert len(given_ids[0].ids) == len(given_ids[1].ids)
     assert given_ids[0].pooled[1] - given_ids[0].pooled[0] == words.pooled[1] - words.pooled[0]

@@ -58,7 +58,7 @@ class AdapterConfig:
         except FileNotFoundError as error:
             raise CheckpointError(f"{folder} is not an adapter: it has no adapter_config.json") from error
         except KeyError as error:
-            raise CheckpointError(f"{file} has no {error.args[0]!r}; it is not a LoRA adapter's configuration") from error
+            raise CheckpointError(f"{file} has no {error.args[0]!r}; it describes no LoRA adapter") from error
         except (ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{file} is not a usable adapter configuration: {error}") from error
         kind = raw.get("peft_type") or "LORA"
@@ -121,7 +121,9 @@ class Adapter:
 
     def _check(self, module: str, halves: Mapping[str, torch.Tensor]) -> None:
         if set(halves) != {"A", "B"}:
-            raise AdapterMismatch(f"{self.weights_file}: {module} has lora_{'/'.join(halves)} only; both A and B are needed")
+            raise AdapterMismatch(
+                f"{self.weights_file}: {module} has lora_{next(iter(halves))} only; both A and B are needed"
+            )
         a, b = halves["A"], halves["B"]
         rank = self.config.expected_rank(module)
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:

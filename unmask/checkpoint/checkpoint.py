@@ -113,7 +113,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _deciding_files(folder: Path) -> list[Path]:
     patterns = ("model*.safetensors",) if any(folder.glob("model*.safetensors")) else ("pytorch_model*.bin",)
-    patterns = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", *patterns)
+    patterns = ("config.json", "llm2vec_config.json", "tokenizer*.json", "tokenizer.model", *patterns)
     return [file for pattern in patterns for file in sorted(folder.glob(pattern))]
 
 

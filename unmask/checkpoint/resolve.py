@@ -54,7 +54,9 @@ def resolve(model: str | Path, adapters: Sequence[str | Path] = ()) -> Location:
 
 def _follow(name: str, seen: tuple[str, ...]) -> Location:
     if name in seen:
-        raise CheckpointError(f"the adapters {' -> '.join((*seen, name))} name each other as their base; no model is left")
+        raise CheckpointError(
+            f"the adapters {' -> '.join((*seen, name))} name each other as their base; no model is left"
+        )
     path = local_path(name)
     if path.is_file() or not (path / "adapter_config.json").is_file():
         trained_as = SHIPPED[name].trained_as if name in SHIPPED else name

@@ -76,9 +76,8 @@ def _shards(index: Path) -> list[Path]:
         raise CheckpointError(f"{index} points outside its own folder; refusing to follow it")
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
-        raise CheckpointError(
-            f"{index.parent} lacks {len(missing)} of {len(names)} shards named in {index.name}: {', '.join(missing[:3])}"
-        )
+        told = ", ".join(missing[:3])
+        raise CheckpointError(f"{index.parent} lacks {len(missing)} of {len(names)} shards in {index.name}: {told}")
     return [index.parent / name for name in names]
 
 

@@ -282,9 +282,7 @@ def _windows(config: Mapping[str, Any], row: Architecture, layers: int) -> tuple
     return (None,) * layers
 
 
-def _ropes(
-    config: Mapping[str, Any], row: Architecture, windows: tuple[int | None, ...]
-) -> tuple[Rope, ...] | None:
+def _ropes(config: Mapping[str, Any], row: Architecture, windows: tuple[int | None, ...]) -> tuple[Rope, ...] | None:
     parameters = config.get("rope_parameters") or {}
     # transformers 5 writes one table, or one per kind of layer; earlier configs have rope_theta and rope_scaling.
     whole = parameters.get("full_attention", parameters)
@@ -300,9 +298,7 @@ def _ropes(
     return tuple(full if window is None else sliding for window in _kinds(config, row, windows))
 
 
-def _kinds(
-    config: Mapping[str, Any], row: Architecture, windows: tuple[int | None, ...]
-) -> tuple[int | None, ...]:
+def _kinds(config: Mapping[str, Any], row: Architecture, windows: tuple[int | None, ...]) -> tuple[int | None, ...]:
     """Which layers count as sliding for RoPE, even where the window itself is switched off."""
     if any(window is not None for window in windows):
         return windows

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from unmask.checkpoint.tensors import TensorSource
 from unmask.encoder.architectures import Rope, Shape
+from unmask.encoder.cores import Linear
 from unmask.errors import CheckpointError
 
 Run = tuple[int, int, int]  # first token, number of sequences, their common length
@@ -63,11 +64,11 @@ class Layer(nn.Module):
             return Norm(size, shape.eps, shape.norm_offset)
 
         self.attention_norm = norm(shape.width)
-        self.qkv = nn.Linear(shape.width, heads * shape.head_dim, bias=shape.qkv_bias)
-        self.out = nn.Linear(shape.heads * shape.head_dim, shape.width, bias=shape.out_bias)
+        self.qkv = Linear(shape.width, heads * shape.head_dim, bias=shape.qkv_bias)
+        self.out = Linear(shape.heads * shape.head_dim, shape.width, bias=shape.out_bias)
         self.mlp_norm = norm(shape.width)
-        self.gate_up = nn.Linear(shape.width, 2 * shape.inner, bias=shape.mlp_bias)
-        self.down = nn.Linear(shape.inner, shape.width, bias=shape.mlp_bias)
+        self.gate_up = Linear(shape.width, 2 * shape.inner, bias=shape.mlp_bias)
+        self.down = Linear(shape.inner, shape.width, bias=shape.mlp_bias)
         self.q_norm = norm(shape.head_dim) if shape.qk_norm else None
         self.k_norm = norm(shape.head_dim) if shape.qk_norm else None
         self.attention_out_norm = norm(shape.width) if shape.sandwich_norm else None
@@ -120,7 +121,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float) -> Tensor:
-    """Attention with scores squashed into (-cap, cap) (Gemma 2, arXiv 2408.00118). q [N, H, L, D]; k, v [N, K, L, D]."""
+    """Attention with scores squashed into (-cap, cap), as in Gemma 2 (arXiv 2408.00118).
+
+    q [N, H, L, D]; k, v [N, K, L, D] -> [N, H, L, D].
+    """
     repeat = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
     scores = cap * torch.tanh(q @ k.transpose(-1, -2) * (scale / cap))  # [N, H, L, L]
@@ -155,9 +159,7 @@ class Decoder(nn.Module):
         x = self.embedding(ids)  # [T, W]
         if self.shape.embedding_scale != 1.0:
             x = x * torch.tensor(self.shape.embedding_scale, dtype=x.dtype, device=x.device)
-        rotations = {
-            rope: self._rotation(rope, positions, max(lengths), x.dtype) for rope in set(self.shape.ropes)
-        }
+        rotations = {rope: self._rotation(rope, positions, max(lengths), x.dtype) for rope in set(self.shape.ropes)}
         for layer, rope in zip(self.layers, self.shape.ropes, strict=True):
             x = layer(x, *rotations[rope], runs)
         return self.norm(x)

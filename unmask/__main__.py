@@ -1,0 +1,5 @@
+"""`python -m unmask` is the same as `unmask`."""
+
+from unmask.cli import main
+
+main()

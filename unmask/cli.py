@@ -1,0 +1,237 @@
+"""The command line: parses, calls the rooms, prints. Nothing is decided here."""
+
+import sys
+from typing import Annotated, Literal
+
+from cyclopts import App, Group, Parameter
+
+from unmask import __version__
+from unmask.errors import UnmaskError
+
+app = App(
+    name="unmask",
+    help="Turn a decoder-only LLM into a text encoder, and serve its vectors behind an OpenAI-compatible API.",
+    version=f"unmask {__version__}",
+    version_flags=["--version", "-V"],
+)
+_LIMITS = Group("Limits")
+
+
+@app.command
+def serve(
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    model: Annotated[tuple[str, ...], Parameter(negative=())] = (),
+    warm: Annotated[tuple[str, ...], Parameter(negative=())] = (),
+    api_key_file: str | None = None,
+    request_timeout: Annotated[float, Parameter(group=_LIMITS)] = 60.0,
+    body_limit_mb: Annotated[float, Parameter(group=_LIMITS)] = 32.0,
+    queue_tokens: Annotated[int, Parameter(group=_LIMITS)] = 262_144,
+    log_level: Literal["debug", "info", "warning", "error"] = "info",
+) -> int:
+    """Answer POST /v1/embeddings for one or more models.
+
+    Parameters
+    ----------
+    host
+        Address to listen on. Anything but this machine's own needs --api-key-file.
+    port
+        Port to listen on; 0 lets the system choose.
+    model
+        Model to serve: a shipped id, a hub id, a folder or a .gguf file. May be repeated.
+        The first is loaded at start. Left out: unmask/smollm2-135m-embed.
+    warm
+        Another model to load at start rather than on first use. May be repeated.
+    api_key_file
+        File with one API key per line; callers must present one as "Authorization: Bearer KEY".
+    request_timeout
+        Seconds a request may take when its client names no deadline.
+    body_limit_mb
+        Largest request body, in megabytes.
+    queue_tokens
+        Tokens that may wait per model before requests are refused with 429.
+    log_level
+        What is logged to stderr.
+    """
+    from unmask.api.server import serve as run_server
+    from unmask.api.settings import ServeSettings
+    from unmask.checkpoint.resolve import DEFAULT_MODEL
+
+    models = model or (DEFAULT_MODEL,)
+    return run_server(
+        ServeSettings(
+            host=host,
+            port=port,
+            models=models,
+            warm=(models[0], *warm),
+            api_keys=_read_keys(api_key_file) if api_key_file else (),
+            request_timeout_s=request_timeout,
+            body_limit_bytes=int(body_limit_mb * 1_000_000),
+            queue_tokens=queue_tokens,
+            log_level=log_level,
+        )
+    )
+
+
+@app.command
+def encode(
+    input: str,
+    /,
+    *,
+    output: Annotated[str, Parameter(name=["--output", "-o"])],
+    model: str | None = None,
+    adapter: Annotated[tuple[str, ...], Parameter(negative=())] = (),
+    instruction: str = "",
+    column: str = "text",
+    normalize: Annotated[bool, Parameter(negative=())] = False,
+    dimensions: int | None = None,
+    pooling: str | None = None,
+    max_length: int | None = None,
+    compat: Literal["default", "reference"] = "default",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    device: str = "cpu",
+    input_format: Literal["txt", "jsonl", "csv", "tsv", "parquet"] | None = None,
+    output_format: Literal["npy", "parquet", "jsonl"] | None = None,
+    on_empty: Literal["error", "null"] = "error",
+    on_long: Literal["truncate", "error"] = "truncate",
+    restart: Annotated[bool, Parameter(negative=())] = False,
+) -> int:
+    """Encode a file of texts. Interrupted and run again, it continues, and the result is the same to the byte.
+
+    Parameters
+    ----------
+    input
+        txt (one text per line), jsonl, csv, tsv or parquet; "-" for standard input.
+    output
+        npy, parquet or jsonl; "-" for standard output.
+    model
+        A shipped id, a hub id, a folder or a .gguf file. Left out: unmask/smollm2-135m-embed.
+    adapter
+        LoRA adapter to merge into the model. May be repeated; merged in this order.
+    instruction
+        What to look for; read by the model, never averaged into the vectors.
+    column
+        Column or field that holds the text (jsonl, csv, tsv, parquet).
+    normalize
+        Scale each vector to length 1.
+    dimensions
+        Keep only the first so many numbers of each vector.
+    pooling
+        mean, weighted_mean, eos_token, last_token or bos_token. Left out: as the model says, else mean.
+    max_length
+        Tokens per text, everything counted. Left out: as the model says, else 512.
+    compat
+        "reference" gives the published LLM2Vec vectors, quirks included.
+    dtype
+        Precision of the weights.
+    device
+        A torch device, such as cpu or cuda.
+    input_format
+        Needed when it does not show in the file's name.
+    output_format
+        Needed when it does not show in the file's name.
+    on_empty
+        An empty text stops the run, or becomes a row without a vector.
+    on_long
+        A text that does not fit is cut and counted, or stops the run.
+    restart
+        Discard an unfinished run and replace a finished output.
+    """
+    from unmask.checkpoint.resolve import DEFAULT_MODEL
+    from unmask.encoder.job import EncodeJob, Progress, run
+
+    job = EncodeJob(
+        input=input,
+        output=output,
+        input_format=input_format,
+        output_format=output_format,
+        column=column,
+        instruction=instruction,
+        normalize=normalize,
+        dimensions=dimensions,
+        on_empty=on_empty,
+        on_long=on_long,
+        restart=restart,
+    )
+
+    def load():
+        from unmask.encoder import Encoder
+
+        return Encoder.load(
+            model or DEFAULT_MODEL,
+            adapters=adapter,
+            compat=compat,
+            pooling=pooling,
+            max_length=max_length,
+            dtype=dtype,
+            device=device,
+        )
+
+    report = run(job, load, Progress())
+    _say(f"{report.rows} texts, {report.tokens} tokens, {report.seconds:.1f} s -> {output}")
+    if report.resumed_at:
+        _say(f"continued an earlier run at text {report.resumed_at}")
+    if report.truncated:
+        _say(f"{report.truncated} texts were cut to fit the model; --on-long error refuses them instead")
+    if report.empty:
+        _say(f"{report.empty} empty texts have no vector")
+    return 0
+
+
+@app.command
+def models() -> int:
+    """List the models that ship, and what is already stored on this machine."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from unmask.catalogue import shipped_records
+    from unmask.home import home
+
+    table = Table("model", "dimensions", "tokens", "licence", "stored", "summary", box=None, pad_edge=False)
+    for record in shipped_records().values():
+        stored = any((home() / "models" / record.id).glob("*.gguf"))
+        row = (record.id, record.dimensions, record.max_tokens, record.licence, "yes" if stored else "no")
+        table.add_row(*("?" if value is None else str(value) for value in row), record.summary)
+    Console().print(table)
+    _say("Any hub id, folder in the hub's layout or .gguf file can be named as well.")
+    return 0
+
+
+def main() -> None:
+    """Entry point: a user's own mistake is one line on stderr and exit code 1, never a traceback."""
+    try:
+        sys.exit(app())
+    except UnmaskError as error:
+        _say(f"unmask: {error}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        _say("unmask: interrupted; run the same command again to continue")
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our pipe has gone, as in `unmask encode ... --output - | head`.
+        sys.stderr.close()
+        sys.exit(141)
+
+
+def _read_keys(path: str) -> tuple[str, ...]:
+    from pathlib import Path
+
+    from unmask.errors import UsageError
+
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--api-key-file {path} cannot be read: {error}") from error
+    keys = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
+    if not keys:
+        raise UsageError(f"--api-key-file {path} holds no key; write one per line")
+    return keys
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)  # noqa: T201 - talking to the user is this module's work
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""What an unfinished encoding run keeps on disk, so that a later one can go on."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unmask.encoder.files import (
+    NPY_HEADER_BYTES,
+    explained,
+    lock,
+    npy_header,
+    sync,
+    write_jsonl,
+    write_out,
+    write_parquet,
+)
+from unmask.encoder.prompt import Prompt
+from unmask.errors import StorageError, UsageError
+
+_FLOAT_BYTES = 4
+# Vectors held at once while the output is made from the spool: a row group of parquet.
+_BLOCK_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Counts: rows, tokens of them as encoded, texts that were cut to fit, rows without a vector."""
+
+    rows: int = 0
+    tokens: int = 0
+    truncated: int = 0
+    empty: int = 0
+
+    def plus(self, prompts: list[Prompt | None]) -> "Tally":
+        """These counts and those of one row per prompt."""
+        kept = [prompt for prompt in prompts if prompt is not None]
+        return Tally(
+            rows=self.rows + len(prompts),
+            tokens=self.tokens + sum(len(prompt.ids) for prompt in kept),
+            truncated=self.truncated + sum(prompt.truncated for prompt in kept),
+            empty=self.empty + len(prompts) - len(kept),
+        )
+
+
+@dataclass(frozen=True)
+class State:
+    """What a spool records: counts of its rows, the SHA-256 of their texts, and how they were made.
+
+    `replaces` is whether the run was told to replace an output that was there.
+    """
+
+    tally: Tally
+    texts_sha256: str
+    options: dict[str, Any]
+    replaces: bool
+
+
+class Spool:
+    """The vectors of an unfinished run, so that a later one can go on. One run at a time may open it.
+
+    The folder holds `vectors`, an npy file whose header is written last; `state.json`, replaced only after the
+    rows it counts are on disk; and `lock`. A state without vectors is what a finished run leaves if it is killed
+    while clearing up, and counts as nothing.
+
+    Args:
+        folder: made if it is not there; removed on `close` if nothing in it is worth resuming.
+        output: the file it becomes, None for standard output.
+
+    Raises:
+        UsageError: another run has it open.
+        StorageError: the folder cannot be made.
+    """
+
+    def __init__(self, folder: Path, output: Path | None) -> None:
+        self.folder = folder
+        self.texts_sha256 = hashlib.sha256().hexdigest()
+        self._output = output
+        self._name, self._advice = str(output), "make room and run the same command again, which goes on where it was"
+        if output is None:
+            self._name, self._advice = "standard output", "set TMPDIR to a folder with more room"
+        self._vectors_file, self._state_file = folder / "vectors", folder / "state.json"
+        self._finished_file = folder / "finished"
+        self._vectors: FileIO | None = None
+        self._dim = 0
+        self._options: dict[str, Any] = {}
+        self._replaces = False
+        with explained(self._name, self._advice):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (folder / "lock").open("wb")
+        if not lock(self._lock):
+            self._lock.close()
+            raise UsageError(f"another run is writing {self._name}; wait for it, or choose another --output")
+
+    def prepare(self, output: Path, restart: bool) -> None:
+        """Raise UsageError if there is an output, unless this run or the one it resumes was told to `restart`."""
+        if restart:
+            with explained(self._name, self._advice):
+                self._state_file.unlink(missing_ok=True)
+        exists, saved = output.exists(), self._saved()
+        if exists and not restart and not (saved and saved.replaces):
+            raise UsageError(f"{output} exists already; choose another --output, or add --restart to encode it again")
+        self._replaces = exists
+
+    def resume(self, options: dict[str, Any], dim: int) -> Tally:
+        """Get ready to append rows of `dim` numbers after those that are there, and count these.
+
+        Raises:
+            UsageError: they were made with other options.
+            StorageError: fewer are there than were recorded.
+        """
+        saved, tally = self._saved(), Tally()
+        if saved is not None:
+            _require_same_options(saved.options, options, self.folder)
+            tally, self.texts_sha256 = saved.tally, saved.texts_sha256
+        self._options, self._dim = options, dim
+        kept = NPY_HEADER_BYTES + tally.rows * dim * _FLOAT_BYTES
+        with explained(self._name, self._advice):
+            self._vectors = FileIO(self._vectors_file, "r+" if saved else "w+")
+            found = self._vectors.seek(0, os.SEEK_END)
+            if saved and found < kept:
+                raise self._damaged(f"it holds {found:,} bytes of vectors and should hold {kept:,}")
+            self._vectors.seek(self._vectors.truncate(kept))  # what is beyond was being written when it was killed
+        return tally
+
+    def append(self, vectors: np.ndarray) -> None:
+        """Add rows, float32 [n, dim].
+
+        Raises:
+            StorageError: there is no space. The recorded rows are not touched.
+        """
+        assert self._vectors is not None, "resume comes first"
+        with explained(self._name, self._advice):
+            rest = memoryview(vectors.astype("<f4", copy=False).tobytes())
+            while rest:
+                rest = rest[self._vectors.write(rest) :]
+
+    def record(self, tally: Tally, texts_sha256: str) -> None:
+        """Put all rows so far on the disk and then note that they are there: a later run may start after them.
+
+        Raises:
+            StorageError: there is no space. What was recorded before still holds.
+        """
+        assert self._vectors is not None, "resume comes first"
+        state = State(tally, texts_sha256, self._options, self._replaces)
+        new = self.folder / "state.json.new"
+        with explained(self._name, self._advice):
+            os.fsync(self._vectors.fileno())
+            new.write_text(json.dumps(asdict(state)), encoding="utf-8")
+            sync(new)
+            new.replace(self._state_file)
+
+    def deliver(self, target: str, rows: int) -> None:
+        """Make the output of format `target`, all `rows` of it, at once.
+
+        Raises:
+            StorageError: there is no space. The spool is kept.
+        """
+        assert self._vectors is not None, "resume comes first"
+        finished = self._vectors_file if target == "npy" else self._finished_file
+        with explained(self._name, self._advice):
+            if target == "npy":
+                self._vectors.seek(0)
+                self._vectors.write(npy_header(rows, self._dim))
+            elif target == "parquet":
+                write_parquet(finished, self._blocks(), self._dim)
+            else:
+                write_jsonl(finished, self._blocks())
+            if self._output is not None:
+                sync(finished)
+                finished.replace(self._output)
+                sync(self._output.parent)
+        if self._output is None:
+            with finished.open("rb") as content:
+                write_out(content)
+        self._vectors_file.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Let another run have the spool. It is removed if it holds no recorded row."""
+        if self._vectors is not None:
+            self._vectors.close()
+        self._finished_file.unlink(missing_ok=True)  # half an output, if the disk is full
+        if not (self._vectors_file.exists() and self._state_file.exists()):
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.close()
+
+    def _saved(self) -> State | None:
+        """What was recorded last, None if nothing was."""
+        if not (self._vectors_file.exists() and self._state_file.exists()):
+            return None
+        try:
+            saved = json.loads(self._state_file.read_bytes())
+            return State(**{**saved, "tally": Tally(**saved["tally"])})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise self._damaged(f"state.json cannot be read ({error})") from error
+
+    def _blocks(self) -> Iterator[np.ndarray]:
+        """All rows in order, each block float32 [n, dim] of at most _BLOCK_BYTES."""
+        assert self._vectors is not None, "resume comes first"
+        self._vectors.seek(NPY_HEADER_BYTES)
+        row_bytes = self._dim * _FLOAT_BYTES
+        while content := self._vectors.read(max(1, _BLOCK_BYTES // row_bytes) * row_bytes):
+            yield np.frombuffer(content, dtype="<f4").reshape(-1, self._dim)
+
+    def _damaged(self, what: str) -> StorageError:
+        return StorageError(f"{self.folder} is damaged: {what}; add --restart to begin again")
+
+
+def _require_same_options(made_with: dict[str, Any], options: dict[str, Any], folder: Path) -> None:
+    # A run for which empty or long texts are an error has met none, so its rows are the same either way.
+    met_none = {name for name in ("on_empty", "on_long") if made_with.get(name) == "error"}
+    changed = [name for name in options if made_with.get(name) != options[name] and name not in met_none]
+    if changed:
+        was = ", ".join(f"{name}={made_with.get(name)!r}" for name in changed)
+        now = ", ".join(f"{name}={options[name]!r}" for name in changed)
+        raise UsageError(
+            f"the unfinished run in {folder} was made with {was}, and this one has {now}; "
+            "repeat the first command, or add --restart to begin again"
+        )
