@@ -1,0 +1,172 @@
+"""A live server over a small real model, and plain HTTP to talk to it."""
+
+import asyncio
+import base64
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from unmask.api import ServeSettings, create_app
+from unmask.api.server import Server, base_url, listen, serve_models
+from unmask.engine import Models
+
+KEY = "sk-test-0123456789abcdef0123456789"
+
+
+def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    """Return once `condition` holds; for what happens in the server and can only be asked for."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+
+
+@dataclass
+class Reply:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> dict[str, Any]:
+        return self.json["error"]
+
+    @property
+    def vectors(self) -> np.ndarray:
+        return np.array([as_vector(item["embedding"]) for item in self.json["data"]], dtype=np.float32)
+
+
+def as_vector(embedding: str | list[float]) -> np.ndarray:
+    if isinstance(embedding, str):
+        return np.frombuffer(base64.b64decode(embedding), dtype="<f4")
+    return np.array(embedding, dtype=np.float32)
+
+
+@dataclass
+class Service:
+    """A running server and the id of its model."""
+
+    url: str
+    model: str
+
+    @property
+    def address(self) -> tuple[str, int]:
+        parts = urlsplit(self.url)
+        assert parts.hostname and parts.port
+        return parts.hostname, parts.port
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(self.address, timeout=30)
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        headers: Mapping[str, str] | None = None,
+        key: str | None = KEY,
+    ) -> Reply:
+        """One request. A body of bytes is sent as it is, an iterator of them in chunks, anything else as JSON."""
+        sent = {"authorization": f"Bearer {key}"} if key else {}
+        if body is not None and not isinstance(body, bytes | Iterator):
+            body = json.dumps(body).encode()
+        if body is not None:
+            sent["content-type"] = "application/json"
+        connection = http.client.HTTPConnection(*self.address, timeout=60)
+        try:
+            connection.request(method, path, body, {**sent, **(headers or {})})
+            response = connection.getresponse()
+            return Reply(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
+        finally:
+            connection.close()
+
+    def embed(self, input: Any, headers: Mapping[str, str] | None = None, **fields: Any) -> Reply:
+        body = {"model": self.model, "input": input} | fields
+        return self.call("POST", "/v1/embeddings", body, headers)
+
+    @contextmanager
+    def busy(self) -> Iterator[socket.socket]:
+        """Many seconds of work in the engine. It is over when the connection it came by is closed."""
+        with self.connect() as connection:
+            connection.sendall(self.raw_request(json.dumps(self.long_work).encode()))
+            until(lambda: self.waiting_tokens() > 100_000)
+            yield connection
+
+    @property
+    def long_work(self) -> dict[str, Any]:
+        return {"model": self.model, "input": ["some words " * 40] * 1000}
+
+    def metric(self, start: str) -> float:
+        """A counter of the server's, by its name and labels; their sum if `start` fits several."""
+        lines = self.call("GET", "/metrics").body.decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(start))
+
+    def waiting_tokens(self) -> float:
+        return self.metric("unmask_waiting_tokens{")
+
+    def refuses_connections(self) -> bool:
+        try:
+            self.connect().close()
+        except ConnectionError:
+            return True
+        return False
+
+    def raw_request(self, body: bytes, length: int | None = None) -> bytes:
+        """The bytes of an embeddings request, for tests that send them in their own way."""
+        head = [
+            "POST /v1/embeddings HTTP/1.1",
+            "host: test",
+            "content-type: application/json",
+            f"authorization: Bearer {KEY}",
+            f"content-length: {len(body) if length is None else length}",
+        ]
+        return "\r\n".join([*head, "", ""]).encode() + body
+
+
+@dataclass
+class LocalService(Service):
+    """A server in a thread of this process, with its models for tests that look or reach behind the counter."""
+
+    models: Models
+    server: Server
+
+
+@contextmanager
+def running(model: Path, **changes: Any) -> Iterator[LocalService]:
+    """A server in a thread, by default with a key, over one warmed model."""
+    defaults: dict[str, Any] = {"port": 0, "models": (str(model),), "warm": (str(model),), "api_keys": (KEY,)}
+    settings = ServeSettings(**defaults | changes)
+    with ExitStack() as stack:
+        listener = stack.enter_context(listen(settings.host, settings.port))
+        models = Models(settings.models, warm=settings.warm, queue_tokens=settings.queue_tokens)
+        stopping, ready = threading.Event(), threading.Event()
+        server = Server(create_app(models, settings, stopping), settings, stopping, ready.set)
+
+        def run() -> None:
+            with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+                runner.run(serve_models(models, server, listener))
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        try:
+            assert ready.wait(30)
+            service = LocalService(base_url(listener), models.list()[0].record.id, models, server)
+            if settings.warm:
+                assert service.embed("warm", {"prefer": "wait=60"}).status == 200
+            yield service
+        finally:
+            server.stop()
+            thread.join(60)

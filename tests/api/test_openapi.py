@@ -1,0 +1,62 @@
+"""The OpenAPI document and the server say the same, found out by schemathesis."""
+
+from typing import Any
+
+import hypothesis
+import pytest
+import schemathesis
+from hypothesis import HealthCheck
+from schemathesis.checks import load_all_checks, not_a_server_error
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+from unmask.api.openapi import document as make_document
+
+from .live import KEY, Service
+
+load_all_checks()
+
+schema = schemathesis.openapi.from_dict(make_document(secured=True, body_limit=32 * 2**20))
+
+
+@schema.parametrize()
+@hypothesis.settings(
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.function_scoped_fixture],
+)
+def test_the_server_keeps_to_its_document(case: schemathesis.Case, service: Service):
+    model = case.body.get("model") if isinstance(case.body, dict) else None
+    if isinstance(case.body, dict) and isinstance(model, str) and len(model) % 4:
+        case.body["model"] = service.model  # a made-up name would always stop at 404
+    response = case.call_and_validate(
+        base_url=service.url,
+        headers={"Authorization": f"Bearer {KEY}"},
+        # A schema cannot know the model's vocabulary, its dimensions or its maximum length; and a caller who gives
+        # a deadline of a millisecond gets the documented 504.
+        excluded_checks=[positive_data_acceptance, not_a_server_error],
+        timeout=30,
+    )
+    assert response.status_code < 500 or response.status_code in (503, 504)
+
+
+@pytest.fixture(scope="module")
+def document(service: Service) -> dict[str, Any]:
+    return service.call("GET", "/openapi.json").json
+
+
+def test_every_answer_the_code_can_give_is_documented(document: dict[str, Any]):
+    responses = document["paths"]["/v1/embeddings"]["post"]["responses"]
+    expected = {200, 400, 401, 404, 405, 408, 413, 415, 429, 500, 503, 504}
+    assert {int(status) for status in responses} == expected
+    for status, response in responses.items():
+        assert {"x-request-id", "openai-processing-ms"} <= set(response["headers"])
+        assert ("x-should-retry" in response["headers"]) == (status != "200")
+
+
+def test_the_request_schema_is_openais_with_extensions(document: dict[str, Any]):
+    request = document["components"]["schemas"]["EmbeddingRequest"]
+    assert request["required"] == ["input", "model"]
+    forms = request["properties"]["input"]["anyOf"]
+    assert [form["type"] for form in forms] == ["string", "array", "array", "array"]
+    assert {"encoding_format", "dimensions", "user"} < set(request["properties"])

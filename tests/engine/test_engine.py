@@ -1,0 +1,249 @@
+"""Many callers on one real, small model."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from unmask import Encoder
+from unmask.encoder import Prompt
+from unmask.engine import Engine, Models
+from unmask.errors import (
+    CheckpointError,
+    DeadlineExceeded,
+    EmptyText,
+    EngineError,
+    EngineStopped,
+    ModelLoading,
+    Overloaded,
+    UsageError,
+)
+
+
+@pytest.fixture(scope="module")
+def encoder(golden_dir: Path) -> Encoder:
+    return Encoder.load(golden_dir / "tiny_llama")
+
+
+class Gated(Encoder):
+    """The same encoder, whose forward can be held back."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.__dict__.update(encoder.__dict__)
+        self.gate = threading.Event()
+        self.packs: list[int] = []
+        self.broken: BaseException | None = None
+
+    def forward_pack(self, prompts: Sequence[Prompt]) -> np.ndarray:
+        self.gate.wait(30)
+        self.packs.append(sum(len(prompt.ids) for prompt in prompts))
+        if self.broken is not None:
+            error, self.broken = self.broken, None
+            raise error
+        return super().forward_pack(prompts)
+
+
+@pytest.fixture
+def gated(encoder: Encoder):
+    held = Gated(encoder)
+    yield held
+    held.gate.set()
+
+
+TEXTS = ["one", "two words", "a much longer text " * 20, "日本語", "x"]
+
+
+async def vectors(engine: Engine, texts: list[str], **options) -> np.ndarray:
+    return await engine.run(await engine.prepare(texts, truncate=True), **options)
+
+
+async def until_idle(engine: Engine) -> None:
+    """Wait for the worker to have finished its round, speed measurement included."""
+    while engine.waiting_tokens():  # noqa: ASYNC110 - the worker is a thread and sets no asyncio event
+        await asyncio.sleep(0.01)
+
+
+async def test_concurrent_callers_get_their_own_vectors(encoder: Encoder) -> None:
+    engine = Engine(encoder, pack_tokens=300)
+    generator = np.random.default_rng(0)
+    calls = [[f"{TEXTS[i % 5]} {n}" for i in range(generator.integers(1, 40))] for n in range(60)]
+    results = await asyncio.gather(*(vectors(engine, texts) for texts in calls))
+    for texts, result in zip(calls, results, strict=True):
+        direct = encoder.encode(texts)
+        assert np.abs(result - direct).max() <= 1e-5 * np.abs(direct).max()
+    assert engine.waiting_tokens() == 0
+    engine.close()
+
+
+async def test_nothing_asked_nothing_done(encoder: Encoder) -> None:
+    engine = Engine(encoder)
+    assert (await engine.run([])).shape == (0, encoder.dim)
+    with pytest.raises(EmptyText):
+        await engine.prepare(["fine", ""])
+    engine.close()
+
+
+async def test_a_full_queue_refuses_with_a_time(gated: Gated) -> None:
+    engine = Engine(gated, queue_tokens=100, pack_tokens=50)
+    first = asyncio.create_task(vectors(engine, ["word " * 20]))
+    await asyncio.sleep(0.05)
+    second = asyncio.create_task(vectors(engine, ["word " * 30]))
+    await asyncio.sleep(0.05)
+    with pytest.raises(Overloaded) as refused:
+        await vectors(engine, ["word " * 60])
+    assert refused.value.retry_after > 0
+    gated.gate.set()
+    await asyncio.gather(first, second)
+    engine.close()
+
+
+async def test_one_request_larger_than_the_queue_is_served_alone(encoder: Encoder) -> None:
+    engine = Engine(encoder, queue_tokens=100, pack_tokens=50)
+    assert (await vectors(engine, ["some words here"] * 200)).shape == (200, encoder.dim)
+    engine.close()
+
+
+async def test_what_cannot_meet_its_deadline_is_not_begun(gated: Gated) -> None:
+    engine = Engine(gated)
+    gated.gate.set()
+    await vectors(engine, ["word " * 100] * 10)
+    await until_idle(engine)
+    engine.tokens_per_second = 100.0
+    gated.gate.clear()
+    ahead = asyncio.create_task(vectors(engine, ["word " * 100]))
+    await asyncio.sleep(0.05)
+    with pytest.raises(Overloaded) as refused:
+        await vectors(engine, ["word " * 100], deadline=time.monotonic() + 0.5)
+    assert 0.5 < refused.value.retry_after < 10
+    gated.gate.set()
+    await ahead
+    engine.close()
+
+
+async def test_a_deadline_that_passes_while_waiting(gated: Gated) -> None:
+    engine = Engine(gated, pack_tokens=10)
+    blocked = asyncio.create_task(vectors(engine, ["first in the forward"]))
+    await asyncio.sleep(0.05)
+    with pytest.raises(DeadlineExceeded):
+        await vectors(engine, ["too late"], deadline=time.monotonic() + 0.1)
+    gated.gate.set()
+    await blocked
+    assert len(gated.packs) == 1  # the late one was never computed
+    engine.close()
+
+
+async def test_cancelled_work_leaves_the_queue(gated: Gated) -> None:
+    engine = Engine(gated, pack_tokens=10)
+    blocked = asyncio.create_task(vectors(engine, ["first in the forward"]))
+    await asyncio.sleep(0.05)
+    given_up = asyncio.create_task(vectors(engine, ["never mind"] * 50))
+    await asyncio.sleep(0.05)
+    waiting = engine.waiting_tokens()
+    given_up.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await given_up
+    assert engine.waiting_tokens() < waiting
+    gated.gate.set()
+    await blocked
+    await vectors(engine, ["still works"])
+    assert len(gated.packs) == 2
+    engine.close()
+
+
+async def test_a_failing_forward_fails_its_own_callers_only(gated: Gated) -> None:
+    engine = Engine(gated)
+    gated.broken = ValueError("a fault in the forward")
+    gated.gate.set()
+    with pytest.raises(EngineError, match="the model failed"):
+        await vectors(engine, ["unlucky"])
+    assert (await vectors(engine, ["lucky"])).shape == (1, gated.dim)
+    engine.close()
+
+
+async def test_out_of_memory_halves_the_pack_and_loses_nothing(gated: Gated) -> None:
+    engine = Engine(gated, pack_tokens=1024)
+    gated.broken = MemoryError()
+    gated.gate.set()
+    texts = [f"text number {i} with some words" for i in range(40)]
+    result = await vectors(engine, texts)
+    np.testing.assert_allclose(result, gated.encode(texts), rtol=0, atol=1e-5)
+    assert engine._pack_tokens == 256
+    engine.close()
+
+
+async def test_a_vector_that_is_not_finite_is_never_given_out(encoder: Encoder) -> None:
+    class Poisoned(Gated):
+        def forward_pack(self, prompts: Sequence[Prompt]) -> np.ndarray:
+            found = super().forward_pack(prompts)
+            found[[len(prompt.ids) == 3 for prompt in prompts]] = np.nan
+            return found
+
+    poisoned = Poisoned(encoder)
+    poisoned.gate.set()
+    engine = Engine(poisoned)
+    three = next(text for text in ("a", "b c", "ab", "one", "the") if len(encoder.prompts.build([text])[0].ids) == 3)
+    good = asyncio.create_task(vectors(engine, ["a healthy and longer text"]))
+    with pytest.raises(EngineError, match="not finite"):
+        await vectors(engine, [three])
+    assert np.isfinite(await good).all()
+    engine.close()
+
+
+async def test_close_finishes_what_was_accepted(gated: Gated) -> None:
+    engine = Engine(gated, pack_tokens=20)
+    accepted = asyncio.create_task(vectors(engine, ["some accepted words"] * 10))
+    await asyncio.sleep(0.05)
+    closing = asyncio.create_task(asyncio.to_thread(engine.close))
+    await asyncio.sleep(0.05)
+    with pytest.raises(EngineStopped):
+        await vectors(engine, ["too late"])
+    gated.gate.set()
+    assert (await accepted).shape == (10, gated.dim)
+    await closing
+
+
+async def test_models_load_on_first_use_and_check_their_canary(golden_dir: Path) -> None:
+    models = Models([str(golden_dir / "tiny_llama"), str(golden_dir / "tiny_gemma")])
+    await models.start()
+    llama = models.find("tiny_llama-embed")
+    assert llama is not None and llama.state == "cold"
+    with pytest.raises(ModelLoading) as loading:
+        await llama.engine()
+    assert loading.value.retry_after >= 1
+    engine = await llama.engine(wait=60)
+    assert llama.state == "ready" and llama.record.dimensions == engine.encoder.dim == 64
+    assert await models.canaries() == {"tiny_llama": "ok"}
+    await models.close()
+
+
+async def test_a_changed_weight_is_caught_by_the_canary(golden_dir: Path) -> None:
+    models = Models([str(golden_dir / "tiny_llama")], warm=["tiny_llama"])
+    model = models.list()[0]
+    engine = await model.engine(wait=60)
+    engine.encoder.decoder.get_parameter("embedding.weight").data.mul_(-3).add_(0.1)
+    verdict = (await models.canaries())["tiny_llama"]
+    assert "cosine" in verdict
+    await models.close()
+
+
+async def test_a_model_that_cannot_be_loaded_says_why(copied) -> None:
+    folder = copied("tiny_llama")
+    (folder / "tokenizer.json").unlink()
+    models = Models([str(folder)], warm=["tiny_llama"])
+    await models.start()
+    model = models.list()[0]
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        await model.engine(wait=60)
+    assert model.state == "failed" and "no tokenizer" in (await models.canaries())["tiny_llama"]
+    await models.close()
+
+
+def test_two_models_of_one_name(golden_dir: Path, copied) -> None:
+    with pytest.raises(UsageError, match="both be called 'tiny_llama'"):
+        Models([str(golden_dir / "tiny_llama"), str(copied("tiny_llama"))])
+    with pytest.raises(UsageError, match="not among the served"):
+        Models([str(golden_dir / "tiny_llama")], warm=["other"])

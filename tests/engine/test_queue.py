@@ -1,0 +1,98 @@
+"""The waiting line: fair, within its budget, and nothing lost."""
+
+import time
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unmask.encoder import Prompt
+from unmask.engine.queue import FairQueue, Request
+
+
+def request(lengths: list[int], caller: str, arrived: float = 0.0, deadline: float = 1e9) -> Request:
+    prompts = [Prompt(np.zeros(length, dtype=np.int64), (0, length), length) for length in lengths]
+    return Request(
+        prompts, np.empty((len(prompts), 1)), caller, arrived, deadline, lambda error: None, unfinished=len(prompts)
+    )
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    requests=st.lists(
+        st.tuples(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.sampled_from("abc"), st.booleans()),
+        max_size=8,
+    ),
+    budget=st.integers(1, 60),
+    between=st.lists(st.booleans(), max_size=20),
+)
+def test_every_sequence_leaves_exactly_once(requests, budget: int, between: list[bool]) -> None:
+    queue = FairQueue(horizon=2, max_age=0.5)
+    made = [request(lengths, caller) for lengths, caller, _ in requests]
+    dropped = {id(one) for one, (_, _, drop) in zip(made, requests, strict=True) if drop}
+    left, taken = list(made), []
+    for add in [*between, *([True] * len(made))]:
+        if add and left:
+            one = left.pop()
+            queue.add(one)
+            if id(one) in dropped:
+                queue.drop(one)
+        else:
+            taken.append(queue.take(budget, now=0.0))
+    while len(queue):
+        taken.append(queue.take(budget, now=0.0))
+    for pack in taken:
+        lengths = [sequence.length for sequence in pack]
+        assert sum(lengths) <= budget or len(lengths) == 1
+        assert lengths == sorted(lengths, reverse=True)
+    seen = [(id(sequence.request), sequence.index) for pack in taken for sequence in pack]
+    wanted = [(id(one), i) for one in made if id(one) not in dropped for i in range(len(one.prompts))]
+    assert sorted(seen) == sorted(wanted)
+    assert queue.tokens == 0 and not queue._waiting and not queue._finish
+
+
+def test_a_single_text_is_not_behind_a_large_request() -> None:
+    queue = FairQueue()
+    queue.add(request([30] * 2048, "bulk"))
+    for _ in range(5):
+        queue.take(300, now=0.0)
+    single = request([12], "single")
+    queue.add(single)
+    packs = [queue.take(300, now=0.0) for _ in range(3)]
+    assert any(sequence.request is single for pack in packs for sequence in pack)
+
+
+def test_two_callers_share_tokens_equally() -> None:
+    queue = FairQueue(horizon=1)
+    queue.add(request([50] * 100, "long"))
+    queue.add(request([10] * 500, "short"))
+    done = {"long": 0, "short": 0}
+    for _ in range(20):
+        for sequence in queue.take(200, now=0.0):
+            done[sequence.request.caller] += sequence.length
+    assert abs(done["long"] - done["short"]) <= 400
+
+
+def test_neighbours_in_length_go_together() -> None:
+    queue = FairQueue()
+    queue.add(request([10, 20, 10, 30, 10, 25], "a"))
+    assert [sequence.length for sequence in queue.take(40, now=0.0)] == [10, 10, 10]
+
+
+def test_what_has_waited_too_long_goes_next() -> None:
+    queue = FairQueue(max_age=0.5)
+    queue.add(request([10], "a", arrived=10.0))
+    old = request([90], "b", arrived=9.0)
+    queue.add(old)
+    for _ in range(20):
+        queue.add(request([10], "c", arrived=10.0))
+    assert any(sequence.request is old for sequence in queue.take(100, now=10.1))
+
+
+def test_choosing_from_a_long_line_is_quick() -> None:
+    queue = FairQueue()
+    for caller in range(50):
+        queue.add(request([20] * 1000, str(caller)))
+    began = time.perf_counter()
+    queue.take(2048, now=0.0)
+    assert time.perf_counter() - began < 0.05

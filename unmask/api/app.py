@@ -1,0 +1,135 @@
+"""The routes, and the app that holds them."""
+
+import asyncio
+import threading
+from dataclasses import dataclass
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from unmask import __version__
+from unmask.api.access import Gate
+from unmask.api.embeddings import Embeddings, find_model
+from unmask.api.errors import ApiError
+from unmask.api.exchange import Exchange
+from unmask.api.metrics import CONTENT_TYPE, Metrics
+from unmask.api.openapi import document
+from unmask.api.schema import Health, Index, Model, ModelList, Readiness
+from unmask.api.settings import ServeSettings
+from unmask.engine import Models, ServedModel
+
+# A canary that takes longer stands behind a stuck engine; a load balancer asks again in any case.
+_CANARY_TIMEOUT_S = 10
+
+
+def create_app(models: Models, settings: ServeSettings, stopping: threading.Event | None = None) -> ASGIApp:
+    """The ASGI app over `models`, which the caller starts and closes.
+
+    Args:
+        models: what to serve.
+        settings: limits and keys; its host and port do not matter here.
+        stopping: to be set when the server begins to shut down.
+    """
+    metrics = Metrics()
+    stopping = stopping or threading.Event()
+    embeddings = Embeddings(models, settings, metrics)
+    pages = _Pages(models, metrics, stopping)
+    openapi = document(secured=bool(settings.api_keys), body_limit=settings.body_limit_bytes)
+
+    async def describe(request: Request) -> Response:
+        return _json(openapi)
+
+    routes = [
+        Route("/v1/embeddings", embeddings.answer, methods=["POST"]),
+        Route("/v1/models", pages.models_list),
+        Route("/v1/models/{id:path}", pages.model),
+        Route("/health", pages.health),
+        Route("/ready", pages.ready),
+        Route("/metrics", pages.metrics_text),
+        Route("/openapi.json", describe),
+        Route("/", pages.index),
+    ]
+    # Starlette's redirects of trailing slashes would be built from the Host header, which anybody can set.
+    router = Router(routes, redirect_slashes=False, default=_not_found)
+    return Exchange(
+        router, {route.endpoint: route.path for route in routes}, Gate(settings.api_keys), metrics, stopping
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Pages:
+    """The routes that only read."""
+
+    models: Models
+    metrics: Metrics
+    stopping: threading.Event
+
+    async def models_list(self, request: Request) -> Response:
+        entries = [_entry(served, id) for served in self.models.list() for id in _listed_ids(served)]
+        return _json(ModelList(data=entries))
+
+    async def model(self, request: Request) -> Response:
+        served = find_model(self.models, request.path_params["id"])
+        return _json(_entry(served, served.record.id))
+
+    async def health(self, request: Request) -> Response:
+        return _json(Health())
+
+    async def ready(self, request: Request) -> Response:
+        if self.stopping.is_set():
+            return _json(Readiness(status="stopping", models={}), 503)
+        try:
+            async with asyncio.timeout(_CANARY_TIMEOUT_S):
+                findings = await self.models.canaries()
+        except TimeoutError:
+            findings = {"canary": f"no vector within {_CANARY_TIMEOUT_S} seconds"}
+        for served in self.models.list():
+            if served.state == "failed":  # its reason names files, and this page is public
+                findings[served.record.id] = "failed to load, see the server's log"
+        ready = all(finding == "ok" for finding in findings.values())
+        return _json(Readiness(status="ready" if ready else "not ready", models=findings), 200 if ready else 503)
+
+    async def metrics_text(self, request: Request) -> Response:
+        for served in self.models.list():
+            if served.state == "ready":
+                engine = await served.engine()
+                self.metrics.waiting(served.record.id, engine.waiting_tokens())
+        return Response(self.metrics.exposition(), headers={"content-type": CONTENT_TYPE})
+
+    async def index(self, request: Request) -> Response:
+        return _json(
+            Index(
+                name="unmask",
+                version=__version__,
+                embeddings="/v1/embeddings",
+                models="/v1/models",
+                health="/health",
+                ready="/ready",
+                metrics="/metrics",
+                openapi="/openapi.json",
+            )
+        )
+
+
+async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
+    raise ApiError(404, f"There is nothing at {scope['path'][:200]}: see / for what there is.", code="not_found")
+
+
+def _listed_ids(served: ServedModel) -> list[str]:
+    """The id, and aliases with "embed" in them where it has not: n8n shows only such ids."""
+    record = served.record
+    if "embed" in record.id.lower():
+        return [record.id]
+    return [record.id, *(alias for alias in record.aliases if "embed" in alias)]
+
+
+def _entry(served: ServedModel, id: str) -> Model:
+    fields = msgspec.structs.asdict(served.record) | {"id": id, "status": served.state}
+    return msgspec.convert(fields, Model)
+
+
+def _json(content: object, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(content), status, media_type="application/json")

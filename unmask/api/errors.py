@@ -1,0 +1,125 @@
+"""From an error to its HTTP answer: one table, and the only place where OpenAI's error body is built."""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import msgspec
+from starlette.responses import Response
+
+from unmask import errors
+
+INVALID = "invalid_request_error"
+SERVER = "server_error"
+
+
+class ErrorBody(msgspec.Struct, kw_only=True):
+    """What OpenAI's clients read; all four keys are always present."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorEnvelope(msgspec.Struct, kw_only=True):
+    error: ErrorBody
+
+
+class ApiError(errors.UnmaskError):
+    """A request that is answered with an error.
+
+    Args:
+        status: the HTTP status.
+        message: one sentence for the caller's log.
+        type, param, code: as in OpenAI's error object.
+        retry_after: seconds after which the same request may succeed; None if it never will.
+        headers: further response headers.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = INVALID,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after = retry_after
+        self.headers = dict(headers or {})
+        self.body = ErrorBody(message=message, type=type, param=param, code=code)
+
+
+class _Answer(NamedTuple):
+    status: int
+    type: str = INVALID
+    code: str | None = None
+    param: str | None = None
+    retry_after: float | None = None  # where the error itself says none
+
+
+# The first row that fits counts. Where OpenAI has no such error, the status is chosen by what its clients do:
+# they repeat 408, 409, 429 and 5xx unless `x-should-retry` forbids it.
+_ANSWERS: tuple[tuple[type[errors.UnmaskError], _Answer], ...] = (
+    (errors.TextTooLong, _Answer(400)),
+    (errors.InstructionTooLong, _Answer(400, param="instruction")),
+    (errors.InputError, _Answer(400, param="input")),
+    # Admission is by tokens in the queue, hence "tokens" and not "requests".
+    (errors.Overloaded, _Answer(429, "tokens", "rate_limit_exceeded", retry_after=1)),
+    (errors.ModelLoading, _Answer(503, SERVER, "model_loading", retry_after=5)),
+    # Not 408: the request arrived in time, and it is our side that was late.
+    (errors.DeadlineExceeded, _Answer(504, SERVER, "deadline_exceeded", retry_after=1)),
+    (errors.EngineStopped, _Answer(503, SERVER, "server_stopping", retry_after=1)),
+    (errors.EngineError, _Answer(503, SERVER, "engine_unavailable", retry_after=1)),
+)
+
+
+def api_error(error: errors.UnmaskError) -> ApiError:
+    """The answer to an error of any room."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, errors.CheckpointError):
+        # Its message names files of this machine, which are the operator's business and stand in the log.
+        return ApiError(
+            503,
+            "This model could not be loaded; the server's log says why.",
+            type=SERVER,
+            code="model_unavailable",
+        )
+    for kind, answer in _ANSWERS:
+        if isinstance(error, kind):
+            return ApiError(
+                answer.status,
+                str(error),
+                type=answer.type,
+                param=answer.param,
+                code=answer.code,
+                retry_after=getattr(error, "retry_after", answer.retry_after),
+            )
+    return internal_error()
+
+
+def internal_error() -> ApiError:
+    """What a caller learns of a fault of ours: nothing but that there was one."""
+    return ApiError(
+        500,
+        "The server had an error while processing your request.",
+        type=SERVER,
+        code="internal_error",
+        retry_after=1,
+    )
+
+
+def error_response(error: ApiError) -> Response:
+    """The error as OpenAI's clients expect it, telling them whether to try again and when."""
+    headers = {"x-should-retry": "false" if error.retry_after is None else "true", **error.headers}
+    if error.retry_after is not None and error.status in (429, 503):
+        # openai-python never repeats a request that is told to wait longer than 120 seconds.
+        headers["retry-after"] = str(min(max(math.ceil(error.retry_after), 1), 120))
+    content = msgspec.json.encode(ErrorEnvelope(error=error.body))
+    return Response(content, error.status, headers, media_type="application/json")

@@ -1,0 +1,51 @@
+"""What Prometheus may know. Labels come from our own tables, never from a caller."""
+
+import prometheus_client
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
+
+# From a cached answer to a full batch on a slow machine.
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class Metrics:
+    """The counters of one app, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._requests = Counter(
+            "unmask_requests", "Requests by route and status", ["route", "status"], registry=self._registry
+        )
+        self._seconds = Histogram(
+            "unmask_request_seconds",
+            "Time from the headers to the last byte of the answer",
+            ["route"],
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self._tokens = Counter("unmask_tokens", "Tokens processed", ["model"], registry=self._registry)
+        self._waiting = Gauge(
+            "unmask_waiting_tokens",
+            "Tokens in the queue of a model's engine",
+            ["model"],
+            registry=self._registry,
+        )
+        prometheus_client.ProcessCollector(registry=self._registry)
+
+    def request(self, route: str, status: int, seconds: float) -> None:
+        """Count a request that was answered, or left by its caller (status 499)."""
+        self._requests.labels(route, str(status)).inc()
+        self._seconds.labels(route).observe(seconds)
+
+    def tokens(self, model: str, count: int) -> None:
+        """Count tokens that a model turned into vectors."""
+        self._tokens.labels(model).inc(count)
+
+    def waiting(self, model: str, count: int) -> None:
+        """Set how many tokens wait for a model."""
+        self._waiting.labels(model).set(count)
+
+    def exposition(self) -> bytes:
+        """All of it in Prometheus' text format."""
+        return prometheus_client.generate_latest(self._registry)

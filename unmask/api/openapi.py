@@ -1,0 +1,176 @@
+"""The OpenAPI 3.1 document: schemas from the msgspec types, the rest from the tables below."""
+
+from typing import Any
+
+import msgspec
+
+from unmask import __version__
+from unmask.api.errors import ErrorEnvelope
+from unmask.api.schema import EmbeddingRequest, EmbeddingResponse, Health, Index, Model, ModelList, Readiness
+
+_ERRORS = {
+    400: "The request is wrong; the message names the field. Also for an API key in the URL.",
+    401: "The API key is missing or wrong.",
+    404: "No such model.",
+    405: "This path has other methods, see Allow.",
+    408: "The body did not arrive in time.",
+    413: "The body is larger than {body_limit} bytes.",
+    415: "The body is not UTF-8 JSON, or it is compressed.",
+    429: "Too many tokens wait already. Retry-After says when there will be room.",
+    500: "A fault of the server.",
+    503: "The model is loading, failed to load, or the server is shutting down.",
+    504: "The vectors were not ready before the request's deadline.",
+}
+
+_INTEGER = {"type": "integer", "minimum": 0}
+_STRING = {"type": "string"}
+
+_HEADERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "x-request-id": (
+        "The caller's own id if it sent a plain one, else a new one; log lines have it.",
+        _STRING,
+    ),
+    "openai-processing-ms": ("Milliseconds from the headers to the answer.", _INTEGER),
+    "x-should-retry": ("Whether the same request may succeed later.", {"enum": ["true", "false"]}),
+    "retry-after": (
+        "Seconds to wait before trying again. Absent where trying again is useless.",
+        {"type": "integer", "minimum": 1, "maximum": 120},
+    ),
+    "allow": ("Methods of this path.", _STRING),
+    "www-authenticate": ("Bearer.", _STRING),
+    "x-unmask-token-encoding": (
+        "For token inputs: how the ids were read.",
+        {"enum": ["cl100k_base", "o200k_base", "native"]},
+    ),
+    "x-unmask-truncated-inputs": (
+        "How many inputs were cut; absent for none.",
+        {"type": "integer", "minimum": 1},
+    ),
+    "x-unmask-ignored-fields": ("Fields of the request that nothing reads; absent for none.", _STRING),
+}
+_ON_ALL = ("x-request-id", "openai-processing-ms")
+_ON_ERROR = {401: ("www-authenticate",), 405: ("allow",), 429: ("retry-after",), 503: ("retry-after",)}
+
+_REQUEST_HEADERS = {
+    "Prefer": ("`wait=N` holds the request up to N seconds (60 at most) while a cold model loads.", _STRING),
+    "Request-Deadline-Ms": (
+        "Milliseconds after which an answer is of no use. Left out: what x-stainless-read-timeout says.",
+        {"type": "integer", "minimum": 1, "maximum": 999_999_999},
+    ),
+    "x-request-id": ("An id for this request, up to 128 letters, digits and `._:-`.", _STRING),
+}
+
+
+def document(*, secured: bool, body_limit: int) -> dict[str, Any]:
+    """The document of one app.
+
+    Args:
+        secured: whether it asks for API keys.
+        body_limit: its largest body, in bytes.
+    """
+    types = [EmbeddingRequest, EmbeddingResponse, Model, ModelList, Readiness, Health, Index, ErrorEnvelope]
+    _, schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+
+    def operation(id: str, summary: str, answer: dict[str, Any], errors: tuple[int, ...] = (), **more: Any) -> Any:
+        public = id in ("health", "ready")
+        statuses = {400, 405, 500, *errors} | ({401} if secured and not public else set())
+        responses = {"200": answer} | {
+            str(status): _response(
+                _ERRORS[status].format(body_limit=body_limit),
+                _json("ErrorEnvelope"),
+                (*_ON_ALL, "x-should-retry", *_ON_ERROR.get(status, ())),
+            )
+            for status in sorted(statuses)
+        }
+        security = {"security": []} if secured and public else {}
+        more["responses"] = responses | more.get("responses", {})
+        return {"operationId": id, "summary": summary, **security, **more}
+
+    def page(summary: str, schema: str) -> dict[str, Any]:
+        return _response(summary, _json(schema), _ON_ALL)
+
+    vectors = _response(
+        "One vector per input, in order.",
+        _json("EmbeddingResponse"),
+        (*_ON_ALL, "x-unmask-token-encoding", "x-unmask-truncated-inputs", "x-unmask-ignored-fields"),
+    )
+    paths = {
+        "/v1/embeddings": {
+            "post": operation(
+                "createEmbedding",
+                "Vectors of texts",
+                vectors,
+                (404, 408, 413, 415, 429, 503, 504),
+                parameters=[
+                    {"name": name, "in": "header", "description": text, "schema": schema}
+                    for name, (text, schema) in _REQUEST_HEADERS.items()
+                ],
+                requestBody={"required": True, "content": _json("EmbeddingRequest")},
+            )
+        },
+        "/v1/models": {"get": operation("listModels", "The models served", page("All of them.", "ModelList"))},
+        "/v1/models/{id}": {
+            "get": operation(
+                "retrieveModel",
+                "One model",
+                page("Its catalogue record and status.", "Model"),
+                (404,),
+                parameters=[
+                    {
+                        "name": "id",
+                        "in": "path",
+                        "required": True,
+                        "description": "An id or alias; slashes are part of it.",
+                        "schema": {"type": "string", "minLength": 1},
+                    }
+                ],
+            )
+        },
+        "/health": {"get": operation("health", "Whether the process lives", page("It does.", "Health"))},
+        "/ready": {
+            "get": operation(
+                "ready",
+                "Whether to send requests here",
+                page("Every warmed model gives its canary's vector.", "Readiness"),
+                responses={"503": page("Not yet, not any more, or not rightly.", "Readiness")},
+            )
+        },
+        "/metrics": {
+            "get": operation(
+                "metrics",
+                "Counters for Prometheus",
+                _response("Prometheus' text format.", {"text/plain": {"schema": _STRING}}, _ON_ALL),
+            )
+        },
+        "/openapi.json": {
+            "get": operation(
+                "openapi",
+                "This document",
+                _response("OpenAPI 3.1.", {"application/json": {"schema": {"type": "object"}}}, _ON_ALL),
+            )
+        },
+        "/": {"get": operation("index", "Where things are", page("Paths by purpose.", "Index"))},
+    }
+    security: dict[str, Any] = {"security": [{"key": []}]} if secured else {}
+    scheme = {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}} if secured else {}
+    headers = {name: {"description": text, "schema": schema} for name, (text, schema) in _HEADERS.items()}
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "unmask",
+            "version": __version__,
+            "description": "Text embeddings behind OpenAI's API. Errors have OpenAI's envelope.",
+        },
+        **security,
+        "paths": paths,
+        "components": {"schemas": schemas, "headers": headers, **scheme},
+    }
+
+
+def _json(schema: str) -> dict[str, Any]:
+    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
+
+
+def _response(text: str, content: dict[str, Any], headers: tuple[str, ...]) -> dict[str, Any]:
+    refs = {name: {"$ref": f"#/components/headers/{name}"} for name in headers}
+    return {"description": text, "headers": refs, "content": content}

@@ -1,0 +1,220 @@
+"""The JSON that comes in and goes out. The OpenAPI document is made from these types."""
+
+import re
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from unmask.api.errors import ApiError
+from unmask.catalogue import Record
+
+MAX_INPUTS = 2048
+
+TokenEncoding = Literal["cl100k_base", "o200k_base", "native"]
+
+_TOKENS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_INPUT_SCHEMA = {
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1, "maxItems": MAX_INPUTS},
+        # OpenAI's own schema caps this one at 2048 like the others, below its limit of tokens per input.
+        _TOKENS,
+        {"type": "array", "items": _TOKENS, "minItems": 1, "maxItems": MAX_INPUTS},
+    ]
+}
+
+
+def _doc(description: str) -> Meta:
+    return Meta(description=description)
+
+
+class EmbeddingRequest(msgspec.Struct, kw_only=True):
+    """Body of `POST /v1/embeddings`. Optional fields may be left out, null or "", which all mean the same."""
+
+    input: Annotated[
+        msgspec.Raw,
+        Meta(
+            description="One text, many texts, or their token ids. Empty texts are refused.",
+            extra_json_schema=_INPUT_SCHEMA,
+        ),
+    ]
+    model: Annotated[str, Meta(description="Id or alias of a model, see `/v1/models`.", min_length=1)]
+    encoding_format: Annotated[
+        Literal["float", "base64", ""] | None, _doc("`base64` is little-endian float32. Default `float`.")
+    ] = None
+    dimensions: Annotated[
+        Annotated[int, Meta(ge=1)] | Literal[""] | None,
+        _doc("Keep the first so many numbers of each vector."),
+    ] = None
+    user: Annotated[str | None, _doc("Accepted for OpenAI's clients; not used.")] = None
+    instruction: Annotated[
+        str | None, _doc("What to look for. The model reads it, and it is not averaged into the vector.")
+    ] = None
+    input_type: Annotated[
+        Literal["query", "document", ""] | None,
+        _doc("Use the model's own instruction for queries or documents. `instruction` wins over it."),
+    ] = None
+    truncate: Annotated[
+        bool | Literal["end", ""] | None,
+        _doc("Cut the end off inputs that are too long, which are refused otherwise."),
+    ] = None
+    normalize: Annotated[bool | Literal[""] | None, _doc("Scale vectors to length 1. Default true.")] = None
+    token_encoding: Annotated[
+        Literal["cl100k_base", "o200k_base", "native", ""] | None,
+        _doc("What the ids of a token input are. `native`: the model's own. Default `cl100k_base`."),
+    ] = None
+
+
+class Embedding(msgspec.Struct, kw_only=True):
+    object: Literal["embedding"]
+    index: int
+    embedding: Annotated[list[float] | str, _doc("Numbers, or base64 of little-endian float32.")]
+
+
+class Usage(msgspec.Struct, kw_only=True):
+    """Tokens that the model processed: instruction and template included, what was cut off not."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingResponse(msgspec.Struct, kw_only=True):
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: Usage
+
+
+ModelStatus = Literal["cold", "loading", "ready", "failed"]
+
+
+class Model(Record, kw_only=True, frozen=True):
+    """A catalogue record in the shape of OpenAI's model object."""
+
+    object: Literal["model"] = "model"
+    status: Annotated[ModelStatus, _doc("A cold model loads with its first request.")]
+
+
+class ModelList(msgspec.Struct, kw_only=True):
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Health(msgspec.Struct, kw_only=True):
+    status: Literal["ok"] = "ok"
+
+
+class Readiness(msgspec.Struct, kw_only=True):
+    """Whether to send requests here, with the finding for each model that counts."""
+
+    status: Literal["ready", "not ready", "stopping"]
+    models: dict[str, str]
+
+
+class Index(msgspec.Struct, kw_only=True):
+    """Where to go from `/`."""
+
+    name: str
+    version: str
+    embeddings: str
+    models: str
+    health: str
+    ready: str
+    metrics: str
+    openapi: str
+
+
+_OPTIONAL = {field.name: field.type for field in msgspec.structs.fields(EmbeddingRequest) if not field.required}
+_DECODERS = {name: msgspec.json.Decoder(type_) for name, type_ in _OPTIONAL.items()}
+_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_TEXT = msgspec.json.Decoder(str)
+_TEXTS = msgspec.json.Decoder(list[str])
+_IDS = msgspec.json.Decoder(list[int])
+_SEQUENCES = msgspec.json.Decoder(list[list[int]])
+
+
+def read_request(body: bytes) -> tuple[EmbeddingRequest, list[str]]:
+    """The request and the names of its fields that nothing here reads.
+
+    Field by field rather than in one go: that names the wrong field without reading it out of a message, and
+    tells which fields are unknown.
+
+    Raises:
+        ApiError: 400.
+    """
+    given = _decode(_FIELDS, body, None)
+    missing = next((name for name in ("input", "model") if name not in given), None)
+    if missing is not None:
+        raise ApiError(400, f"The field '{missing}' is required.", param=missing)
+    model = _decode(_TEXT, given["model"], "model")
+    if not model:
+        raise ApiError(400, "The field 'model' is empty: name a model, see /v1/models.", param="model")
+    options = {name: _option(name, given[name]) for name in _OPTIONAL if name in given}
+    ignored = [name for name in given if name not in _OPTIONAL and name not in ("input", "model")]
+    return EmbeddingRequest(input=given["input"], model=model, **options), ignored
+
+
+def _option(name: str, raw: msgspec.Raw) -> Any:
+    content = bytes(raw)
+    if name == "truncate" and content.lower() in (b'"start"', b'"left"'):
+        message = 'truncate="start" is not supported, only the end can be cut: use true or "end".'
+        raise ApiError(400, message, param=name)
+    value = _decode(_DECODERS[name], content, name)
+    return None if value == "" else value
+
+
+def read_input(raw: msgspec.Raw) -> list[str] | list[list[int]]:
+    """The inputs as texts or as token sequences, whichever of OpenAI's four forms they came in.
+
+    Raises:
+        ApiError: 400, the form is none of the four, or there are none or too many.
+    """
+    content = bytes(raw)
+    first = content[:1]
+    inputs: list[str] | list[list[int]]
+    if first == b'"':
+        inputs = [_decode(_TEXT, content, "input")]
+    elif first != b"[":
+        raise ApiError(400, "The field 'input' must be a string, an array of strings, or token ids.", param="input")
+    else:
+        inside = content[1:64].lstrip()[:1] or content[1:].lstrip()[:1]
+        # Counted before they are made: a million one-letter strings take twenty times the room of their JSON.
+        if inside == b"[":
+            _check_count(content.count(b"[") - 1)
+            inputs = _decode(_SEQUENCES, content, "input")
+        elif inside == b'"':
+            # At least so many, since a quote after a backslash may or may not be the end of a text.
+            _check_count((content.count(b'"') - content.count(b'\\"')) // 2)
+            inputs = _decode(_TEXTS, content, "input")
+        else:
+            inputs = [_decode(_IDS, content, "input")]
+    _check_count(len(inputs))
+    empty = next((index for index, item in enumerate(inputs) if not item), None)
+    if empty is not None:
+        raise ApiError(400, f"input {empty} is empty: it has no token to make a vector from.", param="input")
+    return inputs
+
+
+def _check_count(count: int) -> None:
+    if count > MAX_INPUTS:
+        raise ApiError(400, f"The field 'input' has more than {MAX_INPUTS} inputs, which is the most.", param="input")
+
+
+def _decode(decoder: msgspec.json.Decoder[Any], content: bytes | msgspec.Raw, field: str | None) -> Any:
+    try:
+        return decoder.decode(content)
+    except (RecursionError, UnicodeDecodeError, msgspec.DecodeError) as error:
+        reason = _reason(error)
+    if field is None:
+        raise ApiError(400, f"The body is not a JSON object: {reason}.")
+    raise ApiError(400, f"The field '{field}' is wrong: {reason}.", param=field)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8"
+    # msgspec never quotes the caller's text except an unknown choice, which is of no use in a longer form.
+    return re.sub(r"^(.{300}).*", r"\1…", str(error), flags=re.DOTALL).rstrip(".")

@@ -1,0 +1,216 @@
+"""The process: a listening socket, uvicorn with the limits it lacks, and an orderly end."""
+
+import asyncio
+import functools
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from unmask.api.app import create_app
+from unmask.api.errors import ApiError, error_response
+from unmask.api.exchange import new_request_id
+from unmask.api.logs import configure_logging
+from unmask.api.settings import ServeSettings
+from unmask.engine import Models
+
+# uvicorn's httptools parser takes headers of any size.
+HEADER_LIMIT_BYTES = 65_536
+
+
+class Connection(HttpToolsProtocol):
+    """uvicorn's protocol with limits: by itself it waits for headers for ever and takes any number of them.
+
+    Args:
+        header_timeout_s: time for a request's headers, and for the rest of a body after an early answer.
+    """
+
+    def __init__(self, *args: Any, header_timeout_s: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._header_timeout_s = header_timeout_s
+        self._header_timer: asyncio.TimerHandle | None = None
+        self._header_bytes = 0
+        self._in_body = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)  # pyright: ignore[reportArgumentType] - uvicorn narrows the type
+        self._expect_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._headers_arrived()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._header_timer is None and (self.cycle is None or self.cycle.response_complete):
+            self._expect_headers()
+        self._header_bytes += len(data)
+        super().data_received(data)
+        if self._header_timer is not None and not self._in_body and self._header_bytes > HEADER_LIMIT_BYTES:
+            self.transport.close()
+
+    def on_headers_complete(self) -> None:
+        self._headers_arrived()
+        self._in_body = True
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._in_body = False
+        super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        # Reached with bytes that are no HTTP, before there is any request for the app to answer.
+        response = error_response(ApiError(400, msg))
+        lines = [
+            b"HTTP/1.1 400 Bad Request",
+            b"connection: close",
+            b"x-request-id: " + new_request_id().encode(),
+        ]
+        lines += [name + b": " + value for name, value in response.raw_headers]
+        self.transport.write(b"\r\n".join(lines) + b"\r\n\r\n" + bytes(response.body))
+        self.transport.close()
+
+    def _expect_headers(self) -> None:
+        self._header_bytes = 0
+        self._header_timer = self.loop.call_later(self._header_timeout_s, self.transport.close)
+
+    def _headers_arrived(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server with this package's settings.
+
+    Args:
+        app: what to serve.
+        settings: limits; host and port are the listening socket's.
+        stopping: set by the first signal.
+        ready: called once connections are accepted.
+    """
+
+    def __init__(
+        self, app: ASGIApp, settings: ServeSettings, stopping: threading.Event, ready: Callable[[], None]
+    ) -> None:
+        config = uvicorn.Config(
+            app,
+            loop="auto",
+            http=functools.partial(  # pyright: ignore[reportArgumentType] - only ever called, like the class
+                Connection, header_timeout_s=settings.header_timeout_s
+            ),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=settings.keep_alive_s,  # pyright: ignore[reportArgumentType] - parts of a second work
+            timeout_graceful_shutdown=settings.shutdown_grace_s,  # pyright: ignore[reportArgumentType]
+        )
+        super().__init__(config)
+        self._grace_s = settings.shutdown_grace_s
+        self._stopping = stopping
+        self._stopped_at = 0.0
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # uvicorn would raise the signal again after an orderly end, and so never end with 0.
+        if self._stopping.is_set():
+            os._exit(128 + sig)
+        self.stop()
+
+    def stop(self) -> None:
+        """Begin an orderly end: no new connections, and `shutdown_grace_s` for the accepted requests."""
+        self._stopping.set()
+        self._stopped_at = time.monotonic()
+        self.should_exit = True
+
+    def grace_left(self) -> float:
+        """Seconds of the grace that remain once `stop` was called."""
+        return max(0.0, self._stopped_at + self._grace_s - time.monotonic())
+
+
+def serve(settings: ServeSettings) -> int:
+    """Serve until SIGTERM or SIGINT.
+
+    Returns:
+        The process's exit code: 0 after an orderly end, 1 if the address cannot be listened on.
+
+    Raises:
+        UsageError, CheckpointError: a model's name or files are wrong.
+    """
+    configure_logging(settings.log_level, settings.api_keys)
+    try:
+        listener = listen(settings.host, settings.port)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+        sys.stderr.write(f"cannot listen on {settings.host} port {settings.port}: {reason}. Choose another port.\n")
+        return 1
+    with listener:
+        models = Models(settings.models, warm=settings.warm, queue_tokens=settings.queue_tokens)
+        stopping = threading.Event()
+        app = create_app(models, settings, stopping)
+        server = Server(app, settings, stopping, lambda: _announce(listener, models, settings))
+        with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+            runner.run(serve_models(models, server, listener))
+    return 0
+
+
+async def serve_models(models: Models, server: Server, listener: socket.socket) -> None:
+    """Start the models, serve until the server stops, and close them after their last request."""
+    await models.start()
+    try:
+        await server.serve([listener])
+    finally:
+        await models.close(server.grace_left())
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket, taken before any model is loaded for nothing.
+
+    Raises:
+        OSError: the address is taken, not allowed or not ours.
+    """
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def base_url(listener: socket.socket) -> str:
+    """The URL under which a socket's address is reached."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _announce(listener: socket.socket, models: Models, settings: ServeSettings) -> None:
+    url = base_url(listener)
+    served = [model.record for model in models.list()]
+    width = max((len(record.id) for record in served), default=0)
+    lines = [
+        f"unmask serves {url}/v1",
+        *(f"  {record.id:<{width}}  {record.summary}".rstrip() for record in served),
+    ]
+    if served:
+        key = ' -H "Authorization: Bearer $KEY"' if settings.api_keys else ""
+        body = f'{{"model": "{served[0].id}", "input": "some text"}}'
+        lines.append(f"curl {url}/v1/embeddings -H 'Content-Type: application/json'{key} -d '{body}'")
+    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.flush()

@@ -1,0 +1,72 @@
+"""`ServeSettings`: everything that can be set about the HTTP service, checked when it is made."""
+
+import ipaddress
+from dataclasses import dataclass, field
+
+from unmask.errors import UsageError
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings:
+    """How to serve.
+
+    Attributes:
+        host, port: where to listen; port 0 lets the system choose.
+        models: ids or paths of the models to serve.
+        warm: those of them to load at the start; the others load with their first request.
+        api_keys: keys a caller may present. Without any, only this machine may be served.
+        body_limit_bytes: largest request body.
+        receive_timeout_s: time for a request's body to arrive, counted from its headers.
+        header_timeout_s: time for a request's headers to arrive, from the connection or the first byte.
+        keep_alive_s: how long an idle connection stays open.
+        request_timeout_s: deadline of a request that names none.
+        max_request_tokens: tokens of all inputs of a request together.
+        max_request_characters: the same before tokenising, which no single call may make take minutes.
+        queue_tokens: tokens that may wait in each model's engine.
+        log_level: debug, info, warning or error.
+        shutdown_grace_s: time that accepted requests have left after SIGTERM.
+
+    Raises:
+        UsageError: a value is impossible, or the host is open to others and no key is set.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    models: tuple[str, ...] = ()
+    warm: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    body_limit_bytes: int = 32 * 2**20
+    receive_timeout_s: float = 30
+    header_timeout_s: float = 10
+    keep_alive_s: float = 30
+    request_timeout_s: float = 60
+    max_request_tokens: int = 300_000
+    max_request_characters: int = 8_000_000
+    queue_tokens: int = 262_144
+    log_level: str = "info"
+    shutdown_grace_s: float = 30
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise UsageError(f"port {self.port}: choose 0 to 65535")
+        for name, value in vars(self).items():
+            if isinstance(value, int | float) and name != "port" and value <= 0:
+                raise UsageError(f"{name}={value}: must be greater than 0")
+        if self.log_level not in LOG_LEVELS:
+            raise UsageError(f"log_level={self.log_level!r}: choose one of {', '.join(LOG_LEVELS)}")
+        if not all(key.isascii() and key.isprintable() and key and " " not in key for key in self.api_keys):
+            raise UsageError("an API key is empty or has characters that no HTTP header can carry")
+        if not self.api_keys and not _is_loopback(self.host):
+            raise UsageError(
+                f"host {self.host!r} can be reached from other machines and no API key is set: "
+                "set one, or listen on 127.0.0.1"
+            )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

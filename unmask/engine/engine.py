@@ -1,0 +1,258 @@
+"""`Engine`: one loaded model shared by many callers."""
+
+import asyncio
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from unmask.encoder import Encoder, Prompt
+from unmask.encoder.cores import cores, each_on_a_core
+from unmask.encoder.packing import pack_budget
+from unmask.encoder.prompt import DefaultPrompts
+from unmask.engine import queue
+from unmask.engine.queue import FairQueue
+from unmask.errors import DeadlineExceeded, EngineError, EngineStopped, InputError, Overloaded
+
+log = logging.getLogger("unmask")
+
+# Below this many characters tokenising costs less than handing it to a thread.
+_INLINE_CHARACTERS = 2000
+
+# A pack smaller than this says more about overhead than about speed.
+_MEASURED_TOKENS = 256
+
+# Two models on the same processor would only slow each other down by sharing it within a forward.
+_PROCESSOR = threading.Lock()
+
+
+class Engine:
+    """Batches the work of many callers through one encoder, in a thread of its own.
+
+    Args:
+        encoder: the loaded model.
+        queue_tokens: tokens that may wait; beyond it requests are refused, not queued.
+        pack_tokens: most tokens of one forward; halved when memory runs out.
+    """
+
+    def __init__(self, encoder: Encoder, *, queue_tokens: int = 262_144, pack_tokens: int = 16_384) -> None:
+        self.encoder = encoder
+        self.tokens_per_second: float | None = None
+        self._queue_tokens, self._pack_tokens = queue_tokens, pack_tokens
+        self._queue = FairQueue()
+        self._changed = threading.Condition()
+        self._in_flight = 0
+        self._stopping = False
+        self._anonymous = itertools.count()
+        self._tokenisers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="unmask-tokenise")
+        self._worker = threading.Thread(target=self._work, name=f"unmask-engine-{encoder.name}", daemon=True)
+        self._worker.start()
+
+    async def prepare(
+        self, texts: Sequence[str] | Sequence[Sequence[int]], *, instruction: str = "", truncate: bool = False
+    ) -> list[Prompt]:
+        """Tokenise, off the event loop unless it is too little to matter.
+
+        Args:
+            texts: texts, or sequences of the model's own token ids.
+
+        Raises:
+            InputError and its kinds, with the index of the input at fault.
+        """
+        size = sum(len(text) for text in texts)
+        if size <= _INLINE_CHARACTERS:
+            return self._build(texts, instruction, truncate)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._tokenisers, self._build, texts, instruction, truncate)
+
+    def _build(self, texts: Sequence[str] | Sequence[Sequence[int]], instruction: str, truncate: bool) -> list[Prompt]:
+        prompts = self.encoder.prompts
+        words = [text for text in texts if isinstance(text, str)]
+        if len(words) == len(texts):
+            return prompts.build(words, instruction, truncate)
+        if not isinstance(prompts, DefaultPrompts):
+            raise InputError("token ids cannot be given in reference mode, which reads text only")
+        return prompts.build_from_ids([ids for ids in texts if not isinstance(ids, str)], instruction, truncate)
+
+    async def run(self, prompts: Sequence[Prompt], *, deadline: float | None = None, caller: str = "") -> np.ndarray:
+        """Vectors of prompts, float32 [n, dim], in their order. All or nothing.
+
+        Args:
+            deadline: `time.monotonic()` by which the caller wants them.
+            caller: whose work this is; callers share the model equally. Empty: this request alone.
+
+        Raises:
+            Overloaded: admitting it would overfill the queue or miss its deadline; carries `retry_after`.
+            DeadlineExceeded: the deadline passed while it waited.
+            EngineStopped: the engine is closing.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+
+        def settle(error: BaseException | None) -> None:
+            if future.done():
+                return
+            if error is None:
+                future.set_result(None)
+            else:
+                future.set_exception(error)
+
+        request = queue.Request(
+            prompts=list(prompts),
+            vectors=np.empty((len(prompts), self.encoder.dim), dtype=np.float32),
+            caller=caller or f"request {next(self._anonymous)}",
+            arrived=time.monotonic(),
+            deadline=deadline if deadline is not None else float("inf"),
+            done=lambda error: _call_soon(loop, settle, error),
+            unfinished=len(prompts),
+        )
+        if not request.prompts:
+            return request.vectors
+        with self._changed:
+            self._admit(request)
+            self._queue.add(request)
+            self._changed.notify()
+        try:
+            await asyncio.wait_for(future, None if deadline is None else max(0.0, deadline - time.monotonic()))
+        except TimeoutError as error:
+            raise DeadlineExceeded("the deadline passed before the vectors were ready") from error
+        finally:
+            # Cancelled, timed out or refused: nobody waits any more, so nothing of it may run.
+            with self._changed:
+                if not request.ended:
+                    self._queue.drop(request)
+        return request.vectors
+
+    def _admit(self, request: queue.Request) -> None:
+        if self._stopping:
+            raise EngineStopped("the server is shutting down; send the request to another one")
+        own = sum(len(prompt.ids) for prompt in request.prompts)
+        ahead = self._queue.tokens + self._in_flight
+        rate = self.tokens_per_second
+        if self._queue.tokens and self._queue.tokens + own > self._queue_tokens:
+            excess = self._queue.tokens + own - self._queue_tokens
+            raise Overloaded(
+                f"{self._queue.tokens} tokens are waiting and {self._queue_tokens} may; try again shortly",
+                retry_after=excess / rate if rate else 1.0,
+            )
+        if rate and ahead:
+            wait = (ahead + own) / rate
+            left = request.deadline - time.monotonic()
+            if wait > left:
+                raise Overloaded(
+                    f"{ahead} tokens are ahead of this request, more than can be done before its deadline",
+                    retry_after=wait - max(left, 0.0),
+                )
+
+    def waiting_tokens(self) -> int:
+        """Tokens in line and in the forward that is running."""
+        with self._changed:
+            return self._queue.tokens + self._in_flight
+
+    def close(self, grace: float = 30.0) -> None:
+        """Refuse new work, finish what was accepted (for up to `grace` seconds), end the thread."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._worker.join(grace)
+        with self._changed:
+            abandoned = self._queue.requests()
+            for request in abandoned:
+                self._queue.drop(request)
+        for request in abandoned:
+            request.done(EngineStopped("the server shut down before this request was done"))
+        self._tokenisers.shutdown(wait=False, cancel_futures=True)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not len(self._queue) and not self._stopping:
+                    self._changed.wait()
+                if not len(self._queue):
+                    return
+                now = time.monotonic()
+                late = self._queue.expired(now)
+                for request in late:
+                    self._queue.drop(request)
+                packs = self._take_packs(now)
+                self._in_flight = sum(sequence.length for sequences in packs for sequence in sequences)
+            for request in late:
+                request.done(DeadlineExceeded("the deadline passed before the vectors were ready"))
+            if packs:
+                began = time.perf_counter()
+                with _PROCESSOR:
+                    each_on_a_core(self._run_pack, packs)
+                self._measure(self._in_flight, time.perf_counter() - began)
+            with self._changed:
+                self._in_flight = 0
+
+    def _take_packs(self, now: float) -> list[list[queue.Sequence]]:
+        """As many packs as there are cores, of a size that gives each its share of what waits."""
+        budget = min(self._pack_tokens, pack_budget(self._queue.tokens, self.encoder.device))
+        count = cores() if self.encoder.device.type == "cpu" else 1
+        packs = [self._queue.take(budget, now) for _ in range(count)]
+        return [sequences for sequences in packs if sequences]
+
+    def _run_pack(self, sequences: list[queue.Sequence]) -> None:
+        """One forward, and its vectors to those who asked. Never raises: the thread must live on for the others."""
+        try:
+            vectors = self.encoder.forward_pack([sequence.prompt for sequence in sequences])
+        except Exception as error:
+            if not _out_of_memory(error) or len(sequences) == 1:
+                log.exception("a forward of %d sequences failed", len(sequences))
+                self._fail(sequences, EngineError("the model failed on this request"))
+                return
+            self._pack_tokens = max(256, min(self._pack_tokens, sum(s.length for s in sequences)) // 2)
+            log.warning("out of memory: packs are now at most %d tokens", self._pack_tokens)
+            half = len(sequences) // 2
+            self._run_pack(sequences[:half])
+            self._run_pack(sequences[half:])
+            return
+        finite = [bool(np.isfinite(vector).all()) for vector in vectors]
+        self._fail(
+            [sequence for sequence, good in zip(sequences, finite, strict=True) if not good],
+            EngineError("the model produced a vector that is not finite; its precision may be too low"),
+        )
+        for sequence, vector, good in zip(sequences, vectors, finite, strict=True):
+            if good:
+                self._deliver(sequence, vector)
+
+    def _deliver(self, sequence: queue.Sequence, vector: np.ndarray) -> None:
+        request = sequence.request
+        request.vectors[sequence.index] = vector
+        with self._changed:
+            request.unfinished -= 1
+            complete = request.unfinished == 0 and not request.ended
+            request.ended = request.ended or complete
+        if complete:
+            request.done(None)
+
+    def _fail(self, sequences: Sequence[queue.Sequence], error: BaseException) -> None:
+        for request in {id(sequence.request): sequence.request for sequence in sequences}.values():
+            with self._changed:
+                wanted = not request.ended
+                self._queue.drop(request)
+            if wanted:
+                request.done(error)
+
+    def _measure(self, tokens: int, seconds: float) -> None:
+        if tokens < _MEASURED_TOKENS and self.tokens_per_second is not None:
+            return
+        rate = tokens / max(seconds, 1e-6)
+        known = self.tokens_per_second
+        self.tokens_per_second = rate if known is None else 0.8 * known + 0.2 * rate
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, settle, error: BaseException | None) -> None:
+    # The caller's loop may have closed while its work was running; then there is nobody to tell.
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(settle, error)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

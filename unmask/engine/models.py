@@ -1,0 +1,198 @@
+"""The models of one process: each loaded on first use, checked by its canary, kept until the end."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from typing import Literal
+
+import msgspec
+import numpy as np
+
+from unmask.catalogue import Record, record_for
+from unmask.encoder import Encoder
+from unmask.engine.engine import Engine
+from unmask.errors import CheckpointError, EngineError, ModelLoading, UnmaskError, UsageError
+
+log = logging.getLogger("unmask")
+
+State = Literal["cold", "loading", "ready", "failed"]
+
+_CANARY_TEXT = "The canary sings while the air is good."
+# Half-precision storage of the expected vector and another machine's sums stay far above this.
+_CANARY_COSINE = 0.9999
+_CANARY_SECONDS = 30.0  # how long a passed canary is believed
+_RETRY_FAILED_SECONDS = 60.0
+
+
+class ServedModel:
+    """One model id, from cold to ready."""
+
+    def __init__(self, source: str, queue_tokens: int) -> None:
+        self.source = source
+        self.record: Record = record_for(source)
+        self.state: State = "cold"
+        self.reason = ""
+        self._queue_tokens = queue_tokens
+        self._engine: Engine | None = None
+        self._loading: asyncio.Task[None] | None = None
+        self._expected: np.ndarray | None = None
+        self._canary: tuple[float, str] = (0.0, "not checked yet")
+        self._changed_at = time.monotonic()
+        self._load_seconds = 5.0
+
+    async def engine(self, wait: float = 0.0) -> Engine:
+        """The running engine, loading the model if this is its first use.
+
+        Args:
+            wait: seconds the caller will hold on while it loads.
+
+        Raises:
+            ModelLoading: not ready within `wait`; carries `retry_after`.
+            CheckpointError: it could not be loaded. Tried again at most once a minute.
+        """
+        if self._engine is not None:
+            return self._engine
+        now = time.monotonic()
+        if self.state == "failed" and now - self._changed_at < _RETRY_FAILED_SECONDS:
+            raise CheckpointError(self.reason)
+        if self._loading is None or self._loading.done():
+            self._set("loading")
+            self._loading = asyncio.create_task(self._load())
+        # Shielded: one caller giving up must not stop the load for the others.
+        await asyncio.wait([self._loading], timeout=wait)
+        if self._engine is not None:
+            return self._engine
+        if self.state == "failed":
+            raise CheckpointError(self.reason)
+        left = self._load_seconds - (time.monotonic() - self._changed_at)
+        raise ModelLoading(f"{self.record.id} is being loaded; try again shortly", retry_after=max(1.0, left))
+
+    async def canary(self) -> str:
+        """ "ok", or what is wrong with the vector that the engine gives for the canary text right now."""
+        if self._engine is None or self._expected is None:
+            return self.reason or self.state
+        checked, verdict = self._canary
+        if verdict == "ok" and time.monotonic() - checked < _CANARY_SECONDS:
+            return verdict
+        try:
+            prompts = await self._engine.prepare([self._canary_text()])
+            vector = (await self._engine.run(prompts, deadline=time.monotonic() + 60.0, caller="canary"))[0]
+            verdict = _compare(vector, self._expected)
+        except EngineError as error:
+            verdict = str(error)
+        self._canary = (time.monotonic(), verdict)
+        return verdict
+
+    async def close(self, grace: float) -> None:
+        """Finish accepted work and stop."""
+        if self._loading is not None:
+            await asyncio.wait([self._loading], timeout=grace)
+        if self._engine is not None:
+            await asyncio.to_thread(self._engine.close, grace)
+
+    async def _load(self) -> None:
+        began = time.monotonic()
+        try:
+            encoder, record, expected = await asyncio.to_thread(self._open)
+        except UnmaskError as error:
+            self._set("failed", str(error))
+            log.error("%s could not be loaded: %s", self.record.id, error)
+            return
+        except Exception:
+            # Anything else is our own fault; the model is out of service, the others are not.
+            self._set("failed", f"{self.record.id} could not be loaded because of an internal error")
+            log.exception("%s could not be loaded", self.record.id)
+            return
+        self.record, self._expected = record, expected
+        self._engine = Engine(encoder, queue_tokens=self._queue_tokens)
+        self._load_seconds = time.monotonic() - began
+        self._set("ready")
+        log.info("%s is ready after %.1f s", record.id, self._load_seconds)
+
+    def _open(self) -> tuple[Encoder, Record, np.ndarray]:
+        encoder = Encoder.load(self.source)
+        record = self.record
+        own = encoder.encode([self._canary_text()])[0]
+        if record.canary is not None and (verdict := _compare(own, record.canary.expected())) != "ok":
+            raise CheckpointError(f"{record.id} loaded, but its weights are not the published ones: {verdict}")
+        config = encoder.checkpoint.config
+        known = msgspec.structs.replace(
+            record,
+            architecture=record.architecture or str(config.get("model_type")),
+            base=record.base or (encoder.checkpoint.trained_as if "/" in encoder.checkpoint.trained_as else None),
+            parameters=sum(parameter.numel() for parameter in encoder.decoder.parameters()),
+            dimensions=encoder.dim,
+            max_tokens=encoder.max_length,
+            pooling=encoder.pooling,
+            revision=encoder.checkpoint.revision,
+        )
+        return encoder, known, own
+
+    def _canary_text(self) -> str:
+        return self.record.canary.text if self.record.canary is not None else _CANARY_TEXT
+
+    def _set(self, state: State, reason: str = "") -> None:
+        self.state, self.reason, self._changed_at = state, reason, time.monotonic()
+
+
+class Models:
+    """All models that this process answers for.
+
+    Args:
+        names: ids, folders or files, as given on the command line; the first is listed first.
+        warm: those to load at start rather than on first use.
+        queue_tokens: per model, tokens that may wait.
+
+    Raises:
+        UsageError: two models would answer to the same name, or a warm one is not among them.
+    """
+
+    def __init__(self, names: Sequence[str], *, warm: Sequence[str] = (), queue_tokens: int = 262_144) -> None:
+        self._models = [ServedModel(name, queue_tokens) for name in dict.fromkeys(names)]
+        self._by_id: dict[str, ServedModel] = {}
+        for model in self._models:
+            for known in (model.record.id, *model.record.aliases):
+                if known in self._by_id:
+                    raise UsageError(f"two models would both be called {known!r}; rename the folder of one of them")
+                self._by_id[known] = model
+        self._warm = [self._named(name) for name in dict.fromkeys(warm)]
+
+    def _named(self, name: str) -> ServedModel:
+        model = self.find(name) or next((model for model in self._models if model.source == name), None)
+        if model is None:
+            raise UsageError(f"{name} is to be warmed but is not among the served models")
+        return model
+
+    def list(self) -> list[ServedModel]:
+        """In the order given."""
+        return list(self._models)
+
+    def find(self, id: str) -> ServedModel | None:
+        """By id or alias."""
+        return self._by_id.get(id)
+
+    async def start(self) -> None:
+        """Begin loading the warm models, without waiting for them."""
+        for model in self._warm:
+            try:
+                await model.engine()
+            except UnmaskError as error:
+                log.info("%s", error)
+
+    async def canaries(self) -> dict[str, str]:
+        """For each model that is warm or loaded: "ok", or why it may not answer."""
+        checked = [model for model in self._models if model in self._warm or model.state != "cold"]
+        verdicts = await asyncio.gather(*(model.canary() for model in checked))
+        return {model.record.id: verdict for model, verdict in zip(checked, verdicts, strict=True)}
+
+    async def close(self, grace: float = 30.0) -> None:
+        """Finish what was accepted, then stop every engine."""
+        await asyncio.gather(*(model.close(grace) for model in self._models))
+
+
+def _compare(vector: np.ndarray, expected: np.ndarray) -> str:
+    if vector.shape != expected.shape or not np.isfinite(vector).all():
+        return f"the canary text gave a vector of shape {list(vector.shape)} that is not the expected one"
+    cosine = float(vector @ expected / (np.linalg.norm(vector) * np.linalg.norm(expected)))
+    return "ok" if cosine >= _CANARY_COSINE else f"the canary text's vector has cosine {cosine:.5f} to the right one"
