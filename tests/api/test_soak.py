@@ -1,0 +1,86 @@
+"""The default model as a newcomer starts it, under 64 concurrent clients for a minute."""
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from openai import AsyncOpenAI
+
+from unmask import Encoder
+
+MODEL = "unmask/smollm2-135m-embed"
+CLIENTS = 64
+SECONDS = 60.0
+WORDS = "the river house of science and winter market question doctor garden history without an answer today".split()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[str, psutil.Process]]:
+    """`unmask serve` with its defaults, on a free port."""
+    with (tmp_path / "log").open("w") as log:
+        command = [sys.executable, "-m", "unmask", "serve", "--port", "0", "--log-level", "warning"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=dict(os.environ))
+        try:
+            assert process.stdout is not None
+            found = re.search(r"http://127\.0\.0\.1:\d+/v1", process.stdout.readline())
+            assert found is not None, (tmp_path / "log").read_text()
+            yield found[0], psutil.Process(process.pid)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+            assert process.stdout is not None
+            process.stdout.close()
+
+
+def texts_of_mixed_sizes() -> list[str]:
+    """Log-normal lengths with median 12 words, up to 400."""
+    generator = np.random.default_rng(1)
+    lengths = np.clip(np.exp(generator.normal(np.log(12), 1.0, 120)).astype(int), 1, 400)
+    return [" ".join(generator.choice(WORDS, length)) for length in lengths]
+
+
+@pytest.mark.timeout(400)
+async def test_a_minute_of_64_clients(server: tuple[str, psutil.Process]) -> None:
+    base_url, process = server
+    texts = texts_of_mixed_sizes()
+    encoder = Encoder.load(MODEL)
+    expected = encoder.encode(texts, normalize=True)
+    worst, answered, memory = 0.0, 0, []
+    # Retries would hide errors.
+    async with AsyncOpenAI(base_url=base_url, api_key="any", max_retries=0, timeout=120.0) as client:
+        # The model may still be loading: hold this one request until it is there.
+        await client.embeddings.create(model=MODEL, input="ready?", extra_headers={"Prefer": "wait=60"})
+        end = time.monotonic() + SECONDS
+
+        async def ask(number: int) -> None:
+            nonlocal worst, answered
+            generator = np.random.default_rng(number)
+            while time.monotonic() < end:
+                chosen = generator.integers(0, len(texts), size=int(generator.choice([1, 1, 1, 2, 4, 8])))
+                answer = await client.embeddings.create(model=MODEL, input=[texts[i] for i in chosen])
+                vectors = np.array([item.embedding for item in answer.data], dtype=np.float32)
+                worst = max(worst, float(np.abs(vectors - expected[chosen]).max()))
+                answered += 1
+
+        async def watch() -> None:
+            while time.monotonic() < end:
+                await asyncio.sleep(2)
+                memory.append(process.memory_info().rss)
+
+        await asyncio.gather(watch(), *(ask(number) for number in range(CLIENTS)))
+    assert answered >= CLIENTS
+    assert worst <= 1e-5, "a vector depended on what else was in its batch"
+    # The first third is warm-up: buffers and thread pools reach their size.
+    settled = memory[len(memory) // 3 :]
+    growth = np.median(settled[-5:]) / np.median(settled[:5])
+    print(f"\n{answered} answers, worst difference {worst:.1e}, memory {settled[-1] / 2**20:.0f} MiB, x{growth:.3f}")  # noqa: T201
+    assert growth <= 1.05
