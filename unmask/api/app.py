@@ -19,7 +19,7 @@ from unmask.api.metrics import CONTENT_TYPE, Metrics
 from unmask.api.openapi import document
 from unmask.api.schema import Health, Index, Model, ModelList, Readiness
 from unmask.api.settings import ServeSettings
-from unmask.engine import Models, ServedModel
+from unmask.router import Models, ServedModel
 
 # A canary that takes longer stands behind a stuck engine; a load balancer asks again in any case.
 _CANARY_TIMEOUT_S = 10

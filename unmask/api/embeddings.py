@@ -21,7 +21,7 @@ from unmask.api.schema import EmbeddingRequest, TokenEncoding, read_input, read_
 from unmask.api.settings import ServeSettings
 from unmask.catalogue import Record
 from unmask.encoder.encoder import finish
-from unmask.engine import Models, ServedModel
+from unmask.router import Models, ServedModel
 
 LONGEST_WAIT_S = 60  # for a cold model, by `Prefer: wait`
 LONGEST_DEADLINE_S = 3600

@@ -20,7 +20,7 @@ from unmask.api.errors import ApiError, error_response
 from unmask.api.exchange import new_request_id
 from unmask.api.logs import configure_logging
 from unmask.api.settings import ServeSettings
-from unmask.engine import Models
+from unmask.router import Models
 
 # uvicorn's httptools parser takes headers of any size.
 HEADER_LIMIT_BYTES = 65_536

@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from unmask.errors import CheckpointError
 
 _MODELING = "https://github.com/huggingface/transformers/blob/main/src/transformers/models"
@@ -129,28 +132,31 @@ class Rope:
     original_context: int = 8192
     factors: tuple[float, ...] = ()
 
-    def frequencies(self, head_dim: int) -> list[float]:
-        """Radians per position for each of the head_dim / 2 pairs."""
-        inverse = [self.theta ** (-i / head_dim) for i in range(0, head_dim, 2)]
+    def frequencies(self, head_dim: int) -> Tensor:
+        """Radians per position for each pair, float32 [head_dim / 2].
+
+        Computed in float32 from the start, as transformers does: models were trained with these roundings, and on
+        some texts the last bit of a frequency is worth 1e-4 in the states.
+        """
+        inverse = 1.0 / (self.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
         if self.factors:
-            return [f / d for f, d in zip(inverse, self.factors, strict=True)]
+            return inverse / torch.tensor(self.factors)
         if self.kind == "linear":
-            return [f / self.factor for f in inverse]
+            return inverse / self.factor
         if self.kind == "llama3":
-            return [self._llama3(f) for f in inverse]
+            return self._llama3(inverse)
         return inverse
 
-    def _llama3(self, frequency: float) -> float:
+    def _llama3(self, inverse: Tensor) -> Tensor:
         # https://github.com/meta-llama/llama-models, apply_scaling: keep short waves, divide long ones, blend between.
-        wavelength = 2 * math.pi / frequency
-        if wavelength < self.original_context / self.high_freq_factor:
-            return frequency
-        if wavelength > self.original_context / self.low_freq_factor:
-            return frequency / self.factor
+        wavelength = 2 * math.pi / inverse
         blend = (self.original_context / wavelength - self.low_freq_factor) / (
             self.high_freq_factor - self.low_freq_factor
         )
-        return (1 - blend) * frequency / self.factor + blend * frequency
+        blended = (1 - blend) * inverse / self.factor + blend * inverse
+        long = wavelength > self.original_context / self.low_freq_factor
+        short = wavelength < self.original_context / self.high_freq_factor
+        return torch.where(short, inverse, torch.where(long, inverse / self.factor, blended))
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ class Decoder(nn.Module):
         key = (rope, size, device)
         if key not in self._angles:
             with torch.inference_mode(False), torch.no_grad():  # training may need the table that serving built
-                frequencies = torch.tensor(rope.frequencies(self.shape.head_dim), device=device)
+                frequencies = rope.frequencies(self.shape.head_dim).to(device)
                 angles = torch.outer(torch.arange(size, device=device).float(), frequencies)  # [size, D/2]
                 self._angles[key] = (angles.cos(), angles.sin())
         cos, sin = self._angles[key]

@@ -24,7 +24,7 @@ log = logging.getLogger("unmask")
 # Below this many characters tokenising costs less than handing it to a thread.
 _INLINE_CHARACTERS = 2000
 
-# A pack smaller than this says more about overhead than about speed.
+# Less than this says more about overhead than about speed; until then no deadline is held against anybody.
 _MEASURED_TOKENS = 256
 
 # Two models on the same processor would only slow each other down by sharing it within a forward.
@@ -241,7 +241,7 @@ class Engine:
                 request.done(error)
 
     def _measure(self, tokens: int, seconds: float) -> None:
-        if tokens < _MEASURED_TOKENS and self.tokens_per_second is not None:
+        if tokens < _MEASURED_TOKENS:
             return
         rate = tokens / max(seconds, 1e-6)
         known = self.tokens_per_second

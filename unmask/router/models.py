@@ -11,7 +11,7 @@ import numpy as np
 
 from unmask.catalogue import Record, record_for
 from unmask.encoder import Encoder
-from unmask.engine.engine import Engine
+from unmask.engine import Engine
 from unmask.errors import CheckpointError, EngineError, ModelLoading, UnmaskError, UsageError
 
 log = logging.getLogger("unmask")

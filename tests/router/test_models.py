@@ -1,0 +1,51 @@
+"""Several models in one process: loaded on first use, believed only while their canary is right."""
+
+from pathlib import Path
+
+import pytest
+
+from unmask.errors import CheckpointError, ModelLoading, UsageError
+from unmask.router import Models
+
+
+async def test_models_load_on_first_use_and_check_their_canary(golden_dir: Path) -> None:
+    models = Models([str(golden_dir / "tiny_llama"), str(golden_dir / "tiny_gemma")])
+    await models.start()
+    llama = models.find("tiny_llama-embed")
+    assert llama is not None and llama.state == "cold"
+    with pytest.raises(ModelLoading) as loading:
+        await llama.engine()
+    assert loading.value.retry_after >= 1
+    engine = await llama.engine(wait=60)
+    assert llama.state == "ready" and llama.record.dimensions == engine.encoder.dim == 64
+    assert await models.canaries() == {"tiny_llama": "ok"}
+    await models.close()
+
+
+async def test_a_changed_weight_is_caught_by_the_canary(golden_dir: Path) -> None:
+    models = Models([str(golden_dir / "tiny_llama")], warm=["tiny_llama"])
+    model = models.list()[0]
+    engine = await model.engine(wait=60)
+    engine.encoder.decoder.get_parameter("embedding.weight").data.mul_(-3).add_(0.1)
+    verdict = (await models.canaries())["tiny_llama"]
+    assert "cosine" in verdict
+    await models.close()
+
+
+async def test_a_model_that_cannot_be_loaded_says_why(copied) -> None:
+    folder = copied("tiny_llama")
+    (folder / "tokenizer.json").unlink()
+    models = Models([str(folder)], warm=["tiny_llama"])
+    await models.start()
+    model = models.list()[0]
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        await model.engine(wait=60)
+    assert model.state == "failed" and "no tokenizer" in (await models.canaries())["tiny_llama"]
+    await models.close()
+
+
+def test_two_models_of_one_name(golden_dir: Path, copied) -> None:
+    with pytest.raises(UsageError, match="both be called 'tiny_llama'"):
+        Models([str(golden_dir / "tiny_llama"), str(copied("tiny_llama"))])
+    with pytest.raises(UsageError, match="not among the served"):
+        Models([str(golden_dir / "tiny_llama")], warm=["other"])

@@ -1,0 +1,89 @@
+"""The command line as a user meets it: a real process, its output, its exit code."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from unmask import Encoder, __version__
+
+
+def unmask(*arguments: str, stdin: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "unmask", *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+        timeout=120,
+    )
+
+
+def test_version() -> None:
+    assert unmask("--version").stdout.strip() == f"unmask {__version__}"
+
+
+def test_models_lists_the_default() -> None:
+    done = unmask("models")
+    assert done.returncode == 0 and "unmask/smollm2-135m-embed" in done.stdout
+
+
+def test_encode_a_file(golden_dir: Path, tmp_path: Path) -> None:
+    model = golden_dir / "tiny_llama"
+    (tmp_path / "in.txt").write_text("one\ntwo words\nthree whole words\n", encoding="utf-8")
+    output = tmp_path / "out.npy"
+    done = unmask("encode", str(tmp_path / "in.txt"), "--output", str(output), "--model", str(model), "--normalize")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.strip().endswith(f"-> {output}") and "3 texts" in done.stderr
+    expected = Encoder.load(model).encode(["one", "two words", "three whole words"], normalize=True)
+    np.testing.assert_allclose(np.load(output), expected, rtol=0, atol=1e-6)
+
+
+def test_encode_a_pipe(golden_dir: Path) -> None:
+    model = str(golden_dir / "tiny_llama")
+    done = unmask("encode", "-", "--output", "-", "--output-format", "jsonl", "--model", model, stdin="one\ntwo\n")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["index"] for row in rows] == [0, 1] and len(rows[0]["embedding"]) == 64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["encode", "missing.txt", "-o", "out.npy"], "missing.txt"),
+        (["encode", "in.txt", "-o", "out.npy", "--model", "/no/such/model"], "no model at /no/such/model"),
+        (["encode", "in.txt", "-o", "out.npy", "--pooling", "median"], "choose one of mean"),
+        (["encode", "in.txt", "-o", "out.npy", "--dimensions", "9999"], "dimensions=9999"),
+        (["encode", "in.txt", "-o", "out.xyz"], "out.xyz"),
+        (["serve", "--host", "0.0.0.0"], "no API key"),
+        (["serve", "--api-key-file", "missing"], "--api-key-file missing"),
+        (["serve", "--port", "99999"], "99999"),
+    ],
+)
+def test_a_users_mistake_is_one_line(golden_dir: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    (tmp_path / "in.txt").write_text("a text\n", encoding="utf-8")
+    if arguments[0] == "encode" and "--model" not in arguments:
+        arguments = [*arguments, "--model", str(golden_dir / "tiny_llama")]
+    done = subprocess.run(
+        [sys.executable, "-m", "unmask", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_an_empty_key_file(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("# nothing yet\n\n", encoding="utf-8")
+    done = unmask("serve", "--api-key-file", str(tmp_path / "keys"))
+    assert done.returncode == 1 and "holds no key" in done.stderr

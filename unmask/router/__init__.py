@@ -1,0 +1,5 @@
+"""Which engine answers for a model id, and whether its vectors are right."""
+
+from unmask.router.models import Models, ServedModel
+
+__all__ = ["Models", "ServedModel"]
