@@ -3,6 +3,7 @@
 import time
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -48,15 +49,16 @@ def test_every_sequence_leaves_exactly_once(requests, budget: int, between: list
     seen = [(id(sequence.request), sequence.index) for pack in taken for sequence in pack]
     wanted = [(id(one), i) for one in made if id(one) not in dropped for i in range(len(one.prompts))]
     assert sorted(seen) == sorted(wanted)
-    assert queue.tokens == 0 and not queue._waiting and not queue._finish
+    assert queue.tokens == 0 and not queue.requests()
 
 
-def test_a_single_text_is_not_behind_a_large_request() -> None:
+@pytest.mark.parametrize("caller", ["bulk", "single"], ids=["same caller", "another caller"])
+def test_a_single_text_is_not_behind_a_large_request(caller: str) -> None:
     queue = FairQueue()
     queue.add(request([30] * 2048, "bulk"))
     for _ in range(5):
         queue.take(300, now=0.0)
-    single = request([12], "single")
+    single = request([12], caller)
     queue.add(single)
     packs = [queue.take(300, now=0.0) for _ in range(3)]
     assert any(sequence.request is single for pack in packs for sequence in pack)
@@ -71,6 +73,26 @@ def test_two_callers_share_tokens_equally() -> None:
         for sequence in queue.take(200, now=0.0):
             done[sequence.request.caller] += sequence.length
     assert abs(done["long"] - done["short"]) <= 400
+
+
+def test_many_requests_give_no_caller_a_larger_share() -> None:
+    queue = FairQueue(horizon=1)
+    for _ in range(50):
+        queue.add(request([20] * 10, "many"))
+    queue.add(request([20] * 500, "one"))
+    done = {"many": 0, "one": 0}
+    for _ in range(20):
+        for sequence in queue.take(200, now=0.0):
+            done[sequence.request.caller] += sequence.length
+    assert abs(done["many"] - done["one"]) <= 400
+
+
+def test_callers_are_forgotten_when_they_are_done() -> None:
+    queue = FairQueue()
+    for number in range(1000):
+        queue.add(request([5], f"caller {number}"))
+        queue.take(100, now=0.0)
+    assert len(queue._callers) < 10
 
 
 def test_neighbours_in_length_go_together() -> None:

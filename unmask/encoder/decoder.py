@@ -77,17 +77,18 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, runs: list[Run]) -> Tensor:
         """x [T, W]; cos, sin [T, 1, D/2] -> [T, W]."""
         attended = self.attend(self.attention_norm(x), cos, sin, runs)  # [T, W]
-        x = x + (self.attention_out_norm(attended) if self.attention_out_norm else attended)
+        x = added(x, self.attention_out_norm(attended) if self.attention_out_norm else attended)
         mixed = self.mlp(self.mlp_norm(x))  # [T, W]
-        return x + (self.mlp_out_norm(mixed) if self.mlp_out_norm else mixed)
+        return added(x, self.mlp_out_norm(mixed) if self.mlp_out_norm else mixed)
 
     def attend(self, x: Tensor, cos: Tensor, sin: Tensor, runs: list[Run]) -> Tensor:
         s = self.shape
         heads = self.qkv(x).view(x.shape[0], s.heads + 2 * s.kv_heads, s.head_dim)  # [T, H+2K, D]
-        q, k, v = heads.split((s.heads, s.kv_heads, s.kv_heads), dim=1)  # [T, H, D], [T, K, D] twice
+        qk, v = heads.split((s.heads + s.kv_heads, s.kv_heads), dim=1)  # [T, H+K, D], [T, K, D]
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            q, k = qk.split((s.heads, s.kv_heads), dim=1)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
+        q, k = rotate(qk, cos, sin).split((s.heads, s.kv_heads), dim=1)  # [T, H, D], [T, K, D]
         parts = [self._attend_run(q, k, v, run) for run in runs]
         return self.out(parts[0] if len(parts) == 1 else torch.cat(parts))
 
@@ -110,14 +111,24 @@ class Layer(nn.Module):
 
     def mlp(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)  # [T, I] twice
-        gate = F.silu(gate) if self.shape.activation == "silu" else F.gelu(gate, approximate="tanh")
-        return self.down(gate * up)  # [T, W]
+        serving = not torch.is_grad_enabled()  # then nobody needs the gate again, and its memory is at hand
+        if self.shape.activation == "silu":
+            gate = F.silu(gate, inplace=serving)
+        else:
+            gate = F.gelu(gate, approximate="tanh")
+        return self.down(gate.mul_(up) if serving else gate * up)  # [T, W]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x[i], x[i + D/2]) by its position's angle. x [T, heads, D]; cos, sin [T, 1, D/2]."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    first, second = x.chunk(2, dim=-1)  # [T, heads, D/2] twice
+    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+    return torch.cat(turned, dim=-1)
+
+
+def added(x: Tensor, update: Tensor) -> Tensor:
+    """x + update, in the update's memory when no gradient needs it. Fresh memory costs as much as the sum."""
+    return x + update if torch.is_grad_enabled() else update.add_(x)
 
 
 def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float) -> Tensor:
