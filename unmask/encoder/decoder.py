@@ -112,10 +112,7 @@ class Layer(nn.Module):
     def mlp(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)  # [T, I] twice
         serving = not torch.is_grad_enabled()  # then nobody needs the gate again, and its memory is at hand
-        if self.shape.activation == "silu":
-            gate = F.silu(gate, inplace=serving)
-        else:
-            gate = F.gelu(gate, approximate="tanh")
+        gate = F.silu(gate, inplace=serving) if self.shape.activation == "silu" else F.gelu(gate, approximate="tanh")
         return self.down(gate.mul_(up) if serving else gate * up)  # [T, W]
 
 
