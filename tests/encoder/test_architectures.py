@@ -67,12 +67,12 @@ class StateDict:
         return self.state[name]
 
 
-def transformers_model(config: dict[str, Any]) -> torch.nn.Module:
+def transformers_model(config: dict[str, Any], causal: bool = False) -> torch.nn.Module:
     from transformers import AutoConfig, AutoModel
 
     values = {**SMALL, **config}
     if not config.get("use_bidirectional_attention"):  # such a model needs no other switch, and none is meant for it
-        values["is_causal"] = False
+        values["is_causal"] = causal
     # Eager attention is the only one that knows Gemma 2's soft cap.
     built = AutoConfig.for_model(values.pop("model_type"), **values)
     torch.manual_seed(7)
@@ -84,10 +84,10 @@ def transformers_model(config: dict[str, Any]) -> torch.nn.Module:
     return model
 
 
-def ours(config: dict[str, Any], model: torch.nn.Module) -> Decoder:
+def ours(config: dict[str, Any], model: torch.nn.Module, causal: bool = False) -> Decoder:
     shape = shape_of({**SMALL, **config})
     assert shape is not None
-    return Decoder.load(shape, StateDict(model.state_dict()), torch.float32, "cpu")
+    return Decoder.load(shape, StateDict(model.state_dict()), torch.float32, "cpu", causal)
 
 
 def test_every_row_has_a_variant() -> None:
@@ -99,6 +99,19 @@ def test_every_row_has_a_variant() -> None:
 def test_hidden_states_match_transformers(variant: str) -> None:
     model = transformers_model(VARIANTS[variant])
     decoder = ours(VARIANTS[variant], model)
+    lengths = [37, 11, 11, 1]
+    ids = torch.randint(1, 120, (sum(lengths),))
+    states = decoder(ids, lengths)
+    for sequence, mine in zip(ids.split(lengths), states.split(lengths), strict=True):
+        theirs = model(input_ids=sequence[None], use_cache=False).last_hidden_state[0]
+        assert (mine - theirs).norm() / theirs.norm() <= 1e-5
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if "bidirectional" not in name])
+@torch.no_grad()
+def test_the_causal_mask_can_be_kept(variant: str) -> None:
+    model = transformers_model(VARIANTS[variant], causal=True)
+    decoder = ours(VARIANTS[variant], model, causal=True)
     lengths = [37, 11, 11, 1]
     ids = torch.randint(1, 120, (sum(lengths),))
     states = decoder(ids, lengths)

@@ -55,9 +55,9 @@ class Norm(nn.Module):
 class Layer(nn.Module):
     """One decoder layer: attention and MLP, each on the residual stream."""
 
-    def __init__(self, shape: Shape, window: int | None) -> None:
+    def __init__(self, shape: Shape, window: int | None, causal: bool = False) -> None:
         super().__init__()
-        self.shape, self.window = shape, window
+        self.shape, self.window, self.causal = shape, window, causal
         heads = shape.heads + 2 * shape.kv_heads
 
         def norm(size: int) -> Norm:
@@ -97,17 +97,31 @@ class Layer(nn.Module):
         stop = start + count * length
         # [N*L, heads, D] -> [N, heads, L, D]
         q, k, v = (x[start:stop].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
-        mask = None
-        if self.window is not None and length > self.window + 1:
-            position = torch.arange(length, device=q.device)
-            mask = (position[:, None] - position[None, :]).abs() <= self.window  # [L, L]
+        mask = self._mask(length, q.device)
         if self.shape.softcap is None:
             out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, scale=self.shape.attention_scale, enable_gqa=q.shape[1] != k.shape[1]
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=self.causal and mask is None,
+                scale=self.shape.attention_scale,
+                enable_gqa=q.shape[1] != k.shape[1],
             )
         else:
             out = capped_attention(q, k, v, mask, self.shape.attention_scale, self.shape.softcap)
         return out.transpose(1, 2).flatten(0, 1).flatten(1)  # [N*L, H*D]
+
+    def _mask(self, length: int, device: torch.device) -> Tensor | None:
+        """Which token [L] may see which [L]; None where all may, or where the kernel's own causal mask does."""
+        window = length if self.window is None else self.window
+        # transformers counts the token itself in a causal window, and not in a bidirectional one.
+        reach = window - 1 if self.causal else window
+        if length <= reach + 1 and not (self.causal and self.shape.softcap is not None):
+            return None
+        position = torch.arange(length, device=device)
+        behind = position[:, None] - position[None, :]  # [L, L]
+        return (behind <= reach) & (behind >= (0 if self.causal else -reach))
 
     def mlp(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)  # [T, I] twice
@@ -142,13 +156,13 @@ def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale
 
 
 class Decoder(nn.Module):
-    """A decoder-only transformer with its causal mask removed."""
+    """A decoder-only transformer with its causal mask removed; `causal` leaves it in place, for comparison."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, causal: bool = False) -> None:
         super().__init__()
         self.shape = shape
         self.embedding = nn.Embedding(shape.vocabulary, shape.width)
-        self.layers = nn.ModuleList(Layer(shape, window) for window in shape.windows)
+        self.layers = nn.ModuleList(Layer(shape, window, causal) for window in shape.windows)
         self.norm = Norm(shape.width, shape.eps, shape.norm_offset)
         self._angles: dict[tuple[Rope, int, torch.device], tuple[Tensor, Tensor]] = {}
 
@@ -185,14 +199,16 @@ class Decoder(nn.Module):
         return cos[positions].to(dtype).unsqueeze(1), sin[positions].to(dtype).unsqueeze(1)
 
     @classmethod
-    def load(cls, shape: Shape, tensors: TensorSource, dtype: torch.dtype, device: str) -> "Decoder":
+    def load(
+        cls, shape: Shape, tensors: TensorSource, dtype: torch.dtype, device: str, causal: bool = False
+    ) -> "Decoder":
         """Build the model and fill it, one tensor at a time, converting as it goes.
 
         Raises:
             CheckpointError: a tensor is missing, has another shape than the config says, or is left over.
         """
         with torch.device("meta"):
-            decoder = cls(shape)
+            decoder = cls(shape, causal)
         decoder.to(dtype).to_empty(device=device)
         known = set(tensors.names())
         wanted = decoder.sources()

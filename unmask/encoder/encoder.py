@@ -73,6 +73,7 @@ class Encoder:
         max_length: int | None = None,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         device: str = "cpu",
+        causal: bool = False,
     ) -> "Encoder":
         """Load a model by id, folder or `.gguf` file.
 
@@ -87,6 +88,7 @@ class Encoder:
             max_length: tokens per sequence, everything counted. Left out: as the model says, else 512.
             dtype: precision of the weights; vectors are float32 in any case.
             device: a torch device.
+            causal: keep the decoder's causal mask, to measure what removing it is worth.
 
         Raises:
             ModelNotFound, CheckpointError, UnsupportedArchitecture, AdapterMismatch: see `unmask.errors`.
@@ -116,7 +118,7 @@ class Encoder:
             prompts = ReferencePrompts(tokenizer, template, length, doc_length, kind, eos, skip)
         else:
             prompts = DefaultPrompts(tokenizer, template, length, eos, skip)
-        decoder, dim = _build(checkpoint, compat, _DTYPES[dtype], device)
+        decoder, dim = _build(checkpoint, compat, _DTYPES[dtype], device, causal)
         return cls(checkpoint, decoder, prompts, pooling=pooling, max_length=length, compat=compat, dim=dim)
 
     def encode(
@@ -194,16 +196,18 @@ def finish(vectors: np.ndarray, *, normalize: bool, dimensions: int | None) -> n
     return vectors
 
 
-def _build(checkpoint: Checkpoint, compat: Compat, dtype: torch.dtype, device: str) -> tuple[nn.Module, int]:
+def _build(
+    checkpoint: Checkpoint, compat: Compat, dtype: torch.dtype, device: str, causal: bool
+) -> tuple[nn.Module, int]:
     config: dict[str, Any] = dict(checkpoint.config)
     if compat == "reference":
         config["sliding_window"] = None  # the reference's mask knows no window
     shape = shape_of(config)
     try:
         if shape is None:
-            decoder = TransformersDecoder.load(config, checkpoint.tensors, dtype, device)
+            decoder = TransformersDecoder.load(config, checkpoint.tensors, dtype, device, causal)
             return decoder, int(config["hidden_size"])
-        return Decoder.load(shape, checkpoint.tensors, dtype, device), shape.width
+        return Decoder.load(shape, checkpoint.tensors, dtype, device, causal), shape.width
     except CheckpointError as error:
         raise type(error)(f"{checkpoint.name}: {error}") from error
 

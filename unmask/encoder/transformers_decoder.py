@@ -27,7 +27,7 @@ class TransformersDecoder(nn.Module):
 
     @classmethod
     def load(
-        cls, config: Mapping[str, Any], tensors: TensorSource, dtype: torch.dtype, device: str
+        cls, config: Mapping[str, Any], tensors: TensorSource, dtype: torch.dtype, device: str, causal: bool = False
     ) -> "TransformersDecoder":
         """Build the model from a hub config, fill it, and prove that no causal mask is left.
 
@@ -40,7 +40,7 @@ class TransformersDecoder(nn.Module):
         kind = config["model_type"]
         values = {key: value for key, value in config.items() if key not in ("model_type", "_name_or_path")}
         try:
-            built = AutoConfig.for_model(kind, **values, is_causal=False)
+            built = AutoConfig.for_model(kind, **values, is_causal=causal)
             model = AutoModel.from_config(built, dtype=dtype)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UnsupportedArchitecture(
@@ -60,7 +60,8 @@ class TransformersDecoder(nn.Module):
                     )
                 target.copy_(tensors.read(name))
         decoder = cls(model.to(device).eval())
-        decoder._require_bidirectional(kind, device)
+        if not causal:
+            decoder._require_bidirectional(kind, device)
         return decoder
 
     @torch.no_grad()
