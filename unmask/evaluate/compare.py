@@ -1,0 +1,299 @@
+"""Which of two models is better, on what, by how much, and is it more than noise; and how far a revision drifted."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from unmask.errors import UsageError
+from unmask.evaluate.contender import Contender
+from unmask.evaluate.results import Category, ModelResult, Statistic, TaskScore, read_examples, read_results
+from unmask.evaluate.statistics import Paired, holm, paired, paired_mean
+
+NEIGHBOURS = 10
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model's results and the folder that holds its per-example values."""
+
+    folder: Path
+    model: ModelResult
+
+    @property
+    def name(self) -> str:
+        return self.model.name
+
+
+@dataclass(frozen=True)
+class TaskComparison:
+    """One task. Scores on the 0-100 scale; `test` is A minus B, None where there are no per-example values."""
+
+    task: str
+    category: Category
+    metric: str
+    score_a: float
+    score_b: float
+    examples: int
+    test: Paired | None
+
+    @property
+    def delta(self) -> float:
+        return self.score_a - self.score_b
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the tasks that both completed.
+
+    Attributes:
+        a, b: what the models are called here, always two different labels.
+        tasks: in the order of A's results; p-values adjusted for their number (Holm).
+        overall: test of the difference in the mean over `counted`; None where per-example values are missing.
+        counted: the tasks in the mean.
+        mean_a, mean_b: means over `counted`.
+        left_out: task -> why it could not be compared.
+    """
+
+    a: str
+    b: str
+    tasks: list[TaskComparison]
+    overall: Paired | None
+    counted: list[str]
+    mean_a: float
+    mean_b: float
+    left_out: dict[str, str]
+
+    @property
+    def delta(self) -> float:
+        return self.mean_a - self.mean_b
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far the vectors of one model moved from those of another, on the same texts.
+
+    Attributes:
+        a, b: names of the models.
+        texts: how many were encoded.
+        mean_cosine, worst_cosine: between the two vectors of a text; None if they differ in length.
+        worst_text: the text that moved most; None with the cosines.
+        neighbours: how many nearest neighbours of each text were looked at.
+        overlap: mean share (0-1) of those that are the same in both models.
+        same_nearest: share (0-1) of texts whose nearest neighbour is the same.
+    """
+
+    a: str
+    b: str
+    texts: int
+    mean_cosine: float | None
+    worst_cosine: float | None
+    worst_text: str | None
+    neighbours: int
+    overlap: float
+    same_nearest: float
+
+
+def open_measured(spec: str) -> Measured:
+    """Find a model's results: `FOLDER` for the first model of a run, `FOLDER:MODEL` for another one.
+
+    MODEL may be shortened to its last part ("all-MiniLM-L6-v2") or its file name.
+
+    Raises:
+        UsageError: no such folder, no such model in it, or more than one.
+    """
+    folder, _, wanted = (spec, "", "") if Path(spec).exists() else spec.rpartition(":")
+    if not folder:
+        raise UsageError(f"{spec} is not a folder of results; name one that `unmask evaluate` wrote")
+    results = read_results(Path(folder))
+    where = Path(folder) if Path(folder).is_dir() else Path(folder).parent
+    if not results.models:
+        raise UsageError(f"{folder} holds the results of no model")
+    if not wanted:
+        return Measured(where, results.models[0])
+    exact = [model for model in results.models if wanted in (model.name, model.slug)]
+    found = exact or [model for model in results.models if model.name.rstrip("/").rpartition("/")[2] == wanted]
+    if len(found) != 1:
+        known = ", ".join(model.name for model in results.models)
+        problem = "more than one model is called" if found else "there is no model"
+        raise UsageError(f"{folder}: {problem} {wanted}; it holds {known}")
+    return Measured(where, found[0])
+
+
+def compare(
+    a: Measured, b: Measured, tasks: Sequence[str] = (), *, counted: Collection[str] | None = None
+) -> Comparison:
+    """Compare two models, task by task and on the mean over tasks.
+
+    Args:
+        a, b: from `open_measured`.
+        tasks: compare only on these; all that both completed if empty.
+        counted: the tasks among them whose mean is compared. Left out: all but word-level tasks, or these if there is
+            nothing else.
+
+    Raises:
+        UsageError: nothing to compare; a task that was asked for was not run by both; data or examples differ.
+    """
+    scores_a = {score.task: score for score in a.model.scores}
+    scores_b = {score.task: score for score in b.model.scores}
+    for task in tasks:
+        lacking = [side.name for side, scores in ((a, scores_a), (b, scores_b)) if task not in scores]
+        if lacking:
+            raise UsageError(f"{' and '.join(lacking)} did not run {task}; both ran {_listed(scores_a, scores_b)}")
+    wanted = list(tasks) or [*scores_a, *(task for task in scores_b if task not in scores_a)]
+    left_out = {task: why for task in wanted if (why := _why_not(a, b, scores_a.get(task), scores_b.get(task)))}
+    rows, pairs = [], {}
+    for task in wanted:
+        if task in left_out:
+            continue
+        score_a, score_b = scores_a[task], scores_b[task]
+        _refuse_unlike(a, b, score_a, score_b)
+        values = _paired_values(a, b, score_a)
+        test = None
+        if values is not None:
+            pairs[task] = values
+            test = _tested(task, *values)
+        rows.append(_row(score_a, score_b, test))
+    if not rows:
+        reasons = "; ".join(f"{task}: {why}" for task, why in left_out.items())
+        raise UsageError(f"{a.name} and {b.name} completed no task in common" + (f" ({reasons})" if reasons else ""))
+    rows = _adjusted(rows)
+    if counted is None:
+        averaged = [row for row in rows if row.category != "WordLevel"] or rows
+    else:
+        averaged = [row for row in rows if row.task in counted]
+    whole = [pairs[row.task] for row in averaged if row.task in pairs]
+    name_a, name_b = _told_apart(a, b)
+    return Comparison(
+        a=name_a,
+        b=name_b,
+        tasks=rows,
+        overall=paired_mean(whole) if whole and len(whole) == len(averaged) else None,
+        counted=[row.task for row in averaged],
+        mean_a=float(np.mean([row.score_a for row in averaged])) if averaged else float("nan"),
+        mean_b=float(np.mean([row.score_b for row in averaged])) if averaged else float("nan"),
+        left_out=left_out,
+    )
+
+
+def drift(a: Contender, b: Contender, texts: Sequence[str]) -> Drift:
+    """Encode the texts with both models and say how much changed.
+
+    Args:
+        a, b: usually two revisions of one model; models of other dimensions have neighbours in common but no cosine.
+        texts: at least 2, repeated ones counted once. A matrix of [texts, texts] similarities is made in slices.
+
+    Raises:
+        UsageError: fewer than 2 different texts.
+    """
+    texts = list(dict.fromkeys(texts))
+    if len(texts) < 2:
+        raise UsageError(f"{len(texts)} different texts are too few to compare neighbours; give 2 or more")
+    vectors_a, vectors_b = _unit(a.encode(texts)), _unit(b.encode(texts))
+    near = min(NEIGHBOURS, len(texts) - 1)
+    nearest_a, nearest_b = _nearest(vectors_a, near), _nearest(vectors_b, near)
+    shared = [len(set(row_a) & set(row_b)) for row_a, row_b in zip(nearest_a.tolist(), nearest_b.tolist(), strict=True)]
+    mean = worst = text = None
+    if vectors_a.shape == vectors_b.shape:
+        cosines = np.einsum("nd,nd->n", vectors_a, vectors_b, dtype=np.float64)
+        mean, worst, text = float(cosines.mean()), float(cosines.min()), texts[int(cosines.argmin())]
+    return Drift(
+        a=a.name,
+        b=b.name,
+        texts=len(texts),
+        mean_cosine=mean,
+        worst_cosine=worst,
+        worst_text=text,
+        neighbours=near,
+        overlap=float(np.mean(shared)) / near,
+        same_nearest=float(np.mean(nearest_a[:, 0] == nearest_b[:, 0])),
+    )
+
+
+def _why_not(a: Measured, b: Measured, score_a: TaskScore | None, score_b: TaskScore | None) -> str | None:
+    """Why a task cannot be compared through no fault of its data."""
+    for side, score in ((a, score_a), (b, score_b)):
+        if score is None:
+            return f"not run by {side.name}"
+        if score.score is None:
+            return f"failed for {side.name}: {score.error or 'no reason given'}"
+    return None
+
+
+def _refuse_unlike(a: Measured, b: Measured, score_a: TaskScore, score_b: TaskScore) -> None:
+    for what, of_a, of_b in (
+        ("data", score_a.data, score_b.data),
+        ("metric", score_a.metric, score_b.metric),
+        ("statistic", score_a.statistic, score_b.statistic),
+    ):
+        if of_a != of_b:
+            raise UsageError(
+                f"{score_a.task}: {a.name} was measured with {what} {of_a} and {b.name} with {of_b}; run both again "
+                "on the same data, or leave the task out with --task"
+            )
+
+
+def _paired_values(a: Measured, b: Measured, score: TaskScore) -> tuple[np.ndarray, np.ndarray, Statistic] | None:
+    values_a = read_examples(a.folder, a.model, score.task)
+    values_b = read_examples(b.folder, b.model, score.task)
+    if values_a is None or values_b is None or min(len(values_a), len(values_b)) < 2:
+        return None
+    return values_a, values_b, score.statistic
+
+
+def _tested(task: str, values_a: np.ndarray, values_b: np.ndarray, statistic: Statistic) -> Paired | None:
+    try:
+        return paired(values_a, values_b, statistic)
+    except ValueError as error:
+        raise UsageError(f"{task}: the examples of the two results do not match: {error}; run both again") from error
+
+
+def _row(score_a: TaskScore, score_b: TaskScore, test: Paired | None) -> TaskComparison:
+    if score_a.score is None or score_b.score is None:
+        raise ValueError("only completed tasks are compared")
+    return TaskComparison(
+        task=score_a.task,
+        category=score_a.category,
+        metric=score_a.metric,
+        score_a=score_a.score,
+        score_b=score_b.score,
+        examples=score_a.examples,
+        test=test,
+    )
+
+
+def _adjusted(rows: list[TaskComparison]) -> list[TaskComparison]:
+    adjusted = iter(holm([row.test for row in rows if row.test is not None]))
+    return [replace(row, test=next(adjusted)) if row.test is not None else row for row in rows]
+
+
+def _told_apart(a: Measured, b: Measured) -> tuple[str, str]:
+    """Two different labels: the names, else with revisions, else with folders."""
+    if a.name != b.name:
+        return a.name, b.name
+    if a.model.revision != b.model.revision:
+        return f"{a.name} @{a.model.revision[:8]}", f"{b.name} @{b.model.revision[:8]}"
+    if a.folder.resolve() != b.folder.resolve():
+        return f"{a.name} ({a.folder})", f"{b.name} ({b.folder})"
+    raise UsageError(f"{a.name} would be compared with itself; name two models or two folders of results")
+
+
+def _listed(scores_a: dict[str, TaskScore], scores_b: dict[str, TaskScore]) -> str:
+    return ", ".join(task for task in scores_a if task in scores_b) or "nothing in common"
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    vectors = np.asarray(vectors, dtype=np.float32)
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
+
+
+def _nearest(vectors: np.ndarray, near: int) -> np.ndarray:
+    """Rows of the `near` most similar other rows of vectors [n, d], most similar first: [n, near]."""
+    parts = []
+    for start in range(0, len(vectors), 1024):
+        similar = vectors[start : start + 1024] @ vectors.T  # [1024, n]
+        similar[np.arange(len(similar)), np.arange(start, start + len(similar))] = -np.inf
+        parts.append(np.argsort(-similar, axis=1, kind="stable")[:, :near])
+    return np.concatenate(parts)

@@ -1,0 +1,271 @@
+"""Geometry of the charts: where each mark goes. `templates/charts.svg.j2` draws them.
+
+Bars are placed in per cent of whatever width they are given, with text outside the drawing, so they are sharp and
+legible at any width. A scatter needs to know its width to keep labels apart, so each is laid out twice, for wide and
+for narrow screens, and the page shows the one that fits.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from unmask.evaluate.published import PublishedModel
+from unmask.evaluate.report import wording
+from unmask.evaluate.report.story import Row, Story, TaskGroup
+from unmask.evaluate.results import TaskScore
+
+WIDE, NARROW = 900, 350
+_BESIDE = 450  # one of two charts side by side
+
+# Room in pixels around the plot for the axes' labels.
+_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 14, 14, 44
+# A character of the 13-pixel label face, on the generous side so that wide fonts do not collide either.
+_CHARACTER, _LINE = 7.6, 16
+_RADIUS = 6.5
+
+# Points that an outlier may lie below the lowest of ours and the lowest tenth of the others.
+_TOLERATED = 8.0
+
+Anchor = Literal["start", "end", "middle"]
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A model's bar on a task; positions in per cent of the scale, None where nothing is drawn."""
+
+    row: Row
+    end: float | None
+    low: float | None
+    high: float | None
+    published: float | None
+    text: str
+    title: str
+
+
+@dataclass(frozen=True)
+class TaskBars:
+    task: str
+    metric: str
+    bars: list[Bar]
+
+
+@dataclass(frozen=True)
+class Tick:
+    at: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point with its label, in pixels. `index` is the model's colour, None for other people's models."""
+
+    x: float
+    y: float
+    index: int | None
+    title: str
+    label: str = ""
+    label_x: float = 0
+    label_y: float = 0
+    anchor: Anchor = "start"
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """One drawing of a scatter chart, in pixels."""
+
+    width: int
+    height: int
+    plot: Box
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    x_label: str
+    y_label: str
+    marks: list[Mark]
+    title: str
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a scatter chart shows, in units of the data."""
+
+    name: str
+    x: float
+    y: float
+    index: int | None = None
+    label: str = ""
+
+
+def task_bars(group: TaskGroup) -> TaskBars:
+    """The bars of one task, a bar per model, on a scale from 0 to 100."""
+    return TaskBars(
+        group.task, wording.metric(group.metric), [_bar(group.task, row, score) for row, score, _ in group.entries]
+    )
+
+
+def _bar(task: str, row: Row, score: TaskScore) -> Bar:
+    if score.score is None:
+        return Bar(row, None, None, None, score.published, "failed", f"{task}, {row.short}: failed, {score.error}")
+    title = f"{task}, {row.short}: {wording.score(score.score)}"
+    if score.interval:
+        title += f" ({wording.interval(score.interval)})"
+    if score.published is not None:
+        title += f", published {wording.score(score.published)}"
+    low, high = (_on_scale(bound) for bound in score.interval) if score.interval else (None, None)
+    published = None if score.published is None else _on_scale(score.published)
+    return Bar(row, _on_scale(score.score), low, high, published, wording.score(score.score, 1), title)
+
+
+def _on_scale(score: float) -> float:
+    return min(100.0, max(0.0, score))
+
+
+def quality_and_speed(story: Story, *, beside: bool = False) -> list[Scatter]:
+    """Mean score against texts per second, wide and narrow; nothing if fewer than two models have both."""
+    points = [
+        Point(row.short, row.model.cost.texts_per_second, row.mean, row.index, row.short)
+        for row in story.rows
+        if row.mean is not None and row.model.cost.texts_per_second
+    ]
+    tasks = wording.plural(len(story.common), "task")
+    return _scatters(points, "texts per second, here", f"mean of {tasks}", beside=beside) if len(points) > 1 else []
+
+
+def quality_and_size(story: Story) -> list[Scatter]:
+    """Mean score against parameters, with other people's models for context; nothing without them."""
+    if not story.published:
+        return []
+    theirs = sorted((m for m in story.published if m.parameters), key=lambda m: (m.parameters or 0, -m.mean))
+    points = [
+        Point(row.short, row.model.cost.parameters, story.placed[row.model.name], row.index, row.short)
+        for row in story.rows
+        if row.model.name in story.placed and row.model.cost.parameters
+    ]
+    best = -math.inf
+    for model in shown(theirs, [point.y for point in points]):
+        # A label for the best of its size: those that a reader would look for.
+        label = wording.short_names([model.name])[model.name] if model.mean > best else ""
+        best = max(best, model.mean)
+        points.append(Point(model.name, model.parameters or 0, model.mean, None, label))
+    tasks = wording.plural(len(story.published_tasks), "task")
+    return _scatters(points, "parameters", f"mean of {tasks}", beside=True)
+
+
+def shown(others: Sequence[PublishedModel], ours: Sequence[float]) -> list[PublishedModel]:
+    """The published models that have a known size and do not lie so far below all else as to flatten the chart."""
+    sized = [model for model in others if model.parameters]
+    means = sorted(model.mean for model in sized)
+    floor = min([*ours, *means[len(means) // 10 :][:1]], default=0.0) - _TOLERATED
+    return [model for model in sized if model.mean >= floor]
+
+
+def _scatters(points: Sequence[Point], x_label: str, y_label: str, *, beside: bool) -> list[Scatter]:
+    wide = (_BESIDE, 380) if beside else (WIDE, 380)
+    return [_scatter(points, x_label, y_label, *size) for size in (wide, (NARROW, 360))]
+
+
+def _scatter(points: Sequence[Point], x_label: str, y_label: str, width: int, height: int) -> Scatter:
+    left, top, right, bottom = _LEFT, _TOP, width - _RIGHT, height - _BOTTOM
+    x_low, x_high = _padded([math.log10(point.x) for point in points], 0.12, 0.3)
+    y_low, y_high = _padded([point.y for point in points], 0.12, 1.0)
+
+    def place_x(value: float) -> float:
+        return left + (math.log10(value) - x_low) / (x_high - x_low) * (right - left)
+
+    def place_y(value: float) -> float:
+        return bottom - (value - y_low) / (y_high - y_low) * (bottom - top)
+
+    spots = [(place_x(point.x), place_y(point.y)) for point in points]
+    measured = [index for index, point in enumerate(points) if point.index is not None]
+    taken = [_box(*spots[index], _RADIUS) for index in measured]
+    crowd = [_box(*spot, 3) for index, spot in enumerate(spots) if points[index].index is None]
+    marks: dict[int, Mark] = {}
+    # Ours first: their labels are never left out, the others' only stand where there is room.
+    for index in [*measured, *(i for i, point in enumerate(points) if point.index is None)]:
+        point, (x, y) = points[index], spots[index]
+        title = f"{point.name}: {wording.score(point.y)}, {wording.magnitude(point.x)} {x_label.split(',')[0]}"
+        mark = Mark(x, y, point.index, title)
+        if point.label:
+            label = wording.shortened(point.label, 30 if width > NARROW else 22)
+            around = crowd if point.index is None else []
+            mark = _labelled(mark, label, taken, around, (left, top, right, bottom))
+        marks[index] = mark
+    ordered = sorted(marks.items(), key=lambda item: points[item[0]].index is not None)  # ours on top
+    return Scatter(
+        width=width,
+        height=height,
+        plot=(left, top, right, bottom),
+        x_ticks=[Tick(place_x(value), _tick(value)) for value in _log_ticks(x_low, x_high)],
+        y_ticks=[Tick(place_y(value), f"{value:g}") for value in _linear_ticks(y_low, y_high)],
+        x_label=x_label,
+        y_label=y_label,
+        marks=[mark for _, mark in ordered],
+        title=f"{y_label} against {x_label}",
+    )
+
+
+def _labelled(mark: Mark, label: str, taken: list[Box], around: list[Box], plot: Box) -> Mark:
+    """Set the label where it fits best, right, left, above or below, and append its box to `taken`.
+
+    `around` is to be kept clear as well. The label of somebody else's model is left out if it fits nowhere.
+    """
+    wide = len(label) * _CHARACTER * (0.85 if mark.index is None else 1)
+    best: tuple[float, Mark, Box] | None = None
+    gap = _RADIUS + 5
+    # Without a colour to tie a label to its point, it must stand right beside it.
+    for distance in (0,) if mark.index is None else (0, _LINE, 2 * _LINE):
+        places: list[tuple[float, float, Anchor]] = [
+            (mark.x + gap, mark.y - distance, "start"),
+            (mark.x - gap, mark.y - distance, "end"),
+            (mark.x, mark.y - gap - 3 - distance, "middle"),
+            (mark.x, mark.y + gap + 8 + distance, "middle"),
+            (mark.x + gap, mark.y + distance, "start"),
+            (mark.x - gap, mark.y + distance, "end"),
+        ]
+        for x, y, anchor in places:
+            start = x - {"start": 0.0, "end": wide, "middle": wide / 2}[anchor]
+            # Slid back into the plot rather than cut off at its edge.
+            shift = max(0, plot[0] + 4 - start) - max(0, start + wide - plot[2] + 2)
+            if shift and anchor != "middle":
+                continue
+            box = (start + shift, y - _LINE / 2, start + shift + wide, y + _LINE / 2)
+            outside = max(0, plot[1] - box[1]) + max(0, box[3] - plot[3])
+            cost = sum(_overlap(box, other) for other in (*taken, *around)) + 50 * outside
+            placed = Mark(mark.x, mark.y, mark.index, mark.title, label, x + shift, y, anchor)
+            if best is None or cost < best[0]:
+                best = (cost, placed, box)
+    if best is None or (mark.index is None and best[0] > 0):
+        return mark
+    taken.append(best[2])
+    return best[1]
+
+
+def _box(x: float, y: float, radius: float) -> Box:
+    return x - radius, y - radius, x + radius, y + radius
+
+
+def _overlap(one: Box, two: Box) -> float:
+    return max(0, min(one[2], two[2]) - max(one[0], two[0])) * max(0, min(one[3], two[3]) - max(one[1], two[1]))
+
+
+def _padded(values: Sequence[float], share: float, least: float) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    pad = max((high - low) * share, least)
+    return low - pad, high + pad
+
+
+def _linear_ticks(low: float, high: float) -> list[float]:
+    step = next(s for s in (0.5, 1, 2, 5, 10, 20, 50, 100) if (high - low) / s <= 6)
+    return [step * index for index in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten, with 2 and 5 between them where the axis is short."""
+    between = (1,) if high - low > 2.2 else (1, 3) if high - low > 1.4 else (1, 2, 5)
+    values = [m * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for m in between]
+    return [value for value in values if low <= math.log10(value) <= high]
+
+
+def _tick(value: float) -> str:
+    return f"{value:,g}" if value < 10_000 else wording.magnitude(value).replace(".0", "")

@@ -1,0 +1,141 @@
+"""A comparison of two models in words, in the terminal and in files."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from unmask.errors import UsageError
+from unmask.evaluate.compare import Comparison, Drift, TaskComparison
+from unmask.evaluate.report import wording
+from unmask.evaluate.report.page import render, write_text
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_FORMATS = (".html", ".md", ".json")
+
+
+def verdict_sentence(comparison: Comparison) -> str:
+    """Which is better, by how much, and is it more than noise."""
+    over = f"on the mean of {wording.plural(len(comparison.counted), 'task')}"
+    delta, test = comparison.delta, comparison.overall
+    better, other = (comparison.a, comparison.b) if delta > 0 else (comparison.b, comparison.a)
+    means = f"{wording.score(max(comparison.mean_a, comparison.mean_b))} against " + wording.score(
+        min(comparison.mean_a, comparison.mean_b)
+    )
+    if test is None:
+        if delta == 0:
+            return f"{comparison.a} and {comparison.b} score the same {over}, {means}; no per-example values to test."
+        unknown = "without per-example values nobody knows whether that is noise"
+        return f"{better} scores {abs(delta):.2f} points more than {other} {over}, {means}; {unknown}."
+    low, high = sorted(bound if delta > 0 else -bound for bound in test.interval)
+    sure = f"95 % interval {wording.signed(low)} to {wording.signed(high)}, p {_p(test.p_value)}"
+    if test.verdict == "noise":
+        pair = f"{comparison.a} and {comparison.b}"
+        return f"{pair} cannot be told apart {over}: {means}, a difference within noise ({sure})."
+    return f"{better} is better than {other} {over}, by {abs(delta):.2f} points: {means}, more than noise ({sure})."
+
+
+def tally_sentence(comparison: Comparison) -> str:
+    """On how many tasks each is better."""
+    tested = [row.test for row in comparison.tasks if row.test is not None]
+    wins = {verdict: sum(test.verdict == verdict for test in tested) for verdict in ("better", "worse", "noise")}
+    parts = [
+        f"{comparison.a} is better on {wins['better']}",
+        f"{comparison.b} on {wins['worse']}",
+        f"{wins['noise']} are within noise",
+    ]
+    if len(tested) < len(comparison.tasks):
+        parts.append(f"{len(comparison.tasks) - len(tested)} could not be tested")
+    return f"Of {wording.plural(len(comparison.tasks), 'task')}, {wording.listed(parts)} (Holm's correction, 5 %)."
+
+
+def drift_sentence(drift: Drift) -> str:
+    """How far the vectors moved."""
+    over = f"{wording.plural(drift.texts, 'text')}"
+    near = (
+        f"{100 * drift.overlap:.1f} % of the {drift.neighbours} nearest neighbours are the same, "
+        f"and the nearest one for {100 * drift.same_nearest:.1f} % of the texts"
+    )
+    if drift.mean_cosine is None or drift.worst_cosine is None:
+        return f"{drift.a} and {drift.b} have vectors of different lengths, so no cosine; over {over}, {near}."
+    cosines = f"cosine {drift.mean_cosine:.4f} on average, {drift.worst_cosine:.4f} at worst"
+    return f"From {drift.a} to {drift.b}, over {over}: {cosines}; {near}."
+
+
+def print_comparison(comparison: Comparison, console: "Console") -> None:
+    """The verdict and a table, in the terminal."""
+    from rich.table import Table
+    from rich.text import Text
+
+    console.print(Text(verdict_sentence(comparison), style="bold"))
+    console.print(Text(f"{tally_sentence(comparison)}\n\nA  {comparison.a}\nB  {comparison.b}\n"))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("task", overflow="fold")
+    for heading in ("A", "B", "A − B", "95 % interval", "p", "verdict"):
+        table.add_column(heading, justify="left" if heading == "verdict" else "right", no_wrap=True)
+    for row in comparison.tasks:
+        styles = {"better": "green", "worse": "red"}
+        style = styles.get(row.test.verdict, "") if row.test else "dim"
+        cells = (row.task, wording.score(row.score_a), wording.score(row.score_b), *_test_cells(row))
+        table.add_row(*(Text(cell, style=style if at > 2 else "") for at, cell in enumerate(cells)))
+    console.print(table)
+    for task, why in comparison.left_out.items():
+        console.print(Text(f"{task} is left out: {why}", style="dim"))
+
+
+def print_drift(drift: Drift, console: "Console") -> None:
+    """How far the vectors moved, in the terminal."""
+    from rich.text import Text
+
+    console.print(Text(drift_sentence(drift)))
+    if drift.worst_text is not None:
+        console.print(Text(f"Moved most: {wording.shortened(' '.join(drift.worst_text.split()), 200)}", style="dim"))
+
+
+def write_comparison(file: Path, comparison: Comparison | None, drift: Drift | None = None) -> None:
+    """Write a comparison, a drift or both.
+
+    Raises:
+        UsageError: the name does not end in .html, .md or .json.
+        StorageError: the file cannot be written.
+    """
+    suffix = file.suffix.lower()
+    if suffix not in _FORMATS:
+        raise UsageError(f"--output {file}: end the name in {wording.listed(_FORMATS, 'or')}")
+    if suffix == ".json":
+        found = {"comparison": comparison, "drift": drift}
+        write_text(file, msgspec.json.format(msgspec.json.encode(found), indent=1).decode() + "\n")
+        return
+    sentences = [verdict_sentence(comparison), tally_sentence(comparison)] if comparison else []
+    sentences += [drift_sentence(drift)] if drift else []
+    found = comparison or drift
+    if found is None:
+        raise ValueError("neither a comparison nor a drift to write")
+    values = {
+        "sentences": sentences,
+        "comparison": comparison,
+        "drift": drift,
+        "a": found.a,
+        "b": found.b,
+        "short": wording.short_names([found.a, found.b]),
+        "rows": [(row, _test_cells(row)) for row in comparison.tasks] if comparison else [],
+    }
+    write_text(file, render(f"comparison{suffix}.j2", **values))
+
+
+def _test_cells(row: TaskComparison) -> tuple[str, str, str, str]:
+    """Difference, interval, p, verdict."""
+    test = row.test
+    if test is None:
+        return wording.signed(row.delta), wording.NO_FIGURE, wording.NO_FIGURE, wording.verdict(None)
+    low, high = test.interval
+    bounds = f"{wording.signed(low)} to {wording.signed(high)}"
+    words = {"better": "A better", "worse": "B better", "noise": "noise"}
+    return wording.signed(row.delta), bounds, wording.probability(test.p_value), words[test.verdict]
+
+
+def _p(value: float) -> str:
+    text = wording.probability(value)
+    return text if text.startswith("<") else f"= {text}"

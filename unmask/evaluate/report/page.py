@@ -1,0 +1,94 @@
+"""Write a report: one page that needs nothing but itself, and the same in Markdown."""
+
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from unmask.errors import UsageError
+from unmask.evaluate.published import published_models
+from unmask.evaluate.report import charts, wording
+from unmask.evaluate.report.story import CATEGORY_NAMES, Story, comparable_tasks, tell
+from unmask.evaluate.results import Results
+from unmask.home import written_whole
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+def write_report(folder: Path, results: Results, *, published: Path | None = None) -> None:
+    """Write `report.html` and `report.md` into a folder of results.
+
+    Args:
+        folder: holds `examples/`; without them differences are shown but not tested.
+        results: what `results.json` says.
+        published: a folder of published scores (see `unmask.evaluate.published`); adds a chart of other people's
+            models on the tasks where the data is the same.
+
+    Raises:
+        UsageError: there is nothing to report, the published scores cannot be read, or jinja2 is not installed.
+        StorageError: the folder cannot be written.
+    """
+    others = []
+    if published is not None:
+        names = [model.name for model in results.models]
+        others = published_models(published, comparable_tasks(results), without=names)
+    story = tell(folder, results, others)
+    write_text(folder / "report.html", render("report.html.j2", **_drawn(story)))
+    write_text(folder / "report.md", render("report.md.j2", story=story))
+
+
+def render(template: str, **values: object) -> str:
+    """Fill in a template of this folder; everything in `values` is escaped in the template's own format."""
+    return _environment().get_template(template).render(**values)
+
+
+def write_text(file: Path, text: str) -> None:
+    with written_whole(file) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def _drawn(story: Story) -> dict[str, object]:
+    size = charts.quality_and_size(story)
+    return {
+        "story": story,
+        "speed_chart": charts.quality_and_speed(story, beside=bool(size)),
+        "size_chart": size,
+        "size_shown": len(charts.shown(story.published, list(story.placed.values()))),
+        "bars": {category: [charts.task_bars(group) for group in tasks] for category, tasks in story.groups.items()},
+    }
+
+
+@cache
+def _environment() -> "Environment":
+    try:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+    except ImportError as error:
+        raise UsageError("reports need jinja2; install it with: pip install 'unmask[evaluate]'") from error
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=select_autoescape(enabled_extensions=("html.j2", "svg.j2"), default=False),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(
+        score=wording.score,
+        signed=wording.signed,
+        interval=wording.interval,
+        metric=wording.metric,
+        count=wording.count,
+        magnitude=wording.magnitude,
+        duration=wording.duration,
+        probability=wording.probability,
+        verdict=wording.verdict,
+        listed=wording.listed,
+        breakable=wording.breakable,
+        md=wording.markdown,
+        md_inline=wording.markdown_inline,
+        category=lambda name: CATEGORY_NAMES.get(name, name),
+        plural=wording.plural,
+    )
+    return environment
