@@ -12,6 +12,7 @@ it is an ordinary `nn.Module` whose parameters are fused (query+key+value, gate+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from unmask.checkpoint.tensors import TensorSource
 from unmask.encoder.architectures import Rope, Shape
@@ -58,6 +59,7 @@ class Layer(nn.Module):
     def __init__(self, shape: Shape, window: int | None, causal: bool = False) -> None:
         super().__init__()
         self.shape, self.window, self.causal = shape, window, causal
+        self.attention_dropout = 0.0  # in training mode only
         heads = shape.heads + 2 * shape.kv_heads
 
         def norm(size: int) -> Norm:
@@ -104,6 +106,7 @@ class Layer(nn.Module):
                 k,
                 v,
                 attn_mask=mask,
+                dropout_p=self.attention_dropout if self.training else 0.0,
                 is_causal=self.causal and mask is None,
                 scale=self.shape.attention_scale,
                 enable_gqa=q.shape[1] != k.shape[1],
@@ -164,6 +167,7 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(shape.vocabulary, shape.width)
         self.layers = nn.ModuleList(Layer(shape, window, causal) for window in shape.windows)
         self.norm = Norm(shape.width, shape.eps, shape.norm_offset)
+        self.checkpointing = False  # recompute a layer's activations in the backward instead of keeping them
         self._angles: dict[tuple[Rope, int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def forward(self, ids: Tensor, lengths: list[int]) -> Tensor:
@@ -183,7 +187,10 @@ class Decoder(nn.Module):
             x = x * torch.tensor(self.shape.embedding_scale, dtype=x.dtype, device=x.device)
         rotations = {rope: self._rotation(rope, positions, max(lengths), x.dtype) for rope in set(self.shape.ropes)}
         for layer, rope in zip(self.layers, self.shape.ropes, strict=True):
-            x = layer(x, *rotations[rope], runs)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, *rotations[rope], runs, use_reentrant=False)
+            else:
+                x = layer(x, *rotations[rope], runs)
         return self.norm(x)
 
     def _rotation(self, rope: Rope, positions: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

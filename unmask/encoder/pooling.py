@@ -44,10 +44,9 @@ def pool(hidden: Tensor, prompts: Sequence[Prompt], pooling: str) -> Tensor:
         [len(prompts), W] in float32. The sum is taken in float32 too, whatever the weights' precision.
     """
     vectors = []
-    start = 0
-    for prompt in prompts:
+    # One split rather than a slice per prompt: the gradient of each slice would be as large as the whole pack.
+    for prompt, sequence in zip(prompts, hidden.split([len(prompt.ids) for prompt in prompts]), strict=True):
         first, stop = (0, 1) if pooling == "bos_token" else prompt.pooled
-        states = hidden[start + first : start + stop].float()  # [P, W]
+        states = sequence[first:stop].float()  # [P, W]
         vectors.append(_POOLERS["last_token" if pooling == "bos_token" else pooling](states))
-        start += len(prompt.ids)
     return torch.stack(vectors)

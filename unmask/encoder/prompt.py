@@ -4,6 +4,7 @@ A prompt reads `BOS, template prefix, instruction, text, template suffix`. All o
 made from the text and the closing template tokens, as LLM2Vec was trained, never from BOS or the instruction.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -136,6 +137,12 @@ class DefaultPrompts:
             span = (len(before), len(before) + len(ids))
             prompts.append(self._assemble(index, [*before, *ids, *after], span, truncate))
         return prompts
+
+    def at_most(self, max_length: int) -> "DefaultPrompts":
+        """The same prompts, cut at another length."""
+        other = copy.copy(self)
+        other._max_length = max_length
+        return other
 
     def lengths(self, texts: Sequence[str], instruction: str = "") -> list[int]:
         """Tokens of each prompt before any truncation, everything counted."""
