@@ -180,6 +180,71 @@ def encode(
 
 
 @app.command
+def report(folder: str, /, *, published: str | None = None) -> int:
+    """Write report.html and report.md again from the results in a folder; no model is needed.
+
+    Parameters
+    ----------
+    folder
+        A folder that `unmask evaluate` wrote.
+    published
+        Folder of published MTEB scores; adds a chart of other people's models.
+    """
+    from pathlib import Path
+
+    from unmask.evaluate.report import write_report
+    from unmask.evaluate.results import read_results
+
+    results = read_results(Path(folder))
+    write_report(Path(folder), results, published=Path(published) if published else None)
+    _say(f"{len(results.models)} models -> {Path(folder) / 'report.html'}, report.md")
+    return 0
+
+
+@app.command
+def compare(
+    a: str,
+    b: str,
+    /,
+    *,
+    task: Annotated[tuple[str, ...], Parameter(negative=())] = (),
+    texts: str | None = None,
+    output: Annotated[str | None, Parameter(name=["--output", "-o"])] = None,
+) -> int:
+    """Say which of two models is better, on what, by how much, and whether it is more than noise.
+
+    Parameters
+    ----------
+    a
+        A folder that `unmask evaluate` wrote; FOLDER:MODEL for another than its first model.
+    b
+        The other one. May be another model in the same folder.
+    task
+        Compare only on this task. May be repeated.
+    texts
+        File with one text per line: also say how far the vectors moved. A and B may then be models.
+    output
+        Write the comparison to a file as well: .html, .md or .json.
+    """
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from unmask.evaluate.compare import compare_named
+    from unmask.evaluate.report import output_file, print_comparison, print_drift, write_comparison
+
+    file = output_file(output) if output else None
+    comparison, drift = compare_named(a, b, task, Path(texts) if texts else None)
+    if comparison:
+        print_comparison(comparison, Console())
+    if drift:
+        print_drift(drift, Console())
+    if file:
+        write_comparison(file, comparison, drift)
+    return 0
+
+
+@app.command
 def models() -> int:
     """List the models that ship, and what is already stored on this machine."""
     from rich.console import Console

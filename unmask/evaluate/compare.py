@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from unmask.errors import UsageError
+from unmask.evaluate.cache import VectorCache
 from unmask.evaluate.contender import Contender
 from unmask.evaluate.results import Category, ModelResult, Statistic, TaskScore, read_examples, read_results
 from unmask.evaluate.statistics import Paired, holm, paired, paired_mean
+from unmask.home import home
 
 NEIGHBOURS = 10
 
@@ -177,10 +179,37 @@ def compare(
     )
 
 
-def drift(a: Contender, b: Contender, texts: Sequence[str]) -> Drift:
+def compare_named(
+    a: str, b: str, tasks: Sequence[str] = (), texts: Path | None = None
+) -> tuple[Comparison | None, Drift | None]:
+    """What `unmask compare` answers: a comparison of results, and a drift where there are texts.
+
+    Args:
+        a, b: results as for `open_measured`. With `texts`, models as for `open_contender` do as well; there is no
+            comparison then.
+        tasks: as for `compare`.
+        texts: a file with one text per line; blank lines do not count.
+
+    Raises:
+        UsageError: as `open_measured`, `compare`, `drift` and `open_contender`; the texts cannot be read; the model
+            of some results is not what it was when they were measured.
+    """
+    if texts is None:
+        return compare(open_measured(a), open_measured(b), tasks), None
+    lines = _read_lines(texts)
+    sides = [open_measured(side) if _names_results(side) else None for side in (a, b)]
+    comparison = compare(sides[0], sides[1], tasks) if sides[0] and sides[1] else None
+    if tasks and comparison is None:
+        raise UsageError("--task compares results, but these are models; name folders that `unmask evaluate` wrote")
+    first, second = (_open_model(spec, side) for spec, side in zip((a, b), sides, strict=True))
+    return comparison, drift(first, second, lines, cache=home() / "vectors")
+
+
+def drift(a: Contender, b: Contender, texts: Sequence[str], *, cache: Path | None = None) -> Drift:
     """Encode the texts with both models and say how much changed.
 
     Args:
+        cache: folder of a `VectorCache`, to find vectors in and keep them; none by default.
         a, b: usually two revisions of one model; models of other dimensions have neighbours in common but no cosine.
         texts: at least 2, repeated ones counted once. A matrix of [texts, texts] similarities is made in slices.
 
@@ -190,7 +219,7 @@ def drift(a: Contender, b: Contender, texts: Sequence[str]) -> Drift:
     texts = list(dict.fromkeys(texts))
     if len(texts) < 2:
         raise UsageError(f"{len(texts)} different texts are too few to compare neighbours; give 2 or more")
-    vectors_a, vectors_b = _unit(a.encode(texts)), _unit(b.encode(texts))
+    vectors_a, vectors_b = (_unit(_vectors(model, texts, cache)) for model in (a, b))
     near = min(NEIGHBOURS, len(texts) - 1)
     nearest_a, nearest_b = _nearest(vectors_a, near), _nearest(vectors_b, near)
     shared = [len(set(row_a) & set(row_b)) for row_a, row_b in zip(nearest_a.tolist(), nearest_b.tolist(), strict=True)]
@@ -281,6 +310,38 @@ def _told_apart(a: Measured, b: Measured) -> tuple[str, str]:
 
 def _listed(scores_a: dict[str, TaskScore], scores_b: dict[str, TaskScore]) -> str:
     return ", ".join(task for task in scores_a if task in scores_b) or "nothing in common"
+
+
+def _names_results(spec: str) -> bool:
+    folder = Path(spec) if Path(spec).exists() else Path(spec.rpartition(":")[0])
+    return spec != "" and (folder / "results.json").is_file()
+
+
+def _open_model(spec: str, measured: Measured | None) -> Contender:
+    from unmask.evaluate.contenders import open_contender
+
+    if measured is None:
+        return open_contender(spec)
+    model = open_contender(str(measured.model.details.get("specification", measured.name)))
+    if model.revision != measured.model.revision:
+        raise UsageError(
+            f"{measured.name} is revision {model.revision} now, but {spec} was measured at {measured.model.revision}; "
+            "to compare vectors, name both models as `unmask evaluate` takes them"
+        )
+    return model
+
+
+def _read_lines(file: Path) -> list[str]:
+    try:
+        return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--texts {file} cannot be read: {error}") from error
+
+
+def _vectors(model: Contender, texts: list[str], cache: Path | None) -> np.ndarray:
+    if cache is None:
+        return model.encode(texts)
+    return VectorCache(cache, model.revision, model.dimensions).encode(texts, "", model.encode)
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

@@ -21,9 +21,8 @@ def verdict_sentence(comparison: Comparison) -> str:
     over = f"on the mean of {wording.plural(len(comparison.counted), 'task')}"
     delta, test = comparison.delta, comparison.overall
     better, other = (comparison.a, comparison.b) if delta > 0 else (comparison.b, comparison.a)
-    means = f"{wording.score(max(comparison.mean_a, comparison.mean_b))} against " + wording.score(
-        min(comparison.mean_a, comparison.mean_b)
-    )
+    highest, lowest = sorted((comparison.mean_a, comparison.mean_b), reverse=True)
+    means = f"{wording.score(highest)} against {wording.score(lowest)}"
     if test is None:
         if delta == 0:
             return f"{comparison.a} and {comparison.b} score the same {over}, {means}; no per-example values to test."
@@ -32,8 +31,7 @@ def verdict_sentence(comparison: Comparison) -> str:
     low, high = sorted(bound if delta > 0 else -bound for bound in test.interval)
     sure = f"95 % interval {wording.signed(low)} to {wording.signed(high)}, p {_p(test.p_value)}"
     if test.verdict == "noise":
-        pair = f"{comparison.a} and {comparison.b}"
-        return f"{pair} cannot be told apart {over}: {means}, a difference within noise ({sure})."
+        return f"{better} cannot be told from {other} {over}: {means}, a difference within noise ({sure})."
     return f"{better} is better than {other} {over}, by {abs(delta):.2f} points: {means}, more than noise ({sure})."
 
 
@@ -94,16 +92,25 @@ def print_drift(drift: Drift, console: "Console") -> None:
         console.print(Text(f"Moved most: {wording.shortened(' '.join(drift.worst_text.split()), 200)}", style="dim"))
 
 
-def write_comparison(file: Path, comparison: Comparison | None, drift: Drift | None = None) -> None:
-    """Write a comparison, a drift or both.
+def output_file(name: str) -> Path:
+    """The file that `write_comparison` is to write, refused before any work is done if its format is not known.
 
     Raises:
         UsageError: the name does not end in .html, .md or .json.
+    """
+    if Path(name).suffix.lower() not in _FORMATS:
+        raise UsageError(f"--output {name}: end the name in {wording.listed(_FORMATS, 'or')}")
+    return Path(name)
+
+
+def write_comparison(file: Path, comparison: Comparison | None, drift: Drift | None = None) -> None:
+    """Write a comparison, a drift or both in the format that the file's name says.
+
+    Raises:
+        UsageError: as `output_file`.
         StorageError: the file cannot be written.
     """
-    suffix = file.suffix.lower()
-    if suffix not in _FORMATS:
-        raise UsageError(f"--output {file}: end the name in {wording.listed(_FORMATS, 'or')}")
+    suffix = output_file(str(file)).suffix.lower()
     if suffix == ".json":
         found = {"comparison": comparison, "drift": drift}
         write_text(file, msgspec.json.format(msgspec.json.encode(found), indent=1).decode() + "\n")

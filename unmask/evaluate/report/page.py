@@ -90,5 +90,6 @@ def _environment() -> "Environment":
         md_inline=wording.markdown_inline,
         category=lambda name: CATEGORY_NAMES.get(name, name),
         plural=wording.plural,
+        shortened=wording.shortened,
     )
     return environment

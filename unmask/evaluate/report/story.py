@@ -113,7 +113,11 @@ class Story:
 
     @property
     def any_published(self) -> bool:
-        return any(score.published is not None for row in self.rows for score in row.model.scores)
+        return any(self.has_published(category) for category in self.groups)
+
+    def has_published(self, category: Category) -> bool:
+        """Whether a task of this category has a published score beside it."""
+        return any(s.published is not None for group in self.groups[category] for _, s, _ in group.entries)
 
     @property
     def published_sources(self) -> list[str]:
@@ -323,7 +327,7 @@ def _verdict(row: Row) -> str | None:
 
 
 def _in_prose(row: Row) -> str:
-    return wording.shortened(row.short, 34)
+    return wording.shortened(row.short)
 
 
 def _clause(subject: Row, rival: Row, *, first: bool) -> list[Span]:

@@ -90,7 +90,7 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
     return {name: short if taken.count(short) == 1 else name for name, short in last.items()}
 
 
-def shortened(name: str, characters: int) -> str:
+def shortened(name: str, characters: int = 34) -> str:
     """The name with its middle left out, so that the ends, which tell models apart, remain."""
     if len(name) <= characters:
         return name
