@@ -9,7 +9,7 @@ Kind = Literal["unmask", "sentence-transformers", "endpoint", "static"]
 
 
 class Contender(Protocol):
-    """A model that turns texts into vectors.
+    """A model that turns texts into vectors. `contenders.open_contender` makes one.
 
     Attributes:
         name: how reports call it.
@@ -22,16 +22,18 @@ class Contender(Protocol):
     """
 
     name: str
-    kind: Kind
     revision: str
     dimensions: int
     parameters: int | None
     takes_instructions: bool
 
+    @property
+    def kind(self) -> Kind: ...
+
     def encode(self, texts: Sequence[str], instruction: str = "") -> np.ndarray:
         """Vectors of texts in their order, float32 [n, dimensions], not necessarily of length 1."""
         ...
 
-    def count_tokens(self, texts: Sequence[str]) -> int | None:
+    def count_tokens(self, texts: Sequence[str], instruction: str = "") -> int | None:
         """Tokens of its own tokenizer after its own truncation, without padding; None where nobody can know."""
         ...

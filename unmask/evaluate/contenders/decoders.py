@@ -1,0 +1,70 @@
+"""Our own encoders: any decoder that `Encoder` loads, with its adapters, as it ships or as an ablation of it."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from unmask.encoder import Encoder
+from unmask.evaluate.contenders import Options, shown_name
+
+Kind = Literal["unmask"]
+
+
+class DecoderContender:
+    """An `Encoder` as a contender. See `unmask.evaluate.contender.Contender`.
+
+    Attributes:
+        encoder: the model itself; word-level tasks read its hidden states.
+        causal: whether the causal mask was left in place.
+    """
+
+    kind: Kind = "unmask"
+    takes_instructions = True
+
+    def __init__(self, encoder: Encoder, name: str, *, dtype: str, causal: bool) -> None:
+        self.encoder, self.name, self.causal = encoder, name, causal
+        self.dimensions = encoder.dim
+        self.parameters: int | None = sum(parameter.numel() for parameter in encoder.decoder.parameters())
+        self.revision = f"{encoder.checkpoint.revision}-{_digest(_deciding(encoder, dtype, causal))}"
+
+    def encode(self, texts: Sequence[str], instruction: str = "") -> np.ndarray:
+        """float32 [n, dimensions], raw."""
+        return self.encoder.encode(texts, instruction=instruction)
+
+    def count_tokens(self, texts: Sequence[str], instruction: str = "") -> int | None:
+        """Tokens that the model reads for these texts: template and instruction counted, what is cut off not."""
+        lengths = self.encoder.count_tokens(texts, instruction=instruction)
+        return int(np.minimum(lengths, self.encoder.max_length).sum())
+
+
+def open_decoder(options: Options) -> DecoderContender:
+    """Load a decoder by id, folder or `.gguf` file.
+
+    Raises:
+        UsageError, CheckpointError: as `Encoder.load`.
+    """
+    dtype: Any = options.one("dtype", "float32")
+    compat: Any = options.one("compat", "default")
+    causal = options.flag("causal")
+    encoder = Encoder.load(
+        options.target,
+        adapters=options.all("adapter"),
+        compat=compat,
+        pooling=options.one("pooling"),
+        max_length=options.number("max_length"),
+        dtype=dtype,
+        device=options.one("device") or "cpu",
+        causal=causal,
+    )
+    return DecoderContender(encoder, shown_name(options), dtype=dtype, causal=causal)
+
+
+def _deciding(encoder: Encoder, dtype: str, causal: bool) -> str:
+    """Everything besides the weights that decides a vector, in words."""
+    return f"{encoder.pooling} {encoder.max_length} {encoder.compat} {dtype} causal={causal}"
+
+
+def _digest(words: str) -> str:
+    return hashlib.sha256(words.encode()).hexdigest()[:8]

@@ -1,0 +1,5 @@
+"""The offline suite: mteb's tasks over data that lie in a folder, so that the same harness runs without a network."""
+
+from unmask.evaluate.local.tasks import LOCAL_TASKS, LocalTask
+
+__all__ = ["LOCAL_TASKS", "LocalTask"]

@@ -1,0 +1,219 @@
+"""From files to the examples of a task: one function per layout of files, each cutting what it reads the same way.
+
+A table is a mapping from column to equally long lists, in the columns that mteb's task classes expect:
+    pairs           test: sentence1, sentence2, score
+    classification  train, test: text, label
+    clustering      test: sentences, labels
+    search          corpus: id, title, text; queries: id, text; judged: query, document, relevance (of every query all
+                    its candidates if they are to be reranked)
+
+Nothing is drawn at random: a sample is the rows whose text has the smallest hash. It is the same on every machine and
+with every version of every library, and a larger sample holds the smaller one.
+"""
+
+import gzip
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from unmask.errors import UsageError
+
+Table = dict[str, list[Any]]
+Tables = dict[str, Table]
+Row = dict[str, str]
+T = TypeVar("T")
+
+
+def digest(tables: Tables) -> str:
+    """16 hex digits over every example, so that a changed file or another cut is another task."""
+    return hashlib.sha256(msgspec.json.encode(tables, order="sorted")).hexdigest()[:16]
+
+
+def read_rows(file: Path) -> list[Row]:
+    """Rows of a tab-separated file with a header and no quoting, gzipped or not.
+
+    Raises:
+        UsageError: the file is missing or damaged.
+    """
+    try:
+        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        header, *lines = content.decode("utf-8").rstrip("\n").split("\n")
+        columns = header.split("\t")
+        return [dict(zip(columns, line.split("\t"), strict=True)) for line in lines]
+    except FileNotFoundError as error:
+        raise UsageError(f"{file} is missing; --data names the folder that holds {file.parent.name}/") from error
+    except (OSError, EOFError, ValueError) as error:
+        raise UsageError(f"{file} cannot be read: {error}") from error
+
+
+def sample(items: Sequence[T], count: int, text: Callable[[T], str]) -> list[T]:
+    """`count` of the items, in their order; see the top of the file."""
+    ranked = sorted(range(len(items)), key=lambda i: (hashlib.sha256(text(items[i]).encode()).digest(), i))
+    return [items[i] for i in sorted(ranked[:count])]
+
+
+def pairs(data: Path, file: str, source: str | None = None) -> Tables:
+    """Sentence pairs with a gold score; those whose `source` ends in the one given, where one is."""
+    rows = [row for row in read_rows(data / file) if source is None or row["source"].endswith(source)]
+    return {
+        "test": {
+            "sentence1": [row["sentence1"] for row in rows],
+            "sentence2": [row["sentence2"] for row in rows],
+            "score": [float(row["score"]) for row in rows],
+        }
+    }
+
+
+def banking(data: Path) -> Tables:
+    """Banking77 whole: mteb's own protocol, then, gives mteb's own score."""
+    files = {split: data / "banking77" / f"{split}.tsv" for split in ("train", "test")}
+    return {split: _columns(read_rows(file), text="text", label="label") for split, file in files.items()}
+
+
+def slurp(data: Path, label: str, per_intent: int, tested: int) -> Tables:
+    """SLURP: learnt from `devel`, asked about `test`; intents with too few examples in `devel` are left out.
+
+    The texts are the same whichever label is asked for.
+    """
+    rows = read_rows(data / "slurp/devtest.tsv")
+    by_intent = _grouped((row for row in rows if row["split"] == "devel"), "intent")
+    known = {intent: group for intent, group in by_intent.items() if len(group) >= _SAMPLES_PER_LABEL}
+    train = [row for group in known.values() for row in sample(group, per_intent, _text)]
+    test = sample([row for row in rows if row["split"] == "test" and row["intent"] in known], tested, _text)
+    return {"train": _columns(train, text="text", label=label), "test": _columns(test, text="text", label=label)}
+
+
+def clusters(
+    data: Path, file: str, text: str, label: str, per_label: int, group: Callable[[str], str] = str, at_least: int = 1
+) -> Tables:
+    """`per_label` different texts of every label that has `at_least` so many; `group` coarsens labels first."""
+    seen: dict[str, Row] = {}
+    for row in read_rows(data / file):
+        if row[text].strip():
+            seen.setdefault(row[text], {"text": row[text], "label": group(row[label])})
+    large = [rows for rows in _grouped(seen.values(), "label").values() if len(rows) >= at_least]
+    rows = [row for rows in large for row in sample(rows, per_label, _text)]
+    return {"test": _columns(rows, sentences="text", labels="label")}
+
+
+def arxiv_abstracts(data: Path, queries: int, documents: int, characters: int) -> Tables:
+    """Titles ask for their abstracts, of which the beginning is kept."""
+    rows = sample(read_rows(data / "arxiv/titles_abstracts.tsv.gz"), documents, lambda row: row["arxiv_id"])
+    asked = sample(rows, queries, lambda row: row["title"])
+    return _search(
+        corpus={row["arxiv_id"]: ("", beginning(row["abstract"], characters)) for row in rows},
+        queries={row["arxiv_id"]: row["title"] for row in asked},
+        judged={row["arxiv_id"]: {row["arxiv_id"]: 1} for row in asked},
+    )
+
+
+def qa_passages(data: Path, queries: int, documents: int) -> Tables:
+    """Questions ask for the passage that answers them, among the passages of other questions."""
+    rows = read_rows(data / "qa_passages/pairs.tsv.gz")
+    # A few questions stand twice, with two passages: both answer.
+    answers: dict[str, dict[str, int]] = defaultdict(dict)
+    for row in rows:
+        answers[row["question"]][_name(row["passage"])] = 1
+    asked = sample(list(answers), queries, str)
+    passages = list(dict.fromkeys(row["passage"] for row in rows))
+    needed = {name for question in asked for name in answers[question]}
+    others = [passage for passage in passages if _name(passage) not in needed]
+    kept = needed | {_name(passage) for passage in sample(others, max(0, documents - len(needed)), str)}
+    return _search(
+        corpus={_name(passage): ("", passage) for passage in passages if _name(passage) in kept},
+        queries={_name(question): question for question in asked},
+        judged={_name(question): answers[question] for question in asked},
+    )
+
+
+def cisi(data: Path, queries: int, documents: int, characters: int) -> Tables:
+    """The queries with the fewest relevant documents, so that a small corpus can hold them all.
+
+    Documents are a title and the beginning of the text.
+    """
+    relevant: dict[str, dict[str, int]] = defaultdict(dict)
+    for row in read_rows(data / "ir_cisi/qrels.tsv"):
+        relevant[row["qid"]][row["docid"]] = int(row["rel"])
+    asked = sorted(relevant, key=lambda query: (len(relevant[query]), int(query)))[:queries]
+    rows = read_rows(data / "ir_cisi/corpus.tsv.gz")
+    needed = {document for query in asked for document in relevant[query]}
+    others = [row for row in rows if row["id"] not in needed]
+    kept = needed | {row["id"] for row in sample(others, max(0, documents - len(needed)), _text)}
+    texts = {row["id"]: row["query"] for row in read_rows(data / "ir_cisi/queries.tsv")}
+    return _search(
+        corpus={row["id"]: (row["title"], beginning(row["text"], characters)) for row in rows if row["id"] in kept},
+        queries={query: texts[query] for query in asked},
+        judged={query: relevant[query] for query in asked},
+    )
+
+
+def wikiqa(data: Path, queries: int) -> Tables:
+    """Questions of the test split that have a right and a wrong candidate, to be told apart."""
+    rows = [row for row in read_rows(data / "wikiqa/all.tsv.gz") if row["split"] == "test"]
+    mixed = {
+        question: group
+        for question, group in _grouped(rows, "question").items()
+        if {row["label"] for row in group} == {"0", "1"}
+    }
+    asked = sample(list(mixed), queries, str)
+    corpus: dict[str, tuple[str, str]] = {}
+    judged: dict[str, dict[str, int]] = {}
+    for question in asked:
+        # A sentence may be a candidate of several questions, and right for one of them only.
+        judged[_name(question)] = {_name(row["sentence"]): int(row["label"]) for row in mixed[question]}
+        corpus.update({_name(row["sentence"]): ("", row["sentence"]) for row in mixed[question]})
+    return _search(corpus, {_name(question): question for question in asked}, judged)
+
+
+def beginning(text: str, characters: int) -> str:
+    """At most so many characters of a text, whole words only.
+
+    >>> beginning("one two three", 9)
+    'one two'
+    """
+    if len(text) <= characters:
+        return text
+    return text[: characters + 1].rsplit(" ", 1)[0]
+
+
+_SAMPLES_PER_LABEL = 8  # mteb's number of training examples per label in each experiment
+
+
+def _search(
+    corpus: Mapping[str, tuple[str, str]], queries: Mapping[str, str], judged: Mapping[str, Mapping[str, int]]
+) -> Tables:
+    triples = [(query, document, value) for query, found in judged.items() for document, value in found.items()]
+    return {
+        "corpus": {
+            "id": list(corpus),
+            "title": [title for title, _ in corpus.values()],
+            "text": [text for _, text in corpus.values()],
+        },
+        "queries": {"id": list(queries), "text": list(queries.values())},
+        "judged": dict(zip(("query", "document", "relevance"), map(list, zip(*triples, strict=True)), strict=True)),
+    }
+
+
+def _columns(rows: Iterable[Row], **columns: str) -> Table:
+    rows = list(rows)
+    return {name: [row[column] for row in rows] for name, column in columns.items()}
+
+
+def _grouped(rows: Iterable[Row], column: str) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row[column]].append(row)
+    return groups
+
+
+def _name(text: str) -> str:
+    """An id for a text that has none."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _text(row: Row) -> str:
+    return row["text"]
