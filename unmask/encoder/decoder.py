@@ -91,16 +91,20 @@ class Layer(nn.Module):
             q, k = qk.split((s.heads, s.kv_heads), dim=1)
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
         q, k = rotate(qk, cos, sin).split((s.heads, s.kv_heads), dim=1)  # [T, H, D], [T, K, D]
-        parts = [self._attend_run(q, k, v, run) for run in runs]
+        # Each run's heads by one split: the gradient of a slice would be as large as the whole pack.
+        sizes = [count * length for _, count, length in runs]
+        heads_of_runs = zip(runs, *(x.split(sizes) for x in (q, k, v)), strict=True)
+        parts = [self._attend_run(q, k, v, run) for run, q, k, v in heads_of_runs]
         return self.out(parts[0] if len(parts) == 1 else torch.cat(parts))
 
     def _attend_run(self, q: Tensor, k: Tensor, v: Tensor, run: Run) -> Tensor:
-        start, count, length = run
-        stop = start + count * length
+        _, count, length = run
         # [N*L, heads, D] -> [N, heads, L, D]
-        q, k, v = (x[start:stop].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
+        q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
         mask = self._mask(length, q.device)
-        if self.shape.softcap is None:
+        if self.shape.softcap is None and mask is None and self._trains_on_cpu(q):
+            out = grouped_attention(q, k, v, self.shape.attention_scale)
+        elif self.shape.softcap is None:
             out = F.scaled_dot_product_attention(
                 q,
                 k,
@@ -114,6 +118,10 @@ class Layer(nn.Module):
         else:
             out = capped_attention(q, k, v, mask, self.shape.attention_scale, self.shape.softcap)
         return out.transpose(1, 2).flatten(0, 1).flatten(1)  # [N*L, H*D]
+
+    def _trains_on_cpu(self, q: Tensor) -> bool:
+        dropped = self.training and self.attention_dropout > 0
+        return q.requires_grad and q.device.type == "cpu" and not self.causal and not dropped
 
     def _mask(self, length: int, device: torch.device) -> Tensor | None:
         """Which token [L] may see which [L]; None where all may, or where the kernel's own causal mask does."""
@@ -143,6 +151,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def added(x: Tensor, update: Tensor) -> Tensor:
     """x + update, in the update's memory when no gradient needs it. Fresh memory costs as much as the sum."""
     return x + update if torch.is_grad_enabled() else update.add_(x)
+
+
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attention by plain products, the query heads of one key head side by side.
+
+    For training on a CPU: torch's fused kernel takes five times as long for the backward of short sequences.
+
+    q [N, H, L, D]; k, v [N, K, L, D] -> [N, H, L, D].
+    """
+    kv_heads, length = k.shape[1], q.shape[2]
+    q = q.unflatten(1, (kv_heads, -1)).flatten(2, 3).flatten(0, 1)  # [N*K, H/K*L, D]
+    k, v = k.flatten(0, 1), v.flatten(0, 1)  # [N*K, L, D]
+    weights = (q @ k.transpose(1, 2) * scale).softmax(dim=-1, dtype=torch.float32).to(v.dtype)  # [N*K, H/K*L, L]
+    return (weights @ v).unflatten(1, (-1, length)).unflatten(0, (-1, kv_heads)).flatten(1, 2)
 
 
 def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float) -> Tensor:

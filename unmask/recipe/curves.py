@@ -1,0 +1,52 @@
+"""The curves of a run: loss, learning rate and evaluations over steps, for people to look at."""
+
+from collections.abc import Sequence
+
+from unmask.recipe.run_folder import RunFolder
+
+
+def draw_curves(folder: RunFolder) -> None:
+    """Write `curves.svg` and `curves.png` beside the metrics they show; without matplotlib, nothing."""
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        return  # the metrics are all there; only the picture needs the [train] extra
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = folder.metrics()
+    steps = [line for line in lines if "loss" in line]
+    evaluations = [line for line in lines if "scores" in line]
+    if not steps:
+        return
+    plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 9, "svg.fonttype": "none"})
+    figure, panels = plt.subplots(1, 2 if evaluations else 1, figsize=(10 if evaluations else 6, 3.4), squeeze=False)
+    left = panels[0][0]
+    for name in dict.fromkeys(line["data"] for line in steps):
+        own = [line for line in steps if line["data"] == name]
+        left.plot([line["step"] for line in own], _smooth([line["loss"] for line in own]), linewidth=1.2, label=name)
+    left.set_title("Loss by data set, running mean", loc="left", fontsize=10)
+    left.set_xlabel("step")
+    left.legend(frameon=False, fontsize=7, ncols=2)
+    if evaluations:
+        right = panels[0][1]
+        for name in evaluations[0]["scores"]:
+            points = [(line["step"], line["scores"][name]) for line in evaluations if name in line["scores"]]
+            right.plot(*zip(*points, strict=True), marker="o", markersize=2.5, linewidth=1.2, label=name)
+        right.set_title("Dev sets", loc="left", fontsize=10)
+        right.set_xlabel("step")
+        right.legend(frameon=False, fontsize=7)
+    for panel in panels[0]:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(axis="y", linewidth=0.4, alpha=0.5)
+    figure.tight_layout()
+    figure.savefig(folder.path / "curves.svg")
+    figure.savefig(folder.path / "curves.png", dpi=140)
+    plt.close(figure)
+
+
+def _smooth(values: Sequence[float], window: int = 15) -> list[float]:
+    return [
+        sum(values[max(0, i - window + 1) : i + 1]) / len(values[max(0, i - window + 1) : i + 1])
+        for i in range(len(values))
+    ]

@@ -1,0 +1,79 @@
+"""Keeping evaluation texts out of the training data.
+
+A training text is refused if it is an evaluation text, or shares a run of words with one. Texts are compared as bare
+lowercase words, so that case, punctuation and tokenisation marks do not hide a copy.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from unmask.recipe.rows import BadRows, read_rows
+
+_WORDS = re.compile(r"[^\W_]+")
+# Bracket marks of the Penn treebank, which some corpora carry as words.
+_MARKS = frozenset(("lrb", "rrb", "lsb", "rsb", "lcb", "rcb"))
+
+
+def words_of(text: str) -> list[str]:
+    """Lowercase words without punctuation.
+
+    >>> words_of("The AFC -LRB- American -RRB- champion's 24-10 win.")
+    ['the', 'afc', 'american', 'champion', 's', '24', '10', 'win']
+    """
+    return [word for word in _WORDS.findall(text.lower()) if word not in _MARKS]
+
+
+class Held:
+    """Texts that must not be trained on.
+
+    Args:
+        texts: the evaluation texts.
+        run: number of consecutive words that two texts may not share. Shorter evaluation texts are matched whole.
+    """
+
+    def __init__(self, texts: Iterable[str], run: int = 10) -> None:
+        self._run = run
+        hashes: set[int] = set()
+        for text in texts:
+            hashes.update(self._marks(words_of(text)))
+        self._hashes = np.array(sorted(hashes), dtype=np.uint64)
+
+    def __len__(self) -> int:
+        return len(self._hashes)
+
+    def touches(self, text: str) -> bool:
+        """Whether the text is, or shares a run of words with, one that is held back."""
+        marks = np.fromiter(self._marks(words_of(text)), dtype=np.uint64)
+        if not len(marks) or not len(self._hashes):
+            return False
+        found = np.minimum(np.searchsorted(self._hashes, marks), len(self._hashes) - 1)
+        return bool((self._hashes[found] == marks).any())
+
+    def _marks(self, words: list[str]) -> Iterator[int]:
+        """A 64-bit hash of the whole text, if short, else of every run of words."""
+        if len(words) < 3:
+            return  # "yes" and "thank you" are nobody's test set
+        for start in range(max(1, len(words) - self._run + 1)):
+            part = " ".join(words[start : start + self._run])
+            yield int.from_bytes(hashlib.blake2b(part.encode(), digest_size=8).digest(), "little")
+
+
+def read_held(folder: Path, run: int = 10) -> Held:
+    """Every text field of every data file below a folder (tsv, csv, jsonl, parquet, txt; gzipped or not)."""
+
+    def texts() -> Iterator[str]:
+        for file in sorted(folder.rglob("*")):
+            if not file.is_file() or not file.name.removesuffix(".gz").endswith((".tsv", ".csv", ".jsonl", ".parquet")):
+                continue
+            for row in read_rows(str(file), BadRows(allowed_share=1.0)):
+                for value in row.fields.values():
+                    if isinstance(value, str):
+                        yield value
+                    elif isinstance(value, list) and value and isinstance(value[0], str):
+                        yield " ".join(map(str, value))  # a sentence kept as its words
+
+    return Held(texts(), run)

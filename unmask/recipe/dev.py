@@ -1,0 +1,85 @@
+"""How good the model is while it trains: graded pairs, and pairs held out of the training sets."""
+
+import numpy as np
+
+from unmask.errors import UsageError
+from unmask.recipe.examples import Examples
+from unmask.recipe.recipe import Dev, Recipe
+from unmask.recipe.rows import BadRows, read_rows
+
+
+class DevSets:
+    """Everything that is watched, read once.
+
+    Args:
+        recipe: names the graded sets.
+        sets: the training sets with their held-out examples.
+        root: the data folder.
+    """
+
+    def __init__(self, recipe: Recipe, sets: list[Examples], root) -> None:
+        self._graded = {dev.name: _read_graded(dev, root, recipe.seed) for dev in recipe.dev}
+        self._pairs: dict[str, tuple[list[str], list[str], str, bool]] = {}
+        for examples in sets:
+            source = examples.source
+            if not examples.held_out or not source.contrast:
+                continue
+            by_label = {example.label: example.query for example in examples.train if example.label is not None}
+            pairs = [
+                (example.query, example.positive or by_label.get(example.label, example.query))
+                for example in examples.held_out
+            ]
+            if source.label is not None:  # one text per label, or the right answer would not be alone
+                pairs = list({e.label: p for e, p in zip(examples.held_out, pairs, strict=True)}.values())
+            self._pairs[source.name] = (
+                [q for q, _ in pairs],
+                [p for _, p in pairs],
+                source.instruction,
+                source.symmetric,
+            )
+
+    def __len__(self) -> int:
+        return len(self._graded) + len(self._pairs)
+
+    def scores(self, encoder) -> dict[str, float]:
+        """0-100 per set: Spearman correlation for graded pairs, and for held-out pairs the share of queries whose own
+        positive is the nearest of all."""
+        found: dict[str, float] = {}
+        for name, (first, second, gold) in self._graded.items():
+            vectors = encoder.encode(first + second, normalize=True)
+            cosines = (vectors[: len(first)] * vectors[len(first) :]).sum(axis=1)
+            found[name] = 100 * spearman(cosines, gold)
+        for name, (queries, positives, instruction, symmetric) in self._pairs.items():
+            q = encoder.encode(queries, instruction=instruction, normalize=True)
+            p = encoder.encode(positives, instruction=instruction if symmetric else "", normalize=True)
+            found[name] = 100 * float(((q @ p.T).argmax(axis=1) == np.arange(len(q))).mean())
+        return found
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Rank correlation, ties at their mean rank."""
+    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[inverse]
+
+
+def _read_graded(dev: Dev, root, seed: int) -> tuple[list[str], list[str], np.ndarray]:
+    bad = BadRows()
+    rows = [row.fields for row in read_rows(dev.path, bad, root)]
+    if dev.limit is not None and dev.limit < len(rows):
+        chosen = np.random.default_rng([seed, *dev.name.encode()]).permutation(len(rows))[: dev.limit]
+        rows = [rows[i] for i in sorted(chosen)]
+    try:
+        first, second = ([str(row[column]) for row in rows] for column in (dev.first, dev.second))
+        gold = np.array([float(row[dev.score]) for row in rows])
+    except KeyError as error:
+        raise UsageError(
+            f"dev {dev.name!r}: {dev.path} has no column {error.args[0]!r}; it has {', '.join(rows[0])}"
+        ) from error
+    except ValueError as error:
+        raise UsageError(f"dev {dev.name!r}: a score in {dev.path} is no number ({error})") from error
+    return first, second, gold

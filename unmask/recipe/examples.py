@@ -1,0 +1,136 @@
+"""From rows to examples: columns chosen, bad rows counted, evaluation texts kept out, the sample drawn by the seed."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unmask.errors import UsageError
+from unmask.recipe.decontamination import Held
+from unmask.recipe.recipe import Source
+from unmask.recipe.rows import BadRows, Row, read_rows
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """What a row teaches: a text alone, a text with a label, or a query with a positive and hard negatives."""
+
+    query: str
+    positive: str | None = None
+    negatives: tuple[str, ...] = ()
+    label: str | None = None
+
+    def texts(self) -> tuple[str, ...]:
+        return (self.query, *((self.positive,) if self.positive is not None else ()), *self.negatives)
+
+
+@dataclass
+class Examples:
+    """One data set, in memory.
+
+    Attributes:
+        source: its entry in the recipe.
+        train: examples to learn from.
+        held_out: examples that are not trained on.
+        bad: rows that could not be used.
+        touching: rows dropped because they overlap with evaluation data.
+    """
+
+    source: Source
+    train: list[Example]
+    held_out: list[Example]
+    bad: BadRows
+    touching: int
+
+    def digest(self) -> str:
+        """Content address of what is trained on, 16 hex digits."""
+        whole = hashlib.sha256()
+        for example in self.train:
+            for part in (*example.texts(), example.label or ""):
+                whole.update(part.encode("utf-8", "surrogatepass") + b"\0")
+        return whole.hexdigest()[:16]
+
+
+def load_examples(source: Source, root: Path | None, held: Held | None, seed: int, max_bad_rows: float) -> Examples:
+    """Read one data set into memory. The same source and seed give the same examples in the same order.
+
+    Raises:
+        UsageError: no such file or column, too many bad rows, or nothing left to train on.
+        StorageError: the file cannot be read.
+    """
+    bad = BadRows(max_bad_rows)
+    examples: list[Example] = []
+    touching = 0
+    for example in read_examples(source, root, bad):
+        if held is not None and any(held.touches(text) for text in example.texts()):
+            touching += 1
+        else:
+            examples.append(example)
+    bad.close()
+    if not examples:
+        raise UsageError(
+            f"data {source.name!r}: no usable row in {source.path} ({bad.seen} seen, {touching} held apart)"
+        )
+    # The order depends on the data set's own name, so that adding another one changes nothing here.
+    order = np.random.default_rng([seed, *source.name.encode()]).permutation(len(examples))
+    chosen = [examples[i] for i in order]
+    held_out, rest = chosen[: source.held_out], chosen[source.held_out :]
+    train = rest[: source.limit] if source.limit else rest
+    if not train:
+        raise UsageError(f"data {source.name!r}: all {len(examples)} rows are held out; lower held_out")
+    return Examples(source, train, held_out, bad, touching)
+
+
+def read_examples(source: Source, root: Path | None, bad: BadRows) -> Iterator[Example]:
+    """Examples of one data set as they come, for streaming; nothing is sampled or checked for overlap."""
+    for row in read_rows(source.path, bad, root):
+        _require_columns(source, row)
+        if any(str(row.fields.get(column)) not in values for column, values in source.only.items()):
+            continue
+        if any(str(row.fields.get(column)) in values for column, values in source.without.items()):
+            continue
+        try:
+            example = _example(source, row.fields)
+        except ValueError as error:
+            bad.report(row.place, str(error))
+            continue
+        bad.good()
+        yield example
+
+
+def _require_columns(source: Source, row: Row) -> None:
+    wanted = (source.query, source.positive, source.text, source.label, *source.negatives)
+    for column in (*filter(None, wanted), *source.only, *source.without):
+        if column not in row.fields and row.place.endswith((":1", ":2")):
+            raise UsageError(
+                f"data {source.name!r}: {row.place} has no column {column!r}; it has {', '.join(row.fields)}"
+            )
+
+
+def _example(source: Source, fields: dict[str, Any]) -> Example:
+    if source.text is not None:
+        label = fields.get(source.label) if source.label else None
+        if source.label and label in (None, ""):
+            raise ValueError(f"no {source.label}")
+        return Example(_text(fields, source.text), label=None if label is None else str(label))
+    assert source.query is not None and source.positive is not None  # Source requires it
+    negatives: list[str] = []
+    for column in source.negatives:
+        value = fields.get(column)
+        given = value if isinstance(value, list) else [value]
+        negatives += [text for text in given if isinstance(text, str) and text.strip()]
+    return Example(_text(fields, source.query), _text(fields, source.positive), tuple(negatives))
+
+
+def _text(fields: dict[str, Any], column: str) -> str:
+    value = fields.get(column)
+    if isinstance(value, list) and value and isinstance(value[0], str):
+        value = value[0]
+    if not isinstance(value, str):
+        raise ValueError(f"{column} is {type(value).__name__}, not text")
+    if not value.strip():
+        raise ValueError(f"{column} is empty")
+    return value

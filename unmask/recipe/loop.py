@@ -1,0 +1,195 @@
+"""The one training loop. Objectives are functions passed to it; everything that must survive a kill is in its state."""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from unmask.errors import TrainingError
+from unmask.recipe.dev import DevSets
+from unmask.recipe.distributed import Processes
+from unmask.recipe.mixture import Mixture
+from unmask.recipe.objectives import Objective
+from unmask.recipe.recipe import Optimiser, Recipe
+from unmask.recipe.run_folder import RunFolder
+from unmask.recipe.trainee import Trainee
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a progress bar shows after a step."""
+
+    step: int
+    steps: int
+    loss: float  # mean of the last steps
+    tokens_per_second: float
+    scores: Mapping[str, float]  # of the last evaluation
+
+
+def learning_rate(step: int, optimiser: Optimiser, steps: int) -> float:
+    """The rate of step number `step`, counted from 0.
+
+    Linear warm-up to `lr`, then as the schedule says; zero is reached only after the last step.
+    """
+    total = optimiser.total_steps or steps
+    if step < optimiser.warmup:
+        return optimiser.lr * (step + 1) / optimiser.warmup
+    along = min(1.0, (step - optimiser.warmup) / max(1, total - optimiser.warmup))
+    if optimiser.schedule == "constant":
+        share = 1.0
+    elif optimiser.schedule == "linear":
+        share = 1.0 - along
+    elif optimiser.schedule == "cosine":
+        share = (1 + math.cos(math.pi * along)) / 2
+    else:
+        share = min(1.0, (1.0 - along) / optimiser.decay_share) if optimiser.decay_share else 1.0
+    return optimiser.lr * (optimiser.final_share + (1 - optimiser.final_share) * share)
+
+
+def train_steps(
+    recipe: Recipe,
+    trainee: Trainee,
+    objective: Objective,
+    mixture: Mixture,
+    dev: DevSets,
+    folder: RunFolder,
+    processes: Processes,
+    keep_best: Callable[[], None],
+    progress: Callable[[Progress], None],
+) -> dict[str, float]:
+    """Run the recipe's steps, from the last checkpoint if there is one.
+
+    Returns:
+        The scores of the best evaluation, empty if there was none.
+
+    Raises:
+        TrainingError: the loss is not a number, or memory ran out; the last checkpoint is as it was.
+        StorageError: a checkpoint could not be written; earlier ones are as they were.
+    """
+    adamw = _adamw(recipe.optimiser, trainee)
+    begin, best = 0, {}
+    latest = folder.latest()
+    if latest is not None:
+        begin, state = latest
+        best = _restore(state, trainee, adamw)
+        if processes.first:
+            folder.forget_after(begin)
+    scores = dict(best)
+    losses: deque[float] = deque(maxlen=20)
+    parameters = list(trainee.parameters.values())
+    batches = mixture.batches(skip=begin)
+    for step in range(begin, recipe.steps):
+        began = time.perf_counter()
+        rate = learning_rate(step, recipe.optimiser, recipe.steps)
+        for group in adamw.param_groups:
+            group["lr"] = rate
+        batch = next(batches)
+        trainee.decoder.train()
+        # Dropout follows from the step and the process alone, so that a resumed run has what the unbroken one had.
+        torch.manual_seed((recipe.seed * 1_000_003 + step) * 1_024 + processes.rank)
+        try:
+            report = objective(batch, step)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise _out_of_memory(step, recipe, folder) from error
+        except RuntimeError as error:
+            if "memory" in str(error).lower():  # torch's CPU allocator has no class of its own
+                raise _out_of_memory(step, recipe, folder) from error
+            raise
+        processes.sum_gradients(parameters)
+        norm = _clip(parameters, recipe.optimiser.clip)
+        if not math.isfinite(report.loss) or not math.isfinite(norm):
+            raise TrainingError(
+                f"step {step + 1}: the loss is {report.loss} and the gradient's norm {norm}, in a batch of "
+                f"{batch.source.name!r}. {_last_good(folder)} Lower optimiser.lr, or raise optimiser.warmup"
+            )
+        adamw.step()
+        adamw.zero_grad(set_to_none=True)
+        trainee.merge()
+        seconds = time.perf_counter() - began
+        losses.append(report.loss)
+        done = step + 1
+        if processes.first:
+            folder.log(
+                {
+                    "step": done,
+                    "data": batch.source.name,
+                    "loss": round(report.loss, 6),
+                    "lr": rate,
+                    "norm": round(norm, 5),
+                    "tokens": report.tokens,
+                    "seconds": round(seconds, 4),
+                }
+            )
+        if len(dev) and (done % recipe.evaluate_every == 0 or done == recipe.steps):
+            if processes.first:
+                scores = evaluate(trainee, dev)
+                folder.log({"step": done, "scores": scores})
+                if _mean(scores) > _mean(best):
+                    best = dict(scores)
+                    keep_best()
+            processes.wait()
+        if processes.first and (done % recipe.checkpoint_every == 0 or done == recipe.steps):
+            folder.save(done, _state(trainee, adamw, best))
+        progress(Progress(done, recipe.steps, sum(losses) / len(losses), report.tokens / seconds, scores))
+    return best
+
+
+def evaluate(trainee: Trainee, dev: DevSets) -> dict[str, float]:
+    """Scores of the weights as they are, dropout off."""
+    trainee.decoder.eval()
+    trainee.merge()
+    scores = {name: round(score, 3) for name, score in dev.scores(trainee.encoder).items()}
+    trainee.decoder.train()
+    trainee.merge()
+    return scores
+
+
+def _mean(scores: Mapping[str, float]) -> float:
+    return sum(scores.values()) / len(scores) if scores else -math.inf
+
+
+def _adamw(optimiser: Optimiser, trainee: Trainee) -> torch.optim.AdamW:
+    # Vectors (norms, biases) are not decayed, as usual.
+    matrices = [p for p in trainee.parameters.values() if p.ndim > 1]
+    vectors = [p for p in trainee.parameters.values() if p.ndim < 2]
+    groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": optimiser.weight_decay}]
+    if vectors:
+        groups.append({"params": vectors, "weight_decay": 0.0})
+    return torch.optim.AdamW(groups, lr=optimiser.lr, betas=optimiser.betas, eps=optimiser.epsilon)
+
+
+def _clip(parameters: list[torch.nn.Parameter], limit: float) -> float:
+    return float(torch.nn.utils.clip_grad_norm_(parameters, limit if limit else math.inf))
+
+
+def _state(trainee: Trainee, adamw: torch.optim.AdamW, best: Mapping[str, float]) -> dict[str, Any]:
+    return {
+        "parameters": {name: parameter.detach() for name, parameter in trainee.parameters.items()},
+        "optimiser": adamw.state_dict(),
+        "best": dict(best),
+    }
+
+
+def _restore(state: Mapping[str, Any], trainee: Trainee, adamw: torch.optim.AdamW) -> dict[str, float]:
+    with torch.no_grad():
+        for name, parameter in trainee.parameters.items():
+            parameter.copy_(state["parameters"][name])
+    adamw.load_state_dict(state["optimiser"])
+    trainee.merge()
+    return dict(state["best"])
+
+
+def _out_of_memory(step: int, recipe: Recipe, folder: RunFolder) -> TrainingError:
+    return TrainingError(
+        f"step {step + 1}: out of memory. {_last_good(folder)} Lower batch.forward_tokens (now "
+        f"{recipe.batch.forward_tokens}); the batch and its gradient stay the same"
+    )
+
+
+def _last_good(folder: RunFolder) -> str:
+    latest = max((folder.path / "checkpoints").glob("step-*"), default=None)
+    return f"The last good checkpoint is {latest.name}." if latest else "There is no checkpoint yet."

@@ -1,0 +1,179 @@
+"""Low-rank adapters on the decoder's fused layers, trained here and saved as PEFT knows them.
+
+A layer computes y = W x with W = W0 + scale * B A (LoRA, arXiv 2106.09685). Frameworks usually add the two paths at
+run time: two more products and an addition per layer in the forward, four products in the backward. Where no adapter
+dropout stands between them, the sum is formed once per step instead, so that the forward costs what the bare model's
+does; the gradients of A and B follow from the layer's input and output gradient without ever forming that of W:
+
+    z = x A^T  [T, r]        dB = scale * dy^T z       dA = scale * (dy B)^T x       dx = dy W
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from unmask.encoder.architectures import Shape
+from unmask.encoder.decoder import Decoder
+from unmask.home import written_whole
+from unmask.recipe.recipe import Lora
+
+
+class LoraLinear(nn.Module):
+    """A frozen, possibly fused linear layer with one low-rank adapter per hub module it was fused from.
+
+    Args:
+        linear: the layer; its weight stays as it is.
+        parts: hub name and first and last row of each adapted module inside `linear`.
+        lora: rank, alpha, dropout.
+        dtype: precision of the products.
+    """
+
+    def __init__(self, linear: nn.Linear, parts: list[tuple[str, int, int]], lora: Lora, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.parts, self.rank, self.scale, self.dropout = parts, lora.rank, lora.alpha / lora.rank, lora.dropout
+        weight = linear.weight.detach()  # [out, in]
+        self.frozen = weight.float()
+        self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+        self.weight = weight.to(dtype, copy=True)  # W0 + scale * B A, refreshed by `merge`
+        # PEFT's start: A uniform as a linear layer's, B zero, so that the first step begins at the base model.
+        self.down = nn.Parameter(torch.empty(len(parts) * lora.rank, weight.shape[1], device=weight.device))
+        for block in self.down.data.split(lora.rank):
+            nn.init.kaiming_uniform_(block, a=5**0.5)
+        self.up = nn.ParameterList(
+            nn.Parameter(torch.zeros(stop - start, lora.rank, device=weight.device)) for _, start, stop in parts
+        )
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Form W anew; to be called after every change of A or B."""
+        if self.dropout and self.training:
+            return  # the paths stay apart
+        merged = self.frozen.clone()
+        for (_, start, stop), a, b in zip(self.parts, self.down.split(self.rank), self.up, strict=True):
+            merged[start:stop].addmm_(b, a, alpha=self.scale)
+        self.weight.copy_(merged)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, in] -> [T, out]."""
+        if self.dropout and self.training:
+            y = F.linear(x, self.frozen.to(x.dtype), self.bias)
+            z = F.linear(F.dropout(x, self.dropout), self.down.to(x.dtype))  # [T, parts * r]
+            added = [torch.zeros_like(y[:, :0])]
+            row = 0
+            for (_, start, stop), z_part, b in zip(self.parts, z.split(self.rank, dim=1), self.up, strict=True):
+                added += [y.new_zeros(len(y), start - row), F.linear(z_part, b.to(x.dtype)) * self.scale]
+                row = stop
+            return y + torch.cat([*added, y.new_zeros(len(y), y.shape[1] - row)], dim=1)
+        spans = [(start, stop) for _, start, stop in self.parts]
+        return _Merged.apply(x, self.down, self.weight, self.bias, self.scale, spans, *self.up)  # pyright: ignore[reportReturnType]
+
+
+class _Merged(torch.autograd.Function):
+    """y = x W^T with W already summed, and gradients for x, A and the Bs."""
+
+    @staticmethod
+    def forward(ctx, x, down, weight, bias, scale, spans, *up):
+        ctx.save_for_backward(x, down, weight, *up)
+        ctx.scale, ctx.spans = scale, spans
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, down, weight, *up = ctx.saved_tensors
+        rank = up[0].shape[1]
+        z = x @ down.to(x.dtype).T  # [T, parts * r]
+        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        through, d_up = [], []
+        for (start, stop), z_part, b in zip(ctx.spans, z.split(rank, dim=1), up, strict=True):
+            part = dy[:, start:stop]  # [T, rows]
+            d_up.append((part.T @ z_part).float() * ctx.scale)  # [rows, r]
+            through.append(part @ b.to(dy.dtype))  # [T, r]
+        d_down = (torch.cat(through, dim=1).T @ x).float() * ctx.scale  # [parts * r, in]
+        return dx, d_down, None, None, None, None, *d_up
+
+
+def add_lora(decoder: Decoder, lora: Lora, dtype: torch.dtype) -> list[LoraLinear]:
+    """Freeze the decoder, put adapters on the linear layers that `lora.targets` names, and set the rest to `dtype`.
+
+    Returns:
+        The adapted layers, whose `down` and `up` are all that is left to train, in float32.
+    """
+    decoder.requires_grad_(False)
+    adapted: list[LoraLinear] = []
+    for index, layer in enumerate(decoder.layers):
+        for field, parts in _parts(decoder.shape, index, lora.targets).items():
+            # Built before the decoder is rounded: W0 stays as the checkpoint has it.
+            adapted.append(LoraLinear(getattr(layer, field), parts, lora, dtype))
+            setattr(layer, field, None)
+    decoder.to(dtype)
+    waiting = iter(adapted)
+    for layer in decoder.layers:
+        for field in ("qkv", "out", "gate_up", "down"):
+            if getattr(layer, field) is None:
+                setattr(layer, field, next(waiting))
+    for linear in adapted:
+        linear.merge()
+    return adapted
+
+
+def _parts(shape: Shape, index: int, targets: list[str]) -> dict[str, list[tuple[str, int, int]]]:
+    """For each of our fused layers in a block, the targeted hub modules in it: name, first row, one past the last."""
+    query, value = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    sizes = {
+        "qkv": {"self_attn.q_proj": query, "self_attn.k_proj": value, "self_attn.v_proj": value},
+        "out": {"self_attn.o_proj": shape.width},
+        "gate_up": {"mlp.gate_proj": shape.inner, "mlp.up_proj": shape.inner},
+        "down": {"mlp.down_proj": shape.width},
+    }
+    found: dict[str, list[tuple[str, int, int]]] = {}
+    for field, modules in sizes.items():
+        row = 0
+        for module, rows in modules.items():
+            if module.rpartition(".")[2] in targets:
+                found.setdefault(field, []).append((f"layers.{index}.{module}", row, row + rows))
+            row += rows
+    return found
+
+
+def adapter_tensors(adapted: list[LoraLinear]) -> dict[str, Tensor]:
+    """A and B of every module under the names of LLM2Vec's published adapters (those of an inner model)."""
+    return dict(_named_halves(adapted))
+
+
+def _named_halves(adapted: list[LoraLinear]) -> Iterator[tuple[str, Tensor]]:
+    for linear in adapted:
+        for (module, _, _), a, b in zip(linear.parts, linear.down.detach().split(linear.rank), linear.up, strict=True):
+            yield f"base_model.model.{module}.lora_A.weight", a
+            yield f"base_model.model.{module}.lora_B.weight", b.detach()
+
+
+def write_adapter(folder: Path, adapted: list[LoraLinear], lora: Lora, base: str, dtype: torch.dtype) -> None:
+    """Write the adapter in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
+
+    Raises:
+        StorageError: the folder cannot be written; no half-written file is left.
+    """
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": sorted(lora.targets),
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    tensors = {name: tensor.to(dtype).contiguous().cpu() for name, tensor in adapter_tensors(adapted).items()}
+    with written_whole(folder / "adapter_model.safetensors") as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
+    with written_whole(folder / "adapter_config.json") as partial:
+        partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

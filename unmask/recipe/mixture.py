@@ -1,0 +1,100 @@
+"""The order in which a run sees its data: a pure function of the recipe's seed.
+
+Each batch comes from one data set, drawn by weight, so that in-batch negatives are of one kind. Every process of a
+run draws the same batches, and a resumed run draws those that the unbroken one would have.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from unmask.recipe.decontamination import Held
+from unmask.recipe.examples import Example, Examples, read_examples
+from unmask.recipe.recipe import Recipe, Source
+from unmask.recipe.rows import BadRows
+
+
+@dataclass(frozen=True, slots=True)
+class TextBatch:
+    """The examples of one step, all from one data set."""
+
+    source: Source
+    examples: list[Example]
+
+
+class Mixture:
+    """Batches without end.
+
+    Args:
+        recipe: for the batch size, weights and seed.
+        sets: data sets in memory, in the recipe's order; streamed sources are not among them.
+        root: the data folder, for streamed sources.
+        held: texts that must not be trained on, for streamed sources.
+    """
+
+    def __init__(self, recipe: Recipe, sets: list[Examples], root: Path | None, held: Held | None) -> None:
+        self._recipe, self._root, self._held = recipe, root, held
+        self._sets = {examples.source.name: examples for examples in sets}
+        self._sources = recipe.data
+        weights = [source.weight or len(self._sets[source.name].train) for source in self._sources]
+        self._weights = np.array(weights, dtype=float) / sum(weights)
+
+    def batches(self, skip: int = 0) -> Iterator[TextBatch]:
+        """Batch after batch, beginning with number `skip`; those before it are drawn and let go."""
+        choices = np.random.default_rng([self._recipe.seed, 0])
+        streams = [self._examples(source) for source in self._sources]
+        number = 0
+        while True:
+            which = int(choices.choice(len(self._sources), p=self._weights))
+            source = self._sources[which]
+            size = source.batch or self._recipe.batch.size
+            examples = [next(streams[which]) for _ in range(size)]
+            if number >= skip:
+                yield TextBatch(source, examples)
+            number += 1
+
+    def _examples(self, source: Source) -> Iterator[Example]:
+        seed = [self._recipe.seed, *source.name.encode()]
+        if source.stream:
+            yield from self._streamed(source, seed)
+        examples = self._sets[source.name].train
+        by_label: dict[str, list[Example]] = {}
+        for example in examples:
+            if example.label is not None:
+                by_label.setdefault(example.label, []).append(example)
+        epoch = 0
+        while True:
+            generator = np.random.default_rng([*seed, epoch])
+            for index in generator.permutation(len(examples)):
+                example = examples[index]
+                if example.label is None:
+                    yield example
+                    continue
+                # Another text of the same label, or itself where it is the only one.
+                others = by_label[example.label]
+                other = others[generator.integers(len(others))]
+                yield Example(example.query, other.query, (), example.label)
+            epoch += 1
+
+    def _streamed(self, source: Source, seed: list[int]) -> Iterator[Example]:
+        """Rows as they come, each swapped with a random one of the buffer, epoch after epoch."""
+        epoch = 0
+        while True:
+            generator = np.random.default_rng([*seed, epoch])
+            bad = BadRows(self._recipe.max_bad_rows)
+            buffer: list[Example] = []
+            for example in read_examples(source, self._root, bad):
+                if self._held is not None and any(self._held.touches(text) for text in example.texts()):
+                    continue
+                if len(buffer) < self._recipe.shuffle_buffer:
+                    buffer.append(example)
+                    continue
+                place = int(generator.integers(len(buffer)))
+                buffer[place], example = example, buffer[place]
+                yield example
+            bad.close()
+            for index in generator.permutation(len(buffer)):
+                yield buffer[index]
+            epoch += 1

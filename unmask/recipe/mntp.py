@@ -1,0 +1,149 @@
+"""Masked next-token prediction (LLM2Vec, arXiv 2404.05961, section 2.2).
+
+A masked token at position i is predicted from the state at i - 1, through the decoder's own language-model head, as
+the decoder was trained to predict. Only those states meet the head, a chunk at a time, so that the logits of a step
+never stand in memory.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unmask.encoder.decoder import Decoder
+from unmask.errors import UsageError
+from unmask.recipe.recipe import Mntp
+from unmask.recipe.trainee import Trainee
+
+# Logits of one chunk: 512 x 128k vocabulary in float32 is 256 MB.
+_CHUNK_ROWS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Gaps:
+    """A sequence with gaps.
+
+    Attributes:
+        ids: what the model reads, int64 [L].
+        positions: which tokens are asked for, ascending, never 0 (nothing comes before it), int64 [M].
+        targets: what stood there, int64 [M].
+    """
+
+    ids: np.ndarray
+    positions: np.ndarray
+    targets: np.ndarray
+
+
+def mask(ids: np.ndarray, mntp: Mntp, mask_id: int, vocabulary: int, generator: np.random.Generator) -> Gaps:
+    """Choose gaps at random and fill them as BERT does (80 % mask token, 10 % a random token, 10 % as it was), or all
+    with the mask token. At least one token of a sequence of two or more is asked for."""
+    chosen = generator.random(len(ids)) < mntp.probability
+    chosen[0] = False
+    if len(ids) > 1 and not chosen.any():
+        chosen[generator.integers(1, len(ids))] = True
+    positions = np.flatnonzero(chosen)
+    read = ids.copy()
+    if mntp.masking == "all":
+        read[positions] = mask_id
+    else:
+        fate = generator.random(len(positions))
+        read[positions[fate < 0.8]] = mask_id
+        random = positions[(fate >= 0.8) & (fate < 0.9)]
+        read[random] = generator.integers(0, vocabulary, len(random))
+    return Gaps(read, positions, ids[positions])
+
+
+def blocks(sequences: list[np.ndarray], length: int) -> list[np.ndarray]:
+    """Each document's ids in pieces of at most `length`; pieces of one token teach nothing and are left out."""
+    pieces = (ids[start : start + length] for ids in sequences for start in range(0, len(ids), length))
+    return [piece for piece in pieces if len(piece) > 1]
+
+
+def mask_id_of(trainee: Trainee, mntp: Mntp) -> int:
+    """The id of the token that stands for a gap.
+
+    Raises:
+        UsageError: the tokenizer has no such single token.
+    """
+    token = trainee.encoder.checkpoint.tokenizer.text.token_to_id(mntp.mask_token)
+    if token is None:
+        raise UsageError(f"mntp.mask_token={mntp.mask_token!r} is not one token of {trainee.encoder.name}'s vocabulary")
+    return token
+
+
+@dataclass(frozen=True)
+class Head:
+    """The language-model head: the embedding's own matrix where the base ties them.
+
+    Attributes:
+        weight: [vocabulary, W].
+        cap: logits are squashed into (-cap, cap), as in Gemma 2; None for no cap.
+    """
+
+    weight: Tensor
+    cap: float | None
+
+
+def head_of(trainee: Trainee) -> Head:
+    """The base's own head, frozen unless it is the embedding and that is trained."""
+    checkpoint, decoder = trainee.encoder.checkpoint, trainee.decoder
+    assert isinstance(decoder, Decoder)
+    cap = checkpoint.config.get("final_logit_softcapping")
+    if "lm_head.weight" in checkpoint.tensors.names() and not checkpoint.config.get("tie_word_embeddings"):
+        weight = checkpoint.tensors.read("lm_head.weight").to(trainee.device, trainee.dtype)
+    else:
+        weight = decoder.embedding.weight
+    return Head(weight, float(cap) if cap else None)
+
+
+def prediction_loss(states: Tensor, targets: Tensor, head: Head) -> Tensor:
+    """Summed cross-entropy of the targets, logits a chunk at a time.
+
+    Args:
+        states: [M, W], the state before each gap.
+        targets: [M].
+    """
+    loss: Tensor = _ChunkedCrossEntropy.apply(states, head.weight, targets, head.cap)  # pyright: ignore[reportAssignmentType]
+    return loss
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """The gradient of a chunk's logits is known as soon as they are, so it is applied at once and they are let go."""
+
+    @staticmethod
+    def forward(ctx, states, weight, targets, cap):
+        total = torch.zeros((), device=states.device)
+        d_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        cast = weight.to(states.dtype)
+        for start in range(0, len(states), _CHUNK_ROWS):
+            rows = slice(start, start + _CHUNK_ROWS)
+            logits = F.linear(states[rows], cast).float()  # [m, V]
+            slope = None
+            if cap is not None:
+                squashed = torch.tanh(logits / cap)
+                logits, slope = cap * squashed, 1 - squashed.square()
+            log_p = logits.log_softmax(dim=1)
+            total += F.nll_loss(log_p, targets[rows], reduction="sum")
+            d_logits = log_p.exp_()
+            d_logits[torch.arange(len(d_logits), device=states.device), targets[rows]] -= 1
+            if slope is not None:
+                d_logits *= slope
+            d_logits = d_logits.to(states.dtype)
+            if d_states is not None:
+                d_states[rows] = d_logits @ cast
+            if d_weight is not None:
+                d_weight += (d_logits.T @ states[rows]).float()
+        ctx.save_for_backward(*(d for d in (d_states, d_weight) if d is not None))
+        ctx.wanted = (d_states is not None, d_weight is not None)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, d_total):
+        saved = list(ctx.saved_tensors)
+        d_states = saved.pop(0) * d_total if ctx.wanted[0] else None
+        d_weight = (saved.pop(0) * d_total).to(ctx.weight_dtype) if ctx.wanted[1] else None
+        return d_states, d_weight, None, None

@@ -1,0 +1,328 @@
+"""A training run as one TOML file: what may stand in it, what it means, and what is refused.
+
+Every field has a type and a unit; an unknown or ill-typed field is an error that names it. `--set optimiser.lr=1e-4`
+overrides one value by its path. The resolved recipe is stored with the result.
+"""
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from unmask.errors import UsageError
+
+Positive = Annotated[int, Meta(ge=1)]
+Share = Annotated[float, Meta(ge=0.0, le=1.0)]
+Rate = Annotated[float, Meta(gt=0.0)]
+
+# Modules that an adapter changes, by their names on the hub. LLM2Vec's choice: every linear layer of a block.
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Source(Struct, forbid_unknown_fields=True, kw_only=True):
+    """One data set of the mixture.
+
+    Which fields are named decides what a row gives:
+        `text` alone            a text (MNTP, SimCSE, distillation)
+        `text` and `label`      a text whose positive is another text of the same label
+        `query` and `positive`  a pair, with any number of hard negatives
+
+    Attributes:
+        name: how logs and metrics call it.
+        path: a file below the data folder, or `hf:owner/name:config:split`.
+        query, positive, negatives, text, label: column names. A negatives column may hold a list.
+        instruction: given to queries; to both sides if `symmetric`.
+        symmetric: query and positive are the same kind of text, so both get the instruction.
+        weight: how often a batch comes from here, relative to the others. Left out: the number of rows.
+        batch: examples per step from here; left out: the run's.
+        limit: use so many rows, chosen by the seed.
+        stream: read as it goes, through the run's shuffle buffer, instead of into memory; needs a weight.
+        held_out: so many further rows are kept for the dev set.
+        only, without: keep, or drop, the rows whose column has one of these values.
+        max_length: tokens per sequence here; left out: the run's.
+        distil: whether the teacher, if there is one, is asked about these texts.
+        contrast: whether the labels count; False leaves only distillation.
+    """
+
+    name: str
+    path: str
+    query: str | None = None
+    positive: str | None = None
+    negatives: list[str] = []
+    text: str | None = None
+    label: str | None = None
+    instruction: str = ""
+    symmetric: bool = False
+    weight: Rate | None = None
+    batch: Positive | None = None
+    limit: Positive | None = None
+    stream: bool = False
+    held_out: Annotated[int, Meta(ge=0)] = 0
+    only: dict[str, list[str]] = {}
+    without: dict[str, list[str]] = {}
+    max_length: Positive | None = None
+    distil: bool = True
+    contrast: bool = True
+
+    def __post_init__(self) -> None:
+        pair = self.query is not None and self.positive is not None
+        if pair == (self.text is not None):
+            raise ValueError(f"data {self.name!r}: name either query and positive, or text")
+        if self.label is not None and self.text is None:
+            raise ValueError(f"data {self.name!r}: label goes with text")
+        if self.negatives and not pair:
+            raise ValueError(f"data {self.name!r}: negatives go with query and positive")
+        if self.stream and (self.weight is None or self.label or self.limit or self.held_out):
+            raise ValueError(f"data {self.name!r}: stream needs a weight, and excludes label, limit and held_out")
+
+
+class Lora(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Low-rank adapters (arXiv 2106.09685). The update is alpha / rank * B @ A."""
+
+    rank: Positive = 16
+    alpha: Rate = 32.0
+    dropout: Share = 0.05
+    targets: list[str] = msgspec.field(default_factory=lambda: list(ALL_LINEAR))
+
+    def __post_init__(self) -> None:
+        unknown = [target for target in self.targets if target not in ALL_LINEAR]
+        if unknown or not self.targets:
+            raise ValueError(f"lora.targets: {unknown or self.targets}; choose from {', '.join(ALL_LINEAR)}")
+
+
+class Optimiser(Struct, forbid_unknown_fields=True, kw_only=True):
+    """AdamW (arXiv 1711.05101) and its learning rate over the run.
+
+    Attributes:
+        lr: the highest learning rate.
+        schedule: after the warm-up: linear or cosine to `final_share` of lr, constant, or wsd (constant, then linear
+            over the last `decay_share` of the steps; arXiv 2404.06395).
+        warmup: steps from zero to lr.
+        total_steps: steps that the schedule is computed over; left out: the run's.
+        clip: largest gradient norm; 0 for no limit.
+    """
+
+    lr: Rate = 5e-5
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
+    warmup: Annotated[int, Meta(ge=0)] = 0
+    total_steps: Positive | None = None
+    final_share: Share = 0.0
+    decay_share: Share = 0.2
+    weight_decay: Annotated[float, Meta(ge=0.0)] = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: Rate = 1e-8
+    clip: Annotated[float, Meta(ge=0.0)] = 1.0
+
+
+class Mntp(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Masked next-token prediction (arXiv 2404.05961, section 2.2).
+
+    Attributes:
+        probability: share of the tokens that are predicted.
+        masking: "bert" replaces 80 % of them by the mask token and 10 % by a random one; "all" replaces all.
+        mask_token: the token that stands for a gap; "_" is what LLM2Vec used for every base.
+        block: tokens per sequence; documents are cut to it and never share attention.
+    """
+
+    probability: Annotated[float, Meta(gt=0.0, lt=1.0)] = 0.2
+    masking: Literal["bert", "all"] = "bert"
+    mask_token: str = "_"
+    block: Positive = 512
+
+
+class SimCse(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Two dropout views of each text (arXiv 2104.08821).
+
+    Attributes:
+        attention_dropout: dropout on attention weights, the noise between the views besides the adapter's own.
+        temperature: of the cosine similarities.
+    """
+
+    attention_dropout: Share = 0.3
+    temperature: Rate = 0.05
+
+
+class Contrastive(Struct, forbid_unknown_fields=True, kw_only=True):
+    """InfoNCE over in-batch and hard negatives, alone or beside distillation.
+
+    Attributes:
+        temperature: of the cosine similarities.
+        hard_negatives: at most so many per query.
+        false_negative_margin: an in-batch negative counts only if it is less similar to the query than the positive
+            is by this margin (positive-aware; arXiv 2407.15831). Judged by the teacher where there is one, else by
+            the model itself. None: every other text is a negative.
+        both_ways: also positives to queries, for symmetric sets.
+        weight: of this loss; 0 trains by distillation alone.
+    """
+
+    temperature: Rate = 0.02
+    hard_negatives: Annotated[int, Meta(ge=0)] = 1
+    false_negative_margin: float | None = None
+    both_ways: bool = True
+    weight: Annotated[float, Meta(ge=0.0)] = 1.0
+
+
+class Distillation(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Learning the similarities that a teacher sees within a batch.
+
+    Attributes:
+        teacher: a model that `unmask evaluate` can measure: a folder, an endpoint, one of ours.
+        temperature: of both similarity distributions whose Kullback-Leibler divergence is minimised.
+        weight: of that divergence.
+        similarity_weight: of the squared error of the cosines themselves.
+    """
+
+    teacher: str
+    temperature: Rate = 0.05
+    weight: Annotated[float, Meta(ge=0.0)] = 1.0
+    similarity_weight: Annotated[float, Meta(ge=0.0)] = 0.0
+
+
+class Batch(Struct, forbid_unknown_fields=True, kw_only=True):
+    """How many, and how much at once.
+
+    Attributes:
+        size: examples per step, over all processes and accumulation rounds.
+        forward_tokens: tokens of one forward. Contrastive steps larger than that go through GradCache (arXiv
+            2101.06983), so that the batch does not depend on memory; MNTP steps accumulate.
+    """
+
+    size: Positive = 64
+    forward_tokens: Positive = 8192
+
+
+class Dev(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Text pairs with gold similarities, whose Spearman correlation is watched during the run.
+
+    Attributes:
+        path: a file with two text columns and a score.
+        first, second, score: their names.
+        limit: use so many rows, chosen by the seed.
+    """
+
+    name: str
+    path: str
+    first: str
+    second: str
+    score: str
+    limit: Positive | None = None
+
+
+class Recipe(Struct, forbid_unknown_fields=True, kw_only=True):
+    """One training run.
+
+    Attributes:
+        base: the decoder to begin with: any name that `Encoder.load` takes.
+        adapters: merged into it first, in this order.
+        objective: mntp, simcse or supervised.
+        data: the mixture. Each batch comes from one data set.
+        steps: optimiser steps.
+        epochs_at_most: stop early when every data set has been gone through so often; None: never.
+        max_length: tokens per sequence, everything counted.
+        pooling: as in `Encoder.load`.
+        causal: leave the causal mask on. Only for ablations.
+        matryoshka: also train vectors cut to these lengths (arXiv 2205.13147).
+        lora: adapter to train; None trains all weights.
+        precision: of the forward. auto is bfloat16 where the processor computes in it, else float32. Trained
+            parameters and the optimiser are float32 in any case.
+        gradient_checkpointing: recompute activations in the backward, for less memory.
+        held_apart: folder, from the data folder, of evaluation data; training rows that overlap with it are dropped.
+        max_bad_rows: share of unreadable rows past which the run stops.
+        checkpoint_every, evaluate_every: steps.
+        keep: resumable checkpoints that stay on disk.
+    """
+
+    base: str
+    objective: Literal["mntp", "simcse", "supervised"]
+    data: Annotated[list[Source], Meta(min_length=1)]
+    steps: Positive
+    name: str = "run"
+    adapters: list[str] = []
+    epochs_at_most: float | None = None
+    max_length: Positive = 512
+    pooling: Literal["mean", "weighted_mean", "eos_token", "last_token", "bos_token"] = "mean"
+    causal: bool = False
+    matryoshka: list[Positive] = []
+    lora: Lora | None = msgspec.field(default_factory=Lora)
+    optimiser: Optimiser = msgspec.field(default_factory=Optimiser)
+    batch: Batch = msgspec.field(default_factory=Batch)
+    mntp: Mntp = msgspec.field(default_factory=Mntp)
+    simcse: SimCse = msgspec.field(default_factory=SimCse)
+    contrastive: Contrastive = msgspec.field(default_factory=Contrastive)
+    distillation: Distillation | None = None
+    dev: list[Dev] = []
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str = "auto"
+    gradient_checkpointing: bool = False
+    held_apart: str | None = None
+    max_bad_rows: Share = 0.01
+    shuffle_buffer: Positive = 100_000
+    checkpoint_every: Positive = 100
+    evaluate_every: Positive = 100
+    keep: Positive = 2
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        names = [source.name for source in self.data]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"data: the name {twice[0]!r} is given twice")
+        if self.objective == "supervised" and self.distillation is None:
+            plain = next((s.name for s in self.data if s.query is None and s.label is None), None)
+            if plain is not None:
+                raise ValueError(f"data {plain!r} has no positives, and there is no distillation to learn from it by")
+        if self.objective in ("mntp", "simcse"):
+            pairs = next((source.name for source in self.data if source.text is None), None)
+            if pairs is not None:
+                raise ValueError(f"data {pairs!r}: {self.objective} learns from texts; name a text column")
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply `key.path=value` overrides, whose values are TOML (a bare word is a string).
+
+    Raises:
+        UsageError: the file is not there, is not TOML, or a field is unknown or has a wrong value.
+    """
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"no recipe at {path}: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not TOML: {error}") from error
+    for override in overrides:
+        _set(raw, override)
+    try:
+        return msgspec.convert(raw, Recipe)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"{path}: {error}") from error
+
+
+def _set(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UsageError(f"--set {override}: write key=value, as in optimiser.lr=1e-4")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *path, last = key.strip().split(".")
+    place: Any = raw
+    for part in path:
+        if isinstance(place, list):
+            place = _named(place, part, override)
+        else:
+            place = place.setdefault(part, {})
+    if not isinstance(place, dict):
+        raise UsageError(f"--set {override}: {'.'.join(path)} is not a table")
+    place[last] = value
+
+
+def _named(entries: list[Any], name: str, override: str) -> Any:
+    # `data.nli.limit=100`: an entry of a list of tables goes by its name.
+    for entry in entries:
+        if isinstance(entry, dict) and entry.get("name") == name:
+            return entry
+    raise UsageError(f"--set {override}: nothing is named {name!r} there")

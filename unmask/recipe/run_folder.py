@@ -1,0 +1,191 @@
+"""What a run keeps on disk, so that it can be killed at any moment and somebody else can repeat it.
+
+A run's folder holds
+    run.json              the resolved recipe, versions, git revision, data digests, hardware
+    metrics.jsonl         one line per step: loss, learning rate, tokens/s; and one per evaluation
+    checkpoints/step-N/   parameters, optimiser and random state; written whole, the last few kept
+    best/                 adapter (or weights) of the best evaluation so far
+    adapter/ or model/    the result, when the run has ended
+    curves.svg, curves.png
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unmask import __version__
+from unmask.errors import StorageError, UsageError
+from unmask.home import written_whole
+
+_STEP = "step-"
+
+
+class RunFolder:
+    """One run's files.
+
+    Args:
+        path: made if need be.
+        keep: resumable checkpoints that stay.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+
+    def __init__(self, path: Path, keep: int) -> None:
+        self.path, self._keep = path, keep
+        with _storage(path):
+            (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+
+    def begin(self, description: Mapping[str, Any], resume: bool) -> None:
+        """Write `run.json`, or check that the one here describes the same run.
+
+        Raises:
+            UsageError: another run's files are here, or this one's and `resume` is off.
+        """
+        file = self.path / "run.json"
+        if file.is_file():
+            try:
+                before = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise UsageError(f"{file} is damaged ({error}); remove {self.path} to begin anew") from error
+            changed = sorted(key for key in ("recipe", "data") if before.get(key) != description.get(key))
+            if changed:
+                raise UsageError(
+                    f"{self.path} holds a run with another {' and '.join(changed)}; choose another --output, "
+                    f"or remove it to begin anew ({_difference(before, description)})"
+                )
+            if not resume:
+                raise UsageError(f"{self.path} holds this run already; continue it with --resume, or remove it")
+            return
+        with written_whole(file) as partial:
+            partial.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+
+    def save(self, step: int, state: Mapping[str, Any]) -> None:
+        """Keep a checkpoint, whole or not at all, and let the oldest ones go.
+
+        Raises:
+            StorageError: no space or no permission; earlier checkpoints are as they were.
+        """
+        target = self.path / "checkpoints" / f"{_STEP}{step:08d}"
+        partial = target.with_name(f".{target.name}.partial")
+        with _storage(self.path):
+            shutil.rmtree(partial, ignore_errors=True)
+            try:
+                partial.mkdir()
+                with (partial / "state.pt").open("wb") as file:
+                    torch.save(dict(state), file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                shutil.rmtree(target, ignore_errors=True)
+                partial.rename(target)
+            except RuntimeError as error:  # torch's zip writer, when the disk is full
+                raise OSError(f"the checkpoint of step {step} was not written: {error}") from error
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+            for old in self._steps()[: -self._keep]:
+                shutil.rmtree(self.path / "checkpoints" / f"{_STEP}{old:08d}", ignore_errors=True)
+
+    def latest(self) -> tuple[int, dict[str, Any]] | None:
+        """Step and state of the last checkpoint, if there is one."""
+        steps = self._steps()
+        if not steps:
+            return None
+        file = self.path / "checkpoints" / f"{_STEP}{steps[-1]:08d}" / "state.pt"
+        try:
+            return steps[-1], torch.load(file, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError) as error:
+            raise StorageError(
+                f"{file} cannot be read ({error}); remove its folder to resume from an earlier one"
+            ) from error
+
+    def _steps(self) -> list[int]:
+        found = (entry.name.removeprefix(_STEP) for entry in (self.path / "checkpoints").glob(f"{_STEP}*"))
+        return sorted(int(step) for step in found if step.isdigit())
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Add a line to `metrics.jsonl`."""
+        with _storage(self.path), (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All whole lines of `metrics.jsonl`."""
+        file = self.path / "metrics.jsonl"
+        if not file.is_file():
+            return []
+        lines: list[dict[str, Any]] = []
+        for text in file.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                break  # the process was killed while it wrote this one
+        return lines
+
+    def forget_after(self, step: int) -> None:
+        """Drop the metrics of steps that a resumed run will do again."""
+        kept = [line for line in self.metrics() if line.get("step", 0) <= step]
+        with written_whole(self.path / "metrics.jsonl") as partial:
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+
+def description_of(recipe: Mapping[str, Any], data: Mapping[str, Any], hardware: str) -> dict[str, Any]:
+    """What `run.json` says: enough to run it again elsewhere."""
+    from importlib.metadata import version
+
+    names = ("torch", "numpy", "tokenizers", "safetensors")
+    return {
+        "recipe": dict(recipe),
+        "data": dict(data),
+        "versions": {"unmask": __version__, "python": platform.python_version()}
+        | {name: version(name) for name in names},
+        "git": _git_revision(),
+        "hardware": hardware,
+    }
+
+
+def _git_revision() -> str | None:
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The first place where two nested descriptions differ."""
+
+    def walk(a: Any, b: Any, path: str) -> str | None:
+        if isinstance(a, dict) and isinstance(b, dict):
+            for key in {**a, **b}:
+                found = walk(a.get(key), b.get(key), f"{path}.{key}" if path else str(key))
+                if found:
+                    return found
+            return None
+        if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+            return next(
+                filter(None, (walk(x, y, f"{path}[{i}]") for i, (x, y) in enumerate(zip(a, b, strict=True)))), None
+            )
+        return None if a == b else f"{path} was {a!r}, is {b!r}"
+
+    pair = ({key: side.get(key) for key in ("recipe", "data")} for side in (before, now))
+    return walk(*pair, "") or "no difference"
+
+
+@contextmanager
+def _storage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"cannot write to {path}: {error.strerror or error}; free some space and continue with --resume"
+        ) from error

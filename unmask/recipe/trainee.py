@@ -1,0 +1,204 @@
+"""The model under training: an encoder whose decoder takes gradients, in the precision the run computes in."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from unmask.encoder import Encoder
+from unmask.encoder.decoder import Decoder
+from unmask.encoder.pooling import pool
+from unmask.encoder.prompt import DefaultPrompts, Prompt
+from unmask.errors import UnsupportedArchitecture, UsageError
+from unmask.recipe.distributed import Processes
+from unmask.recipe.lora import LoraLinear, add_lora
+from unmask.recipe.recipe import Recipe
+
+
+class Trainee:
+    """What an objective trains.
+
+    Attributes:
+        encoder: the encoder; its vectors are those of the weights as they are now.
+        adapted: layers with adapters; empty in full fine-tuning.
+        parameters: what the optimiser changes, by name, float32.
+    """
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        self.encoder = Encoder.load(
+            recipe.base,
+            adapters=recipe.adapters,
+            pooling=recipe.pooling,
+            max_length=recipe.max_length,
+            device=str(device),
+            causal=recipe.causal,
+        )
+        decoder = self.encoder.decoder
+        if not isinstance(decoder, Decoder):
+            kind = self.encoder.checkpoint.config.get("model_type")
+            raise UnsupportedArchitecture(
+                f"{recipe.base} is a {kind}, which has no row in unmask.encoder.architectures; only those can be trained"
+            )
+        self.decoder, self.device = decoder, device
+        self.dtype = compute_dtype(recipe.precision, device)
+        self.seed, self.forward_tokens = recipe.seed, recipe.batch.forward_tokens
+        torch.manual_seed(recipe.seed)
+        self.adapted: list[LoraLinear] = []
+        if recipe.lora is not None:
+            self.adapted = add_lora(decoder, recipe.lora, self.dtype)
+        if recipe.objective == "simcse":
+            for layer in decoder.layers:
+                layer.attention_dropout = recipe.simcse.attention_dropout
+        decoder.checkpointing = recipe.gradient_checkpointing
+        self.parameters: dict[str, nn.Parameter] = {n: p for n, p in decoder.named_parameters() if p.requires_grad}
+
+    def merge(self) -> None:
+        """Let the forward see the parameters as the optimiser has left them."""
+        for linear in self.adapted:
+            linear.merge()
+
+    def prompts(self, texts: Sequence[str], instruction: str, max_length: int | None = None) -> list[Prompt]:
+        """Prompts of texts, cut at the run's or the given length. Texts without a token have no prompt: an error."""
+        builder = self.encoder.prompts
+        assert isinstance(builder, DefaultPrompts)
+        return (builder.at_most(max_length) if max_length else builder).build(texts, instruction)
+
+    def hidden(self, sequences: Sequence[np.ndarray]) -> Tensor:
+        """States of a pack [T, W], with gradients."""
+        ids = torch.from_numpy(np.concatenate(sequences)).to(self.device)
+        with self._autocast():
+            return self.decoder(ids, [len(sequence) for sequence in sequences])
+
+    def vectors(self, prompts: Sequence[Prompt]) -> Tensor:
+        """Vectors of one pack, float32 [n, W], with gradients."""
+        return pool(self.hidden([prompt.ids for prompt in prompts]), prompts, self.encoder.pooling)
+
+    def packs(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Sequences into forwards of about equal size, none above the recipe's `forward_tokens`.
+
+        Equal lengths stand side by side, since they share an attention call.
+        """
+        count = max(1, -(-sum(lengths) // self.forward_tokens))
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        packs: list[list[int]] = [[] for _ in range(count)]
+        tokens = [0] * count
+        for index in order:
+            lightest = min(range(len(packs)), key=tokens.__getitem__)
+            if tokens[lightest] + lengths[index] > self.forward_tokens and packs[lightest]:
+                packs.append([])
+                tokens.append(0)
+                lightest = len(packs) - 1
+            packs[lightest].append(index)
+            tokens[lightest] += lengths[index]
+        return [pack for pack in packs if pack]
+
+    def _autocast(self) -> AbstractContextManager:
+        # With adapters the frozen weights are in the compute precision already; full fine-tuning keeps float32 ones.
+        if self.adapted or self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+
+def backward_through(
+    trainee: Trainee, prompts: Sequence[Prompt], loss_of: Callable[[Tensor], Tensor], processes: Processes
+) -> float:
+    """Gradients of a loss over the vectors of many prompts, in memory for one pack at a time.
+
+    GradCache (arXiv 2101.06983): vectors without gradients first, the loss's gradient with respect to them, then each
+    pack again with it. The gradient is that of the direct computation, dropout included: each pack's random state is
+    restored for its second forward. A single pack in a single process is computed directly.
+
+    Several processes each encode their share of the prompts and see the vectors of all, so every one of them computes
+    the whole loss; the sum of their parameters' gradients is the gradient of one process doing everything.
+
+    Args:
+        prompts: of the whole step, the same in every process.
+        loss_of: vectors [len(prompts), W] in the prompts' order -> a scalar.
+
+    Returns:
+        The loss.
+    """
+    lengths = [len(prompt.ids) for prompt in prompts]
+    shares = processes.shares(lengths)
+    own = shares[processes.rank]
+    packs = [[own[i] for i in pack] for pack in trainee.packs([lengths[i] for i in own])]
+    if len(packs) == 1 and processes.size == 1:
+        vectors = trainee.vectors([prompts[i] for i in packs[0]])
+        loss = loss_of(vectors[inverse(packs[0], vectors.device)])
+        loss.backward()
+        return float(loss.detach())
+    randomness: list[_Randomness] = []
+    parts = [torch.empty(0, trainee.encoder.dim, device=trainee.device)]
+    with torch.no_grad():
+        for pack in packs:
+            randomness.append(_Randomness(trainee.device))
+            parts.append(trainee.vectors([prompts[i] for i in pack]))
+    # What each process has lies in the order of its packs; everybody's in the order of the prompts.
+    everybody = processes.gather(torch.cat(parts), [i for pack in packs for i in pack], len(prompts)).requires_grad_()
+    loss = loss_of(everybody)
+    loss.backward()
+    assert everybody.grad is not None
+    for pack, random in zip(packs, randomness, strict=True):
+        with random.again():
+            trainee.vectors([prompts[i] for i in pack]).backward(everybody.grad[pack])
+    return float(loss.detach())
+
+
+def inverse(order: Sequence[int], device: torch.device) -> Tensor:
+    """Where each item of 0..n-1 stands in `order`."""
+    places = torch.empty(len(order), dtype=torch.long)
+    places[torch.tensor(order)] = torch.arange(len(order))
+    return places.to(device)
+
+
+class _Randomness:
+    """The state of the random generators at one moment, to have the same dropout twice."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._cpu = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        devices = [self._device] if self._cuda is not None else []
+        with torch.random.fork_rng(devices=devices):
+            torch.set_rng_state(self._cpu)
+            if self._cuda is not None:
+                torch.cuda.set_rng_state(self._cuda, self._device)
+            yield
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The forward's precision: `auto` is bfloat16 where the processor multiplies in it."""
+    if precision == "auto":
+        return torch.bfloat16 if _computes_bfloat16(device) else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
+
+
+def _computes_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    # oneDNN has bfloat16 products without these too, but emulated and slower than float32.
+    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the accelerator of this process, if there is one.
+
+    Raises:
+        UsageError: no such device here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device={name!r} is not available here: {str(error).splitlines()[0]}") from error
+    return device
