@@ -169,6 +169,15 @@ def test_what_is_not_tested_is_said(tmp_path: Path) -> None:
     assert "10.0 points above b (without per-example values, so not tested)" in told
 
 
+def test_data_that_does_not_match_costs_the_tests_and_not_the_report(tmp_path: Path) -> None:
+    results = tiny(("a", {"x": 60.0}), ("b", {"x": 50.0}))
+    results.models[1].scores[0].data = "f" * 16
+    write_report(tmp_path, results)
+    for name in ("report.html", "report.md"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert "Not tested. x: a was measured with data None and b with ffffffffffffffff" in text and "50.00" in text
+
+
 def test_a_model_alone_and_models_that_failed(tmp_path: Path) -> None:
     assert spoken(tiny(("a", {"x": 60.0})), tmp_path).startswith("a averages 60.0 over 1 task.")
     assert "a completed no task" in spoken(tiny(("a", {"x": None}), ("b", {"x": 50.0})), tmp_path)

@@ -84,6 +84,7 @@ class Story:
         answer: the opening, sentence by sentence.
         common: tasks that every model completed; all means are over these.
         silent: models that completed nothing and so do not narrow `common`.
+        untested: why a model could not be compared with the subject, where its examples or data do not match.
         published_tasks: those of `common` whose published scores are comparable.
         published: other people's models on exactly those.
         placed: our models' means on those, by name.
@@ -93,6 +94,7 @@ class Story:
     answer: list[list[Span]]
     common: list[str]
     silent: list[str]
+    untested: list[str]
     rows: list[Row]
     groups: dict[Category, list[TaskGroup]]
     counts: dict[Category, int]
@@ -146,7 +148,7 @@ def tell(folder: Path, results: Results, published: list[PublishedModel] | None 
     if not results.models:
         raise UsageError("the results name no model, so there is nothing to report")
     common, silent = _common(results)
-    comparisons = _comparisons(folder, results, common)
+    comparisons, untested = _comparisons(folder, results, common)
     overall = _overall(comparisons)
     short = wording.short_names([model.name for model in results.models])
     rows = [
@@ -159,6 +161,7 @@ def tell(folder: Path, results: Results, published: list[PublishedModel] | None 
         answer=_answer(results, rows, common, silent),
         common=common,
         silent=silent,
+        untested=untested,
         rows=rows,
         groups=_groups(rows, comparisons),
         counts={
@@ -221,14 +224,18 @@ def _row(index: int, model: ModelResult, short: str, common: list[str], against:
     )
 
 
-def _comparisons(folder: Path, results: Results, common: list[str]) -> dict[str, Comparison]:
-    """The subject against each other model that shares a task with it."""
+def _comparisons(folder: Path, results: Results, common: list[str]) -> tuple[dict[str, Comparison], list[str]]:
+    """The subject against each other model that shares a task with it, and why some cannot be compared."""
     subject, *others = results.models
-    found = {}
+    found, refused = {}, []
     for other in others:
         if _completed(subject).keys() & _completed(other).keys():
-            found[other.name] = compare(Measured(folder, subject), Measured(folder, other), counted=common)
-    return found
+            # A run that went on with other data must not cost the report of all that it measured.
+            try:
+                found[other.name] = compare(Measured(folder, subject), Measured(folder, other), counted=common)
+            except UsageError as error:
+                refused.append(str(error))
+    return found, refused
 
 
 def _overall(comparisons: dict[str, Comparison]) -> dict[str, Paired]:
