@@ -392,5 +392,9 @@ def _at_what_cost(results: Results, subject: Row, rivals: list[Row]) -> list[lis
 
 def _speed_ratio(ratio: float) -> str:
     if ratio >= 1.05:
-        return f"{ratio:.1f} times as fast as"
-    return f"{1 / ratio:.1f} times slower than" if ratio <= 0.95 else "as fast as"
+        return f"{_times(ratio)} times as fast as"
+    return f"{_times(1 / ratio)} times slower than" if ratio <= 0.95 else "as fast as"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.1f}" if ratio < 20 else f"{ratio:,.0f}"
