@@ -60,7 +60,9 @@ def supervised(
     prompts = _prompts(unique, trainee, source.max_length)
     taught = None
     if teacher is not None and source.distil:
-        taught = torch.from_numpy(teacher([text for _, text in unique])).to(trainee.device)
+        own = range(processes.rank, len(unique), processes.size)  # each process asks about its share
+        answers = torch.from_numpy(teacher([unique[i][1] for i in own])).to(trainee.device)
+        taught = processes.gather(answers, own, len(unique))
     masked = same_text(queries, documents, trainee.device) if contrast else None
     if masked is not None and source.label is not None:
         labels = [example.label for example in batch.examples]

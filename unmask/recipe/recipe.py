@@ -311,10 +311,7 @@ def _set(raw: dict[str, Any], override: str) -> None:
     *path, last = key.strip().split(".")
     place: Any = raw
     for part in path:
-        if isinstance(place, list):
-            place = _named(place, part, override)
-        else:
-            place = place.setdefault(part, {})
+        place = _named(place, part, override) if isinstance(place, list) else place.setdefault(part, {})
     if not isinstance(place, dict):
         raise UsageError(f"--set {override}: {'.'.join(path)} is not a table")
     place[last] = value

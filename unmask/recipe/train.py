@@ -63,6 +63,7 @@ def train(
     """
     device = choose_device(recipe.device)
     with processes(device) as group:
+        tell = progress if group.first else lambda _: None
         sets, held = load_data(recipe, data, say if group.first else lambda _: None)
         folder = RunFolder(output, recipe.keep)
         if group.first:
@@ -78,7 +79,7 @@ def train(
         def keep(name: str) -> Path:
             return _write_result(output / name, trainee, recipe)
 
-        scores = train_steps(recipe, trainee, objective, mixture, dev, folder, group, lambda: keep("best"), progress)
+        scores = train_steps(recipe, trainee, objective, mixture, dev, folder, group, lambda: keep("best"), tell)
         result = output / ("adapter" if recipe.lora is not None else "model")
         if group.first:
             keep(result.name)

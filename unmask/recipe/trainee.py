@@ -40,7 +40,7 @@ class Trainee:
         if not isinstance(decoder, Decoder):
             kind = self.encoder.checkpoint.config.get("model_type")
             raise UnsupportedArchitecture(
-                f"{recipe.base} is a {kind}, which has no row in unmask.encoder.architectures; only those can be trained"
+                f"{recipe.base} is a {kind}, which has no row in unmask.encoder.architectures; it cannot be trained"
             )
         self.decoder, self.device = decoder, device
         self.dtype = compute_dtype(recipe.precision, device)
@@ -109,7 +109,7 @@ def backward_through(
 
     GradCache (arXiv 2101.06983): vectors without gradients first, the loss's gradient with respect to them, then each
     pack again with it. The gradient is that of the direct computation, dropout included: each pack's random state is
-    restored for its second forward. A single pack in a single process is computed directly.
+    restored for its second forward. A process with a single pack computes it once and keeps its graph.
 
     Several processes each encode their share of the prompts and see the vectors of all, so every one of them computes
     the whole loss; the sum of their parameters' gradients is the gradient of one process doing everything.
@@ -125,10 +125,13 @@ def backward_through(
     shares = processes.shares(lengths)
     own = shares[processes.rank]
     packs = [[own[i] for i in pack] for pack in trainee.packs([lengths[i] for i in own])]
-    if len(packs) == 1 and processes.size == 1:
+    if len(packs) == 1:  # nothing to save by a second forward
         vectors = trainee.vectors([prompts[i] for i in packs[0]])
-        loss = loss_of(vectors[inverse(packs[0], vectors.device)])
+        everybody = processes.gather(vectors, packs[0], len(prompts)).requires_grad_()
+        loss = loss_of(everybody)
         loss.backward()
+        assert everybody.grad is not None
+        vectors.backward(everybody.grad[packs[0]])
         return float(loss.detach())
     randomness: list[_Randomness] = []
     parts = [torch.empty(0, trainee.encoder.dim, device=trainee.device)]
@@ -145,13 +148,6 @@ def backward_through(
         with random.again():
             trainee.vectors([prompts[i] for i in pack]).backward(everybody.grad[pack])
     return float(loss.detach())
-
-
-def inverse(order: Sequence[int], device: torch.device) -> Tensor:
-    """Where each item of 0..n-1 stands in `order`."""
-    places = torch.empty(len(order), dtype=torch.long)
-    places[torch.tensor(order)] = torch.arange(len(order))
-    return places.to(device)
 
 
 class _Randomness:

@@ -1,0 +1,58 @@
+"""What a run shows in a terminal: a bar with loss, speed and time left, and the plan of a dry run."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from unmask.recipe.loop import Progress as StepProgress
+from unmask.recipe.plan import Plan
+
+
+@contextmanager
+def training_bar(console: Console) -> Iterator[Callable[[StepProgress], None]]:
+    """A function to be told after every step. On anything but a terminal: a line per hundred steps."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=28),
+        TextColumn("loss {task.fields[loss]:.4f}"),
+        TextColumn("{task.fields[speed]:,.0f} tokens/s"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[scores]}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("train", total=None, loss=float("nan"), speed=0.0, scores="")
+
+        def tell(now: StepProgress) -> None:
+            scores = "  ".join(f"{name} {score:.1f}" for name, score in now.scores.items())
+            bar.update(
+                task, total=now.steps, completed=now.step, loss=now.loss, speed=now.tokens_per_second, scores=scores
+            )
+            if not console.is_terminal and (now.step % 100 == 0 or now.step == now.steps):
+                console.print(
+                    f"step {now.step}/{now.steps}  loss {now.loss:.4f}  {now.tokens_per_second:,.0f} tokens/s  {scores}"
+                )
+
+        yield tell
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """The estimate of a dry run as a table and two lines."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("data", no_wrap=True)
+    for heading in ("examples", "held out", "tokens each", "per step", "share of steps"):
+        table.add_column(heading, justify="right")
+    for source in plan.sources:
+        count = "streamed" if source.examples is None else f"{source.examples:,}"
+        tokens, share = f"{source.tokens_per_example:.0f}", f"{source.share:.1%}"
+        table.add_row(source.name, count, f"{source.held_out:,}", tokens, str(source.examples_per_step), share)
+    console.print(table)
+    hours, minutes = divmod(round(plan.seconds / 60), 60)
+    console.print(f"{plan.steps:,} steps, about {plan.tokens:,} tokens; {plan.trained:,} parameters are trained")
+    console.print(
+        f"estimated: {hours} h {minutes:02d} min on this machine now, {plan.memory_bytes / 1e9:.1f} GB of memory"
+    )
