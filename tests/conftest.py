@@ -14,6 +14,7 @@ REAL_MODELS = {
     "gemma-3-270m": "gemma-3-270m-q4_k_m.gguf",
     "qwen2.5-coder-1.5b": "qwen2.5-coder-1.5b.gguf",
     "tinyllama-1.1b": "tinyllama-1.1b.gguf",
+    "all-minilm-l6-v2": "all-minilm-l6-v2",  # a folder of the sentence-transformers library
 }
 
 
@@ -52,7 +53,7 @@ def real_model(shared_dir: Path):
 
     def fetch(name: str) -> Path:
         target = model_cache() / REAL_MODELS[name]
-        if not target.is_file():
+        if not target.exists():
             tool = shared_dir / "tools" / "get_model.py"
             subprocess.run([sys.executable, str(tool), name, str(model_cache())], check=True)
         return target

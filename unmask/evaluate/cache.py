@@ -85,7 +85,9 @@ class VectorCache:
         if not rows:
             return np.empty((0, self._dimensions), dtype=np.float32)
         with _storage(self._folder):
-            stored = np.memmap(self._vectors_file, dtype="<f4", mode="r").reshape(-1, self._dimensions)
+            # Whole rows only: another process may be in the middle of its own.
+            whole = self._vectors_file.stat().st_size // (self._dimensions * 4)
+            stored = np.memmap(self._vectors_file, dtype="<f4", mode="r", shape=(whole, self._dimensions))
             return np.asarray(stored[np.asarray(rows)], dtype=np.float32)
 
     def _append(self, keys: list[bytes], vectors: np.ndarray) -> None:
@@ -94,7 +96,7 @@ class VectorCache:
             raise ValueError(f"{len(keys)} texts gave vectors of shape {vectors.shape}, not (n, {self._dimensions})")
         with self._locked():
             self._read_new_keys()  # another process may have written since
-            row = self._keys_file.stat().st_size // _KEY_BYTES
+            row = self._whole_rows()
             with self._vectors_file.open("r+b") as file:
                 file.truncate(row * self._dimensions * 4)
                 file.seek(0, os.SEEK_END)
@@ -111,14 +113,18 @@ class VectorCache:
     def _read_new_keys(self) -> None:
         """Learn of rows that were written since the last look, by this or another process."""
         with _storage(self._folder):
-            whole = min(
-                self._keys_file.stat().st_size // _KEY_BYTES,
-                self._vectors_file.stat().st_size // (self._dimensions * 4),
-            )
+            whole = self._whole_rows()
             with self._keys_file.open("rb") as file:
                 data = file.read(whole * _KEY_BYTES)
         for row in range(whole):
             self._rows.setdefault(data[row * _KEY_BYTES : (row + 1) * _KEY_BYTES], row)
+
+    def _whole_rows(self) -> int:
+        """Rows that have both a vector and a key; after a crash of the machine either file may be the shorter one."""
+        return min(
+            self._keys_file.stat().st_size // _KEY_BYTES,
+            self._vectors_file.stat().st_size // (self._dimensions * 4),
+        )
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

@@ -26,7 +26,7 @@ class RunProgress:
             disable=not self._console.is_terminal,
         )
         self._whole = self._bars.add_task("tasks", total=tasks, unit="", speed="")
-        self._current = self._bars.add_task("", total=None, visible=False, unit="texts", speed="")
+        self._current = self._bars.add_task("", visible=False, unit="", speed="")
         self._texts = self._tokens = 0
         self._seconds = 0.0
 
@@ -43,12 +43,15 @@ class RunProgress:
         """A task begins; its own number of texts is not known yet."""
         self._texts = self._tokens = 0
         self._seconds = 0.0
-        self._bars.reset(self._current, total=0, visible=True, description=f"{model} · {task}", unit=unit, speed="")
+        self._bars.remove_task(self._current)
+        # Word-level tasks do not say how many sentences they are going to read.
+        total = 0 if unit == "texts" else None
+        self._current = self._bars.add_task(f"{model} · {task}", total=total, unit=unit, speed="")
 
     def expect(self, texts: int) -> None:
         """So many more texts need vectors."""
-        total = self._bars.tasks[self._current].total or 0
-        self._bars.update(self._current, total=total + texts)
+        (current,) = (task for task in self._bars.tasks if task.id == self._current)
+        self._bars.update(self._current, total=(current.total or 0) + texts)
 
     def settled(self, texts: int) -> None:
         """So many of them have one."""

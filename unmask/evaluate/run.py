@@ -85,6 +85,8 @@ def evaluate(wanted: Evaluation) -> Results:
     jobs = plan(wanted.suites, wanted.tasks, wanted.data)
     if not jobs:
         raise UsageError("nothing to measure: name a --suite or a --task")
+    import sentence_transformers  # noqa: F401 - here, so that no model is charged with the memory of its libraries
+
     texts = sample_texts()
     specifications = list(dict.fromkeys([*wanted.models, *wanted.baselines]))
     with RunProgress(len(specifications) * len(jobs)) as progress:

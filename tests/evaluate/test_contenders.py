@@ -1,0 +1,141 @@
+"""What a specification opens, and what it refuses."""
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from unmask.errors import CheckpointError, EngineError, UsageError
+from unmask.evaluate.contenders import open_contender
+
+TEXTS = ["a text", "another, somewhat longer text", "a text"]
+
+
+@pytest.fixture
+def tiny(golden_dir: Path) -> str:
+    return str(golden_dir / "tiny_llama")
+
+
+def test_a_decoder(tiny: str) -> None:
+    contender = open_contender(tiny)
+    vectors = contender.encode(TEXTS)
+    assert (contender.name, contender.kind) == ("tiny_llama", "unmask")
+    assert vectors.shape == (3, contender.dimensions) and vectors.dtype == np.float32
+    np.testing.assert_array_equal(vectors[0], vectors[2])
+    assert contender.takes_instructions
+    assert not np.allclose(vectors, contender.encode(TEXTS, "Find it:"))
+    plain, told = contender.count_tokens(TEXTS), contender.count_tokens(TEXTS, "Find it:")
+    assert plain is not None and told is not None and plain < told
+
+
+def test_everything_that_decides_a_vector_is_in_the_revision(tiny: str) -> None:
+    options = ("", "?causal", "?pooling=weighted_mean", "?dtype=bfloat16", "?max_length=64", "?compat=reference")
+    revisions = {open_contender(tiny + option).revision for option in options}
+    assert len(revisions) == len(options)
+    assert open_contender(tiny + "?causal=false&name=other").revision == open_contender(tiny).revision
+
+
+def test_causal_means_causal(tiny: str) -> None:
+    bidirectional, causal = open_contender(tiny), open_contender(tiny + "?causal&name=uni")
+    assert causal.name == "uni"
+    assert not np.allclose(bidirectional.encode(TEXTS), causal.encode(TEXTS))
+
+
+def test_defaults_are_for_the_kinds_that_know_them(tiny: str) -> None:
+    defaults = {"dtype": "bfloat16", "device": "cpu"}
+    assert open_contender(tiny, defaults).revision == open_contender(tiny + "?dtype=bfloat16").revision
+    assert open_contender("wordllama:default", defaults).kind == "static"
+
+
+def test_the_static_model_comes_with_its_package() -> None:
+    contender = open_contender("wordllama:default")
+    vectors = contender.encode(TEXTS)
+    assert vectors.shape == (3, 256) and contender.parameters == 32000 * 256
+    small = open_contender("wordllama:default?dim=64")
+    np.testing.assert_allclose(small.encode(TEXTS), vectors[:, :64], atol=1e-6)
+    assert small.revision != contender.revision
+
+
+@pytest.mark.parametrize(
+    ("specification", "error", "message"),
+    [
+        ("", UsageError, "names no model"),
+        ("?name=x", UsageError, "names no model"),
+        ("magic:model", UsageError, "no kind of model is called 'magic'"),
+        ("wordllama:nothing", UsageError, "cannot be loaded"),
+        ("wordllama:default?causal", UsageError, "has no option 'causal'"),
+        ("wordllama:default?dim=x", UsageError, "expected a whole number"),
+        ("wordllama:default?dim=16&dim=32", UsageError, "given 2 times"),
+        ("http://127.0.0.1:1/v1", UsageError, "write http://127.0.0.1:1/v1#model"),
+        ("http://me:secret@127.0.0.1/v1#m", UsageError, "a key does not belong into the address"),
+        ("http://127.0.0.1:1/v1#m?key=NO_SUCH_VARIABLE", UsageError, "not set"),
+        ("st:.", CheckpointError, "no modules.json"),
+    ],
+)
+def test_what_is_refused(specification: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        open_contender(specification)
+
+
+class Server(BaseHTTPRequestHandler):
+    """Embeddings of three numbers; every other request is refused first."""
+
+    seen: list[dict[str, Any]]
+    keys: list[str | None]
+    status = 200
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        type(self).seen.append(body)
+        type(self).keys.append(self.headers.get("Authorization"))
+        status = 503 if len(self.seen) % 2 and self.status == 200 else self.status
+        rows = [np.array([len(text), 1, 2], dtype="<f4").tobytes() for text in body["input"]]
+        data = [{"index": i, "embedding": base64.b64encode(row).decode()} for i, row in enumerate(rows)]
+        answer = json.dumps({"data": data[::-1]}).encode()
+        self.send_response(status)
+        self.send_header("Retry-After", "0")
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, format: str, *args: object) -> None:
+        return
+
+
+@pytest.fixture
+def server() -> Iterator[HTTPServer]:
+    Server.seen, Server.keys, Server.status = [], [], 200
+    running = HTTPServer(("127.0.0.1", 0), Server)
+    thread = threading.Thread(target=running.serve_forever)
+    thread.start()
+    yield running
+    running.shutdown()
+    thread.join()
+    running.server_close()
+
+
+def test_an_endpoint(server: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_KEY", "sk-secret")
+    target = f"http://127.0.0.1:{server.server_port}/v1#model"
+    contender = open_contender(f"{target}?key=SOME_KEY&instructions")
+    many = ["x" * i for i in range(1, 131)]
+    vectors = contender.encode(many, "Find it:")
+    assert contender.dimensions == 3 and contender.kind == "endpoint"
+    np.testing.assert_array_equal(vectors[:, 0], range(1, 131))  # in order, whatever the order of the answer
+    assert set(Server.keys) == {"Bearer sk-secret"}
+    assert Server.seen[-1]["instruction"] == "Find it:" and Server.seen[-1]["model"] == "model"
+    assert "as-of-" in contender.revision and "secret" not in contender.name + contender.revision
+    assert contender.count_tokens(many) is None
+
+
+def test_an_endpoint_that_refuses(server: HTTPServer) -> None:
+    Server.status = 401
+    with pytest.raises(EngineError, match="HTTP 401"):
+        open_contender(f"http://127.0.0.1:{server.server_port}/v1#model")
+    assert len(Server.seen) == 1
