@@ -37,7 +37,7 @@ $(VENV)/.serve: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.serve
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[evaluate]' --group dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[evaluate,train]' --group dev
 	touch $@
 
 clean:

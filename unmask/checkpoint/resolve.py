@@ -58,9 +58,11 @@ def _follow(name: str, seen: tuple[str, ...]) -> Location:
             f"the adapters {' -> '.join((*seen, name))} name each other as their base; no model is left"
         )
     path = local_path(name)
+    if name in SHIPPED:
+        shipped = SHIPPED[name]
+        return Location(name, path, (shipped.adapter,) if shipped.adapter else (), shipped.trained_as)
     if path.is_file() or not (path / "adapter_config.json").is_file():
-        trained_as = SHIPPED[name].trained_as if name in SHIPPED else name
-        return Location(name, path, (), trained_as)
+        return Location(name, path, (), name)
     config = AdapterConfig.read(path)
     base = config.base
     if (path / "config.json").is_file() and _holds_weights(path):

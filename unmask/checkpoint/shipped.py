@@ -26,6 +26,7 @@ class ShippedModel:
         sha256: digest of that file.
         size: bytes of that file.
         trained_as: hub name of the decoder.
+        adapter: folder of this package with the adapter that makes it an encoder; None for a bare decoder.
         kept_as: folder under UNMASK_HOME/models; models with the same weights share one.
     """
 
@@ -35,6 +36,7 @@ class ShippedModel:
     size: int
     trained_as: str
     kept_as: str
+    adapter: Path | None = None
 
 
 _SMOLLM2_135M = ShippedModel(
