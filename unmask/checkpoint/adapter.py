@@ -136,6 +136,12 @@ class Adapter:
     def modules(self) -> Sequence[str]:
         return list(self._halves)
 
+    def halves(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [rank, in] and B [out, rank] in float32, the scale within B, so that `delta` is B @ A."""
+        halves = self._halves[module]
+        a, b = halves["A"].float(), self.config.scale(module) * halves["B"].float()
+        return (b.T, a.T) if self.config.fan_in_fan_out else (a, b)
+
     def delta(self, module: str) -> torch.Tensor:
         """scale * B @ A in float32, shaped like the module's weight."""
         halves = self._halves[module]

@@ -1,10 +1,18 @@
-"""What a run shows in a terminal: a bar with loss, speed and time left, and the plan of a dry run."""
+"""What a run shows in a terminal: a bar with loss, speed and time left, the plan of a dry run, a bar while mining."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from unmask.recipe.loop import Progress as StepProgress
@@ -56,3 +64,24 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(
         f"estimated: {hours} h {minutes:02d} min on this machine now, {plan.memory_bytes / 1e9:.1f} GB of memory"
     )
+
+
+@contextmanager
+def mining_bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A function to be told what is going on, how many steps were done just now, and how many there are in all."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def tell(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], advance=done)
+
+        yield tell

@@ -1,0 +1,78 @@
+"""Evaluation texts are recognised however they are written, and nothing else is."""
+
+import gzip
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unmask.recipe.decontamination import Held, read_held, words_of
+
+LONG = "The AFC champion Denver Broncos defeated the NFC champion Carolina Panthers 24 to 10 to earn their third title"
+WORD = st.text(alphabet="abcdefghij", min_size=1, max_size=6)
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        "A man is playing a guitar",
+        "a man is playing a guitar.",
+        "  A MAN -- is playing; a 'guitar'!  ",
+        "A man -LRB- is playing -RRB- a guitar .",
+        "A man (is playing) a guitar.",
+        "A\tman\nis\r\nplaying a_guitar",
+    ],
+)
+def test_a_short_text_is_caught_in_other_dress(copy: str) -> None:
+    assert Held(["A man is playing a guitar."]).touches(copy)
+
+
+def test_a_run_of_a_long_text_is_caught() -> None:
+    held = Held([LONG])
+    assert held.touches(f"It is well known that {LONG.lower()}, as everybody saw.")
+    assert held.touches(" ".join(LONG.split()[4:14]))
+    assert not held.touches(" ".join(LONG.split()[4:13]))
+
+
+@pytest.mark.parametrize(
+    "clean", ["A man is playing the guitar", "A man is playing", "A man is playing a guitar on stage", "yes", "", "..."]
+)
+def test_another_text_is_left_alone(clean: str) -> None:
+    assert not Held(["A man is playing a guitar.", LONG, "yes", "Thank you!"]).touches(clean)
+
+
+def test_nothing_held_touches_nothing() -> None:
+    assert len(Held([])) == 0
+    assert not Held([]).touches(LONG)
+
+
+@given(st.lists(WORD, min_size=3, max_size=30), st.lists(WORD, max_size=10), st.lists(WORD, max_size=10))
+def test_every_text_touches_itself_and_long_ones_whatever_surrounds_them(
+    words: list[str], before: list[str], after: list[str]
+) -> None:
+    held = Held([" ".join(words)])
+    assert held.touches(", ".join(words).upper())
+    if len(words) >= 10:
+        assert held.touches(" ".join([*before, *words, *after]))
+
+
+@given(st.text())
+def test_words_have_no_case_and_no_punctuation(text: str) -> None:
+    assert words_of(text) == words_of(" ".join(words_of(text)))
+
+
+def test_every_text_of_a_folder_is_read(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    (tmp_path / "a.tsv").write_text("id\ttext\n1\tfirst text of all\n", encoding="utf-8")
+    (tmp_path / "below" / "b.csv").write_text('text\n"second text, of all"\n', encoding="utf-8")
+    (tmp_path / "below" / "c.jsonl.gz").write_bytes(gzip.compress(b'{"words": ["third", "text", "of", "all"]}\n'))
+    (tmp_path / "d.txt").write_text("fourth text of all\n", encoding="utf-8")
+    (tmp_path / "README.md").write_text("this is no data at all\n", encoding="utf-8")
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": ["fifth text of all"]}), tmp_path / "e.parquet")
+    held = read_held(tmp_path)
+    assert all(held.touches(f"{number} text of all") for number in ("first", "second", "third", "fourth", "fifth"))
+    assert not held.touches("this is no data at all")

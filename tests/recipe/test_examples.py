@@ -1,0 +1,104 @@
+"""From rows to examples: columns, labels, bad rows, the sample and what is held out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unmask.errors import UsageError
+from unmask.recipe.decontamination import Held
+from unmask.recipe.examples import Example, Examples, load_examples
+from unmask.recipe.recipe import Source
+
+
+def load(
+    folder: Path, rows: list[dict[str, Any]], held: Held | None = None, bad: float = 0.0, **fields: Any
+) -> Examples:
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return load_examples(Source(name="set", path="rows.jsonl", **fields), folder, held, seed=1, max_bad_rows=bad)
+
+
+def test_pairs_with_negatives_in_columns_and_lists(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"q": "a", "p": "b", "n1": "c", "n2": ["d", "", None, "e"]},
+        {"q": "f", "p": ["g", "unused"], "n1": None, "n2": []},
+    ]
+    found = load(tmp_path, rows, query="q", positive="p", negatives=["n1", "n2"])
+    assert sorted(found.train, key=lambda e: e.query) == [Example("a", "b", ("c", "d", "e")), Example("f", "g")]
+
+
+def test_labels_may_be_numbers(tmp_path: Path) -> None:
+    found = load(tmp_path, [{"t": "a", "l": 0}, {"t": "b", "l": "x"}], text="t", label="l")
+    assert {(e.query, e.label) for e in found.train} == {("a", "0"), ("b", "x")}
+
+
+@pytest.mark.parametrize(
+    ("row", "fields", "reason"),
+    [
+        ({"q": " ", "p": "b"}, {"query": "q", "positive": "p"}, "rows.jsonl:2: q is empty"),
+        ({"q": 3, "p": "b"}, {"query": "q", "positive": "p"}, "rows.jsonl:2: q is int, not text"),
+        ({"q": "a"}, {"query": "q", "positive": "p"}, "rows.jsonl:2: p is NoneType, not text"),
+        ({"q": "a", "p": "b", "n": 3}, {"query": "q", "positive": "p", "negatives": ["n"]}, "n holds int, not text"),
+        ({"q": "a", "p": None}, {"text": "q", "label": "p"}, "rows.jsonl:2: no p"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_counted(
+    row: dict[str, Any], fields: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    good = {"q": "x", "p": "y", "n": "z"}
+    found = load(tmp_path, [good, row, good], bad=0.5, **fields)
+    assert (len(found.train), found.bad.bad, found.bad.seen) == (2, 1, 3)
+    assert reason in found.bad.places[0]
+    with pytest.raises(UsageError, match="1 of 3 rows are unusable"):
+        load(tmp_path, [good, row, good], bad=0.1, **fields)
+
+
+@pytest.mark.parametrize("fields", [{"query": "q", "positive": "x"}, {"text": "q", "only": {"x": ["1"]}}])
+def test_an_unknown_column_is_an_error_that_lists_the_known(fields: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"data 'set': rows.jsonl:1 has no column 'x'; it has q, p"):
+        load(tmp_path, [{"q": "a", "p": "b"}], **fields)
+
+
+def test_an_unknown_column_is_found_behind_bad_rows_too(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("q\tp\nbad\nbad\nbad\na\tb\n", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"a.tsv:5 has no column 'x'"):
+        load_examples(Source(name="set", path="a.tsv", query="q", positive="x"), tmp_path, None, 1, 0.9)
+
+
+def test_rows_are_chosen_by_value(tmp_path: Path) -> None:
+    rows = [{"t": str(i), "kind": kind} for i, kind in enumerate(["a", "b", "c", "a"])]
+    assert {e.query for e in load(tmp_path, rows, text="t", only={"kind": ["a", "b"]}).train} == {"0", "1", "3"}
+    assert {e.query for e in load(tmp_path, rows, text="t", without={"kind": ["a"]}).train} == {"1", "2"}
+
+
+def test_the_sample_follows_from_the_seed_and_leaves_out_what_is_held_out(tmp_path: Path) -> None:
+    rows = [{"t": f"text {i}"} for i in range(50)]
+    found = load(tmp_path, rows, text="t", limit=20, held_out=10)
+    again = load(tmp_path, rows, text="t", limit=20, held_out=10)
+    assert found.train == again.train
+    assert found.digest() == again.digest()
+    assert (len(found.train), len(found.held_out)) == (20, 10)
+    assert not {e.query for e in found.train} & {e.query for e in found.held_out}
+    other = load_examples(Source(name="other", path="rows.jsonl", text="t", limit=20), tmp_path, None, 1, 0.0)
+    assert other.digest() != found.digest()
+
+
+def test_evaluation_texts_are_dropped_wherever_they_stand(tmp_path: Path) -> None:
+    held = Held(["the quick brown fox"])
+    rows = [
+        {"q": "The quick, brown fox!", "p": "b", "n": "c"},
+        {"q": "a", "p": "the quick brown fox", "n": "c"},
+        {"q": "a", "p": "b", "n": "The Quick Brown Fox"},
+        {"q": "a quick fox", "p": "b", "n": "c"},
+    ]
+    found = load(tmp_path, rows, held, query="q", positive="p", negatives=["n"])
+    assert found.touching == 3
+    assert [e.query for e in found.train] == ["a quick fox"]
+
+
+def test_nothing_left_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"data 'set': no usable row in rows.jsonl \(0 seen, 0 held apart\)"):
+        load(tmp_path, [], text="t")
+    with pytest.raises(UsageError, match="all 2 rows are held out"):
+        load(tmp_path, [{"t": "a"}, {"t": "b"}], text="t", held_out=5)

@@ -1,0 +1,25 @@
+"""The command line: parses, calls the rooms, prints. Nothing is decided here; one module per group of commands."""
+
+import sys
+
+from unmask.cli import encoding, evaluating, serving, training  # noqa: F401 - each adds its commands to the program
+from unmask.cli.program import app, say
+from unmask.errors import UnmaskError
+
+__all__ = ["app", "main"]
+
+
+def main() -> None:
+    """Entry point: a user's own mistake is one line on stderr and exit code 1, never a traceback."""
+    try:
+        sys.exit(app())
+    except UnmaskError as error:
+        say(f"unmask: {error}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        say("unmask: interrupted; run the same command again to continue")
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our pipe has gone, as in `unmask encode ... --output - | head`.
+        sys.stderr.close()
+        sys.exit(141)

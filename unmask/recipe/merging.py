@@ -1,0 +1,407 @@
+"""Models out of models: adapters into weights, two checkpoints between each other, the checkpoints of a run averaged.
+
+Weights are combined in float32, a tensor at a time. Adapters are combined as their products B A, never as their
+halves: the mean of the As times the mean of the Bs is another matrix than the mean of the products. A sum of products
+is itself one, with the halves laid side by side, so sums and means of adapters are exact at the summed rank:
+
+    B1 A1 + B2 A2 = [B1 B2] [A1; A2]
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from unmask.checkpoint import Checkpoint, open_checkpoint
+from unmask.checkpoint.adapter import Adapter
+from unmask.checkpoint.resolve import local_path
+from unmask.checkpoint.tensors import TensorSource
+from unmask.encoder.architectures import shape_of
+from unmask.errors import AdapterMismatch, CheckpointError, UsageError
+from unmask.home import written_whole
+from unmask.recipe.lora import _parts
+from unmask.recipe.model_folder import DTYPES, Settings, require_new, write_folder, write_model
+from unmask.recipe.recipe import Recipe
+
+__all__ = ["Factors", "average", "compress", "interpolate", "merge_adapters", "stack", "weighted_sum", "write_model"]
+
+# Below this angle the slerp's own formula divides by almost nothing, and a straight line is the same.
+_NEARLY_PARALLEL = 1 - 1e-7
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def merge_adapters(base: str, adapters: Sequence[str], output: Path, dtype: Dtype = "float32") -> None:
+    """Add adapters to the weights of a base, in the order given, and write the model.
+
+    Args:
+        base: whatever `Encoder.load` takes; the name of an adapter means its base and the adapters below it.
+        output: a new folder.
+        dtype: precision of the file. The sum is float32 in any case, but bfloat16 then rounds small updates away.
+
+    Raises:
+        CheckpointError: the files cannot be used, or do not fit each other.
+        UsageError: nothing to merge, or the folder exists.
+        StorageError: it cannot be written.
+    """
+    require_new(output)
+    checkpoint = open_checkpoint(base, adapters)
+    merged = [file for file in checkpoint.files if file.name == "adapter_config.json"]
+    if not merged:
+        raise UsageError(f"{base} is a model without adapters, and none was named; there is nothing to merge")
+    write_folder(output, checkpoint, checkpoint.tensors, Settings.of(checkpoint), DTYPES[dtype])
+
+
+def interpolate(
+    first: str,
+    second: str,
+    weight: float,
+    output: Path,
+    method: Literal["linear", "slerp"] = "linear",
+    dtype: Dtype = "float32",
+) -> None:
+    """Write the model that lies between two of one architecture.
+
+    Args:
+        first, second: whatever `Encoder.load` takes, adapters found by name included.
+        weight: 0 is the first, 1 the second.
+        method: along the straight line, or `slerp` for each tensor.
+
+    Raises:
+        UsageError: the weight is not between 0 and 1, or the models do not fit each other; the first tensor that
+            does not is named.
+    """
+    if not 0.0 <= weight <= 1.0:
+        raise UsageError(f"--weight {weight}: 0 is the first model, 1 the second; choose something between")
+    require_new(output)
+    models = [open_checkpoint(name) for name in (first, second)]
+    _require_alike(models)
+    between = slerp if method == "slerp" else torch.lerp
+    blend = _Combined([model.tensors for model in models], lambda tensors: between(tensors[0], tensors[1], weight))
+    chosen = next((model for model in reversed(models) if model.encoder_config), models[0])
+    write_folder(output, models[0], blend, Settings.of(chosen), DTYPES[dtype])
+
+
+def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
+    """Spherical interpolation of two tensors as flat vectors (K. Shoemake, Animating rotation with quaternion curves,
+    SIGGRAPH 1985; between checkpoints of an embedding model as in arXiv 2506.05176).
+
+    The angle is between their directions; lengths are interpolated along with them. Tensors that point the same way,
+    or of which one is zero, are interpolated linearly.
+
+    Args:
+        a, b: float32, of one shape.
+        weight: 0 gives a, 1 gives b, exactly.
+    """
+    if weight in (0.0, 1.0):
+        return (b if weight else a).clone()
+    x, y = a.flatten().double(), b.flatten().double()
+    lengths = x.norm() * y.norm()
+    cosine = float((x @ y) / lengths) if lengths > 0 else 1.0
+    if abs(cosine) > _NEARLY_PARALLEL:
+        return torch.lerp(a, b, weight)
+    angle = torch.acos(torch.tensor(cosine, dtype=torch.float64))
+    mixed = (torch.sin((1 - weight) * angle) * x + torch.sin(weight * angle) * y) / torch.sin(angle)
+    return mixed.to(a.dtype).view_as(a)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """An adapter as its products.
+
+    Attributes:
+        name: where it came from, for messages.
+        base: what it was trained on top of.
+        halves: A [rank, in] and B [out, rank] of each module, float32; the update is B A.
+    """
+
+    name: str
+    base: str | None
+    halves: Mapping[str, tuple[Tensor, Tensor]]
+
+    @property
+    def rank(self) -> int:
+        """The largest of its modules'."""
+        return max(a.shape[0] for a, _ in self.halves.values())
+
+
+@dataclass(frozen=True)
+class Combination:
+    """What came of combining adapters: the rank, and how far the update is from the exact one, as the share of its
+    Frobenius norm that was lost; 0 where nothing was left out."""
+
+    rank: int
+    error: float
+
+
+def stack(adapters: Sequence[str], output: Path, rank: int | None = None) -> Combination:
+    """One adapter that does what several do when they are merged in turn, exact at the summed rank.
+
+    Args:
+        adapters: folders or hub ids, in merging order; each trained on the base of the first, or on top of those
+            before it.
+        rank: cut the result to this rank instead, and say what was lost.
+
+    Raises:
+        AdapterMismatch: they were made for different models.
+    """
+    require_new(output)
+    if len(adapters) < 2:
+        raise UsageError("name two adapters or more to be stacked")
+    parts = [_read_factors(name) for name in adapters]
+    for index, part in enumerate(parts[1:], start=1):
+        below = [parts[0].base, *(earlier.name for earlier in parts[:index])]
+        if not any(_same_model(part.base, model) for model in below):
+            raise AdapterMismatch(
+                f"{part.name} was trained on {part.base or 'an unnamed base'}, which is neither the base of "
+                f"{parts[0].name} ({parts[0].base or 'unnamed'}) nor an adapter before it"
+            )
+    return _write_combined(parts, [1.0] * len(parts), rank, output)
+
+
+def average(models: Sequence[str], output: Path, rank: int | None = None, dtype: Dtype = "float32") -> Combination:
+    """The mean of several checkpoints, usually of one run (model soups, arXiv 2203.05482).
+
+    Adapters, or the `checkpoints/step-N` folders of a run, give an adapter; whole models give a model.
+
+    Args:
+        models: two or more of one kind, or one run's folder, which means all the checkpoints that it has kept.
+        rank: of the resulting adapter; left out, the sum of their ranks, which is exact.
+        dtype: precision of a resulting model.
+
+    Raises:
+        AdapterMismatch: adapters of different bases, or of different shapes.
+        UsageError: models and adapters together, or models of different shapes.
+    """
+    require_new(output)
+    names = _unfolded(models)
+    if len(names) < 2:
+        raise UsageError(f"{' '.join(models)}: only one checkpoint is there; an average needs two or more")
+    adapters = [_is_adapter(name) for name in names]
+    if all(adapters):
+        parts = [_read_factors(name) for name in names]
+        for part in parts[1:]:
+            if not _same_model(part.base, parts[0].base):
+                raise AdapterMismatch(
+                    f"{part.name} was trained on {part.base or 'an unnamed base'}, {parts[0].name} on "
+                    f"{parts[0].base or 'an unnamed base'}; only adapters of one base have a mean"
+                )
+        return _write_combined(parts, [1 / len(parts)] * len(parts), rank, output)
+    if any(adapters) or rank is not None:
+        whole = next(name for name, adapter in zip(names, adapters, strict=True) if not adapter)
+        raise UsageError(
+            f"{whole} is a whole model; " + ("--rank is for" if rank else "it cannot be averaged with") + " adapters"
+        )
+    checkpoints = [open_checkpoint(name) for name in names]
+    _require_alike(checkpoints)
+    mean = _Combined([checkpoint.tensors for checkpoint in checkpoints], _mean)
+    write_folder(output, checkpoints[0], mean, Settings.of(checkpoints[0]), DTYPES[dtype])
+    return Combination(0, 0.0)
+
+
+def weighted_sum(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
+    """The weighted sum of adapters' products, exact: their halves side by side. A module that some lack counts as
+    zero there.
+
+    Raises:
+        AdapterMismatch: a module has different shapes.
+    """
+    halves: dict[str, tuple[Tensor, Tensor]] = {}
+    owners: dict[str, str] = {}
+    for part, weight in zip(parts, weights, strict=True):
+        for module, (a, b) in part.halves.items():
+            if module not in halves:
+                halves[module], owners[module] = (a, weight * b), part.name
+                continue
+            before_a, before_b = halves[module]
+            if (before_b.shape[0], before_a.shape[1]) != (b.shape[0], a.shape[1]):
+                raise AdapterMismatch(
+                    f"{part.name} changes {module} by a {(b.shape[0], a.shape[1])} matrix, {owners[module]} by a "
+                    f"{(before_b.shape[0], before_a.shape[1])} one; they were made for different models"
+                )
+            halves[module] = torch.cat((before_a, a)), torch.cat((before_b, weight * b), dim=1)
+    return Factors("+".join(part.name for part in parts), parts[0].base, halves)
+
+
+def compress(factors: Factors, rank: int) -> tuple[Factors, float]:
+    """The nearest adapter of a smaller rank (Eckart-Young), and the share of the update's Frobenius norm that is lost.
+
+    The product is never formed: with B = Qb Rb and A^T = Qa Ra, the singular values of B A are those of the small
+    Rb Ra^T.
+    """
+    halves: dict[str, tuple[Tensor, Tensor]] = {}
+    lost = whole = 0.0
+    for module, (a, b) in factors.halves.items():
+        q_b, r_b = torch.linalg.qr(b.double())  # [out, R], [R, R]
+        q_a, r_a = torch.linalg.qr(a.double().T)  # [in, R], [R, R]
+        u, s, v = torch.linalg.svd(r_b @ r_a.T)
+        root = s[:rank].sqrt()
+        halves[module] = (root[:, None] * v[:rank] @ q_a.T).float(), (q_b @ u[:, :rank] * root).float()
+        lost += float(s[rank:].square().sum())
+        whole += float(s.square().sum())
+    return Factors(factors.name, factors.base, halves), (lost / whole) ** 0.5 if whole else 0.0
+
+
+def write_factors(folder: Path, factors: Factors, encoder_config: Mapping[str, Any]) -> None:
+    """Write an adapter in PEFT's format, its scale within B. Modules of unequal rank are named in `rank_pattern`."""
+    rank = factors.rank
+    others = {module: a.shape[0] for module, (a, _) in factors.halves.items() if a.shape[0] != rank}
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": factors.base,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": {re.escape(module): r for module, r in others.items()},
+        "alpha_pattern": {re.escape(module): r for module, r in others.items()},
+        "lora_dropout": 0.0,
+        "target_modules": sorted({module.rpartition(".")[2] for module in factors.halves}),
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    tensors: dict[str, Tensor] = {}
+    for module, (a, b) in factors.halves.items():
+        tensors[f"base_model.model.{module}.lora_A.weight"] = a.contiguous()
+        tensors[f"base_model.model.{module}.lora_B.weight"] = b.contiguous()
+    with written_whole(folder / "adapter_model.safetensors") as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
+    if encoder_config:
+        with written_whole(folder / "llm2vec_config.json") as partial:
+            partial.write_text(json.dumps(encoder_config, indent=2) + "\n", encoding="utf-8")
+    with written_whole(folder / "adapter_config.json") as partial:  # last: without it the folder is no adapter
+        partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_combined(parts: Sequence[Factors], weights: Sequence[float], rank: int | None, output: Path) -> Combination:
+    combined, error = weighted_sum(parts, weights), 0.0
+    if rank is not None and rank < combined.rank:
+        combined, error = compress(combined, rank)
+    said: dict[str, Any] = {}
+    for part in parts:
+        file = Path(part.name) / "llm2vec_config.json"
+        if file.is_file():
+            said = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        write_factors(output, combined, said)
+    except BaseException:
+        shutil.rmtree(output, ignore_errors=True)  # it was not there before
+        raise
+    return Combination(combined.rank, error)
+
+
+def _unfolded(models: Sequence[str]) -> list[str]:
+    """A run's folder stands for the checkpoints in it."""
+    if len(models) == 1 and (Path(models[0]) / "checkpoints").is_dir():
+        return sorted(str(step) for step in (Path(models[0]) / "checkpoints").glob("step-*"))
+    return list(models)
+
+
+def _is_adapter(name: str) -> bool:
+    path = local_path(name) if not (Path(name) / "state.pt").is_file() else Path(name)
+    return any((path / file).is_file() for file in ("adapter_config.json", "state.pt"))
+
+
+def _read_factors(name: str) -> Factors:
+    if (Path(name) / "state.pt").is_file():
+        return _factors_of_state(Path(name))
+    path = local_path(name)
+    adapter = Adapter(path)
+    halves = {module: adapter.halves(module) for module in adapter.modules}
+    return Factors(str(path), adapter.config.base, halves)
+
+
+def _factors_of_state(step: Path) -> Factors:
+    """The adapter in a run's resumable checkpoint, which knows only the trained parameters of our fused layers."""
+    run = step.parent.parent / "run.json"
+    try:
+        recipe = msgspec.convert(json.loads(run.read_text(encoding="utf-8"))["recipe"], Recipe)
+        parameters = torch.load(step / "state.pt", map_location="cpu", weights_only=True)["parameters"]
+    except (OSError, ValueError, KeyError, RuntimeError, EOFError) as error:
+        raise CheckpointError(f"{step} is not a checkpoint of a run described by {run}: {error}") from error
+    if recipe.lora is None:
+        raise UsageError(f"{step} belongs to a run that trains all weights; average its best/ or model/ folders")
+    shape = shape_of(open_checkpoint(recipe.base).config)
+    assert shape is not None  # or the run could not have been started
+    scale = recipe.lora.alpha / recipe.lora.rank
+    halves: dict[str, tuple[Tensor, Tensor]] = {}
+    for index in range(shape.layers):
+        for field, modules in _parts(shape, index, recipe.lora.targets).items():
+            down = parameters[f"layers.{index}.{field}.down"].split(recipe.lora.rank)
+            for place, (module, _, _) in enumerate(modules):
+                halves[module] = down[place], scale * parameters[f"layers.{index}.{field}.up.{place}"]
+    from unmask.recipe.train import _adapter_base  # which imports from here
+
+    return Factors(str(step), _adapter_base(recipe), halves)
+
+
+def _same_model(a: str | None, b: str | None) -> bool:
+    if a is None or b is None or a == b:
+        return a == b
+    paths = [Path(name).expanduser() for name in (a, b)]
+    return all(path.exists() for path in paths) and paths[0].resolve() == paths[1].resolve()
+
+
+def _require_alike(models: Sequence[Checkpoint]) -> None:
+    """Refuse models whose tensors do not stand for the same thing, by the first difference.
+
+    Raises:
+        UsageError: there is one.
+    """
+    first = models[0]
+    shape = shape_of(first.config)
+    for other in models[1:]:
+        pair = f"{first.name} and {other.name}"
+        kinds = [model.config.get("model_type") for model in (first, other)]
+        if kinds[0] != kinds[1]:
+            raise UsageError(f"{pair} are of different architectures: {kinds[0]} and {kinds[1]}")
+        known = [{n for n in model.tensors.names() if "inv_freq" not in n} for model in (first, other)]
+        for name in sorted(known[0] ^ known[1]):
+            if name == "lm_head.weight" and all(model.config.get("tie_word_embeddings") for model in (first, other)):
+                continue
+            holder, lacking = (first, other) if name in known[0] else (other, first)
+            raise UsageError(f"{holder.name} has a tensor {name}, {lacking.name} has not; they cannot be combined")
+        for name in sorted(known[0] & known[1]):
+            shapes = [list(model.tensors.shape(name)) for model in (first, other)]
+            if shapes[0] != shapes[1]:
+                raise UsageError(
+                    f"{pair} cannot be combined: {name} is {shapes[0]} in one and {shapes[1]} in the other"
+                )
+        if shape_of(other.config) != shape:
+            raise UsageError(f"{pair} have tensors of one shape but different configurations; they cannot be combined")
+        if first.tokenizer.text.get_vocab() != other.tokenizer.text.get_vocab():
+            raise UsageError(f"{pair} have different vocabularies; their embeddings stand for different tokens")
+
+
+class _Combined:
+    """Tensors made of those of several models as they are read."""
+
+    def __init__(self, sources: Sequence[TensorSource], combine: Callable[[list[Tensor]], Tensor]) -> None:
+        self._sources, self._combine = sources, combine
+
+    def names(self) -> Sequence[str]:
+        return self._sources[0].names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._sources[0].shape(name)
+
+    def read(self, name: str) -> Tensor:
+        return self._combine([source.read(name).float() for source in self._sources])
+
+
+def _mean(tensors: list[Tensor]) -> Tensor:
+    # A running mean: equal tensors stay what they are to the last bit.
+    mean = tensors[0].clone()
+    for count, tensor in enumerate(tensors[1:], start=2):
+        mean += (tensor - mean) / count
+    return mean

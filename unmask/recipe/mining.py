@@ -1,0 +1,264 @@
+"""Hard negatives: for each query, near texts that are not its answer.
+
+The nearest text that is no known positive is often an unknown one. A negative is therefore kept only if it is less
+similar to the query than the positive is, by a margin (positive-aware mining, NV-Retriever, arXiv 2407.15831). The
+search is exact: products of blocks of queries and blocks of texts, no index.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from unmask.errors import UsageError
+from unmask.evaluate.cache import VectorCache
+from unmask.evaluate.contender import Contender
+from unmask.home import home, written_whole
+from unmask.recipe.rows import BadRows, read_rows
+
+# Similarities of one block of queries with one block of texts: 32 MB.
+_QUERIES, _TEXTS = 512, 16_384
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mining:
+    """What is to be mined, and how careful to be.
+
+    Attributes:
+        source: a file or hub data set with a query and a positive per row, see `rows.read_rows`.
+        query, positive: its columns.
+        corpus: where negatives are taken from; None: the positives of all rows.
+        text: the corpus's column.
+        count: negatives per row, at most.
+        skip: so many of the nearest texts are passed over, whatever their similarity.
+        max_share: a negative's similarity is below this share of the positive's (NV-Retriever's best: 0.95).
+        margin: and below the positive's less this; None for no such limit.
+        instruction: given to queries; to texts too if `symmetric`.
+    """
+
+    source: str
+    query: str = "query"
+    positive: str = "positive"
+    corpus: str | None = None
+    text: str = "text"
+    count: int = 7
+    skip: int = 0
+    max_share: float | None = 0.95
+    margin: float | None = None
+    instruction: str = ""
+    symmetric: bool = False
+    max_bad_rows: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or self.skip < 0:
+            raise UsageError(f"count={self.count}, skip={self.skip}: one negative or more, skipping none or more")
+        if self.max_share is not None and not 0 < self.max_share <= 1:
+            raise UsageError(f"max_share={self.max_share}: a share of the positive's similarity, above 0 and up to 1")
+        if self.margin is not None and not 0 <= self.margin < 2:
+            raise UsageError(f"margin={self.margin}: a difference of cosines, 0 or more")
+
+
+@dataclass(frozen=True)
+class Mined:
+    """What was found.
+
+    Attributes:
+        rows: pairs read.
+        texts: different texts in the corpus.
+        found: number of rows by how many negatives they got: found[0] got none.
+        refused: texts that would have been taken but for the margin.
+    """
+
+    rows: int
+    texts: int
+    found: tuple[int, ...]
+    refused: int
+
+
+Told = Callable[[str, int, int], None]  # what is going on, steps done just now, steps of it in all
+
+
+def mine(
+    mining: Mining, contender: Contender, output: Path, told: Told = lambda *_: None, cache: VectorCache | None = None
+) -> Mined:
+    """Write `query`, `positive`, `negatives` for each row, as JSON lines in the rows' order.
+
+    Vectors are kept as they are computed, so a run that was killed continues where it was. The same rows and the same
+    vectors give the same file. Rows for which no negative is left are written with an empty list.
+
+    Args:
+        contender: whose vectors decide; cosine similarity.
+        output: written whole or not at all.
+        told: for a progress bar.
+        cache: where vectors are kept; left out, with those of `unmask evaluate`.
+
+    Raises:
+        UsageError: no such file or column, or nothing in it.
+        StorageError: something cannot be read or written.
+    """
+    bad = BadRows(mining.max_bad_rows)
+    pairs = list(_pairs(mining, bad))
+    bad.close()
+    if not pairs:
+        raise UsageError(f"{mining.source} has no usable row; {bad.places[0] if bad.places else 'it is empty'}")
+    corpus = list(dict.fromkeys(_texts(mining, bad) if mining.corpus else (positive for _, positive in pairs)))
+    asked = mining.instruction if contender.takes_instructions else ""
+    if cache is None:
+        cache = VectorCache(home() / "vectors", contender.revision, contender.dimensions)
+    queries = list(dict.fromkeys(query for query, _ in pairs))
+    documents = list(dict.fromkeys([*corpus, *(positive for _, positive in pairs)]))
+
+    def vectors(texts: list[str], instruction: str, what: str) -> np.ndarray:
+        found = cache.encode(
+            texts,
+            instruction,
+            lambda missing: contender.encode(missing, instruction),
+            progress=lambda done: told(what, done, len(texts)),
+        )
+        return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
+
+    query_vectors = vectors(queries, asked, "queries")
+    document_vectors = vectors(documents, asked if mining.symmetric else "", "texts")
+    query_row = {text: row for row, text in enumerate(queries)}
+    document_row = {text: row for row, text in enumerate(documents)}
+    never = _never(pairs, corpus)
+    counts = [0] * (mining.count + 1)
+    refused = 0
+    with written_whole(output) as partial, partial.open("w", encoding="utf-8") as file:
+        for start in range(0, len(pairs), _QUERIES):
+            part = pairs[start : start + _QUERIES]
+            q = query_vectors[[query_row[query] for query, _ in part]]  # [b, W]
+            p = document_vectors[[document_row[positive] for _, positive in part]]  # [b, W]
+            limits = limits_of((q * p).sum(axis=1), mining.max_share, mining.margin)
+            chosen, passed = nearest(
+                q, document_vectors[: len(corpus)], limits, [never[_bare(query)] for query, _ in part], mining
+            )
+            refused += passed
+            for (query, positive), rows in zip(part, chosen, strict=True):
+                negatives = [corpus[row] for row in rows]
+                counts[len(negatives)] += 1
+                line = {"query": query, "positive": positive, "negatives": negatives}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            told("search", len(part), len(pairs))
+    return Mined(len(pairs), len(corpus), tuple(counts), refused)
+
+
+def limits_of(positive: np.ndarray, max_share: float | None, margin: float | None) -> np.ndarray:
+    """The similarity that a negative must stay below, for each query.
+
+    Args:
+        positive: cosine of each query with its positive, [n].
+        max_share: of it; a share of a negative cosine would lie above it, so the cosine itself is the limit then.
+        margin: less than it.
+
+    Returns:
+        [n]; infinite where neither limit is set.
+    """
+    limits = np.full(len(positive), np.inf, dtype=np.float32)
+    if max_share is not None:
+        limits = np.minimum(limits, np.where(positive > 0, max_share * positive, positive))
+    if margin is not None:
+        limits = np.minimum(limits, positive - margin)
+    return limits.astype(np.float32)
+
+
+def nearest(
+    queries: np.ndarray, texts: np.ndarray, limits: np.ndarray, never: Sequence[Sequence[int]], mining: Mining
+) -> tuple[list[list[int]], int]:
+    """For each query the nearest texts below its limit, nearest first, equals by their place in the corpus.
+
+    Args:
+        queries: [b, W], of length 1. texts: [C, W], of length 1.
+        limits: [b].
+        never: for each query, the texts that are no negatives of it.
+        mining: count and skip.
+
+    Returns:
+        At most `count` rows of `texts` for each query, and how many more there would be without the limits.
+    """
+    wanted = mining.skip + mining.count
+    best = np.full((len(queries), 0), -np.inf, dtype=np.float32)  # [b, <= wanted]
+    rows = np.zeros((len(queries), 0), dtype=np.int64)
+    above = np.zeros(len(queries), dtype=np.int64)  # texts at or above the limit
+    for start in range(0, len(texts), _TEXTS):
+        block = texts[start : start + _TEXTS]
+        scores = queries @ block.T  # [b, c]
+        for index, places in enumerate(never):
+            inside = [place - start for place in places if start <= place < start + len(block)]
+            scores[index, inside] = -np.inf
+        over = scores >= limits[:, None]
+        above += over.sum(axis=1)
+        scores[over] = -np.inf
+        places = _highest(scores, min(wanted, len(block)))
+        best = np.concatenate((best, np.take_along_axis(scores, places, axis=1)), axis=1)
+        rows = np.concatenate((rows, places + start), axis=1)
+        order = np.lexsort((rows, -best), axis=1)[:, :wanted]
+        best, rows = np.take_along_axis(best, order, axis=1), np.take_along_axis(rows, order, axis=1)
+    chosen: list[list[int]] = []
+    refused = 0
+    for index in range(len(queries)):
+        # The nearest ones lie above the limit, so they are the first to be skipped.
+        first = max(0, mining.skip - int(above[index]))
+        usable = rows[index][np.isfinite(best[index])]
+        chosen.append([int(row) for row in usable[first : first + mining.count]])
+        refused += min(mining.count, max(0, int(above[index]) - mining.skip))
+    return chosen, refused
+
+
+def _highest(scores: np.ndarray, count: int) -> np.ndarray:
+    """Places of the `count` highest of each row of [b, c], in no order; of equals at the edge, the first ones."""
+    places = np.argpartition(-scores, count - 1, axis=1)[:, :count]
+    edge = np.take_along_axis(scores, places, axis=1).min(axis=1, keepdims=True)
+    cut = (scores >= edge).sum(axis=1) > count  # equals lie on both sides
+    for row in np.flatnonzero(cut & np.isfinite(edge[:, 0])):
+        places[row] = np.argsort(-scores[row], kind="stable")[:count]
+    return places
+
+
+def _never(pairs: Sequence[tuple[str, str]], corpus: Sequence[str]) -> dict[str, list[int]]:
+    """For each query, the places in the corpus of itself and of all its positives, however they are spaced or cased."""
+    places: dict[str, list[int]] = {}
+    for place, text in enumerate(corpus):
+        places.setdefault(_bare(text), []).append(place)
+    own: dict[str, dict[str, None]] = {}
+    for query, positive in pairs:
+        own.setdefault(_bare(query), {_bare(query): None})[_bare(positive)] = None
+    return {query: sorted(place for text in texts for place in places.get(text, ())) for query, texts in own.items()}
+
+
+def _bare(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+def _pairs(mining: Mining, bad: BadRows) -> Iterator[tuple[str, str]]:
+    columns = (mining.query, mining.positive)
+    for row in read_rows(mining.source, bad):
+        values = [_text_in(row.fields, column, mining.source) for column in columns]
+        if all(values):
+            bad.good()
+            yield values[0], values[1]
+        else:
+            bad.report(row.place, f"no text in {columns[values.index('')]}")
+
+
+def _texts(mining: Mining, bad: BadRows) -> Iterator[str]:
+    assert mining.corpus is not None
+    for row in read_rows(mining.corpus, bad):
+        text = _text_in(row.fields, mining.text, mining.corpus)
+        if text:
+            bad.good()
+            yield text
+        else:
+            bad.report(row.place, f"no text in {mining.text}")
+
+
+def _text_in(fields: dict, column: str, source: str) -> str:
+    """The column's text, or the first of its list; empty where there is none."""
+    if column not in fields:
+        raise UsageError(f"{source} has no column {column!r}; it has {', '.join(fields)}")
+    value = fields[column]
+    if isinstance(value, list) and value:
+        value = value[0]
+    return value if isinstance(value, str) and value.strip() else ""

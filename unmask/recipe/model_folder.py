@@ -1,0 +1,307 @@
+"""A model as a folder in the hub's layout, that `Encoder.load` and transformers read alike.
+
+Tensors are written one at a time, so that a model which is merged on the way never stands in memory. The folder
+appears whole or not at all.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, processors
+from torch import Tensor
+
+from unmask.checkpoint import Checkpoint
+from unmask.checkpoint.tensors import TensorSource
+from unmask.checkpoint.tokenizer import TextTokenizer
+from unmask.encoder import Encoder
+from unmask.encoder.architectures import Rope, shape_of
+from unmask.encoder.decoder import Decoder
+from unmask.encoder.templates import template_for
+from unmask.encoder.transformers_decoder import TransformersDecoder
+from unmask.errors import StorageError, UsageError
+
+HEAD = "lm_head.weight"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+# Entries of a hub config that are not true of what is written here: how the original was stored, and code of its own.
+_NOT_OURS = ("quantization_config", "auto_map", "_name_or_path", "torch_dtype", "dtype")
+# What tokenizer_config.json says beyond the tokenizer's own file. Flags such as add_bos_token are left out: the
+# post-processor states what is added, and two statements could differ.
+_TOKENIZER_SETTINGS = ("chat_template", "padding_side", "clean_up_tokenization_spaces")
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+# Llama 3.1 and 3.2, whose GGUF files hold the resulting factors and not the rule.
+# https://huggingface.co/meta-llama/Llama-3.1-8B/blob/main/config.json
+_LLAMA3_FACTORS = (8.0, 32.0)
+_LLAMA3_RULE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model wants its vectors to be made; becomes `llm2vec_config.json`.
+
+    Attributes:
+        causal: the weights are used with the causal mask; transformers is told by `is_causal`.
+    """
+
+    pooling: str = "mean"
+    max_length: int = 512
+    doc_max_length: int = 400
+    skip_instruction: bool = True
+    causal: bool = False
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "Settings":
+        """What a model's files say."""
+        said = checkpoint.encoder_config
+        return cls(
+            pooling=str(said.get("pooling_mode") or "mean"),
+            max_length=int(said.get("max_length") or 512),
+            doc_max_length=int(said.get("doc_max_length") or 400),
+            skip_instruction=bool(said.get("skip_instruction", True)),
+        )
+
+
+class NamedTensors:
+    """Tensors at hand as a `TensorSource`."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def names(self) -> Sequence[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name].detach()
+
+
+def write_model(folder: Path, encoder: Encoder) -> None:
+    """Write an encoder as it is in memory: `config.json`, `model.safetensors`, tokenizer, `llm2vec_config.json`.
+
+    Fused layers are written as the hub's separate ones. The base's own language-model head goes along where it is
+    not the embedding, because MNTP training needs it.
+
+    Raises:
+        UsageError: the folder exists already.
+        StorageError: it cannot be written; nothing is left of it then.
+    """
+    decoder, checkpoint = encoder.decoder, encoder.checkpoint
+    if isinstance(decoder, Decoder):
+        tensors = hub_tensors(dict(decoder.named_parameters()), decoder.sources(), checkpoint.tensors)
+        causal = decoder.layers[0].causal
+    else:
+        assert isinstance(decoder, TransformersDecoder)
+        tensors = dict(decoder.model.state_dict())
+        causal = bool(getattr(decoder.model.config, "is_causal", False))
+    if _has_own_head(checkpoint.config, checkpoint.tensors):
+        tensors[HEAD] = checkpoint.tensors.read(HEAD)
+    settings = Settings(
+        pooling=encoder.pooling,
+        max_length=encoder.max_length,
+        doc_max_length=int(checkpoint.encoder_config.get("doc_max_length") or 400),
+        skip_instruction=encoder.prompts._skip_instruction,
+        causal=bool(causal),
+    )
+    dtype = next(decoder.parameters()).dtype
+    write_folder(folder, checkpoint, NamedTensors(tensors), settings, dtype)
+
+
+def hub_tensors(
+    fused: Mapping[str, Tensor], sources: Mapping[str, Sequence[str]], shapes: TensorSource
+) -> dict[str, Tensor]:
+    """Views of our parameters under the hub's names, as `Decoder.sources` put them together.
+
+    Args:
+        fused: our parameters by name.
+        sources: for each of them, the hub tensors stacked along its first axis.
+        shapes: knows the rows of each.
+    """
+    views: dict[str, Tensor] = {}
+    for ours, names in sources.items():
+        parts = fused[ours].detach().split([shapes.shape(name)[0] for name in names])
+        views.update(zip(names, parts, strict=True))
+    return views
+
+
+def write_folder(
+    folder: Path, checkpoint: Checkpoint, tensors: TensorSource, settings: Settings, dtype: torch.dtype
+) -> None:
+    """Write `tensors` as a model like `checkpoint`: its configuration and tokenizer, other weights.
+
+    Args:
+        folder: must not exist, or be empty.
+        tensors: under innermost names; those that the architecture has no place for are left out.
+        dtype: precision of the file.
+
+    Raises:
+        UsageError: the folder is not empty.
+        StorageError: it cannot be written; nothing is left of it then.
+    """
+    require_new(folder)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _write_tensors(partial / "model.safetensors", tensors, _names_in_file(checkpoint, tensors), dtype)
+        _write_json(partial / "config.json", _config(checkpoint, settings, dtype))
+        _write_json(partial / "llm2vec_config.json", _encoder_config(checkpoint, settings))
+        _write_tokenizer(partial, checkpoint, settings.max_length)
+        if folder.is_dir():
+            folder.rmdir()
+        partial.rename(folder)
+    except OSError as error:
+        raise StorageError(f"cannot write {folder}: {error.strerror or error}; free some space") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def require_new(folder: Path) -> None:
+    """Refuse to write over what is there.
+
+    Raises:
+        UsageError: something is.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} exists already; remove it or choose another --output")
+
+
+def _names_in_file(checkpoint: Checkpoint, tensors: TensorSource) -> dict[str, str]:
+    """Name in the file -> innermost name. With a head of its own the file is that of a whole language model."""
+    known = set(tensors.names())
+    shape = shape_of(checkpoint.config)
+    if shape is None:
+        inner = [name for name in tensors.names() if name != HEAD and "inv_freq" not in name]
+    else:
+        with torch.device("meta"):
+            wanted = Decoder(shape).sources()
+        inner = [name for names in wanted.values() for name in names if name in known]
+    if not _has_own_head(checkpoint.config, tensors):
+        return {name: name for name in inner}
+    return {f"model.{name}": name for name in inner} | {HEAD: HEAD}
+
+
+def _has_own_head(config: Mapping[str, Any], tensors: TensorSource) -> bool:
+    return HEAD in tensors.names() and not config.get("tie_word_embeddings")
+
+
+def _write_tensors(file: Path, tensors: TensorSource, names: Mapping[str, str], dtype: torch.dtype) -> None:
+    """The safetensors format (https://github.com/huggingface/safetensors#format), one tensor in memory at a time;
+    the library's own writer wants all of them at once."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for shown, name in names.items():
+        shape = tensors.shape(name)
+        size = math.prod(shape) * dtype.itemsize
+        header[shown] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name in names.values():
+            tensor = tensors.read(name).to("cpu", dtype).contiguous()
+            out.write(tensor.flatten().view(torch.uint8).numpy().data)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _config(checkpoint: Checkpoint, settings: Settings, dtype: torch.dtype) -> dict[str, Any]:
+    config = {key: value for key, value in checkpoint.config.items() if key not in _NOT_OURS}
+    if not Path(checkpoint.trained_as).expanduser().exists():
+        config["_name_or_path"] = checkpoint.trained_as  # LLM2Vec's own package finds the chat template by it
+    factors = config.get("rope_factors")
+    rule = _llama3_rule(config, factors) if factors else None
+    if rule is not None:
+        del config["rope_factors"]
+        config["rope_scaling"] = rule
+    # Since version 5.2 transformers leaves the causal mask out where a config says so (PR 43705).
+    return config | {"is_causal": settings.causal, "dtype": str(dtype).removeprefix("torch.")}
+
+
+def _llama3_rule(config: Mapping[str, Any], factors: Sequence[float]) -> dict[str, Any] | None:
+    """The rule in the hub's words that gives these divisors of the frequencies, if it is a known one."""
+    theta, size = float(config["rope_theta"]), 2 * len(factors)
+    plain = Rope(theta).frequencies(size)
+    for factor in _LLAMA3_FACTORS:
+        stretched = Rope(theta, "llama3", factor, 1.0, 4.0, 8192).frequencies(size)
+        if torch.allclose(plain / stretched, torch.tensor(factors), rtol=1e-4):
+            return {"rope_type": "llama3", "factor": factor, **_LLAMA3_RULE}
+    return None
+
+
+def _encoder_config(checkpoint: Checkpoint, settings: Settings) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "pooling_mode": settings.pooling,
+        "max_length": settings.max_length,
+        "doc_max_length": settings.doc_max_length,
+        "skip_instruction": settings.skip_instruction,
+    }
+    template = template_for(checkpoint.trained_as, checkpoint.encoder_config)
+    said = {key: value for key, value in asdict(template).items() if value}
+    return config | ({"template": said} if said else {})
+
+
+def _write_tokenizer(folder: Path, checkpoint: Checkpoint, max_length: int) -> None:
+    ours = checkpoint.tokenizer
+    # A copy: the encoder goes on using its own, which has no post-processor.
+    tokenizer = Tokenizer.from_str(ours.text.to_str())
+    if ours.prefix or ours.suffix:
+        tokenizer.post_processor = _adding(tokenizer, ours)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = _special_tokens(checkpoint) | {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is
+        "model_max_length": max_length,
+    }
+    _write_json(folder / "tokenizer_config.json", settings)
+
+
+def _adding(tokenizer: Tokenizer, ours: TextTokenizer) -> processors.TemplateProcessing:
+    """A post-processor that puts BOS and EOS where `TextTokenizer` says."""
+    ids = dict.fromkeys((*ours.prefix, *ours.suffix))
+    # Named by number, as a token's own text may hold characters that the template gives a meaning to.
+    names = {token: f"special{token}" for token in ids}
+    before, after = ([names[token] for token in part] for part in (ours.prefix, ours.suffix))
+    return processors.TemplateProcessing(
+        single=[*before, "$A", *after],
+        pair=[*before, "$A", *after, *(f"{name}:1" for name in before), "$B:1", *(f"{name}:1" for name in after)],
+        special_tokens=[
+            {"id": name, "ids": [token], "tokens": [tokenizer.id_to_token(token)]} for token, name in names.items()
+        ],
+    )
+
+
+def _special_tokens(checkpoint: Checkpoint) -> dict[str, Any]:
+    said: dict[str, Any] = {}
+    if checkpoint.folder is not None:
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            file = checkpoint.folder / name
+            if file.is_file():
+                said |= json.loads(file.read_text(encoding="utf-8"))
+    settings = {key: said[key] for key in _TOKENIZER_SETTINGS if key in said}
+    for key in _SPECIAL:
+        token = said.get(key)
+        content = token.get("content") if isinstance(token, dict) else token
+        if isinstance(content, str):
+            settings[key] = content
+    tokenizer = checkpoint.tokenizer
+    for key, token in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
+        if token is not None:
+            settings[key] = tokenizer.text.id_to_token(token)
+    if "eos_token" in settings:
+        settings.setdefault("pad_token", settings["eos_token"])  # as LLM2Vec pads
+    return settings
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
