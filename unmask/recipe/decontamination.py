@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from unmask.recipe.rows import BadRows, read_rows
+from unmask.recipe.rows import FORMATS, BadRows, read_rows
 
 _WORDS = re.compile(r"[^\W_]+")
+_ENDINGS = tuple(f".{kind}" for kind in FORMATS)
 # Bracket marks of the Penn treebank, which some corpora carry as words.
 _MARKS = frozenset(("lrb", "rrb", "lsb", "rsb", "lcb", "rcb"))
 
@@ -67,7 +68,7 @@ def read_held(folder: Path, run: int = 10) -> Held:
 
     def texts() -> Iterator[str]:
         for file in sorted(folder.rglob("*")):
-            if not file.is_file() or not file.name.removesuffix(".gz").endswith((".tsv", ".csv", ".jsonl", ".parquet")):
+            if not file.is_file() or not file.name.removesuffix(".gz").endswith(_ENDINGS):
                 continue
             for row in read_rows(str(file), BadRows(allowed_share=1.0)):
                 for value in row.fields.values():

@@ -24,6 +24,7 @@ class Example:
     label: str | None = None
 
     def texts(self) -> tuple[str, ...]:
+        """Every text of the example."""
         return (self.query, *((self.positive,) if self.positive is not None else ()), *self.negatives)
 
 
@@ -86,8 +87,9 @@ def load_examples(source: Source, root: Path | None, held: Held | None, seed: in
 
 def read_examples(source: Source, root: Path | None, bad: BadRows) -> Iterator[Example]:
     """Examples of one data set as they come, for streaming; nothing is sampled or checked for overlap."""
-    for row in read_rows(source.path, bad, root):
-        _require_columns(source, row)
+    for number, row in enumerate(read_rows(source.path, bad, root)):
+        if number == 0:
+            _require_columns(source, row)
         if any(str(row.fields.get(column)) not in values for column, values in source.only.items()):
             continue
         if any(str(row.fields.get(column)) in values for column, values in source.without.items()):
@@ -104,7 +106,7 @@ def read_examples(source: Source, root: Path | None, bad: BadRows) -> Iterator[E
 def _require_columns(source: Source, row: Row) -> None:
     wanted = (source.query, source.positive, source.text, source.label, *source.negatives)
     for column in (*filter(None, wanted), *source.only, *source.without):
-        if column not in row.fields and row.place.endswith((":1", ":2")):
+        if column not in row.fields:
             raise UsageError(
                 f"data {source.name!r}: {row.place} has no column {column!r}; it has {', '.join(row.fields)}"
             )
@@ -121,7 +123,10 @@ def _example(source: Source, fields: dict[str, Any]) -> Example:
     for column in source.negatives:
         value = fields.get(column)
         given = value if isinstance(value, list) else [value]
-        negatives += [text for text in given if isinstance(text, str) and text.strip()]
+        wrong = next((text for text in given if text is not None and not isinstance(text, str)), None)
+        if wrong is not None:
+            raise ValueError(f"{column} holds {type(wrong).__name__}, not text")
+        negatives += [text for text in given if text and text.strip()]
     return Example(_text(fields, source.query), _text(fields, source.positive), tuple(negatives))
 
 

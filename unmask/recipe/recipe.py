@@ -220,12 +220,12 @@ class Recipe(Struct, forbid_unknown_fields=True, kw_only=True):
         objective: mntp, simcse or supervised.
         data: the mixture. Each batch comes from one data set.
         steps: optimiser steps.
-        epochs_at_most: stop early when every data set has been gone through so often; None: never.
+        epochs_at_most: fewer steps, where every data set has then been gone through so often.
         max_length: tokens per sequence, everything counted.
         pooling: as in `Encoder.load`.
         causal: leave the causal mask on. Only for ablations.
         matryoshka: also train vectors cut to these lengths (arXiv 2205.13147).
-        lora: adapter to train; None trains all weights.
+        lora: adapter to train; `lora = false` trains all weights.
         precision: of the forward. auto is bfloat16 where the processor computes in it, else float32. Trained
             parameters and the optimiser are float32 in any case.
         gradient_checkpointing: recompute activations in the backward, for less memory.
@@ -241,7 +241,7 @@ class Recipe(Struct, forbid_unknown_fields=True, kw_only=True):
     steps: Positive
     name: str = "run"
     adapters: list[str] = []
-    epochs_at_most: float | None = None
+    epochs_at_most: Rate | None = None
     max_length: Positive = 512
     pooling: Literal["mean", "weighted_mean", "eos_token", "last_token", "bos_token"] = "mean"
     causal: bool = False
@@ -263,21 +263,33 @@ class Recipe(Struct, forbid_unknown_fields=True, kw_only=True):
     checkpoint_every: Positive = 100
     evaluate_every: Positive = 100
     keep: Positive = 2
-    seed: int = 42
+    seed: Annotated[int, Meta(ge=0, lt=2**32)] = 42
 
     def __post_init__(self) -> None:
         names = [source.name for source in self.data]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"data: the name {twice[0]!r} is given twice")
-        if self.objective == "supervised" and self.distillation is None:
-            plain = next((s.name for s in self.data if s.query is None and s.label is None), None)
-            if plain is not None:
-                raise ValueError(f"data {plain!r} has no positives, and there is no distillation to learn from it by")
+        if self.epochs_at_most is not None:
+            streamed = next((source.name for source in self.data if source.stream), None)
+            if streamed is not None:
+                raise ValueError(f"epochs_at_most: data {streamed!r} is streamed, so its length is not known")
+        if self.objective == "supervised":
+            for source in self.data:
+                self._check_teaches(source)
         if self.objective in ("mntp", "simcse"):
             pairs = next((source.name for source in self.data if source.text is None), None)
             if pairs is not None:
                 raise ValueError(f"data {pairs!r}: {self.objective} learns from texts; name a text column")
+
+    def _check_teaches(self, source: Source) -> None:
+        distils = self.distillation is not None and source.distil
+        if distils:
+            return
+        if source.query is None and source.label is None:
+            raise ValueError(f"data {source.name!r} has no positives, and there is no distillation to learn from it by")
+        if not source.contrast or not self.contrastive.weight:
+            raise ValueError(f"data {source.name!r} teaches nothing: neither its labels nor a teacher count")
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -294,6 +306,9 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UsageError(f"{path} is not TOML: {error}") from error
     for override in overrides:
         _set(raw, override)
+    for optional in ("lora", "distillation", "held_apart"):
+        if raw.get(optional) is False:  # TOML has no word for nothing
+            raw[optional] = None
     try:
         return msgspec.convert(raw, Recipe)
     except msgspec.ValidationError as error:
@@ -311,7 +326,12 @@ def _set(raw: dict[str, Any], override: str) -> None:
     *path, last = key.strip().split(".")
     place: Any = raw
     for part in path:
-        place = _named(place, part, override) if isinstance(place, list) else place.setdefault(part, {})
+        if isinstance(place, list):
+            place = _named(place, part, override)
+        elif isinstance(place, dict):
+            place = place.setdefault(part, {})
+        else:
+            break
     if not isinstance(place, dict):
         raise UsageError(f"--set {override}: {'.'.join(path)} is not a table")
     place[last] = value

@@ -7,7 +7,10 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Iterator
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +22,8 @@ FORMATS = ("tsv", "csv", "jsonl", "parquet", "txt")
 _HUB = "hf:"
 # A share means nothing over a handful of rows.
 _ENOUGH_ROWS = 200
+# What a byte that is not UTF-8 is read as, and what a JSON escape may smuggle in; no tokenizer takes it.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +48,7 @@ class BadRows:
     places: list[str] = field(default_factory=list)
 
     def good(self) -> None:
+        """Count one row that could be used."""
         self.seen += 1
 
     def report(self, place: str, reason: str) -> None:
@@ -95,9 +101,25 @@ def read_rows(source: str, bad: BadRows, root: Path | None = None) -> Iterator[R
     if not path.is_file():
         raise UsageError(f"no training data at {path}; paths in a recipe are taken from --data or the recipe's folder")
     if kind == "parquet":
-        yield from _parquet_rows(path)
-        return
-    reader = {"tsv": _tsv_rows, "csv": _csv_rows, "jsonl": _jsonl_rows, "txt": _txt_rows}[kind]
+        rows = _parquet_rows(path)
+    else:
+        reader = {"tsv": _tsv_rows, "csv": _csv_rows, "jsonl": _jsonl_rows, "txt": _txt_rows}[kind]
+        rows = _text_rows(reader, path, bad)
+    for row in rows:
+        broken = next((name for name, value in row.fields.items() if _broken(value)), None)
+        if broken is None:
+            yield row
+        else:
+            bad.report(row.place, f"{broken} is not valid UTF-8")
+
+
+def _broken(value: Any) -> bool:
+    if isinstance(value, list):
+        return any(map(_broken, value))
+    return isinstance(value, str) and _SURROGATE.search(value) is not None
+
+
+def _text_rows(reader: Callable[[TextIO, str, BadRows], Iterator[Row]], path: Path, bad: BadRows) -> Iterator[Row]:
     with _opened(path) as file:
         yield from reader(file, path.name, bad)
 
@@ -105,7 +127,10 @@ def read_rows(source: str, bad: BadRows, root: Path | None = None) -> Iterator[R
 def _tsv_rows(file: TextIO, name: str, bad: BadRows) -> Iterator[Row]:
     header = file.readline().rstrip("\r\n").split("\t")
     for number, line in enumerate(file, start=2):
-        values = line.rstrip("\r\n").split("\t")
+        line = line.rstrip("\r\n")
+        if not line and len(header) > 1:
+            continue  # an empty line at the end of a file is no row
+        values = line.split("\t")
         if len(values) != len(header):
             bad.report(f"{name}:{number}", f"{len(values)} columns instead of {len(header)}")
             continue
@@ -113,8 +138,16 @@ def _tsv_rows(file: TextIO, name: str, bad: BadRows) -> Iterator[Row]:
 
 
 def _csv_rows(file: TextIO, name: str, bad: BadRows) -> Iterator[Row]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a text may be a book; csv's own limit is 128 KB
     reader = csv.DictReader(file)
-    for fields in reader:
+    while True:
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            bad.report(f"{name}:{reader.reader.line_num}", f"not CSV ({error})")
+            continue
         place = f"{name}:{reader.line_num}"
         if None in fields or None in fields.values():
             bad.report(place, f"not {len(reader.fieldnames or ())} columns")
@@ -168,15 +201,21 @@ def _hub_rows(source: str) -> Iterator[Row]:
         stream = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UsageError(f"{source} cannot be read from the hub: {error}") from error
-    for number, fields in enumerate(stream, start=1):
-        yield Row(dict(fields), f"{source}:{number}")
+    number = 0
+    try:
+        for fields in stream:
+            number += 1
+            yield Row(dict(fields), f"{source}:{number}")
+    except (OSError, datasets.exceptions.DatasetsError) as error:
+        raise StorageError(f"{source} cannot be read past row {number}: {error}") from error
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[TextIO]:
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            # newline="": a lone carriage return inside a text must not end the row.
-            yield io.TextIOWrapper(file, encoding="utf-8", errors="strict", newline="\n")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+            # newline: a lone carriage return inside a text must not end the row. errors: one broken byte costs its row
+            # and not the file. utf-8-sig: spreadsheets begin their files with a byte order mark.
+            yield io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
+    except (OSError, EOFError, zlib.error) as error:
         raise StorageError(f"{path} cannot be read to its end: {error}") from error
