@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from unmask.errors import UsageError
 from unmask.recipe.decontamination import Held
 from unmask.recipe.examples import Example, Examples, read_examples
 from unmask.recipe.recipe import Recipe, Source
@@ -41,19 +42,33 @@ class Mixture:
         weights = [source.weight or len(self._sets[source.name].train) for source in self._sources]
         self._weights = np.array(weights, dtype=float) / sum(weights)
 
+    def steps_of(self, epochs: float) -> int:
+        """Steps until every data set has been gone through so often."""
+        choices = self._choices()
+        left = [epochs * len(self._sets[source.name].train) for source in self._sources]
+        steps = 0
+        while any(examples > 0 for examples in left):
+            which = next(choices)
+            left[which] -= self._size(self._sources[which])
+            steps += 1
+        return steps
+
+    def _size(self, source: Source) -> int:
+        return source.batch or self._recipe.batch.size
+
+    def _choices(self) -> Iterator[int]:
+        generator = np.random.default_rng([self._recipe.seed, 0])
+        while True:
+            yield int(generator.choice(len(self._sources), p=self._weights))
+
     def batches(self, skip: int = 0) -> Iterator[TextBatch]:
         """Batch after batch, beginning with number `skip`; those before it are drawn and let go."""
-        choices = np.random.default_rng([self._recipe.seed, 0])
         streams = [self._examples(source) for source in self._sources]
-        number = 0
-        while True:
-            which = int(choices.choice(len(self._sources), p=self._weights))
+        for number, which in enumerate(self._choices()):
             source = self._sources[which]
-            size = source.batch or self._recipe.batch.size
-            examples = [next(streams[which]) for _ in range(size)]
+            examples = [next(streams[which]) for _ in range(self._size(source))]
             if number >= skip:
                 yield TextBatch(source, examples)
-            number += 1
 
     def _examples(self, source: Source) -> Iterator[Example]:
         seed = [self._recipe.seed, *source.name.encode()]
@@ -72,7 +87,7 @@ class Mixture:
                 if example.label is None:
                     yield example
                     continue
-                # Another text of the same label, or itself where it is the only one.
+                # A text of the same label; the loss does not count a text as its own negative.
                 others = by_label[example.label]
                 other = others[generator.integers(len(others))]
                 yield Example(example.query, other.query, (), example.label)
@@ -95,6 +110,8 @@ class Mixture:
                 buffer[place], example = example, buffer[place]
                 yield example
             bad.close()
+            if not buffer:
+                raise UsageError(f"data {source.name!r}: no usable row in {source.path} ({bad.seen} seen)")
             for index in generator.permutation(len(buffer)):
                 yield buffer[index]
             epoch += 1
