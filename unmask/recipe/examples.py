@@ -79,6 +79,8 @@ def load_examples(source: Source, root: Path | None, held: Held | None, seed: in
     order = np.random.default_rng([seed, *source.name.encode()]).permutation(len(examples))
     chosen = [examples[i] for i in order]
     held_out, rest = chosen[: source.held_out], chosen[source.held_out :]
+    if source.share is not None:
+        rest = rest[: max(1, round(source.share * len(rest)))]
     train = rest[: source.limit] if source.limit else rest
     if not train:
         raise UsageError(f"data {source.name!r}: all {len(examples)} rows are held out; lower held_out")
@@ -90,6 +92,8 @@ def read_examples(source: Source, root: Path | None, bad: BadRows) -> Iterator[E
     for number, row in enumerate(read_rows(source.path, bad, root)):
         if number == 0:
             _require_columns(source, row)
+        if source.rows != "all" and number % 2 != (source.rows == "odd"):
+            continue
         if any(str(row.fields.get(column)) not in values for column, values in source.only.items()):
             continue
         if any(str(row.fields.get(column)) in values for column, values in source.without.items()):

@@ -39,6 +39,8 @@ class Source(Struct, forbid_unknown_fields=True, kw_only=True):
         weight: how often a batch comes from here, relative to the others. Left out: the number of rows.
         batch: examples per step from here; left out: the run's.
         limit: use so many rows, chosen by the seed.
+        rows: only every other row, counted from 0, so that one file can give two sets with an instruction each.
+        share: use this share of the rows, chosen by the seed; a limit counts after it.
         stream: read as it goes, through the run's shuffle buffer, instead of into memory; needs a weight.
         held_out: so many further rows are kept for the dev set.
         only, without: keep, or drop, the rows whose column has one of these values.
@@ -59,6 +61,8 @@ class Source(Struct, forbid_unknown_fields=True, kw_only=True):
     weight: Rate | None = None
     batch: Positive | None = None
     limit: Positive | None = None
+    rows: Literal["all", "even", "odd"] = "all"
+    share: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
     stream: bool = False
     held_out: Annotated[int, Meta(ge=0)] = 0
     only: dict[str, list[str]] = {}
@@ -75,8 +79,8 @@ class Source(Struct, forbid_unknown_fields=True, kw_only=True):
             raise ValueError(f"data {self.name!r}: label goes with text")
         if self.negatives and not pair:
             raise ValueError(f"data {self.name!r}: negatives go with query and positive")
-        if self.stream and (self.weight is None or self.label or self.limit or self.held_out):
-            raise ValueError(f"data {self.name!r}: stream needs a weight, and excludes label, limit and held_out")
+        if self.stream and (self.weight is None or self.label or self.limit or self.share or self.held_out):
+            raise ValueError(f"data {self.name!r}: stream needs a weight, and excludes label, limit, share, held_out")
 
 
 class Lora(Struct, forbid_unknown_fields=True, kw_only=True):
