@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from unmask.errors import StorageError
@@ -39,4 +39,5 @@ def written_whole(target: Path) -> Iterator[Path]:
             f"cannot write {target}: {error.strerror or error}; free some space or set UNMASK_HOME elsewhere"
         ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # what went wrong above is what is told
+            partial.unlink(missing_ok=True)

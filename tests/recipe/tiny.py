@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from unmask.encoder.architectures import shape_of
 from unmask.encoder.decoder import Decoder
 from unmask.errors import UnmaskError
+from unmask.recipe import curves
 from unmask.recipe.loop import Progress
 from unmask.recipe.recipe import Recipe
 from unmask.recipe.train import train
@@ -144,6 +145,7 @@ def run_recipe(
     """
     os.environ.update(environment or {})
     torch.set_num_threads(1)
+    curves.draw_curves = lambda folder: None  # a second of work that has a test of its own
 
     def watch(progress: Progress) -> None:
         name, size = (limits or {}).get(progress.step, ("", 0))
@@ -155,14 +157,13 @@ def run_recipe(
     try:
         train(recipe, data=data, output=output, resume=resume, progress=watch)
     except UnmaskError as error:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2) if os.geteuid() == 0 else None
         Path(f"{output}.error").write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
 
 
 def kill_when(process: BaseProcess, ready: Callable[[], bool]) -> bool:
     """`kill -9` as soon as `ready`; False if the process had ended by then."""
     while process.is_alive() and not ready():
-        time.sleep(0.001)
+        time.sleep(0.003)
     if not process.is_alive() or process.pid is None:
         return False
     os.kill(process.pid, signal.SIGKILL)

@@ -1,7 +1,10 @@
 """How good the model is while it trains: graded pairs, and pairs held out of the training sets."""
 
+from pathlib import Path
+
 import numpy as np
 
+from unmask.encoder import Encoder
 from unmask.errors import UsageError
 from unmask.recipe.examples import Examples
 from unmask.recipe.recipe import Dev, Recipe
@@ -17,20 +20,22 @@ class DevSets:
         root: the data folder.
     """
 
-    def __init__(self, recipe: Recipe, sets: list[Examples], root) -> None:
-        self._graded = {dev.name: _read_graded(dev, root, recipe.seed) for dev in recipe.dev}
+    def __init__(self, recipe: Recipe, sets: list[Examples], root: Path | None) -> None:
+        self._graded = {dev.name: _read_graded(dev, root, recipe.seed, recipe.max_bad_rows) for dev in recipe.dev}
         self._pairs: dict[str, tuple[list[str], list[str], str, bool]] = {}
         for examples in sets:
             source = examples.source
             if not examples.held_out or not source.contrast:
                 continue
             by_label = {example.label: example.query for example in examples.train if example.label is not None}
-            pairs = [
-                (example.query, example.positive or by_label.get(example.label, example.query))
-                for example in examples.held_out
-            ]
-            if source.label is not None:  # one text per label, or the right answer would not be alone
-                pairs = list({e.label: p for e, p in zip(examples.held_out, pairs, strict=True)}.values())
+            pairs = {
+                # One text per label, or the right answer would not be alone.
+                number if example.label is None else example.label: (example.query, positive)
+                for number, example in enumerate(examples.held_out)
+                if (positive := example.positive or by_label.get(example.label or "")) is not None
+            }.values()
+            if not pairs:  # texts alone: nothing to find
+                continue
             self._pairs[source.name] = (
                 [q for q, _ in pairs],
                 [p for _, p in pairs],
@@ -41,7 +46,7 @@ class DevSets:
     def __len__(self) -> int:
         return len(self._graded) + len(self._pairs)
 
-    def scores(self, encoder) -> dict[str, float]:
+    def scores(self, encoder: Encoder) -> dict[str, float]:
         """0-100 per set: Spearman correlation for graded pairs, and for held-out pairs the share of queries whose own
         positive is the nearest of all."""
         found: dict[str, float] = {}
@@ -52,7 +57,11 @@ class DevSets:
         for name, (queries, positives, instruction, symmetric) in self._pairs.items():
             q = encoder.encode(queries, instruction=instruction, normalize=True)
             p = encoder.encode(positives, instruction=instruction if symmetric else "", normalize=True)
-            found[name] = 100 * float(((q @ p.T).argmax(axis=1) == np.arange(len(q))).mean())
+            # Two queries may share a positive, as questions about one passage do; either of its copies is right.
+            right = [
+                positives[nearest] == own for nearest, own in zip((q @ p.T).argmax(axis=1), positives, strict=True)
+            ]
+            found[name] = 100 * float(np.mean(right))
         return found
 
 
@@ -67,9 +76,17 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return (last - (counts - 1) / 2)[inverse]
 
 
-def _read_graded(dev: Dev, root, seed: int) -> tuple[list[str], list[str], np.ndarray]:
-    bad = BadRows()
-    rows = [row.fields for row in read_rows(dev.path, bad, root)]
+def _read_graded(
+    dev: Dev, root: Path | None, seed: int, max_bad_rows: float
+) -> tuple[list[str], list[str], np.ndarray]:
+    bad = BadRows(max_bad_rows)
+    rows = []
+    for row in read_rows(dev.path, bad, root):
+        bad.good()
+        rows.append(row.fields)
+    bad.close()
+    if not rows:
+        raise UsageError(f"dev {dev.name!r}: {dev.path} holds no rows")
     if dev.limit is not None and dev.limit < len(rows):
         chosen = np.random.default_rng([seed, *dev.name.encode()]).permutation(len(rows))[: dev.limit]
         rows = [rows[i] for i in sorted(chosen)]

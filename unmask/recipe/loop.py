@@ -3,7 +3,8 @@
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,8 +77,8 @@ def train_steps(
     if latest is not None:
         begin, state = latest
         best = _restore(state, trainee, adamw)
-        if processes.first:
-            folder.forget_after(begin)
+    if processes.first:
+        folder.forget_after(begin)  # also of a run that was killed before its first checkpoint
     scores = dict(best)
     losses: deque[float] = deque(maxlen=20)
     parameters = list(trainee.parameters.values())
@@ -91,24 +92,18 @@ def train_steps(
         trainee.decoder.train()
         # Dropout follows from the step and the process alone, so that a resumed run has what the unbroken one had.
         torch.manual_seed((recipe.seed * 1_000_003 + step) * 1_024 + processes.rank)
-        try:
+        with _memory_watched(step, recipe, folder):
             report = objective(batch, step)
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            raise _out_of_memory(step, recipe, folder) from error
-        except RuntimeError as error:
-            if "memory" in str(error).lower():  # torch's CPU allocator has no class of its own
-                raise _out_of_memory(step, recipe, folder) from error
-            raise
-        processes.sum_gradients(parameters)
-        norm = _clip(parameters, recipe.optimiser.clip)
-        if not math.isfinite(report.loss) or not math.isfinite(norm):
-            raise TrainingError(
-                f"step {step + 1}: the loss is {report.loss} and the gradient's norm {norm}, in a batch of "
-                f"{batch.source.name!r}. {_last_good(folder)} Lower optimiser.lr, or raise optimiser.warmup"
-            )
-        adamw.step()
-        adamw.zero_grad(set_to_none=True)
-        trainee.merge()
+            processes.sum_gradients(parameters)
+            norm = _clip(parameters, recipe.optimiser.clip)
+            if not math.isfinite(report.loss) or not math.isfinite(norm):
+                raise TrainingError(
+                    f"step {step + 1}: the loss is {report.loss} and the gradient's norm {norm}, in a batch of "
+                    f"{batch.source.name!r}. {_last_good(folder)} Lower optimiser.lr, or raise optimiser.warmup"
+                )
+            adamw.step()
+            adamw.zero_grad(set_to_none=True)
+            trainee.merge()
         seconds = time.perf_counter() - began
         losses.append(report.loss)
         done = step + 1
@@ -183,11 +178,19 @@ def _restore(state: Mapping[str, Any], trainee: Trainee, adamw: torch.optim.Adam
     return dict(state["best"])
 
 
-def _out_of_memory(step: int, recipe: Recipe, folder: RunFolder) -> TrainingError:
-    return TrainingError(
-        f"step {step + 1}: out of memory. {_last_good(folder)} Lower batch.forward_tokens (now "
-        f"{recipe.batch.forward_tokens}); the batch and its gradient stay the same"
-    )
+@contextmanager
+def _memory_watched(step: int, recipe: Recipe, folder: RunFolder) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # torch has a class for an accelerator's memory; on a CPU it raises one or the other with these words.
+        told = str(error).lower()
+        if isinstance(error, RuntimeError) and not any(word in told for word in ("memory", "bad_alloc")):
+            raise
+        raise TrainingError(
+            f"step {step + 1}: out of memory. {_last_good(folder)} Lower batch.forward_tokens (now "
+            f"{recipe.batch.forward_tokens}); the batch and its gradient stay the same"
+        ) from error
 
 
 def _last_good(folder: RunFolder) -> str:

@@ -11,9 +11,11 @@ does; the gradients of A and B follow from the layer's input and output gradient
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -77,13 +79,22 @@ class _Merged(torch.autograd.Function):
     """y = x W^T with W already summed, and gradients for x, A and the Bs."""
 
     @staticmethod
-    def forward(ctx, x, down, weight, bias, scale, spans, *up):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        down: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        spans: list[tuple[int, int]],
+        *up: Tensor,
+    ) -> Tensor:
         ctx.save_for_backward(x, down, weight, *up)
         ctx.scale, ctx.spans = scale, spans
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, down, weight, *up = ctx.saved_tensors
         rank = up[0].shape[1]
         z = x @ down.to(x.dtype).T  # [T, parts * r]
@@ -174,6 +185,9 @@ def write_adapter(folder: Path, adapted: list[LoraLinear], lora: Lora, base: str
     }
     tensors = {name: tensor.to(dtype).contiguous().cpu() for name, tensor in adapter_tensors(adapted).items()}
     with written_whole(folder / "adapter_model.safetensors") as partial:
-        save_file(tensors, partial, metadata={"format": "pt"})
+        try:
+            save_file(tensors, partial, metadata={"format": "pt"})
+        except SafetensorError as error:  # its writer's own, when the disk is full
+            raise OSError(str(error)) from error
     with written_whole(folder / "adapter_config.json") as partial:
         partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -6,6 +6,7 @@ never stand in memory.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,12 +88,22 @@ class Head:
 
 
 def head_of(trainee: Trainee) -> Head:
-    """The base's own head, frozen unless it is the embedding and that is trained."""
+    """The base's own head, frozen unless it is the embedding and that is trained.
+
+    Raises:
+        UsageError: the base is an inner model, whose head is elsewhere.
+    """
     checkpoint, decoder = trainee.encoder.checkpoint, trainee.decoder
     assert isinstance(decoder, Decoder)
     cap = checkpoint.config.get("final_logit_softcapping")
-    if "lm_head.weight" in checkpoint.tensors.names() and not checkpoint.config.get("tie_word_embeddings"):
+    tied = checkpoint.config.get("tie_word_embeddings")
+    if "lm_head.weight" in checkpoint.tensors.names() and not tied:
         weight = checkpoint.tensors.read("lm_head.weight").to(trainee.device, trainee.dtype)
+    elif tied is False:
+        raise UsageError(
+            f"{trainee.encoder.name} has no language-model head (lm_head.weight) and its config ties none to the "
+            "embedding, so there is nothing to predict tokens with; name the whole CausalLM as the base"
+        )
     else:
         weight = decoder.embedding.weight
     return Head(weight, float(cap) if cap else None)
@@ -113,7 +124,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """The gradient of a chunk's logits is known as soon as they are, so it is applied at once and they are let go."""
 
     @staticmethod
-    def forward(ctx, states, weight, targets, cap):
+    def forward(ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, cap: float | None) -> Tensor:
         total = torch.zeros((), device=states.device)
         d_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
@@ -142,7 +153,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, d_total):
+    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         saved = list(ctx.saved_tensors)
         d_states = saved.pop(0) * d_total if ctx.wanted[0] else None
         d_weight = (saved.pop(0) * d_total).to(ctx.weight_dtype) if ctx.wanted[1] else None

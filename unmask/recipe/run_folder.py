@@ -11,10 +11,11 @@ A run's folder holds
 
 import json
 import os
+import pickle
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,17 +45,25 @@ class RunFolder:
         with _storage(path):
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
 
-    def begin(self, description: Mapping[str, Any], resume: bool) -> None:
+    def begin(
+        self, description: Mapping[str, Any], resume: bool, complete: Callable[[Any], Any] = lambda recipe: recipe
+    ) -> None:
         """Write `run.json`, or check that the one here describes the same run.
+
+        Args:
+            complete: gives a stored recipe the fields that have come since, so that an older run can be continued.
 
         Raises:
             UsageError: another run's files are here, or this one's and `resume` is off.
         """
         file = self.path / "run.json"
+        text = json.dumps(description, indent=1) + "\n"
+        description = json.loads(text)  # as it will be read again: JSON has no tuples
         if file.is_file():
             try:
                 before = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError as error:
+                before["recipe"] = complete(before["recipe"])
+            except (ValueError, KeyError, TypeError) as error:
                 raise UsageError(f"{file} is damaged ({error}); remove {self.path} to begin anew") from error
             changed = sorted(key for key in ("recipe", "data") if before.get(key) != description.get(key))
             if changed:
@@ -66,7 +75,7 @@ class RunFolder:
                 raise UsageError(f"{self.path} holds this run already; continue it with --resume, or remove it")
             return
         with written_whole(file) as partial:
-            partial.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+            partial.write_text(text, encoding="utf-8")
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
         """Keep a checkpoint, whole or not at all, and let the oldest ones go.
@@ -101,9 +110,10 @@ class RunFolder:
         file = self.path / "checkpoints" / f"{_STEP}{steps[-1]:08d}" / "state.pt"
         try:
             return steps[-1], torch.load(file, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError) as error:
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            reason = (isinstance(error, OSError) and error.strerror) or "it is damaged"  # torch's own words are a page
             raise StorageError(
-                f"{file} cannot be read ({error}); remove its folder to resume from an earlier one"
+                f"{file} cannot be read ({reason}); remove its folder to resume from an earlier one"
             ) from error
 
     def _steps(self) -> list[int]:
@@ -171,7 +181,9 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
                 if found:
                     return found
             return None
-        if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        if isinstance(a, list) and isinstance(b, list) and len(a) != len(b):
+            return f"{path} had {len(a)} entries, has {len(b)}"
+        if isinstance(a, list) and isinstance(b, list):
             return next(
                 filter(None, (walk(x, y, f"{path}[{i}]") for i, (x, y) in enumerate(zip(a, b, strict=True)))), None
             )

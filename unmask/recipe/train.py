@@ -1,18 +1,31 @@
-"""`unmask train`: a recipe in, a trained adapter or model out. The pieces are elsewhere; this is their order."""
+"""`unmask train`: a recipe in, a trained adapter or model out. The pieces are elsewhere; this is their order.
 
+On several processes the same command is started by a launcher, and the recipe stays as it is:
+
+    torchrun --nproc-per-node 8 -m unmask train recipe.toml --output RUN
+    accelerate launch --num_processes 8 -m unmask train recipe.toml --output RUN
+
+`batch.size` counts the examples of all processes together, so that the result does not depend on their number.
+Across machines, every process must see the output folder if the run is to be resumed.
+"""
+
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import torch
 
+from unmask.checkpoint.resolve import resolve
+from unmask.checkpoint.shipped import SHIPPED
 from unmask.errors import UsageError
 from unmask.evaluate.cache import VectorCache
 from unmask.evaluate.contenders import open_contender
-from unmask.home import home
+from unmask.home import home, written_whole
 from unmask.recipe.decontamination import Held, read_held
 from unmask.recipe.dev import DevSets
 from unmask.recipe.distributed import Processes, processes
@@ -68,16 +81,20 @@ def train(
         folder = RunFolder(output, recipe.keep)
         if group.first:
             digests = {examples.source.name: examples.digest() for examples in sets}
-            folder.begin(description_of(msgspec.to_builtins(recipe), digests, _hardware(device, group)), resume)
+            folder.begin(description_of(_plain(recipe), digests, _hardware(device, group)), resume, _completed)
         group.wait()
         trainee = Trainee(recipe, device)
         teacher = open_teacher(recipe) if recipe.distillation is not None else None
         objective = objective_for(recipe, trainee, teacher, group)
         mixture = Mixture(recipe, sets, data, held)
+        if recipe.epochs_at_most is not None:
+            recipe = msgspec.structs.replace(recipe, steps=min(recipe.steps, mixture.steps_of(recipe.epochs_at_most)))
         dev = DevSets(recipe, sets, data)
 
+        base = _adapter_base(recipe)
+
         def keep(name: str) -> Path:
-            return _write_result(output / name, trainee, recipe)
+            return _write_result(output / name, trainee, recipe, base)
 
         scores = train_steps(recipe, trainee, objective, mixture, dev, folder, group, lambda: keep("best"), tell)
         result = output / ("adapter" if recipe.lora is not None else "model")
@@ -123,12 +140,40 @@ def open_teacher(recipe: Recipe) -> Teacher:
     return teach
 
 
-def _write_result(folder: Path, trainee: Trainee, recipe: Recipe) -> Path:
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    """As JSON gives it back."""
+    return msgspec.json.decode(msgspec.json.encode(recipe))
+
+
+def _completed(stored: dict[str, Any]) -> dict[str, Any]:
+    """A stored recipe with the fields that have come since it was written, at their defaults."""
+    return _plain(msgspec.convert(stored, Recipe))
+
+
+def _adapter_base(recipe: Recipe) -> str:
+    """What the trained adapter names as its base, so that its own name is enough to load it.
+
+    That is the last adapter below it, where that one leads to all the others; else the decoder.
+    """
+    name = recipe.base
+    if recipe.adapters:
+        whole, last = resolve(recipe.base, recipe.adapters), resolve(recipe.adapters[-1])
+        if (whole.base, whole.adapters) == (last.base, last.adapters):
+            name = recipe.adapters[-1]
+    path = Path(name).expanduser()
+    return str(path.absolute()) if name not in SHIPPED and path.exists() else name
+
+
+def _write_result(folder: Path, trainee: Trainee, recipe: Recipe, base: str) -> Path:
     """Replace `folder` by the weights as they are."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     if recipe.lora is not None:
-        write_adapter(partial, trainee.adapted, recipe.lora, recipe.base, torch.float32)
+        write_adapter(partial, trainee.adapted, recipe.lora, base, torch.float32)
+        # The vectors are those of this pooling. The length is not written: one may train short and encode long.
+        said = {**trainee.encoder.checkpoint.encoder_config, "pooling_mode": recipe.pooling}
+        with written_whole(partial / "llm2vec_config.json") as file:
+            file.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
     else:
         from unmask.recipe.merging import write_model
 

@@ -1,0 +1,196 @@
+"""Adapters: the same vectors in training, after loading, and in PEFT; the gradients of the plain two paths."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from tiny import CPU, GOLDEN, distance, gradients, off_start, recipe_of, texts_of, write_decoder
+from torch import nn
+
+from unmask.encoder import Encoder
+from unmask.errors import StorageError
+from unmask.recipe.lora import LoraLinear, write_adapter
+from unmask.recipe.recipe import ALL_LINEAR, Lora
+from unmask.recipe.trainee import Trainee
+
+TEXTS = texts_of(9)
+BASES = ("tiny_llama", "tiny_gemma", "tiny_llama3_instruct", "qwen2")
+SUBSETS = {"all": list(ALL_LINEAR), "q and v": ["q_proj", "v_proj"], "some": ["k_proj", "o_proj", "up_proj"]}
+
+
+@pytest.fixture(scope="module")
+def base_of(tmp_path_factory: pytest.TempPathFactory):
+    """A golden model, or a random Qwen2, which has biases."""
+    qwen2 = write_decoder(tmp_path_factory.mktemp("models") / "qwen2")
+    return lambda name: str(qwen2 if name == "qwen2" else GOLDEN / name)
+
+
+def trained(trainee: Trainee, steps: int = 3) -> Trainee:
+    """A few real steps on a loss that every parameter has a part in."""
+    adamw = torch.optim.AdamW(trainee.parameters.values(), lr=1e-2)
+    prompts = trainee.prompts(TEXTS, "")
+    for step in range(steps):
+        trainee.decoder.train()
+        torch.manual_seed(step)
+        vectors = F.normalize(trainee.vectors(prompts), dim=1)
+        (vectors @ vectors.T).mean().backward()
+        adamw.step()
+        adamw.zero_grad()
+        trainee.merge()
+    trainee.decoder.eval()
+    trainee.merge()
+    return trainee
+
+
+def far(a: object, b: object) -> float:
+    one, other = torch.as_tensor(a).detach(), torch.as_tensor(b).detach()
+    return float(((one - other).norm(dim=-1) / other.norm(dim=-1)).max())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("subset", SUBSETS)
+@pytest.mark.parametrize("name", BASES)
+def test_the_saved_adapter_gives_the_trained_vectors(name: str, subset: str, dropout: float, base_of, tmp_path: Path):
+    base = base_of(name)
+    lora = {"rank": 4, "alpha": 12.0, "dropout": dropout, "targets": SUBSETS[subset]}
+    recipe = recipe_of(base=base, lora=lora)
+    trainee = Trainee(recipe, CPU)
+    before = Encoder.load(base).encode(TEXTS)
+    trainee.decoder.eval()
+    trainee.merge()
+    assert far(trainee.encoder.encode(TEXTS), before) < 1e-5  # B is zero: training begins at the base
+    mine = trained(trainee).encoder.encode(TEXTS)
+    assert far(mine, before) > 0.01
+    assert recipe.lora is not None
+    write_adapter(tmp_path / "adapter", trainee.adapted, recipe.lora, base, torch.float32)
+    assert far(Encoder.load(base, adapters=[tmp_path / "adapter"]).encode(TEXTS), mine) < 1e-5
+    assert far(Encoder.load(tmp_path / "adapter").encode(TEXTS), mine) < 1e-5
+    modules = {key.split(".")[-3] for key in load_file(tmp_path / "adapter" / "adapter_model.safetensors")}
+    assert modules == set(SUBSETS[subset])
+
+
+@pytest.mark.parametrize("subset", ["all", "q and v"])
+def test_peft_reads_the_adapter(subset: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    base = GOLDEN / "tiny_llama3_instruct"
+    recipe = recipe_of(base=str(base), lora={"rank": 4, "alpha": 12.0, "targets": SUBSETS[subset]})
+    trainee = trained(Trainee(recipe, CPU))
+    assert recipe.lora is not None
+    write_adapter(tmp_path / "adapter", trainee.adapted, recipe.lora, str(base), torch.float32)
+    config = transformers.AutoConfig.from_pretrained(base)
+    config.is_causal = False
+    inner = transformers.AutoModel.from_pretrained(base, config=config, attn_implementation="eager")
+    theirs = peft.PeftModel.from_pretrained(inner, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        for prompt in trainee.prompts(TEXTS[:3], ""):
+            ids = torch.from_numpy(prompt.ids)
+            states = theirs(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+            assert far(trainee.hidden([prompt.ids]), states) < 1e-5
+
+
+def linear_of(bias: bool, parts: list[tuple[int, int]], dropout: float = 0.0) -> LoraLinear:
+    torch.manual_seed(0)
+    linear = nn.Linear(12, 20, bias=bias)
+    named = [(f"layers.0.part{i}", start, stop) for i, (start, stop) in enumerate(parts)]
+    adapted = LoraLinear(linear, named, Lora(rank=3, alpha=6.0, dropout=dropout), torch.float32)
+    with torch.no_grad():
+        for up in adapted.up:
+            up.normal_()
+    adapted.merge()
+    return adapted
+
+
+def two_paths(adapted: LoraLinear, x: torch.Tensor) -> torch.Tensor:
+    """The layer as LoRA's paper writes it, in float64."""
+    y = x @ adapted.frozen.double().T
+    if adapted.bias is not None:
+        y = y + adapted.bias.double()
+    added = torch.zeros_like(y)
+    for (_, start, stop), a, b in zip(adapted.parts, adapted.down.split(adapted.rank), adapted.up, strict=True):
+        added = added + F.pad(x @ a.double().T @ b.double().T * adapted.scale, (start, 20 - stop))
+    return y + added
+
+
+PARTS = {
+    "whole": [(0, 20)],
+    "three": [(0, 8), (8, 14), (14, 20)],
+    "first and last": [(0, 8), (14, 20)],
+    "middle": [(8, 14)],
+}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1e-9])  # the second takes the paths apart, and drops nothing
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("parts", PARTS)
+def test_gradients_are_those_of_the_two_paths(parts: str, bias: bool, dropout: float) -> None:
+    adapted = linear_of(bias, PARTS[parts], dropout)
+    x = torch.randn(7, 12, requires_grad=True)
+    wanted = torch.randn(7, 20)
+    inputs = [x, adapted.down, *adapted.up]
+    mine, plain = adapted(x), two_paths(adapted, x.double())
+    torch.testing.assert_close(mine.double(), plain, rtol=1e-5, atol=1e-5)
+    got = torch.autograd.grad((mine * wanted).sum(), inputs)
+    expected = torch.autograd.grad((plain * wanted.double()).sum(), inputs)
+    for one, other in zip(got, expected, strict=True):
+        assert float((one - other).norm() / other.norm()) < 1e-6
+
+
+def test_dropout_falls_on_the_adapter_alone() -> None:
+    adapted = linear_of(True, PARTS["three"], dropout=0.5)
+    x = torch.randn(200, 12)
+    dropped, whole = adapted(x), two_paths(adapted, x.double())
+    assert far(dropped, whole.float()) > 0.1
+    mean = torch.stack([adapted(x) for _ in range(400)]).mean(dim=0)
+    assert float((mean - whole).norm() / whole.norm()) < 0.1
+    adapted.eval()
+    adapted.merge()
+    assert far(adapted(x), whole.float()) < 1e-5
+
+
+def test_recomputed_activations_give_the_same_gradients() -> None:
+    found = []
+    for checkpointing in (False, True):
+        trainee = off_start(Trainee(recipe_of(gradient_checkpointing=checkpointing), CPU))
+        trainee.decoder.train()
+        trainee.vectors(trainee.prompts(TEXTS, "")).square().sum().backward()
+        found.append(gradients(trainee))
+    assert distance(*found) < 1e-6
+
+
+def test_only_the_adapter_is_trained() -> None:
+    trainee = Trainee(recipe_of(), CPU)
+    frozen = {name: tensor.clone() for name, tensor in trainee.decoder.named_parameters() if not tensor.requires_grad}
+    whole = [linear.frozen.clone() for linear in trainee.adapted]
+    assert set(trainee.parameters) == {
+        f"layers.{i}.{part}"
+        for i in range(3)
+        for part in (
+            *("qkv.down", "qkv.up.0", "qkv.up.1", "qkv.up.2", "out.down", "out.up.0"),
+            *("gate_up.down", "gate_up.up.0", "gate_up.up.1", "down.down", "down.up.0"),
+        )
+    }
+    trained(trainee)
+    assert all(torch.equal(dict(trainee.decoder.named_parameters())[name], was) for name, was in frozen.items())
+    assert all(torch.equal(linear.frozen, was) for linear, was in zip(trainee.adapted, whole, strict=True))
+
+
+def test_half_precision_trains_float32_adapters() -> None:
+    trainee = Trainee(recipe_of(precision="bfloat16"), CPU)
+    assert {p.dtype for p in trainee.parameters.values()} == {torch.float32}
+    assert trainee.decoder.embedding.weight.dtype == torch.bfloat16
+    before = trainee.parameters["layers.0.qkv.down"].clone()
+    trained(trainee)
+    assert not torch.equal(trainee.parameters["layers.0.qkv.down"], before)
+    assert all(torch.isfinite(p).all() for p in trainee.parameters.values())
+
+
+def test_an_adapter_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    recipe = recipe_of()
+    trainee = Trainee(recipe, CPU)
+    assert recipe.lora is not None
+    with pytest.raises(StorageError, match="cannot write"):
+        write_adapter(tmp_path / "file" / "below", trainee.adapted, recipe.lora, recipe.base, torch.float32)

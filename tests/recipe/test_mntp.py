@@ -1,0 +1,187 @@
+"""Masked next-token prediction: what is masked, what is predicted from where, and the exact loss and gradients."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from tiny import CPU, GOLDEN, distance, gradients, off_start, recipe_of, texts_of, write_decoder
+
+from unmask.errors import UsageError
+from unmask.recipe.distributed import Processes
+from unmask.recipe.examples import Example
+from unmask.recipe.mixture import TextBatch
+from unmask.recipe.mntp import Head, blocks, head_of, mask, mask_id_of, prediction_loss
+from unmask.recipe.objectives import objective_for
+from unmask.recipe.recipe import Mntp
+from unmask.recipe.trainee import Trainee
+
+IDS = arrays(np.int64, st.integers(2, 200), elements=st.integers(10, 799))
+
+
+@settings(max_examples=100, deadline=None)
+@given(IDS, st.floats(0.01, 0.99), st.sampled_from(["bert", "all"]), st.integers(0, 1000))
+def test_gaps_are_where_they_say_and_ask_for_what_stood_there(
+    ids: np.ndarray, probability: float, masking: Any, seed: int
+) -> None:
+    before = ids.copy()
+    gaps = mask(ids, Mntp(probability=probability, masking=masking), 3, 800, np.random.default_rng(seed))
+    assert (ids == before).all()
+    assert 1 <= len(gaps.positions) < len(ids)
+    assert (np.diff(gaps.positions) > 0).all()
+    assert gaps.positions[0] > 0
+    assert (gaps.targets == ids[gaps.positions]).all()
+    untouched = np.setdiff1d(np.arange(len(ids)), gaps.positions)
+    assert (gaps.ids[untouched] == ids[untouched]).all()
+    assert ((gaps.ids >= 0) & (gaps.ids < 800)).all()
+    if masking == "all":
+        assert (gaps.ids[gaps.positions] == 3).all()
+    again = mask(ids, Mntp(probability=probability, masking=masking), 3, 800, np.random.default_rng(seed))
+    assert (again.ids == gaps.ids).all()
+
+
+@pytest.mark.parametrize("probability", [0.2, 0.8])
+def test_shares_in_the_large(probability: float) -> None:
+    ids = np.full(200_000, 500)
+    gaps = mask(ids, Mntp(probability=probability), 3, 100_000, np.random.default_rng(0))
+    read = gaps.ids[gaps.positions]
+    assert len(read) / len(ids) == pytest.approx(probability, abs=0.01)
+    assert (read == 3).mean() == pytest.approx(0.8, abs=0.01)
+    assert (read == 500).mean() == pytest.approx(0.1, abs=0.01)
+    assert len(np.unique(read)) > 0.05 * len(read)  # the random ones
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 40), max_size=6), st.integers(1, 15))
+def test_blocks_are_pieces_of_one_document_each(lengths: list[int], length: int) -> None:
+    documents = [np.arange(size) + 100 * i for i, size in enumerate(lengths)]
+    found = blocks(documents, length)
+    assert all(1 < len(block) <= length and (np.diff(block) == 1).all() for block in found)
+    dropped = sum(1 for size in lengths if size and (size % length == 1 or length == 1)) if length > 1 else sum(lengths)
+    assert sum(map(len, found)) == sum(lengths) - dropped
+
+
+@pytest.mark.parametrize("rows", [1, 7, 600])  # 600 is more than a chunk
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_the_loss_is_cross_entropy_over_all_logits(cap: float | None, rows: int) -> None:
+    torch.manual_seed(0)
+    states = torch.randn(rows, 16, requires_grad=True)
+    weight = torch.randn(90, 16, requires_grad=True)
+    targets = torch.randint(0, 90, (rows,))
+    logits = states.double() @ weight.double().T
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    expected = F.cross_entropy(logits, targets, reduction="sum")
+    found = prediction_loss(states, targets, Head(weight, cap))
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    for one, other in zip(
+        torch.autograd.grad(found * 0.3, (states, weight)),
+        torch.autograd.grad(expected * 0.3, (states, weight)),
+        strict=True,
+    ):
+        assert float((one - other).norm() / other.norm()) < 1e-5
+
+
+def test_a_frozen_head_takes_no_gradient() -> None:
+    states = torch.randn(5, 16, requires_grad=True)
+    prediction_loss(states, torch.arange(5), Head(torch.randn(90, 16), None)).backward()
+    assert states.grad is not None
+
+
+def test_half_precision_is_near() -> None:
+    torch.manual_seed(0)
+    states, weight, targets = torch.randn(50, 16), torch.randn(90, 16), torch.randint(0, 90, (50,))
+    exact = prediction_loss(states, targets, Head(weight, None))
+    half = prediction_loss(states.bfloat16(), targets, Head(weight.bfloat16(), None))
+    assert float(half) == pytest.approx(float(exact), rel=0.01)
+
+
+def batch_of(recipe, texts) -> TextBatch:
+    return TextBatch(recipe.data[0], [Example(text) for text in texts])
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("models") / "untied"
+    return str(write_decoder(folder, head=True, tie_word_embeddings=False))
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("models") / "tied"
+    return str(write_decoder(folder, tie_word_embeddings=True, model_type="gemma2", final_logit_softcapping=5.0,
+                             query_pre_attn_scalar=8, head_dim=8, sliding_window=None))  # fmt: skip
+
+
+def by_hand(trainee: Trainee, recipe, texts, weight: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """The step's loss from full logits, one document at a time."""
+    generator = np.random.default_rng([recipe.seed, 1, 0])
+    tokenizer = trainee.encoder.checkpoint.tokenizer
+    total, asked = torch.zeros(()), 0
+    for text in texts:
+        ids = np.array([*tokenizer.prefix, *tokenizer.text.encode(text, add_special_tokens=False).ids])
+        for block in blocks([ids], recipe.mntp.block):
+            gaps = mask(block, recipe.mntp, mask_id_of(trainee, recipe.mntp), 800, generator)
+            logits = trainee.hidden([gaps.ids]) @ weight.T  # logits at i - 1 tell what stands at i
+            if cap:
+                logits = cap * torch.tanh(logits / cap)
+            shifted = logits[:-1][gaps.positions - 1]
+            total = total + F.cross_entropy(shifted, torch.from_numpy(block[gaps.positions]), reduction="sum")
+            asked += len(gaps.positions)
+    return total / asked
+
+
+@pytest.mark.parametrize("lora", [{"rank": 4}, None])
+@pytest.mark.parametrize("head", ["tied", "untied"])
+def test_a_step_has_the_exact_gradient_in_any_packs(head: str, lora: Any, request: pytest.FixtureRequest) -> None:
+    base = request.getfixturevalue(head)
+    texts = [*texts_of(9), "a long one " * 12]
+    lora = lora and {**lora, "dropout": 0.0}
+    found: list[dict[str, torch.Tensor]] = []
+    for tokens in (10_000, 40):
+        recipe = recipe_of("mntp", base=base, lora=lora, batch={"forward_tokens": tokens}, mntp={"block": 20})
+        trainee = off_start(Trainee(recipe, CPU))
+        report = objective_for(recipe, trainee, None, Processes())(batch_of(recipe, texts), 0)
+        found.append(gradients(trainee))
+        weight = trainee.decoder.embedding.weight
+        if head == "untied":
+            weight = trainee.encoder.checkpoint.tensors.read("lm_head.weight")
+            assert weight.shape == (800, 32)
+        expected = by_hand(trainee, recipe, texts, weight, 5.0 if head == "tied" else None)
+        assert report.loss == pytest.approx(float(expected), rel=1e-5)
+        expected.backward()
+        found.append(gradients(trainee))
+    assert distance(found[0], found[1]) < 1e-5
+    assert distance(found[2], found[1]) < 1e-5
+    if lora is None:
+        assert found[0]["embedding.weight"].any()
+
+
+def test_steps_draw_other_gaps_and_the_same_step_the_same(untied: str) -> None:
+    recipe = recipe_of("mntp", base=untied)
+    step = objective_for(recipe, Trainee(recipe, CPU), None, Processes())
+    one, again, other = (step(batch_of(recipe, texts_of(4)), number).loss for number in (0, 0, 1))
+    assert one == again != other
+
+
+def test_documents_without_a_gap_teach_nothing(untied: str) -> None:
+    recipe = recipe_of("mntp", base=untied, mntp={"block": 1})
+    report = objective_for(recipe, Trainee(recipe, CPU), None, Processes())(batch_of(recipe, texts_of(4)), 0)
+    assert (report.loss, report.tokens) == (0.0, 0)
+
+
+def test_a_mask_token_must_be_in_the_vocabulary(untied: str) -> None:
+    trainee = Trainee(recipe_of("mntp", base=untied), CPU)
+    assert mask_id_of(trainee, Mntp()) == trainee.encoder.checkpoint.tokenizer.text.token_to_id("_")
+    with pytest.raises(UsageError, match=r"mntp.mask_token='<nothing>' is not one token of"):
+        mask_id_of(trainee, Mntp(mask_token="<nothing>"))
+
+
+def test_an_inner_model_has_no_head_to_predict_with() -> None:
+    trainee = Trainee(recipe_of("mntp", base=str(GOLDEN / "tiny_llama")), CPU)  # LlamaModel, untied
+    with pytest.raises(UsageError, match=r"no language-model head \(lm_head.weight\)"):
+        head_of(trainee)

@@ -1,0 +1,185 @@
+"""The model under training: no causal mask, no attention across sequences, and gradients that packs do not change."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import CPU, distance, gradients, off_start, recipe_of, texts_of
+from torch import nn
+
+from unmask.encoder import Encoder
+from unmask.errors import UnsupportedArchitecture, UsageError
+from unmask.recipe.distributed import Processes
+from unmask.recipe.losses import info_nce
+from unmask.recipe.trainee import Trainee, backward_through, choose_device, compute_dtype
+
+TEXTS = texts_of(14)
+PHI = SimpleNamespace(config={"model_type": "phi3"})
+
+
+def trainee_of(objective: str = "supervised", **fields: Any) -> Trainee:
+    trainee = off_start(Trainee(recipe_of(objective, **fields), CPU))
+    trainee.decoder.train()
+    return trainee
+
+
+def loss_of(vectors: torch.Tensor) -> torch.Tensor:
+    # Lukewarm: a cold one multiplies the rounding of the vectors, and would not tell a wrong gradient from a right one.
+    return info_nce(vectors[:7], vectors[7:], 0.5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("objective", ["supervised", "simcse", "mntp"])
+def test_while_training_a_token_sees_those_after_it(objective: str, checkpointing: bool) -> None:
+    """Causal attention must not slip back in, whichever kernel trains."""
+    simcse = {"attention_dropout": 0.0}
+    trainee = trainee_of(objective, gradient_checkpointing=checkpointing, simcse=simcse)
+    ids = np.arange(5, 17)
+    other = ids.copy()
+    other[-1] = 99
+    moved = (trainee.hidden([ids]) - trainee.hidden([other])).norm(dim=1)
+    assert (moved[:-1] > 1e-4).all()
+    states = trainee.hidden([ids])
+    (wanted,) = torch.autograd.grad(states[0].sum(), trainee.parameters["layers.0.qkv.down"])
+    assert wanted.any()
+
+
+def test_with_attention_dropout_too() -> None:
+    trainee = trainee_of("simcse", simcse={"attention_dropout": 0.1})
+    states = []
+    for last in (16, 99):
+        torch.manual_seed(0)
+        states.append(trainee.hidden([np.array([*range(5, 16), last])]))
+    assert ((states[0] - states[1]).norm(dim=1)[:-1] > 1e-4).all()
+
+
+def test_the_causal_mask_is_kept_where_an_ablation_asks_for_it() -> None:
+    trainee = trainee_of(causal=True)
+    ids = np.arange(5, 17)
+    other = ids.copy()
+    other[-1] = 99
+    moved = (trainee.hidden([ids]) - trainee.hidden([other])).norm(dim=1)
+    assert not moved[:-1].any()
+    assert moved[-1] > 1e-4
+
+
+def test_sequences_of_a_pack_do_not_see_each_other() -> None:
+    trainee = trainee_of()
+    first, second = np.arange(5, 17), np.arange(40, 52)
+    together = trainee.hidden([first, second])
+    torch.testing.assert_close(together[:12], trainee.hidden([first]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together[12:], trainee.hidden([second]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "tokens"),
+    [
+        ({}, 40),
+        ({}, 1),
+        ({"lora": {"rank": 4, "dropout": 0.3}}, 40),
+        ({"lora": None}, 40),
+        ({"gradient_checkpointing": True, "lora": {"rank": 4, "dropout": 0.3}}, 40),
+    ],
+)
+@pytest.mark.parametrize("attention_dropout", [0.0, 0.3])
+def test_gradcache_has_the_direct_gradient(fields: dict[str, Any], tokens: int, attention_dropout: float) -> None:
+    simcse = {"attention_dropout": attention_dropout}
+    trainee = trainee_of("simcse", simcse=simcse, batch={"forward_tokens": tokens}, **fields)
+    prompts = trainee.prompts(TEXTS, "")
+    torch.manual_seed(3)
+    loss = backward_through(trainee, prompts, loss_of, Processes())
+    cached = gradients(trainee)
+    # Directly: the same packs, and so the same dropout, but all their graphs at once.
+    packs = trainee.packs([len(prompt.ids) for prompt in prompts])
+    assert len(packs) > 2
+    torch.manual_seed(3)
+    rows = torch.cat([trainee.vectors([prompts[i] for i in pack]) for pack in packs])
+    direct = loss_of(rows[torch.tensor([i for pack in packs for i in pack]).argsort()])
+    direct.backward()
+    assert loss == pytest.approx(float(direct), rel=1e-5)
+    assert distance(cached, gradients(trainee)) < 1e-6
+
+
+def test_the_pack_does_not_change_the_gradient() -> None:
+    found = []
+    for tokens in (10_000, 40):
+        trainee = trainee_of(batch={"forward_tokens": tokens})
+        backward_through(trainee, trainee.prompts(TEXTS, "Find:"), loss_of, Processes())
+        found.append(gradients(trainee))
+    assert distance(*found) < 1e-5
+
+
+def test_vectors_in_training_are_those_that_encode_gives() -> None:
+    trainee = trainee_of()
+    vectors = trainee.vectors(trainee.prompts(TEXTS, "Find:"))
+    assert trainee.encoder.encode(TEXTS, instruction="Find:") == pytest.approx(
+        vectors.detach().numpy(), rel=1e-3, abs=1e-5
+    )
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 60), max_size=30), st.integers(1, 100))
+def test_packs_hold_everything_once_and_keep_to_the_limit(lengths: list[int], limit: int) -> None:
+    trainee = object.__new__(Trainee)
+    trainee.forward_tokens = limit
+    packs = trainee.packs(lengths)
+    assert sorted(i for pack in packs for i in pack) == list(range(len(lengths)))
+    for pack in packs:
+        sizes = [lengths[i] for i in pack]
+        assert sum(sizes) <= limit or len(pack) == 1
+        assert sizes == sorted(sizes, reverse=True)  # equal lengths side by side
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_full_fine_tuning_changes_float32_weights(precision: str) -> None:
+    trainee = trainee_of(lora=None, precision=precision)
+    assert {p.dtype for p in trainee.parameters.values()} == {torch.float32}
+    assert set(trainee.parameters) == set(dict(trainee.decoder.named_parameters()))
+    adamw = torch.optim.AdamW(trainee.parameters.values(), lr=1e-3)
+    prompts = trainee.prompts(TEXTS, "")
+    losses = []
+    for _ in range(6):
+        losses.append(backward_through(trainee, prompts, loss_of, Processes()))
+        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in trainee.parameters.values())
+        adamw.step()
+        adamw.zero_grad()
+        trainee.merge()
+    assert losses[-1] < losses[0] / 2
+
+
+def test_a_decoder_without_a_row_in_the_table_is_not_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Encoder, "load", lambda *_, **__: SimpleNamespace(decoder=nn.Identity(), checkpoint=PHI))
+    with pytest.raises(UnsupportedArchitecture, match=r"is a phi3, which has no row in .*; it cannot be trained"):
+        Trainee(recipe_of(), CPU)
+
+
+def test_devices_and_precisions() -> None:
+    with pytest.raises(UsageError, match="device='cuda:77' is not available here"):
+        choose_device("cuda:77")
+    with pytest.raises(UsageError, match="device='gpu' is not available here"):
+        choose_device("gpu")
+    assert choose_device("cpu") == CPU
+    assert compute_dtype("bfloat16", CPU) == torch.bfloat16
+    assert compute_dtype("float32", CPU) == torch.float32
+    assert compute_dtype("auto", CPU) in (torch.float32, torch.bfloat16)
+
+
+def test_the_start_follows_from_the_seed() -> None:
+    one, again, other = (Trainee(recipe_of(seed=seed), CPU).parameters for seed in (1, 1, 2))
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_dropout_makes_two_views() -> None:
+    trainee = trainee_of("simcse")
+    prompts = trainee.prompts(TEXTS[:1], "")
+    first, second = trainee.vectors(prompts * 2)
+    assert 0.3 < float(F.cosine_similarity(first, second, dim=0)) < 0.9999
+    trainee.decoder.eval()
+    first, second = trainee.vectors(prompts * 2)
+    torch.testing.assert_close(first, second)
