@@ -81,6 +81,7 @@ def _open(location: Location) -> Checkpoint:
     merged = [Adapter(path) for path in location.adapters]
     for adapter in merged:
         files += [adapter.folder / "adapter_config.json", adapter.weights_file]
+        files += sorted(adapter.folder.glob("llm2vec_config.json"))
     if merged:
         tensors = MergedTensors(tensors, merged)
     _check_vocabulary(location.name, tensors, tokenizer)

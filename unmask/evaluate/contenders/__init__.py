@@ -5,7 +5,8 @@ A specification is a target, and after it options as in an address: `TARGET[?opt
     target                                      kind                    options
     ------------------------------------------  ----------------------  ------------------------------------------
     unmask/smollm2-135m-embed, org/name,        unmask                  adapter (may be repeated), pooling, causal,
-    a folder, a .gguf file                                              dtype, compat, max_length, device
+    a folder, a .gguf file                                              dtype, compat, max_length, device,
+                                                                        instructions
     st:FOLDER, or a folder with modules.json    sentence-transformers   device
     http://host/v1#model                        endpoint                key (name of an environment variable),
                                                                         instructions
@@ -154,7 +155,9 @@ def _static(options: Options) -> Contender:
 
 
 _KINDS = {
-    "unmask": _Kind(("adapter", "pooling", "causal", "dtype", "compat", "max_length", "device"), _unmask),
+    "unmask": _Kind(
+        ("adapter", "pooling", "causal", "dtype", "compat", "max_length", "device", "instructions"), _unmask
+    ),
     "sentence-transformers": _Kind(("device",), _sentence_transformers),
     "endpoint": _Kind(("key", "instructions"), _endpoint),
     "static": _Kind(("dim",), _static),

@@ -18,13 +18,14 @@ class DecoderContender:
     Attributes:
         encoder: the model itself; word-level tasks read its hidden states.
         causal: whether the causal mask was left in place.
+        takes_instructions: what the specification says, else the model's own `llm2vec_config.json`, else True.
     """
 
     kind: Kind = "unmask"
-    takes_instructions = True
 
-    def __init__(self, encoder: Encoder, name: str, *, dtype: str, causal: bool) -> None:
+    def __init__(self, encoder: Encoder, name: str, *, dtype: str, causal: bool, takes_instructions: bool) -> None:
         self.encoder, self.name, self.causal = encoder, name, causal
+        self.takes_instructions = takes_instructions
         self.dimensions = encoder.dim
         self.parameters: int | None = sum(parameter.numel() for parameter in encoder.decoder.parameters())
         self.revision = f"{encoder.checkpoint.revision}-{_digest(_deciding(encoder, dtype, causal))}"
@@ -58,7 +59,9 @@ def open_decoder(options: Options) -> DecoderContender:
         device=options.one("device") or "cpu",
         causal=causal,
     )
-    return DecoderContender(encoder, shown_name(options), dtype=dtype, causal=causal)
+    said = encoder.checkpoint.encoder_config.get("takes_instructions", True)
+    takes = options.flag("instructions") if options.one("instructions") is not None else bool(said)
+    return DecoderContender(encoder, shown_name(options), dtype=dtype, causal=causal, takes_instructions=takes)
 
 
 def _deciding(encoder: Encoder, dtype: str, causal: bool) -> str:
