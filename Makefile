@@ -6,7 +6,7 @@ HOST   ?= 127.0.0.1
 PORT   ?= 8080
 ARGS   ?=
 
-.PHONY: serve test lint format bench clean
+.PHONY: serve test lint format bench bench-training clean
 
 serve: $(VENV)/.serve  ## install, fetch the default model once, answer on http://$(HOST):$(PORT)/v1
 	$(BIN)/unmask serve --host $(HOST) --port $(PORT) $(ARGS)
@@ -25,6 +25,9 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.dev  ## measure against the peers, interleaved in one run
 	$(BIN)/python benchmarks/encode.py $(ARGS)
+
+bench-training: $(VENV)/.dev  ## measure a training step against sentence-transformers' trainer
+	$(BIN)/python benchmarks/training.py $(ARGS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("unmask needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
