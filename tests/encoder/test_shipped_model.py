@@ -64,7 +64,7 @@ def test_what_means_the_same_is_nearer_than_what_looks_the_same(encoder: Encoder
 
 
 def test_half_of_the_numbers_say_nearly_the_same(encoder: Encoder) -> None:
-    texts = [*list(VECTORS), "Someone plays an instrument.", "Where can I get a current account?", "Chemistry with GNNs"]
+    texts = [*VECTORS, "Someone plays an instrument.", "Where can I get a current account?", "Chemistry with GNNs"]
     whole, cut = (encoder.encode(texts, normalize=True, dimensions=size) for size in (None, 256))
     assert np.corrcoef((whole @ whole.T).ravel(), (cut @ cut.T).ravel())[0, 1] > 0.97
 
