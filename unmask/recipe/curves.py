@@ -22,9 +22,11 @@ def draw_curves(folder: RunFolder) -> None:
     plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 9, "svg.fonttype": "none"})
     figure, panels = plt.subplots(1, 2 if evaluations else 1, figsize=(10 if evaluations else 6, 3.4), squeeze=False)
     left = panels[0][0]
-    for name in dict.fromkeys(line["data"] for line in steps):
+    for number, name in enumerate(dict.fromkeys(line["data"] for line in steps)):
         own = [line for line in steps if line["data"] == name]
-        left.plot([line["step"] for line in own], _smooth([line["loss"] for line in own]), linewidth=1.2, label=name)
+        dashes = ("-", "--", ":")[number // 10 % 3]  # after ten the colours begin anew
+        values = _smooth([line["loss"] for line in own])
+        left.plot([line["step"] for line in own], values, dashes, linewidth=1.2, label=name)
     left.set_title("Loss by data set, running mean", loc="left", fontsize=10)
     left.set_xlabel("step")
     left.legend(frameon=False, fontsize=7, ncols=2)
@@ -45,7 +47,7 @@ def draw_curves(folder: RunFolder) -> None:
     plt.close(figure)
 
 
-def _smooth(values: Sequence[float], window: int = 15) -> list[float]:
+def _smooth(values: Sequence[float], window: int = 7) -> list[float]:
     return [
         sum(values[max(0, i - window + 1) : i + 1]) / len(values[max(0, i - window + 1) : i + 1])
         for i in range(len(values))
