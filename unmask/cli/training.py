@@ -57,6 +57,8 @@ def train(
 
     with training_bar(Console(stderr=True)) as progress:
         outcome = run_training(chosen, data=folder, output=Path(output), resume=resume, progress=progress, say=say)
+    if not outcome.first:
+        return 0
     scores = "".join(f", {name} {score:.2f}" for name, score in outcome.scores.items())
     say(f"{chosen.steps} steps -> {outcome.result}{scores}")
     return 0

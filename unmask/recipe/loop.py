@@ -59,7 +59,7 @@ def train_steps(
     dev: DevSets,
     folder: RunFolder,
     processes: Processes,
-    keep_best: Callable[[], None],
+    keep_best: Callable[[], object],
     progress: Callable[[Progress], None],
 ) -> dict[str, float]:
     """Run the recipe's steps, from the last checkpoint if there is one.

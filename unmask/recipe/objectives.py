@@ -78,8 +78,8 @@ def supervised(
             each = vectors[rows]  # [Q + C, w]
             wrong = masked
             if settings.false_negative_margin is not None:
-                judge = (each.detach() if taught is None else taught[rows]).split((count, len(documents)))
-                near = false_negatives(*judge, settings.false_negative_margin)
+                judge = each.detach() if taught is None else taught[rows]
+                near = false_negatives(judge[:count], judge[count:], settings.false_negative_margin)
                 wrong = near if wrong is None else wrong | near
             both = settings.both_ways and source.symmetric
             nce = info_nce(each[:count], each[count:], settings.temperature, wrong, both)

@@ -194,19 +194,20 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 def _hub_rows(source: str) -> Iterator[Row]:
     try:
         import datasets
+        from datasets.exceptions import DatasetsError
     except ImportError as error:
         raise UsageError(f"{source} is on the hub; install its reader with: pip install 'unmask[train]'") from error
     name, config, split = [*source.removeprefix(_HUB).split(":"), "", ""][:3]
     try:
         stream = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         raise UsageError(f"{source} cannot be read from the hub: {error}") from error
     number = 0
     try:
         for fields in stream:
             number += 1
             yield Row(dict(fields), f"{source}:{number}")
-    except (OSError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, DatasetsError) as error:
         raise StorageError(f"{source} cannot be read past row {number}: {error}") from error
 
 

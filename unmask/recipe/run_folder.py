@@ -189,8 +189,8 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
             )
         return None if a == b else f"{path} was {a!r}, is {b!r}"
 
-    pair = ({key: side.get(key) for key in ("recipe", "data")} for side in (before, now))
-    return walk(*pair, "") or "no difference"
+    old, new = ({key: side.get(key) for key in ("recipe", "data")} for side in (before, now))
+    return walk(old, new, "") or "no difference"
 
 
 @contextmanager

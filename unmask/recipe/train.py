@@ -46,10 +46,12 @@ class Outcome:
     Attributes:
         result: folder of the adapter or model.
         scores: of the best evaluation, 0-100; empty if the recipe names no dev set.
+        first: whether this process speaks for the run. Only the first one evaluates.
     """
 
     result: Path
     scores: dict[str, float]
+    first: bool
 
 
 def train(
@@ -104,7 +106,7 @@ def train(
 
             draw_curves(folder)
         group.wait()
-        return Outcome(output / "best" if scores else result, scores)
+        return Outcome(output / "best" if scores else result, scores, group.first)
 
 
 def load_data(recipe: Recipe, data: Path, say: Callable[[str], None]) -> tuple[list[Examples], Held | None]:

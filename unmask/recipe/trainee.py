@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from unmask.encoder import Encoder
-from unmask.encoder.decoder import Decoder
+from unmask.encoder.decoder import Decoder, Layer
 from unmask.encoder.pooling import pool
 from unmask.encoder.prompt import DefaultPrompts, Prompt
 from unmask.errors import UnsupportedArchitecture, UsageError
@@ -51,6 +51,7 @@ class Trainee:
             self.adapted = add_lora(decoder, recipe.lora, self.dtype)
         if recipe.objective == "simcse":
             for layer in decoder.layers:
+                assert isinstance(layer, Layer)
                 layer.attention_dropout = recipe.simcse.attention_dropout
         decoder.checkpointing = recipe.gradient_checkpointing
         self.parameters: dict[str, nn.Parameter] = {n: p for n, p in decoder.named_parameters() if p.requires_grad}
