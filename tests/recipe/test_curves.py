@@ -1,0 +1,25 @@
+"""The picture of a run."""
+
+from pathlib import Path
+
+import pytest
+
+from unmask.recipe.curves import draw_curves
+from unmask.recipe.run_folder import RunFolder
+
+
+def test_loss_and_scores_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    folder = RunFolder(tmp_path, 1)
+    draw_curves(folder)
+    assert not list(tmp_path.glob("curves.*"))  # nothing to draw yet
+    for step in range(1, 30):
+        folder.log({"step": step, "data": "odd set" if step % 2 else "even set", "loss": 1 / step})
+    draw_curves(folder)
+    assert "odd set" in (tmp_path / "curves.svg").read_text()
+    for step in (10, 20):
+        folder.log({"step": step, "scores": {"STS dev": 50.0 + step}})
+    draw_curves(folder)
+    picture = (tmp_path / "curves.svg").read_text()
+    assert all(text in picture for text in ("odd set", "even set", "STS dev"))
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
