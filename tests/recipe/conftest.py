@@ -1,10 +1,12 @@
 """Processes that fork from one which has torch loaded, so that a test that kills five of them takes seconds."""
 
 import multiprocessing
+from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import write_pairs
 
 
@@ -12,8 +14,19 @@ from tiny import write_pairs
 def processes() -> ForkServerContext:
     """`processes.Process(...)` starts at once, and knows nothing of this process but its arguments."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tiny"])
+    # Not `tiny`: a fork server does not look in the folders that pytest added to the path (python/cpython#126631), and
+    # passes over what it does not find.
+    context.set_forkserver_preload(["unmask.recipe.train", "unmask.recipe.model_folder", "torch.distributed"])
     return context
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in the processes above: sums are equal to the bit only where as many threads share them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
