@@ -14,7 +14,7 @@ from tiny import write_pairs
 def processes() -> ForkServerContext:
     """`processes.Process(...)` starts at once, and knows nothing of this process but its arguments."""
     context = multiprocessing.get_context("forkserver")
-    # Not `tiny`: a fork server does not look in the folders that pytest added to the path (python/cpython#126631), and
+    # Not `tiny`: a fork server does not look in the folders that pytest added to the path, and
     # passes over what it does not find.
     context.set_forkserver_preload(["unmask.recipe.train", "unmask.recipe.model_folder", "torch.distributed"])
     return context
