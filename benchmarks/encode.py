@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -95,10 +96,13 @@ def sgemm_peak() -> dict[str, float]:
         a, b = torch.randn(rows, inner), torch.randn(inner, columns)
         out = torch.empty(rows, columns)
         left, right, result = a.numpy(), b.numpy(), out.numpy()
-        products = {
+        products: dict[str, Callable[[], object]] = {
             "torch": lambda a=a, b=b, out=out: torch.mm(a, b, out=out),
             "numpy": lambda left=left, right=right, result=result: np.dot(left, right, out=result),
         }
+        if torch.backends.mkldnn.is_available():
+            packed = torch.ops.mkldnn._reorder_linear_weight(b.T.contiguous(), rows)
+            products["oneDNN"] = partial(torch.ops.mkldnn._linear_pointwise, a, packed, None, "none", [], "")
         for name, product in products.items():
             seconds = []
             for _ in range(12):

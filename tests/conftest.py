@@ -6,7 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# A busy machine is no fault of the code under test; what has to be quick is measured in benchmarks.
+hypothesis.settings.register_profile("unmask", deadline=None)
+hypothesis.settings.load_profile("unmask")
 
 REPOSITORY = Path(__file__).parent.parent
 REAL_MODELS = {

@@ -21,7 +21,6 @@ schema = schemathesis.openapi.from_dict(make_document(secured=True, body_limit=3
 @schema.parametrize()
 @hypothesis.settings(
     max_examples=100,
-    deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.function_scoped_fixture],
 )

@@ -178,7 +178,7 @@ def test_damage_is_one_clear_sentence(copied, kind: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_truncation_or_flipped_header_byte_escapes(tmp_path: Path, data: st.DataObject) -> None:
     folder = tmp_path / "model"

@@ -372,7 +372,7 @@ def with_kind(data: bytes, name: bytes, dimensions: int, kind: int) -> bytes:
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_file_cut_anywhere_is_refused(tmp_path: Path, sound: bytes, data: st.DataObject) -> None:
     path = tmp_path / "cut.gguf"
     path.write_bytes(sound[: data.draw(st.integers(0, len(sound) - 1))])
@@ -381,7 +381,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path, sound: bytes, data: st.D
 
 
 @given(data=st.data())
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_flipped_header_bytes_give_a_model_or_a_refusal(tmp_path: Path, sound: bytes, data: st.DataObject) -> None:
     header = sound.index(b"output_norm.weight") + 4000  # all fields, and most tensor infos
     flipped = bytearray(sound)

@@ -118,7 +118,7 @@ def test_splitting_rules_are_those_of_transformers() -> None:
 
 @pytest.mark.parametrize("pre", sorted(gguf_tokenizer._PRE))
 @given(text=st.text(max_size=40))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_byte_level_tokens_hold_the_whole_text(pre: str, text: str) -> None:
     tokenizer = byte_level(pre).text
     wanted = unicodedata.normalize("NFC", text) if gguf_tokenizer._PRE[pre].nfc else text
@@ -186,7 +186,7 @@ def test_without_scores_the_order_of_the_vocabulary_decides() -> None:
     pieces=st.lists(st.text("ab▁", min_size=1, max_size=5), unique=True, min_size=1, max_size=20),
     data=st.data(),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_merges_are_those_that_transformers_extracts(pieces: list[str], data: st.DataObject) -> None:
     from transformers.tokenization_utils_base import generate_merges
 
@@ -240,7 +240,7 @@ WORDS = st.sampled_from(["the", "Token", "ization", " ", "  ", "\n", "42", "x=",
 
 
 @given(text=st.lists(WORDS, max_size=12).map("".join) | st.text(max_size=30))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_llama2_ids_are_those_of_sentencepiece(tinyllama: tuple[TextTokenizer, dict[str, Any]], text: str) -> None:
     tokenizer, fields = tinyllama
     marked = f"▁{text}".replace(" ", "▁") if text else ""

@@ -63,7 +63,7 @@ def test_ordinary_text_gives_the_reference_ids(name: str, instruction: str) -> N
             assert mine.pooled == reference.pooled
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=TEXTS, instruction=st.text(max_size=20), template=TEMPLATES, max_length=st.integers(24, 64))
 def test_any_text_is_safe(text: str, instruction: str, template: Template, max_length: int) -> None:
     own = tokenizer()
@@ -87,7 +87,7 @@ def test_any_text_is_safe(text: str, instruction: str, template: Template, max_l
     assert prompt.full_length == prompts.lengths([text], instruction)[0]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=st.text(min_size=200, max_size=400), instruction=st.sampled_from(["", "Find:"]), template=TEMPLATES)
 def test_truncation_takes_the_text_and_leaves_the_rest(text: str, instruction: str, template: Template) -> None:
     body = text.strip() or "x"

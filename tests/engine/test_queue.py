@@ -18,7 +18,7 @@ def request(lengths: list[int], caller: str, arrived: float = 0.0, deadline: flo
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     requests=st.lists(
         st.tuples(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.sampled_from("abc"), st.booleans()),

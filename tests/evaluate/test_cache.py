@@ -38,7 +38,7 @@ def refuse(texts: list[str]) -> np.ndarray:
 texts = st.lists(st.text(max_size=8), max_size=12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(calls=st.lists(st.tuples(st.integers(0, 2), texts), max_size=8))
 def test_interleaved_writers_agree(
     calls: list[tuple[int, list[str]]], tmp_path_factory: pytest.TempPathFactory
@@ -56,7 +56,7 @@ def test_interleaved_writers_agree(
     assert later.encode(everything, "", refuse).shape == (len(everything), WIDTH)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(keys_cut=st.integers(0, 200), vectors_cut=st.integers(0, 80), more=texts)
 def test_a_truncated_tail_is_overwritten(
     keys_cut: int, vectors_cut: int, more: list[str], tmp_path_factory: pytest.TempPathFactory

@@ -18,7 +18,7 @@ PAIRS = arrays.arrays(
     st.tuples(st.integers(5, 60), st.just(2)),
     elements=st.floats(-1, 1).map(lambda value: round(value, 2)),
 )
-quick = settings(max_examples=25, deadline=None)
+quick = settings(max_examples=25)
 
 
 def scipy_rho(values: np.ndarray) -> float:

@@ -86,7 +86,7 @@ def test_a_sequence_opens_with_bos_whatever_the_tokenizer_adds(encoder: Encoder)
 
 
 @given(length=st.integers(2, 60))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_words_that_do_not_fit_are_cut_whole_and_counted(encoder: Encoder, length: int) -> None:
     for whole, tokens in zip(tokenized(encoder, SENTENCES), tokenized(encoder, SENTENCES, length), strict=True):
         assert len(tokens.ids) <= length
@@ -113,7 +113,7 @@ def hidden_states(encoder: Encoder, sentence: WordTokens) -> np.ndarray:
 
 
 @given(sentences=st.lists(st.lists(word, min_size=1, max_size=8), min_size=1, max_size=6))
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_states_are_means_over_the_words_own_tokens(encoder: Encoder, sentences: list[list[str]]) -> None:
     tokens = tokenized(encoder, sentences, 48)
     with tempfile.TemporaryDirectory() as folder:

@@ -4,7 +4,7 @@ import gzip
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from unmask.recipe.decontamination import Held, read_held, words_of
@@ -47,7 +47,6 @@ def test_nothing_held_touches_nothing() -> None:
     assert not Held([]).touches(LONG)
 
 
-@settings(deadline=None)
 @given(st.lists(WORD, min_size=3, max_size=30), st.lists(WORD, max_size=10), st.lists(WORD, max_size=10))
 def test_every_text_touches_itself_and_long_ones_whatever_surrounds_them(
     words: list[str], before: list[str], after: list[str]
@@ -58,7 +57,6 @@ def test_every_text_touches_itself_and_long_ones_whatever_surrounds_them(
         assert held.touches(" ".join([*before, *words, *after]))
 
 
-@settings(deadline=None)
 @given(st.text())
 def test_words_have_no_case_and_no_punctuation(text: str) -> None:
     assert words_of(text) == words_of(" ".join(words_of(text)))

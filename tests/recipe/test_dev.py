@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny import recipe_of
 
@@ -84,7 +84,6 @@ def test_texts_alone_are_not_watched() -> None:
     assert len(pairs_of([Example("a"), Example("b")], text="t")) == 0
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(-5, 5), min_size=3, max_size=30).filter(lambda values: len(set(values)) > 1))
 def test_spearman_is_scipys(values: list[int]) -> None:
     scipy_stats = pytest.importorskip("scipy.stats")

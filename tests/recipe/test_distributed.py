@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny import GOLDEN, distance, recipe_of, run_recipe, write_decoder
 
@@ -73,7 +73,6 @@ def test_a_process_alone_changes_nothing() -> None:
     assert alone.first
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 512), max_size=40), st.integers(1, 5))
 def test_shares_hold_everything_once_and_are_even(lengths: list[int], size: int) -> None:
     shares = Processes(0, size).shares(lengths)

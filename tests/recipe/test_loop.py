@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny import CPU, recipe_of
 
@@ -26,7 +26,6 @@ from unmask.recipe.trainee import Trainee
 SCHEDULES = st.sampled_from(["linear", "cosine", "constant", "wsd"])
 
 
-@settings(deadline=None)
 @given(SCHEDULES, st.integers(1, 200), st.integers(0, 100), st.floats(0.0, 1.0), st.floats(0.0, 1.0))
 def test_the_rate_climbs_to_its_height_and_never_past_it(
     schedule: Any, steps: int, warmup: int, final_share: float, decay_share: float

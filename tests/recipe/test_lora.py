@@ -10,9 +10,9 @@ from tiny import CPU, GOLDEN, distance, gradients, off_start, recipe_of, texts_o
 from torch import nn
 
 from unmask.encoder import Encoder
-from unmask.errors import StorageError
+from unmask.errors import StorageError, UnmaskError, UsageError
 from unmask.recipe.lora import LoraLinear, write_adapter
-from unmask.recipe.recipe import ALL_LINEAR, Lora
+from unmask.recipe.recipe import ALL_LINEAR, Lora, Recipe
 from unmask.recipe.trainee import Trainee
 
 TEXTS = texts_of(9)
@@ -69,6 +69,51 @@ def test_the_saved_adapter_gives_the_trained_vectors(name: str, subset: str, dro
     assert far(Encoder.load(tmp_path / "adapter").encode(TEXTS), mine) < 1e-5
     modules = {key.split(".")[-3] for key in load_file(tmp_path / "adapter" / "adapter_model.safetensors")}
     assert modules == set(SUBSETS[subset])
+
+
+def saved(recipe: Recipe, folder: Path) -> Trainee:
+    """Train for a moment and write the adapter."""
+    trainee = trained(Trainee(recipe, CPU))
+    assert recipe.lora is not None
+    write_adapter(folder, trainee.adapted, recipe.lora, recipe.base, torch.float32)
+    return trainee
+
+
+@pytest.mark.parametrize("alpha", [12.0, 5.0])
+def test_training_goes_on_from_an_adapter(alpha: float, tmp_path: Path) -> None:
+    first = saved(recipe_of(lora={"rank": 4, "alpha": 12.0}), tmp_path / "first")
+    further = recipe_of(lora={"rank": 4, "alpha": alpha, "start": str(tmp_path / "first")})
+    second = Trainee(further, CPU)
+    second.decoder.eval()
+    second.merge()
+    assert far(second.encoder.encode(TEXTS), first.encoder.encode(TEXTS)) < 1e-5  # begins where the first one ended
+    mine = trained(second).encoder.encode(TEXTS)
+    assert far(mine, first.encoder.encode(TEXTS)) > 0.01
+    assert further.lora is not None
+    write_adapter(tmp_path / "second", second.adapted, further.lora, further.base, torch.float32)
+    # The second adapter is the whole difference from the base: it replaces the first, and does not lie on it.
+    assert far(Encoder.load(tmp_path / "second").encode(TEXTS), mine) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"rank": 3}, "rank 4"),
+        ({"targets": ["q_proj", "v_proj"]}, "only .* adapts layers.0.mlp.down_proj"),
+        ({"start": str(GOLDEN / "tiny_llama")}, "a whole model, not an adapter"),
+        ({"start": "nowhere/at/all"}, "no model at nowhere/at/all"),
+    ],
+)
+def test_an_adapter_that_cannot_be_trained_further_is_refused(change: dict, told: str, tmp_path: Path) -> None:
+    saved(recipe_of(lora={"rank": 4}), tmp_path / "first")
+    with pytest.raises(UnmaskError, match=told):
+        Trainee(recipe_of(lora={"rank": 4, "start": str(tmp_path / "first"), **change}), CPU)
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
+    saved(recipe_of(base=str(GOLDEN / "tiny_gemma"), lora={"rank": 4}), tmp_path / "first")
+    with pytest.raises(UsageError, match=r"was trained on .*tiny_gemma, not on this run's base .*tiny_llama"):
+        Trainee(recipe_of(lora={"rank": 4, "start": str(tmp_path / "first")}), CPU)
 
 
 @pytest.mark.parametrize("subset", ["all", "q and v"])

@@ -49,7 +49,7 @@ def test_a_masked_candidate_is_as_if_it_were_not_there() -> None:
     assert float(alone) == pytest.approx(0.0)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 8), st.integers(0, 5), st.integers(0, 1000), st.floats(0.1, 10.0))
 def test_info_nce_knows_no_order_and_no_length(queries: int, negatives: int, seed: int, scale: float) -> None:
     q, p, n = (vectors(rows, seed=seed + i) for i, rows in enumerate((queries, queries, negatives)))
@@ -71,7 +71,7 @@ def test_false_negatives_are_nearer_than_the_positive_less_the_margin() -> None:
     assert false_negatives(query * 3, candidates * 7, 0.05).tolist() == [[True, True, True, False]]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 6), st.integers(0, 4), st.integers(0, 100), st.floats(-0.5, 0.5), st.floats(0.0, 0.5))
 def test_a_larger_margin_masks_more(queries: int, more: int, seed: int, margin: float, step: float) -> None:
     q, c = vectors(queries, seed=seed), vectors(queries + more, seed=seed + 1)
@@ -87,7 +87,7 @@ def test_copies_of_the_query_or_its_positive_are_no_negatives() -> None:
     ]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.sampled_from("abcd"), min_size=1, max_size=5), st.lists(st.sampled_from("abcd"), max_size=3))
 def test_same_text_is_string_equality(positives: list[str], negatives: list[str]) -> None:
     queries, candidates = ["a"] * len(positives), positives + negatives
@@ -95,7 +95,7 @@ def test_same_text_is_string_equality(positives: list[str], negatives: list[str]
     assert same_text(queries, candidates, CPU).tolist() == expected
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(2, 9), st.integers(0, 100))
 def test_a_student_that_sees_the_teachers_similarities_has_nothing_to_learn(rows: int, seed: int) -> None:
     teacher = vectors(rows, 5, seed)

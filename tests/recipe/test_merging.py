@@ -81,7 +81,7 @@ def varied(base: Path, folder: Path, change: Callable[[str, torch.Tensor], torch
     return str(folder)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(seeds, weights)
 def test_slerp_has_its_ends_and_lies_between(seed: int, weight: float) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -125,7 +125,7 @@ def test_an_adapters_name_is_enough_to_interpolate(base: Path, tmp_path: Path) -
     torch.testing.assert_close(weights_of(tmp_path / "half")[name], wanted, rtol=0, atol=1e-6)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(seeds, st.integers(1, 4), st.integers(1, 4), st.lists(st.floats(-2, 2), min_size=2, max_size=2))
 def test_a_weighted_sum_is_the_sum_of_products(seed: int, rank: int, other: int, factors: list[float]) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -139,7 +139,7 @@ def test_a_weighted_sum_is_the_sum_of_products(seed: int, rank: int, other: int,
     assert a.shape[0] == rank + other
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(seeds, st.integers(1, 5), st.integers(1, 5))
 def test_compression_loses_what_it_says_and_no_more_than_it_must(seed: int, rank: int, kept: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -114,7 +114,7 @@ def test_interrupted_it_goes_on_and_gives_the_same_bytes(tmp_path: Path, monkeyp
     assert (tmp_path / "out.jsonl").read_bytes() == written
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(1, 4), st.integers(0, 3), st.integers(1, 9))
 def test_the_search_is_exact_in_any_blocks(seed: int, size: int, count: int, skip: int, block: int) -> None:
     generator = np.random.default_rng(seed)

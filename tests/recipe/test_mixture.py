@@ -51,7 +51,7 @@ SOURCES = (
 )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(skip=st.integers(0, 40))
 def test_skipping_is_continuing(skip: int, folder: Path) -> None:
     chosen = recipe(*SOURCES, batch={"size": 5}, shuffle_buffer=7)

@@ -23,7 +23,7 @@ from unmask.recipe.trainee import Trainee
 IDS = arrays(np.int64, st.integers(2, 200), elements=st.integers(10, 799))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(IDS, st.floats(0.01, 0.99), st.sampled_from(["bert", "all"]), st.integers(0, 1000))
 def test_gaps_are_where_they_say_and_ask_for_what_stood_there(
     ids: np.ndarray, probability: float, masking: Any, seed: int
@@ -55,7 +55,7 @@ def test_shares_in_the_large(probability: float) -> None:
     assert len(np.unique(read)) > 0.05 * len(read)  # the random ones
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(0, 40), max_size=6), st.integers(1, 15))
 def test_blocks_are_pieces_of_one_document_each(lengths: list[int], length: int) -> None:
     documents = [np.arange(size) + 100 * i for i, size in enumerate(lengths)]

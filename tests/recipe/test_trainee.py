@@ -122,7 +122,7 @@ def test_vectors_in_training_are_those_that_encode_gives() -> None:
     )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(1, 60), max_size=30), st.integers(1, 100))
 def test_packs_hold_everything_once_and_keep_to_the_limit(lengths: list[int], limit: int) -> None:
     trainee = object.__new__(Trainee)

@@ -7,6 +7,7 @@ LLM2Vec's published adapters were made on the inner `LlamaModel`, so their keys 
 `base_model.model.layers...`; adapters of a CausalLM read `base_model.model.model.layers...`. Both are accepted.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -131,6 +132,11 @@ class Adapter:
                 f"{self.weights_file}: {module} has A {tuple(a.shape)} and B {tuple(b.shape)}, "
                 f"which do not fit rank {rank} in adapter_config.json"
             )
+
+    def digest(self) -> str:
+        """Content address of its weights, 16 hex digits."""
+        with self.weights_file.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
     @property
     def modules(self) -> Sequence[str]:

@@ -142,10 +142,18 @@ class Layer(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + D/2]) by its position's angle. x [T, heads, D]; cos, sin [T, 1, D/2]."""
+    """Turn each pair (x[i], x[i + D/2]) by its position's angle, in place when no gradient needs x.
+
+    x [T, heads, D]; cos, sin [T, 1, D/2].
+    """
     first, second = x.chunk(2, dim=-1)  # [T, heads, D/2] twice
-    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
-    return torch.cat(turned, dim=-1)
+    if torch.is_grad_enabled():
+        turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+        return torch.cat(turned, dim=-1)
+    turned = (first * cos).addcmul_(second, sin, value=-1)
+    second.mul_(cos).addcmul_(first, sin)
+    first.copy_(turned)
+    return x
 
 
 def added(x: Tensor, update: Tensor) -> Tensor:

@@ -1,16 +1,17 @@
 """`Encoder`: a model that maps text to vectors, from loading to the float32 array."""
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from unmask.checkpoint import Checkpoint, open_checkpoint
 from unmask.encoder.architectures import shape_of
-from unmask.encoder.cores import each_on_a_core
+from unmask.encoder.cores import each_on_a_core, seal, size, unseal
 from unmask.encoder.decoder import Decoder
 from unmask.encoder.packing import pack, pack_budget
 from unmask.encoder.pooling import POOLINGS, pool
@@ -31,7 +32,6 @@ class Encoder:
     Attributes:
         name: the id or path it was loaded by.
         checkpoint: the files behind it; `checkpoint.revision` is their content address.
-        decoder: the bidirectional transformer, an `nn.Module` that can be trained.
         pooling, max_length, compat: as loaded.
         dim: length of a vector.
     """
@@ -49,7 +49,8 @@ class Encoder:
     ) -> None:
         self.name = checkpoint.name
         self.checkpoint = checkpoint
-        self.decoder = decoder
+        self._decoder = decoder
+        self._asking = threading.Lock()
         self.prompts = prompts
         self.pooling = pooling
         self.max_length = max_length
@@ -57,9 +58,34 @@ class Encoder:
         self.dim = dim
 
     @property
+    def decoder(self) -> nn.Module:
+        """The bidirectional transformer, an `nn.Module` that can be trained; may be replaced.
+
+        While nobody has asked for it, its weights are kept only in the order in which the products read them. Asking
+        makes them plain parameters, for good: they may be changed, and encoding then takes 3 to 6 % longer.
+        """
+        with self._asking:
+            unseal(self._decoder)
+        return self._decoder
+
+    @decoder.setter
+    def decoder(self, decoder: nn.Module) -> None:
+        self._decoder = decoder
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.decoder.parameters()).device
+        return next(self._decoder.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights."""
+        return next(self._decoder.parameters()).dtype
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the decoder was trained to."""
+        return size(self._decoder)
 
     @classmethod
     def load(
@@ -119,6 +145,7 @@ class Encoder:
         else:
             prompts = DefaultPrompts(tokenizer, template, length, eos, skip)
         decoder, dim = _build(checkpoint, compat, _DTYPES[dtype], device, causal)
+        seal(decoder)
         return cls(checkpoint, decoder, prompts, pooling=pooling, max_length=length, compat=compat, dim=dim)
 
     def encode(
@@ -165,9 +192,13 @@ class Encoder:
     @torch.inference_mode()
     def forward_pack(self, prompts: Sequence[Prompt]) -> np.ndarray:
         """One forward over all prompts given, float32 [n, dim]. Keep prompts of equal length together."""
-        ids = torch.from_numpy(np.concatenate([prompt.ids for prompt in prompts])).to(self.device)  # [T]
-        hidden = self.decoder(ids, [len(prompt.ids) for prompt in prompts])  # [T, W]
-        return pool(hidden, prompts, self.pooling).cpu().numpy()
+        return pool(self.states([prompt.ids for prompt in prompts]), prompts, self.pooling).cpu().numpy()
+
+    @torch.inference_mode()
+    def states(self, sequences: Sequence[np.ndarray]) -> Tensor:
+        """Final hidden states of sequences of token ids, end to end: [T, W], in the weights' precision."""
+        ids = torch.from_numpy(np.concatenate(sequences)).to(self.device)  # [T]
+        return self._decoder(ids, [len(sequence) for sequence in sequences])
 
     def count_tokens(self, texts: str | Sequence[str], *, instruction: str = "") -> np.ndarray:
         """Tokens that each text's sequence has before any truncation: BOS, template and instruction included.

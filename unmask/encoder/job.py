@@ -157,7 +157,6 @@ def _open_spool(job: EncodeJob, target: str, stack: ExitStack) -> "Spool | None"
 
 def _options(job: EncodeJob, encoder: Encoder, target: str) -> dict[str, Any]:
     """Everything but the texts that decides a byte of the output, by the name a user knows it by."""
-    weight = next(encoder.decoder.parameters())
     # What the model makes of a probe stands for its template, special tokens and pooled positions.
     probe = encoder.prompts.build(["probe"], job.instruction)[0]
     return {
@@ -165,8 +164,8 @@ def _options(job: EncodeJob, encoder: Encoder, target: str) -> dict[str, Any]:
         "compat": encoder.compat,
         "pooling": encoder.pooling,
         "max_length": encoder.max_length,
-        "dtype": str(weight.dtype).removeprefix("torch."),
-        "device": weight.device.type,
+        "dtype": str(encoder.dtype).removeprefix("torch."),
+        "device": encoder.device.type,
         "instruction": job.instruction,
         "prompt": hashlib.sha256(repr((probe.pooled, probe.ids.tolist())).encode()).hexdigest()[:16],
         "normalize": job.normalize,

@@ -8,7 +8,7 @@ from unmask.encoder.cores import cores
 
 # Tokens of one forward on one core: enough that the matrix products run at full speed, few enough that the
 # activations between them stay in its cache. An accelerator wants more.
-CORE_TOKENS = 1024
+CORE_TOKENS = 1280
 ACCELERATOR_TOKENS = 16_384
 # Below this a pack costs more in calls than it gains from a core of its own.
 _LEAST_TOKENS = 256

@@ -17,7 +17,6 @@ from typing import Literal
 
 import msgspec
 import numpy as np
-import torch
 from tokenizers import Tokenizer
 
 from unmask.checkpoint.tokenizer import TextTokenizer
@@ -191,12 +190,10 @@ def _extract(encoder: Encoder, sentences: Sequence[WordTokens]) -> dict[States, 
     return states
 
 
-@torch.inference_mode()
 def _forward(encoder: Encoder, sentences: Sequence[WordTokens]) -> dict[States, np.ndarray]:
     """One forward over all sentences given; float32 [words, W] for each kind of state."""
     lengths = [len(sentence.ids) for sentence in sentences]
-    ids = torch.from_numpy(np.concatenate([sentence.ids for sentence in sentences])).to(encoder.device)  # [T]
-    hidden = encoder.decoder(ids, lengths).float().cpu().numpy()  # [T, W]
+    hidden = encoder.states([sentence.ids for sentence in sentences]).float().cpu().numpy()  # [T, W]
     counts = np.concatenate([sentence.counts for sentence in sentences])  # [words]
     if len(counts) == 0:
         return {kind: np.empty((0, hidden.shape[1]), dtype=np.float32) for kind in STATES}

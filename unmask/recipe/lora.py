@@ -19,8 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from unmask.checkpoint.adapter import Adapter
 from unmask.encoder.architectures import Shape
 from unmask.encoder.decoder import Decoder
+from unmask.errors import AdapterMismatch
 from unmask.home import written_whole
 from unmask.recipe.recipe import Lora
 
@@ -161,6 +163,35 @@ def _named_halves(adapted: list[LoraLinear]) -> Iterator[tuple[str, Tensor]]:
         for (module, _, _), a, b in zip(linear.parts, linear.down.detach().split(linear.rank), linear.up, strict=True):
             yield f"base_model.model.{module}.lora_A.weight", a
             yield f"base_model.model.{module}.lora_B.weight", b.detach()
+
+
+@torch.no_grad()
+def start_from(adapted: list[LoraLinear], adapter: Adapter, lora: Lora) -> None:
+    """Set A and B to those of an adapter that was trained before. The layers then compute what it made of its base.
+
+    Raises:
+        AdapterMismatch: it has other modules, another rank or other shapes than this run's.
+    """
+    wanted = {module for linear in adapted for module, _, _ in linear.parts}
+    odd = sorted(wanted.symmetric_difference(adapter.modules))
+    if odd:
+        holder = "only the run" if odd[0] in wanted else f"only {adapter.folder}"
+        raise AdapterMismatch(
+            f"lora.start: {adapter.folder} and this run adapt different modules: {holder} adapts {odd[0]}; "
+            "make lora.targets those of the adapter"
+        )
+    for linear in adapted:
+        for (module, _, _), a, b in zip(linear.parts, linear.down.split(linear.rank), linear.up, strict=True):
+            start_a, start_b = adapter.halves(module)
+            if (start_a.shape, start_b.shape) != (a.shape, b.shape):
+                raise AdapterMismatch(
+                    f"lora.start: {module} in {adapter.folder} has rank {len(start_a)} and shapes "
+                    f"A {tuple(start_a.shape)}, B {tuple(start_b.shape)}; this run's are A {tuple(a.shape)}, "
+                    f"B {tuple(b.shape)} at lora.rank = {lora.rank}"
+                )
+            a.copy_(start_a)
+            b.copy_(start_b / linear.scale)  # the adapter's own scale is within its B
+        linear.merge()
 
 
 def write_adapter(folder: Path, adapted: list[LoraLinear], lora: Lora, base: str, dtype: torch.dtype) -> None:

@@ -84,8 +84,13 @@ class Source(Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class Lora(Struct, forbid_unknown_fields=True, kw_only=True):
-    """Low-rank adapters (arXiv 2106.09685). The update is alpha / rank * B @ A."""
+    """Low-rank adapters (arXiv 2106.09685). The update is alpha / rank * B @ A.
 
+    Attributes:
+        start: an adapter to train further, by folder or name, of this rank and these targets; left out: a new one.
+    """
+
+    start: str | None = None
     rank: Positive = 16
     alpha: Rate = 32.0
     dropout: Share = 0.05

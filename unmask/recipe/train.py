@@ -36,7 +36,7 @@ from unmask.recipe.mixture import Mixture
 from unmask.recipe.objectives import Teacher, objective_for
 from unmask.recipe.recipe import Recipe
 from unmask.recipe.run_folder import RunFolder, description_of
-from unmask.recipe.trainee import Trainee, choose_device
+from unmask.recipe.trainee import Trainee, choose_device, starting_adapter
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,8 @@ def train(
         folder = RunFolder(output, recipe.keep)
         if group.first:
             digests = {examples.source.name: examples.digest() for examples in sets}
+            if recipe.lora is not None and recipe.lora.start is not None:
+                digests["lora.start"] = starting_adapter(recipe).digest()
             folder.begin(description_of(_plain(recipe), digests, _hardware(device, group)), resume, _completed)
         group.wait()
         trainee = Trainee(recipe, device)

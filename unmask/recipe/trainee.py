@@ -8,13 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from unmask.checkpoint.adapter import Adapter
+from unmask.checkpoint.resolve import resolve
 from unmask.encoder import Encoder
 from unmask.encoder.decoder import Decoder, Layer
 from unmask.encoder.pooling import pool
 from unmask.encoder.prompt import DefaultPrompts, Prompt
 from unmask.errors import UnsupportedArchitecture, UsageError
 from unmask.recipe.distributed import Processes
-from unmask.recipe.lora import LoraLinear, add_lora
+from unmask.recipe.lora import LoraLinear, add_lora, start_from
 from unmask.recipe.recipe import Recipe
 
 
@@ -49,6 +51,8 @@ class Trainee:
         self.adapted: list[LoraLinear] = []
         if recipe.lora is not None:
             self.adapted = add_lora(decoder, recipe.lora, self.dtype)
+            if recipe.lora.start is not None:
+                start_from(self.adapted, starting_adapter(recipe), recipe.lora)
         if recipe.objective == "simcse":
             for layer in decoder.layers:
                 assert isinstance(layer, Layer)
@@ -101,6 +105,22 @@ class Trainee:
         if self.adapted or self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
+
+
+def starting_adapter(recipe: Recipe) -> Adapter:
+    """The adapter that a run trains further.
+
+    Raises:
+        UsageError: it was not trained on this run's base.
+    """
+    assert recipe.lora is not None and recipe.lora.start is not None
+    start, below = resolve(recipe.lora.start), resolve(recipe.base, recipe.adapters)
+    if not start.adapters:
+        raise UsageError(f"lora.start: {recipe.lora.start} is a whole model, not an adapter; make it the base instead")
+    if (start.base, start.adapters[:-1]) != (below.base, below.adapters):
+        told = " + ".join(str(path) for path in (start.base, *start.adapters[:-1]))
+        raise UsageError(f"lora.start: {recipe.lora.start} was trained on {told}, not on this run's base {recipe.base}")
+    return Adapter(start.adapters[-1])
 
 
 def backward_through(

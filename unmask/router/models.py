@@ -121,7 +121,7 @@ class ServedModel:
             record,
             architecture=record.architecture or str(config.get("model_type")),
             base=record.base or (encoder.checkpoint.trained_as if "/" in encoder.checkpoint.trained_as else None),
-            parameters=sum(parameter.numel() for parameter in encoder.decoder.parameters()),
+            parameters=encoder.parameters,
             dimensions=encoder.dim,
             max_tokens=encoder.max_length,
             pooling=encoder.pooling,
