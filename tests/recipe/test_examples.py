@@ -102,3 +102,9 @@ def test_nothing_left_is_an_error(tmp_path: Path) -> None:
         load(tmp_path, [], text="t")
     with pytest.raises(UsageError, match="all 2 rows are held out"):
         load(tmp_path, [{"t": "a"}, {"t": "b"}], text="t", held_out=5)
+
+
+def test_texts_are_cut_between_words(tmp_path: Path) -> None:
+    rows = [{"q": "  one two three", "p": "four", "n": ["fivesixseven eight", "nine ten"]}]
+    found = load(tmp_path, rows, query="q", positive="p", negatives=["n"], max_characters=8)
+    assert found.train == [Example("one two", "four", ("fivesixs", "nine ten"))]

@@ -121,7 +121,7 @@ def _example(source: Source, fields: dict[str, Any]) -> Example:
         label = fields.get(source.label) if source.label else None
         if source.label and label in (None, ""):
             raise ValueError(f"no {source.label}")
-        return Example(_text(fields, source.text), label=None if label is None else str(label))
+        return Example(_text(fields, source.text, source), label=None if label is None else str(label))
     assert source.query is not None and source.positive is not None  # Source requires it
     negatives: list[str] = []
     for column in source.negatives:
@@ -130,11 +130,12 @@ def _example(source: Source, fields: dict[str, Any]) -> Example:
         wrong = next((text for text in given if text is not None and not isinstance(text, str)), None)
         if wrong is not None:
             raise ValueError(f"{column} holds {type(wrong).__name__}, not text")
-        negatives += [text for text in given if text and text.strip()]
-    return Example(_text(fields, source.query), _text(fields, source.positive), tuple(negatives))
+        negatives += [_cut(text, source) for text in given if text and text.strip()]
+    query, positive = (_text(fields, column, source) for column in (source.query, source.positive))
+    return Example(query, positive, tuple(negatives))
 
 
-def _text(fields: dict[str, Any], column: str) -> str:
+def _text(fields: dict[str, Any], column: str, source: Source) -> str:
     value = fields.get(column)
     if isinstance(value, list) and value and isinstance(value[0], str):
         value = value[0]
@@ -142,4 +143,13 @@ def _text(fields: dict[str, Any], column: str) -> str:
         raise ValueError(f"{column} is {type(value).__name__}, not text")
     if not value.strip():
         raise ValueError(f"{column} is empty")
-    return value
+    return _cut(value, source)
+
+
+def _cut(text: str, source: Source) -> str:
+    """At most the source's `max_characters`, whole words; a word longer than that is cut."""
+    limit = source.max_characters
+    text = text.lstrip() if limit else text
+    if limit is None or len(text) <= limit:
+        return text
+    return (text[: limit + 1].rpartition(" ")[0] or text[:limit]).rstrip()

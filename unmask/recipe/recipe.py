@@ -45,6 +45,7 @@ class Source(Struct, forbid_unknown_fields=True, kw_only=True):
         held_out: so many further rows are kept for the dev set.
         only, without: keep, or drop, the rows whose column has one of these values.
         max_length: tokens per sequence here; left out: the run's.
+        max_characters: cut each text at the last space within so many, before anybody reads it, the teacher included.
         distil: whether the teacher, if there is one, is asked about these texts.
         contrast: whether the labels count; False leaves only distillation.
     """
@@ -68,6 +69,7 @@ class Source(Struct, forbid_unknown_fields=True, kw_only=True):
     only: dict[str, list[str]] = {}
     without: dict[str, list[str]] = {}
     max_length: Positive | None = None
+    max_characters: Positive | None = None
     distil: bool = True
     contrast: bool = True
 
