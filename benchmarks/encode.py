@@ -1,11 +1,12 @@
 """Texts to vectors on this machine: unmask against transformers and sentence-transformers.
 
-Same weights, same texts, same threads, float32, all in one process and interleaved: each round times every
+Same weights, same texts, same threads, same precision, all in one process and interleaved: each round times every
 contender once, in turn, so that a noisy machine slows all of them alike. Reported are medians over rounds and the
 median of the per-round ratios. Vectors are compared, so that nobody wins by being wrong.
 
     make bench
     make bench ARGS="--model path/to/model --texts 128 --rounds 7"
+    make bench ARGS="--dtype bfloat16"
 """
 
 import argparse
@@ -59,12 +60,12 @@ def as_hub_folder(encoder: Encoder, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def transformers_contender(folder: Path) -> Contender:
+def transformers_contender(folder: Path, dtype: torch.dtype) -> Contender:
     """Padded batches of 32, sorted by length, SDPA attention, mean over real tokens."""
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModel.from_pretrained(folder, attn_implementation="sdpa").eval()
+    model = AutoModel.from_pretrained(folder, attn_implementation="sdpa", dtype=dtype).eval()
 
     @torch.inference_mode()
     def run(texts: list[str]) -> np.ndarray:
@@ -75,31 +76,30 @@ def transformers_contender(folder: Path) -> Contender:
             batch = tokenizer([texts[i] for i in members], padding=True, truncation=True, return_tensors="pt")
             mask = batch["attention_mask"]
             hidden = model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False).last_hidden_state
-            vectors[members] = ((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)).numpy()
+            hidden = hidden.float() * mask[..., None]
+            vectors[members] = (hidden.sum(1) / mask.sum(1, keepdim=True)).numpy()
         return vectors
 
     return run
 
 
-def sentence_transformers_contender(folder: Path) -> Contender:
+def sentence_transformers_contender(folder: Path, dtype: torch.dtype) -> Contender:
     """As its users call it: `encode` with its own sorting and batches of 32."""
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(str(folder), device="cpu")
+    model = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": dtype})
     return lambda texts: np.asarray(model.encode(texts, batch_size=32, show_progress_bar=False))
 
 
-def sgemm_peak() -> dict[str, float]:
-    """The best single-precision matrix product of the libraries at hand, in GFLOP/s, at shapes of this kind."""
+def gemm_peak(dtype: torch.dtype) -> dict[str, float]:
+    """The best matrix product of the libraries at hand in this precision, in GFLOP/s, at shapes of this kind."""
     best: dict[str, float] = {}
     for rows, inner, columns in ((2048, 576, 1536), (2048, 1536, 576), (2048, 2048, 2048)):
-        a, b = torch.randn(rows, inner), torch.randn(inner, columns)
-        out = torch.empty(rows, columns)
-        left, right, result = a.numpy(), b.numpy(), out.numpy()
-        products: dict[str, Callable[[], object]] = {
-            "torch": lambda a=a, b=b, out=out: torch.mm(a, b, out=out),
-            "numpy": lambda left=left, right=right, result=result: np.dot(left, right, out=result),
-        }
+        a, b = torch.randn(rows, inner).to(dtype), torch.randn(inner, columns).to(dtype)
+        out = torch.empty(rows, columns, dtype=dtype)
+        products: dict[str, Callable[[], object]] = {"torch": partial(torch.mm, a, b, out=out)}
+        if dtype == torch.float32:
+            products["numpy"] = partial(np.dot, a.numpy(), b.numpy(), out=out.numpy())
         if torch.backends.mkldnn.is_available():
             packed = torch.ops.mkldnn._reorder_linear_weight(b.T.contiguous(), rows)
             products["oneDNN"] = partial(torch.ops.mkldnn._linear_pointwise, a, packed, None, "none", [], "")
@@ -118,12 +118,13 @@ def main() -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--texts", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of every contender")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, default=Path("bench-results/encode.json"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
-    encoder = Encoder.load(options.model)
+    encoder, dtype = Encoder.load(options.model, dtype=options.dtype), getattr(torch, options.dtype)
     texts = natural_texts(options.texts, encoder)
     counts = encoder.count_tokens(texts)
     tokens = int(counts.sum())
@@ -131,15 +132,16 @@ def main() -> None:
         as_hub_folder(encoder, Path(scratch))
         contenders: dict[str, Contender] = {
             "unmask": encoder.encode,
-            "transformers, sorted, padded": transformers_contender(Path(scratch)),
-            "sentence-transformers": sentence_transformers_contender(Path(scratch)),
+            "transformers, sorted, padded": transformers_contender(Path(scratch), dtype),
+            "sentence-transformers": sentence_transformers_contender(Path(scratch), dtype),
         }
-        reference = encoder.encode(texts)
+        exact = encoder if options.dtype == "float32" else Encoder.load(options.model)
+        reference = exact.encode(texts)
         agreement = {name: cosine(run(texts), reference) for name, run in contenders.items()}  # and the warm-up
         seconds: dict[str, list[float]] = {name: [] for name in contenders}
         peaks: list[dict[str, float]] = []
         for _ in track(range(options.rounds), description="rounds"):
-            peaks.append(sgemm_peak())
+            peaks.append(gemm_peak(dtype))
             for name, run in contenders.items():
                 began = time.perf_counter()
                 run(texts)
@@ -148,7 +150,7 @@ def main() -> None:
     peak = statistics.median(max(peak.values()) for peak in peaks)
     shape = getattr(encoder.decoder, "shape", None)
     per_token = shape.flops_per_token / 1e9 if shape else float("nan")
-    table = Table("contender", "tokens/s", "spread", "unmask is faster by", "of sgemm peak", "cosine mean / worst")
+    table = Table("contender", "tokens/s", "spread", "unmask is faster by", "of gemm peak", "cosine mean / worst")
     results = {}
     for name, times in seconds.items():
         rate = tokens / statistics.median(times)
@@ -169,14 +171,15 @@ def main() -> None:
     mix = f"{len(texts)} texts, {tokens} tokens, median {int(np.median(counts))}, longest {counts.max()}"
     console = Console()
     console.print(table)
-    console.print(f"{options.model}; {mix}; {options.threads} threads; sgemm peak {peak:.0f} GFLOP/s")
+    console.print(f"{options.model}; {mix}; {options.threads} threads; {options.dtype}; gemm peak {peak:.0f} GFLOP/s")
     report = {
         "model": options.model,
         "revision": encoder.checkpoint.revision,
         "mix": mix,
         "rounds": options.rounds,
         "threads": options.threads,
-        "sgemm_gflops": peaks,
+        "dtype": options.dtype,
+        "gemm_gflops": peaks,
         "gflop_per_token": per_token,
         "versions": {"unmask": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "machine": {"processor": processor(), "cores": os.cpu_count()},

@@ -30,7 +30,6 @@ from rich.progress import track
 from rich.table import Table
 
 from unmask import Encoder, __version__
-from unmask.recipe.distributed import Processes
 from unmask.recipe.examples import Example
 from unmask.recipe.mixture import TextBatch
 from unmask.recipe.model_folder import write_model
@@ -77,7 +76,7 @@ def unmask_turn(options: argparse.Namespace, folder: Path, precision: str) -> Tu
         Recipe,
     )
     trainee = Trainee(recipe, torch.device("cpu"))
-    objective = objective_for(recipe, trainee, None, Processes())
+    objective = objective_for(recipe, trainee, None)
     parameters = list(trainee.parameters.values())
 
     def turn(rows: Rows) -> tuple[float, float]:

@@ -1,18 +1,26 @@
 """Two processes over gloo end with the parameters of one: the reference's gradients were never synchronised."""
 
+import os
+import shutil
 import socket
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import GOLDEN, distance, recipe_of, run_recipe, write_decoder
+from tiny import CPU, GOLDEN, distance, recipe_of, run_recipe, write_decoder
+from torch.distributed.tensor import DTensor
 
+from unmask import Encoder
 from unmask.recipe.distributed import Processes
+from unmask.recipe.distributed import processes as process_group
+from unmask.recipe.recipe import Recipe
 from unmask.recipe.run_folder import RunFolder
+from unmask.recipe.trainee import Trainee
 
 RUNS: dict[str, dict[str, Any]] = {
     "supervised": {"contrastive": {"false_negative_margin": 0.05}, "matryoshka": [16]},
@@ -20,6 +28,20 @@ RUNS: dict[str, dict[str, Any]] = {
     "simcse": {"objective": "simcse", "simcse": {"attention_dropout": 0.0}},
     "mntp": {"objective": "mntp", "base": "tied", "mntp": {"block": 16}},
     "fewer texts than processes": {"objective": "mntp", "base": "tied", "batch": {"size": 1}},
+    "sharded": {"shard": True, "contrastive": {"false_negative_margin": 0.05}, "matryoshka": [16]},
+    "sharded, dropout of nothing": {"shard": True, "lora": {"rank": 4, "alpha": 8.0, "dropout": 1e-9}},
+    "sharded, GradCache": {"shard": True, "batch": {"size": 8, "forward_tokens": 30}, "gradient_checkpointing": True},
+    "sharded, GradCache, uneven": {"shard": True, "batch": {"size": 3, "forward_tokens": 8}},
+    "sharded simcse": {"shard": True, "objective": "simcse", "simcse": {"attention_dropout": 0.0}},
+    "sharded mntp": {"shard": True, "objective": "mntp", "base": "tied", "mntp": {"block": 16}},
+    "sharded mntp, all weights": {"shard": True, "objective": "mntp", "base": "tied", "lora": None},
+    "sharded, fewer texts than processes": {"shard": True, "objective": "mntp", "base": "tied", "batch": {"size": 1}},
+    "all weights, sharded": {
+        "shard": True,
+        "lora": None,
+        "base": str(GOLDEN / "tiny_gemma"),
+        "optimiser": {"lr": 1e-3, "epsilon": 1e-4},
+    },
     "all weights": {"lora": None, "base": str(GOLDEN / "tiny_gemma"), "optimiser": {"lr": 1e-3, "epsilon": 1e-4}},
 }
 
@@ -36,6 +58,25 @@ def parameters(output: Path) -> dict[str, torch.Tensor]:
     return latest[1]["parameters"]
 
 
+def run_together(
+    processes: ForkServerContext, size: int, recipe: Recipe, data: Path, output: Path, **more: Any
+) -> None:
+    """One run by `size` processes, to its end."""
+    port = str(free_port())
+    started = []
+    for rank in range(size):
+        environment = {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
+        keywords = {"environment": environment if size > 1 else {}, **more}
+        started.append(processes.Process(target=run_recipe, args=(recipe, data, output), kwargs=keywords))
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    assert [process.exitcode for process in started] == [0] * size
+    assert not list(output.parent.glob("*.error"))
+
+
 @pytest.mark.parametrize("kind", RUNS)
 def test_two_processes_are_as_one(kind: str, processes: ForkServerContext, data: Path, tmp_path: Path) -> None:
     fields = dict(RUNS[kind])
@@ -43,23 +84,61 @@ def test_two_processes_are_as_one(kind: str, processes: ForkServerContext, data:
         fields["base"] = str(write_decoder(tmp_path / "tied", tie_word_embeddings=True))
     # A larger epsilon: Adam divides rounding errors of tiny gradients by their own size.
     recipe = recipe_of(**{"steps": 5, "optimiser": {"lr": 1e-2, "epsilon": 1e-4}, **fields})
-    port = str(free_port())
-    started = [processes.Process(target=run_recipe, args=(recipe, data, tmp_path / "one"))]
-    for rank in range(2):
-        environment = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
-        arguments = (recipe, data, tmp_path / "two")
-        started.append(processes.Process(target=run_recipe, args=arguments, kwargs={"environment": environment}))
-    for process in started:
-        process.start()
-    for process in started:
-        process.join()
-    assert [process.exitcode for process in started] == [0, 0, 0]
-    assert not list(tmp_path.glob("*.error"))
+    run_together(processes, 1, recipe, data, tmp_path / "one")
+    run_together(processes, 2, recipe, data, tmp_path / "two")
     one, two = parameters(tmp_path / "one"), parameters(tmp_path / "two")
     assert distance(two, one) < 1e-5
     losses = [[line["loss"] for line in RunFolder(tmp_path / name, 1).metrics()] for name in ("one", "two")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("lora", [{"rank": 4, "alpha": 8.0, "dropout": 0.0}, None])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_sharded_run_goes_on_with_another_number_of_processes(
+    before: int, after: int, lora: Any, processes: ForkServerContext, data: Path, tmp_path: Path
+) -> None:
+    held = {"name": "pairs", "path": "pairs.tsv", "query": "query", "positive": "positive", "held_out": 8}
+    rate = {"lr": 1e-2 if lora else 1e-3, "epsilon": 1e-4}
+    recipe = recipe_of(shard=True, lora=lora, optimiser=rate, checkpoint_every=3, evaluate_every=3, data=[held])
+    whole = tmp_path / "whole"
+    run_together(processes, before, recipe, data, whole)
+    shutil.copytree(whole, tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-00000006")
+    run_together(processes, after, recipe, data, tmp_path / "cut", resume=True)
+    assert distance(parameters(tmp_path / "cut"), parameters(whole)) < 1e-5
+    scores = [
+        [line["scores"] for line in RunFolder(run, 1).metrics() if "scores" in line]
+        for run in (whole, tmp_path / "cut")
+    ]
+    assert len(scores[0]) == 2
+    assert scores[0] == scores[1]
+    result = "adapter" if lora else "model"
+    written = [Encoder.load(run / result).encode(["one text", "another"]) for run in (whole, tmp_path / "cut")]
+    np.testing.assert_allclose(written[0], written[1], rtol=1e-3, atol=1e-4)
+
+
+def halves(environment: dict[str, str], base: str, output: Path) -> None:
+    """In a process of its own: build a sharded model and say how much of it is here."""
+    os.environ.update(environment)
+    with process_group(CPU) as group:
+        trainee = Trainee(recipe_of(base=base, shard=True), CPU, group)
+        here = sum(p._local_tensor.numel() for p in trainee.decoder.parameters() if isinstance(p, DTensor))
+        all_of_it = sum(p.numel() for p in trainee.decoder.parameters())
+        output.with_suffix(f".{group.rank}").write_text(f"{here} {all_of_it}")
+
+
+def test_each_process_holds_its_part(processes: ForkServerContext, tmp_path: Path) -> None:
+    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment["GLOO_SOCKET_IFNAME"] = "lo"
+    base, told = str(GOLDEN / "tiny_llama"), tmp_path / "told"
+    started = [processes.Process(target=halves, args=({**environment, "RANK": rank}, base, told)) for rank in "01"]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    parts = [[int(word) for word in told.with_suffix(f".{rank}").read_text().split()] for rank in "01"]
+    assert parts[0][0] + parts[1][0] == parts[0][1]  # every weight is somewhere, once
+    assert max(part[0] for part in parts) < 0.6 * parts[0][1]
 
 
 def test_a_process_alone_changes_nothing() -> None:

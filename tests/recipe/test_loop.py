@@ -14,7 +14,6 @@ from tiny import CPU, recipe_of
 
 from unmask.errors import TrainingError
 from unmask.recipe.dev import DevSets
-from unmask.recipe.distributed import Processes
 from unmask.recipe.examples import load_examples
 from unmask.recipe.loop import Progress, learning_rate, train_steps
 from unmask.recipe.mixture import Mixture, TextBatch
@@ -76,7 +75,7 @@ def running(
     trainee = Trainee(recipe, CPU)
     sets = [load_examples(source, data, None, recipe.seed, 0.0) for source in recipe.data]
     mixture, dev, run = Mixture(recipe, sets, data, None), DevSets(recipe, [], data), RunFolder(folder, recipe.keep)
-    real = objective(objective_for(recipe, trainee, None, Processes()))
+    real = objective(objective_for(recipe, trainee, None))
     steps: list[int] = []
 
     def watched(batch: TextBatch, step: int) -> StepReport:
@@ -86,7 +85,7 @@ def running(
     if scores is not None:
         dev.__class__ = type("Invented", (DevSets,), {"__len__": lambda _: 1, "scores": lambda *_: scores(steps[-1])})
     keep = lambda: kept.append(steps[-1]) if kept is not None else None  # noqa: E731
-    found = train_steps(recipe, trainee, watched, mixture, dev, run, Processes(), keep, progress)
+    found = train_steps(recipe, trainee, watched, mixture, dev, run, keep, progress)
     return recipe, found, run
 
 
@@ -196,7 +195,7 @@ def test_decay_falls_on_matrices_alone(tmp_path: Path, data: Path) -> None:
 
     one_step = recipe_of(lora=None, steps=1, optimiser={"lr": 0.1, "weight_decay": 0.5})
     train_steps(one_step, trainee, nothing, Mixture(recipe, sets, data, None), DevSets(recipe, [], data),
-                RunFolder(tmp_path, 1), Processes(), lambda: None, lambda _: None)  # fmt: skip
+                RunFolder(tmp_path, 1), lambda: None, lambda _: None)  # fmt: skip
     for name, parameter in trainee.parameters.items():
         factor = 0.95 if parameter.ndim > 1 else 1.0
         torch.testing.assert_close(parameter.detach(), before[name] * factor)

@@ -11,7 +11,7 @@ from torch import nn
 
 from unmask.encoder import Encoder
 from unmask.errors import StorageError, UnmaskError, UsageError
-from unmask.recipe.lora import LoraLinear, write_adapter
+from unmask.recipe.lora import LoraLinear, adapter_tensors, write_adapter
 from unmask.recipe.recipe import ALL_LINEAR, Lora, Recipe
 from unmask.recipe.trainee import Trainee
 
@@ -64,7 +64,7 @@ def test_the_saved_adapter_gives_the_trained_vectors(name: str, subset: str, dro
     mine = trained(trainee).encoder.encode(TEXTS)
     assert far(mine, before) > 0.01
     assert recipe.lora is not None
-    write_adapter(tmp_path / "adapter", trainee.adapted, recipe.lora, base, torch.float32)
+    write_adapter(tmp_path / "adapter", adapter_tensors(trainee.adapted), recipe.lora, base, torch.float32)
     assert far(Encoder.load(base, adapters=[tmp_path / "adapter"]).encode(TEXTS), mine) < 1e-5
     assert far(Encoder.load(tmp_path / "adapter").encode(TEXTS), mine) < 1e-5
     modules = {key.split(".")[-3] for key in load_file(tmp_path / "adapter" / "adapter_model.safetensors")}
@@ -75,7 +75,7 @@ def saved(recipe: Recipe, folder: Path) -> Trainee:
     """Train for a moment and write the adapter."""
     trainee = trained(Trainee(recipe, CPU))
     assert recipe.lora is not None
-    write_adapter(folder, trainee.adapted, recipe.lora, recipe.base, torch.float32)
+    write_adapter(folder, adapter_tensors(trainee.adapted), recipe.lora, recipe.base, torch.float32)
     return trainee
 
 
@@ -90,7 +90,7 @@ def test_training_goes_on_from_an_adapter(alpha: float, tmp_path: Path) -> None:
     mine = trained(second).encoder.encode(TEXTS)
     assert far(mine, first.encoder.encode(TEXTS)) > 0.01
     assert further.lora is not None
-    write_adapter(tmp_path / "second", second.adapted, further.lora, further.base, torch.float32)
+    write_adapter(tmp_path / "second", adapter_tensors(second.adapted), further.lora, further.base, torch.float32)
     # The second adapter is the whole difference from the base: it replaces the first, and does not lie on it.
     assert far(Encoder.load(tmp_path / "second").encode(TEXTS), mine) < 1e-5
 
@@ -124,7 +124,7 @@ def test_peft_reads_the_adapter(subset: str, tmp_path: Path) -> None:
     recipe = recipe_of(base=str(base), lora={"rank": 4, "alpha": 12.0, "targets": SUBSETS[subset]})
     trainee = trained(Trainee(recipe, CPU))
     assert recipe.lora is not None
-    write_adapter(tmp_path / "adapter", trainee.adapted, recipe.lora, str(base), torch.float32)
+    write_adapter(tmp_path / "adapter", adapter_tensors(trainee.adapted), recipe.lora, str(base), torch.float32)
     config = transformers.AutoConfig.from_pretrained(base)
     config.is_causal = False
     inner = transformers.AutoModel.from_pretrained(base, config=config, attn_implementation="eager")
@@ -238,4 +238,6 @@ def test_an_adapter_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     trainee = Trainee(recipe, CPU)
     assert recipe.lora is not None
     with pytest.raises(StorageError, match="cannot write"):
-        write_adapter(tmp_path / "file" / "below", trainee.adapted, recipe.lora, recipe.base, torch.float32)
+        write_adapter(
+            tmp_path / "file" / "below", adapter_tensors(trainee.adapted), recipe.lora, recipe.base, torch.float32
+        )

@@ -12,7 +12,6 @@ from hypothesis.extra.numpy import arrays
 from tiny import CPU, GOLDEN, distance, gradients, off_start, recipe_of, texts_of, write_decoder
 
 from unmask.errors import UsageError
-from unmask.recipe.distributed import Processes
 from unmask.recipe.examples import Example
 from unmask.recipe.mixture import TextBatch
 from unmask.recipe.mntp import Head, blocks, head_of, mask, mask_id_of, prediction_loss
@@ -65,6 +64,10 @@ def test_blocks_are_pieces_of_one_document_each(lengths: list[int], length: int)
     assert sum(map(len, found)) == sum(lengths) - dropped
 
 
+def head(weight: torch.Tensor, cap: float | None = None) -> Head:
+    return Head(weight, torch.nn.Embedding(1, 1), cap)
+
+
 @pytest.mark.parametrize("rows", [1, 7, 600])  # 600 is more than a chunk
 @pytest.mark.parametrize("cap", [None, 3.0])
 def test_the_loss_is_cross_entropy_over_all_logits(cap: float | None, rows: int) -> None:
@@ -76,7 +79,7 @@ def test_the_loss_is_cross_entropy_over_all_logits(cap: float | None, rows: int)
     if cap is not None:
         logits = cap * torch.tanh(logits / cap)
     expected = F.cross_entropy(logits, targets, reduction="sum")
-    found = prediction_loss(states, targets, Head(weight, cap))
+    found = prediction_loss(states, targets, head(weight, cap))
     assert float(found) == pytest.approx(float(expected), rel=1e-5)
     for one, other in zip(
         torch.autograd.grad(found * 0.3, (states, weight)),
@@ -88,15 +91,15 @@ def test_the_loss_is_cross_entropy_over_all_logits(cap: float | None, rows: int)
 
 def test_a_frozen_head_takes_no_gradient() -> None:
     states = torch.randn(5, 16, requires_grad=True)
-    prediction_loss(states, torch.arange(5), Head(torch.randn(90, 16), None)).backward()
+    prediction_loss(states, torch.arange(5), head(torch.randn(90, 16))).backward()
     assert states.grad is not None
 
 
 def test_half_precision_is_near() -> None:
     torch.manual_seed(0)
     states, weight, targets = torch.randn(50, 16), torch.randn(90, 16), torch.randint(0, 90, (50,))
-    exact = prediction_loss(states, targets, Head(weight, None))
-    half = prediction_loss(states.bfloat16(), targets, Head(weight.bfloat16(), None))
+    exact = prediction_loss(states, targets, head(weight))
+    half = prediction_loss(states.bfloat16(), targets, head(weight.bfloat16()))
     assert float(half) == pytest.approx(float(exact), rel=0.01)
 
 
@@ -145,7 +148,7 @@ def test_a_step_has_the_exact_gradient_in_any_packs(head: str, lora: Any, reques
     for tokens in (10_000, 40):
         recipe = recipe_of("mntp", base=base, lora=lora, batch={"forward_tokens": tokens}, mntp={"block": 20})
         trainee = off_start(Trainee(recipe, CPU))
-        report = objective_for(recipe, trainee, None, Processes())(batch_of(recipe, texts), 0)
+        report = objective_for(recipe, trainee, None)(batch_of(recipe, texts), 0)
         found.append(gradients(trainee))
         weight = trainee.decoder.embedding.weight
         if head == "untied":
@@ -163,14 +166,14 @@ def test_a_step_has_the_exact_gradient_in_any_packs(head: str, lora: Any, reques
 
 def test_steps_draw_other_gaps_and_the_same_step_the_same(untied: str) -> None:
     recipe = recipe_of("mntp", base=untied)
-    step = objective_for(recipe, Trainee(recipe, CPU), None, Processes())
+    step = objective_for(recipe, Trainee(recipe, CPU), None)
     one, again, other = (step(batch_of(recipe, texts_of(4)), number).loss for number in (0, 0, 1))
     assert one == again != other
 
 
 def test_documents_without_a_gap_teach_nothing(untied: str) -> None:
     recipe = recipe_of("mntp", base=untied, mntp={"block": 1})
-    report = objective_for(recipe, Trainee(recipe, CPU), None, Processes())(batch_of(recipe, texts_of(4)), 0)
+    report = objective_for(recipe, Trainee(recipe, CPU), None)(batch_of(recipe, texts_of(4)), 0)
     assert (report.loss, report.tokens) == (0.0, 0)
 
 

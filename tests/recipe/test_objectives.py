@@ -8,7 +8,6 @@ import pytest
 import torch
 from tiny import CPU, distance, gradients, off_start, recipe_of, texts_of
 
-from unmask.recipe.distributed import Processes
 from unmask.recipe.examples import Example
 from unmask.recipe.losses import distil, false_negatives, info_nce
 from unmask.recipe.mixture import TextBatch
@@ -17,7 +16,6 @@ from unmask.recipe.recipe import Recipe
 from unmask.recipe.trainee import Trainee
 
 Q, P, N = texts_of(5, 1), texts_of(5, 2), texts_of(10, 3)
-ALONE = Processes()
 
 
 def pairs(negatives: int = 2) -> list[Example]:
@@ -34,7 +32,7 @@ def trainee_of(recipe: Recipe) -> Trainee:
 
 def step(recipe: Recipe, examples: list[Example], teacher: Any = None) -> tuple[StepReport, Trainee]:
     trainee = trainee_of(recipe)
-    return supervised(TextBatch(recipe.data[0], examples), recipe, trainee, teacher, ALONE), trainee
+    return supervised(TextBatch(recipe.data[0], examples), recipe, trainee, teacher), trainee
 
 
 def vectors(trainee: Trainee, texts: Sequence[str], instruction: str = "") -> torch.Tensor:
@@ -54,7 +52,7 @@ def test_symmetric_sets_have_the_instruction_on_both_sides(symmetric: bool, monk
         return build(texts, instruction, max_length)
 
     monkeypatch.setattr(trainee, "prompts", watched)
-    report = supervised(TextBatch(recipe.data[0], pairs(1)), recipe, trainee, None, ALONE)
+    report = supervised(TextBatch(recipe.data[0], pairs(1)), recipe, trainee, None)
     documents = "Find the same:" if symmetric else ""
     assert asked == dict.fromkeys(Q, "Find the same:") | dict.fromkeys([*P, *N[::2]], documents)
     # And the loss is that of exactly those vectors, with the positives asked for their queries where sides are equal.
@@ -170,7 +168,7 @@ def test_simcse_tells_two_views_of_a_text_from_the_other_texts() -> None:
     trainee.decoder.train()
     batch = TextBatch(recipe.data[0], [Example(text) for text in [*Q, Q[0]]])
     torch.manual_seed(0)
-    report = simcse(batch, recipe, trainee, ALONE)
+    report = simcse(batch, recipe, trainee)
     torch.manual_seed(0)
     first, second = trainee.vectors(sorted(trainee.prompts([*Q, *Q], ""), key=lambda p: -len(p.ids))).split((5, 5))
     assert 0 < report.loss < 10
@@ -178,6 +176,6 @@ def test_simcse_tells_two_views_of_a_text_from_the_other_texts() -> None:
     assert first.shape == second.shape
     trainee.decoder.eval()  # without dropout, both views are one
     trainee.merge()
-    report = simcse(batch, recipe, trainee, ALONE)
+    report = simcse(batch, recipe, trainee)
     v = vectors(trainee, Q)
     assert report.loss == pytest.approx(float(info_nce(v, v, 0.05)), rel=1e-4)

@@ -14,7 +14,6 @@ from torch import nn
 
 from unmask.encoder import Encoder
 from unmask.errors import UnsupportedArchitecture, UsageError
-from unmask.recipe.distributed import Processes
 from unmask.recipe.losses import info_nce
 from unmask.recipe.trainee import Trainee, backward_through, choose_device, compute_dtype
 
@@ -92,7 +91,7 @@ def test_gradcache_has_the_direct_gradient(fields: dict[str, Any], tokens: int, 
     trainee = trainee_of("simcse", simcse=simcse, batch={"forward_tokens": tokens}, **fields)
     prompts = trainee.prompts(TEXTS, "")
     torch.manual_seed(3)
-    loss = backward_through(trainee, prompts, loss_of, Processes())
+    loss = backward_through(trainee, prompts, loss_of)
     cached = gradients(trainee)
     # Directly: the same packs, and so the same dropout, but all their graphs at once.
     packs = trainee.packs([len(prompt.ids) for prompt in prompts])
@@ -109,7 +108,7 @@ def test_the_pack_does_not_change_the_gradient() -> None:
     found = []
     for tokens in (10_000, 40):
         trainee = trainee_of(batch={"forward_tokens": tokens})
-        backward_through(trainee, trainee.prompts(TEXTS, "Find:"), loss_of, Processes())
+        backward_through(trainee, trainee.prompts(TEXTS, "Find:"), loss_of)
         found.append(gradients(trainee))
     assert distance(*found) < 1e-5
 
@@ -144,7 +143,7 @@ def test_full_fine_tuning_changes_float32_weights(precision: str) -> None:
     prompts = trainee.prompts(TEXTS, "")
     losses = []
     for _ in range(6):
-        losses.append(backward_through(trainee, prompts, loss_of, Processes()))
+        losses.append(backward_through(trainee, prompts, loss_of))
         assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in trainee.parameters.values())
         adamw.step()
         adamw.zero_grad()

@@ -1,14 +1,16 @@
 """How good the model is while it trains: graded pairs, and pairs held out of the training sets."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from unmask.encoder import Encoder
 from unmask.errors import UsageError
 from unmask.recipe.examples import Examples
 from unmask.recipe.recipe import Dev, Recipe
 from unmask.recipe.rows import BadRows, read_rows
+
+Encode = Callable[[Sequence[str], str], np.ndarray]
 
 
 class DevSets:
@@ -46,17 +48,21 @@ class DevSets:
     def __len__(self) -> int:
         return len(self._graded) + len(self._pairs)
 
-    def scores(self, encoder: Encoder) -> dict[str, float]:
+    def scores(self, encode: Encode) -> dict[str, float]:
         """0-100 per set: Spearman correlation for graded pairs, and for held-out pairs the share of queries whose own
-        positive is the nearest of all."""
+        positive is the nearest of all.
+
+        Args:
+            encode: of texts and an instruction, unit vectors [n, W].
+        """
         found: dict[str, float] = {}
         for name, (first, second, gold) in self._graded.items():
-            vectors = encoder.encode(first + second, normalize=True)
+            vectors = encode(first + second, "")
             cosines = (vectors[: len(first)] * vectors[len(first) :]).sum(axis=1)
             found[name] = 100 * spearman(cosines, gold)
         for name, (queries, positives, instruction, symmetric) in self._pairs.items():
-            q = encoder.encode(queries, instruction=instruction, normalize=True)
-            p = encoder.encode(positives, instruction=instruction if symmetric else "", normalize=True)
+            q = encode(queries, instruction)
+            p = encode(positives, instruction if symmetric else "")
             # Two queries may share a positive, as questions about one passage do; either of its copies is right.
             right = [
                 positives[nearest] == own for nearest, own in zip((q @ p.T).argmax(axis=1), positives, strict=True)

@@ -8,10 +8,13 @@ the unwrapped model under DDP, which left gradients unsynchronised; here they ar
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_Value = TypeVar("_Value")
 
 
 class Processes:
@@ -73,6 +76,14 @@ class Processes:
             total = total.cuda()
         dist.all_reduce(total)
         return float(total)
+
+    def of_first(self, value: _Value) -> _Value:
+        """The first process's value, in all of them."""
+        if self.size == 1:
+            return value
+        held: list[Any] = [value]
+        dist.broadcast_object_list(held)
+        return held[0]
 
     def wait(self) -> None:
         """Until all have come here."""

@@ -12,11 +12,11 @@ import torch
 
 from unmask.errors import TrainingError
 from unmask.recipe.dev import DevSets
-from unmask.recipe.distributed import Processes
 from unmask.recipe.mixture import Mixture
 from unmask.recipe.objectives import Objective
 from unmask.recipe.recipe import Optimiser, Recipe
 from unmask.recipe.run_folder import RunFolder
+from unmask.recipe.sharding import copy_whole, split_as, whole
 from unmask.recipe.trainee import Trainee
 
 
@@ -58,7 +58,6 @@ def train_steps(
     mixture: Mixture,
     dev: DevSets,
     folder: RunFolder,
-    processes: Processes,
     keep_best: Callable[[], object],
     progress: Callable[[Progress], None],
 ) -> dict[str, float]:
@@ -71,6 +70,7 @@ def train_steps(
         TrainingError: the loss is not a number, or memory ran out; the last checkpoint is as it was.
         StorageError: a checkpoint could not be written; earlier ones are as they were.
     """
+    processes = trainee.processes
     adamw = _adamw(recipe.optimiser, trainee)
     begin, best = 0, {}
     latest = folder.latest()
@@ -94,7 +94,8 @@ def train_steps(
         torch.manual_seed((recipe.seed * 1_000_003 + step) * 1_024 + processes.rank)
         with _memory_watched(step, recipe, folder):
             report = objective(batch, step)
-            processes.sum_gradients(parameters)
+            if not trainee.sharded:  # there the backward has summed them already
+                processes.sum_gradients(parameters)
             norm = _clip(parameters, recipe.optimiser.clip)
             if not math.isfinite(report.loss) or not math.isfinite(norm):
                 raise TrainingError(
@@ -120,24 +121,26 @@ def train_steps(
                 }
             )
         if len(dev) and (done % recipe.evaluate_every == 0 or done == recipe.steps):
+            scores = processes.of_first(evaluate(trainee, dev))
             if processes.first:
-                scores = evaluate(trainee, dev)
                 folder.log({"step": done, "scores": scores})
-                if _mean(scores) > _mean(best):
-                    best = dict(scores)
-                    keep_best()
+            if _mean(scores) > _mean(best):
+                best = dict(scores)
+                keep_best()
             processes.wait()
-        if processes.first and (done % recipe.checkpoint_every == 0 or done == recipe.steps):
-            folder.save(done, _state(trainee, adamw, best))
+        if done % recipe.checkpoint_every == 0 or done == recipe.steps:
+            state = _state(trainee, adamw, best)
+            if processes.first:
+                folder.save(done, state)
         progress(Progress(done, recipe.steps, sum(losses) / len(losses), report.tokens / seconds, scores))
     return best
 
 
 def evaluate(trainee: Trainee, dev: DevSets) -> dict[str, float]:
-    """Scores of the weights as they are, dropout off."""
+    """Scores of the weights as they are, dropout off. All processes must call it, and have the scores of their own."""
     trainee.decoder.eval()
     trainee.merge()
-    scores = {name: round(score, 3) for name, score in dev.scores(trainee.encoder).items()}
+    scores = {name: round(score, 3) for name, score in dev.scores(trainee.encode).items()}
     trainee.decoder.train()
     trainee.merge()
     return scores
@@ -158,22 +161,23 @@ def _adamw(optimiser: Optimiser, trainee: Trainee) -> torch.optim.AdamW:
 
 
 def _clip(parameters: list[torch.nn.Parameter], limit: float) -> float:
-    return float(torch.nn.utils.clip_grad_norm_(parameters, limit if limit else math.inf))
+    return float(whole(torch.nn.utils.clip_grad_norm_(parameters, limit if limit else math.inf)))
 
 
 def _state(trainee: Trainee, adamw: torch.optim.AdamW, best: Mapping[str, float]) -> dict[str, Any]:
-    return {
-        "parameters": {name: parameter.detach() for name, parameter in trainee.parameters.items()},
-        "optimiser": adamw.state_dict(),
-        "best": dict(best),
-    }
+    return whole({"parameters": trainee.parameters, "optimiser": adamw.state_dict(), "best": dict(best)})
 
 
 def _restore(state: Mapping[str, Any], trainee: Trainee, adamw: torch.optim.AdamW) -> dict[str, float]:
-    with torch.no_grad():
-        for name, parameter in trainee.parameters.items():
-            parameter.copy_(state["parameters"][name])
-    adamw.load_state_dict(state["optimiser"])
+    for name, parameter in trainee.parameters.items():
+        copy_whole(parameter, state["parameters"][name])
+    # torch numbers an optimiser's parameters through its groups; moments are split as their parameters are.
+    ordered = [parameter for group in adamw.param_groups for parameter in group["params"]]
+    moments = {
+        number: {name: split_as(value, ordered[number]) for name, value in each.items()}
+        for number, each in state["optimiser"]["state"].items()
+    }
+    adamw.load_state_dict({**state["optimiser"], "state": moments})
     trainee.merge()
     return dict(state["best"])
 

@@ -9,7 +9,7 @@ does; the gradients of A and B follow from the layer's input and output gradient
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from unmask.encoder.decoder import Decoder
 from unmask.errors import AdapterMismatch
 from unmask.home import written_whole
 from unmask.recipe.recipe import Lora
+from unmask.recipe.sharding import whole
 
 
 class LoraLinear(nn.Module):
@@ -35,15 +36,27 @@ class LoraLinear(nn.Module):
         parts: hub name and first and last row of each adapted module inside `linear`.
         lora: rank, alpha, dropout.
         dtype: precision of the products.
+        apart: never sum the two paths; for weights that are split over processes and nowhere whole.
     """
 
-    def __init__(self, linear: nn.Linear, parts: list[tuple[str, int, int]], lora: Lora, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        linear: nn.Linear,
+        parts: list[tuple[str, int, int]],
+        lora: Lora,
+        dtype: torch.dtype,
+        apart: bool = False,
+    ) -> None:
         super().__init__()
+        self.apart = apart
         self.parts, self.rank, self.scale, self.dropout = parts, lora.rank, lora.alpha / lora.rank, lora.dropout
         weight = linear.weight.detach()  # [out, in]
-        self.frozen = weight.float()
         self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
-        self.weight = weight.to(dtype, copy=True)  # W0 + scale * B A, refreshed by `merge`
+        if apart:
+            self.frozen = nn.Parameter(weight.to(dtype), requires_grad=False)  # only parameters are split
+        else:
+            self.frozen = weight.float()
+            self.weight = weight.to(dtype, copy=True)  # W0 + scale * B A, refreshed by `merge`
         # PEFT's start: A uniform as a linear layer's, B zero, so that the first step begins at the base model.
         self.down = nn.Parameter(torch.empty(len(parts) * lora.rank, weight.shape[1], device=weight.device))
         for block in self.down.data.split(lora.rank):
@@ -55,18 +68,21 @@ class LoraLinear(nn.Module):
     @torch.no_grad()
     def merge(self) -> None:
         """Form W anew; to be called after every change of A or B."""
-        if self.dropout and self.training:
-            return  # the paths stay apart
+        if self._paths_apart():
+            return
         merged = self.frozen.clone()
         for (_, start, stop), a, b in zip(self.parts, self.down.split(self.rank), self.up, strict=True):
             merged[start:stop].addmm_(b, a, alpha=self.scale)
         self.weight.copy_(merged)
 
+    def _paths_apart(self) -> bool:
+        return self.apart or bool(self.dropout and self.training)
+
     def forward(self, x: Tensor) -> Tensor:
         """[T, in] -> [T, out]."""
-        if self.dropout and self.training:
+        if self._paths_apart():
             y = F.linear(x, self.frozen.to(x.dtype), self.bias)
-            z = F.linear(F.dropout(x, self.dropout), self.down.to(x.dtype))  # [T, parts * r]
+            z = F.linear(F.dropout(x, self.dropout, self.training), self.down.to(x.dtype))  # [T, parts * r]
             added = [torch.zeros_like(y[:, :0])]
             row = 0
             for (_, start, stop), z_part, b in zip(self.parts, z.split(self.rank, dim=1), self.up, strict=True):
@@ -110,7 +126,7 @@ class _Merged(torch.autograd.Function):
         return dx, d_down, None, None, None, None, *d_up
 
 
-def add_lora(decoder: Decoder, lora: Lora, dtype: torch.dtype) -> list[LoraLinear]:
+def add_lora(decoder: Decoder, lora: Lora, dtype: torch.dtype, apart: bool = False) -> list[LoraLinear]:
     """Freeze the decoder, put adapters on the linear layers that `lora.targets` names, and set the rest to `dtype`.
 
     Returns:
@@ -121,7 +137,7 @@ def add_lora(decoder: Decoder, lora: Lora, dtype: torch.dtype) -> list[LoraLinea
     for index, layer in enumerate(decoder.layers):
         for field, parts in _parts(decoder.shape, index, lora.targets).items():
             # Built before the decoder is rounded: W0 stays as the checkpoint has it.
-            adapted.append(LoraLinear(getattr(layer, field), parts, lora, dtype))
+            adapted.append(LoraLinear(getattr(layer, field), parts, lora, dtype, apart))
             setattr(layer, field, None)
     decoder.to(dtype)
     waiting = iter(adapted)
@@ -154,15 +170,15 @@ def _parts(shape: Shape, index: int, targets: list[str]) -> dict[str, list[tuple
 
 
 def adapter_tensors(adapted: list[LoraLinear]) -> dict[str, Tensor]:
-    """A and B of every module under the names of LLM2Vec's published adapters (those of an inner model)."""
+    """A and B of every module, whole, under the names of LLM2Vec's published adapters (those of an inner model)."""
     return dict(_named_halves(adapted))
 
 
 def _named_halves(adapted: list[LoraLinear]) -> Iterator[tuple[str, Tensor]]:
     for linear in adapted:
-        for (module, _, _), a, b in zip(linear.parts, linear.down.detach().split(linear.rank), linear.up, strict=True):
+        for (module, _, _), a, b in zip(linear.parts, whole(linear.down).split(linear.rank), linear.up, strict=True):
             yield f"base_model.model.{module}.lora_A.weight", a
-            yield f"base_model.model.{module}.lora_B.weight", b.detach()
+            yield f"base_model.model.{module}.lora_B.weight", whole(b)
 
 
 @torch.no_grad()
@@ -194,8 +210,11 @@ def start_from(adapted: list[LoraLinear], adapter: Adapter, lora: Lora) -> None:
         linear.merge()
 
 
-def write_adapter(folder: Path, adapted: list[LoraLinear], lora: Lora, base: str, dtype: torch.dtype) -> None:
+def write_adapter(folder: Path, halves: Mapping[str, Tensor], lora: Lora, base: str, dtype: torch.dtype) -> None:
     """Write the adapter in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
+
+    Args:
+        halves: from `adapter_tensors`.
 
     Raises:
         StorageError: the folder cannot be written; no half-written file is left.
@@ -214,7 +233,7 @@ def write_adapter(folder: Path, adapted: list[LoraLinear], lora: Lora, base: str
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    tensors = {name: tensor.to(dtype).contiguous().cpu() for name, tensor in adapter_tensors(adapted).items()}
+    tensors = {name: tensor.to(dtype).contiguous().cpu() for name, tensor in halves.items()}
     with written_whole(folder / "adapter_model.safetensors") as partial:
         try:
             save_file(tensors, partial, metadata={"format": "pt"})

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from unmask.encoder.decoder import Decoder
 from unmask.errors import UsageError
@@ -76,15 +76,22 @@ def mask_id_of(trainee: Trainee, mntp: Mntp) -> int:
 
 @dataclass(frozen=True)
 class Head:
-    """The language-model head: the embedding's own matrix where the base ties them.
+    """The language-model head.
 
     Attributes:
-        weight: [vocabulary, W].
+        own: its matrix [vocabulary, W]; None where the base ties it to the embedding.
+        embedding: the decoder's.
         cap: logits are squashed into (-cap, cap), as in Gemma 2; None for no cap.
     """
 
-    weight: Tensor
+    own: Tensor | None
+    embedding: nn.Embedding
     cap: float | None
+
+    @property
+    def weight(self) -> Tensor:
+        """[vocabulary, W]. Looked up anew each time: a sharded embedding is whole between forward and backward only."""
+        return self.embedding.weight if self.own is None else self.own
 
 
 def head_of(trainee: Trainee) -> Head:
@@ -98,15 +105,15 @@ def head_of(trainee: Trainee) -> Head:
     cap = checkpoint.config.get("final_logit_softcapping")
     tied = checkpoint.config.get("tie_word_embeddings")
     if "lm_head.weight" in checkpoint.tensors.names() and not tied:
-        weight = checkpoint.tensors.read("lm_head.weight").to(trainee.device, trainee.dtype)
+        own = checkpoint.tensors.read("lm_head.weight").to(trainee.device, trainee.dtype)
     elif tied is False:
         raise UsageError(
             f"{trainee.encoder.name} has no language-model head (lm_head.weight) and its config ties none to the "
             "embedding, so there is nothing to predict tokens with; name the whole CausalLM as the base"
         )
     else:
-        weight = decoder.embedding.weight
-    return Head(weight, float(cap) if cap else None)
+        own = None
+    return Head(own, decoder.embedding, float(cap) if cap else None)
 
 
 def prediction_loss(states: Tensor, targets: Tensor, head: Head) -> Tensor:

@@ -86,11 +86,14 @@ class NamedTensors:
         return self._tensors[name].detach()
 
 
-def write_model(folder: Path, encoder: Encoder) -> None:
+def write_model(folder: Path, encoder: Encoder, parameters: Mapping[str, Tensor] | None = None) -> None:
     """Write an encoder as it is in memory: `config.json`, `model.safetensors`, tokenizer, `llm2vec_config.json`.
 
     Fused layers are written as the hub's separate ones. The base's own language-model head goes along where it is
     not the embedding, because MNTP training needs it.
+
+    Args:
+        parameters: the decoder's by name; where those in memory are parts of what they are.
 
     Raises:
         UsageError: the folder exists already.
@@ -98,7 +101,7 @@ def write_model(folder: Path, encoder: Encoder) -> None:
     """
     decoder, checkpoint = encoder.decoder, encoder.checkpoint
     if isinstance(decoder, Decoder):
-        tensors = hub_tensors(dict(decoder.named_parameters()), decoder.sources(), checkpoint.tensors)
+        tensors = hub_tensors(parameters or dict(decoder.named_parameters()), decoder.sources(), checkpoint.tensors)
         causal = decoder.layers[0].causal
     else:
         assert isinstance(decoder, TransformersDecoder)

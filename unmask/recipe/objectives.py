@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from unmask.encoder.prompt import Prompt
-from unmask.recipe.distributed import Processes
 from unmask.recipe.losses import distil, false_negatives, info_nce, matryoshka, same_text
 from unmask.recipe.mixture import TextBatch
 from unmask.recipe.mntp import Gaps, Head, blocks, head_of, mask, mask_id_of, prediction_loss
@@ -32,18 +31,16 @@ Teacher = Callable[[Sequence[str]], np.ndarray]  # texts -> [n, W']
 Objective = Callable[[TextBatch, int], StepReport]
 
 
-def objective_for(recipe: Recipe, trainee: Trainee, teacher: Teacher | None, processes: Processes) -> Objective:
+def objective_for(recipe: Recipe, trainee: Trainee, teacher: Teacher | None) -> Objective:
     """The objective a recipe names, bound to the model it trains."""
     if recipe.objective == "mntp":
-        return _mntp(recipe, trainee, processes)
+        return _mntp(recipe, trainee)
     if recipe.objective == "simcse":
-        return lambda batch, step: simcse(batch, recipe, trainee, processes)
-    return lambda batch, step: supervised(batch, recipe, trainee, teacher, processes)
+        return lambda batch, step: simcse(batch, recipe, trainee)
+    return lambda batch, step: supervised(batch, recipe, trainee, teacher)
 
 
-def supervised(
-    batch: TextBatch, recipe: Recipe, trainee: Trainee, teacher: Teacher | None, processes: Processes
-) -> StepReport:
+def supervised(batch: TextBatch, recipe: Recipe, trainee: Trainee, teacher: Teacher | None) -> StepReport:
     """Contrastive loss over labels, distillation over all texts of the batch, or both."""
     source, settings = batch.source, recipe.contrastive
     queries = [example.query for example in batch.examples]
@@ -60,6 +57,7 @@ def supervised(
     prompts = _prompts(unique, trainee, source.max_length)
     taught = None
     if teacher is not None and source.distil:
+        processes = trainee.processes
         own = range(processes.rank, len(unique), processes.size)  # each process asks about its share
         answers = torch.from_numpy(teacher([unique[i][1] for i in own])).to(trainee.device)
         taught = processes.gather(answers, own, len(unique))
@@ -86,11 +84,11 @@ def supervised(
             loss = loss + settings.weight * nce
         return loss
 
-    loss = backward_through(trainee, prompts, lambda v: matryoshka(loss_of, v, recipe.matryoshka), processes)
+    loss = backward_through(trainee, prompts, lambda v: matryoshka(loss_of, v, recipe.matryoshka))
     return StepReport(loss, sum(len(prompt.ids) for prompt in prompts))
 
 
-def simcse(batch: TextBatch, recipe: Recipe, trainee: Trainee, processes: Processes) -> StepReport:
+def simcse(batch: TextBatch, recipe: Recipe, trainee: Trainee) -> StepReport:
     """Each text is its own positive; dropout makes the two views differ."""
     texts = list(dict.fromkeys(example.query for example in batch.examples))
     prompts = _prompts([(batch.source.instruction, text) for text in texts], trainee, batch.source.max_length)
@@ -99,11 +97,11 @@ def simcse(batch: TextBatch, recipe: Recipe, trainee: Trainee, processes: Proces
         first, second = vectors.split(len(texts))
         return info_nce(first, second, recipe.simcse.temperature)
 
-    loss = backward_through(trainee, prompts * 2, lambda v: matryoshka(loss_of, v, recipe.matryoshka), processes)
+    loss = backward_through(trainee, prompts * 2, lambda v: matryoshka(loss_of, v, recipe.matryoshka))
     return StepReport(loss, 2 * sum(len(prompt.ids) for prompt in prompts))
 
 
-def _mntp(recipe: Recipe, trainee: Trainee, processes: Processes) -> Objective:
+def _mntp(recipe: Recipe, trainee: Trainee) -> Objective:
     head, mask_id = head_of(trainee), mask_id_of(trainee, recipe.mntp)
     vocabulary = trainee.decoder.shape.vocabulary
     tokenizer = trainee.encoder.checkpoint.tokenizer
@@ -114,11 +112,13 @@ def _mntp(recipe: Recipe, trainee: Trainee, processes: Processes) -> Objective:
         documents = [np.array([*tokenizer.prefix, *encoding.ids], dtype=np.int64) for encoding in encodings]
         gaps = [mask(ids, recipe.mntp, mask_id, vocabulary, generator) for ids in blocks(documents, recipe.mntp.block)]
         asked = sum(len(gap.positions) for gap in gaps)
-        own = processes.shares([len(gap.ids) for gap in gaps])[processes.rank]
         loss = 0.0
-        for pack in trainee.packs([len(gaps[i].ids) for i in own]):
-            loss += _mntp_pack([gaps[own[i]] for i in pack], asked, trainee, head)
-        return StepReport(processes.sum(loss), sum(len(gap.ids) for gap in gaps))
+        for turn in trainee.turns([len(gap.ids) for gap in gaps]):
+            if turn:
+                loss += _mntp_pack([gaps[i] for i in turn], asked, trainee, head)
+            else:
+                (trainee.hidden([gaps[0].ids]).sum() * 0.0).backward()
+        return StepReport(trainee.processes.sum(loss), sum(len(gap.ids) for gap in gaps))
 
     return step
 

@@ -240,6 +240,7 @@ class Recipe(Struct, forbid_unknown_fields=True, kw_only=True):
         precision: of the forward. auto is bfloat16 where the processor computes in it, else float32. Trained
             parameters and the optimiser are float32 in any case.
         gradient_checkpointing: recompute activations in the backward, for less memory.
+        shard: split weights, gradients and optimiser state over the processes (FSDP), for models too large for each.
         held_apart: folder, from the data folder, of evaluation data; training rows that overlap with it are dropped.
         max_bad_rows: share of unreadable rows past which the run stops.
         checkpoint_every, evaluate_every: steps.
@@ -268,6 +269,7 @@ class Recipe(Struct, forbid_unknown_fields=True, kw_only=True):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
     gradient_checkpointing: bool = False
+    shard: bool = False
     held_apart: str | None = None
     max_bad_rows: Share = 0.01
     shuffle_buffer: Positive = 100_000

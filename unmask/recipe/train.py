@@ -31,11 +31,12 @@ from unmask.recipe.dev import DevSets
 from unmask.recipe.distributed import Processes, processes
 from unmask.recipe.examples import Examples, load_examples
 from unmask.recipe.loop import Progress, train_steps
-from unmask.recipe.lora import write_adapter
+from unmask.recipe.lora import adapter_tensors, write_adapter
 from unmask.recipe.mixture import Mixture
 from unmask.recipe.objectives import Teacher, objective_for
 from unmask.recipe.recipe import Recipe
 from unmask.recipe.run_folder import RunFolder, description_of
+from unmask.recipe.sharding import whole
 from unmask.recipe.trainee import Trainee, choose_device, starting_adapter
 
 
@@ -87,9 +88,9 @@ def train(
                 digests["lora.start"] = starting_adapter(recipe).digest()
             folder.begin(description_of(_plain(recipe), digests, _hardware(device, group)), resume, _completed)
         group.wait()
-        trainee = Trainee(recipe, device)
+        trainee = Trainee(recipe, device, group)
         teacher = open_teacher(recipe) if recipe.distillation is not None else None
-        objective = objective_for(recipe, trainee, teacher, group)
+        objective = objective_for(recipe, trainee, teacher)
         mixture = Mixture(recipe, sets, data, held)
         if recipe.epochs_at_most is not None:
             recipe = msgspec.structs.replace(recipe, steps=min(recipe.steps, mixture.steps_of(recipe.epochs_at_most)))
@@ -100,10 +101,10 @@ def train(
         def keep(name: str) -> Path:
             return _write_result(output / name, trainee, recipe, base)
 
-        scores = train_steps(recipe, trainee, objective, mixture, dev, folder, group, lambda: keep("best"), tell)
+        scores = train_steps(recipe, trainee, objective, mixture, dev, folder, lambda: keep("best"), tell)
         result = output / ("adapter" if recipe.lora is not None else "model")
+        keep(result.name)
         if group.first:
-            keep(result.name)
             from unmask.recipe.curves import draw_curves
 
             draw_curves(folder)
@@ -169,11 +170,14 @@ def _adapter_base(recipe: Recipe) -> str:
 
 
 def _write_result(folder: Path, trainee: Trainee, recipe: Recipe, base: str) -> Path:
-    """Replace `folder` by the weights as they are."""
+    """Replace `folder` by the weights as they are. All processes must call it; the first one writes."""
+    weights = adapter_tensors(trainee.adapted) if recipe.lora is not None else whole(trainee.parameters)
+    if not trainee.processes.first:
+        return folder
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     if recipe.lora is not None:
-        write_adapter(partial, trainee.adapted, recipe.lora, base, torch.float32)
+        write_adapter(partial, weights, recipe.lora, base, torch.float32)
         # The vectors are those of this pooling. The length is not written: one may train short and encode long.
         said = {**trainee.encoder.checkpoint.encoder_config, "pooling_mode": recipe.pooling}
         with written_whole(partial / "llm2vec_config.json") as file:
@@ -181,7 +185,7 @@ def _write_result(folder: Path, trainee: Trainee, recipe: Recipe, base: str) -> 
     else:
         from unmask.recipe.merging import write_model
 
-        write_model(partial, trainee.encoder)
+        write_model(partial, trainee.encoder, weights)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return folder

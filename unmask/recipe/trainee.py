@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unmask.checkpoint.adapter import Adapter
@@ -18,6 +19,7 @@ from unmask.errors import UnsupportedArchitecture, UsageError
 from unmask.recipe.distributed import Processes
 from unmask.recipe.lora import LoraLinear, add_lora, start_from
 from unmask.recipe.recipe import Recipe
+from unmask.recipe.sharding import shard
 
 
 class Trainee:
@@ -27,9 +29,12 @@ class Trainee:
         encoder: the encoder; its vectors are those of the weights as they are now.
         adapted: layers with adapters; empty in full fine-tuning.
         parameters: what the optimiser changes, by name, float32.
+        sharded: whether the weights are split over the processes, so that all must do as many forwards.
     """
 
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, device: torch.device, processes: Processes | None = None) -> None:
+        self.processes = processes or Processes()
+        self.sharded = recipe.shard and self.processes.size > 1
         self.encoder = Encoder.load(
             recipe.base,
             adapters=recipe.adapters,
@@ -50,7 +55,7 @@ class Trainee:
         torch.manual_seed(recipe.seed)
         self.adapted: list[LoraLinear] = []
         if recipe.lora is not None:
-            self.adapted = add_lora(decoder, recipe.lora, self.dtype)
+            self.adapted = add_lora(decoder, recipe.lora, self.dtype, apart=self.sharded)
             if recipe.lora.start is not None:
                 start_from(self.adapted, starting_adapter(recipe), recipe.lora)
         if recipe.objective == "simcse":
@@ -58,6 +63,8 @@ class Trainee:
                 assert isinstance(layer, Layer)
                 layer.attention_dropout = recipe.simcse.attention_dropout
         decoder.checkpointing = recipe.gradient_checkpointing
+        if self.sharded:
+            shard(decoder, device, self.processes)
         self.parameters: dict[str, nn.Parameter] = {n: p for n, p in decoder.named_parameters() if p.requires_grad}
 
     def merge(self) -> None:
@@ -80,6 +87,33 @@ class Trainee:
     def vectors(self, prompts: Sequence[Prompt]) -> Tensor:
         """Vectors of one pack, float32 [n, W], with gradients."""
         return pool(self.hidden([prompt.ids for prompt in prompts]), prompts, self.encoder.pooling)
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str], instruction: str = "") -> np.ndarray:
+        """Unit vectors, float32 [n, W]. Each process computes its share and has all; all must ask for the same."""
+        prompts = self.prompts(texts, instruction)
+        turns = self.turns([len(prompt.ids) for prompt in prompts])
+        parts = [torch.empty(0, self.encoder.dim, device=self.device)]
+        parts += [self.vectors_of(prompts, turn) for turn in turns]
+        vectors = self.processes.gather(torch.cat(parts), [i for turn in turns for i in turn], len(prompts))
+        return F.normalize(vectors, dim=1).cpu().numpy()
+
+    def vectors_of(self, prompts: Sequence[Prompt], chosen: Sequence[int]) -> Tensor:
+        """Vectors of some prompts, float32 [n, W], with gradients; of none at the price of one (see `turns`)."""
+        return self.vectors([prompts[i] for i in chosen] or [prompts[0]])[: len(chosen)]
+
+    def turns(self, lengths: Sequence[int]) -> list[list[int]]:
+        """What this process computes of a batch: the sequences of each of its forwards.
+
+        Sharded, all processes have as many turns as the busiest one; where there is nothing left to do, they are empty.
+        """
+        packs_of = [
+            [[own[i] for i in pack] for pack in self.packs([lengths[i] for i in own])]
+            for own in self.processes.shares(lengths)
+        ]
+        own = packs_of[self.processes.rank]
+        busiest = max(len(packs) for packs in packs_of)
+        return own + [[] for _ in range(busiest - len(own))] if self.sharded else own
 
     def packs(self, lengths: Sequence[int]) -> list[list[int]]:
         """Sequences into forwards of about equal size, none above the recipe's `forward_tokens`.
@@ -123,9 +157,7 @@ def starting_adapter(recipe: Recipe) -> Adapter:
     return Adapter(start.adapters[-1])
 
 
-def backward_through(
-    trainee: Trainee, prompts: Sequence[Prompt], loss_of: Callable[[Tensor], Tensor], processes: Processes
-) -> float:
+def backward_through(trainee: Trainee, prompts: Sequence[Prompt], loss_of: Callable[[Tensor], Tensor]) -> float:
     """Gradients of a loss over the vectors of many prompts, in memory for one pack at a time.
 
     GradCache (arXiv 2101.06983): vectors without gradients first, the loss's gradient with respect to them, then each
@@ -142,32 +174,30 @@ def backward_through(
     Returns:
         The loss.
     """
-    lengths = [len(prompt.ids) for prompt in prompts]
-    shares = processes.shares(lengths)
-    own = shares[processes.rank]
-    packs = [[own[i] for i in pack] for pack in trainee.packs([lengths[i] for i in own])]
-    if len(packs) == 1:  # nothing to save by a second forward
-        vectors = trainee.vectors([prompts[i] for i in packs[0]])
-        everybody = processes.gather(vectors, packs[0], len(prompts)).requires_grad_()
+    turns = trainee.turns([len(prompt.ids) for prompt in prompts])
+    gather = trainee.processes.gather
+    if len(turns) == 1:  # nothing to save by a second forward
+        vectors = trainee.vectors_of(prompts, turns[0])
+        everybody = gather(vectors, turns[0], len(prompts)).requires_grad_()
         loss = loss_of(everybody)
         loss.backward()
         assert everybody.grad is not None
-        vectors.backward(everybody.grad[packs[0]])
+        vectors.backward(everybody.grad[turns[0]])
         return float(loss.detach())
     randomness: list[_Randomness] = []
     parts = [torch.empty(0, trainee.encoder.dim, device=trainee.device)]
     with torch.no_grad():
-        for pack in packs:
+        for turn in turns:
             randomness.append(_Randomness(trainee.device))
-            parts.append(trainee.vectors([prompts[i] for i in pack]))
-    # What each process has lies in the order of its packs; everybody's in the order of the prompts.
-    everybody = processes.gather(torch.cat(parts), [i for pack in packs for i in pack], len(prompts)).requires_grad_()
+            parts.append(trainee.vectors_of(prompts, turn))
+    # What each process has lies in the order of its turns; everybody's in the order of the prompts.
+    everybody = gather(torch.cat(parts), [i for turn in turns for i in turn], len(prompts)).requires_grad_()
     loss = loss_of(everybody)
     loss.backward()
     assert everybody.grad is not None
-    for pack, random in zip(packs, randomness, strict=True):
+    for turn, random in zip(turns, randomness, strict=True):
         with random.again():
-            trainee.vectors([prompts[i] for i in pack]).backward(everybody.grad[pack])
+            trainee.vectors_of(prompts, turn).backward(everybody.grad[turn])
     return float(loss.detach())
 
 
