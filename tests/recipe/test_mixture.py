@@ -92,10 +92,21 @@ def test_every_row_comes_once_per_epoch(stream: bool, buffer: int, folder: Path)
 def test_a_label_gives_a_positive_of_the_same_label(folder: Path) -> None:
     labels = {f"a text number {i}": f"label {i % 3}" for i in range(23)}
     examples = [
-        e for b in islice(mixture(recipe({"name": "a", "label": "label"}), folder).batches(), 20) for e in b.examples
+        e for b in islice(mixture(recipe({"name": "a", "label": "label"}), folder).batches(), 200) for e in b.examples
     ]
     assert all(e.positive is not None and labels[e.query] == labels[e.positive] == e.label for e in examples)
     assert len({(e.query, e.positive) for e in examples}) > 60
+    assert all(e.query != e.positive for e in examples)
+    # In eighty epochs a text meets every other one of its label.
+    partners = Counter(e.positive for e in examples if e.query == "a text number 0")
+    assert set(partners) == {f"a text number {i}" for i in range(3, 23, 3)}
+
+
+def test_a_text_alone_with_its_label_is_its_own_positive(tmp_path: Path) -> None:
+    (tmp_path / "c.tsv").write_text("text\tlabel\none\tx\ntwo\ty\nthree\ty\n", encoding="utf-8")
+    batch = next(mixture(recipe({"name": "c", "label": "label"}), tmp_path).batches())
+    found = {(e.query, e.positive) for e in batch.examples}
+    assert found == {("one", "one"), ("two", "three"), ("three", "two")}
 
 
 def test_a_stream_leaves_evaluation_texts_out(folder: Path) -> None:

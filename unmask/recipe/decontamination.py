@@ -1,11 +1,12 @@
 """Keeping evaluation texts out of the training data.
 
 A training text is refused if it is an evaluation text, or shares a run of words with one. Texts are compared as bare
-lowercase words, so that case, punctuation and tokenisation marks do not hide a copy.
+lowercase words, so that case, accents, punctuation and tokenisation marks do not hide a copy.
 """
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,9 @@ import numpy as np
 from unmask.recipe.rows import FORMATS, BadRows, read_rows
 
 _WORDS = re.compile(r"[^\W_]+")
+_APOSTROPHES = re.compile("['\u2018\u2019\u02bc`\u00b4]")
+# The Penn treebank cuts "don't" into "do n't" and "it's" into "it 's".
+_CUT = re.compile(r"\s+(?=n't\b|'(?:s|m|d|t|re|ve|ll)\b)")
 _ENDINGS = tuple(f".{kind}" for kind in FORMATS)
 # Bracket marks of the Penn treebank, which some corpora carry as words.
 _MARKS = frozenset(("lrb", "rrb", "lsb", "rsb", "lcb", "rcb"))
@@ -22,10 +26,14 @@ _MARKS = frozenset(("lrb", "rrb", "lsb", "rsb", "lcb", "rcb"))
 def words_of(text: str) -> list[str]:
     """Lowercase words without punctuation.
 
-    >>> words_of("The AFC -LRB- American -RRB- champion's 24-10 win.")
-    ['the', 'afc', 'american', 'champion', 's', '24', '10', 'win']
+    >>> words_of("The AFC -LRB- American -RRB- champion 's 24-10 win: Beyonc\u00e9 did n\u2019t sing.")
+    ['the', 'afc', 'american', 'champions', '24', '10', 'win', 'beyonce', 'didnt', 'sing']
     """
-    return [word for word in _WORDS.findall(text.lower()) if word not in _MARKS]
+    if not text.isascii():
+        text = _APOSTROPHES.sub("'", text)
+        text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    text = _CUT.sub("", text.lower()).replace("'", "")
+    return [word for word in _WORDS.findall(text) if word not in _MARKS]
 
 
 class Held:

@@ -135,7 +135,7 @@ def add_lora(decoder: Decoder, lora: Lora, dtype: torch.dtype, apart: bool = Fal
     decoder.requires_grad_(False)
     adapted: list[LoraLinear] = []
     for index, layer in enumerate(decoder.layers):
-        for field, parts in _parts(decoder.shape, index, lora.targets).items():
+        for field, parts in parts_of(decoder.shape, index, lora.targets).items():
             # Built before the decoder is rounded: W0 stays as the checkpoint has it.
             adapted.append(LoraLinear(getattr(layer, field), parts, lora, dtype, apart))
             setattr(layer, field, None)
@@ -150,7 +150,7 @@ def add_lora(decoder: Decoder, lora: Lora, dtype: torch.dtype, apart: bool = Fal
     return adapted
 
 
-def _parts(shape: Shape, index: int, targets: list[str]) -> dict[str, list[tuple[str, int, int]]]:
+def parts_of(shape: Shape, index: int, targets: list[str]) -> dict[str, list[tuple[str, int, int]]]:
     """For each of our fused layers in a block, the targeted hub modules in it: name, first row, one past the last."""
     query, value = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     sizes = {

@@ -27,9 +27,10 @@ from unmask.checkpoint.tensors import TensorSource
 from unmask.encoder.architectures import shape_of
 from unmask.errors import AdapterMismatch, CheckpointError, UsageError
 from unmask.home import written_whole
-from unmask.recipe.lora import _parts
+from unmask.recipe.lora import parts_of
 from unmask.recipe.model_folder import DTYPES, Settings, require_new, write_folder, write_model
 from unmask.recipe.recipe import Recipe
+from unmask.recipe.trainee import adapter_base
 
 __all__ = ["Factors", "average", "compress", "interpolate", "merge_adapters", "stack", "weighted_sum", "write_model"]
 
@@ -336,13 +337,11 @@ def _factors_of_state(step: Path) -> Factors:
     scale = recipe.lora.alpha / recipe.lora.rank
     halves: dict[str, tuple[Tensor, Tensor]] = {}
     for index in range(shape.layers):
-        for field, modules in _parts(shape, index, recipe.lora.targets).items():
+        for field, modules in parts_of(shape, index, recipe.lora.targets).items():
             down = parameters[f"layers.{index}.{field}.down"].split(recipe.lora.rank)
             for place, (module, _, _) in enumerate(modules):
                 halves[module] = down[place], scale * parameters[f"layers.{index}.{field}.up.{place}"]
-    from unmask.recipe.train import _adapter_base  # which imports from here
-
-    return Factors(str(step), _adapter_base(recipe), halves)
+    return Factors(str(step), adapter_base(recipe), halves)
 
 
 def _same_model(a: str | None, b: str | None) -> bool:

@@ -75,10 +75,10 @@ class Mixture:
         if source.stream:
             yield from self._streamed(source, seed)
         examples = self._sets[source.name].train
-        by_label: dict[str, list[Example]] = {}
-        for example in examples:
+        by_label: dict[str, list[int]] = {}
+        for index, example in enumerate(examples):
             if example.label is not None:
-                by_label.setdefault(example.label, []).append(example)
+                by_label.setdefault(example.label, []).append(index)
         epoch = 0
         while True:
             generator = np.random.default_rng([*seed, epoch])
@@ -87,10 +87,12 @@ class Mixture:
                 if example.label is None:
                     yield example
                     continue
-                # A text of the same label; the loss does not count a text as its own negative.
-                others = by_label[example.label]
-                other = others[generator.integers(len(others))]
-                yield Example(example.query, other.query, (), example.label)
+                # Another text of the same label: the last one stands in for the text itself. One that is alone with
+                # its label is its own positive, and the loss never counts it as a negative.
+                same = by_label[example.label]
+                drawn = same[generator.integers(max(1, len(same) - 1))]
+                other = same[-1] if drawn == index else drawn
+                yield Example(example.query, examples[other].query, (), example.label)
             epoch += 1
 
     def _streamed(self, source: Source, seed: list[int]) -> Iterator[Example]:

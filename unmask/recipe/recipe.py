@@ -110,7 +110,7 @@ class Optimiser(Struct, forbid_unknown_fields=True, kw_only=True):
     Attributes:
         lr: the highest learning rate.
         schedule: after the warm-up: linear or cosine to `final_share` of lr, constant, or wsd (constant, then linear
-            over the last `decay_share` of the steps; arXiv 2404.06395).
+            over the last `decay_share` of the steps after the warm-up; arXiv 2404.06395).
         warmup: steps from zero to lr.
         total_steps: steps that the schedule is computed over; left out: the run's.
         clip: largest gradient norm; 0 for no limit.

@@ -20,8 +20,6 @@ import msgspec
 import numpy as np
 import torch
 
-from unmask.checkpoint.resolve import resolve
-from unmask.checkpoint.shipped import SHIPPED
 from unmask.errors import UsageError
 from unmask.evaluate.cache import VectorCache
 from unmask.evaluate.contenders import open_contender
@@ -37,7 +35,7 @@ from unmask.recipe.objectives import Teacher, objective_for
 from unmask.recipe.recipe import Recipe
 from unmask.recipe.run_folder import RunFolder, description_of
 from unmask.recipe.sharding import whole
-from unmask.recipe.trainee import Trainee, choose_device, starting_adapter
+from unmask.recipe.trainee import Trainee, adapter_base, choose_device, starting_adapter
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ def train(
             recipe = msgspec.structs.replace(recipe, steps=min(recipe.steps, mixture.steps_of(recipe.epochs_at_most)))
         dev = DevSets(recipe, sets, data)
 
-        base = _adapter_base(recipe)
+        base = adapter_base(recipe)
 
         def keep(name: str) -> Path:
             return _write_result(output / name, trainee, recipe, base)
@@ -153,20 +151,6 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
 def _completed(stored: dict[str, Any]) -> dict[str, Any]:
     """A stored recipe with the fields that have come since it was written, at their defaults."""
     return _plain(msgspec.convert(stored, Recipe))
-
-
-def _adapter_base(recipe: Recipe) -> str:
-    """What the trained adapter names as its base, so that its own name is enough to load it.
-
-    That is the last adapter below it, where that one leads to all the others; else the decoder.
-    """
-    name = recipe.base
-    if recipe.adapters:
-        whole, last = resolve(recipe.base, recipe.adapters), resolve(recipe.adapters[-1])
-        if (whole.base, whole.adapters) == (last.base, last.adapters):
-            name = recipe.adapters[-1]
-    path = Path(name).expanduser()
-    return str(path.absolute()) if name not in SHIPPED and path.exists() else name
 
 
 def _write_result(folder: Path, trainee: Trainee, recipe: Recipe, base: str) -> Path:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from unmask.checkpoint.adapter import Adapter
 from unmask.checkpoint.resolve import resolve
+from unmask.checkpoint.shipped import SHIPPED
 from unmask.encoder import Encoder
 from unmask.encoder.decoder import Decoder, Layer
 from unmask.encoder.pooling import pool
@@ -139,6 +141,20 @@ class Trainee:
         if self.adapted or self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
+
+
+def adapter_base(recipe: Recipe) -> str:
+    """What the trained adapter names as its base, so that its own name is enough to load it.
+
+    That is the last adapter below it, where that one leads to all the others; else the decoder.
+    """
+    name = recipe.base
+    if recipe.adapters:
+        whole, last = resolve(recipe.base, recipe.adapters), resolve(recipe.adapters[-1])
+        if (whole.base, whole.adapters) == (last.base, last.adapters):
+            name = recipe.adapters[-1]
+    path = Path(name).expanduser()
+    return str(path.absolute()) if name not in SHIPPED and path.exists() else name
 
 
 def starting_adapter(recipe: Recipe) -> Adapter:
