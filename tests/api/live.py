@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import http.client
+import itertools
 import json
 import socket
 import threading
@@ -20,6 +21,7 @@ from unmask.api import ServeSettings, create_app
 from unmask.api.server import Server, base_url, listen, serve_models
 from unmask.router import Models
 
+_FRESH = itertools.count()
 KEY = "sk-test-0123456789abcdef0123456789"
 
 
@@ -107,7 +109,8 @@ class Service:
 
     @property
     def long_work(self) -> dict[str, Any]:
-        return {"model": self.model, "input": ["some words " * 40] * 1000}
+        # No two alike, today or the next time: what the server knows already would be no work.
+        return {"model": self.model, "input": [f"{next(_FRESH)} " + "some words " * 40 for _ in range(1000)]}
 
     def metric(self, start: str) -> float:
         """A counter of the server's, by its name and labels; their sum if `start` fits several."""

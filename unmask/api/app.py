@@ -97,6 +97,7 @@ class _Pages:
             if served.state == "ready":
                 engine = await served.engine()
                 self.metrics.waiting(served.record.id, engine.waiting_tokens())
+                self.metrics.reused(served.record.id, engine.reused)
         return Response(self.metrics.exposition(), headers={"content-type": CONTENT_TYPE})
 
     async def index(self, request: Request) -> Response:

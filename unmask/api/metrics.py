@@ -31,6 +31,12 @@ class Metrics:
             ["model"],
             registry=self._registry,
         )
+        self._reused = Gauge(
+            "unmask_reused_inputs",
+            "Inputs answered without computing them again, since the model was loaded",
+            ["model"],
+            registry=self._registry,
+        )
         prometheus_client.ProcessCollector(registry=self._registry)
 
     def request(self, route: str, status: int, seconds: float) -> None:
@@ -45,6 +51,10 @@ class Metrics:
     def waiting(self, model: str, count: int) -> None:
         """Set how many tokens wait for a model."""
         self._waiting.labels(model).set(count)
+
+    def reused(self, model: str, count: int) -> None:
+        """Set how many inputs a model has answered from what it computed before."""
+        self._reused.labels(model).set(count)
 
     def exposition(self) -> bytes:
         """All of it in Prometheus' text format."""

@@ -159,7 +159,9 @@ def serve(settings: ServeSettings) -> int:
         sys.stderr.write(f"cannot listen on {settings.host} port {settings.port}: {reason}. Choose another port.\n")
         return 1
     with listener:
-        models = Models(settings.models, warm=settings.warm, queue_tokens=settings.queue_tokens)
+        models = Models(
+            settings.models, warm=settings.warm, queue_tokens=settings.queue_tokens, cache_bytes=settings.cache_bytes
+        )
         stopping = threading.Event()
         app = create_app(models, settings, stopping)
         server = Server(app, settings, stopping, lambda: _announce(listener, models, settings))

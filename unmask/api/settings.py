@@ -25,6 +25,7 @@ class ServeSettings:
         max_request_tokens: tokens of all inputs of a request together.
         max_request_characters: the same before tokenising, which no single call may make take minutes.
         queue_tokens: tokens that may wait in each model's engine.
+        cache_bytes: memory of each model for vectors of inputs that were asked for before; 0 for none.
         log_level: debug, info, warning or error.
         shutdown_grace_s: time that accepted requests have left after SIGTERM.
 
@@ -45,6 +46,7 @@ class ServeSettings:
     max_request_tokens: int = 300_000
     max_request_characters: int = 8_000_000
     queue_tokens: int = 262_144
+    cache_bytes: int = 64_000_000
     log_level: str = "info"
     shutdown_grace_s: float = 30
 
@@ -52,8 +54,10 @@ class ServeSettings:
         if not 0 <= self.port <= 65535:
             raise UsageError(f"port {self.port}: choose 0 to 65535")
         for name, value in vars(self).items():
-            if isinstance(value, int | float) and name != "port" and value <= 0:
+            if isinstance(value, int | float) and name not in ("port", "cache_bytes") and value <= 0:
                 raise UsageError(f"{name}={value}: must be greater than 0")
+        if self.cache_bytes < 0:
+            raise UsageError(f"cache_bytes={self.cache_bytes}: must be 0 (no cache) or greater")
         if self.log_level not in LOG_LEVELS:
             raise UsageError(f"log_level={self.log_level!r}: choose one of {', '.join(LOG_LEVELS)}")
         if not all(key.isascii() and key.isprintable() and key and " " not in key for key in self.api_keys):

@@ -20,6 +20,7 @@ def serve(
     request_timeout: Annotated[float, Parameter(group=_LIMITS)] = 60.0,
     body_limit_mb: Annotated[float, Parameter(group=_LIMITS)] = 32.0,
     queue_tokens: Annotated[int, Parameter(group=_LIMITS)] = 262_144,
+    cache_mb: Annotated[float, Parameter(group=_LIMITS)] = 64.0,
     log_level: Literal["debug", "info", "warning", "error"] = "info",
 ) -> int:
     """Answer POST /v1/embeddings for one or more models.
@@ -43,6 +44,8 @@ def serve(
         Largest request body, in megabytes.
     queue_tokens
         Tokens that may wait per model before requests are refused with 429.
+    cache_mb
+        Memory per model, in megabytes, for vectors of inputs that were asked for before; 0 for none.
     log_level
         What is logged to stderr.
     """
@@ -61,6 +64,7 @@ def serve(
             request_timeout_s=request_timeout,
             body_limit_bytes=int(body_limit_mb * 1_000_000),
             queue_tokens=queue_tokens,
+            cache_bytes=int(cache_mb * 1_000_000),
             log_level=log_level,
         )
     )

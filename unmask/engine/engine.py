@@ -17,6 +17,7 @@ from unmask.encoder.packing import pack_budget
 from unmask.encoder.prompt import DefaultPrompts
 from unmask.engine import queue
 from unmask.engine.queue import FairQueue
+from unmask.engine.recent import RecentVectors, key_of
 from unmask.errors import DeadlineExceeded, EngineError, EngineStopped, InputError, Overloaded
 
 log = logging.getLogger("unmask")
@@ -38,11 +39,19 @@ class Engine:
         encoder: the loaded model.
         queue_tokens: tokens that may wait; beyond it requests are refused, not queued.
         pack_tokens: most tokens of one forward; halved when memory runs out.
+        cache_bytes: memory for vectors of prompts that were asked for before; 0 for none.
+
+    Attributes:
+        reused: prompts that were answered without a forward.
     """
 
-    def __init__(self, encoder: Encoder, *, queue_tokens: int = 262_144, pack_tokens: int = 16_384) -> None:
+    def __init__(
+        self, encoder: Encoder, *, queue_tokens: int = 262_144, pack_tokens: int = 16_384, cache_bytes: int = 0
+    ) -> None:
         self.encoder = encoder
         self.tokens_per_second: float | None = None
+        self.reused = 0
+        self._recent = RecentVectors(cache_bytes) if cache_bytes else None
         self._queue_tokens, self._pack_tokens = queue_tokens, pack_tokens
         self._queue = FairQueue()
         self._changed = threading.Condition()
@@ -79,18 +88,48 @@ class Engine:
             raise InputError("token ids cannot be given in reference mode, which reads text only")
         return prompts.build_from_ids([ids for ids in texts if not isinstance(ids, str)], instruction, truncate)
 
-    async def run(self, prompts: Sequence[Prompt], *, deadline: float | None = None, caller: str = "") -> np.ndarray:
+    async def run(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        deadline: float | None = None,
+        caller: str = "",
+        afresh: bool = False,
+    ) -> np.ndarray:
         """Vectors of prompts, float32 [n, dim], in their order. All or nothing.
+
+        A prompt that was asked for before, or comes twice, is computed once; a text has one vector.
 
         Args:
             deadline: `time.monotonic()` by which the caller wants them.
             caller: whose work this is; callers share the model equally. Empty: this request alone.
+            afresh: compute all of them, whatever is known.
 
         Raises:
             Overloaded: admitting it would overfill the queue or miss its deadline; carries `retry_after`.
             DeadlineExceeded: the deadline passed while it waited.
             EngineStopped: the engine is closing.
         """
+        if self._recent is None or afresh:
+            return await self._compute(prompts, deadline, caller)
+        vectors = np.empty((len(prompts), self.encoder.dim), dtype=np.float32)
+        missing: dict[bytes, list[int]] = {}
+        for place, prompt in enumerate(prompts):
+            key = key_of(prompt)
+            known = self._recent.get(key)
+            if known is None:
+                missing.setdefault(key, []).append(place)
+            else:
+                vectors[place] = known
+        self.reused += len(prompts) - len(missing)
+        if missing:
+            computed = await self._compute([prompts[places[0]] for places in missing.values()], deadline, caller)
+            for (key, places), vector in zip(missing.items(), computed, strict=True):
+                vectors[places] = vector
+                self._recent.put(key, vector)
+        return vectors
+
+    async def _compute(self, prompts: Sequence[Prompt], deadline: float | None, caller: str) -> np.ndarray:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
 

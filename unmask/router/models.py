@@ -28,12 +28,12 @@ _RETRY_FAILED_SECONDS = 60.0
 class ServedModel:
     """One model id, from cold to ready."""
 
-    def __init__(self, source: str, queue_tokens: int) -> None:
+    def __init__(self, source: str, queue_tokens: int, cache_bytes: int = 0) -> None:
         self.source = source
         self.record: Record = record_for(source)
         self.state: State = "cold"
         self.reason = ""
-        self._queue_tokens = queue_tokens
+        self._queue_tokens, self._cache_bytes = queue_tokens, cache_bytes
         self._engine: Engine | None = None
         self._loading: asyncio.Task[None] | None = None
         self._expected: np.ndarray | None = None
@@ -77,7 +77,8 @@ class ServedModel:
             return verdict
         try:
             prompts = await self._engine.prepare([self._canary_text()])
-            vector = (await self._engine.run(prompts, deadline=time.monotonic() + 60.0, caller="canary"))[0]
+            deadline = time.monotonic() + 60.0
+            vector = (await self._engine.run(prompts, deadline=deadline, caller="canary", afresh=True))[0]
             verdict = _compare(vector, self._expected)
         except EngineError as error:
             verdict = str(error)
@@ -105,7 +106,7 @@ class ServedModel:
             log.exception("%s could not be loaded", self.record.id)
             return
         self.record, self._expected = record, expected
-        self._engine = Engine(encoder, queue_tokens=self._queue_tokens)
+        self._engine = Engine(encoder, queue_tokens=self._queue_tokens, cache_bytes=self._cache_bytes)
         self._load_seconds = time.monotonic() - began
         self._set("ready")
         log.info("%s is ready after %.1f s", record.id, self._load_seconds)
@@ -143,13 +144,21 @@ class Models:
         names: ids, folders or files, as given on the command line; the first is listed first.
         warm: those to load at start rather than on first use.
         queue_tokens: per model, tokens that may wait.
+        cache_bytes: per model, memory for vectors of inputs that were asked for before.
 
     Raises:
         UsageError: two models would answer to the same name, or a warm one is not among them.
     """
 
-    def __init__(self, names: Sequence[str], *, warm: Sequence[str] = (), queue_tokens: int = 262_144) -> None:
-        self._models = [ServedModel(name, queue_tokens) for name in dict.fromkeys(names)]
+    def __init__(
+        self,
+        names: Sequence[str],
+        *,
+        warm: Sequence[str] = (),
+        queue_tokens: int = 262_144,
+        cache_bytes: int = 0,
+    ) -> None:
+        self._models = [ServedModel(name, queue_tokens, cache_bytes) for name in dict.fromkeys(names)]
         self._by_id: dict[str, ServedModel] = {}
         for model in self._models:
             for known in (model.record.id, *model.record.aliases):
