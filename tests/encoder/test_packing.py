@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from unmask import Encoder
 from unmask.encoder.cores import each_on_a_core
-from unmask.encoder.packing import pack, pack_budget
+from unmask.encoder.packing import CORE_TOKENS, pack, pack_budget
 
 
 @given(lengths=st.lists(st.integers(1, 600), max_size=80), budget=st.integers(1, 1000))
@@ -26,7 +26,7 @@ def test_every_sequence_is_in_one_pack(lengths: list[int], budget: int) -> None:
 @given(tokens=st.integers(0, 1_000_000))
 def test_a_budget_shares_the_work(tokens: int) -> None:
     budget = pack_budget(tokens, "cpu")
-    assert 256 <= budget <= 1024 or tokens == 0
+    assert 256 <= budget <= CORE_TOKENS
 
 
 def test_threads_are_as_before_even_after_an_error() -> None:
