@@ -7,7 +7,7 @@ from typing import Literal
 from starlette.datastructures import QueryParams
 
 from unmask.api.errors import ApiError
-from unmask.catalogue.figures import SUITES
+from unmask.catalogue.figures import SUITES, Figures
 from unmask.catalogue.measurement import LOCAL, MTEB, Measurement, Origin
 from unmask.evaluate.report import wording
 from unmask.evaluate.report.story import CATEGORY_NAMES
@@ -36,7 +36,8 @@ class Row:
 
     @property
     def differs(self) -> bool:
-        return len({cell.text for cell in self.cells}) > 1
+        """Whether two known values are different; one that is not known differs from nothing."""
+        return len({cell.text for cell in self.cells if cell.text}) > 1
 
     @property
     def known(self) -> bool:
@@ -68,7 +69,6 @@ def chosen_ids(params: QueryParams) -> list[str]:
 def compare(models: Sequence[Shown]) -> list[Section]:
     """The sections of a comparison; rows that nobody has a value for are left out."""
     records = [shown.record for shown in models]
-    figures = [shown.figures for shown in models]
     sections = [
         Section(
             "What they are",
@@ -82,7 +82,7 @@ def compare(models: Sequence[Shown]) -> list[Section]:
                 _numbers("Dimensions", [r.dimensions for r in records], wording.count, "neither"),
                 _texts("Shorter vectors", [", ".join(map(str, record.matryoshka)) for record in records]),
                 _numbers("Tokens per text", [r.max_tokens for r in records], wording.count, "higher"),
-                _numbers("Context of the architecture", [r.context for r in records], wording.count, "higher"),
+                _numbers("Context of the architecture", [r.context for r in records], wording.count, "neither"),
                 _texts("Pooling", [record.pooling for record in records]),
                 _texts("Query instruction", [record.query_instruction or "none" for record in records]),
                 _texts("Languages", [", ".join(record.languages) for record in records]),
@@ -103,15 +103,7 @@ def compare(models: Sequence[Shown]) -> list[Section]:
             _suite(models, LOCAL, "measured"),
         ),
         Section("Word level", "Accuracy of a linear probe on the frozen model.", _words(models)),
-        Section(
-            "Speed and memory, measured here",
-            _one_run([f.texts_per_second for f in figures]),
-            [
-                _numbers("Texts per second", [_value(f.texts_per_second) for f in figures], wording.count, "higher"),
-                _numbers("Tokens per second", [_value(f.tokens_per_second) for f in figures], wording.count, "higher"),
-                _numbers("Peak memory", [_value(f.peak_memory) for f in figures], _bytes, "lower"),
-            ],
-        ),
+        _speed([shown.figures for shown in models]),
     ]
     kept = [Section(s.title, s.note, [row for row in s.rows if row.known]) for s in sections]
     return [section for section in kept if section.rows]
@@ -140,6 +132,32 @@ def _words(models: Sequence[Shown]) -> list[Row]:
     ]
 
 
+def _speed(figures: Sequence[Figures]) -> Section:
+    """Speeds and memory. Of several runs none is best: their machines were not the same, or not equally busy."""
+    timed = [f.texts_per_second for f in figures]
+    runs = {(m.hardware, m.command, m.on) for m in timed if m}
+    one = len(runs) == 1
+    note = (
+        "".join(f"On {hardware}, in one run." for hardware, _, _ in runs)
+        if one
+        else ("Not measured in one run, so these speeds cannot be compared.")
+    )
+    return Section(
+        "Speed and memory, measured here",
+        note,
+        [
+            _numbers("Texts per second", [_value(m) for m in timed], wording.count, "higher" if one else "neither"),
+            _numbers(
+                "Tokens per second",
+                [_value(f.tokens_per_second) for f in figures],
+                wording.count,
+                "higher" if one else "neither",
+            ),
+            _numbers("Peak memory", [_value(f.peak_memory) for f in figures], _bytes, "lower" if one else "neither"),
+        ],
+    )
+
+
 def _texts(label: str, values: Sequence[str | None]) -> Row:
     return Row(label, [Cell(value or "") for value in values])
 
@@ -158,10 +176,3 @@ def _bytes(value: float | None) -> str:
 
 def _value(measurement: Measurement | None) -> float | None:
     return measurement.value if measurement else None
-
-
-def _one_run(timed: Sequence[Measurement | None]) -> str:
-    runs = {(m.hardware, m.command) for m in timed if m}
-    if len(runs) > 1:
-        return "Not in one run: the machines differ, and so the speeds cannot be compared."
-    return "".join(f"On {hardware}, in one run." for hardware, _ in runs)

@@ -2,7 +2,8 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from unmask.catalogue.measurement import Measurement
 from unmask.evaluate.report.charts import Point, Scatter, scatters
@@ -12,14 +13,18 @@ from unmask.web.shown import Shown, source_key
 _COLOURS = {"live": 0, "deprecated": 0, "reference": 2}
 _SOON = 1
 
+# Beyond these a chart says nothing more: the best are drawn, and the best of those have their names.
+_DRAWN, _NAMED = 60, 10
+
 
 @dataclass(frozen=True)
 class Plot:
-    """A chart, and how many of the models it cannot show."""
+    """A chart. `missing` models lack a value for it; `beyond` have one, but are not among the best."""
 
     drawings: list[Scatter]
     drawn: int
     missing: int
+    beyond: int = 0
     example: Measurement | None = None
 
 
@@ -56,8 +61,16 @@ def colour(shown: Shown) -> int:
 
 
 def _plot(points: list[Point], x: str, y: str, total: int, example: Measurement | None) -> Plot:
-    drawings = scatters(points, x, y, beside=True) if len(points) > 1 else []
-    return Plot(drawings, len(points), total - len(points), example)
+    best = sorted(points, key=lambda point: -point.y)[:_DRAWN]
+    # Those without a name are dots: keeping names clear of sixty coloured points takes longer than a page may.
+    named = tuple(p if at < _NAMED else replace(p, label="", index=None) for at, p in enumerate(best))
+    drawings = _laid_out(named, x, y) if len(named) > 1 else []
+    return Plot(drawings, len(named), total - len(points), len(points) - len(named), example)
+
+
+@lru_cache(maxsize=64)
+def _laid_out(points: tuple[Point, ...], x: str, y: str) -> list[Scatter]:
+    return scatters(points, x, y, beside=True)
 
 
 def _run(shown: Shown) -> tuple[object, ...]:

@@ -82,15 +82,18 @@ class Step:
 
 
 def pipeline(shown: Shown) -> list[Step]:
-    """The stages up to live, and those after it only if the model has got there."""
+    """The stages from the first one on record up to live, and those after it only if the model has got there."""
     standing = shown.standing
     if standing == "reference":
         return []
     here = STATUSES.index(standing)
+    history = shown.record.history
+    first = min([here, *(STATUSES.index(event.status) for event in history)])
     last = max(here, STATUSES.index("live"))
     return [
         Step(status, "past" if at < here else "here" if at == here else "ahead", MEANING[status])
         for at, status in enumerate(STATUSES[: last + 1])
+        if at >= first
     ]
 
 

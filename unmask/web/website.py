@@ -448,7 +448,7 @@ def _side_by_side(published: SuiteScores | None, measured: SuiteScores | None) -
     return rows
 
 
-def _related(shown: Shown, models: Sequence[Shown], most: int = 4) -> list[Shown]:
+def _related(shown: Shown, models: Sequence[Shown], most: int = 3) -> list[Shown]:
     """The models that a visitor would look at next: made from the same base, by the same people, of a like size."""
     record = shown.record
 

@@ -65,7 +65,7 @@ def _environment() -> "Environment":
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
     except ImportError as error:
-        raise UsageError("reports need jinja2; install it with: pip install 'unmask[evaluate]'") from error
+        raise UsageError("reports need jinja2; install it with: pip install jinja2") from error
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=select_autoescape(enabled_extensions=("html.j2", "svg.j2"), default=False),
