@@ -11,7 +11,8 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from .conftest import COMING, DEFAULT, REFERENCE
 
 PAGES = ["/", "/models", "/models?q=zebra", f"/models/{COMING}", f"/models/{REFERENCE}", "/models/tiny_llama",
-         "/compare", f"/compare?models={DEFAULT},{REFERENCE},{COMING}", "/docs", "/status", "/playground", "/nothing"]  # fmt: skip
+         "/compare", f"/compare?models={DEFAULT},{REFERENCE},{COMING}", "/docs", "/status", "/playground",
+         "/nothing"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -104,7 +104,9 @@ def append_measurements(file: Path, measurements: Iterable[Measurement]) -> None
         raise StorageError(f"{file} cannot be written: {error.strerror or error}") from error
 
 
-def measurements_of(results: "Results", name: str, model: str, *, by: str, raw: str) -> list[Measurement]:
+def measurements_of(
+    results: "Results", name: str, model: str, *, by: str, raw: str, cost_note: str = ""
+) -> list[Measurement]:
     """What `unmask evaluate` found out about one model, each value with its provenance.
 
     Args:
@@ -113,6 +115,7 @@ def measurements_of(results: "Results", name: str, model: str, *, by: str, raw: 
         model: id of the record that the values belong to.
         by: who ran it.
         raw: where the results can be read.
+        cost_note: what a reader of the speeds and the memory should know, such as that the machine was busy.
 
     Raises:
         UsageError: no such model was evaluated.
@@ -155,7 +158,7 @@ def measurements_of(results: "Results", name: str, model: str, *, by: str, raw: 
         (PEAK_MEMORY, cost.peak_memory_bytes, "bytes"),
     )
     return found + [
-        Measurement(group=COST, what=what, value=round(value, 2), unit=unit, **shared)
+        Measurement(group=COST, what=what, value=round(value, 2), unit=unit, note=cost_note, **shared)
         for what, value, unit in amounts
         if value is not None
     ]

@@ -128,7 +128,10 @@ class Website:
             request,
             "home.html.j2",
             live=live,
-            soon=[shown for shown in models if shown.standing == "coming soon"],
+            soon=sorted(
+                (shown for shown in models if shown.standing == "coming soon"),
+                key=lambda shown: -(shown.figures.mteb or 0),
+            ),
             counted=len(models),
             measured=sum(len(shown.entry.measurements) for shown in models),
             first=first,
