@@ -4,7 +4,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unmask.errors import UsageError
 from unmask.evaluate.published import published_models
 from unmask.evaluate.report import charts, wording
 from unmask.evaluate.report.story import CATEGORY_NAMES, Story, comparable_tasks, tell
