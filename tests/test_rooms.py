@@ -9,7 +9,7 @@ from pathlib import Path
 import unmask
 
 # Top to bottom, as in docs/architecture.md. A room may import from those before it.
-ROOMS = ("checkpoint", "encoder", "evaluate", "recipe", "engine", "catalogue", "router", "api", "cli")
+ROOMS = ("checkpoint", "encoder", "evaluate", "recipe", "engine", "catalogue", "router", "api", "web", "cli")
 OPEN_TO_ALL = ("errors", "home", "__init__")
 PACKAGE = Path(unmask.__file__).parent
 

@@ -18,7 +18,9 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from unmask.api import ServeSettings, create_app
+from unmask.api.metrics import Metrics
 from unmask.api.server import Server, base_url, listen, serve_models
+from unmask.api.site import Site
 from unmask.router import Models
 
 _FRESH = itertools.count()
@@ -148,15 +150,17 @@ class LocalService(Service):
 
 
 @contextmanager
-def running(model: Path, **changes: Any) -> Iterator[LocalService]:
-    """A server in a thread, by default with a key, over one warmed model."""
+def running(
+    model: Path, build_site: Callable[[Models, ServeSettings, Metrics], Site] | None = None, **changes: Any
+) -> Iterator[LocalService]:
+    """A server in a thread, by default with a key and without pages, over one warmed model."""
     defaults: dict[str, Any] = {"port": 0, "models": (str(model),), "warm": (str(model),), "api_keys": (KEY,)}
     settings = ServeSettings(**defaults | changes)
     with ExitStack() as stack:
         listener = stack.enter_context(listen(settings.host, settings.port))
         models = Models(settings.models, warm=settings.warm, queue_tokens=settings.queue_tokens)
         stopping, ready = threading.Event(), threading.Event()
-        server = Server(create_app(models, settings, stopping), settings, stopping, ready.set)
+        server = Server(create_app(models, settings, stopping, build_site), settings, stopping, ready.set)
 
         def run() -> None:
             with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:

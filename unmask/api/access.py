@@ -2,7 +2,7 @@
 
 import hashlib
 import hmac
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from starlette.datastructures import Headers, QueryParams
 from starlette.types import Scope
@@ -20,9 +20,11 @@ class Gate:
 
     Args:
         api_keys: the keys that open it; with none, it is open.
+        public: whether a request needs no key in any case.
     """
 
-    def __init__(self, api_keys: Sequence[str]) -> None:
+    def __init__(self, api_keys: Sequence[str], public: Callable[[Scope], bool] = lambda scope: False) -> None:
+        self._public = public
         self._digests = [_digest(key) for key in api_keys]
 
     def admit(self, scope: Scope) -> str:
@@ -40,7 +42,7 @@ class Gate:
                 param=min(in_url),
                 code="key_in_url",
             )
-        if not self._digests or scope["path"] in PUBLIC_PATHS:
+        if not self._digests or scope["path"] in PUBLIC_PATHS or self._public(scope):
             peer = scope.get("client")
             return peer[0] if peer else ""
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")

@@ -2,12 +2,13 @@
 
 import asyncio
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route, Router
+from starlette.routing import Match, Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from unmask import __version__
@@ -19,24 +20,33 @@ from unmask.api.metrics import CONTENT_TYPE, Metrics
 from unmask.api.openapi import document
 from unmask.api.schema import Health, Index, Model, ModelList, Readiness
 from unmask.api.settings import ServeSettings
+from unmask.api.site import Site, asks_for_html
+from unmask.catalogue import Specification
 from unmask.router import Models, ServedModel
 
 # A canary that takes longer stands behind a stuck engine; a load balancer asks again in any case.
 _CANARY_TIMEOUT_S = 10
 
 
-def create_app(models: Models, settings: ServeSettings, stopping: threading.Event | None = None) -> ASGIApp:
+def create_app(
+    models: Models,
+    settings: ServeSettings,
+    stopping: threading.Event | None = None,
+    build_site: Callable[[Models, ServeSettings, Metrics], Site] | None = None,
+) -> ASGIApp:
     """The ASGI app over `models`, which the caller starts and closes.
 
     Args:
         models: what to serve.
         settings: limits and keys; its host and port do not matter here.
         stopping: to be set when the server begins to shut down.
+        build_site: makes the pages for people; without it there is only the API.
     """
     metrics = Metrics()
     stopping = stopping or threading.Event()
     embeddings = Embeddings(models, settings, metrics)
-    pages = _Pages(models, metrics, stopping)
+    site = build_site(models, settings, metrics) if build_site else None
+    pages = _Pages(models, metrics, stopping, site)
     openapi = document(secured=bool(settings.api_keys), body_limit=settings.body_limit_bytes)
 
     async def describe(request: Request) -> Response:
@@ -52,10 +62,27 @@ def create_app(models: Models, settings: ServeSettings, stopping: threading.Even
         Route("/openapi.json", describe),
         Route("/", pages.index),
     ]
+    own = list(routes)
+    if site is not None:
+        routes += site.routes
+
+    def public(scope: Scope) -> bool:
+        """Whether a page for people is asked for, or one that is not there: neither needs a key."""
+        if site is None or scope["path"] == "/":
+            return site is not None and asks_for_html(scope)
+        if any(route.matches(scope)[0] is not Match.NONE for route in own):
+            return False
+        return asks_for_html(scope) or any(route.matches(scope)[0] is Match.FULL for route in site.routes)
+
     # Starlette's redirects of trailing slashes would be built from the Host header, which anybody can set.
     router = Router(routes, redirect_slashes=False, default=_not_found)
     return Exchange(
-        router, {route.endpoint: route.path for route in routes}, Gate(settings.api_keys), metrics, stopping
+        router,
+        {route.endpoint: route.path for route in routes},
+        Gate(settings.api_keys, public),
+        metrics,
+        stopping,
+        site.error if site else None,
     )
 
 
@@ -66,6 +93,7 @@ class _Pages:
     models: Models
     metrics: Metrics
     stopping: threading.Event
+    site: Site | None
 
     async def models_list(self, request: Request) -> Response:
         entries = [_entry(served, id) for served in self.models.list() for id in _listed_ids(served)]
@@ -101,6 +129,8 @@ class _Pages:
         return Response(self.metrics.exposition(), headers={"content-type": CONTENT_TYPE})
 
     async def index(self, request: Request) -> Response:
+        if self.site is not None and asks_for_html(request.scope):
+            return await self.site.home(request)
         return _json(
             Index(
                 name="unmask",
@@ -128,7 +158,15 @@ def _listed_ids(served: ServedModel) -> list[str]:
 
 
 def _entry(served: ServedModel, id: str) -> Model:
-    fields = msgspec.structs.asdict(served.record) | {"id": id, "status": served.state}
+    record = served.record
+    until = record.history[-1].until if record.history else None
+    fields: dict[str, object] = {name: getattr(record, name) for name in Specification.__struct_fields__}
+    fields |= {
+        "id": id,
+        "status": served.state,
+        "lifecycle": record.status,
+        "shutdown_date": until.isoformat() if until else None,
+    }
     return msgspec.convert(fields, Model)
 
 

@@ -9,13 +9,14 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from unmask.api.access import Gate
@@ -41,16 +42,24 @@ class Exchange:
         gate: decides who may call.
         metrics: the counters.
         stopping: set once the server shuts down.
+        error_page: an error as a page, for requests that want one.
     """
 
     def __init__(
-        self, app: ASGIApp, routes: Mapping[Any, str], gate: Gate, metrics: Metrics, stopping: threading.Event
+        self,
+        app: ASGIApp,
+        routes: Mapping[Any, str],
+        gate: Gate,
+        metrics: Metrics,
+        stopping: threading.Event,
+        error_page: Callable[[Scope, ApiError], Response | None] | None = None,
     ) -> None:
         self._app = app
         self._routes = routes
         self._gate = gate
         self._metrics = metrics
         self._stopping = stopping
+        self._error_page = error_page
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -91,7 +100,8 @@ class Exchange:
             except Exception as error:  # noqa: BLE001 - whatever it is, there must be an answer and a log line
                 failure = _failure(error, scope)
             if failure is not None and not status:
-                await error_response(failure)(scope, receive, send_identified)
+                page = self._error_page(scope, failure) if self._error_page else None
+                await (page or error_response(failure))(scope, receive, send_identified)
             self._record(scope, status, started)
 
     def _record(self, scope: Scope, status: int, started: float) -> None:

@@ -56,6 +56,33 @@ class Metrics:
         """Set how many inputs a model has answered from what it computed before."""
         self._reused.labels(model).set(count)
 
+    def answered(self, route: str) -> dict[int, int]:
+        """How many requests a route answered since the start, by status."""
+        return {
+            int(sample.labels["status"]): int(sample.value)
+            for metric in self._requests.collect()
+            for sample in metric.samples
+            if sample.name.endswith("_total") and sample.labels["route"] == route
+        }
+
+    def within(self, route: str) -> list[tuple[float, int]]:
+        """How many requests of a route took no longer than so many seconds: (seconds, count), rising to infinity."""
+        return [
+            (float(sample.labels["le"]), int(sample.value))
+            for metric in self._seconds.collect()
+            for sample in metric.samples
+            if sample.name.endswith("_bucket") and sample.labels["route"] == route
+        ]
+
+    def encoded(self) -> dict[str, int]:
+        """Tokens turned into vectors since the start, by model."""
+        return {
+            sample.labels["model"]: int(sample.value)
+            for metric in self._tokens.collect()
+            for sample in metric.samples
+            if sample.name.endswith("_total")
+        }
+
     def exposition(self) -> bytes:
         """All of it in Prometheus' text format."""
         return prometheus_client.generate_latest(self._registry)

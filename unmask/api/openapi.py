@@ -8,7 +8,7 @@ from unmask import __version__
 from unmask.api.errors import ErrorEnvelope
 from unmask.api.schema import EmbeddingRequest, EmbeddingResponse, Health, Index, Model, ModelList, Readiness
 
-_ERRORS = {
+ERRORS = {
     400: "The request is wrong; the message names the field. Also for an API key in the URL.",
     401: "The API key is missing or wrong.",
     404: "No such model.",
@@ -76,7 +76,7 @@ def document(*, secured: bool, body_limit: int) -> dict[str, Any]:
         statuses = {400, 405, 500, *errors} | ({401} if secured and not public else set())
         responses = {"200": answer} | {
             str(status): _response(
-                _ERRORS[status].format(body_limit=body_limit),
+                ERRORS[status].format(body_limit=body_limit),
                 _json("ErrorEnvelope"),
                 (*_ON_ALL, "x-should-retry", *_ON_ERROR.get(status, ())),
             )

@@ -7,7 +7,7 @@ import msgspec
 from msgspec import Meta
 
 from unmask.api.errors import ApiError
-from unmask.catalogue import Record
+from unmask.catalogue import Specification, Status
 
 MAX_INPUTS = 2048
 
@@ -89,11 +89,13 @@ class EmbeddingResponse(msgspec.Struct, kw_only=True):
 ModelStatus = Literal["cold", "loading", "ready", "failed"]
 
 
-class Model(Record, kw_only=True, frozen=True):
-    """A catalogue record in the shape of OpenAI's model object."""
+class Model(Specification, kw_only=True, frozen=True):
+    """What the catalogue knows of a model that a caller needs, in the shape of OpenAI's model object."""
 
     object: Literal["model"] = "model"
     status: Annotated[ModelStatus, _doc("A cold model loads with its first request.")]
+    lifecycle: Annotated[Status | None, _doc("Where its catalogue record stands; null for none.")] = None
+    shutdown_date: Annotated[str | None, _doc("Last day on which a deprecated model answers.")] = None
 
 
 class ModelList(msgspec.Struct, kw_only=True):

@@ -19,7 +19,9 @@ from unmask.api.app import create_app
 from unmask.api.errors import ApiError, error_response
 from unmask.api.exchange import new_request_id
 from unmask.api.logs import configure_logging
+from unmask.api.metrics import Metrics
 from unmask.api.settings import ServeSettings
+from unmask.api.site import Site
 from unmask.router import Models
 
 # uvicorn's httptools parser takes headers of any size.
@@ -142,8 +144,12 @@ class Server(uvicorn.Server):
         return max(0.0, self._stopped_at + self._grace_s - time.monotonic())
 
 
-def serve(settings: ServeSettings) -> int:
+def serve(settings: ServeSettings, build_site: Callable[[Models, ServeSettings, Metrics], Site] | None = None) -> int:
     """Serve until SIGTERM or SIGINT.
+
+    Args:
+        settings: how.
+        build_site: makes the pages for people; without it there is only the API.
 
     Returns:
         The process's exit code: 0 after an orderly end, 1 if the address cannot be listened on.
@@ -163,7 +169,7 @@ def serve(settings: ServeSettings) -> int:
             settings.models, warm=settings.warm, queue_tokens=settings.queue_tokens, cache_bytes=settings.cache_bytes
         )
         stopping = threading.Event()
-        app = create_app(models, settings, stopping)
+        app = create_app(models, settings, stopping, build_site)
         server = Server(app, settings, stopping, lambda: _announce(listener, models, settings))
         with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
             runner.run(serve_models(models, server, listener))

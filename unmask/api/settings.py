@@ -1,9 +1,12 @@
 """`ServeSettings`: everything that can be set about the HTTP service, checked when it is made."""
 
 import ipaddress
+import re
 from dataclasses import dataclass, field
 
 from unmask.errors import UsageError
+
+_ADDRESS = re.compile(r"https?://[A-Za-z0-9.:\[\]-]+(/[\w./-]*)?")
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -28,6 +31,8 @@ class ServeSettings:
         cache_bytes: memory of each model for vectors of inputs that were asked for before; 0 for none.
         log_level: debug, info, warning or error.
         shutdown_grace_s: time that accepted requests have left after SIGTERM.
+        public_url: where visitors reach this server, for links and examples; left out, what their browsers say.
+        playground: whether visitors may try models on the pages; None for only where no key is needed.
 
     Raises:
         UsageError: a value is impossible, or the host is open to others and no key is set.
@@ -49,12 +54,15 @@ class ServeSettings:
     cache_bytes: int = 64_000_000
     log_level: str = "info"
     shutdown_grace_s: float = 30
+    public_url: str | None = None
+    playground: bool | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise UsageError(f"port {self.port}: choose 0 to 65535")
         for name, value in vars(self).items():
-            if isinstance(value, int | float) and name not in ("port", "cache_bytes") and value <= 0:
+            counts = isinstance(value, int | float) and not isinstance(value, bool)
+            if counts and name not in ("port", "cache_bytes") and value <= 0:
                 raise UsageError(f"{name}={value}: must be greater than 0")
         if self.cache_bytes < 0:
             raise UsageError(f"cache_bytes={self.cache_bytes}: must be 0 (no cache) or greater")
@@ -62,6 +70,10 @@ class ServeSettings:
             raise UsageError(f"log_level={self.log_level!r}: choose one of {', '.join(LOG_LEVELS)}")
         if not all(key.isascii() and key.isprintable() and key and " " not in key for key in self.api_keys):
             raise UsageError("an API key is empty or has characters that no HTTP header can carry")
+        if self.public_url is not None and not re.fullmatch(
+            r"https?://[A-Za-z0-9.:\[\]-]+(/[\w./-]*)?", self.public_url
+        ):
+            raise UsageError(f"public_url={self.public_url!r}: give an address such as https://embed.example.org")
         if not self.api_keys and not _is_loopback(self.host):
             raise UsageError(
                 f"host {self.host!r} can be reached from other machines and no API key is set: "

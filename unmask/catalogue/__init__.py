@@ -1,5 +1,24 @@
-"""One record per model: what it is, where it came from, how it wants to be asked."""
+"""One record per model: what it is, where it stands, how it wants to be asked, and what was measured of it."""
 
-from unmask.catalogue.record import Canary, Record, record_for, shipped_records
+from unmask.catalogue.catalogue import Catalogue, Entry, read_record, record_for, shipped_measurements, shipped_records
+from unmask.catalogue.lifecycle import STATUSES, Event, Status
+from unmask.catalogue.measurement import Measurement, append_measurements, measurements_of
+from unmask.catalogue.record import Canary, Record, Specification
 
-__all__ = ["Canary", "Record", "record_for", "shipped_records"]
+__all__ = [
+    "STATUSES",
+    "Canary",
+    "Catalogue",
+    "Entry",
+    "Event",
+    "Measurement",
+    "Record",
+    "Specification",
+    "Status",
+    "append_measurements",
+    "measurements_of",
+    "read_record",
+    "record_for",
+    "shipped_measurements",
+    "shipped_records",
+]

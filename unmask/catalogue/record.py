@@ -1,14 +1,14 @@
-"""The record of a model, and where records come from: TOML files that ship, or the model's own files."""
+"""The record of a model: what an engine needs to know of it, and what a person wants to know."""
 
 import base64
-import time
-import tomllib
-from functools import cache
-from importlib.resources import files
-from pathlib import Path
+import re
+from datetime import date
+from typing import Literal
 
 import msgspec
 import numpy as np
+
+from unmask.catalogue.lifecycle import Event, Status, check_history
 
 
 class Canary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -25,12 +25,13 @@ class Canary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return np.frombuffer(base64.b64decode(self.vector), dtype="<f2").astype(np.float32)
 
 
-class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is known of a model. None means not known; nothing here is guessed.
+class Specification(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a caller or an engine needs to know of a model. None means not known; nothing here is guessed.
 
     Attributes:
         id, aliases: names a request may use. One of them contains "embed", which some clients filter by.
         parameters: of the decoder, embedding included.
+        matryoshka: shorter lengths to which its vectors may be cut.
         max_tokens: longest sequence, everything counted.
         trained: False if the weights are a decoder's own, with no embedding training.
         created: Unix seconds.
@@ -60,33 +61,107 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     canary: Canary | None = None
 
 
-@cache
-def shipped_records() -> dict[str, Record]:
-    """Records that come with the package, by id."""
-    folder = files("unmask.catalogue").joinpath("records")
-    records = [
-        msgspec.convert(tomllib.loads(file.read_text(encoding="utf-8")), Record)
-        for file in sorted(folder.iterdir(), key=lambda file: file.name)
-        if file.name.endswith(".toml")
-    ]
-    return {record.id: _with_embed_alias(record) for record in records}
+class About(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Plain text; a blank line begins a paragraph. Empty where there is nothing to say."""
+
+    approach: str = ""
+    performance: str = ""
+    architecture: str = ""
 
 
-def record_for(name: str) -> Record:
-    """The record of a model named on the command line: shipped, or as much as its name says.
+class Question(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One entry of a model's FAQ."""
 
-    A local path is known to clients by its last part, so that no directory of this machine shows in a response.
+    question: str
+    answer: str
+
+
+class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A page elsewhere."""
+
+    title: str
+    url: str
+
+    def __post_init__(self) -> None:
+        if not is_web_address(self.url):
+            raise ValueError(f"the link {self.url!r} is no https address")
+
+
+class Downloads(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Downloads of the last month, as somebody counted them on a day."""
+
+    per_month: int
+    on: date
+    source: str
+
+
+class Price(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a million tokens cost, in whole billionths of a dollar.
+
+    Attributes:
+        tier: "standard", or a cheaper one that may wait.
+        estimated: proposed from measurements, and not yet charged to anybody.
     """
-    shipped = shipped_records().get(name)
-    if shipped is not None:
-        return shipped
-    path = Path(name).expanduser()
-    identity = path.name.removesuffix(".gguf") if path.exists() else name
-    owner = name.split("/", maxsplit=1)[0] if identity == name and "/" in name else "local"
-    return _with_embed_alias(Record(id=identity, name=identity, created=int(time.time()), owned_by=owner))
+
+    tier: str = "standard"
+    nanodollars_per_million_tokens: int
+    estimated: bool = False
+
+    def __post_init__(self) -> None:
+        if self.nanodollars_per_million_tokens < 0:
+            raise ValueError(f"the price {self.nanodollars_per_million_tokens} is below zero")
 
 
-def _with_embed_alias(record: Record) -> Record:
-    if any("embed" in known.lower() for known in (record.id, *record.aliases)):
-        return record
-    return msgspec.structs.replace(record, aliases=(*record.aliases, f"{record.id}-embed"))
+class Provider(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Somebody who serves the model under its id."""
+
+    name: str
+    since: date | None = None
+
+
+class Change(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Something about the record or the weights that became different."""
+
+    on: date
+    note: str
+
+
+class Record(Specification, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A catalogue entry. None and empty mean not known.
+
+    Attributes:
+        role: "reference" is a model that others are measured against and that this project does not serve.
+        context: longest sequence the architecture can attend to, where `max_tokens` is what is used of it.
+        base_licence: of the weights that the model was made from, where it is another one.
+        published, updated: by whoever made the model.
+        history: of its status, oldest first.
+    """
+
+    role: Literal["offered", "reference"] = "offered"
+    about: About = About()
+    best_for: tuple[str, ...] = ()
+    faq: tuple[Question, ...] = ()
+    languages: tuple[str, ...] = ()
+    context: int | None = None
+    base_licence: str | None = None
+    published: date | None = None
+    updated: date | None = None
+    downloads: Downloads | None = None
+    links: tuple[Link, ...] = ()
+    providers: tuple[Provider, ...] = ()
+    prices: tuple[Price, ...] = ()
+    history: tuple[Event, ...] = ()
+    changes: tuple[Change, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_history(self.history)
+
+    @property
+    def status(self) -> Status | None:
+        """Where its history has got to."""
+        return self.history[-1].status if self.history else None
+
+
+def is_web_address(text: str) -> bool:
+    """Whether a text may be the target of a link: https, and nothing that a browser would read as something else."""
+    return re.fullmatch(r"https://[A-Za-z0-9.-]+(:\d+)?(/[^\s\"'<>\\^`{|}]*)?", text) is not None

@@ -17,13 +17,15 @@ def serve(
     model: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     warm: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     api_key_file: str | None = None,
+    public_url: str | None = None,
+    playground: bool | None = None,
     request_timeout: Annotated[float, Parameter(group=_LIMITS)] = 60.0,
     body_limit_mb: Annotated[float, Parameter(group=_LIMITS)] = 32.0,
     queue_tokens: Annotated[int, Parameter(group=_LIMITS)] = 262_144,
     cache_mb: Annotated[float, Parameter(group=_LIMITS)] = 64.0,
     log_level: Literal["debug", "info", "warning", "error"] = "info",
 ) -> int:
-    """Answer POST /v1/embeddings for one or more models.
+    """Answer POST /v1/embeddings for one or more models, and show them on pages.
 
     Parameters
     ----------
@@ -38,6 +40,11 @@ def serve(
         Another model to load at start rather than on first use. May be repeated.
     api_key_file
         File with one API key per line; callers must present one as "Authorization: Bearer KEY".
+    public_url
+        Address under which visitors reach this server, for the links and examples on its pages.
+        Left out: what their browsers say.
+    playground
+        Whether visitors may try models on the pages. Left out: only where no key is needed.
     request_timeout
         Seconds a request may take when its client names no deadline.
     body_limit_mb
@@ -52,6 +59,7 @@ def serve(
     from unmask.api.server import serve as run_server
     from unmask.api.settings import ServeSettings
     from unmask.checkpoint.resolve import DEFAULT_MODEL
+    from unmask.web import website
 
     models = model or (DEFAULT_MODEL,)
     return run_server(
@@ -61,12 +69,15 @@ def serve(
             models=models,
             warm=(models[0], *warm),
             api_keys=_read_keys(api_key_file) if api_key_file else (),
+            public_url=public_url,
+            playground=playground,
             request_timeout_s=request_timeout,
             body_limit_bytes=int(body_limit_mb * 1_000_000),
             queue_tokens=queue_tokens,
             cache_bytes=int(cache_mb * 1_000_000),
             log_level=log_level,
-        )
+        ),
+        website,
     )
 
 

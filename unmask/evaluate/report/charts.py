@@ -129,7 +129,7 @@ def quality_and_speed(story: Story, *, beside: bool = False) -> list[Scatter]:
         if row.mean is not None and row.model.cost.texts_per_second
     ]
     tasks = wording.plural(len(story.common), "task")
-    return _scatters(points, "texts per second, here", f"mean of {tasks}", beside=beside) if len(points) > 1 else []
+    return scatters(points, "texts per second, here", f"mean of {tasks}", beside=beside) if len(points) > 1 else []
 
 
 def quality_and_size(story: Story) -> list[Scatter]:
@@ -149,7 +149,7 @@ def quality_and_size(story: Story) -> list[Scatter]:
         best = max(best, model.mean)
         points.append(Point(model.name, model.parameters or 0, model.mean, None, label))
     tasks = wording.plural(len(story.published_tasks), "task")
-    return _scatters(points, "parameters", f"mean of {tasks}", beside=True)
+    return scatters(points, "parameters", f"mean of {tasks}", beside=True)
 
 
 def shown(others: Sequence[PublishedModel], ours: Sequence[float]) -> list[PublishedModel]:
@@ -160,7 +160,14 @@ def shown(others: Sequence[PublishedModel], ours: Sequence[float]) -> list[Publi
     return [model for model in sized if model.mean >= floor]
 
 
-def _scatters(points: Sequence[Point], x_label: str, y_label: str, *, beside: bool) -> list[Scatter]:
+def scatters(points: Sequence[Point], x_label: str, y_label: str, *, beside: bool) -> list[Scatter]:
+    """The points on a logarithmic x axis, laid out for wide and for narrow screens.
+
+    Args:
+        points: at least one, with `x` above 0.
+        x_label, y_label: what the axes say; the x axis's unit stands before its first comma.
+        beside: whether the wide drawing shares its row with another one.
+    """
     wide = (_BESIDE, 380) if beside else (WIDE, 380)
     return [_scatter(points, x_label, y_label, *size) for size in (wide, (NARROW, 360))]
 

@@ -4,7 +4,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unmask.errors import UsageError
 from unmask.evaluate.published import published_models
 from unmask.evaluate.report import charts, wording
 from unmask.evaluate.report.story import CATEGORY_NAMES, Story, comparable_tasks, tell
@@ -27,7 +26,7 @@ def write_report(folder: Path, results: Results, *, published: Path | None = Non
             models on the tasks where the data is the same.
 
     Raises:
-        UsageError: there is nothing to report, the published scores cannot be read, or jinja2 is not installed.
+        UsageError: there is nothing to report or the published scores cannot be read.
         StorageError: the folder cannot be written.
     """
     others = []
@@ -62,10 +61,8 @@ def _drawn(story: Story) -> dict[str, object]:
 
 @cache
 def _environment() -> "Environment":
-    try:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
-    except ImportError as error:
-        raise UsageError("reports need jinja2; install it with: pip install 'unmask[evaluate]'") from error
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=select_autoescape(enabled_extensions=("html.j2", "svg.j2"), default=False),

@@ -1,0 +1,124 @@
+"""Searching, filtering, sorting and comparing, all by the address alone."""
+
+from collections.abc import Callable
+
+import pytest
+from api.live import LocalService
+from starlette.datastructures import QueryParams
+
+from unmask.api.errors import ApiError
+from unmask.catalogue import Catalogue
+from unmask.router import Models
+from unmask.web.browse import Listing, browse, choices_of, read_query
+from unmask.web.comparison import MOST, chosen_ids, compare
+from unmask.web.shown import Shown, all_shown
+
+from .conftest import COMING, DEFAULT, HTML, REFERENCE
+from .html import Page
+from .test_budgets import many
+
+
+@pytest.fixture(scope="module")
+def models() -> list[Shown]:
+    return all_shown(Catalogue.shipped(), Models([]))
+
+
+def listing(models: list[Shown], query: str) -> Listing:
+    choices = choices_of(models)
+    return browse(models, read_query(QueryParams(query), choices), choices, {})
+
+
+def ids(models: list[Shown], query: str) -> list[str]:
+    return [shown.record.id for shown in listing(models, query).rows]
+
+
+def test_each_filter(models: list[Shown]) -> None:
+    assert len(ids(models, "")) == len(models)
+    assert len(ids(models, "status=coming+soon")) == 8
+    assert len(ids(models, "status=reference")) == 2
+    assert ids(models, "q=sheared+supervised") == [COMING]
+    assert ids(models, "q=SHEARED+zebra") == []
+    assert len(ids(models, "licence=MIT")) == 8
+    assert set(ids(models, "size=small")) == {DEFAULT, REFERENCE, "sentence-transformers/all-mpnet-base-v2"}
+    assert ids(models, "dimensions=512") == [REFERENCE]
+    assert len(ids(models, "dimensions=more&size=medium")) == 2
+    assert len(ids(models, "task=embeddings")) == len(models)
+    assert ids(models, "price=set") == [] and len(ids(models, "price=unset")) == len(models)
+
+
+def test_each_order_puts_what_is_not_known_last(models: list[Shown]) -> None:
+    best = ids(models, "sort=mteb")
+    assert best[0].endswith("Llama-3-8B-Instruct-mntp-supervised")
+    assert {best[-1], best[-2]} == {DEFAULT, "sentence-transformers/all-mpnet-base-v2"}
+    assert ids(models, "sort=local")[:2] == [REFERENCE, DEFAULT]
+    assert ids(models, "sort=speed")[0] == REFERENCE
+    assert ids(models, "sort=newest")[0] == DEFAULT
+    assert ids(models, "sort=size")[0] == REFERENCE
+    assert ids(models, "sort=name")[0] == REFERENCE
+    assert ids(models, "sort=availability")[0] == DEFAULT
+
+
+@pytest.mark.parametrize(
+    ("query", "told"),
+    [("sort=best", "sort='best'"), ("status=popular", "coming soon"), ("page=0", "page='0'"),
+     ("page=x", "count from 1"), ("licence=<b>", "licence"), ("sort=wanted", "wanted"), ("page=" + "9" * 5000, "page")],
+)  # fmt: skip
+def test_a_wrong_choice_is_named(models: list[Shown], query: str, told: str) -> None:
+    with pytest.raises(ApiError, match=told) as error:
+        listing(models, query)
+    assert error.value.status == 400
+
+
+def test_addresses_keep_what_was_asked(models: list[Shown]) -> None:
+    query = listing(models, "q=a%26b&sort=mteb").query
+    assert query.address(page=2) == "/models?q=a%26b&sort=mteb&page=2"
+    assert query.address(q="", sort="availability") == "/models"
+
+
+def test_pages_of_a_long_list(start: Callable[..., LocalService]) -> None:
+    service = start(many(120))
+    pages = [Page(service.call("GET", f"/models?page={n}", headers=HTML).body.decode()) for n in (1, 2, 3, 99)]
+    found = [[a["value"] for a in page.all("input") if a.get("type") == "checkbox"] for page in pages]
+    assert [len(page) for page in found] == [50, 50, 21, 21]  # 120 and the model that is served
+    assert len({*found[0], *found[1], *found[2]}) == 121
+
+
+def test_the_form_works_by_its_address(service: LocalService) -> None:
+    page = Page(service.call("GET", "/models?q=sheared&status=coming+soon&sort=mteb", headers=HTML).body.decode())
+    assert "2 of 13 models" in page.text
+    chosen = {option["value"] for option in page.all("option") if "selected" in option}
+    assert {"coming soon", "mteb"} <= chosen
+    nothing = Page(service.call("GET", "/models?q=zebra", headers=HTML).body.decode())
+    assert "No model fits all of this" in nothing.text
+    wrong = service.call("GET", "/models?status=popular", headers=HTML)
+    assert wrong.status == 400 and "choices" in Page(wrong.body.decode()).text
+
+
+def test_comparison_marks_what_differs_and_what_is_best(models: list[Shown]) -> None:
+    chosen = [next(shown for shown in models if shown.record.id == id) for id in (DEFAULT, REFERENCE, COMING)]
+    rows = {(section.title, row.label): row for section in compare(chosen) for row in section.rows}
+    licence = rows["What they are", "Licence"]
+    assert licence.differs and [cell.text for cell in licence.cells] == ["Apache-2.0", "Apache-2.0", "MIT"]
+    assert not rows["What they are", "Pooling"].differs
+    assert not rows["Word level", "CoNLL2003NER"].differs  # only one is known
+    mean = rows["Quality, MTEB English", "Mean of all tasks"]
+    assert [(cell.text, cell.best) for cell in mean.cells] == [("", False), ("56.10", False), ("61.85", True)]
+    memory = rows["Speed and memory, measured here", "Peak memory"]
+    assert [cell.best for cell in memory.cells] == [False, True, False]
+    assert ("What they are", "Price per million tokens") not in rows  # nobody has one
+
+
+def test_comparison_by_address(service: LocalService) -> None:
+    path = f"/compare?models={DEFAULT},{REFERENCE}"
+    page = Page(service.call("GET", path, headers=HTML).body.decode())
+    canonical = next(link["href"] for link in page.all("link") if link["rel"] == "canonical")
+    assert canonical == service.url + path
+    form = service.call("GET", f"/compare?models={DEFAULT}&models={REFERENCE}", headers=HTML)
+    assert form.status == 303 and form.headers["location"] == path
+    fewer = Page(service.call("GET", f"{path}&only=differences", headers=HTML).body.decode())
+    assert "Pooling" in page.text and "Pooling" not in fewer.text and "Dimensions" in fewer.text
+    assert chosen_ids(QueryParams("models=a,b,a&models=c")) == ["a", "b", "c"]
+    with pytest.raises(ApiError, match=f"at most {MOST}"):
+        chosen_ids(QueryParams("models=a,b,c,d,e,f,g"))
+    assert service.call("GET", "/compare", headers=HTML).status == 200
+    assert service.call("GET", f"/compare?models={DEFAULT}", headers=HTML).status == 200

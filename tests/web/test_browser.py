@@ -1,0 +1,124 @@
+"""The pages in a real browser: nothing sticks out, nothing is refused by the policy, axe finds nothing."""
+
+import shutil
+from collections.abc import Iterator
+
+import pytest
+from api.live import LocalService
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from .conftest import COMING, DEFAULT, REFERENCE
+
+PAGES = ["/", "/models", "/models?q=zebra", f"/models/{COMING}", f"/models/{REFERENCE}", "/models/tiny_llama",
+         "/compare", f"/compare?models={DEFAULT},{REFERENCE},{COMING}", "/docs", "/status", "/playground",
+         "/nothing"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    found = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
+    if not found:
+        pytest.skip("no browser to look at the pages with; get one with: apt-get install chromium")
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        yield started
+        started.close()
+
+
+def opened(browser: Browser, service: LocalService, path: str, width: int = 1280, **context: object) -> Page:
+    page = browser.new_context(
+        viewport={"width": width, "height": 900},
+        base_url=service.url,
+        **context,  # pyright: ignore[reportArgumentType]
+    ).new_page()
+    complaints: list[str] = []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(path)
+    # Chromium reports a page's own 404 on its console; everything else would be ours.
+    assert not [text for text in complaints if "404" not in text], complaints
+    return page
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("path", PAGES)
+def test_axe_finds_nothing(browser: Browser, service: LocalService, path: str, scheme: str) -> None:
+    page = opened(browser, service, path, color_scheme=scheme)
+    for details in page.locator("details").all():
+        details.evaluate("element => element.open = true")
+    results = Axe().run(page)
+    assert results.violations_count == 0, results.generate_report()
+    page.context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_in_a_heat_map(browser: Browser, service: LocalService, scheme: str) -> None:
+    page = opened(browser, service, "/playground", color_scheme=scheme)
+    page.get_by_role("button", name="Compare the texts").click()
+    expect(page.get_by_role("heading", name="How alike the texts are")).to_be_visible()
+    # Every shade, whatever this model makes of the texts.
+    page.evaluate("document.querySelectorAll('.heat td[class]').forEach((cell, at) => cell.className = 'h' + at % 10)")
+    results = Axe().run(page)
+    assert results.violations_count == 0, results.generate_report()
+    page.context.close()
+
+
+@pytest.mark.parametrize("width", [360, 390, 768, 1280, 1920])
+def test_nothing_is_wider_than_the_screen(browser: Browser, service: LocalService, width: int) -> None:
+    for path in PAGES:
+        page = opened(browser, service, path, width)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, path
+        page.context.close()
+
+
+def test_everything_works_without_a_script(browser: Browser, service: LocalService) -> None:
+    page = opened(browser, service, "/models", java_script_enabled=False)
+    page.get_by_label("Status").select_option("coming soon")
+    page.get_by_label("Search").fill("sheared")
+    page.get_by_role("button", name="Show").click()
+    assert "status=coming+soon" in page.url and page.locator(".models tbody tr").count() == 2
+    for box in page.locator(".models input[type=checkbox]").all():
+        box.check()
+    page.get_by_role("button", name="Compare the ticked ones").click()
+    assert page.url.endswith("mntp-unsup-simcse") and page.locator("tr.differs").count() > 5
+    page.goto("/models/tiny_llama")
+    expect(page.locator("#call-curl-code")).to_be_visible()
+    page.get_by_text("Python", exact=True).click()
+    expect(page.locator("#call-python-code")).to_be_visible()
+    expect(page.locator("#call-curl-code")).not_to_be_visible()
+    assert page.locator("button.copy:visible").count() == 0  # they could do nothing
+    page.goto("/playground")
+    page.get_by_role("button", name="Compare the texts").click()
+    assert page.locator(".heat tbody tr").count() == 5
+    page.context.close()
+
+
+def test_copying_with_a_script(browser: Browser, service: LocalService) -> None:
+    page = opened(browser, service, "/models/tiny_llama", permissions=["clipboard-read", "clipboard-write"])
+    page.locator(".p1 .copy").click()
+    expect(page.locator(".p1 .copy")).to_have_text("Copied")
+    assert page.evaluate("navigator.clipboard.readText()") == page.locator("#call-curl-code").text_content()
+    page.context.close()
+
+
+def test_the_tabs_and_the_skip_link_work_by_keyboard(browser: Browser, service: LocalService) -> None:
+    page = opened(browser, service, "/models/tiny_llama")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
+    page.locator("#call-curl").focus()
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("#call-python-code")).to_be_visible()
+    page.context.close()
+
+
+def test_a_model_page_needs_three_requests(browser: Browser, service: LocalService) -> None:
+    page = browser.new_context(base_url=service.url).new_page()
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url.removeprefix(service.url)))
+    page.goto(f"/models/{COMING}")
+    page.wait_for_load_state("networkidle")
+    elsewhere = [url for url in asked if not url.startswith("/")]
+    assert not elsewhere
+    assert len([url for url in asked if "favicon" not in url]) == 3, asked  # the page, its style, its script
+    page.context.close()

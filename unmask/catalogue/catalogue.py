@@ -1,0 +1,119 @@
+"""All records of one process, with their measurements: those that ship, and whatever else is served or added."""
+
+import time
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import msgspec
+
+from unmask.catalogue.figures import Figures, figures
+from unmask.catalogue.measurement import Measurement, read_measurements
+from unmask.catalogue.record import Record
+from unmask.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A record and what was measured of it."""
+
+    record: Record
+    measurements: tuple[Measurement, ...] = ()
+
+    @cached_property
+    def figures(self) -> Figures:
+        return figures(self.measurements)
+
+
+@dataclass
+class Catalogue:
+    """Entries by id, in the order in which they came.
+
+    Records are parsed once and their figures are worked out once; a page reads both from here.
+    """
+
+    _entries: dict[str, Entry] = field(default_factory=dict)
+    _aliases: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def shipped(cls) -> "Catalogue":
+        """A catalogue of the records that come with the package."""
+        catalogue = cls()
+        measured = shipped_measurements()
+        for record in shipped_records().values():
+            catalogue.put(record, measured.get(record.id, ()))
+        return catalogue
+
+    def put(self, record: Record, measurements: Iterable[Measurement] = ()) -> None:
+        """Add a record, or replace the one of its id and keep what was measured of it."""
+        before = self._entries.get(record.id)
+        kept = before.measurements if before else ()
+        self._entries[record.id] = Entry(record, (*kept, *measurements))
+        self._aliases.update(dict.fromkeys(record.aliases, record.id))
+
+    def get(self, id: str) -> Entry | None:
+        """By id or alias."""
+        return self._entries.get(id) or self._entries.get(self._aliases.get(id, ""))
+
+    def entries(self) -> list[Entry]:
+        return list(self._entries.values())
+
+
+def read_record(text: str, name: str) -> Record:
+    """The record that a TOML file holds.
+
+    Raises:
+        UsageError: it is not TOML, a field is unknown or wrong, or its history takes a step that is not allowed.
+    """
+    try:
+        record = msgspec.convert(tomllib.loads(text), Record)
+    except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
+        raise UsageError(f"{name} is no record of a model: {error}") from error
+    return _with_embed_alias(record)
+
+
+@cache
+def shipped_records() -> dict[str, Record]:
+    """Records that come with the package, by id: the default model first, then by name."""
+    folder = files("unmask.catalogue").joinpath("records")
+    records = [
+        read_record(file.read_text(encoding="utf-8"), file.name)
+        for file in folder.iterdir()
+        if file.name.endswith(".toml")
+    ]
+    records.sort(key=lambda record: (record.owned_by != "unmask", record.role == "reference", record.id.lower()))
+    return {record.id: record for record in records}
+
+
+@cache
+def shipped_measurements() -> dict[str, tuple[Measurement, ...]]:
+    """Measurements that come with the package, by the id of their model."""
+    found: dict[str, list[Measurement]] = {}
+    with as_file(files("unmask.catalogue").joinpath("measurements")) as folder:
+        for file in sorted(folder.glob("*.jsonl")):
+            for measurement in read_measurements(file):
+                found.setdefault(measurement.model, []).append(measurement)
+    return {id: tuple(measurements) for id, measurements in found.items()}
+
+
+def record_for(name: str) -> Record:
+    """The record of a model named on the command line: shipped, or as much as its name says.
+
+    A local path is known to clients by its last part, so that no directory of this machine shows in a response.
+    """
+    shipped = shipped_records().get(name)
+    if shipped is not None:
+        return shipped
+    path = Path(name).expanduser()
+    identity = path.name.removesuffix(".gguf") if path.exists() else name
+    owner = name.split("/", maxsplit=1)[0] if identity == name and "/" in name else "local"
+    return _with_embed_alias(Record(id=identity, name=identity, created=int(time.time()), owned_by=owner))
+
+
+def _with_embed_alias(record: Record) -> Record:
+    if any("embed" in known.lower() for known in (record.id, *record.aliases)):
+        return record
+    return msgspec.structs.replace(record, aliases=(*record.aliases, f"{record.id}-embed"))

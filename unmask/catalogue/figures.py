@@ -1,0 +1,126 @@
+"""What a model's measurements come to: means by category, speeds, and the few numbers that lists sort by."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from unmask.catalogue.measurement import (
+    COST,
+    LOCAL,
+    MTEB,
+    PEAK_MEMORY,
+    TEXTS_PER_SECOND,
+    TOKENS_PER_SECOND,
+    WORDS,
+    Measurement,
+    Origin,
+    newest,
+)
+
+# How many tasks of each category the suites have; a mean over fewer is not the suite's.
+SUITES: dict[str, dict[str, int]] = {
+    MTEB: {
+        "Retrieval": 15,
+        "Reranking": 4,
+        "Clustering": 11,
+        "PairClassification": 3,
+        "Classification": 12,
+        "STS": 10,
+        "Summarization": 1,
+    },
+    LOCAL: {"STS": 4, "Classification": 3, "Clustering": 3, "Retrieval": 3, "Reranking": 1},
+}
+
+
+@dataclass(frozen=True)
+class CategoryScores:
+    """One category of a suite as one origin has it.
+
+    Attributes:
+        tasks: its measurements, in the suite's order of arrival.
+        expected: how many tasks the suite has there.
+        mean: over all of them; None if some are missing.
+    """
+
+    category: str
+    tasks: list[Measurement]
+    expected: int
+
+    @property
+    def mean(self) -> float | None:
+        return _mean(self.tasks) if self.tasks and len(self.tasks) >= self.expected else None
+
+
+@dataclass(frozen=True)
+class SuiteScores:
+    """A suite as one origin has it."""
+
+    suite: str
+    origin: Origin
+    categories: list[CategoryScores]
+
+    @property
+    def tasks(self) -> list[Measurement]:
+        return [task for category in self.categories for task in category.tasks]
+
+    @property
+    def expected(self) -> int:
+        return sum(category.expected for category in self.categories)
+
+    @property
+    def mean(self) -> float | None:
+        """Over all tasks, each counted once; None if some are missing."""
+        return _mean(self.tasks) if len(self.tasks) >= self.expected else None
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The measurements of one model, put together. None means not known."""
+
+    suites: dict[tuple[str, Origin], SuiteScores] = field(default_factory=dict)
+    words: list[Measurement] = field(default_factory=list)
+    stated: list[Measurement] = field(default_factory=list)
+    cost: dict[str, Measurement] = field(default_factory=dict)
+    mteb: float | None = None
+    local: float | None = None
+
+    @property
+    def texts_per_second(self) -> Measurement | None:
+        return self.cost.get(TEXTS_PER_SECOND)
+
+    @property
+    def tokens_per_second(self) -> Measurement | None:
+        return self.cost.get(TOKENS_PER_SECOND)
+
+    @property
+    def peak_memory(self) -> Measurement | None:
+        return self.cost.get(PEAK_MEMORY)
+
+
+def figures(measurements: Sequence[Measurement]) -> Figures:
+    """Put together; of several values for one thing from one origin, the last one counts."""
+    current = newest(measurements).values()
+    suites: dict[tuple[str, Origin], SuiteScores] = {}
+    origins: tuple[Origin, ...] = ("published", "measured")
+    for suite, counts in SUITES.items():
+        for origin in origins:
+            scores = [m for m in current if m.group == suite and m.origin == origin and m.category]
+            if scores:
+                suites[suite, origin] = SuiteScores(
+                    suite,
+                    origin,
+                    [CategoryScores(c, [m for m in scores if m.category == c], n) for c, n in counts.items()],
+                )
+    ours, theirs = suites.get((MTEB, "measured")), suites.get((MTEB, "published"))
+    local = suites.get((LOCAL, "measured"))
+    return Figures(
+        suites=suites,
+        words=[m for m in current if m.group == WORDS],
+        stated=[m for m in current if m.group == MTEB and not m.category],
+        cost={m.what: m for m in current if m.group == COST},
+        mteb=next((s.mean for s in (ours, theirs) if s and s.mean is not None), None),
+        local=local.mean if local else None,
+    )
+
+
+def _mean(tasks: Sequence[Measurement]) -> float:
+    return sum(task.value for task in tasks) / len(tasks)

@@ -1,0 +1,56 @@
+"""The tables of the documentation page, from the same settings and tables that the server acts by."""
+
+from dataclasses import dataclass
+
+from unmask.api.openapi import ERRORS
+from unmask.api.schema import MAX_INPUTS
+from unmask.api.settings import ServeSettings
+
+# What a caller can do; the status says when, in the API's own words.
+_ADVICE: dict[int, tuple[str, str]] = {
+    400: (
+        "max_tokens_per_request, key_in_url",
+        "Correct the field that param names; the same request fails again.",
+    ),
+    401: ("invalid_api_key", "Send a key as Authorization: Bearer KEY."),
+    404: ("model_not_found", "Take an id from the list of models."),
+    405: ("", "Use a method that the header Allow names."),
+    408: ("request_timeout", "Send the body faster, or less of it."),
+    413: ("too_large", "Send fewer texts at a time."),
+    415: ("", "Send UTF-8 JSON with Content-Type: application/json, not compressed."),
+    429: ("rate_limit_exceeded", "Wait as long as Retry-After says. OpenAI's clients do so by themselves."),
+    500: ("internal_error", "Try again once; report it with the x-request-id if it stays."),
+    503: ("model_loading, model_unavailable", "Wait as long as Retry-After says, or send Prefer: wait=30."),
+    504: ("deadline_exceeded", "Send less at a time, or allow more time with Request-Deadline-Ms."),
+}
+
+
+@dataclass(frozen=True)
+class ErrorRow:
+    """One status: when it comes, which codes it has, and what to do."""
+
+    status: int
+    when: str
+    codes: str
+    advice: str
+
+
+def errors(settings: ServeSettings) -> list[ErrorRow]:
+    """Every status that the API answers with, besides 200."""
+    rows = []
+    for status, when in ERRORS.items():
+        codes, advice = _ADVICE[status]
+        rows.append(ErrorRow(status, when.format(body_limit=f"{settings.body_limit_bytes:,}"), codes, advice))
+    return rows
+
+
+def limits(settings: ServeSettings) -> list[tuple[str, str]]:
+    """What fits into a request."""
+    return [
+        ("Texts per request", f"{MAX_INPUTS:,}"),
+        ("Tokens per request, all texts together", f"{settings.max_request_tokens:,}"),
+        ("Tokens per text", "what the model's page says; longer ones are refused, or cut with truncate"),
+        ("Size of a body", f"{settings.body_limit_bytes / 1e6:,.0f} MB, within {settings.receive_timeout_s:g} seconds"),
+        ("Time for an answer", f"{settings.request_timeout_s:g} seconds, unless the request says otherwise"),
+        ("Tokens that may wait per model", f"{settings.queue_tokens:,}; what does not fit is refused at once"),
+    ]

@@ -1,0 +1,470 @@
+"""The pages by address. Each reads the catalogue and the engines' states and hands both to a template."""
+
+import math
+import platform
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from itertools import pairwise
+from typing import Any
+from urllib.parse import quote
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import Route
+from starlette.types import Scope
+
+from unmask.api.errors import ApiError, api_error
+from unmask.api.exchange import read_body
+from unmask.api.metrics import Metrics
+from unmask.api.settings import ServeSettings
+from unmask.api.site import Site, asks_for_html
+from unmask.catalogue import Catalogue, Measurement, Record
+from unmask.catalogue.figures import SUITES, CategoryScores, SuiteScores
+from unmask.catalogue.measurement import LOCAL, MTEB
+from unmask.errors import UnmaskError
+from unmask.router import Models
+from unmask.web import documentation, plots, twins
+from unmask.web.browse import Listing, browse, choices_of, read_query
+from unmask.web.comparison import MOST, chosen_ids, compare
+from unmask.web.playground import (
+    BODY_LIMIT,
+    EXAMPLE,
+    MOST_CHARACTERS,
+    MOST_TEXTS,
+    Allowance,
+    Trial,
+    check_trial,
+    read_trial,
+    run_trial,
+)
+from unmask.web.rendering import HEADERS, answer, assets, base_url, environment, page
+from unmask.web.shown import MEANINGS, Shown, all_shown, one_shown, pipeline, source_key, sources
+from unmask.web.snippets import Snippet, snippets
+
+_EMBEDDINGS = "/v1/embeddings"
+_REFUSED, _FAILED = (400, 401, 404, 405, 408, 413, 415, 429), 500
+
+
+@dataclass(frozen=True)
+class WantIt:
+    """The button on the page of a model that is not live.
+
+    Attributes:
+        votes: accounts that want the model.
+        action: where the form goes.
+        voted: whether this visitor has asked for it.
+        token: proves that the form is from this page.
+    """
+
+    votes: int
+    action: str
+    voted: bool = False
+    token: str = ""
+
+
+@dataclass(frozen=True)
+class Seams:
+    """Where accounts join the pages. Without accounts there is nothing to show, and nothing is shown.
+
+    Attributes:
+        links: for a visitor, what stands at the right of every page's head: (title, address).
+        want: the button for a model, or None.
+        votes: how many want each model, for the order "most wanted"; None for no such order.
+    """
+
+    links: Callable[[Request], list[tuple[str, str]]] = lambda request: []
+    want: Callable[[Request, Record], WantIt | None] = lambda request, record: None
+    votes: Callable[[], Mapping[str, int]] | None = None
+
+
+@dataclass(eq=False)
+class Website:
+    """All pages of one server."""
+
+    catalogue: Catalogue
+    models: Models
+    settings: ServeSettings
+    metrics: Metrics
+    seams: Seams = field(default_factory=Seams)
+    started: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+    def __post_init__(self) -> None:
+        self._clock = time.monotonic()
+        self._allowance = Allowance()
+        self.playground_open = self.settings.playground
+        if self.playground_open is None:
+            self.playground_open = not self.settings.api_keys
+        for served in self.models.list():
+            if self.catalogue.get(served.record.id) is None:
+                self.catalogue.put(served.record)
+
+    def site(self) -> Site:
+        """The pages as the API takes them in."""
+        pages: list[tuple[str, Callable[[Request], Awaitable[Response]]]] = [
+            ("/models", self.list_models),
+            ("/models/{id:path}", self.model),
+            ("/compare", self.comparison),
+            ("/docs", self.docs),
+            ("/status", self.status),
+            ("/llms.txt", self.llms),
+            ("/sitemap.xml", self.sitemap),
+            ("/feed.xml", self.feed),
+            ("/robots.txt", self.robots),
+            ("/static/{name}", self.static),
+        ]
+        routes = [Route(path, handler) for path, handler in pages]
+        if self.playground_open:
+            routes.append(Route("/playground", self.playground, methods=["GET", "POST"]))
+        return Site(routes, self.home, self.error)
+
+    async def home(self, request: Request) -> Response:
+        models = self._all()
+        live = [shown for shown in models if shown.answers]
+        first = live[0] if live else None
+        return self.render(
+            request,
+            "home.html.j2",
+            live=live,
+            soon=sorted(
+                (shown for shown in models if shown.standing == "coming soon"),
+                key=lambda shown: -(shown.figures.mteb or 0),
+            ),
+            counted=len(models),
+            measured=sum(len(shown.entry.measurements) for shown in models),
+            first=first,
+            snippets=self._snippets(request, first.record) if first else [],
+        )
+
+    async def list_models(self, request: Request) -> Response:
+        models = self._all()
+        choices = choices_of(models, wanted=self.seams.votes is not None)
+        query = read_query(request.query_params, choices)
+        listing: Listing = browse(models, query, choices, self.seams.votes() if self.seams.votes else {})
+        return self.render(
+            request,
+            "models.html.j2",
+            listing=listing,
+            query=listing.query,
+            priced=any(shown.record.prices for shown in listing.rows),
+            speed=plots.quality_and_speed(listing.found),
+            size=plots.quality_and_size(listing.found),
+            most=MOST,
+        )
+
+    async def model(self, request: Request) -> Response:
+        asked: str = request.path_params["id"]
+        shown = one_shown(self.catalogue, self.models, asked)
+        if shown is not None:
+            if shown.record.id != asked:  # an alias: one page has one address
+                return RedirectResponse(f"/models/{quote(shown.record.id)}", 301, HEADERS)
+            return self._model_page(request, shown)
+        for ending, twin in ((".json", self._model_json), (".md", self._model_markdown)):
+            if asked.endswith(ending):
+                shown = one_shown(self.catalogue, self.models, asked.removesuffix(ending))
+                if shown is not None:
+                    return twin(request, shown)
+        raise ApiError(
+            404,
+            f"No model here is called {asked[:120]!r}: see the list of models, or ask for it to be added.",
+            code="model_not_found",
+        )
+
+    async def comparison(self, request: Request) -> Response:
+        ids = chosen_ids(request.query_params)
+        canonical = f"/compare?models={','.join(ids)}" if ids else "/compare"
+        only = request.query_params.get("only", "") == "differences"
+        found = [one_shown(self.catalogue, self.models, id) for id in ids]
+        missing = [id for id, shown in zip(ids, found, strict=True) if shown is None]
+        if missing:
+            raise ApiError(
+                404,
+                f"No model here is called {missing[0][:120]!r}: see the list of models.",
+                param="models",
+                code="model_not_found",
+            )
+        models = [shown for shown in found if shown]
+        if len(request.query_params.getlist("models")) > 1:
+            # A form names each model by itself; the address to keep has them in one.
+            return RedirectResponse(canonical + ("&only=differences" if only and ids else ""), 303, HEADERS)
+        sections = compare(models) if len(models) > 1 else []
+        names = [shown.record.id for shown in self._all() if shown.record.id not in ids]
+        return self.render(
+            request,
+            "compare.html.j2",
+            models=models,
+            sections=sections,
+            only=only,
+            canonical=canonical,
+            ids=ids,
+            others=names,
+            most=MOST,
+        )
+
+    async def docs(self, request: Request) -> Response:
+        live = next((shown for shown in self._all() if shown.answers), None)
+        return self.render(
+            request,
+            "docs.html.j2",
+            errors=documentation.errors(self.settings),
+            limits=documentation.limits(self.settings),
+            snippets=self._snippets(request, live.record if live else Record(id="MODEL")),
+        )
+
+    async def status(self, request: Request) -> Response:
+        answered = self.metrics.answered(_EMBEDDINGS)
+        within = self.metrics.within(_EMBEDDINGS)
+        steps = [(0.0, 0), *within]
+        spans = [(low, high, n - before) for (low, before), (high, n) in pairwise(steps)]
+        tokens = self.metrics.encoded()
+        return self.render(
+            request,
+            "status.html.j2",
+            models=[
+                (shown, shown.served, await self._waiting(shown), tokens.get(shown.record.id, 0))
+                for shown in self._all()
+                if shown.served
+            ],
+            started=self.started,
+            up=time.monotonic() - self._clock,
+            answered=answered.get(200, 0),
+            refused=sum(answered.get(status, 0) for status in _REFUSED),
+            failed=sum(n for status, n in answered.items() if status >= _FAILED),
+            left=answered.get(499, 0),
+            spans=[span for span in spans if span[2]],
+            most=max((span[2] for span in spans), default=0),
+            system=f"{platform.system()}, {platform.machine()}",
+        )
+
+    async def playground(self, request: Request) -> Response:
+        if request.method == "POST":
+            return await self._try(request)
+        shown = self._tried(request.query_params.get("model", ""))
+        return self._playground_page(request, shown, Trial(list(EXAMPLE), "I cannot get into my account"))
+
+    async def llms(self, request: Request) -> Response:
+        text = environment().get_template("llms.txt.j2").render(base=self.base(request), models=self._all())
+        return answer(request, text, "text/plain")
+
+    async def sitemap(self, request: Request) -> Response:
+        models = [(shown, twins.changed_on(shown)) for shown in self._all()]
+        text = environment().get_template("sitemap.xml.j2").render(base=self.base(request), models=models)
+        return answer(request, text, "application/xml")
+
+    async def feed(self, request: Request) -> Response:
+        text = environment().get_template("feed.xml.j2").render(base=self.base(request), news=twins.news(self._all()))
+        return answer(request, text, "application/rss+xml")
+
+    async def robots(self, request: Request) -> Response:
+        text = f"User-agent: *\nDisallow: /v1/\nDisallow: /playground\nSitemap: {self.base(request)}/sitemap.xml\n"
+        return answer(request, text, "text/plain")
+
+    async def static(self, request: Request) -> Response:
+        found = assets().get(request.path_params["name"])
+        if found is None:
+            raise ApiError(404, f"There is no file {request.path_params['name'][:80]!r}.", code="not_found")
+        content, media, digest = found
+        fresh = request.query_params.get("v") == digest
+        kept = "public, max-age=31536000, immutable" if fresh else "no-cache"
+        return Response(content, headers=HEADERS | {"cache-control": kept, "etag": f'"{digest}"'}, media_type=media)
+
+    def error(self, scope: Scope, error: ApiError) -> Response | None:
+        """An error as a page, for a browser that was not talking to the API."""
+        if scope["path"].startswith("/v1") or not asks_for_html(scope):
+            return None
+        request = Request(scope)
+        sent = dict(error.headers)
+        if error.retry_after is not None:
+            sent["retry-after"] = str(max(1, round(error.retry_after)))
+        return self.render(request, "error.html.j2", status=error.status, headers=sent, message=str(error))
+
+    def render(
+        self,
+        request: Request,
+        template: str,
+        *,
+        status: int = 200,
+        headers: Mapping[str, str] | None = None,
+        **values: object,
+    ) -> Response:
+        """A page of this site, with what every page's head and foot need. Other rooms' pages come through here too."""
+        return page(
+            request,
+            template,
+            status=status,
+            headers=headers,
+            base=self.base(request),
+            visitor_links=self.seams.links(request),
+            secured=bool(self.settings.api_keys),
+            playground_open=self.playground_open,
+            http_status=status,
+            **values,
+        )
+
+    def base(self, request: Request) -> str:
+        """The address of this server, as its operator or else the visitor's browser says."""
+        return base_url(request, self.settings.public_url)
+
+    def _all(self) -> list[Shown]:
+        return all_shown(self.catalogue, self.models)
+
+    def _snippets(self, request: Request, record: Record) -> list[Snippet]:
+        return snippets(record, self.base(request), secured=bool(self.settings.api_keys))
+
+    def _model_values(self, shown: Shown) -> dict[str, Any]:
+        figures = shown.figures
+        published, measured = (figures.suites.get((MTEB, origin)) for origin in ("published", "measured"))
+        local = figures.suites.get((LOCAL, "measured"))
+        theirs = {task.what: task for task in published.tasks} if published else {}
+        return {
+            "shown": shown,
+            "record": shown.record,
+            "standing": shown.standing,
+            "meaning": MEANINGS[shown.standing],
+            "figures": figures,
+            "published": published,
+            "measured": measured,
+            "mteb_rows": _side_by_side(published, measured) if published or measured else [],
+            "local": local,
+            "theirs": theirs,
+            "sources": sources(shown.entry.measurements),
+            "source_key": source_key,
+            "pipeline": pipeline(shown),
+        }
+
+    def _model_page(self, request: Request, shown: Shown) -> Response:
+        return self.render(
+            request,
+            "model.html.j2",
+            **self._model_values(shown),
+            snippets=self._snippets(request, shown.record),
+            related=_related(shown, self._all()),
+            want=None if shown.answers else self.seams.want(request, shown.record),
+            linked_data=twins.linked_data(shown, self.base(request)),
+            tokens=self.metrics.encoded().get(shown.record.id, 0),
+        )
+
+    def _model_json(self, request: Request, shown: Shown) -> Response:
+        text = msgspec.json.format(msgspec.json.encode(twins.as_json(shown))).decode()
+        return answer(request, text, "application/json")
+
+    def _model_markdown(self, request: Request, shown: Shown) -> Response:
+        values = self._model_values(shown) | {"base": self.base(request)}
+        return answer(request, environment().get_template("model.md.j2").render(**values), "text/markdown")
+
+    def _tried(self, id: str) -> Shown:
+        """The model to try: the one asked for, or the first that answers.
+
+        Raises:
+            ApiError: 404, it does not answer here.
+        """
+        if not id:
+            first = next((shown for shown in self._all() if shown.answers), None)
+            if first is None:
+                raise ApiError(404, "This server answers for no model: there is none to try.", code="model_not_found")
+            return first
+        shown = one_shown(self.catalogue, self.models, id)
+        if shown is None or not shown.answers:
+            raise ApiError(404, f"{id[:120]!r} does not answer here: choose a live model.", code="model_not_found")
+        return shown
+
+    async def _try(self, request: Request) -> Response:
+        if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+            raise ApiError(403, "This form was sent from another site: use the page itself.", code="cross_site")
+        body = await read_body(request, BODY_LIMIT, self.settings.receive_timeout_s)
+        id, trial = read_trial(body)
+        shown = self._tried(id)
+        served = shown.served
+        assert served
+        if wrong := check_trial(trial):
+            return self._playground_page(request, shown, trial, wrong=wrong, status=400)
+        caller = f"playground {request.state.caller}"
+        self._allowance.take(caller)
+        try:
+            outcome = await run_trial(served, trial, caller)
+        except ApiError:
+            raise
+        except UnmaskError as error:
+            told = api_error(error)
+            return self._playground_page(request, shown, trial, wrong=str(told), status=told.status)
+        self.metrics.tokens(shown.record.id, outcome.tokens)
+        request.state.tokens = outcome.tokens
+        return self._playground_page(request, shown, trial, outcome=outcome)
+
+    def _playground_page(
+        self,
+        request: Request,
+        shown: Shown,
+        trial: Trial,
+        *,
+        outcome: object = None,
+        wrong: str = "",
+        status: int = 200,
+    ) -> Response:
+        return self.render(
+            request,
+            "playground.html.j2",
+            status=status,
+            shown=shown,
+            record=shown.record,
+            live=[other for other in self._all() if other.answers],
+            trial=trial,
+            outcome=outcome,
+            wrong=wrong,
+            most_texts=MOST_TEXTS,
+            most_characters=MOST_CHARACTERS,
+        )
+
+    async def _waiting(self, shown: Shown) -> int:
+        if shown.served is None or shown.served.state != "ready":
+            return 0
+        return (await shown.served.engine()).waiting_tokens()
+
+
+def website(models: Models, settings: ServeSettings, metrics: Metrics) -> Site:
+    """The pages over the records that ship and whatever is served."""
+    return Website(Catalogue.shipped(), models, settings, metrics).site()
+
+
+@dataclass(frozen=True)
+class CategoryRow:
+    """A category of a suite, with what was published and what was measured of it."""
+
+    category: str
+    expected: int
+    published: CategoryScores | None
+    measured: CategoryScores | None
+    tasks: list[tuple[str, Measurement | None, Measurement | None]]
+
+
+def _side_by_side(published: SuiteScores | None, measured: SuiteScores | None) -> list[CategoryRow]:
+    rows = []
+    for at, (category, expected) in enumerate(SUITES[MTEB].items()):
+        theirs = published.categories[at] if published else None
+        ours = measured.categories[at] if measured else None
+        by_task = [{m.what: m for m in scores.tasks} if scores else {} for scores in (theirs, ours)]
+        names = dict.fromkeys(name for scores in by_task for name in scores)
+        tasks = [(name, by_task[0].get(name), by_task[1].get(name)) for name in names]
+        rows.append(CategoryRow(category, expected, theirs, ours, tasks))
+    return rows
+
+
+def _related(shown: Shown, models: Sequence[Shown], most: int = 3) -> list[Shown]:
+    """The models that a visitor would look at next: made from the same base, by the same people, of a like size."""
+    record = shown.record
+
+    def distance(other: Shown) -> tuple[bool, bool, bool, float]:
+        theirs = other.record
+        sizes = (record.parameters, theirs.parameters)
+        apart = abs(math.log(sizes[0] / sizes[1])) if sizes[0] and sizes[1] else math.inf
+        linked = theirs.id in {record.base} or record.id == theirs.base
+        return (
+            not (linked or (record.base is not None and theirs.base == record.base)),
+            theirs.owned_by != record.owned_by,
+            theirs.architecture != record.architecture,
+            apart,
+        )
+
+    return sorted((other for other in models if other.record.id != record.id), key=distance)[:most]
