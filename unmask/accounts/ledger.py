@@ -344,9 +344,9 @@ def _remember(connection: Connection, wanted: Hold, now: int) -> None:
                 "expires_at": statement.excluded.expires_at,
             },
             where=sa.or_(replays.c.expires_at <= now, over),
-        )
+        ).returning(replays.c.charge_id)
     )
-    if written.rowcount != 1:
+    if written.one_or_none() is None:
         raise RequestInProgress("the request with this Idempotency-Key is still being worked on")
 
 
@@ -377,10 +377,12 @@ def _spend(connection: Connection, wanted: Hold, now: int) -> int:
     if row is not None:
         return row.window_started
     key = connection.execute(
-        sa.select(keys.c.spend_limit, keys.c.spend_window, keys.c.revoked_at).where(keys.c.id == wanted.key_id)
+        sa.select(keys.c.spend_limit, keys.c.spend_window, keys.c.revoked_at).where(
+            keys.c.id == wanted.key_id, keys.c.account_id == wanted.account_id
+        )
     ).one_or_none()
     if key is None or key.revoked_at is not None:
-        raise KeyRefused("this API key was revoked")
+        raise KeyRefused("it was revoked")
     again = f"It starts anew with the next {key.spend_window}." if key.spend_window else "It does not start anew."
     raise SpendLimitReached(
         f"This request costs {format_dollars(wanted.amount)} dollars, more than what is left of the API key's "
@@ -416,8 +418,9 @@ def _book(
         insert(connection, entries)
         .values(at=now, kind=kind, debit=debit, credit=credit, amount=amount, reference=reference, note=note)
         .on_conflict_do_nothing(index_elements=[entries.c.kind, entries.c.reference])
+        .returning(entries.c.id)  # not rowcount, which Postgres' driver does not tell where rows are numbered
     )
-    return written.rowcount == 1
+    return written.one_or_none() is not None
 
 
 def _why_not(connection: Connection, wanted: Hold) -> Exception:

@@ -231,9 +231,12 @@ def sign_up(
         "created_at": now,
     }
     made = connection.execute(
-        insert(connection, people).values(row).on_conflict_do_nothing(index_elements=[people.c.email])
+        insert(connection, people)
+        .values(row)
+        .on_conflict_do_nothing(index_elements=[people.c.email])
+        .returning(people.c.id)
     )
-    if made.rowcount != 1:
+    if made.one_or_none() is None:
         raise AccountError("this address cannot be used: if it is yours, sign in instead")
     if free_credit:
         give_free_credit(connection, peppers, own, email, free_credit, now)
