@@ -68,11 +68,11 @@ class Cluster:
 def cluster(programs: Path) -> Iterator[Cluster]:
     """A server for the block. It does not run as root, which Postgres refuses."""
     owner = "postgres" if os.getuid() == 0 else pwd.getpwuid(os.getuid()).pw_name
-    identity = {"user": owner} if os.getuid() == 0 else {}
+    other = owner if os.getuid() == 0 else None
     # Not pytest's folder: root's are closed to others, and a socket's path may have 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="unmask-pg-"))
     try:
-        if identity:
+        if other:
             shutil.chown(folder, owner)
         # What a machine that loses its power may forget is of no interest here, and flushing takes time.
         options = f"-c listen_addresses= -c unix_socket_directories={folder} -c fsync=off -c max_connections=200"
@@ -85,7 +85,7 @@ def cluster(programs: Path) -> Iterator[Cluster]:
                 text=True,
                 cwd=folder,
                 check=False,
-                **identity,
+                user=other,
             )
             assert done.returncode == 0, done.stderr
 

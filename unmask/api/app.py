@@ -11,7 +11,10 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from unmask import __version__
+from unmask.accounts import Accounts
 from unmask.api.access import Gate
+from unmask.api.accounts import AccountRoutes
+from unmask.api.charging import Charging
 from unmask.api.embeddings import Embeddings, find_model
 from unmask.api.errors import ApiError
 from unmask.api.exchange import Exchange
@@ -25,19 +28,27 @@ from unmask.router import Models, ServedModel
 _CANARY_TIMEOUT_S = 10
 
 
-def create_app(models: Models, settings: ServeSettings, stopping: threading.Event | None = None) -> ASGIApp:
-    """The ASGI app over `models`, which the caller starts and closes.
+def create_app(
+    models: Models,
+    settings: ServeSettings,
+    stopping: threading.Event | None = None,
+    accounts: Accounts | None = None,
+) -> ASGIApp:
+    """The ASGI app over `models` and `accounts`, which the caller starts and closes.
 
     Args:
         models: what to serve.
         settings: limits and keys; its host and port do not matter here.
         stopping: to be set when the server begins to shut down.
+        accounts: whose keys are asked for and whose credit pays; without, `settings.api_keys` decide.
     """
     metrics = Metrics()
     stopping = stopping or threading.Event()
-    embeddings = Embeddings(models, settings, metrics)
+    embeddings = Embeddings(models, settings, metrics, Charging(accounts, settings.credit_status))
     pages = _Pages(models, metrics, stopping)
-    openapi = document(secured=bool(settings.api_keys), body_limit=settings.body_limit_bytes)
+    openapi = document(
+        secured=bool(settings.api_keys), body_limit=settings.body_limit_bytes, accounts=accounts is not None
+    )
 
     async def describe(request: Request) -> Response:
         return _json(openapi)
@@ -52,10 +63,21 @@ def create_app(models: Models, settings: ServeSettings, stopping: threading.Even
         Route("/openapi.json", describe),
         Route("/", pages.index),
     ]
+    if accounts is not None:
+        own = AccountRoutes(accounts)
+        routes += [
+            Route("/v1/account", own.account),
+            Route("/v1/usage", own.usage),
+            Route("/v1/keys", own.keys),
+        ]
     # Starlette's redirects of trailing slashes would be built from the Host header, which anybody can set.
     router = Router(routes, redirect_slashes=False, default=_not_found)
     return Exchange(
-        router, {route.endpoint: route.path for route in routes}, Gate(settings.api_keys), metrics, stopping
+        router,
+        {route.endpoint: route.path for route in routes},
+        Gate(settings.api_keys, accounts),
+        metrics,
+        stopping,
     )
 
 
