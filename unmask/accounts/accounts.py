@@ -63,6 +63,8 @@ class Accounts:
         pepper: file of the peppers; left out, it is in `UNMASK_HOME/accounts`.
         limiter: where requests and tokens per minute are counted.
         free_credit: nano-dollars for whoever signs up.
+        flush_charges: on SQLite, whether a request waits until its charge is on the disk. Without, a power cut may
+            forget the charges of the last moments; a killed process forgets nothing in either case.
 
     Raises:
         UsageError, StorageError: the database or the pepper cannot be used.
@@ -75,6 +77,7 @@ class Accounts:
         pepper: Path | None = None,
         limiter: Limiter | None = None,
         free_credit: int = 0,
+        flush_charges: bool = False,
     ) -> None:
         self.database = Database(url or default_url())
         self.database.migrate()
@@ -82,7 +85,7 @@ class Accounts:
         self.free_credit = free_credit
         self._limiter = limiter or LocalLimiter()
         self._sign_ins = LocalLimiter()
-        self._writer = Writer(self.database)
+        self._writer = Writer(self.database, flushed=flush_charges)
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="unmask-accounts")
         self._uses: dict[str, int] = {}
         self._prices: dict[tuple[str, str], tuple[int, int]] = {}

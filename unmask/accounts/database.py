@@ -56,16 +56,21 @@ class Database:
             self._engine = _postgres(parsed)
 
     @contextmanager
-    def begin(self) -> Iterator[Connection]:
+    def begin(self, *, flushed: bool = True) -> Iterator[Connection]:
         """A transaction that may write: committed at the end of the block, rolled back when it raises.
 
         On SQLite it is the only writer from its first moment on, so it never finds the ground changed under it.
+
+        Args:
+            flushed: on SQLite, whether the end of the block waits for the disk. Without, a killed process loses
+                nothing either, but a power cut may take the last moments back, the books still balancing.
+                Postgres follows its own `synchronous_commit`.
 
         Raises:
             StorageError: the database cannot be reached, or refuses for want of space or rights.
         """
         with self._told(), self._engine.connect() as connection:
-            connection = connection.execution_options(unmask_writes=True)
+            connection = connection.execution_options(unmask_writes="FULL" if flushed else "NORMAL")
             with connection.begin():
                 yield connection
 
@@ -179,13 +184,14 @@ def _sqlite(url: URL) -> Engine:
         dbapi.isolation_level = None  # the driver would begin transactions late, and not for every statement
         cursor = dbapi.cursor()
         cursor.execute("PRAGMA journal_mode = WAL")
-        cursor.execute("PRAGMA synchronous = FULL")  # a commit outlives a power cut
         cursor.execute("PRAGMA foreign_keys = ON")
         cursor.close()
 
     @event.listens_for(engine, "begin")
     def began(connection: Connection) -> None:
-        writes = connection.get_execution_options().get("unmask_writes", False)
+        writes = connection.get_execution_options().get("unmask_writes")
+        if writes:
+            connection.exec_driver_sql(f"PRAGMA synchronous = {writes}")
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
     return engine

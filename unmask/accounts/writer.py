@@ -1,7 +1,7 @@
 """Everything that a server writes, in transactions that are shared where sharing is free.
 
-SQLite has one writer at a time and pays for each commit with a flush to the disk. So one thread writes, and what
-arrived during the last flush goes into the next transaction together, each piece behind a savepoint of its own.
+SQLite has one writer at a time, which pays for each commit. So one thread writes, and what arrived during the last
+commit goes into the next transaction together, each piece behind a savepoint of its own.
 Postgres flushes for several at once by itself; there, each piece is a transaction, and a few threads have them.
 """
 
@@ -33,10 +33,14 @@ class Writer:
     """Runs pieces of work against the database, in order on SQLite.
 
     A piece is a function of a connection. It may run more than once, and whatever it raises undoes it.
+
+    Args:
+        flushed: whether a piece is only done once it is on the disk, see `Database.begin`.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, *, flushed: bool = True) -> None:
         self._database = database
+        self._flushed = flushed
         self._together = _TOGETHER if database.kind == "sqlite" else 1
         self._line: queue.Queue[tuple[Callable[[Connection], Any], Future[Any]] | None] = queue.Queue(_LINE)
         count = 1 if database.kind == "sqlite" else _THREADS
@@ -112,10 +116,10 @@ class Writer:
         self, batch: list[tuple[Callable[[Connection], Any], Future[Any]]]
     ) -> list[tuple[Any, Exception | None]]:
         if len(batch) == 1:
-            with self._database.begin() as connection:
+            with self._database.begin(flushed=self._flushed) as connection:
                 return [(batch[0][0](connection), None)]
         outcomes: list[tuple[Any, Exception | None]] = []
-        with self._database.begin() as connection:
+        with self._database.begin(flushed=self._flushed) as connection:
             for piece, _ in batch:
                 try:
                     with connection.begin_nested():

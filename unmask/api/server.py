@@ -164,7 +164,9 @@ def serve(settings: ServeSettings) -> int:
     with listener:
         accounts = None
         if settings.database is not None:
-            accounts = Accounts(settings.database, free_credit=settings.free_credit)
+            accounts = Accounts(
+                settings.database, free_credit=settings.free_credit, flush_charges=settings.flush_charges
+            )
         models = Models(settings.models, warm=settings.warm, queue_tokens=settings.queue_tokens)
         stopping = threading.Event()
         app = create_app(models, settings, stopping, accounts)

@@ -20,6 +20,7 @@ class ServeSettings:
         api_keys: keys a caller may present. Without any and without accounts, only this machine may be served.
         database: URL of the accounts; None for a server without them.
         free_credit: nano-dollars for whoever signs up.
+        flush_charges: on SQLite, whether a request waits until its charge is on the disk, see `Accounts`.
         credit_status: the HTTP status of a request that the credit does not cover: 429 as OpenAI says, or 402.
         body_limit_bytes: largest request body.
         receive_timeout_s: time for a request's body to arrive, counted from its headers.
@@ -43,6 +44,7 @@ class ServeSettings:
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     database: str | None = field(default=None, repr=False)
     free_credit: int = 0
+    flush_charges: bool = False
     credit_status: int = 429
     body_limit_bytes: int = 32 * 2**20
     receive_timeout_s: float = 30
@@ -59,7 +61,7 @@ class ServeSettings:
         if not 0 <= self.port <= 65535:
             raise UsageError(f"port {self.port}: choose 0 to 65535")
         for name, value in vars(self).items():
-            if isinstance(value, int | float) and name not in ("port", "free_credit") and value <= 0:
+            if isinstance(value, int | float) and name not in ("port", "free_credit", "flush_charges") and value <= 0:
                 raise UsageError(f"{name}={value}: must be greater than 0")
         if self.log_level not in LOG_LEVELS:
             raise UsageError(f"log_level={self.log_level!r}: choose one of {', '.join(LOG_LEVELS)}")

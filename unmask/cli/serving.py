@@ -21,6 +21,7 @@ def serve(
     accounts: Annotated[bool, Parameter(group=_ACCOUNTS, negative=())] = False,
     database: Annotated[str | None, Parameter(group=_ACCOUNTS, env_var="UNMASK_DATABASE")] = None,
     free_credit: Annotated[str, Parameter(group=_ACCOUNTS)] = "0",
+    flush_charges: Annotated[bool, Parameter(group=_ACCOUNTS, negative=())] = False,
     credit_status: Annotated[Literal[429, 402], Parameter(group=_ACCOUNTS)] = 429,
     request_timeout: Annotated[float, Parameter(group=_LIMITS)] = 60.0,
     body_limit_mb: Annotated[float, Parameter(group=_LIMITS)] = 32.0,
@@ -49,6 +50,9 @@ def serve(
         Left out: SQLite in UNMASK_HOME.
     free_credit
         Dollars that everybody who signs up gets once.
+    flush_charges
+        With SQLite, answer only once the charge is on the disk, which may take milliseconds. Without, a power cut
+        may forget the charges of the last moments; killing the server forgets nothing in either case.
     credit_status
         HTTP status of a request that the credit does not cover: 429 as OpenAI says, or 402.
     request_timeout
@@ -82,6 +86,7 @@ def serve(
             database=database or (default_url() if accounts else None),
             free_credit=credit,
             credit_status=credit_status,
+            flush_charges=flush_charges,
             request_timeout_s=request_timeout,
             body_limit_bytes=int(body_limit_mb * 1_000_000),
             queue_tokens=queue_tokens,
