@@ -21,7 +21,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection, RowMapping
 
 from unmask.accounts.ledger import window_start
-from unmask.accounts.schema import accounts, keys, plans
+from unmask.accounts.schema import accounts, keys
 from unmask.errors import Forbidden, KeyRefused, StorageError, UsageError
 from unmask.home import home, written_whole
 
@@ -306,16 +306,10 @@ def write_uses(connection: Connection, uses: Mapping[str, int]) -> None:
         )
 
 
-_CALLER = (
-    sa.select(
-        keys,
-        accounts.c.state.label("account_state"),
-        plans.c.requests_per_minute.label("plan_requests"),
-        plans.c.tokens_per_minute.label("plan_tokens"),
-    )
-    .join(accounts, accounts.c.id == keys.c.account_id)
-    .join(plans, plans.c.name == accounts.c.plan)
-    .where(keys.c.id == sa.bindparam("id"))
+_CALLER = sa.text(
+    "SELECT keys.*, accounts.state AS account_state, plans.requests_per_minute AS plan_requests, "
+    "plans.tokens_per_minute AS plan_tokens FROM keys JOIN accounts ON accounts.id = keys.account_id "
+    "JOIN plans ON plans.name = accounts.plan WHERE keys.id = :id"
 )
 
 _MOST_KEYS = 1000  # per account: enough for one per machine, and an end to a loop that makes them

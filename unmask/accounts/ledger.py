@@ -74,6 +74,37 @@ class Held:
     replayed: bool = False
 
 
+# The statements of every request, written out: building them anew from parts took longer than running them.
+_TAKE = sa.text(
+    "UPDATE accounts SET held = held + :amount WHERE id = :account AND state = 'active' AND balance - held >= :amount"
+)
+_GIVE_BACK = sa.text("UPDATE accounts SET held = held - :amount WHERE id = :account")
+_PAY = sa.text("UPDATE accounts SET balance = balance - :amount, held = held - :amount WHERE id = :account")
+_SPEND = sa.text(
+    "UPDATE keys SET "
+    "spent = CASE WHEN window_started < :start THEN 0 ELSE spent END + :amount, "
+    "carried = CASE WHEN window_started < :start THEN 0 ELSE carried END, "
+    "window_started = CASE WHEN window_started < :start THEN :start ELSE window_started END "
+    "WHERE id = :key AND account_id = :account AND revoked_at IS NULL AND (spend_limit IS NULL "
+    "OR CASE WHEN window_started < :start THEN 0 ELSE spent END + :amount <= spend_limit) "
+    "RETURNING window_started"
+).bindparams(sa.bindparam("start", type_=sa.BigInteger), sa.bindparam("amount", type_=sa.BigInteger))
+_HOLD = sa.text(
+    "INSERT INTO charges (id, account_id, key_id, request, model, tier, tokens, amount, state, window_start, "
+    "held_at, expires_at) VALUES (:id, :account_id, :key_id, :request, :model, :tier, :tokens, :amount, 'held', "
+    ":window_start, :held_at, :expires_at)"
+)
+_END = sa.text(
+    "UPDATE charges SET state = :after, ended_at = :now WHERE id = :charge AND state = :before "
+    "RETURNING account_id, key_id, amount, window_start"
+)
+_BOOK = sa.text(
+    "INSERT INTO entries (at, kind, debit, credit, amount, reference, note) "
+    "VALUES (:at, :kind, :debit, :credit, :amount, :reference, :note) "
+    "ON CONFLICT (kind, reference) DO NOTHING RETURNING id"
+)
+
+
 def window_start(window: str | None, now: int) -> int:
     """Unix milliseconds at which the day, the week (from Monday) or the month around `now` began, in UTC."""
     if window is None:
@@ -99,20 +130,12 @@ def hold(connection: Connection, wanted: Hold, now: int) -> Held:
         earlier = _claim(connection, wanted, now)
         if earlier is not None:
             return earlier
-    taken = connection.execute(
-        accounts.update()
-        .where(
-            accounts.c.id == wanted.account_id,
-            accounts.c.state == "active",
-            accounts.c.balance - accounts.c.held >= wanted.amount,
-        )
-        .values(held=accounts.c.held + wanted.amount)
-    )
+    taken = connection.execute(_TAKE, {"amount": wanted.amount, "account": wanted.account_id})
     if taken.rowcount != 1:
         raise _why_not(connection, wanted)
     window = _spend(connection, wanted, now) if wanted.key_id is not None else 0
     connection.execute(
-        charges.insert(),
+        _HOLD,
         {
             "id": wanted.id,
             "account_id": wanted.account_id,
@@ -122,7 +145,6 @@ def hold(connection: Connection, wanted: Hold, now: int) -> Held:
             "tier": wanted.tier,
             "tokens": wanted.tokens,
             "amount": wanted.amount,
-            "state": "held",
             "window_start": window,
             "held_at": now,
             "expires_at": wanted.expires_at,
@@ -147,11 +169,7 @@ def settle(connection: Connection, charge: str, now: int) -> bool:
     """
     row = _end(connection, charge, "held", "settled", now)
     if row is not None:
-        connection.execute(
-            accounts.update()
-            .where(accounts.c.id == row["account_id"])
-            .values(balance=accounts.c.balance - row["amount"], held=accounts.c.held - row["amount"])
-        )
+        connection.execute(_PAY, {"amount": row["amount"], "account": row["account_id"]})
     else:
         row = _end(connection, charge, "expired", "settled", now)
         if row is None:
@@ -184,9 +202,7 @@ def release(connection: Connection, charge: str, now: int, *, state: str = "rele
     row = _end(connection, charge, "held", state, now)
     if row is None:
         return False
-    connection.execute(
-        accounts.update().where(accounts.c.id == row["account_id"]).values(held=accounts.c.held - row["amount"])
-    )
+    connection.execute(_GIVE_BACK, {"amount": row["amount"], "account": row["account_id"]})
     _adjust_spent(connection, row, -row["amount"])
     return True
 
@@ -356,24 +372,13 @@ def _spend(connection: Connection, wanted: Hold, now: int) -> int:
     A window only ever moves forward, so that a request that crossed midnight on its way does not bring
     yesterday back.
     """
-    start = window_start(wanted.spend_window, now)
-    fresh = keys.c.window_started < start
-    spent = sa.case((fresh, 0), else_=keys.c.spent)
-    row = connection.execute(
-        keys.update()
-        .where(
-            keys.c.id == wanted.key_id,
-            keys.c.account_id == wanted.account_id,
-            keys.c.revoked_at.is_(None),
-            sa.or_(keys.c.spend_limit.is_(None), spent + wanted.amount <= keys.c.spend_limit),
-        )
-        .values(
-            spent=spent + wanted.amount,
-            carried=sa.case((fresh, 0), else_=keys.c.carried),
-            window_started=sa.case((fresh, start), else_=keys.c.window_started),
-        )
-        .returning(keys.c.window_started)
-    ).one_or_none()
+    values = {
+        "start": window_start(wanted.spend_window, now),
+        "amount": wanted.amount,
+        "key": wanted.key_id,
+        "account": wanted.account_id,
+    }
+    row = connection.execute(_SPEND, values).one_or_none()
     if row is not None:
         return row.window_started
     key = connection.execute(
@@ -401,12 +406,7 @@ def _adjust_spent(connection: Connection, row: RowMapping, change: int) -> None:
 
 
 def _end(connection: Connection, charge: str, before: str, after: str, now: int) -> RowMapping | None:
-    found = connection.execute(
-        charges.update()
-        .where(charges.c.id == charge, charges.c.state == before)
-        .values(state=after, ended_at=now)
-        .returning(charges.c.account_id, charges.c.key_id, charges.c.amount, charges.c.window_start)
-    )
+    found = connection.execute(_END, {"after": after, "now": now, "charge": charge, "before": before})
     return found.mappings().one_or_none()
 
 
@@ -414,12 +414,16 @@ def _book(
     connection: Connection, now: int, kind: str, debit: str, credit: str, amount: int, reference: str, note: str = ""
 ) -> bool:
     """Write an entry, unless there is one of this kind and reference."""
-    written = connection.execute(
-        insert(connection, entries)
-        .values(at=now, kind=kind, debit=debit, credit=credit, amount=amount, reference=reference, note=note)
-        .on_conflict_do_nothing(index_elements=[entries.c.kind, entries.c.reference])
-        .returning(entries.c.id)  # not rowcount, which Postgres' driver does not tell where rows are numbered
-    )
+    values = {
+        "at": now,
+        "kind": kind,
+        "debit": debit,
+        "credit": credit,
+        "amount": amount,
+        "reference": reference,
+        "note": note,
+    }
+    written = connection.execute(_BOOK, values)  # not by rowcount, which not every driver tells here
     return written.one_or_none() is not None
 
 
