@@ -43,6 +43,7 @@ def serve(database: str, pepper: str) -> None:
     """The server process: everything but the model is what `unmask serve` runs."""
     from unmask.accounts import Accounts
     from unmask.api import ServeSettings, create_app
+    from unmask.api.logs import configure_logging
     from unmask.api.server import Server, base_url, listen, serve_models
     from unmask.catalogue import Record
     from unmask.router import Models
@@ -83,6 +84,7 @@ def serve(database: str, pepper: str) -> None:
 
         async def close(self, grace: float) -> None: ...
 
+    configure_logging("error")  # a line per request would be half the work
     settings = ServeSettings(port=0, database=database)
     models = cast(Models, Stub())
     stopping = threading.Event()
@@ -120,8 +122,7 @@ class Subject:
         self.start()
 
     def start(self) -> None:
-        # Its log goes nowhere: a line per request would be half the work.
-        self.process = subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        self.process = subprocess.Popen(self._command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
