@@ -4,10 +4,12 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
+from accounts.postgres import Cluster, cluster, server_programs
 
 # A busy machine is no fault of the code under test; what has to be quick is measured in benchmarks.
 hypothesis.settings.register_profile("unmask", deadline=None)
@@ -35,6 +37,16 @@ def isolated_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     chosen.mkdir(parents=True, exist_ok=True)
     os.environ["UNMASK_HOME"] = str(chosen)
     return chosen
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Cluster]:
+    """A Postgres server for the tests that need a real one."""
+    programs = server_programs()
+    if programs is None:
+        pytest.skip("no Postgres is installed: apt-get install postgresql")
+    with cluster(programs) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

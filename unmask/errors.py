@@ -15,6 +15,17 @@ UnmaskError
 │   ├── ModelLoading           carries retry_after, in seconds
 │   ├── DeadlineExceeded
 │   └── EngineStopped
+├── AccountError               an account, a key or its limits do not allow it
+│   ├── KeyRefused             the key is unknown, mistyped, revoked or out of date
+│   ├── SignInRefused          the address and password do not fit, or nobody is signed in
+│   ├── Forbidden              the key is known, but not for this
+│   ├── InsufficientCredit     the account's credit does not cover the cost
+│   ├── SpendLimitReached      the key's own limit does not cover the cost
+│   ├── RateLimited            carries retry_after, in seconds
+│   ├── RequestInProgress      the same Idempotency-Key is being worked on
+│   ├── KeyReused              the same Idempotency-Key came with another request
+│   ├── NoPrice                the model has no price yet
+│   └── LedgerRefused          a booking that would not be right
 ├── TrainingError              a run cannot go on: the loss is not a number, memory is out
 └── StorageError               the disk is full or cannot be written
 
@@ -93,6 +104,60 @@ class DeadlineExceeded(EngineError):
 
 class EngineStopped(EngineError):
     """The engine is shutting down."""
+
+
+class AccountError(UnmaskError):
+    """An account, a key or its limits do not allow it."""
+
+
+class KeyRefused(AccountError):
+    """The API key is unknown, mistyped, revoked or expired. Which of them, only the owner's pages say."""
+
+
+class SignInRefused(AccountError):
+    """The address and the password do not fit, or the session is over."""
+
+
+class Forbidden(AccountError):
+    """The key is good, but not for this model, this route or from this address; or the account is frozen."""
+
+
+class InsufficientCredit(AccountError):
+    """The account's free credit does not cover the cost."""
+
+
+class SpendLimitReached(AccountError):
+    """The key's spend limit for the current window does not cover the cost."""
+
+
+class RateLimited(AccountError):
+    """Too many requests or tokens per minute.
+
+    Attributes:
+        kind: "requests" or "tokens".
+        retry_after: seconds until it would be let through; None if it never will.
+    """
+
+    def __init__(self, message: str, kind: str, retry_after: float | None) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.retry_after = retry_after
+
+
+class RequestInProgress(AccountError):
+    """A request with the same Idempotency-Key has not ended yet."""
+
+
+class KeyReused(AccountError):
+    """An Idempotency-Key was used before, for another request."""
+
+
+class NoPrice(AccountError):
+    """The operator has set no price for the model, so nobody can be charged for it."""
+
+
+class LedgerRefused(AccountError):
+    """A booking that would not be right: a reference used twice, more than there is, a charge that is not open."""
 
 
 class TrainingError(UnmaskError):

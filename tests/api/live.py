@@ -17,10 +17,10 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from unmask.accounts import Accounts
 from unmask.api import ServeSettings, create_app
-from unmask.api.metrics import Metrics
 from unmask.api.server import Server, base_url, listen, serve_models
-from unmask.api.site import Site
+from unmask.api.site import BuildSite
 from unmask.router import Models
 
 _FRESH = itertools.count()
@@ -151,16 +151,23 @@ class LocalService(Service):
 
 @contextmanager
 def running(
-    model: Path, build_site: Callable[[Models, ServeSettings, Metrics], Site] | None = None, **changes: Any
+    model: Path,
+    accounts: Accounts | None = None,
+    build_site: BuildSite | None = None,
+    **changes: Any,
 ) -> Iterator[LocalService]:
-    """A server in a thread, by default with a key and without pages, over one warmed model."""
+    """A server in a thread, by default with a key and without pages, over one warmed model.
+
+    With `accounts`, theirs are the keys.
+    """
     defaults: dict[str, Any] = {"port": 0, "models": (str(model),), "warm": (str(model),), "api_keys": (KEY,)}
     settings = ServeSettings(**defaults | changes)
     with ExitStack() as stack:
         listener = stack.enter_context(listen(settings.host, settings.port))
         models = Models(settings.models, warm=settings.warm, queue_tokens=settings.queue_tokens)
         stopping, ready = threading.Event(), threading.Event()
-        server = Server(create_app(models, settings, stopping, build_site), settings, stopping, ready.set)
+        app = create_app(models, settings, stopping, accounts, build_site)
+        server = Server(app, settings, stopping, ready.set)
 
         def run() -> None:
             with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
@@ -171,7 +178,12 @@ def running(
         try:
             assert ready.wait(30)
             service = LocalService(base_url(listener), models.list()[0].record.id, models, server)
-            if settings.warm:
+            if accounts is not None:
+                deadline = time.monotonic() + 60
+                while models.list()[0].state == "loading":
+                    assert time.monotonic() < deadline
+                    time.sleep(0.02)  # the load needs the interpreter more than this loop does
+            elif settings.warm:
                 assert service.embed("warm", {"prefer": "wait=60"}).status == 200
             yield service
         finally:

@@ -1,5 +1,7 @@
 """The OpenAPI document and the server say the same, found out by schemathesis."""
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -9,9 +11,11 @@ from hypothesis import HealthCheck
 from schemathesis.checks import load_all_checks, not_a_server_error
 from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
 
+from unmask.accounts import Accounts, keys, ledger, people, tariff
+from unmask.accounts.keys import KeySettings
 from unmask.api.openapi import document as make_document
 
-from .live import KEY, Service
+from .live import KEY, Service, running
 
 load_all_checks()
 
@@ -43,6 +47,54 @@ def test_the_server_keeps_to_its_document(case: schemathesis.Case, service: Serv
         timeout=30,
     )
     assert response.status_code < 500 or response.status_code in (503, 504)
+
+
+@pytest.fixture(scope="module")
+def paid(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, str]]:
+    """A server with accounts, and a key with more credit than it can spend."""
+    folder = tmp_path_factory.mktemp("accounts")
+    accounts = Accounts(f"sqlite:///{folder / 'accounts.sqlite'}", pepper=folder / "pepper")
+    with accounts.database.begin() as connection:
+        id = people.open_account(connection, "somebody", 1)
+        ledger.top_up(connection, id, 10**15, "payment", 1)
+        key = keys.create(connection, accounts.peppers, id, KeySettings(), 1)
+        tariff.set_price(connection, tariff.Price("*", "default", 8_000_000), 1)
+    with running(tiny_llama, accounts, api_keys=(), database="kept by the test") as service:
+        yield service, key
+    accounts.close()
+
+
+with_accounts = schemathesis.openapi.from_dict(make_document(secured=False, body_limit=32 * 2**20, accounts=True))
+
+
+@with_accounts.parametrize()
+@hypothesis.settings(
+    max_examples=60,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.function_scoped_fixture],
+)
+@pytest.mark.parametrize("authenticated", [True, False])
+def test_with_accounts_it_keeps_to_its_document(
+    case: schemathesis.Case, paid: tuple[Service, str], authenticated: bool
+):
+    service, key = paid
+    model = case.body.get("model") if isinstance(case.body, dict) else None
+    if isinstance(case.body, dict) and isinstance(model, str) and len(model) % 4:
+        case.body["model"] = service.model
+    unknown_header = any(name.lower().startswith("x-schemathesis") for name in case.headers or {})
+    response = case.call_and_validate(
+        base_url=service.url,
+        headers={"Authorization": f"Bearer {key if authenticated else 'um_none'}"},
+        excluded_checks=[
+            positive_data_acceptance,
+            not_a_server_error,
+            *([negative_data_rejection] if unknown_header else []),
+        ],
+        timeout=30,
+    )
+    assert response.status_code < 500 or response.status_code in (503, 504)
+    if not authenticated and case.path not in ("/health", "/ready"):
+        assert response.status_code in (400, 401, 405)
 
 
 @pytest.fixture(scope="module")

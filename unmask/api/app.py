@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
@@ -12,7 +11,10 @@ from starlette.routing import Match, Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from unmask import __version__
+from unmask.accounts import Accounts
 from unmask.api.access import Gate
+from unmask.api.accounts import AccountRoutes
+from unmask.api.charging import Charging
 from unmask.api.embeddings import Embeddings, find_model
 from unmask.api.errors import ApiError
 from unmask.api.exchange import Exchange
@@ -20,7 +22,7 @@ from unmask.api.metrics import CONTENT_TYPE, Metrics
 from unmask.api.openapi import document
 from unmask.api.schema import Health, Index, Model, ModelList, Readiness
 from unmask.api.settings import ServeSettings
-from unmask.api.site import Site, asks_for_html
+from unmask.api.site import BuildSite, Site, asks_for_html
 from unmask.catalogue import Specification
 from unmask.router import Models, ServedModel
 
@@ -32,22 +34,26 @@ def create_app(
     models: Models,
     settings: ServeSettings,
     stopping: threading.Event | None = None,
-    build_site: Callable[[Models, ServeSettings, Metrics], Site] | None = None,
+    accounts: Accounts | None = None,
+    build_site: BuildSite | None = None,
 ) -> ASGIApp:
-    """The ASGI app over `models`, which the caller starts and closes.
+    """The ASGI app over `models` and `accounts`, which the caller starts and closes.
 
     Args:
         models: what to serve.
         settings: limits and keys; its host and port do not matter here.
         stopping: to be set when the server begins to shut down.
+        accounts: whose keys are asked for and whose credit pays; without, `settings.api_keys` decide.
         build_site: makes the pages for people; without it there is only the API.
     """
     metrics = Metrics()
     stopping = stopping or threading.Event()
-    embeddings = Embeddings(models, settings, metrics)
-    site = build_site(models, settings, metrics) if build_site else None
+    embeddings = Embeddings(models, settings, metrics, Charging(accounts, settings.credit_status))
+    site = build_site(models, settings, metrics, accounts) if build_site else None
     pages = _Pages(models, metrics, stopping, site)
-    openapi = document(secured=bool(settings.api_keys), body_limit=settings.body_limit_bytes)
+    openapi = document(
+        secured=bool(settings.api_keys), body_limit=settings.body_limit_bytes, accounts=accounts is not None
+    )
 
     async def describe(request: Request) -> Response:
         return _json(openapi)
@@ -62,6 +68,13 @@ def create_app(
         Route("/openapi.json", describe),
         Route("/", pages.index),
     ]
+    if accounts is not None:
+        about_account = AccountRoutes(accounts)
+        routes += [
+            Route("/v1/account", about_account.account),
+            Route("/v1/usage", about_account.usage),
+            Route("/v1/keys", about_account.keys),
+        ]
     own = list(routes)
     if site is not None:
         routes += site.routes
@@ -79,7 +92,7 @@ def create_app(
     return Exchange(
         router,
         {route.endpoint: route.path for route in routes},
-        Gate(settings.api_keys, public),
+        Gate(settings.api_keys, accounts, public),
         metrics,
         stopping,
         site.error if site else None,

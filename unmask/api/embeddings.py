@@ -13,7 +13,9 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 
+from unmask.accounts.money import format_dollars
 from unmask.api import tokens
+from unmask.api.charging import Charging, tier
 from unmask.api.errors import ApiError
 from unmask.api.exchange import read_body, unless_gone
 from unmask.api.metrics import Metrics
@@ -26,6 +28,9 @@ from unmask.router import Models, ServedModel
 LONGEST_WAIT_S = 60  # for a cold model, by `Prefer: wait`
 LONGEST_DEADLINE_S = 3600
 
+# All batch work together has the share of one caller: it never holds up those who pay for being quick.
+_BATCH_SHARE = "tier batch"
+
 # Numbers below which an answer is written in about a millisecond, so that a thread is not worth its start.
 _SMALL_ANSWER = 65_536
 
@@ -37,12 +42,14 @@ class Embeddings:
     models: Models
     settings: ServeSettings
     metrics: Metrics
+    charging: Charging
 
     async def answer(self, request: Request) -> Response:
         """Vectors for a request; the work stops when the caller leaves.
 
         Raises:
-            ApiError, InputError, EngineError, CheckpointError: each becomes an answer in `unmask.api.errors`.
+            ApiError, InputError, EngineError, CheckpointError, AccountError, StorageError: each becomes an answer in
+                `unmask.api.errors`.
         """
         arrived = time.monotonic()
         _require_json(request.headers)
@@ -54,6 +61,8 @@ class Embeddings:
         asked, ignored = read_request(body)
         inputs = read_input(asked.input)
         served = find_model(self.models, asked.model)
+        model = served.record.id
+        await self.charging.enter(request, model)
         instruction = _instruction(asked, served.record)
         wait = min(_preferred_wait(request.headers), deadline - time.monotonic())
         engine = await served.engine(max(wait, 0.0))
@@ -64,13 +73,16 @@ class Embeddings:
         prompts = await engine.prepare(texts, instruction=instruction, truncate=bool(asked.truncate))
         used = sum(len(prompt.ids) for prompt in prompts)
         self._limit_tokens(used)
-        vectors = await engine.run(prompts, deadline=deadline, caller=request.state.caller)
-        if vectors.size > _SMALL_ANSWER:
-            content = await asyncio.to_thread(_write, vectors, asked, served.record.id, used)
-        else:
-            content = _write(vectors, asked, served.record.id, used)
+        share = request.state.admitted.share if tier(request.headers) == "default" else _BATCH_SHARE
+        async with self.charging.charge(request, model, used, body, deadline) as charge:
+            vectors = await engine.run(prompts, deadline=deadline, caller=share)
+            if vectors.size > _SMALL_ANSWER:
+                content = await asyncio.to_thread(_write, vectors, asked, model, used, charge.cost)
+            else:
+                content = _write(vectors, asked, model, used, charge.cost)
+            await charge.settle()
         request.state.tokens = used
-        self.metrics.tokens(served.record.id, used)
+        self.metrics.tokens(model, used)
         headers = {}
         if encoding:
             headers["x-unmask-token-encoding"] = encoding
@@ -171,7 +183,7 @@ def _names(fields: Sequence[str]) -> str:
     return ", ".join(shown + ["..."] * (len(fields) > 16))
 
 
-def _write(vectors: np.ndarray, asked: EmbeddingRequest, model: str, used: int) -> bytes:
+def _write(vectors: np.ndarray, asked: EmbeddingRequest, model: str, used: int, cost: int | None) -> bytes:
     """The answer's JSON, row by row: each is one call into C, and between two others get their turn."""
     normalize = asked.normalize is not False
     rows = np.ascontiguousarray(finish(vectors, normalize=normalize, dimensions=asked.dimensions or None), dtype="<f4")
@@ -179,8 +191,10 @@ def _write(vectors: np.ndarray, asked: EmbeddingRequest, model: str, used: int) 
     data = b",".join(
         [b'{"object":"embedding","index":%d,"embedding":%b}' % (index, write(row)) for index, row in enumerate(rows)]
     )
-    end = orjson.dumps({"model": model, "usage": {"prompt_tokens": used, "total_tokens": used}})
-    return b'{"object":"list","data":[%b],%b' % (data, end[1:])
+    # Dollars in full decimals: a float would round them.
+    price = b"" if cost is None else b',"cost":%b' % format_dollars(cost).encode()
+    usage = b'{"prompt_tokens":%d,"total_tokens":%d%b}' % (used, used, price)
+    return b'{"object":"list","data":[%b],"model":%b,"usage":%b}' % (data, orjson.dumps(model), usage)
 
 
 def _float_row(row: np.ndarray) -> bytes:

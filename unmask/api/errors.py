@@ -11,6 +11,7 @@ from unmask import errors
 
 INVALID = "invalid_request_error"
 SERVER = "server_error"
+QUOTA = "insufficient_quota"
 
 
 class ErrorBody(msgspec.Struct, kw_only=True):
@@ -76,6 +77,18 @@ _ANSWERS: tuple[tuple[type[errors.UnmaskError], _Answer], ...] = (
     (errors.DeadlineExceeded, _Answer(504, SERVER, "deadline_exceeded", retry_after=1)),
     (errors.EngineStopped, _Answer(503, SERVER, "server_stopping", retry_after=1)),
     (errors.EngineError, _Answer(503, SERVER, "engine_unavailable", retry_after=1)),
+    (errors.KeyRefused, _Answer(401, code="invalid_api_key")),
+    (errors.SignInRefused, _Answer(401, code="not_signed_in")),
+    (errors.Forbidden, _Answer(403, code="permission_denied")),
+    # OpenAI's status, which its clients do not repeat because `x-should-retry` says so; 402 is a setting.
+    (errors.InsufficientCredit, _Answer(429, QUOTA, QUOTA)),
+    (errors.SpendLimitReached, _Answer(429, QUOTA, QUOTA)),
+    (errors.RateLimited, _Answer(429, "requests", "rate_limit_exceeded")),
+    (errors.RequestInProgress, _Answer(409, code="request_in_progress", param="Idempotency-Key", retry_after=1)),
+    (errors.KeyReused, _Answer(422, code="idempotency_key_reused", param="Idempotency-Key")),
+    (errors.NoPrice, _Answer(503, SERVER, "model_not_priced")),
+    (errors.LedgerRefused, _Answer(409, code="ledger_refused")),
+    (errors.AccountError, _Answer(400)),
 )
 
 
@@ -91,12 +104,20 @@ def api_error(error: errors.UnmaskError) -> ApiError:
             type=SERVER,
             code="model_unavailable",
         )
+    if isinstance(error, errors.StorageError):
+        return ApiError(
+            503,
+            "The server cannot reach what it keeps its accounts in; its log says why.",
+            type=SERVER,
+            code="storage_unavailable",
+            retry_after=5,
+        )
     for kind, answer in _ANSWERS:
         if isinstance(error, kind):
             return ApiError(
                 answer.status,
                 str(error),
-                type=answer.type,
+                type=getattr(error, "kind", answer.type),
                 param=answer.param,
                 code=answer.code,
                 retry_after=getattr(error, "retry_after", answer.retry_after),
@@ -118,7 +139,7 @@ def internal_error() -> ApiError:
 def error_response(error: ApiError) -> Response:
     """The error as OpenAI's clients expect it, telling them whether to try again and when."""
     headers = {"x-should-retry": "false" if error.retry_after is None else "true", **error.headers}
-    if error.retry_after is not None and error.status in (429, 503):
+    if error.retry_after is not None and error.status in (409, 429, 503):
         # openai-python never repeats a request that is told to wait longer than 120 seconds.
         headers["retry-after"] = str(min(max(math.ceil(error.retry_after), 1), 120))
     content = msgspec.json.encode(ErrorEnvelope(error=error.body))

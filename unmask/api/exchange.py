@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from unmask.api.access import Gate
 from unmask.api.errors import ApiError, api_error, error_response, internal_error
 from unmask.api.metrics import Metrics
-from unmask.errors import EngineError, EngineStopped, InputError, UnmaskError
+from unmask.errors import AccountError, EngineError, EngineStopped, InputError, UnmaskError
 
 log = structlog.get_logger()
 
@@ -37,7 +37,8 @@ class Exchange:
     """The outermost app.
 
     Args:
-        app: the routes. They may set `tokens` in the request's state for the log.
+        app: the routes. In the request's state they find `admitted`, `request_id` and `headers`, to which they
+            may add response headers, and may set `tokens` for the log.
         routes: route templates by endpoint, for the counters.
         gate: decides who may call.
         metrics: the counters.
@@ -71,6 +72,8 @@ class Exchange:
         request_id = given if _SANE_ID.fullmatch(given) else new_request_id()
         status = 0
         state = scope.setdefault("state", {})
+        state["headers"] = {}
+        state["request_id"] = request_id
         scope["app"] = self  # makes Starlette's routing raise HTTPException, where it would answer in plain text
 
         async def send_identified(message: Message) -> None:
@@ -78,6 +81,7 @@ class Exchange:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
+                headers.update(state["headers"])
                 headers["x-request-id"] = request_id
                 headers["openai-processing-ms"] = str(_milliseconds(started))
                 if status >= 400 and "expect" in asked:
@@ -88,7 +92,7 @@ class Exchange:
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             failure: ApiError | None = None
             try:
-                state["caller"] = self._gate.admit(scope)
+                state["admitted"] = await self._gate.admit(scope)
                 await self._app(scope, receive, send_identified)
             except ClientDisconnect:
                 status = CLIENT_GONE
@@ -126,7 +130,7 @@ def _failure(error: Exception, scope: Scope) -> ApiError:
         # Without the exception's message: it may quote what the caller sent.
         log.error("fault", error=type(error).__name__, frames=_frames(error))
         return internal_error()
-    if not isinstance(error, ApiError | EngineError | InputError):
+    if not isinstance(error, ApiError | EngineError | InputError | AccountError):
         # Loading or storage failed: such a message names files, not what a caller sent.
         log.error("unavailable", error=type(error).__name__, reason=str(error))
     return api_error(error)

@@ -1,21 +1,38 @@
 """The OpenAPI 3.1 document: schemas from the msgspec types, the rest from the tables below."""
 
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
 from unmask import __version__
+from unmask.accounts.tariff import TIERS
+from unmask.accounts.usage import GROUPS, LONGEST_DAYS
 from unmask.api.errors import ErrorEnvelope
-from unmask.api.schema import EmbeddingRequest, EmbeddingResponse, Health, Index, Model, ModelList, Readiness
+from unmask.api.schema import (
+    AccountInfo,
+    EmbeddingRequest,
+    EmbeddingResponse,
+    Health,
+    Index,
+    KeyList,
+    Model,
+    ModelList,
+    Readiness,
+    UsageReport,
+)
 
 ERRORS = {
     400: "The request is wrong; the message names the field. Also for an API key in the URL.",
     401: "The API key is missing or wrong.",
+    403: "The key is not for this, or the account is frozen.",
     404: "No such model.",
     405: "This path has other methods, see Allow.",
     408: "The body did not arrive in time.",
+    409: "The request with this Idempotency-Key is still being worked on.",
     413: "The body is larger than {body_limit} bytes.",
     415: "The body is not UTF-8 JSON, or it is compressed.",
+    422: "This Idempotency-Key was used for another request.",
     429: "Too many tokens wait already. Retry-After says when there will be room.",
     500: "A fault of the server.",
     503: "The model is loading, failed to load, or the server is shutting down.",
@@ -48,6 +65,32 @@ _HEADERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "x-unmask-ignored-fields": ("Fields of the request that nothing reads; absent for none.", _STRING),
 }
+_LIMITS = {
+    f"x-ratelimit-{what}-{kind}": (f"{text} {kind} per minute. Absent without a limit.", schema)
+    for kind in ("requests", "tokens")
+    for what, text, schema in (
+        ("limit", "The limit of", {"type": "integer", "minimum": 1}),
+        ("remaining", "What could be used at once of the", _INTEGER),
+        ("reset", "When all of it could be, like 6m0s or 20ms, of the", _STRING),
+    )
+}
+_CHARGE = {
+    "x-unmask-cost-nanodollars": ("What the request costs, in billionths of a dollar.", _INTEGER),
+    "x-unmask-charge": ("Id of the charge.", _STRING),
+    "x-unmask-tier": ("The tier it was charged in.", {"enum": list(TIERS)}),
+    "idempotent-replayed": (
+        "Charged by an earlier request with this Idempotency-Key, and not again.",
+        {"enum": ["true"]},
+    ),
+}
+_ACCOUNT_REQUEST_HEADERS = {
+    "X-Tier": ("`batch` for the cheaper tier, which waits behind the other.", {"enum": list(TIERS)}),
+    "Idempotency-Key": (
+        "A request that is repeated with it within 24 hours is charged once.",
+        {"type": "string", "pattern": "^[!-~]{1,255}$"},
+    ),
+}
+
 _ON_ALL = ("x-request-id", "openai-processing-ms")
 _ON_ERROR = {401: ("www-authenticate",), 405: ("allow",), 429: ("retry-after",), 503: ("retry-after",)}
 
@@ -61,19 +104,23 @@ _REQUEST_HEADERS = {
 }
 
 
-def document(*, secured: bool, body_limit: int) -> dict[str, Any]:
+def document(*, secured: bool, body_limit: int, accounts: bool = False) -> dict[str, Any]:
     """The document of one app.
 
     Args:
         secured: whether it asks for API keys.
         body_limit: its largest body, in bytes.
+        accounts: whether it has accounts, whose keys it then asks for.
     """
+    secured = secured or accounts
     types = [EmbeddingRequest, EmbeddingResponse, Model, ModelList, Readiness, Health, Index, ErrorEnvelope]
+    types += [AccountInfo, UsageReport, KeyList] if accounts else []
     _, schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
 
     def operation(id: str, summary: str, answer: dict[str, Any], errors: tuple[int, ...] = (), **more: Any) -> Any:
         public = id in ("health", "ready")
         statuses = {400, 405, 500, *errors} | ({401} if secured and not public else set())
+        statuses |= {403, 503} if accounts and not public else set()
         responses = {"200": answer} | {
             str(status): _response(
                 ERRORS[status].format(body_limit=body_limit),
@@ -89,10 +136,12 @@ def document(*, secured: bool, body_limit: int) -> dict[str, Any]:
     def page(summary: str, schema: str) -> dict[str, Any]:
         return _response(summary, _json(schema), _ON_ALL)
 
+    more_headers = (*_LIMITS, *_CHARGE) if accounts else ()
+    request_headers = _REQUEST_HEADERS | (_ACCOUNT_REQUEST_HEADERS if accounts else {})
     vectors = _response(
         "One vector per input, in order.",
         _json("EmbeddingResponse"),
-        (*_ON_ALL, "x-unmask-token-encoding", "x-unmask-truncated-inputs", "x-unmask-ignored-fields"),
+        (*_ON_ALL, "x-unmask-token-encoding", "x-unmask-truncated-inputs", "x-unmask-ignored-fields", *more_headers),
     )
     paths = {
         "/v1/embeddings": {
@@ -100,10 +149,10 @@ def document(*, secured: bool, body_limit: int) -> dict[str, Any]:
                 "createEmbedding",
                 "Vectors of texts",
                 vectors,
-                (404, 408, 413, 415, 429, 503, 504),
+                (404, 408, 413, 415, 429, 503, 504, *((409, 422) if accounts else ())),
                 parameters=[
                     {"name": name, "in": "header", "description": text, "schema": schema}
-                    for name, (text, schema) in _REQUEST_HEADERS.items()
+                    for name, (text, schema) in request_headers.items()
                 ],
                 requestBody={"required": True, "content": _json("EmbeddingRequest")},
             )
@@ -151,9 +200,13 @@ def document(*, secured: bool, body_limit: int) -> dict[str, Any]:
         },
         "/": {"get": operation("index", "Where things are", page("Paths by purpose.", "Index"))},
     }
+    if accounts:
+        paths |= _account_paths(operation, page)
     security: dict[str, Any] = {"security": [{"key": []}]} if secured else {}
     scheme = {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}} if secured else {}
-    headers = {name: {"description": text, "schema": schema} for name, (text, schema) in _HEADERS.items()}
+    headers = {
+        name: {"description": text, "schema": schema} for name, (text, schema) in (_HEADERS | _LIMITS | _CHARGE).items()
+    }
     return {
         "openapi": "3.1.0",
         "info": {
@@ -164,6 +217,35 @@ def document(*, secured: bool, body_limit: int) -> dict[str, Any]:
         **security,
         "paths": paths,
         "components": {"schemas": schemas, "headers": headers, **scheme},
+    }
+
+
+def _account_paths(operation: Callable[..., Any], page: Callable[[str, str], dict[str, Any]]) -> dict[str, Any]:
+    day = {"type": "string", "format": "date"}
+    query = {
+        "start": (f"First day, UTC. 30 days by default, {LONGEST_DAYS} at most.", day),
+        "end": ("Last day. Today by default.", day),
+        "group_by": (f"Out of {', '.join(GROUPS)}, joined by commas. All by default.", _STRING),
+        "format": ("", {"enum": ["json", "csv"]}),
+    }
+    report = page("One row per group.", "UsageReport")
+    report["content"]["text/csv"] = {"schema": _STRING}
+    return {
+        "/v1/account": {
+            "get": operation("account", "Balance and limits", page("Of this key's account.", "AccountInfo"))
+        },
+        "/v1/usage": {
+            "get": operation(
+                "usage",
+                "What was used, and what it cost",
+                report,
+                parameters=[
+                    {"name": name, "in": "query", "description": text, "schema": schema}
+                    for name, (text, schema) in query.items()
+                ],
+            )
+        },
+        "/v1/keys": {"get": operation("keys", "The account's keys", page("Newest first.", "KeyList"))},
     }
 
 

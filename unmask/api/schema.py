@@ -77,6 +77,9 @@ class Usage(msgspec.Struct, kw_only=True):
 
     prompt_tokens: int
     total_tokens: int
+    cost: Annotated[float | msgspec.UnsetType, _doc("Dollars, to the last of nine decimals. Only with accounts.")] = (
+        msgspec.UNSET
+    )
 
 
 class EmbeddingResponse(msgspec.Struct, kw_only=True):
@@ -112,6 +115,75 @@ class Readiness(msgspec.Struct, kw_only=True):
 
     status: Literal["ready", "not ready", "stopping"]
     models: dict[str, str]
+
+
+Dollars = Annotated[str, Meta(description="US dollars as an exact decimal.", pattern=r"^-?[0-9]+\.[0-9]{2,9}$")]
+
+
+class Minute(msgspec.Struct, kw_only=True):
+    """How much per minute. Null is no limit."""
+
+    requests: int | None
+    tokens: int | None
+
+
+class KeyInfo(msgspec.Struct, kw_only=True):
+    """An API key without its secret, which is shown once and never again."""
+
+    object: Literal["api_key"] = "api_key"
+    id: str
+    name: str
+    status: Literal["active", "expired", "revoked"]
+    scopes: list[str]
+    models: Annotated[list[str] | None, _doc("Null: all.")]
+    networks: Annotated[list[str] | None, _doc("Null: any.")]
+    per_minute: Minute
+    spend_limit: Dollars | None
+    spend_window: Annotated[Literal["day", "week", "month"] | None, _doc("In UTC. Null: the limit never resets.")]
+    spent: Annotated[Dollars, _doc("In this window, requests in flight included.")]
+    created: Annotated[int, _doc("Unix seconds.")]
+    expires: int | None
+    last_used: int | None
+
+
+class KeyList(msgspec.Struct, kw_only=True):
+    object: Literal["list"] = "list"
+    data: list[KeyInfo]
+
+
+class AccountInfo(msgspec.Struct, kw_only=True):
+    """The account of the key that asks, and that key."""
+
+    object: Literal["account"] = "account"
+    id: str
+    name: str
+    status: Literal["active", "frozen", "closed"]
+    plan: str
+    per_minute: Minute
+    currency: Literal["USD"] = "USD"
+    balance: Dollars
+    held: Annotated[Dollars, _doc("Set aside for requests in flight.")]
+    available: Dollars
+    key: KeyInfo
+
+
+class UsageRow(msgspec.Struct, kw_only=True):
+    """Requests that were charged. What was not grouped by is null."""
+
+    day: Annotated[str | None, _doc("In UTC, as 2026-01-31.")]
+    model: str | None
+    key: Annotated[str | None, _doc("Id of the API key.")]
+    tier: str | None
+    requests: int
+    tokens: int
+    cost: Dollars
+
+
+class UsageReport(msgspec.Struct, kw_only=True):
+    object: Literal["list"] = "list"
+    start: str
+    end: str
+    data: list[UsageRow]
 
 
 class Index(msgspec.Struct, kw_only=True):

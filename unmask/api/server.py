@@ -15,13 +15,14 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from unmask.accounts import Accounts, tariff
 from unmask.api.app import create_app
 from unmask.api.errors import ApiError, error_response
 from unmask.api.exchange import new_request_id
 from unmask.api.logs import configure_logging
-from unmask.api.metrics import Metrics
 from unmask.api.settings import ServeSettings
-from unmask.api.site import Site
+from unmask.api.site import BuildSite
+from unmask.errors import NoPrice
 from unmask.router import Models
 
 # uvicorn's httptools parser takes headers of any size.
@@ -144,7 +145,7 @@ class Server(uvicorn.Server):
         return max(0.0, self._stopped_at + self._grace_s - time.monotonic())
 
 
-def serve(settings: ServeSettings, build_site: Callable[[Models, ServeSettings, Metrics], Site] | None = None) -> int:
+def serve(settings: ServeSettings, build_site: BuildSite | None = None) -> int:
     """Serve until SIGTERM or SIGINT.
 
     Args:
@@ -156,6 +157,7 @@ def serve(settings: ServeSettings, build_site: Callable[[Models, ServeSettings, 
 
     Raises:
         UsageError, CheckpointError: a model's name or files are wrong.
+        UsageError, StorageError: the accounts' database or pepper is.
     """
     configure_logging(settings.log_level, settings.api_keys)
     try:
@@ -165,14 +167,23 @@ def serve(settings: ServeSettings, build_site: Callable[[Models, ServeSettings, 
         sys.stderr.write(f"cannot listen on {settings.host} port {settings.port}: {reason}. Choose another port.\n")
         return 1
     with listener:
+        accounts = None
+        if settings.database is not None:
+            accounts = Accounts(
+                settings.database, free_credit=settings.free_credit, flush_charges=settings.flush_charges
+            )
         models = Models(
             settings.models, warm=settings.warm, queue_tokens=settings.queue_tokens, cache_bytes=settings.cache_bytes
         )
         stopping = threading.Event()
-        app = create_app(models, settings, stopping, build_site)
-        server = Server(app, settings, stopping, lambda: _announce(listener, models, settings))
-        with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
-            runner.run(serve_models(models, server, listener))
+        app = create_app(models, settings, stopping, accounts, build_site)
+        server = Server(app, settings, stopping, lambda: _announce(listener, models, settings, accounts))
+        try:
+            with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+                runner.run(serve_models(models, server, listener))
+        finally:
+            if accounts is not None:
+                accounts.close()
     return 0
 
 
@@ -208,7 +219,7 @@ def base_url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _announce(listener: socket.socket, models: Models, settings: ServeSettings) -> None:
+def _announce(listener: socket.socket, models: Models, settings: ServeSettings, accounts: Accounts | None) -> None:
     url = base_url(listener)
     served = [model.record for model in models.list()]
     width = max((len(record.id) for record in served), default=0)
@@ -217,8 +228,24 @@ def _announce(listener: socket.socket, models: Models, settings: ServeSettings) 
         *(f"  {record.id:<{width}}  {record.summary}".rstrip() for record in served),
     ]
     if served:
-        key = ' -H "Authorization: Bearer $KEY"' if settings.api_keys else ""
+        secured = settings.api_keys or accounts is not None
+        key = ' -H "Authorization: Bearer $KEY"' if secured else ""
         body = f'{{"model": "{served[0].id}", "input": "some text"}}'
         lines.append(f"curl {url}/v1/embeddings -H 'Content-Type: application/json'{key} -d '{body}'")
+    if accounts is not None:
+        lines += _about(accounts, [record.id for record in served])
+    elif not settings.api_keys:
+        lines.append("No accounts and no keys: whoever uses this machine may call it.")
     sys.stdout.write("\n".join(lines) + "\n")
     sys.stdout.flush()
+
+
+def _about(accounts: Accounts, models: list[str]) -> list[str]:
+    lines = [f"Accounts in {accounts.database.shown}: callers need a key, see 'unmask accounts --help'."]
+    with accounts.database.read() as connection:
+        for model in models:
+            try:
+                tariff.price(connection, model, "default")
+            except NoPrice:
+                lines.append(f"No price for {model}, so it answers nobody yet: unmask accounts price {model} DOLLARS")
+    return lines

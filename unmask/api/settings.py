@@ -4,6 +4,7 @@ import ipaddress
 import re
 from dataclasses import dataclass, field
 
+from unmask.accounts.money import MAX_AMOUNT
 from unmask.errors import UsageError
 
 _ADDRESS = re.compile(r"https?://[A-Za-z0-9.:\[\]-]+(/[\w./-]*)?")
@@ -19,7 +20,11 @@ class ServeSettings:
         host, port: where to listen; port 0 lets the system choose.
         models: ids or paths of the models to serve.
         warm: those of them to load at the start; the others load with their first request.
-        api_keys: keys a caller may present. Without any, only this machine may be served.
+        api_keys: keys a caller may present. Without any and without accounts, only this machine may be served.
+        database: URL of the accounts; None for a server without them.
+        free_credit: nano-dollars for whoever signs up.
+        flush_charges: on SQLite, whether a request waits until its charge is on the disk, see `Accounts`.
+        credit_status: the HTTP status of a request that the credit does not cover: 429 as OpenAI says, or 402.
         body_limit_bytes: largest request body.
         receive_timeout_s: time for a request's body to arrive, counted from its headers.
         header_timeout_s: time for a request's headers to arrive, from the connection or the first byte.
@@ -35,7 +40,7 @@ class ServeSettings:
         playground: whether visitors may try models on the pages; None for only where no key is needed.
 
     Raises:
-        UsageError: a value is impossible, or the host is open to others and no key is set.
+        UsageError: a value is impossible, or the host is open to others and there are neither keys nor accounts.
     """
 
     host: str = "127.0.0.1"
@@ -43,6 +48,10 @@ class ServeSettings:
     models: tuple[str, ...] = ()
     warm: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = field(default=(), repr=False)
+    database: str | None = field(default=None, repr=False)
+    free_credit: int = 0
+    flush_charges: bool = False
+    credit_status: int = 429
     body_limit_bytes: int = 32 * 2**20
     receive_timeout_s: float = 30
     header_timeout_s: float = 10
@@ -62,7 +71,7 @@ class ServeSettings:
             raise UsageError(f"port {self.port}: choose 0 to 65535")
         for name, value in vars(self).items():
             counts = isinstance(value, int | float) and not isinstance(value, bool)
-            if counts and name not in ("port", "cache_bytes") and value <= 0:
+            if counts and name not in ("port", "cache_bytes", "free_credit") and value <= 0:
                 raise UsageError(f"{name}={value}: must be greater than 0")
         if self.cache_bytes < 0:
             raise UsageError(f"cache_bytes={self.cache_bytes}: must be 0 (no cache) or greater")
@@ -70,14 +79,18 @@ class ServeSettings:
             raise UsageError(f"log_level={self.log_level!r}: choose one of {', '.join(LOG_LEVELS)}")
         if not all(key.isascii() and key.isprintable() and key and " " not in key for key in self.api_keys):
             raise UsageError("an API key is empty or has characters that no HTTP header can carry")
-        if self.public_url is not None and not re.fullmatch(
-            r"https?://[A-Za-z0-9.:\[\]-]+(/[\w./-]*)?", self.public_url
-        ):
+        if self.public_url is not None and not _ADDRESS.fullmatch(self.public_url):
             raise UsageError(f"public_url={self.public_url!r}: give an address such as https://embed.example.org")
-        if not self.api_keys and not _is_loopback(self.host):
+        if self.credit_status not in (402, 429):
+            raise UsageError(f"credit_status={self.credit_status}: choose 429 or 402")
+        if not 0 <= self.free_credit <= MAX_AMOUNT:
+            raise UsageError(f"free_credit={self.free_credit}: choose 0 to {MAX_AMOUNT} nano-dollars")
+        if self.api_keys and self.database is not None:
+            raise UsageError("there are accounts and a key file: use one of them, as accounts have keys of their own")
+        if not self.api_keys and self.database is None and not _is_loopback(self.host):
             raise UsageError(
                 f"host {self.host!r} can be reached from other machines and no API key is set: "
-                "set one, or listen on 127.0.0.1"
+                "turn on accounts, name a key file, or listen on 127.0.0.1"
             )
 
 

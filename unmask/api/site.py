@@ -9,7 +9,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Scope
 
+from unmask.accounts import Accounts
 from unmask.api.errors import ApiError
+from unmask.api.metrics import Metrics
+from unmask.api.settings import ServeSettings
+from unmask.router import Models
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,10 @@ class Site:
     routes: Sequence[Route]
     home: Callable[[Request], Awaitable[Response]]
     error: Callable[[Scope, ApiError], Response | None]
+
+
+# What makes the pages of a server, when its parts are there; the accounts are None for a server without them.
+BuildSite = Callable[[Models, ServeSettings, Metrics, Accounts | None], Site]
 
 
 def asks_for_html(scope: Scope) -> bool:

@@ -7,6 +7,7 @@ from cyclopts import Group, Parameter
 from unmask.cli.program import app, say
 
 _LIMITS = Group("Limits")
+_ACCOUNTS = Group("Accounts")
 
 
 @app.command
@@ -19,6 +20,11 @@ def serve(
     api_key_file: str | None = None,
     public_url: str | None = None,
     playground: bool | None = None,
+    accounts: Annotated[bool, Parameter(group=_ACCOUNTS, negative=())] = False,
+    database: Annotated[str | None, Parameter(group=_ACCOUNTS, env_var="UNMASK_DATABASE")] = None,
+    free_credit: Annotated[str, Parameter(group=_ACCOUNTS)] = "0",
+    flush_charges: Annotated[bool, Parameter(group=_ACCOUNTS, negative=())] = False,
+    credit_status: Annotated[Literal[429, 402], Parameter(group=_ACCOUNTS)] = 429,
     request_timeout: Annotated[float, Parameter(group=_LIMITS)] = 60.0,
     body_limit_mb: Annotated[float, Parameter(group=_LIMITS)] = 32.0,
     queue_tokens: Annotated[int, Parameter(group=_LIMITS)] = 262_144,
@@ -30,7 +36,7 @@ def serve(
     Parameters
     ----------
     host
-        Address to listen on. Anything but this machine's own needs --api-key-file.
+        Address to listen on. Anything but this machine's own needs --accounts or --api-key-file.
     port
         Port to listen on; 0 lets the system choose.
     model
@@ -45,6 +51,18 @@ def serve(
         Left out: what their browsers say.
     playground
         Whether visitors may try models on the pages. Left out: only where no key is needed.
+    accounts
+        Ask for the keys of accounts, and charge them: see "unmask accounts --help".
+    database
+        Where the accounts are: sqlite:///path or postgresql://user@host/name. Implies --accounts.
+        Left out: SQLite in UNMASK_HOME.
+    free_credit
+        Dollars that everybody who signs up gets once.
+    flush_charges
+        With SQLite, answer only once the charge is on the disk, which may take milliseconds. Without, a power cut
+        may forget the charges of the last moments; killing the server forgets nothing in either case.
+    credit_status
+        HTTP status of a request that the credit does not cover: 429 as OpenAI says, or 402.
     request_timeout
         Seconds a request may take when its client names no deadline.
     body_limit_mb
@@ -56,12 +74,19 @@ def serve(
     log_level
         What is logged to stderr.
     """
+    from unmask.accounts.database import default_url
+    from unmask.accounts.money import parse_dollars
     from unmask.api.server import serve as run_server
     from unmask.api.settings import ServeSettings
     from unmask.checkpoint.resolve import DEFAULT_MODEL
+    from unmask.errors import UsageError
     from unmask.web import website
 
     models = model or (DEFAULT_MODEL,)
+    try:
+        credit = parse_dollars(free_credit)
+    except ValueError as error:
+        raise UsageError(f"--free-credit: {error}") from None
     return run_server(
         ServeSettings(
             host=host,
@@ -71,6 +96,10 @@ def serve(
             api_keys=_read_keys(api_key_file) if api_key_file else (),
             public_url=public_url,
             playground=playground,
+            database=database or (default_url() if accounts else None),
+            free_credit=credit,
+            credit_status=credit_status,
+            flush_charges=flush_charges,
             request_timeout_s=request_timeout,
             body_limit_bytes=int(body_limit_mb * 1_000_000),
             queue_tokens=queue_tokens,

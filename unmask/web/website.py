@@ -16,6 +16,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import Scope
 
+from unmask.accounts import Accounts
 from unmask.api.errors import ApiError, api_error
 from unmask.api.exchange import read_body
 from unmask.api.metrics import Metrics
@@ -423,7 +424,7 @@ class Website:
         return (await shown.served.engine()).waiting_tokens()
 
 
-def website(models: Models, settings: ServeSettings, metrics: Metrics) -> Site:
+def website(models: Models, settings: ServeSettings, metrics: Metrics, accounts: Accounts | None) -> Site:
     """The pages over the records that ship and whatever is served."""
     return Website(Catalogue.shipped(), models, settings, metrics).site()
 

@@ -1,0 +1,311 @@
+"""Kill the server at random moments while many callers spend, and count afterwards.
+
+    python benchmarks/ledger_chaos.py --requests 100000 --keys 50 --kills 20
+    python benchmarks/ledger_chaos.py --requests 100000 --keys 50 --kills 20 --database postgresql://user@host/empty
+
+A real server process with real accounts, real HTTP and a stub in place of the model. Callers note every answer they
+see. At the end the ledger is recomputed, and every 200 that a caller saw must be charged exactly once, at the price
+the answer named. The exit code is 0 only then. The database must be new.
+"""
+
+import argparse
+import asyncio
+import http.client
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import sqlalchemy as sa
+
+from unmask.accounts import keys, ledger, people, tariff
+from unmask.accounts.database import Database, now_ms
+from unmask.accounts.keys import KeySettings, Peppers
+from unmask.accounts.schema import accounts, charges, entries, replays
+from unmask.accounts.verification import verify
+
+MODEL = "stub/embed"
+PRICE = 8_000_000  # nano-dollars per million tokens
+ALL_TIME = 10**6 * 24 * 3600 * 1000
+
+
+def serve(database: str, pepper: str) -> None:
+    """The server process: everything but the model is what `unmask serve` runs."""
+    from unmask.accounts import Accounts
+    from unmask.api import ServeSettings, create_app
+    from unmask.api.logs import configure_logging
+    from unmask.api.server import Server, base_url, listen, serve_models
+    from unmask.catalogue import Record
+    from unmask.router import Models
+
+    class Prompt:
+        def __init__(self, text: str) -> None:
+            self.ids = range(len(text.split()))
+            self.truncated = False
+
+    class Encoder:
+        dim = 8
+
+    class Engine:
+        encoder = Encoder()
+
+        async def prepare(self, texts: list[str], **_: Any) -> list[Prompt]:
+            return [Prompt(text) for text in texts]
+
+        async def run(self, prompts: list[Prompt], **_: Any) -> np.ndarray:
+            await asyncio.sleep(random.uniform(0, 0.01))
+            return np.ones((len(prompts), Encoder.dim), dtype=np.float32)
+
+    class Served:
+        record = Record(id=MODEL)
+        state = "ready"
+
+        async def engine(self, wait: float = 0.0) -> Engine:
+            return Engine()
+
+    class Stub:
+        def list(self) -> list[Served]:
+            return [Served()]
+
+        def find(self, id: str) -> Served | None:
+            return Served() if id == MODEL else None
+
+        async def start(self) -> None: ...
+
+        async def close(self, grace: float) -> None: ...
+
+    configure_logging("error")  # a line per request would be half the work
+    settings = ServeSettings(port=0, database=database)
+    models = cast(Models, Stub())
+    stopping = threading.Event()
+    with listen(settings.host, settings.port) as listener:
+        service = Accounts(database, pepper=Path(pepper))
+
+        def ready() -> None:
+            print(base_url(listener), flush=True)
+
+        server = Server(create_app(models, settings, stopping, service), settings, stopping, ready)
+        with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+            runner.run(serve_models(models, server, listener))
+        service.close()
+
+
+@dataclass
+class Seen:
+    """What the callers saw."""
+
+    charged: dict[str, int] = field(default_factory=dict)  # nano-dollars by charge, of answers without repetition
+    replayed: Counter[str] = field(default_factory=Counter)
+    statuses: Counter[str] = field(default_factory=Counter)
+    twice: list[str] = field(default_factory=list)
+    milliseconds: list[float] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Subject:
+    """The server, as often as it has to be started."""
+
+    def __init__(self, database: str, pepper: Path) -> None:
+        self._command = [sys.executable, __file__, "--serve", database, str(pepper)]
+        self.up = threading.Event()
+        self.address = ("127.0.0.1", 0)
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(self._command, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit("the server did not start")
+        host, port = line.strip().removeprefix("http://").split(":")
+        self.address = (host, int(port))
+        self.up.set()
+
+    def kill(self) -> None:
+        self.up.clear()
+        self.process.send_signal(signal.SIGKILL)
+        self._gone()
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        self._gone()
+
+    def _gone(self) -> None:
+        self.process.wait(60)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+def caller(key: str, subject: Subject, left: list[int], seen: Seen, seed: int) -> None:
+    """Send requests until none is left. One in five carries an Idempotency-Key and is repeated until it is answered."""
+    chance = random.Random(seed)
+    connection: http.client.HTTPConnection | None = None
+    while True:
+        with seen.lock:
+            if not left[0]:
+                return
+            left[0] -= 1
+        words = chance.randint(1, 40)
+        headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
+        tries = 1
+        if chance.random() < 0.2:
+            headers["idempotency-key"] = f"{chance.getrandbits(64):x}"
+            tries = 4
+        if chance.random() < 0.3:
+            headers["x-tier"] = "batch"
+        body = json.dumps({"model": MODEL, "input": "word " * words, "encoding_format": "base64"})
+        for _ in range(tries):
+            subject.up.wait()
+            try:
+                if connection is None:
+                    connection = http.client.HTTPConnection(*subject.address, timeout=30)
+                began = time.perf_counter()
+                connection.request("POST", "/v1/embeddings", body, headers)
+                answer = connection.getresponse()
+                answer.read()
+            except (OSError, http.client.HTTPException):
+                if connection is not None:
+                    connection.close()
+                connection = None
+                with seen.lock:
+                    seen.statuses["lost"] += 1
+                time.sleep(0.05)
+                continue
+            note(seen, answer, (time.perf_counter() - began) * 1000)
+            if answer.status not in (409, 503):
+                break
+            time.sleep(0.1)
+
+
+def note(seen: Seen, answer: http.client.HTTPResponse, milliseconds: float) -> None:
+    charge, cost = answer.headers["x-unmask-charge"], answer.headers["x-unmask-cost-nanodollars"]
+    with seen.lock:
+        seen.statuses[str(answer.status)] += 1
+        if answer.status != 200:
+            return
+        seen.milliseconds.append(milliseconds)
+        if answer.headers["idempotent-replayed"]:
+            seen.replayed[charge] += 1
+        elif charge in seen.charged:
+            seen.twice.append(charge)
+        else:
+            seen.charged[charge] = int(cost)
+
+
+def prepare(url: str, pepper: Path, number: int) -> list[str]:
+    """Accounts with five keys each, so that keys meet; every fourth account runs out of credit on the way."""
+    database = Database(url)
+    database.migrate()
+    peppers, made, now = Peppers(pepper), [], now_ms()
+    account = ""
+    with database.begin() as connection:
+        if people.all_accounts(connection):
+            raise SystemExit(f"{database.shown} is in use: name a new database")
+        tariff.set_price(connection, tariff.Price(MODEL, "default", PRICE), now)
+        tariff.set_price(connection, tariff.Price(MODEL, "batch", PRICE // 3), now)
+        for index in range(number):
+            if index % 5 == 0:
+                account = people.open_account(connection, f"account {index}", now)
+                amount = 20_000 if index % 20 == 0 else 10**12
+                ledger.top_up(connection, account, amount, f"payment {index}", now)
+            limit = KeySettings(spend_limit=10_000, spend_window="day") if index % 7 == 0 else KeySettings()
+            made.append(keys.create(connection, peppers, account, limit, now))
+    database.close()
+    return made
+
+
+def examine(url: str, seen: Seen) -> list[str]:
+    """What is wrong with the books, given what the callers saw."""
+    database = Database(url)
+    with database.read() as connection:
+        wrong = [str(drift) for drift in verify(connection).drift]
+        late = ledger.expired(connection, now_ms() + ALL_TIME, limit=10**6)
+    for charge in late:  # what the killed servers left behind is given back, and that too must add up
+        with database.begin() as connection:
+            ledger.expire(connection, charge, now_ms())
+    with database.read() as connection:
+        found = verify(connection)
+        wrong += [str(drift) for drift in found.drift]
+        settled = {
+            row.id: row.amount
+            for row in connection.execute(sa.select(charges.c.id, charges.c.amount).where(charges.c.state == "settled"))
+        }
+        booked = Counter(connection.scalars(sa.select(entries.c.reference).where(entries.c.kind == "charge")))
+        if connection.scalar(sa.select(sa.func.sum(accounts.c.held))):
+            wrong.append("something is held although everything ended")
+        keys_used = connection.scalar(sa.select(sa.func.count()).select_from(replays))
+    database.close()
+    wrong += [f"{charge} was answered twice" for charge in seen.twice]
+    for charge, cost in seen.charged.items():
+        if settled.get(charge) != cost or booked[charge] != 1:
+            wrong.append(f"{charge}: answered at {cost}, settled {settled.get(charge)}, booked {booked[charge]} times")
+    wrong += [f"{charge} was replayed and not settled" for charge in seen.replayed if charge not in settled]
+    unseen = len(settled) - len(set(settled) & (set(seen.charged) | set(seen.replayed)))
+    print(f"{found.charges} charges, {len(settled)} settled, {unseen} of them with an answer that was lost on its way")
+    print(f"{len(late)} holds were left behind and given back")
+    print(f"{keys_used} Idempotency-Keys, {sum(seen.replayed.values())} answers repeated")
+    return wrong
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--requests", type=int, default=2000)
+    options.add_argument("--keys", type=int, default=50)
+    options.add_argument("--kills", type=int, default=5)
+    options.add_argument("--database", help="URL of a new database; left out, SQLite in a temporary folder")
+    options.add_argument("--seed", type=int, default=1)
+    options.add_argument("--serve", nargs=2, metavar=("DATABASE", "PEPPER"), help=argparse.SUPPRESS)
+    given = options.parse_args()
+    if given.serve:
+        serve(*given.serve)
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        url = given.database or f"sqlite:///{folder}/accounts.sqlite"
+        pepper = Path(folder) / "pepper"
+        made = prepare(url, pepper, given.keys)
+        subject = Subject(url, pepper)
+        seen, left = Seen(), [given.requests]
+        callers = [
+            threading.Thread(target=caller, args=(key, subject, left, seen, given.seed * 1000 + index), daemon=True)
+            for index, key in enumerate(made)
+        ]
+        began = time.perf_counter()
+        for thread in callers:
+            thread.start()
+        chance = random.Random(given.seed)
+        moments = sorted((chance.randrange(1, given.requests) for _ in range(given.kills)), reverse=True)
+        for moment in moments:
+            while left[0] > moment:
+                time.sleep(0.005)
+            time.sleep(chance.uniform(0, 0.02))
+            subject.kill()
+            subject.start()
+        for thread in callers:
+            thread.join()
+        seconds = time.perf_counter() - began
+        subject.stop()
+        wrong = examine(url, seen)
+    times = np.array(seen.milliseconds or [0.0])
+    print(
+        f"{given.requests} requests of {given.keys} keys in {seconds:.0f} s, {given.kills} kills: {dict(seen.statuses)}"
+    )
+    print(f"answered in {np.median(times):.1f} ms median, {np.percentile(times, 99):.1f} ms p99")
+    for line in wrong[:20]:
+        print(f"WRONG {line}")
+    print(f"WRONG: {len(wrong)} findings" if wrong else "zero drift, and every 200 was charged exactly once")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.exit(main())

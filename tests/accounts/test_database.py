@@ -1,0 +1,204 @@
+"""Tables, migrations and transactions, on both databases."""
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+
+from unmask.accounts import people
+from unmask.accounts.database import Database, is_transient
+from unmask.accounts.schema import APPEND_ONLY, accounts, metadata
+from unmask.accounts.writer import Writer
+from unmask.errors import StorageError, UsageError
+
+from .postgres import Cluster
+
+
+def test_the_migrations_leave_what_the_schema_says(database: Database):
+    with database.read() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+
+
+def test_migrating_again_changes_nothing(database: Database):
+    with database.begin() as connection:
+        people.open_account(connection, "somebody", 1)
+    database.migrate()
+    with database.read() as connection:
+        assert len(people.all_accounts(connection)) == 1
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_processes_that_start_together_migrate_once(kind: str, tmp_path: Path, request: pytest.FixtureRequest):
+    if kind == "sqlite":
+        url = f"sqlite:///{tmp_path / 'new.sqlite'}"
+    else:
+        postgres: Cluster = request.getfixturevalue("postgres")
+        url = postgres.empty()
+    program = f"from unmask.accounts.database import Database; Database({url!r}).migrate()"
+    running = [subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    for process in running:
+        complaint = process.communicate(timeout=120)[1]
+        assert process.returncode == 0, complaint
+
+
+def test_tables_of_a_newer_version_are_left_alone(database: Database):
+    with database.begin() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+    with pytest.raises(StorageError, match="newest are 0001"):
+        database.migrate()
+
+
+@pytest.mark.parametrize("table", APPEND_ONLY)
+@pytest.mark.parametrize("statement", ["UPDATE {table} SET at = 2", "DELETE FROM {table}"])
+def test_what_is_append_only_cannot_be_rewritten(database: Database, table: str, statement: str):
+    row = {column.name: 1 if isinstance(column.type, sa.BigInteger) else "x" for column in metadata.tables[table].c}
+    row |= {"credit": "y"} if table == "entries" else {}
+    with database.begin() as connection:
+        connection.execute(metadata.tables[table].insert(), row)
+    with pytest.raises(StorageError, match="append-only"), database.begin() as connection:
+        connection.exec_driver_sql(statement.format(table=table))
+
+
+def test_a_block_that_raises_leaves_nothing(database: Database):
+    with pytest.raises(KeyError), database.begin() as connection:
+        people.open_account(connection, "somebody", 1)
+        raise KeyError
+    with database.read() as connection:
+        assert people.all_accounts(connection) == []
+
+
+def test_the_tables_themselves_refuse_a_balance_below_what_is_held(database: Database):
+    with database.begin() as connection:
+        id = people.open_account(connection, "somebody", 1)
+    with pytest.raises(StorageError, match="covered"), database.begin() as connection:
+        connection.execute(accounts.update().where(accounts.c.id == id).values(held=1))
+
+
+def test_a_failure_says_nothing_of_what_was_written(database: Database):
+    with pytest.raises(StorageError) as failure, database.begin() as connection:
+        row = {"id": "a", "name": "private name", "plan": "missing", "state": "active", "balance": 0, "held": 0}
+        connection.execute(accounts.insert(), row | {"created_at": 1})
+    assert "private name" not in str(failure.value)
+
+
+def test_readers_see_one_state(database: Database):
+    with database.read() as before:
+        assert people.all_accounts(before) == []
+        with database.begin() as connection:
+            people.open_account(connection, "somebody", 1)
+        assert people.all_accounts(before) == []
+
+
+def test_one_pieces_fault_is_not_the_others(database: Database):
+    writer = Writer(database)
+    entered, go = threading.Event(), threading.Event()
+
+    def wait(connection: sa.Connection) -> None:
+        entered.set()
+        go.wait(20)
+
+    def refuse(connection: sa.Connection) -> str:
+        people.open_account(connection, "never", 1)
+        raise UsageError("no")
+
+    first = writer.submit(wait)
+    entered.wait(20)
+    # Those that arrive while the first is being written share the next transaction, on SQLite.
+    good = [writer.submit(lambda connection, n=n: people.open_account(connection, f"good {n}", 1)) for n in range(5)]
+    bad = [writer.submit(refuse) for _ in range(5)]
+    more = [writer.submit(lambda connection, n=n: people.open_account(connection, f"more {n}", 1)) for n in range(5)]
+    go.set()
+    assert first.result(20) is None
+    for future in bad:
+        with pytest.raises(UsageError, match="no"):
+            future.result(20)
+    made = {future.result(20) for future in good + more}
+    writer.close()
+    with database.read() as connection:
+        assert {account.id for account in people.all_accounts(connection)} == made
+    with pytest.raises(StorageError, match="closed"):
+        writer.submit(wait)
+
+
+def test_a_writer_waits_for_another_process(tmp_path: Path):
+    file = str(tmp_path / "accounts.sqlite")
+    one, other = Database(file), Database(file)
+    one.migrate()
+    writer = Writer(other)
+    with one.begin() as connection:
+        people.open_account(connection, "one", 1)
+        future = writer.submit(lambda connection: people.open_account(connection, "other", 1))
+        with pytest.raises(TimeoutError):
+            future.result(0.2)
+    assert future.result(20)
+    writer.close()
+    one.close()
+    other.close()
+
+
+def test_a_deadlock_is_tried_again(postgres: Cluster):
+    database = Database(postgres.database())
+    with database.begin() as connection:
+        ids = [people.open_account(connection, name, 1) for name in ("a", "b")]
+    writer = Writer(database)
+    barrier = threading.Barrier(2, timeout=20)
+    tries = []
+
+    def cross(first: str, second: str, connection: sa.Connection) -> None:
+        tries.append(first)
+        connection.execute(accounts.update().where(accounts.c.id == first).values(name="x"))
+        if len(tries) <= 2:
+            barrier.wait()
+        connection.execute(accounts.update().where(accounts.c.id == second).values(name="y"))
+
+    futures = [
+        writer.submit(lambda connection: cross(ids[0], ids[1], connection)),
+        writer.submit(lambda connection: cross(ids[1], ids[0], connection)),
+    ]
+    for future in futures:
+        future.result(30)
+    assert len(tries) == 3
+    writer.close()
+    database.close()
+
+
+def test_only_some_failures_are_worth_another_try():
+    assert not is_transient(ValueError())
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("mysql://localhost/x", "'mysql' are not supported"),
+        ("sqlite://", "in memory"),
+        ("sqlite:///:memory:", "in memory"),
+        ("://", "cannot be read"),
+    ],
+)
+def test_a_wrong_url_is_said(url: str, message: str):
+    with pytest.raises(UsageError, match=message):
+        Database(url)
+
+
+def test_a_password_in_the_url_is_not_shown():
+    database = Database("postgresql://me:secret@127.0.0.1:1/none")
+    with pytest.raises(StorageError) as failure:
+        database.migrate()
+    assert "secret" not in str(failure.value) + database.shown
+    database.close()
+
+
+def test_the_file_is_its_owners(tmp_path: Path):
+    Database(f"sqlite:///{tmp_path}/deep/accounts.sqlite").close()
+    assert (tmp_path / "deep" / "accounts.sqlite").stat().st_mode & 0o077 == 0
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="cannot write"):
+        Database(str(tmp_path / "file" / "accounts.sqlite"))

@@ -1,0 +1,376 @@
+"""It must show 1: no sequence of bookings, crashes and races breaks the books.
+
+Hypothesis invents the sequence, a model in plain Python says what the balances must then be, and after every step
+the ledger is recomputed from its entries. A crash is an exception before a statement of its choice: whatever the
+booking wrote until then must be gone. A race is several bookings in threads of their own, started together; which
+of them win is the database's affair, and the model only follows what they report.
+"""
+
+import itertools
+import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+from sqlalchemy import Connection, event
+
+from unmask.accounts import keys, ledger, people
+from unmask.accounts.database import Database
+from unmask.accounts.keys import KeySettings, Peppers
+from unmask.accounts.ledger import Hold
+from unmask.accounts.verification import verify
+from unmask.errors import AccountError, Forbidden, InsufficientCredit, LedgerRefused, SpendLimitReached
+
+from .postgres import Cluster
+
+DAY = 24 * 3600 * 1000
+KEY_LIMIT = 600
+
+Piece = Callable[[Connection], Any]
+
+
+class Crash(Exception):
+    """The process is gone before this statement."""
+
+
+@dataclass
+class Charge:
+    account: str
+    amount: int
+    state: str
+    expires_at: int
+
+
+@dataclass
+class Model:
+    """What the books should say."""
+
+    balance: dict[str, int] = field(default_factory=dict)
+    key: dict[str, str | None] = field(default_factory=dict)
+    frozen: set[str] = field(default_factory=set)
+    charges: dict[str, Charge] = field(default_factory=dict)
+    top_ups: dict[str, tuple[str, int]] = field(default_factory=dict)
+    refunded: set[str] = field(default_factory=set)
+
+    def held(self, account: str) -> int:
+        return sum(c.amount for c in self.charges.values() if c.account == account and c.state == "held")
+
+    def free(self, account: str) -> int:
+        return self.balance[account] - self.held(account)
+
+
+amounts = st.integers(1, 400)
+
+
+class Books(RuleBasedStateMachine):
+    """The machine. A test says where its databases are: a new one for each sequence."""
+
+    accounts = Bundle("accounts")
+    charges = Bundle("charges")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.database, self.peppers = self.open_database()
+        self.model = Model()
+        self.now = 20_000 * DAY
+        self.numbers = itertools.count()
+
+    @staticmethod
+    def open_database() -> tuple[Database, Peppers]:
+        raise NotImplementedError
+
+    def teardown(self) -> None:
+        self.database.close()
+
+    def do(self, piece: Piece) -> Any:
+        with self.database.begin() as connection:
+            return piece(connection)
+
+    # --- single bookings, whose outcome the model knows beforehand
+
+    @initialize(target=accounts, limited=st.booleans())
+    def first_account(self, limited: bool) -> str:
+        return self.opened(limited)
+
+    @rule(target=accounts, limited=st.booleans())
+    def open_account(self, limited: bool) -> str:
+        return self.opened(limited)
+
+    def opened(self, limited: bool) -> str:
+        id = self.do(lambda c: people.open_account(c, "somebody", self.now))
+        self.model.balance[id] = 0
+        self.model.key[id] = None
+        if limited:
+            limit = KeySettings(spend_limit=KEY_LIMIT, spend_window="day")
+            self.model.key[id] = keys.key_id(self.do(lambda c: keys.create(c, self.peppers, id, limit, self.now)))
+        return id
+
+    @rule(account=accounts, amount=amounts, number=st.integers(0, 30))
+    def top_up(self, account: str, amount: int, number: int) -> None:
+        reference = f"payment {number}"
+        earlier = self.model.top_ups.get(reference)
+        try:
+            done = self.do(lambda c: ledger.top_up(c, account, amount, reference, self.now))
+        except LedgerRefused:
+            assert earlier is not None and earlier != (account, amount)
+            return
+        assert done == (earlier is None)
+        if done:
+            self.model.top_ups[reference] = (account, amount)
+            self.model.balance[account] += amount
+
+    @rule(target=charges, account=accounts, amount=st.integers(0, 400), lives=st.integers(1, 5))
+    def hold(self, account: str, amount: int, lives: int) -> str:
+        wanted = self.wanted(account, amount, lives)
+        try:
+            self.do(lambda c: ledger.hold(c, wanted, self.now))
+        except Forbidden:
+            assert account in self.model.frozen
+        except InsufficientCredit:
+            assert account not in self.model.frozen and self.model.free(account) < amount
+        except SpendLimitReached:
+            assert self.model.key[account] is not None
+        else:
+            assert account not in self.model.frozen and self.model.free(account) >= amount
+            self.model.charges[wanted.id] = Charge(account, amount, "held", wanted.expires_at)
+        return wanted.id
+
+    @rule(charge=charges)
+    def settle(self, charge: str) -> None:
+        known = self.model.charges.get(charge)
+        late = known is not None and known.state == "expired"
+        free = self.model.free(known.account) if known else 0
+        try:
+            done = self.do(lambda c: ledger.settle(c, charge, self.now))
+        except InsufficientCredit:
+            assert known is not None and late and free < known.amount
+            return
+        except LedgerRefused:
+            assert known is None or known.state == "released"
+            return
+        assert known is not None and done == (known.state in ("held", "expired"))
+        if done:
+            assert not late or free >= known.amount
+            self.model.balance[known.account] -= known.amount
+            known.state = "settled"
+
+    @rule(charge=charges)
+    def release(self, charge: str) -> None:
+        known = self.model.charges.get(charge)
+        done = self.do(lambda c: ledger.release(c, charge, self.now))
+        assert done == (known is not None and known.state == "held")
+        if known is not None and done:
+            known.state = "released"
+
+    @rule(charge=charges)
+    def refund(self, charge: str) -> None:
+        known = self.model.charges.get(charge)
+        try:
+            done = self.do(lambda c: ledger.refund(c, charge, self.now))
+        except LedgerRefused:
+            assert known is None or known.state != "settled"
+            return
+        assert known is not None
+        assert done == (known.amount > 0 and charge not in self.model.refunded)
+        if done:
+            self.model.refunded.add(charge)
+            self.model.balance[known.account] += known.amount
+
+    @rule(account=accounts, amount=amounts)
+    def pay_out(self, account: str, amount: int) -> None:
+        try:
+            self.do(lambda c: ledger.pay_out(c, account, amount, f"back {next(self.numbers)}", self.now))
+        except LedgerRefused:
+            assert self.model.free(account) < amount
+            return
+        assert self.model.free(account) >= amount
+        self.model.balance[account] -= amount
+
+    @rule(account=accounts, frozen=st.booleans())
+    def freeze(self, account: str, frozen: bool) -> None:
+        changed = self.do(lambda c: people.freeze(c, account, frozen=frozen))
+        assert changed == ((account in self.model.frozen) != frozen)
+        (self.model.frozen.add if frozen else self.model.frozen.discard)(account)
+
+    @rule(milliseconds=st.sampled_from([1, 2, 5, DAY // 2, DAY]))
+    def time_passes_and_the_sweeper_comes(self, milliseconds: int) -> None:
+        self.now += milliseconds
+        late = self.do(lambda c: ledger.expired(c, self.now))
+        due = {id for id, c in self.model.charges.items() if c.state == "held" and c.expires_at <= self.now}
+        assert set(late) == due
+        for charge in late:
+            assert self.do(lambda c, charge=charge: ledger.expire(c, charge, self.now))
+            self.model.charges[charge].state = "expired"
+
+    # --- crashes
+
+    @rule(data=st.data(), account=accounts, charge=charges, statement=st.integers(0, 6))
+    def crash(self, data: st.DataObject, account: str, charge: str, statement: int) -> None:
+        """Begin something and be gone before one of its statements. Nothing of it may stay."""
+        piece = data.draw(self.pieces(account, charge))[1]
+        left = itertools.count(statement, -1)
+
+        def gone(*_: Any) -> None:
+            if next(left) == 0:
+                raise Crash
+
+        with self.database.begin() as connection:
+            before = connection.begin_nested()
+            event.listen(connection, "before_cursor_execute", gone)
+            try:
+                piece(connection)
+            except (Crash, AccountError):
+                pass
+            finally:
+                event.remove(connection, "before_cursor_execute", gone)
+            before.rollback()
+        # And as the process that dies does it: without saying so.
+        try:
+            with self.database.begin() as connection:
+                piece(connection)
+                raise Crash
+        except (Crash, AccountError):
+            pass
+
+    # --- races
+
+    @rule(data=st.data(), account=accounts, charge=charges, number=st.integers(2, 6))
+    def race(self, data: st.DataObject, account: str, charge: str, number: int) -> None:
+        """Several bookings at once, on one account and one charge so that they meet."""
+        drawn = [data.draw(self.pieces(account, charge)) for _ in range(number)]
+        start = threading.Barrier(number)
+
+        def run(piece: Piece) -> Any:
+            start.wait(30)
+            try:
+                return self.do(piece)
+            except AccountError as refused:
+                return refused
+
+        with ThreadPoolExecutor(number) as pool:
+            outcomes = list(pool.map(run, [piece for _, piece, _ in drawn]))
+        for (_, _, follow), outcome in zip(drawn, outcomes, strict=True):
+            if not isinstance(outcome, AccountError) and outcome is not False:
+                follow()
+
+    def pieces(self, account: str, charge: str) -> st.SearchStrategy[tuple[str, Piece, Callable[[], None]]]:
+        """Bookings by name, each with what the model does if it is done."""
+        model, now = self.model, self.now
+        wanted = self.wanted(account, 100, 3)
+        reference = f"race {next(self.numbers)}"
+        known = model.charges.get(charge)
+
+        def held() -> None:
+            model.charges[wanted.id] = Charge(account, 100, "held", wanted.expires_at)
+
+        def settled() -> None:
+            assert known is not None
+            known.state = "settled"
+            model.balance[known.account] -= known.amount
+
+        def released() -> None:
+            assert known is not None
+            known.state = "released" if known.state != "settled" else known.state
+
+        def refunded() -> None:
+            assert known is not None
+            model.refunded.add(charge)
+            model.balance[known.account] += known.amount
+
+        def add(amount: int) -> Callable[[], None]:
+            def change() -> None:
+                model.balance[account] += amount
+
+            return change
+
+        return st.sampled_from(
+            [
+                ("hold", lambda c: ledger.hold(c, wanted, now), held),
+                ("settle", lambda c: ledger.settle(c, charge, now), settled),
+                ("release", lambda c: ledger.release(c, charge, now), released),
+                ("refund", lambda c: ledger.refund(c, charge, now), refunded),
+                ("top up", lambda c: ledger.top_up(c, account, 50, reference, now), add(50)),
+                ("pay out", lambda c: ledger.pay_out(c, account, 70, reference, now), add(-70)),
+            ]
+        )
+
+    def wanted(self, account: str, amount: int, lives: int) -> Hold:
+        return Hold(
+            id=f"c{next(self.numbers)}",
+            account_id=account,
+            key_id=self.model.key[account],
+            request="r",
+            model="m",
+            tier="default",
+            tokens=amount,
+            amount=amount,
+            expires_at=self.now + lives,
+            spend_window="day",
+        )
+
+    # --- always
+
+    @invariant()
+    def the_books_are_right(self) -> None:
+        with self.database.read() as connection:
+            assert verify(connection).drift == ()
+            for id, balance in self.model.balance.items():
+                found = people.account(connection, id)
+                assert (found.balance, found.held) == (balance, self.model.held(id))
+                assert 0 <= found.held <= found.balance
+                for key in keys.of_account(connection, id, self.now):
+                    # A settlement after its hold expired may go above: the work was done.
+                    assert key.spent >= 0
+
+
+def run(books: type[Books], examples: int, steps: int) -> None:
+    run_state_machine_as_test(
+        books,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=steps,
+            deadline=None,
+            suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+        ),
+    )
+
+
+def test_on_sqlite(tmp_path: Path):
+    template = Database(str(tmp_path / "template.sqlite"))
+    template.migrate()
+    template.close()
+    numbers = itertools.count()
+    peppers = Peppers(tmp_path / "pepper")
+
+    class OnSqlite(Books):
+        @staticmethod
+        def open_database() -> tuple[Database, Peppers]:
+            file = tmp_path / f"{next(numbers)}.sqlite"
+            shutil.copy(tmp_path / "template.sqlite", file)
+            return Database(str(file)), peppers
+
+    run(OnSqlite, 25, 30)
+
+
+def test_on_postgres(postgres: Cluster, tmp_path: Path):
+    peppers = Peppers(tmp_path / "pepper")
+
+    class OnPostgres(Books):
+        @staticmethod
+        def open_database() -> tuple[Database, Peppers]:
+            return Database(postgres.database()), peppers
+
+    run(OnPostgres, 8, 30)

@@ -1,0 +1,117 @@
+"""`unmask accounts` and `unmask ledger` as the operator meets them: real processes, their output, their exit codes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from unmask.accounts.database import Database
+
+
+class Shell:
+    """Runs commands in a home of the test's own."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+
+    def __call__(self, *arguments: str, code: int = 0) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "unmask", *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "UNMASK_HOME": str(self.home), "COLUMNS": "200"},
+            timeout=120,
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stdout + done.stderr
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Shell:
+    return Shell(tmp_path / "home")
+
+
+def test_an_operators_day(shell: Shell, tmp_path: Path):
+    account = shell("accounts", "create", "A machine").strip()
+    assert "0.000000001" not in shell("accounts", "list") and account in shell("accounts", "list")
+    assert "12.50 dollars" in shell("accounts", "top-up", account, "12.50", "--reference", "invoice 7")
+    assert "nothing was added" in shell("accounts", "top-up", account, "12.50", "--reference", "invoice 7")
+    assert "stands for 12.50 dollars" in shell("accounts", "top-up", account, "1", "--reference", "invoice 7", code=1)
+    key = shell(
+        "accounts", "key", account, "--name", "batch job", "--spend-limit", "5", "--spend-window", "day"
+    ).strip()
+    assert key.startswith("um_") and "\n" not in key
+    id = key.split("_")[1]
+    shown = shell("accounts", "keys", account)
+    assert id in shown and "batch job" in shown and key not in shown
+    new = shell("accounts", "rotate", account, id, "--overlap-hours", "0").strip()
+    assert new.startswith("um_") and new != key
+    assert "is revoked" in shell("accounts", "revoke", account, new.split("_")[1])
+    shell("accounts", "price", "some/model", "0.008")
+    shell("accounts", "price", "some/model", "0.004", "--tier", "batch")
+    assert "0.008" in shell("accounts", "prices") and "0.004" in shell("accounts", "prices")
+    shell("accounts", "plan", "small", "--requests-per-minute", "60")
+    shell("accounts", "plan", "small", "--account", account)
+    assert "small" in shell("accounts", "list")
+    assert "is frozen" in shell("accounts", "freeze", account)
+    assert "is active" in shell("accounts", "thaw", account)
+    assert "10.00 dollars" in shell("accounts", "pay-out", account, "2.5", "--reference", "back 1")
+    assert "invoice 7" in shell("accounts", "statement", account)
+    assert "drift: none" in shell("ledger", "verify")
+    assert "0 holds" in shell("ledger", "sweep")
+    shell("accounts", "backup", str(tmp_path / "backup.gz"))
+    other = f"sqlite:///{tmp_path / 'other.sqlite'}"
+    assert "books balance" in shell("accounts", "restore", str(tmp_path / "backup.gz"), "--database", other)
+    assert "10.00" in shell("accounts", "list", "--database", other)
+    assert "add --yes" in shell("accounts", "close", account, code=1)
+    assert "10.00 dollars were given up" in shell("accounts", "close", account, "--yes")
+    log = shell("accounts", "audit")
+    for action in ("account.create", "credit.top_up", "key.create", "key.rotate", "price.set", "account.close"):
+        assert action in log
+    assert key not in log
+
+
+def test_a_person_is_found_by_address(shell: Shell, tmp_path: Path):
+    (tmp_path / "password").write_text("correct horse battery\n")
+    arguments = ("--email", "ada@example.org", "--password-file", str(tmp_path / "password"))
+    account = shell("accounts", "create", "Ada", *arguments, "--admin").strip()
+    assert account in shell("accounts", "top-up", "Ada@example.org", "1", "--reference", "1")
+    assert "cannot be used" in shell("accounts", "create", "Ada", *arguments, code=1)
+
+
+def test_drift_has_an_exit_code_of_its_own(shell: Shell):
+    account = shell("accounts", "create", "A machine").strip()
+    database = Database(str(shell.home / "accounts" / "accounts.sqlite"))
+    with database.begin() as connection:
+        connection.exec_driver_sql("UPDATE accounts SET balance = 5")
+    database.close()
+    said = shell("ledger", "verify", code=2)
+    assert f"{account}: balance: 0.000000005 dollars, but 0.00 by the books" in said and "drift: 1" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["top-up", "acct_none", "1", "--reference", "r"], "no account 'acct_none'"),
+        (["top-up", "bob@example.org", "1", "--reference", "r"], "nobody has the address"),
+        (["top-up", "acct_none", "1.5x", "--reference", "r"], "no amount of dollars"),
+        (["top-up", "acct_none", "0", "--reference", "r"], "more than 0"),
+        (["refund", "chg_none"], "chg_none is not known"),
+        (["key", "acct_none"], "no account"),
+        (["list", "--database", "mysql://x/y"], "'mysql' are not supported"),
+        (["restore", "missing.gz"], "missing.gz"),
+    ],
+)
+def test_a_mistake_is_one_line(shell: Shell, arguments: list[str], message: str):
+    said = shell("accounts", *arguments, code=1)
+    assert message in said and len(said.strip().splitlines()) == 1
+
+
+def test_serve_with_accounts_and_a_key_file(shell: Shell, tmp_path: Path):
+    (tmp_path / "keys").write_text("sk-a-key\n")
+    said = shell("serve", "--accounts", "--api-key-file", str(tmp_path / "keys"), code=1)
+    assert "use one of them" in said

@@ -1,0 +1,11 @@
+"""People, keys, credit, limits and usage: the only room that touches money.
+
+`Accounts` is what a server asks. The modules `people`, `keys`, `ledger`, `tariff`, `usage` and `audit` are plain
+functions of a connection, for the command line and the pages: `Accounts.read` and `Accounts.write` run them.
+"""
+
+from unmask.accounts.accounts import Accounts, Work
+from unmask.accounts.keys import Caller
+from unmask.accounts.ledger import Held
+
+__all__ = ["Accounts", "Caller", "Held", "Work"]

@@ -1,0 +1,327 @@
+"""`Accounts`: what a server asks of this room, without waiting on its event loop."""
+
+import asyncio
+import logging
+import secrets
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from sqlalchemy import Connection
+
+from unmask.accounts import audit, keys, ledger, money, people, tariff
+from unmask.accounts.database import Database, default_url, now_ms
+from unmask.accounts.keys import Caller, Peppers
+from unmask.accounts.ledger import Held, Hold
+from unmask.accounts.limits import Draw, Level, Limiter, LocalLimiter
+from unmask.accounts.people import Person
+from unmask.accounts.writer import Writer
+from unmask.errors import RateLimited, SignInRefused, UnmaskError
+
+log = logging.getLogger("unmask")
+
+T = TypeVar("T")
+
+# How long a hold outlives its request's deadline before it counts as its dead server's. Shorter than this, and a
+# slow settlement would meet the sweeper; longer, and credit is tied up after a crash.
+HOLD_MARGIN_MS = 60_000
+
+_SWEEP_S = 5.0
+_READERS = 4
+_PRICE_S = 5.0  # how long a price is believed without looking
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """A request that is about to be done.
+
+    Attributes:
+        request: its id, for people.
+        model, tier: what is asked of whom.
+        tokens: how many.
+        seconds: until its deadline.
+        idempotency_key, body: digests, see `Hold`.
+    """
+
+    request: str
+    model: str
+    tier: str
+    tokens: int
+    seconds: float
+    idempotency_key: str | None = None
+    body: str = ""
+
+
+class Accounts:
+    """The room's state in one process: database, peppers, limits, the line of writes, and a sweeper.
+
+    Args:
+        url: of the database; its tables are brought up to date.
+        pepper: file of the peppers; left out, it is in `UNMASK_HOME/accounts`.
+        limiter: where requests and tokens per minute are counted.
+        free_credit: nano-dollars for whoever signs up.
+        flush_charges: on SQLite, whether a request waits until its charge is on the disk. Without, a power cut may
+            forget the charges of the last moments; a killed process forgets nothing in either case.
+
+    Raises:
+        UsageError, StorageError: the database or the pepper cannot be used.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        pepper: Path | None = None,
+        limiter: Limiter | None = None,
+        free_credit: int = 0,
+        flush_charges: bool = False,
+    ) -> None:
+        self.database = Database(url or default_url())
+        self.database.migrate()
+        self.peppers = Peppers(pepper)
+        self.free_credit = free_credit
+        self._limiter = limiter or LocalLimiter()
+        self._sign_ins = LocalLimiter()
+        self._writer = Writer(self.database, flushed=flush_charges)
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="unmask-accounts")
+        self._uses: dict[str, int] = {}
+        self._prices: dict[tuple[str, str], tuple[int, int]] = {}
+        self._stop = threading.Event()
+        self._sweeper = threading.Thread(target=self._sweep_often, name="unmask-sweeper", daemon=True)
+        self._sweeper.start()
+
+    async def read(self, question: Callable[[Connection], T]) -> T:
+        """The answer to a question, from one state of the tables."""
+
+        def ask() -> T:
+            with self.database.read() as connection:
+                return question(connection)
+
+        return await asyncio.get_running_loop().run_in_executor(self._readers, ask)
+
+    async def write(self, piece: Callable[[Connection], T]) -> T:
+        """The result of a piece of work, once it is written for good. It may run more than once."""
+        return await asyncio.wrap_future(self._writer.submit(piece))
+
+    async def authenticate(self, key: str, address: str) -> Caller:
+        """Whose key this is.
+
+        Raises:
+            KeyRefused, Forbidden: as `keys.authenticate`.
+        """
+        now = now_ms()
+        caller = await self.read(lambda connection: keys.authenticate(connection, self.peppers, key, address, now))
+        self._uses[caller.key.id] = now
+        return caller
+
+    async def limit(self, caller: Caller, kind: str, amount: int) -> Level | None:
+        """Take requests or tokens from the account's and the key's minute, both or neither.
+
+        Args:
+            kind: "requests" or "tokens".
+            amount: how many; 0 only looks.
+
+        Returns:
+            The tighter of the two, or None if nothing limits them.
+
+        Raises:
+            RateLimited: the minute does not hold so much.
+        """
+        settings = caller.key.settings
+        if kind == "requests":
+            limits = caller.plan_requests_per_minute, settings.requests_per_minute
+        else:
+            limits = caller.plan_tokens_per_minute, settings.tokens_per_minute
+        owners = f"account:{caller.account_id}", f"key:{caller.key.id}"
+        draws = [Draw(f"{owner}:{kind}", limit, amount) for owner, limit in zip(owners, limits, strict=True) if limit]
+        if not draws:
+            return None
+        levels = await self._limiter.take(draws, kind)
+        return min(levels, key=lambda level: level.remaining)
+
+    async def hold(self, caller: Caller, work: Work) -> Held:
+        """Set aside what a request costs, before it is done.
+
+        Raises:
+            NoPrice: nobody has said what the model costs.
+            and as `ledger.hold`.
+        """
+        price = await self._price(work.model, work.tier)
+        now = now_ms()
+        wanted = Hold(
+            id=f"chg_{secrets.token_hex(12)}",
+            account_id=caller.account_id,
+            key_id=caller.key.id,
+            request=work.request,
+            model=work.model,
+            tier=work.tier,
+            tokens=work.tokens,
+            amount=money.cost(work.tokens, price),
+            expires_at=now + int(work.seconds * 1000) + HOLD_MARGIN_MS,
+            spend_window=caller.key.settings.spend_window,
+            idempotency_key=work.idempotency_key,
+            body=work.body,
+        )
+        try:
+            return await self.write(lambda connection: ledger.hold(connection, wanted, now))
+        except asyncio.CancelledError:
+            # It may be on its way into the tables. If this comes before it, the sweeper finds it.
+            self.release(wanted.id)
+            raise
+
+    async def settle(self, charge: str) -> None:
+        """Charge what was held. Once begun it goes through, whoever stops waiting for it.
+
+        Raises:
+            StorageError: it could not be written; the charge is then held until its time is up.
+            InsufficientCredit, LedgerRefused: as `ledger.settle`.
+        """
+        await asyncio.shield(self.write(lambda connection: ledger.settle(connection, charge, now_ms())))
+
+    def release(self, charge: str) -> None:
+        """Give back what was held. Not waited for: if it fails, the sweeper does it."""
+        try:
+            self._writer.submit(lambda connection: ledger.release(connection, charge, now_ms()))
+        except UnmaskError as error:
+            log.warning("charge %s stays held until its time is up: %s", charge, error)
+
+    async def _price(self, model: str, tier: str) -> int:
+        now = now_ms()
+        seen = self._prices.get((model, tier))
+        if seen is None or now - seen[0] > _PRICE_S * 1000:
+            found = await self.read(lambda connection: tariff.price(connection, model, tier))
+            seen = self._prices[model, tier] = (now, found)
+        return seen[1]
+
+    async def sign_up(self, email: str, password: str, *, address: str, invitation: str | None = None) -> Person:
+        """Make a person with an account and the free credit.
+
+        Args:
+            address: where the request comes from, whose sign-ups are counted.
+            invitation: the token of the first admin.
+
+        Raises:
+            UsageError, AccountError, SignInRefused, RateLimited.
+        """
+        self._throttle(address, email)
+        hashed = await asyncio.to_thread(people.hash_password, password)
+        now = now_ms()
+
+        def make(connection: Connection) -> Person:
+            if invitation is not None:
+                people.accept_invitation(connection, invitation, now)
+            person = people.sign_up(
+                connection,
+                self.peppers,
+                email,
+                hashed,
+                now,
+                free_credit=self.free_credit,
+                admin=invitation is not None,
+            )
+            audit.note(connection, now, person.id, "person.sign_up", person.account_id, address=address)
+            return person
+
+        return await self.write(make)
+
+    async def sign_in(self, email: str, password: str, *, address: str) -> str:
+        """A new session's token.
+
+        An address that is not known takes as long as a wrong password, and gets the same words.
+
+        Raises:
+            SignInRefused: they do not fit.
+            RateLimited: too many tries for the address or from the place.
+        """
+        self._throttle(address, email)
+        found = await self.read(lambda connection: people.password_of(connection, email))
+        good = await asyncio.to_thread(people.check_password, found[1] if found else None, password)
+        if found is None or not good:
+            raise SignInRefused("this address and this password do not fit")
+        person, hashed = found
+        now = now_ms()
+
+        def start(connection: Connection) -> str:
+            # The password may have been changed while this one was being checked.
+            if people.password_of(connection, email) != (person, hashed):
+                raise SignInRefused("this address and this password do not fit")
+            audit.note(connection, now, person, "person.sign_in", person, address=address)
+            return people.start_session(connection, person, now)
+
+        return await self.write(start)
+
+    async def change_password(self, person: Person, old: str, new: str, *, address: str) -> None:
+        """Another password, which ends every session of the person.
+
+        Raises:
+            UsageError, SignInRefused, RateLimited.
+        """
+        self._throttle(address, person.email)
+        found = await self.read(lambda connection: people.password_of(connection, person.email))
+        if not await asyncio.to_thread(people.check_password, found[1] if found else None, old):
+            raise SignInRefused("the old password is not right")
+        hashed = await asyncio.to_thread(people.hash_password, new)
+        now = now_ms()
+
+        def write(connection: Connection) -> None:
+            people.set_password(connection, person.id, hashed)
+            audit.note(connection, now, person.id, "person.password", person.id, address=address)
+
+        await self.write(write)
+
+    def _throttle(self, address: str, email: str) -> None:
+        """Ten tries a minute for one mail address, thirty from one place."""
+        draws: Sequence[Draw] = (Draw(f"email:{email.strip().lower()[:254]}", 10, 1), Draw(f"from:{address}", 30, 1))
+        try:
+            self._sign_ins.take_now(draws, "requests")
+        except RateLimited as refused:
+            seconds = max(1, round(refused.retry_after or 1))
+            raise RateLimited(f"Too many tries: wait {seconds} seconds.", "requests", refused.retry_after) from None
+
+    def sweep(self) -> int:
+        """Give back holds whose server died, note when keys were used, drop what is too old. How many holds.
+
+        Raises:
+            StorageError: the database failed.
+        """
+        now = now_ms()
+        with self.database.read() as connection:
+            late = ledger.expired(connection, now)
+        # One transaction each: a sweep that locked many charges could wait for a settlement that waits for it.
+        ended = [self._writer.submit(lambda connection, id=id: ledger.expire(connection, id, now)) for id in late]
+        count = sum(future.result() for future in ended)
+        uses, self._uses = self._uses, {}
+        if uses:
+            self._writer.submit(lambda connection: keys.write_uses(connection, uses)).result()
+
+        def forget(connection: Connection) -> None:
+            ledger.forget_replays(connection, now)
+            people.end_old_sessions(connection, now)
+
+        self._writer.submit(forget).result()
+        return count
+
+    def _sweep_often(self) -> None:
+        while not self._stop.wait(_SWEEP_S):
+            try:
+                if count := self.sweep():
+                    log.warning("gave back %d holds of requests that nobody ended", count)
+            except UnmaskError as error:
+                log.error("sweeping the ledger failed, it is tried again: %s", error)
+            except Exception:
+                log.exception("sweeping the ledger failed, it is tried again")
+
+    def close(self) -> None:
+        """Write what is in line, and end. No request may be on its way any more."""
+        self._stop.set()
+        self._sweeper.join()
+        try:
+            self.sweep()
+        except UnmaskError as error:
+            log.error("the last sweep of the ledger failed: %s", error)
+        self._writer.close()
+        self._readers.shutdown()
+        self.database.close()

@@ -1,0 +1,212 @@
+"""Where the tables live: SQLite beside everything else, or Postgres by URL; and the migrations that make them."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import DBAPIError, NoSuchModuleError, SQLAlchemyError
+
+from unmask.errors import StorageError, UsageError
+from unmask.home import home
+
+# Two processes that start together must not both migrate. Any number does that nobody else takes.
+_MIGRATION_LOCK = 6_170_001
+
+# How long a writer waits for another process's transaction, all of which are short.
+_BUSY_SECONDS = 15
+
+# Another try may succeed: Postgres' serialization failure and deadlock, SQLite's writer that waited too long.
+_TRANSIENT = ("40001", "40P01")
+
+
+def default_url() -> str:
+    """SQLite under `UNMASK_HOME`."""
+    return f"sqlite:///{home() / 'accounts' / 'accounts.sqlite'}"
+
+
+def now_ms() -> int:
+    """Unix milliseconds."""
+    return time.time_ns() // 1_000_000
+
+
+class Database:
+    """Connections and transactions.
+
+    Args:
+        url: `sqlite:///path`, `postgresql://...`, or a path.
+
+    Raises:
+        UsageError: the URL is wrong, or its driver is not installed.
+        StorageError: the folder cannot be made.
+    """
+
+    def __init__(self, url: str) -> None:
+        parsed = _parse(url)
+        self.kind = parsed.get_backend_name()
+        self.shown = parsed.render_as_string(hide_password=True)
+        if self.kind == "sqlite":
+            self._engine = _sqlite(parsed)
+        else:
+            self._engine = _postgres(parsed)
+
+    @contextmanager
+    def begin(self, *, flushed: bool = True) -> Iterator[Connection]:
+        """A transaction that may write: committed at the end of the block, rolled back when it raises.
+
+        On SQLite it is the only writer from its first moment on, so it never finds the ground changed under it.
+
+        Args:
+            flushed: on SQLite, whether the end of the block waits for the disk. Without, a killed process loses
+                nothing either, but a power cut may take the last moments back, the books still balancing.
+                Postgres follows its own `synchronous_commit`.
+
+        Raises:
+            StorageError: the database cannot be reached, or refuses for want of space or rights.
+        """
+        with self._told(), self._engine.connect() as connection:
+            connection = connection.execution_options(unmask_writes="FULL" if flushed else "NORMAL")
+            with connection.begin():
+                yield connection
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A transaction that sees one state of everything, and should not write.
+
+        Raises:
+            StorageError: as for `begin`.
+        """
+        with self._told(), self._engine.connect() as connection:
+            if self.kind == "postgresql":
+                connection = connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+            with connection.begin():
+                yield connection
+
+    def migrate(self) -> None:
+        """Bring the tables to this version's state; nothing happens if they are.
+
+        Raises:
+            StorageError: also where the tables were made by a newer version.
+        """
+        from alembic import command
+        from alembic.script import ScriptDirectory
+        from alembic.util.exc import CommandError
+
+        with self.begin() as connection:
+            if self.kind == "postgresql":
+                connection.execute(sa.text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _MIGRATION_LOCK})
+            config = migration_config(connection)
+            try:
+                command.upgrade(config, "head")
+            except CommandError as error:
+                head = ScriptDirectory.from_config(config).get_current_head()
+                raise StorageError(
+                    f"the tables in {self.shown} are not ones this version knows (its newest are {head}): {error}. "
+                    "Use the version that made them, or restore a backup"
+                ) from error
+
+    def close(self) -> None:
+        """Close the connections that are not in use."""
+        self._engine.dispose()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except SQLAlchemyError as error:
+            # Without the statement and its values, which may be personal.
+            reason = str(error.orig).strip() if isinstance(error, DBAPIError) else type(error).__name__
+            message = f"the database {self.shown} failed: {reason}"
+            raise TransientError(message) if is_transient(error) else StorageError(message) from error
+
+
+class TransientError(StorageError):
+    """The same transaction may succeed when it is tried again."""
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether another try of the same transaction may succeed, nothing of it having been written."""
+    if not isinstance(error, DBAPIError):
+        return False
+    return getattr(error.orig, "sqlstate", None) in _TRANSIENT or "database is locked" in str(error.orig)
+
+
+def insert(connection: Connection, table: sa.Table) -> Any:
+    """An INSERT that knows `on_conflict_do_nothing` and `on_conflict_do_update`, which both databases have."""
+    return (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(table)
+
+
+def migration_config(connection: Connection) -> Any:
+    """Alembic's configuration for the migrations that ship in this package, over one connection."""
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    return config
+
+
+def _parse(url: str) -> URL:
+    if "://" not in url:
+        url = f"sqlite:///{Path(url).expanduser().absolute()}"
+    try:
+        parsed = make_url(url)
+        name = parsed.get_backend_name()
+    except (SQLAlchemyError, ValueError) as error:
+        raise UsageError("the database URL cannot be read: write sqlite:///path or postgresql://...") from error
+    if name == "postgres":
+        parsed = parsed.set(drivername="postgresql")
+        name = "postgresql"
+    if name not in ("sqlite", "postgresql"):
+        raise UsageError(f"databases of the kind {name!r} are not supported: use sqlite:///path or postgresql://...")
+    if name == "sqlite" and parsed.database in (None, "", ":memory:"):
+        raise UsageError("a database in memory would forget every balance: name a file, as in sqlite:///path")
+    return parsed.set(drivername="postgresql+psycopg") if name == "postgresql" else parsed
+
+
+def _sqlite(url: URL) -> Engine:
+    path = Path(str(url.database))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.touch(mode=0o600)  # keys' digests and mail addresses are nobody else's business
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}; set UNMASK_HOME elsewhere") from error
+    engine = sa.create_engine(url, connect_args={"timeout": _BUSY_SECONDS}, pool_size=8, max_overflow=16)
+
+    @event.listens_for(engine, "connect")
+    def connected(dbapi: Any, record: Any) -> None:
+        dbapi.isolation_level = None  # the driver would begin transactions late, and not for every statement
+        cursor = dbapi.cursor()
+        cursor.execute("PRAGMA journal_mode = WAL")
+        cursor.execute("PRAGMA foreign_keys = ON")
+        cursor.close()
+
+    @event.listens_for(engine, "begin")
+    def began(connection: Connection) -> None:
+        writes = connection.get_execution_options().get("unmask_writes")
+        if writes:
+            connection.exec_driver_sql(f"PRAGMA synchronous = {writes}")
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+    return engine
+
+
+def _postgres(url: URL) -> Engine:
+    try:
+        return sa.create_engine(
+            url,
+            pool_size=8,
+            max_overflow=16,
+            pool_pre_ping=True,
+            pool_timeout=_BUSY_SECONDS,
+            # Names of prepared statements belong to a session, which a connection pooler may swap.
+            connect_args={"prepare_threshold": None, "connect_timeout": _BUSY_SECONDS, "application_name": "unmask"},
+        )
+    except (ImportError, NoSuchModuleError) as error:
+        raise UsageError("Postgres needs its driver: pip install 'unmask[postgres]'") from error

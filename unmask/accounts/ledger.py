@@ -1,0 +1,445 @@
+"""The books: double entry, append-only, integers of nano-dollars.
+
+A row of `entries` moves an amount from one book to another, so all books together are zero whatever happens.
+An account's `balance` is what its entries sum to. Of it `held` is set aside for requests in flight, each a row of
+`charges` that is `held` once and then becomes `settled`, `released` or `expired`, by one conditional statement.
+
+Tokens are counted before the work starts, so a hold is the charge to the last nano-dollar. Nothing here reads a
+balance to decide about it: one statement tests and takes. Every function is one step of the caller's transaction
+and takes its locks in the order charge, account, key, so that no two of them ever wait for each other.
+"""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+import sqlalchemy as sa
+from sqlalchemy import Connection, RowMapping
+
+from unmask.accounts.database import insert
+from unmask.accounts.money import MAX_AMOUNT, format_dollars
+from unmask.accounts.schema import accounts, charges, entries, keys, replays
+from unmask.errors import (
+    Forbidden,
+    InsufficientCredit,
+    KeyRefused,
+    KeyReused,
+    LedgerRefused,
+    RequestInProgress,
+    SpendLimitReached,
+)
+
+CASH, REVENUE, PROMOTION, FORFEITED = "@cash", "@revenue", "@promotion", "@forfeited"
+
+REPLAY_MS = 24 * 3600 * 1000  # how long an Idempotency-Key is remembered
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hold:
+    """What is to be set aside.
+
+    Attributes:
+        id: of the charge, made by us and unique.
+        request: the request's id, for people to find it by.
+        tokens: how many.
+        amount: nano-dollars.
+        expires_at: Unix milliseconds after which the sweeper gives it back.
+        idempotency_key: digest of the caller's Idempotency-Key, if it sent one.
+        body: digest of what the request asks for, to tell a repetition from another request.
+    """
+
+    id: str
+    account_id: str
+    key_id: str | None
+    request: str
+    model: str
+    tier: str
+    tokens: int
+    amount: int
+    expires_at: int
+    spend_window: str | None = None
+    idempotency_key: str | None = None
+    body: str = ""
+
+
+@dataclass(frozen=True)
+class Held:
+    """A charge in force.
+
+    Attributes:
+        replayed: it was settled by an earlier request with the same Idempotency-Key, and costs nothing again.
+    """
+
+    id: str
+    amount: int
+    replayed: bool = False
+
+
+# The statements of every request, written out: building them anew from parts took longer than running them.
+_TAKE = sa.text(
+    "UPDATE accounts SET held = held + :amount WHERE id = :account AND state = 'active' AND balance - held >= :amount"
+)
+_GIVE_BACK = sa.text("UPDATE accounts SET held = held - :amount WHERE id = :account")
+_PAY = sa.text("UPDATE accounts SET balance = balance - :amount, held = held - :amount WHERE id = :account")
+_SPEND = sa.text(
+    "UPDATE keys SET "
+    "spent = CASE WHEN window_started < :start THEN 0 ELSE spent END + :amount, "
+    "carried = CASE WHEN window_started < :start THEN 0 ELSE carried END, "
+    "window_started = CASE WHEN window_started < :start THEN :start ELSE window_started END "
+    "WHERE id = :key AND account_id = :account AND revoked_at IS NULL AND (spend_limit IS NULL "
+    "OR CASE WHEN window_started < :start THEN 0 ELSE spent END + :amount <= spend_limit) "
+    "RETURNING window_started"
+).bindparams(sa.bindparam("start", type_=sa.BigInteger), sa.bindparam("amount", type_=sa.BigInteger))
+_HOLD = sa.text(
+    "INSERT INTO charges (id, account_id, key_id, request, model, tier, tokens, amount, state, window_start, "
+    "held_at, expires_at) VALUES (:id, :account_id, :key_id, :request, :model, :tier, :tokens, :amount, 'held', "
+    ":window_start, :held_at, :expires_at)"
+)
+_END = sa.text(
+    "UPDATE charges SET state = :after, ended_at = :now WHERE id = :charge AND state = :before "
+    "RETURNING account_id, key_id, amount, window_start"
+)
+_BOOK = sa.text(
+    "INSERT INTO entries (at, kind, debit, credit, amount, reference, note) "
+    "VALUES (:at, :kind, :debit, :credit, :amount, :reference, :note) "
+    "ON CONFLICT (kind, reference) DO NOTHING RETURNING id"
+)
+
+
+def window_start(window: str | None, now: int) -> int:
+    """Unix milliseconds at which the day, the week (from Monday) or the month around `now` began, in UTC."""
+    if window is None:
+        return 0
+    day = datetime.fromtimestamp(now / 1000, UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    if window == "week":
+        day -= timedelta(days=day.weekday())
+    elif window == "month":
+        day = day.replace(day=1)
+    return int(day.timestamp()) * 1000
+
+
+def hold(connection: Connection, wanted: Hold, now: int) -> Held:
+    """Set the cost of a request aside.
+
+    Raises:
+        InsufficientCredit, SpendLimitReached: the account's credit or the key's limit does not cover it.
+        Forbidden: the account is frozen or closed.
+        KeyRefused: the key was revoked meanwhile.
+        RequestInProgress, KeyReused: about the Idempotency-Key.
+    """
+    if wanted.idempotency_key is not None:
+        earlier = _claim(connection, wanted, now)
+        if earlier is not None:
+            return earlier
+    taken = connection.execute(_TAKE, {"amount": wanted.amount, "account": wanted.account_id})
+    if taken.rowcount != 1:
+        raise _why_not(connection, wanted)
+    window = _spend(connection, wanted, now) if wanted.key_id is not None else 0
+    connection.execute(
+        _HOLD,
+        {
+            "id": wanted.id,
+            "account_id": wanted.account_id,
+            "key_id": wanted.key_id,
+            "request": wanted.request,
+            "model": wanted.model,
+            "tier": wanted.tier,
+            "tokens": wanted.tokens,
+            "amount": wanted.amount,
+            "window_start": window,
+            "held_at": now,
+            "expires_at": wanted.expires_at,
+        },
+    )
+    if wanted.idempotency_key is not None:
+        _remember(connection, wanted, now)
+    return Held(wanted.id, wanted.amount)
+
+
+def settle(connection: Connection, charge: str, now: int) -> bool:
+    """Turn a hold into money spent. Doing it again changes nothing.
+
+    A hold that the sweeper gave back meanwhile is taken again, if the credit is still there: the work was done.
+
+    Returns:
+        Whether this call did it, and not an earlier one.
+
+    Raises:
+        LedgerRefused: the charge was released, or never held.
+        InsufficientCredit: it had expired, and the credit has gone elsewhere since.
+    """
+    row = _end(connection, charge, "held", "settled", now)
+    if row is not None:
+        connection.execute(_PAY, {"amount": row["amount"], "account": row["account_id"]})
+    else:
+        row = _end(connection, charge, "expired", "settled", now)
+        if row is None:
+            state = connection.scalar(sa.select(charges.c.state).where(charges.c.id == charge))
+            if state == "settled":
+                return False
+            raise LedgerRefused(f"charge {charge} is {state or 'not known'}, so it cannot be settled")
+        taken = connection.execute(
+            accounts.update()
+            .where(accounts.c.id == row["account_id"], accounts.c.balance - accounts.c.held >= row["amount"])
+            .values(balance=accounts.c.balance - row["amount"])
+        )
+        if taken.rowcount != 1:
+            raise InsufficientCredit(f"the hold of charge {charge} expired, and its credit was spent meanwhile")
+        _adjust_spent(connection, row, row["amount"])
+    if row["amount"]:
+        _book(connection, now, "charge", row["account_id"], REVENUE, row["amount"], charge)
+    return True
+
+
+def release(connection: Connection, charge: str, now: int, *, state: str = "released") -> bool:
+    """Give a hold back, because the work failed or nobody waits for it.
+
+    Args:
+        state: "released", or "expired" where the sweeper does it.
+
+    Returns:
+        Whether there was a hold to give back; a settled charge stays settled.
+    """
+    row = _end(connection, charge, "held", state, now)
+    if row is None:
+        return False
+    connection.execute(_GIVE_BACK, {"amount": row["amount"], "account": row["account_id"]})
+    _adjust_spent(connection, row, -row["amount"])
+    return True
+
+
+def expired(connection: Connection, now: int, limit: int = 1000) -> list[str]:
+    """Charges whose time is up. Each is to be given back in a transaction of its own, by `expire`."""
+    return list(
+        connection.scalars(
+            sa.select(charges.c.id)
+            .where(charges.c.state == "held", charges.c.expires_at <= now)
+            .order_by(charges.c.expires_at)
+            .limit(limit)
+        )
+    )
+
+
+def expire(connection: Connection, charge: str, now: int) -> bool:
+    """Give a hold back that nobody ended: its server has died."""
+    return release(connection, charge, now, state="expired")
+
+
+def forget_replays(connection: Connection, now: int) -> int:
+    """Drop Idempotency-Keys that are older than a day. How many."""
+    return connection.execute(replays.delete().where(replays.c.expires_at <= now)).rowcount
+
+
+def top_up(
+    connection: Connection, account: str, amount: int, reference: str, now: int, *, note: str = "", source: str = CASH
+) -> bool:
+    """Credit that was paid for, once per reference.
+
+    Args:
+        reference: of the payment, in words of the operator's choice.
+        source: `CASH`, or `PROMOTION` for credit that was given.
+
+    Returns:
+        False if this very top-up is in the books already.
+
+    Raises:
+        LedgerRefused: the reference stands for another top-up, the amount is impossible, or there is no such account.
+    """
+    kind = "free_credit" if source == PROMOTION else "top_up"
+    _check_amount(amount)
+    if not reference:
+        raise LedgerRefused("a top-up needs a reference, so that it cannot be booked twice")
+    if not _book(connection, now, kind, source, account, amount, reference, note):
+        earlier = connection.execute(
+            sa.select(entries.c.credit, entries.c.amount).where(
+                entries.c.kind == kind, entries.c.reference == reference
+            )
+        ).one()
+        if (earlier.credit, earlier.amount) == (account, amount):
+            return False
+        raise LedgerRefused(
+            f"the reference {reference!r} stands for {format_dollars(earlier.amount)} dollars to {earlier.credit}: "
+            "give this top-up one of its own"
+        )
+    done = connection.execute(
+        accounts.update()
+        .where(accounts.c.id == account, accounts.c.state != "closed", accounts.c.balance <= MAX_AMOUNT - amount)
+        .values(balance=accounts.c.balance + amount)
+    )
+    if done.rowcount != 1:
+        raise LedgerRefused(
+            f"account {account} does not exist, is closed, or would hold more than {format_dollars(MAX_AMOUNT)} dollars"
+        )
+    return True
+
+
+def refund(connection: Connection, charge: str, now: int, *, note: str = "") -> bool:
+    """Give back what a settled charge cost, once.
+
+    Returns:
+        False if it was refunded already, or cost nothing.
+
+    Raises:
+        LedgerRefused: it is not settled, or its account is closed.
+    """
+    row = connection.execute(
+        sa.select(charges.c.account_id, charges.c.amount, charges.c.state).where(charges.c.id == charge)
+    ).one_or_none()
+    if row is None or row.state != "settled":
+        raise LedgerRefused(f"charge {charge} is {'not known' if row is None else row.state}: only what was settled")
+    if row.amount == 0 or not _book(connection, now, "refund", REVENUE, row.account_id, row.amount, charge, note):
+        return False
+    done = connection.execute(
+        accounts.update()
+        .where(accounts.c.id == row.account_id, accounts.c.state != "closed")
+        .values(balance=accounts.c.balance + row.amount)
+    )
+    if done.rowcount != 1:
+        raise LedgerRefused(f"account {row.account_id} is closed")
+    return True
+
+
+def pay_out(
+    connection: Connection, account: str, amount: int, reference: str, now: int, *, note: str = "", to: str = CASH
+) -> None:
+    """Take credit out of an account: money paid back, or given up with the account.
+
+    Raises:
+        LedgerRefused: there is not so much that is free, or the reference was used.
+    """
+    _check_amount(amount)
+    kind = "forfeit" if to == FORFEITED else "pay_out"
+    taken = connection.execute(
+        accounts.update()
+        .where(accounts.c.id == account, accounts.c.balance - accounts.c.held >= amount)
+        .values(balance=accounts.c.balance - amount)
+    )
+    if taken.rowcount != 1:
+        raise LedgerRefused(f"account {account} does not have {format_dollars(amount)} dollars of free credit")
+    if not reference or not _book(connection, now, kind, account, to, amount, reference, note):
+        raise LedgerRefused(f"the reference {reference!r} is empty or was used already")
+
+
+def _claim(connection: Connection, wanted: Hold, now: int) -> Held | None:
+    """What an earlier request with the same Idempotency-Key left, or None if there is nothing to repeat."""
+    earlier = connection.execute(
+        sa.select(replays.c.request, replays.c.charge_id, charges.c.state, charges.c.amount)
+        .join(charges, charges.c.id == replays.c.charge_id)
+        .where(
+            replays.c.account_id == wanted.account_id,
+            replays.c.digest == wanted.idempotency_key,
+            replays.c.expires_at > now,
+        )
+    ).one_or_none()
+    if earlier is None:
+        return None
+    if earlier.request != wanted.body:
+        raise KeyReused("this Idempotency-Key was used for another request: choose a new one for each")
+    if earlier.state == "held":
+        raise RequestInProgress("the request with this Idempotency-Key is still being worked on")
+    if earlier.state == "settled":
+        return Held(earlier.charge_id, earlier.amount, replayed=True)
+    return None  # it failed and was not charged, so this is the first
+
+
+def _remember(connection: Connection, wanted: Hold, now: int) -> None:
+    """Tie the Idempotency-Key to this charge, unless another request did so since `_claim` looked."""
+    statement = insert(connection, replays).values(
+        account_id=wanted.account_id,
+        digest=wanted.idempotency_key,
+        request=wanted.body,
+        charge_id=wanted.id,
+        expires_at=now + REPLAY_MS,
+    )
+    over = sa.exists().where(charges.c.id == replays.c.charge_id, charges.c.state.in_(("released", "expired")))
+    written = connection.execute(
+        statement.on_conflict_do_update(
+            index_elements=[replays.c.account_id, replays.c.digest],
+            set_={
+                "request": statement.excluded.request,
+                "charge_id": statement.excluded.charge_id,
+                "expires_at": statement.excluded.expires_at,
+            },
+            where=sa.or_(replays.c.expires_at <= now, over),
+        ).returning(replays.c.charge_id)
+    )
+    if written.one_or_none() is None:
+        raise RequestInProgress("the request with this Idempotency-Key is still being worked on")
+
+
+def _spend(connection: Connection, wanted: Hold, now: int) -> int:
+    """Count the cost against the key's limit. Returns the window it counts in.
+
+    A window only ever moves forward, so that a request that crossed midnight on its way does not bring
+    yesterday back.
+    """
+    values = {
+        "start": window_start(wanted.spend_window, now),
+        "amount": wanted.amount,
+        "key": wanted.key_id,
+        "account": wanted.account_id,
+    }
+    row = connection.execute(_SPEND, values).one_or_none()
+    if row is not None:
+        return row.window_started
+    key = connection.execute(
+        sa.select(keys.c.spend_limit, keys.c.spend_window, keys.c.revoked_at).where(
+            keys.c.id == wanted.key_id, keys.c.account_id == wanted.account_id
+        )
+    ).one_or_none()
+    if key is None or key.revoked_at is not None:
+        raise KeyRefused("it was revoked")
+    again = f"It starts anew with the next {key.spend_window}." if key.spend_window else "It does not start anew."
+    raise SpendLimitReached(
+        f"This request costs {format_dollars(wanted.amount)} dollars, more than what is left of the API key's "
+        f"spend limit of {format_dollars(key.spend_limit)} dollars. {again}"
+    )
+
+
+def _adjust_spent(connection: Connection, row: RowMapping, change: int) -> None:
+    """Correct the key's count, where it still counts the window of the charge."""
+    if row["key_id"] is not None and row["amount"]:
+        connection.execute(
+            keys.update()
+            .where(keys.c.id == row["key_id"], keys.c.window_started == row["window_start"])
+            .values(spent=keys.c.spent + change)
+        )
+
+
+def _end(connection: Connection, charge: str, before: str, after: str, now: int) -> RowMapping | None:
+    found = connection.execute(_END, {"after": after, "now": now, "charge": charge, "before": before})
+    return found.mappings().one_or_none()
+
+
+def _book(
+    connection: Connection, now: int, kind: str, debit: str, credit: str, amount: int, reference: str, note: str = ""
+) -> bool:
+    """Write an entry, unless there is one of this kind and reference."""
+    values = {
+        "at": now,
+        "kind": kind,
+        "debit": debit,
+        "credit": credit,
+        "amount": amount,
+        "reference": reference,
+        "note": note,
+    }
+    written = connection.execute(_BOOK, values)  # not by rowcount, which not every driver tells here
+    return written.one_or_none() is not None
+
+
+def _why_not(connection: Connection, wanted: Hold) -> Exception:
+    account = connection.execute(sa.select(accounts).where(accounts.c.id == wanted.account_id)).one_or_none()
+    if account is None or account.state != "active":
+        return Forbidden(f"This account is {'closed' if account is None else account.state}.")
+    free = format_dollars(account.balance - account.held)
+    return InsufficientCredit(
+        f"This request costs {format_dollars(wanted.amount)} dollars and the account has {free} dollars of free "
+        "credit: top it up, or send less at a time."
+    )
+
+
+def _check_amount(amount: int) -> None:
+    if not 0 < amount <= MAX_AMOUNT:
+        raise LedgerRefused(
+            f"{format_dollars(amount)} dollars cannot be booked: more than 0, at most {format_dollars(MAX_AMOUNT)}"
+        )

@@ -1,0 +1,12 @@
+"""Alembic's entry point. It is only ever run by `unmask.accounts.database`, which brings the connection."""
+
+from alembic import context
+
+from unmask.accounts.schema import metadata
+
+context.configure(
+    connection=context.config.attributes["connection"],
+    target_metadata=metadata,
+    transaction_per_migration=False,
+)
+context.run_migrations()

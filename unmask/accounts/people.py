@@ -1,0 +1,354 @@
+"""Accounts, the people who own them, and who is signed in.
+
+Passwords are hashed by `hash_password` and checked by `check_password`, which take tens of milliseconds on purpose:
+they stand apart from the functions that hold a transaction.
+"""
+
+import hashlib
+import re
+import secrets
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+from sqlalchemy import Connection
+
+from unmask.accounts import ledger
+from unmask.accounts.database import insert
+from unmask.accounts.keys import Peppers
+from unmask.accounts.schema import DEFAULT_PLAN, accounts, entries, invitations, keys, people, sessions
+from unmask.errors import AccountError, LedgerRefused, SignInRefused, UsageError
+
+if TYPE_CHECKING:
+    from argon2 import PasswordHasher
+
+SESSION_MS = 14 * 24 * 3600 * 1000
+INVITATION_MS = 24 * 3600 * 1000
+SHORTEST_PASSWORD = 10
+_LONGEST_PASSWORD = 1000
+
+_EMAIL = re.compile(r"[^@\s]{1,64}@[^@\s]{1,190}\.[^@\s.]{2,63}")
+
+
+@dataclass(frozen=True)
+class Account:
+    """An account. Amounts in nano-dollars, `created_at` in Unix milliseconds."""
+
+    id: str
+    name: str
+    plan: str
+    state: str
+    balance: int
+    held: int
+    created_at: int
+
+    @property
+    def free(self) -> int:
+        """What may be spent now."""
+        return self.balance - self.held
+
+
+@dataclass(frozen=True)
+class Person:
+    """Somebody who can sign in."""
+
+    id: str
+    account_id: str
+    email: str
+    admin: bool
+    created_at: int
+
+
+def open_account(connection: Connection, name: str, now: int, *, plan: str = DEFAULT_PLAN) -> str:
+    """Make an account. Returns its id.
+
+    Raises:
+        UsageError: the name is empty or too long.
+    """
+    name = name.strip()
+    if not 0 < len(name) <= 200:
+        raise UsageError("an account needs a name of 1 to 200 characters")
+    id = f"acct_{secrets.token_hex(8)}"
+    connection.execute(
+        accounts.insert(),
+        {"id": id, "name": name, "plan": plan, "state": "active", "balance": 0, "held": 0, "created_at": now},
+    )
+    return id
+
+
+def account(connection: Connection, id: str) -> Account:
+    """One account.
+
+    Raises:
+        UsageError: there is none of this id.
+    """
+    row = connection.execute(sa.select(accounts).where(accounts.c.id == id)).one_or_none()
+    if row is None:
+        raise UsageError(f"there is no account {id!r}: see 'unmask accounts list'")
+    return Account(*row)
+
+
+def all_accounts(connection: Connection, *, limit: int = 1000, after: str = "") -> list[Account]:
+    """Accounts in the order of their ids, from behind `after` on."""
+    rows = connection.execute(sa.select(accounts).where(accounts.c.id > after).order_by(accounts.c.id).limit(limit))
+    return [Account(*row) for row in rows]
+
+
+def find_account(connection: Connection, name: str) -> Account:
+    """An account by its id or by the mail address of somebody in it.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if "@" not in name:
+        return account(connection, name)
+    id = connection.scalar(sa.select(people.c.account_id).where(people.c.email == normal_email(name)))
+    if id is None:
+        raise UsageError(f"nobody has the address {name!r}: see 'unmask accounts list'")
+    return account(connection, id)
+
+
+def freeze(connection: Connection, id: str, *, frozen: bool = True) -> bool:
+    """Let an account call nothing until it is thawed. What is in flight is settled. Whether anything changed."""
+    before, after = ("active", "frozen") if frozen else ("frozen", "active")
+    done = connection.execute(
+        accounts.update().where(accounts.c.id == id, accounts.c.state == before).values(state=after)
+    )
+    if done.rowcount != 1:
+        account(connection, id)
+    return done.rowcount == 1
+
+
+def close_account(connection: Connection, id: str, now: int) -> int:
+    """Delete an account: its people, sessions and names are gone, its keys end, its credit is given up.
+
+    Entries and charges stay, as books must; nothing in them says who it was.
+
+    Returns:
+        The nano-dollars given up.
+
+    Raises:
+        LedgerRefused: requests of it are in flight.
+    """
+    closed = connection.execute(
+        accounts.update()
+        .where(accounts.c.id == id, accounts.c.state != "closed", accounts.c.held == 0)
+        .values(state="closed", name="")
+        .returning(accounts.c.balance)
+    ).one_or_none()
+    if closed is None:
+        state = account(connection, id).state
+        raise LedgerRefused(
+            "the account is closed already" if state == "closed" else "requests are in flight: try again in a minute"
+        )
+    if closed.balance:
+        ledger.pay_out(connection, id, closed.balance, f"closing {id}", now, to=ledger.FORFEITED)
+    own = sa.select(people.c.id).where(people.c.account_id == id)
+    connection.execute(sessions.delete().where(sessions.c.person_id.in_(own)))
+    connection.execute(people.delete().where(people.c.account_id == id))
+    connection.execute(
+        keys.update()
+        .where(keys.c.account_id == id)
+        .values(name="", networks=None, revoked_at=sa.func.coalesce(keys.c.revoked_at, now))
+    )
+    return closed.balance
+
+
+def normal_email(email: str) -> str:
+    """A mail address as it is stored: without blanks around it, in lower case.
+
+    Raises:
+        UsageError: it is none.
+    """
+    email = email.strip().lower()
+    if len(email) > 254 or not _EMAIL.fullmatch(email) or not email.isprintable():
+        raise UsageError("that is no mail address: write it like name@example.org")
+    return email
+
+
+@cache
+def _hasher() -> "PasswordHasher":
+    from argon2 import PasswordHasher
+
+    return PasswordHasher(time_cost=3, memory_cost=65_536, parallelism=1)  # RFC 9106's second choice, one lane
+
+
+@cache
+def _nobody() -> str:
+    return _hasher().hash(secrets.token_hex(16))
+
+
+def hash_password(password: str) -> str:
+    """argon2id of a password.
+
+    Raises:
+        UsageError: it is too short or absurdly long.
+    """
+    if not SHORTEST_PASSWORD <= len(password) <= _LONGEST_PASSWORD:
+        raise UsageError(f"a password needs {SHORTEST_PASSWORD} to {_LONGEST_PASSWORD} characters")
+    return _hasher().hash(password)
+
+
+def check_password(stored: str | None, password: str) -> bool:
+    """Whether it fits. Without anything stored it takes as long, and does not."""
+    from argon2.exceptions import VerificationError
+
+    try:
+        _hasher().verify(stored or _nobody(), password[:_LONGEST_PASSWORD])
+    except VerificationError:
+        return False
+    return stored is not None
+
+
+def sign_up(
+    connection: Connection,
+    peppers: Peppers,
+    email: str,
+    password_hash: str,
+    now: int,
+    *,
+    free_credit: int = 0,
+    admin: bool = False,
+) -> Person:
+    """Make a person with an account of their own.
+
+    Args:
+        free_credit: nano-dollars; given once per address, also if it was deleted in between.
+
+    Raises:
+        AccountError: the address is taken.
+    """
+    email = normal_email(email)
+    own = open_account(connection, email, now)
+    id = f"person_{secrets.token_hex(8)}"
+    row = {
+        "id": id,
+        "account_id": own,
+        "email": email,
+        "password": password_hash,
+        "admin": admin,
+        "created_at": now,
+    }
+    made = connection.execute(
+        insert(connection, people)
+        .values(row)
+        .on_conflict_do_nothing(index_elements=[people.c.email])
+        .returning(people.c.id)
+    )
+    if made.one_or_none() is None:
+        raise AccountError("this address cannot be used: if it is yours, sign in instead")
+    if free_credit:
+        give_free_credit(connection, peppers, own, email, free_credit, now)
+    return Person(id, own, email, admin, now)
+
+
+def give_free_credit(connection: Connection, peppers: Peppers, account: str, email: str, amount: int, now: int) -> bool:
+    """Credit for a newcomer, once per mail address for ever. Whether it was given now."""
+    mark = peppers.mark(f"free credit {normal_email(email)}")
+    given = connection.scalar(
+        sa.select(entries.c.id).where(entries.c.kind == "free_credit", entries.c.reference == mark)
+    )
+    if given is not None:
+        return False
+    return ledger.top_up(connection, account, amount, mark, now, note="free credit", source=ledger.PROMOTION)
+
+
+def password_of(connection: Connection, email: str) -> tuple[str, str] | None:
+    """Person's id and stored hash for an address, to be given to `check_password`."""
+    try:
+        email = normal_email(email)
+    except UsageError:
+        return None
+    row = connection.execute(sa.select(people.c.id, people.c.password).where(people.c.email == email)).one_or_none()
+    return None if row is None else (row.id, row.password)
+
+
+def set_password(connection: Connection, person: str, password_hash: str) -> None:
+    """Another password; everybody signed in as this person is signed out."""
+    connection.execute(people.update().where(people.c.id == person).values(password=password_hash))
+    connection.execute(sessions.delete().where(sessions.c.person_id == person))
+
+
+def start_session(connection: Connection, person: str, now: int) -> str:
+    """Sign a person in. Returns the token for the cookie; only its digest is kept."""
+    token = secrets.token_urlsafe(32)
+    connection.execute(
+        sessions.insert(),
+        {"digest": _digest(token), "person_id": person, "created_at": now, "expires_at": now + SESSION_MS},
+    )
+    return token
+
+
+def signed_in(connection: Connection, token: str, now: int) -> Person:
+    """Whose session this is.
+
+    Raises:
+        SignInRefused: nobody's, or it is over.
+    """
+    row = connection.execute(
+        sa.select(people.c.id, people.c.account_id, people.c.email, people.c.admin, people.c.created_at)
+        .join(sessions, sessions.c.person_id == people.c.id)
+        .where(sessions.c.digest == _digest(token), sessions.c.expires_at > now)
+    ).one_or_none()
+    if row is None:
+        raise SignInRefused("you are not signed in, or not any more")
+    return Person(*row)
+
+
+def end_session(connection: Connection, token: str) -> None:
+    """Sign out."""
+    connection.execute(sessions.delete().where(sessions.c.digest == _digest(token)))
+
+
+def end_old_sessions(connection: Connection, now: int) -> int:
+    """Drop sessions that are over. How many."""
+    return connection.execute(sessions.delete().where(sessions.c.expires_at <= now)).rowcount
+
+
+def invite_first_admin(connection: Connection, now: int) -> str | None:
+    """A token with which the first admin can be made, once and within a day; None if there is an admin.
+
+    Any token given out before stops working.
+    """
+    if connection.scalar(sa.select(sa.func.count()).where(people.c.admin)):
+        return None
+    connection.execute(invitations.delete().where(invitations.c.purpose == "first_admin"))
+    token = secrets.token_urlsafe(32)
+    row = {"digest": _digest(token), "purpose": "first_admin", "expires_at": now + INVITATION_MS}
+    connection.execute(invitations.insert(), row)
+    return token
+
+
+def accept_invitation(connection: Connection, token: str, now: int) -> None:
+    """Use the token of `invite_first_admin` up, before `sign_up(admin=True)` in the same transaction.
+
+    Raises:
+        SignInRefused: it is none, was used or is too old.
+    """
+    used = connection.execute(
+        invitations.update()
+        .where(
+            invitations.c.digest == _digest(token),
+            invitations.c.purpose == "first_admin",
+            invitations.c.used_at.is_(None),
+            invitations.c.expires_at > now,
+        )
+        .values(used_at=now)
+    )
+    if used.rowcount != 1:
+        raise SignInRefused("this link was used or is too old: restart the server for a new one")
+
+
+def everybody(connection: Connection, account: str | None = None) -> list[Person]:
+    """People, of one account or all, by address."""
+    statement = sa.select(
+        people.c.id, people.c.account_id, people.c.email, people.c.admin, people.c.created_at
+    ).order_by(people.c.email)
+    if account is not None:
+        statement = statement.where(people.c.account_id == account)
+    return [Person(*row) for row in connection.execute(statement)]
+
+
+def _digest(token: Any) -> str:
+    return hashlib.sha256(str(token).encode()).hexdigest()

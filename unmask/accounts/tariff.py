@@ -1,0 +1,124 @@
+"""Prices per model and tier, and the plans with their limits."""
+
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+from sqlalchemy import Connection
+
+from unmask.accounts.database import insert
+from unmask.accounts.schema import accounts, plans, prices
+from unmask.errors import NoPrice, UsageError
+
+TIERS = ("default", "batch")
+ANY_MODEL = "*"
+
+
+@dataclass(frozen=True)
+class Price:
+    """Nano-dollars for a million tokens. The model `*` stands for all that have none of their own."""
+
+    model: str
+    tier: str
+    nano_per_million: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Limits of an account, over all its keys. None is no limit."""
+
+    name: str
+    requests_per_minute: int | None
+    tokens_per_minute: int | None
+
+
+def price(connection: Connection, model: str, tier: str) -> int:
+    """Nano-dollars for a million tokens: the model's own price in the tier, else its default one, else that of `*`.
+
+    Raises:
+        NoPrice: the operator has set none of them.
+    """
+    found = {
+        (row.model, row.tier): row.nano_per_million
+        for row in connection.execute(
+            sa.select(prices).where(prices.c.model.in_((model, ANY_MODEL)), prices.c.tier.in_((tier, "default")))
+        )
+    }
+    for known in ((model, tier), (model, "default"), (ANY_MODEL, tier), (ANY_MODEL, "default")):
+        if known in found:
+            return found[known]
+    raise NoPrice(f"The model '{model}' has no price yet: the operator sets it with 'unmask accounts price'.")
+
+
+def all_prices(connection: Connection) -> list[Price]:
+    """Every price that was set."""
+    rows = connection.execute(sa.select(prices).order_by(prices.c.model, prices.c.tier.desc()))
+    return [Price(row.model, row.tier, row.nano_per_million) for row in rows]
+
+
+def set_price(connection: Connection, wanted: Price, now: int) -> None:
+    """Set or change a price. Requests in flight keep the one they were held at.
+
+    Raises:
+        UsageError: an unknown tier, or a price below zero or beyond all measure.
+    """
+    if wanted.tier not in TIERS:
+        raise UsageError(f"tier {wanted.tier!r}: choose default or batch")
+    if not wanted.model or not 0 <= wanted.nano_per_million <= 10**15:
+        raise UsageError("a price needs a model, and lies between 0 and a million dollars per million tokens")
+    statement = insert(connection, prices).values(
+        model=wanted.model, tier=wanted.tier, nano_per_million=wanted.nano_per_million, set_at=now
+    )
+    connection.execute(
+        statement.on_conflict_do_update(
+            index_elements=[prices.c.model, prices.c.tier],
+            set_={"nano_per_million": statement.excluded.nano_per_million, "set_at": now},
+        )
+    )
+
+
+def remove_price(connection: Connection, model: str, tier: str) -> bool:
+    """Take a price back. Whether there was one."""
+    return connection.execute(prices.delete().where(prices.c.model == model, prices.c.tier == tier)).rowcount == 1
+
+
+def all_plans(connection: Connection) -> list[Plan]:
+    """Every plan; `default` is always there."""
+    rows = connection.execute(sa.select(plans).order_by(plans.c.name))
+    return [Plan(row.name, row.requests_per_minute, row.tokens_per_minute) for row in rows]
+
+
+def set_plan(connection: Connection, plan: Plan) -> None:
+    """Make or change a plan.
+
+    Raises:
+        UsageError: a limit is not greater than 0, or there is no name.
+    """
+    if not plan.name or any(
+        limit is not None and limit <= 0 for limit in (plan.requests_per_minute, plan.tokens_per_minute)
+    ):
+        raise UsageError(f"plan {plan.name!r}: it needs a name, and limits greater than 0")
+    statement = insert(connection, plans).values(
+        name=plan.name, requests_per_minute=plan.requests_per_minute, tokens_per_minute=plan.tokens_per_minute
+    )
+    connection.execute(
+        statement.on_conflict_do_update(
+            index_elements=[plans.c.name],
+            set_={
+                "requests_per_minute": statement.excluded.requests_per_minute,
+                "tokens_per_minute": statement.excluded.tokens_per_minute,
+            },
+        )
+    )
+
+
+def assign_plan(connection: Connection, account: str, plan: str) -> None:
+    """Put an account on a plan.
+
+    Raises:
+        UsageError: one of them does not exist.
+    """
+    known = [one.name for one in all_plans(connection)]
+    if plan not in known:
+        raise UsageError(f"there is no plan {plan!r}, only {', '.join(known)}")
+    if connection.execute(accounts.update().where(accounts.c.id == account).values(plan=plan)).rowcount != 1:
+        raise UsageError(f"there is no account {account!r}")

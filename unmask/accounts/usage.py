@@ -1,0 +1,166 @@
+"""What an account used and what moved its balance. Every function asks for one account's rows only."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import Connection
+
+from unmask.accounts.schema import charges, entries
+from unmask.errors import UsageError
+
+GROUPS = ("day", "model", "key", "tier")
+_DAY_MS = 24 * 3600 * 1000
+LONGEST_DAYS = 366
+
+
+@dataclass(frozen=True, kw_only=True)
+class Used:
+    """Settled requests together. What was not grouped by is None; `cost` in nano-dollars."""
+
+    day: date | None = None
+    model: str | None = None
+    key: str | None = None
+    tier: str | None = None
+    requests: int
+    tokens: int
+    cost: int
+
+
+@dataclass(frozen=True)
+class Line:
+    """An entry as its account sees it: `amount` is positive for credit that came, in nano-dollars."""
+
+    number: int
+    at: int
+    kind: str
+    amount: int
+    reference: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request. `cost` in nano-dollars, times in Unix milliseconds."""
+
+    id: str
+    request: str
+    key: str | None
+    model: str
+    tier: str
+    tokens: int
+    cost: int
+    state: str
+    at: int
+
+
+def used(connection: Connection, account: str, first: date, last: date, by: Sequence[str] = GROUPS) -> list[Used]:
+    """Settled requests of the days from `first` to `last`, both included, in UTC.
+
+    Args:
+        by: what to tell apart, out of `GROUPS`.
+
+    Raises:
+        UsageError: the days are the wrong way round or too many, or `by` has something else.
+    """
+    if not 0 <= (last - first).days < LONGEST_DAYS:
+        raise UsageError(f"from {first} to {last}: choose 1 to {LONGEST_DAYS} days")
+    unknown = next((name for name in by if name not in GROUPS), None)
+    if unknown is not None:
+        raise UsageError(f"group_by={unknown!r}: choose out of {', '.join(GROUPS)}")
+    columns: dict[str, sa.ColumnElement[Any]] = {
+        "day": sa.cast(charges.c.ended_at, sa.BigInteger).op("/")(_DAY_MS),
+        "model": charges.c.model,
+        "key": charges.c.key_id,
+        "tier": charges.c.tier,
+    }
+    chosen = [columns[name].label(name) for name in GROUPS if name in by]
+    names = [column.name for column in chosen]
+    inner = (
+        sa.select(*chosen, charges.c.tokens, charges.c.amount)
+        .where(
+            charges.c.account_id == account,
+            charges.c.state == "settled",
+            charges.c.ended_at >= _start(first),
+            charges.c.ended_at < _start(last + timedelta(days=1)),
+        )
+        .subquery()
+    )
+    groups = [inner.c[name] for name in names]
+    statement = (
+        sa.select(
+            *groups,
+            sa.func.count().label("requests"),
+            sa.func.coalesce(sa.func.sum(inner.c.tokens), 0).label("tokens"),
+            sa.func.coalesce(sa.func.sum(inner.c.amount), 0).label("cost"),
+        )
+        .group_by(*groups)
+        .order_by(*groups)
+    )
+    found = []
+    for row in connection.execute(statement).mappings():
+        values: dict[str, Any] = dict(row)
+        if "day" in values:
+            values["day"] = datetime.fromtimestamp(values["day"] * _DAY_MS / 1000, UTC).date()
+        for name in ("requests", "tokens", "cost"):
+            values[name] = int(values[name])  # Postgres sums 64-bit integers as decimals
+        found.append(Used(**values))
+    return found
+
+
+def statement(connection: Connection, account: str, *, limit: int = 100, before: int | None = None) -> list[Line]:
+    """The account's entries, newest first.
+
+    Args:
+        before: only with lower numbers, for the next page.
+    """
+    own = sa.or_(entries.c.debit == account, entries.c.credit == account)
+    wanted = sa.select(entries).where(own).order_by(entries.c.id.desc()).limit(limit)
+    if before is not None:
+        wanted = wanted.where(entries.c.id < before)
+    return [
+        Line(
+            row.id,
+            row.at,
+            row.kind,
+            row.amount if row.credit == account else -row.amount,
+            # The mark of free credit is of no use to anybody but the ledger.
+            "" if row.kind == "free_credit" else row.reference,
+            row.note,
+        )
+        for row in connection.execute(wanted)
+    ]
+
+
+def requests(
+    connection: Connection, account: str, *, limit: int = 100, before: tuple[int, str] | None = None
+) -> list[Request]:
+    """The account's requests, newest first, with what each cost.
+
+    Args:
+        before: `at` and `id` of the last one of the page before.
+    """
+    wanted = sa.select(charges).where(charges.c.account_id == account)
+    if before is not None:
+        wanted = wanted.where(sa.tuple_(charges.c.held_at, charges.c.id) < sa.tuple_(*map(sa.literal, before)))
+    rows = connection.execute(wanted.order_by(charges.c.held_at.desc(), charges.c.id.desc()).limit(limit))
+    return [
+        Request(
+            row.id,
+            row.request,
+            row.key_id,
+            row.model,
+            row.tier,
+            row.tokens,
+            row.amount if row.state == "settled" else 0,
+            row.state,
+            row.held_at,
+        )
+        for row in rows
+    ]
+
+
+def _start(day: date) -> int:
+    return int(datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp()) * 1000

@@ -1,0 +1,162 @@
+"""Everything recomputed from the entries and the charges, and what does not agree."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import Connection
+
+from unmask.accounts.money import format_dollars
+from unmask.accounts.schema import accounts, charges, entries, keys
+
+
+@dataclass(frozen=True)
+class Drift:
+    """One thing that does not agree.
+
+    Attributes:
+        what: which rule is broken.
+        subject: the account, key or charge.
+        expected, found: nano-dollars; expected is what the entries or charges say.
+    """
+
+    what: str
+    subject: str
+    expected: int
+    found: int
+
+    def __str__(self) -> str:
+        expected, found = format_dollars(self.expected), format_dollars(self.found)
+        return f"{self.subject}: {self.what}: {found} dollars, but {expected} by the books"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was looked at and what was found; the books are right if `drift` is empty."""
+
+    accounts: int
+    entries: int
+    charges: int
+    settled: int  # nano-dollars
+    held: int
+    drift: tuple[Drift, ...]
+
+
+def verify(connection: Connection) -> Verification:
+    """Recompute every balance, hold, spend and settlement.
+
+    Args:
+        connection: in a transaction that sees one state, as `Database.read` gives.
+    """
+    drift = [
+        *_balances(connection),
+        *_holds(connection),
+        *_settlements(connection),
+        *_refunds(connection),
+        *_spends(connection),
+    ]
+
+    def number(statement: sa.Select[Any]) -> int:
+        return int(connection.scalar(statement) or 0)
+
+    def count(table: sa.Table) -> int:
+        return number(sa.select(sa.func.count()).select_from(table))
+
+    def total(state: str) -> int:
+        return number(sa.select(sa.func.sum(charges.c.amount)).where(charges.c.state == state))
+
+    return Verification(
+        accounts=count(accounts),
+        entries=count(entries),
+        charges=count(charges),
+        settled=total("settled"),
+        held=total("held"),
+        drift=tuple(drift),
+    )
+
+
+def _balances(connection: Connection) -> Iterable[Drift]:
+    moved = sa.union_all(
+        sa.select(entries.c.credit.label("book"), entries.c.amount.label("amount")),
+        sa.select(entries.c.debit.label("book"), (-entries.c.amount).label("amount")),
+    ).subquery()
+    sums = sa.select(moved.c.book, sa.func.sum(moved.c.amount).label("amount")).group_by(moved.c.book)
+    by_book = {book: int(amount) for book, amount in connection.execute(sums)}
+    known = {row.id: row for row in connection.execute(sa.select(accounts.c.id, accounts.c.balance, accounts.c.held))}
+    for id, row in known.items():
+        if by_book.get(id, 0) != row.balance:
+            yield Drift("balance", id, by_book.get(id, 0), row.balance)
+        if not 0 <= row.held <= row.balance:
+            yield Drift("more is held than there is", id, row.balance, row.held)
+    for book, amount in by_book.items():
+        if not book.startswith("@") and book not in known:
+            yield Drift("entries of an account that does not exist", book, 0, amount)
+
+
+def _holds(connection: Connection) -> Iterable[Drift]:
+    open_ones = (
+        sa.select(charges.c.account_id, sa.func.sum(charges.c.amount).label("amount"))
+        .where(charges.c.state == "held")
+        .group_by(charges.c.account_id)
+    )
+    expected = {account: int(amount) for account, amount in connection.execute(open_ones)}
+    for id, held in connection.execute(sa.select(accounts.c.id, accounts.c.held)):
+        if expected.get(id, 0) != held:
+            yield Drift("held", id, expected.get(id, 0), held)
+
+
+def _settlements(connection: Connection) -> Iterable[Drift]:
+    """Each settled charge has its one entry, to the right account, and no other charge has one."""
+    booked = sa.select(entries).where(entries.c.kind == "charge").subquery()
+    settled = sa.and_(charges.c.state == "settled", charges.c.amount > 0)
+    joined = sa.select(
+        charges.c.id, charges.c.amount, charges.c.state, booked.c.amount.label("booked"), booked.c.debit
+    ).join(booked, booked.c.reference == charges.c.id, isouter=True)
+    wrong = sa.or_(
+        sa.and_(settled, sa.or_(booked.c.id.is_(None), booked.c.amount != charges.c.amount)),
+        sa.and_(booked.c.id.is_not(None), booked.c.debit != charges.c.account_id),
+        sa.and_(booked.c.id.is_not(None), sa.not_(settled)),
+    )
+    for row in connection.execute(joined.where(wrong)):
+        due = row.amount if row.state == "settled" else 0
+        yield Drift(f"entry of a charge that is {row.state}", row.id, due, row.booked or 0)
+    orphans = (
+        sa.select(booked.c.reference, booked.c.amount)
+        .join(charges, charges.c.id == booked.c.reference, isouter=True)
+        .where(charges.c.id.is_(None))
+    )
+    for reference, amount in connection.execute(orphans):
+        yield Drift("entry of a charge that does not exist", reference, 0, amount)
+
+
+def _refunds(connection: Connection) -> Iterable[Drift]:
+    given = (
+        sa.select(entries.c.reference, entries.c.amount, charges.c.amount.label("charged"))
+        .join(
+            charges,
+            sa.and_(
+                charges.c.id == entries.c.reference,
+                charges.c.state == "settled",
+                charges.c.account_id == entries.c.credit,
+            ),
+            isouter=True,
+        )
+        .where(entries.c.kind == "refund", sa.or_(charges.c.id.is_(None), charges.c.amount != entries.c.amount))
+    )
+    for row in connection.execute(given):
+        yield Drift("refund", row.reference, row.charged or 0, row.amount)
+
+
+def _spends(connection: Connection) -> Iterable[Drift]:
+    counted = (
+        sa.select(keys.c.id, sa.func.sum(charges.c.amount).label("amount"))
+        .join(charges, sa.and_(charges.c.key_id == keys.c.id, charges.c.window_start == keys.c.window_started))
+        .where(charges.c.state.in_(("held", "settled")))
+        .group_by(keys.c.id)
+    )
+    expected = {id: int(amount) for id, amount in connection.execute(counted)}
+    for row in connection.execute(sa.select(keys.c.id, keys.c.spent, keys.c.carried)):
+        due = expected.get(row.id, 0) + row.carried
+        if due != row.spent:
+            yield Drift("spent in the key's window", row.id, due, row.spent)

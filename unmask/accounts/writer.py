@@ -1,0 +1,129 @@
+"""Everything that a server writes, in transactions that are shared where sharing is free.
+
+SQLite has one writer at a time, which pays for each commit. So one thread writes, and what arrived during the last
+commit goes into the next transaction together, each piece behind a savepoint of its own.
+Postgres flushes for several at once by itself; there, each piece is a transaction, and a few threads have them.
+"""
+
+import logging
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection
+
+from unmask.accounts.database import Database, TransientError
+from unmask.errors import StorageError
+
+log = logging.getLogger("unmask")
+
+T = TypeVar("T")
+
+_TOGETHER = 64  # pieces in one transaction: a few tens of milliseconds at most
+_THREADS = 6
+_LINE = 20_000  # pieces that may wait; more means that the database stands still
+_TRIES = 6
+
+
+class Writer:
+    """Runs pieces of work against the database, in order on SQLite.
+
+    A piece is a function of a connection. It may run more than once, and whatever it raises undoes it.
+
+    Args:
+        flushed: whether a piece is only done once it is on the disk, see `Database.begin`.
+    """
+
+    def __init__(self, database: Database, *, flushed: bool = True) -> None:
+        self._database = database
+        self._flushed = flushed
+        self._together = _TOGETHER if database.kind == "sqlite" else 1
+        self._line: queue.Queue[tuple[Callable[[Connection], Any], Future[Any]] | None] = queue.Queue(_LINE)
+        count = 1 if database.kind == "sqlite" else _THREADS
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=self._work, name=f"unmask-ledger-{index}", daemon=True) for index in range(count)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, piece: Callable[[Connection], T]) -> Future[T]:
+        """The result of a piece, once it is written for good.
+
+        Raises (from the future or at once):
+            StorageError: the database failed, or too much waits for it.
+            whatever the piece raises.
+        """
+        future: Future[T] = Future()
+        if self._closed:
+            raise StorageError("the ledger is closed: the server is shutting down")
+        try:
+            self._line.put_nowait((piece, future))
+        except queue.Full:
+            raise StorageError(f"{_LINE} writes wait for the database {self._database.shown}") from None
+        return future
+
+    def close(self) -> None:
+        """Write what was submitted, then end."""
+        self._closed = True
+        for _ in self._threads:
+            self._line.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        while (first := self._line.get()) is not None:
+            batch = [first]
+            ending = False
+            while len(batch) < self._together:
+                try:
+                    item = self._line.get_nowait()
+                except queue.Empty:
+                    break
+                if item is None:
+                    ending = True
+                    break
+                batch.append(item)
+            self._write([(piece, future) for piece, future in batch if future.set_running_or_notify_cancel()])
+            if ending:
+                return
+
+    def _write(self, batch: list[tuple[Callable[[Connection], Any], Future[Any]]]) -> None:
+        outcomes: list[tuple[Any, Exception | None]] = []
+        for attempt in range(1, _TRIES + 1):
+            try:
+                outcomes = self._transaction(batch)
+                break
+            except TransientError as error:
+                if attempt == _TRIES:
+                    outcomes = [(None, error)] * len(batch)
+                    break
+                time.sleep(random.uniform(0, 0.01 * 2**attempt))
+            except Exception as error:  # noqa: BLE001 - it belongs to those who wait, and the thread must live on
+                outcomes = [(None, error)] * len(batch)
+                break
+        for (_, future), (result, error) in zip(batch, outcomes, strict=True):
+            if error is None:
+                future.set_result(result)
+            else:
+                future.set_exception(error)
+
+    def _transaction(
+        self, batch: list[tuple[Callable[[Connection], Any], Future[Any]]]
+    ) -> list[tuple[Any, Exception | None]]:
+        if len(batch) == 1:
+            with self._database.begin(flushed=self._flushed) as connection:
+                return [(batch[0][0](connection), None)]
+        outcomes: list[tuple[Any, Exception | None]] = []
+        with self._database.begin(flushed=self._flushed) as connection:
+            for piece, _ in batch:
+                try:
+                    with connection.begin_nested():
+                        outcomes.append((piece(connection), None))
+                except Exception as error:  # noqa: BLE001 - one piece's fault is not the others'
+                    outcomes.append((None, error))
+        return outcomes

@@ -1,0 +1,147 @@
+"""`GET /v1/account`, `/v1/usage` and `/v1/keys`: an account as one of its own keys sees it."""
+
+import csv
+import io
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from typing import Any
+
+import msgspec
+from sqlalchemy import Connection
+from starlette.requests import Request
+from starlette.responses import Response
+
+from unmask.accounts import Accounts, Caller, keys, people, usage
+from unmask.accounts.database import now_ms
+from unmask.accounts.keys import Key
+from unmask.accounts.money import format_dollars
+from unmask.api.errors import ApiError
+from unmask.api.schema import AccountInfo, KeyInfo, KeyList, Minute, UsageReport, UsageRow
+from unmask.errors import UsageError
+
+_DEFAULT_DAYS = 30
+
+
+@dataclass(frozen=True, eq=False)
+class AccountRoutes:
+    """The routes. What each may see hangs on the caller's account, never on anything in the request."""
+
+    accounts: Accounts
+
+    async def account(self, request: Request) -> Response:
+        """Balance, limits and the key itself."""
+        caller = _allowed(request)
+        account = await self.accounts.read(lambda connection: people.account(connection, caller.account_id))
+        info = AccountInfo(
+            id=account.id,
+            name=account.name,
+            status=account.state,  # pyright: ignore[reportArgumentType] - the table allows no other
+            plan=account.plan,
+            per_minute=Minute(requests=caller.plan_requests_per_minute, tokens=caller.plan_tokens_per_minute),
+            balance=format_dollars(account.balance),
+            held=format_dollars(account.held),
+            available=format_dollars(account.free),
+            key=_info(caller.key),
+        )
+        return _json(info)
+
+    async def keys(self, request: Request) -> Response:
+        """All keys of the account."""
+        caller = _allowed(request)
+        now = now_ms()
+        found = await self.accounts.read(lambda connection: keys.of_account(connection, caller.account_id, now))
+        return _json(KeyList(data=[_info(key) for key in found]))
+
+    async def usage(self, request: Request) -> Response:
+        """Usage of some days, grouped, as JSON or CSV.
+
+        Raises:
+            ApiError: 400, a parameter is wrong.
+        """
+        caller = _allowed(request)
+        end = _day(request, "end", datetime.now(UTC).date())
+        start = _day(request, "start", max(date.min + timedelta(_DEFAULT_DAYS), end) - timedelta(_DEFAULT_DAYS - 1))
+        given = request.query_params.get("group_by")
+        groups = usage.GROUPS if given is None else tuple(name for name in given.split(",") if name)
+        form = request.query_params.get("format", "json")
+        if form not in ("json", "csv"):
+            raise ApiError(400, "The parameter 'format' must be json or csv.", param="format")
+
+        def ask(connection: Connection) -> list[usage.Used]:
+            return usage.used(connection, caller.account_id, start, end, groups)
+
+        try:
+            found = await self.accounts.read(ask)
+        except UsageError as error:
+            raise ApiError(400, f"{str(error)[:200]}.") from None
+        rows = [
+            UsageRow(
+                day=row.day.isoformat() if row.day else None,
+                model=row.model,
+                key=row.key,
+                tier=row.tier,
+                requests=row.requests,
+                tokens=row.tokens,
+                cost=format_dollars(row.cost),
+            )
+            for row in found
+        ]
+        if form == "csv":
+            return _csv(rows)
+        return _json(UsageReport(start=start.isoformat(), end=end.isoformat(), data=rows))
+
+
+def _allowed(request: Request) -> Caller:
+    caller: Caller | None = request.state.admitted.caller
+    assert caller is not None, "these routes exist only behind the gate of accounts"
+    caller.require("account")
+    return caller
+
+
+def _day(request: Request, name: str, default: date) -> date:
+    given = request.query_params.get(name)
+    if given is None:
+        return default
+    try:
+        return datetime.strptime(given, "%Y-%m-%d").replace(tzinfo=UTC).date()
+    except ValueError:
+        raise ApiError(400, f"The parameter '{name}' must be a day like 2026-01-31.", param=name) from None
+
+
+def _info(key: Key) -> KeyInfo:
+    settings = key.settings
+    return KeyInfo(
+        id=key.id,
+        name=settings.name,
+        status=key.state(now_ms()),  # pyright: ignore[reportArgumentType] - one of the three
+        scopes=list(settings.scopes),
+        models=None if settings.models is None else list(settings.models),
+        networks=None if settings.networks is None else list(settings.networks),
+        per_minute=Minute(requests=settings.requests_per_minute, tokens=settings.tokens_per_minute),
+        spend_limit=None if settings.spend_limit is None else format_dollars(settings.spend_limit),
+        spend_window=settings.spend_window,  # pyright: ignore[reportArgumentType] - checked by KeySettings
+        spent=format_dollars(key.spent),
+        created=key.created_at // 1000,
+        expires=_seconds(settings.expires_at),
+        last_used=_seconds(key.used_at),
+    )
+
+
+def _seconds(milliseconds: int | None) -> int | None:
+    return None if milliseconds is None else milliseconds // 1000
+
+
+def _csv(rows: list[UsageRow]) -> Response:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, UsageRow.__struct_fields__)
+    writer.writeheader()
+    for row in rows:
+        values: dict[str, Any] = msgspec.structs.asdict(row)
+        # A spreadsheet would run what begins like a formula; model ids are the operator's, and still.
+        writer.writerow({name: f"'{value}" if str(value)[:1] in "=+-@" else value for name, value in values.items()})
+    headers = {"content-disposition": 'attachment; filename="usage.csv"'}
+    return Response(file.getvalue(), headers=headers, media_type="text/csv")
+
+
+def _json(content: object) -> Response:
+    return Response(msgspec.json.encode(content), media_type="application/json")
