@@ -457,6 +457,14 @@ def test_accounts_and_a_key_file_exclude_each_other():
     assert "secret" not in repr(ServeSettings(database="postgresql://me:secret@host/x"))
 
 
+def test_limits_for_several_servers_are_those_of_accounts():
+    from unmask.api import ServeSettings
+
+    with pytest.raises(UsageError, match="turn on accounts"):
+        ServeSettings(limits="redis://host")
+    assert "secret" not in repr(ServeSettings(database="sqlite:///x", limits="redis://:secret@host"))
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0, "0s"), (0.02, "20ms"), (1, "1s"), (1.5, "1.5s"), (60, "1m0s"), (360, "6m0s"), (61.25, "1m1.25s")],

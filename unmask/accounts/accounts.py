@@ -61,7 +61,7 @@ class Accounts:
     Args:
         url: of the database; its tables are brought up to date.
         pepper: file of the peppers; left out, it is in `UNMASK_HOME/accounts`.
-        limiter: where requests and tokens per minute are counted.
+        limiter: where requests and tokens per minute are counted, and tries to sign in. Closed with this.
         free_credit: nano-dollars for whoever signs up.
         flush_charges: on SQLite, whether a request waits until its charge is on the disk. Without, a power cut may
             forget the charges of the last moments; a killed process forgets nothing in either case.
@@ -84,7 +84,6 @@ class Accounts:
         self.peppers = Peppers(pepper)
         self.free_credit = free_credit
         self._limiter = limiter or LocalLimiter()
-        self._sign_ins = LocalLimiter()
         self._writer = Writer(self.database, flushed=flush_charges)
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="unmask-accounts")
         self._uses: dict[str, int] = {}
@@ -204,9 +203,9 @@ class Accounts:
             invitation: the token of the first admin.
 
         Raises:
-            UsageError, AccountError, SignInRefused, RateLimited.
+            UsageError, AccountError, SignInRefused, RateLimited, StorageError.
         """
-        self._throttle(address, email)
+        await self._throttle(address, email)
         hashed = await asyncio.to_thread(people.hash_password, password)
         now = now_ms()
 
@@ -236,7 +235,7 @@ class Accounts:
             SignInRefused: they do not fit.
             RateLimited: too many tries for the address or from the place.
         """
-        self._throttle(address, email)
+        await self._throttle(address, email)
         found = await self.read(lambda connection: people.password_of(connection, email))
         good = await asyncio.to_thread(people.check_password, found[1] if found else None, password)
         if found is None or not good:
@@ -259,7 +258,7 @@ class Accounts:
         Raises:
             UsageError, SignInRefused, RateLimited.
         """
-        self._throttle(address, person.email)
+        await self._throttle(address, person.email)
         found = await self.read(lambda connection: people.password_of(connection, person.email))
         if not await asyncio.to_thread(people.check_password, found[1] if found else None, old):
             raise SignInRefused("the old password is not right")
@@ -272,11 +271,12 @@ class Accounts:
 
         await self.write(write)
 
-    def _throttle(self, address: str, email: str) -> None:
+    async def _throttle(self, address: str, email: str) -> None:
         """Ten tries a minute for one mail address, thirty from one place."""
-        draws: Sequence[Draw] = (Draw(f"email:{email.strip().lower()[:254]}", 10, 1), Draw(f"from:{address}", 30, 1))
+        who = self.peppers.mark(f"sign-in {email.strip().lower()[:254]}")  # the buckets may lie outside this process
+        draws: Sequence[Draw] = (Draw(f"sign-in:{who}", 10, 1), Draw(f"sign-in-from:{address}", 30, 1))
         try:
-            self._sign_ins.take_now(draws, "requests")
+            await self._limiter.take(draws, "requests")
         except RateLimited as refused:
             seconds = max(1, round(refused.retry_after or 1))
             raise RateLimited(f"Too many tries: wait {seconds} seconds.", "requests", refused.retry_after) from None
@@ -306,6 +306,7 @@ class Accounts:
 
     def _sweep_often(self) -> None:
         while not self._stop.wait(_SWEEP_S):
+            self._limiter.tend()
             try:
                 if count := self.sweep():
                     log.warning("gave back %d holds of requests that nobody ended", count)
@@ -324,4 +325,5 @@ class Accounts:
             log.error("the last sweep of the ledger failed: %s", error)
         self._writer.close()
         self._readers.shutdown()
+        self._limiter.close()
         self.database.close()

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from unmask.accounts import Accounts, tariff
+from unmask.accounts.limits import SharedLimiter
 from unmask.api.app import create_app
 from unmask.api.errors import ApiError, error_response
 from unmask.api.exchange import new_request_id
@@ -157,7 +158,7 @@ def serve(settings: ServeSettings, build_site: BuildSite | None = None) -> int:
 
     Raises:
         UsageError, CheckpointError: a model's name or files are wrong.
-        UsageError, StorageError: the accounts' database or pepper is.
+        UsageError, StorageError: the accounts' database, pepper or Redis is.
     """
     configure_logging(settings.log_level, settings.api_keys)
     try:
@@ -170,7 +171,10 @@ def serve(settings: ServeSettings, build_site: BuildSite | None = None) -> int:
         accounts = None
         if settings.database is not None:
             accounts = Accounts(
-                settings.database, free_credit=settings.free_credit, flush_charges=settings.flush_charges
+                settings.database,
+                limiter=SharedLimiter(settings.limits, without=settings.limits_without) if settings.limits else None,
+                free_credit=settings.free_credit,
+                flush_charges=settings.flush_charges,
             )
         models = Models(
             settings.models, warm=settings.warm, queue_tokens=settings.queue_tokens, cache_bytes=settings.cache_bytes
