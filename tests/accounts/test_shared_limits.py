@@ -196,7 +196,7 @@ async def test_tries_to_sign_in_are_counted_together(make: Make, server: RedisSe
             await services[0]._throttle("203.0.113.8", "ONE@example.org ")
         with redis.Redis.from_url(server.url, decode_responses=True) as client:
             names = client.keys("*")
-        assert not any("one@example" in name for name in names)  # pyright: ignore[reportGeneralTypeIssues]
+        assert "one@example" not in repr(names)
     finally:
         for service in services:
             service.close()

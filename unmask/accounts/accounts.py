@@ -33,6 +33,10 @@ _SWEEP_S = 5.0
 _READERS = 4
 _PRICE_S = 5.0  # how long a price is believed without looking
 
+# How long a key that was good is believed without looking, where it was changed by another process. Spending looks in
+# any case: the statement that takes the credit also asks whether account and key are still good.
+_KEY_MS = 1000
+
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
@@ -88,6 +92,7 @@ class Accounts:
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="unmask-accounts")
         self._uses: dict[str, int] = {}
         self._prices: dict[tuple[str, str], tuple[int, int]] = {}
+        self._callers: dict[str, tuple[int, Caller]] = {}  # by the key's digest
         self._stop = threading.Event()
         self._sweeper = threading.Thread(target=self._sweep_often, name="unmask-sweeper", daemon=True)
         self._sweeper.start()
@@ -103,6 +108,12 @@ class Accounts:
 
     async def write(self, piece: Callable[[Connection], T]) -> T:
         """The result of a piece of work, once it is written for good. It may run more than once."""
+        try:
+            return await self._book(piece)
+        finally:
+            self._callers = {}  # it may have been about one of them
+
+    async def _book(self, piece: Callable[[Connection], T]) -> T:
         return await asyncio.wrap_future(self._writer.submit(piece))
 
     async def authenticate(self, key: str, address: str) -> Caller:
@@ -112,7 +123,13 @@ class Accounts:
             KeyRefused, Forbidden: as `keys.authenticate`.
         """
         now = now_ms()
-        caller = await self.read(lambda connection: keys.authenticate(connection, self.peppers, key, address, now))
+        digest = self.peppers.digest(key)
+        at, caller = self._callers.get(digest, (0, None))
+        if caller is None or not 0 <= now - at < _KEY_MS:
+            caller = await self.read(lambda connection: keys.authenticate(connection, self.peppers, key, address, now))
+            self._callers[digest] = now, caller
+        else:
+            caller.check(address, now)
         self._uses[caller.key.id] = now
         return caller
 
@@ -165,7 +182,7 @@ class Accounts:
             body=work.body,
         )
         try:
-            return await self.write(lambda connection: ledger.hold(connection, wanted, now))
+            return await self._book(lambda connection: ledger.hold(connection, wanted, now))
         except asyncio.CancelledError:
             # It may be on its way into the tables. If this comes before it, the sweeper finds it.
             self.release(wanted.id)
@@ -178,7 +195,7 @@ class Accounts:
             StorageError: it could not be written; the charge is then held until its time is up.
             InsufficientCredit, LedgerRefused: as `ledger.settle`.
         """
-        await asyncio.shield(self.write(lambda connection: ledger.settle(connection, charge, now_ms())))
+        await asyncio.shield(self._book(lambda connection: ledger.settle(connection, charge, now_ms())))
 
     def release(self, charge: str) -> None:
         """Give back what was held. Not waited for: if it fails, the sweeper does it."""
@@ -288,6 +305,7 @@ class Accounts:
             StorageError: the database failed.
         """
         now = now_ms()
+        self._callers = {}
         with self.database.read() as connection:
             late = ledger.expired(connection, now)
         # One transaction each: a sweep that locked many charges could wait for a settlement that waits for it.

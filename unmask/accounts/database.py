@@ -190,8 +190,9 @@ def _sqlite(url: URL) -> Engine:
     @event.listens_for(engine, "begin")
     def began(connection: Connection) -> None:
         writes = connection.get_execution_options().get("unmask_writes")
-        if writes:
+        if writes and connection.info.get("synchronous") != writes:
             connection.exec_driver_sql(f"PRAGMA synchronous = {writes}")
+            connection.info["synchronous"] = writes
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
     return engine
