@@ -23,13 +23,13 @@ import numpy as np
 import psutil
 import uvloop
 from open_loop import Answer, Client, load
+from stub_server import MODEL
 
 from unmask.accounts import keys, ledger, people, tariff
 from unmask.accounts.database import Database, now_ms
 from unmask.accounts.keys import KeySettings, Peppers
 from unmask.accounts.verification import verify
 
-MODEL = "stub/embed"
 TARGET_MEDIAN_MS, TARGET_P99_MS = 2.0, 8.0
 BODY = json.dumps({"model": MODEL, "input": "a short text of some words", "encoding_format": "base64"}).encode()
 

@@ -44,7 +44,7 @@ class Client:
         Args:
             headers: more header lines, each with its line end.
         """
-        reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(*self._address)
+        reader, writer = await self._connection()
         writer.write(f"{self._head}{headers}content-length: {len(body)}\r\n\r\n".encode() + body)
         try:
             lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
@@ -58,6 +58,14 @@ class Client:
         else:
             self._idle.append((reader, writer))
         return int(lines[0].split()[1]), found, content
+
+    async def _connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        while self._idle:
+            reader, writer = self._idle.pop()
+            if not reader.at_eof():  # the server closes what lies idle for long
+                return reader, writer
+            writer.close()
+        return await asyncio.open_connection(*self._address)
 
     def close(self) -> None:
         for _, writer in self._idle:
