@@ -22,7 +22,7 @@ import numpy as np
 from unmask import __version__
 from unmask.errors import StorageError, UsageError
 from unmask.evaluate.cache import VectorCache
-from unmask.evaluate.contender import Contender
+from unmask.evaluate.contender import Contender, uncut
 from unmask.evaluate.contenders import open_contender
 from unmask.evaluate.cost import Loaded, load, measure_cost, sample_texts
 from unmask.evaluate.progress import RunProgress
@@ -170,7 +170,8 @@ def _measure(
             return _measure_words(contender, job, wanted, progress)
         from unmask.evaluate.harness import MtebModel, measure
 
-        cache = VectorCache(home() / "vectors", contender.revision, contender.dimensions)
+        whole = uncut(contender)
+        cache = VectorCache(home() / "vectors", whole.revision, whole.dimensions)
         score, values = measure(MtebModel(contender, cache, progress), job.build(), wanted.output / "mteb")
         score.data = job.data
         return score, values
@@ -195,13 +196,14 @@ def _measure_words(
     from unmask.evaluate.contenders.decoders import DecoderContender
     from unmask.evaluate.word_level import run_word_task
 
-    assert isinstance(contender, DecoderContender) and wanted.data is not None
+    decoder = uncut(contender)
+    assert isinstance(decoder, DecoderContender) and wanted.data is not None
     found = run_word_task(
         job.name,
-        contender.encoder,
+        decoder.encoder,
         wanted.data,
         home() / "words",
-        revision=contender.revision,
+        revision=decoder.revision,
         progress=progress.settled,
     )
     score = TaskScore(
