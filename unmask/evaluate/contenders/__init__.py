@@ -12,8 +12,8 @@ A specification is a target, and after it options as in an address: `TARGET[?opt
                                                                         instructions
     wordllama:default, wordllama:CONFIG         static                  dim
 
-Every kind takes `name`, which is what reports call it, and `dimensions`, which cuts its vectors short. An option without a
-value is switched on: `?causal`.
+Every kind takes `name`, which is what reports call it, and `dimensions`, which cuts its vectors short. An option
+without a value is switched on: `?causal`.
 """
 
 from collections.abc import Callable, Mapping
