@@ -425,8 +425,8 @@ class Website:
 
 
 def website(models: Models, settings: ServeSettings, metrics: Metrics, accounts: Accounts | None) -> Site:
-    """The pages over the records that ship and whatever is served."""
-    return Website(Catalogue.shipped(), models, settings, metrics).site()
+    """The pages over the catalogue and whatever is served."""
+    return Website(models.catalogue, models, settings, metrics).site()
 
 
 @dataclass(frozen=True)
