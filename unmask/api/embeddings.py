@@ -58,9 +58,9 @@ class Embeddings:
         _require_json(request.headers)
         timeout = _timeout(request.headers, self.settings.request_timeout_s)
         body = await read_body(request, self.settings.body_limit_bytes, self.settings.receive_timeout_s)
-        return await unless_gone(self._embed(request, body, arrived + timeout), request)
+        return await unless_gone(self._embed(request, body, arrived, arrived + timeout), request)
 
-    async def _embed(self, request: Request, body: bytes, deadline: float) -> Response:
+    async def _embed(self, request: Request, body: bytes, arrived: float, deadline: float) -> Response:
         asked, ignored = read_request(body)
         inputs = read_input(asked.input)
         served = find_model(self.models, asked.model)
@@ -86,7 +86,7 @@ class Embeddings:
                 content = _write(vectors, asked, model, used, charge.cost)
             await charge.settle()
         request.state.tokens = used
-        self.metrics.tokens(model, used)
+        self.metrics.embedded(model, used, time.monotonic() - arrived)
         headers = {}
         if encoding:
             headers["x-unmask-token-encoding"] = encoding

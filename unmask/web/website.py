@@ -25,9 +25,10 @@ from unmask.api.site import Site, asks_for_html
 from unmask.catalogue import Catalogue, Measurement, Record
 from unmask.catalogue.figures import SUITES, CategoryScores, SuiteScores
 from unmask.catalogue.measurement import LOCAL, MTEB
+from unmask.catalogue.speed import points_of
 from unmask.errors import UnmaskError
 from unmask.router import Models
-from unmask.web import documentation, plots, twins
+from unmask.web import documentation, lines, plots, twins
 from unmask.web.browse import Listing, browse, choices_of, read_query
 from unmask.web.comparison import MOST, chosen_ids, compare
 from unmask.web.playground import (
@@ -57,13 +58,17 @@ class WantIt:
         votes: accounts that want the model.
         action: where the form goes.
         voted: whether this visitor has asked for it.
-        token: proves that the form is from this page.
+        note: what for, as this visitor has said.
+        token: proves that the form is from this page; empty for a visitor who is not signed in.
+        sign_in: where such a visitor goes first.
     """
 
     votes: int
     action: str
     voted: bool = False
+    note: str = ""
     token: str = ""
+    sign_in: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,8 +82,8 @@ class Seams:
     """
 
     links: Callable[[Request], list[tuple[str, str]]] = lambda request: []
-    want: Callable[[Request, Record], WantIt | None] = lambda request, record: None
-    votes: Callable[[], Mapping[str, int]] | None = None
+    want: Callable[[Request, Record], Awaitable[WantIt | None]] | None = None
+    votes: Callable[[], Awaitable[Mapping[str, int]]] | None = None
 
 
 @dataclass(eq=False)
@@ -143,7 +148,8 @@ class Website:
         models = self._all()
         choices = choices_of(models, wanted=self.seams.votes is not None)
         query = read_query(request.query_params, choices)
-        listing: Listing = browse(models, query, choices, self.seams.votes() if self.seams.votes else {})
+        votes = await self.seams.votes() if self.seams.votes and query.sort == "wanted" else {}
+        listing: Listing = browse(models, query, choices, votes)
         return self.render(
             request,
             "models.html.j2",
@@ -161,7 +167,7 @@ class Website:
         if shown is not None:
             if shown.record.id != asked:  # an alias: one page has one address
                 return RedirectResponse(f"/models/{quote(shown.record.id)}", 301, HEADERS)
-            return self._model_page(request, shown)
+            return await self._model_page(request, shown)
         for ending, twin in ((".json", self._model_json), (".md", self._model_markdown)):
             if asked.endswith(ending):
                 shown = one_shown(self.catalogue, self.models, asked.removesuffix(ending))
@@ -335,14 +341,20 @@ class Website:
             "pipeline": pipeline(shown),
         }
 
-    def _model_page(self, request: Request, shown: Shown) -> Response:
+    async def _model_page(self, request: Request, shown: Shown) -> Response:
+        recent = self.metrics.lately(shown.record.id) if shown.answers else []
+        points = points_of(shown.figures.sweep)
         return self.render(
             request,
             "model.html.j2",
             **self._model_values(shown),
             snippets=self._snippets(request, shown.record),
             related=_related(shown, self._all()),
-            want=None if shown.answers else self.seams.want(request, shown.record),
+            want=await self.seams.want(request, shown.record) if self.seams.want and not shown.answers else None,
+            points=points,
+            sweep=lines.sweep_charts(points) if shown.answers else [],
+            recent=lines.history_charts(recent),
+            answered=sum(stretch.requests for stretch in recent),
             linked_data=twins.linked_data(shown, self.base(request)),
             tokens=self.metrics.encoded().get(shown.record.id, 0),
         )
