@@ -43,47 +43,16 @@ from unmask.web.playground import (
     run_trial,
 )
 from unmask.web.rendering import HEADERS, answer, assets, base_url, environment, page
+from unmask.web.seams import Seams
 from unmask.web.shown import MEANINGS, Shown, all_shown, one_shown, pipeline, source_key, sources
 from unmask.web.snippets import Snippet, snippets
+from unmask.web.visitors import Reception
+from unmask.web.wanting import Wanting
+
+Handler = Callable[[Request], Awaitable[Response]]
 
 _EMBEDDINGS = "/v1/embeddings"
 _REFUSED, _FAILED = (400, 401, 404, 405, 408, 413, 415, 429), 500
-
-
-@dataclass(frozen=True)
-class WantIt:
-    """The button on the page of a model that is not live.
-
-    Attributes:
-        votes: accounts that want the model.
-        action: where the form goes.
-        voted: whether this visitor has asked for it.
-        note: what for, as this visitor has said.
-        token: proves that the form is from this page; empty for a visitor who is not signed in.
-        sign_in: where such a visitor goes first.
-    """
-
-    votes: int
-    action: str
-    voted: bool = False
-    note: str = ""
-    token: str = ""
-    sign_in: str = ""
-
-
-@dataclass(frozen=True)
-class Seams:
-    """Where accounts join the pages. Without accounts there is nothing to show, and nothing is shown.
-
-    Attributes:
-        links: for a visitor, what stands at the right of every page's head: (title, address).
-        want: the button for a model, or None.
-        votes: how many want each model, for the order "most wanted"; None for no such order.
-    """
-
-    links: Callable[[Request], list[tuple[str, str]]] = lambda request: []
-    want: Callable[[Request, Record], Awaitable[WantIt | None]] | None = None
-    votes: Callable[[], Awaitable[Mapping[str, int]]] | None = None
 
 
 @dataclass(eq=False)
@@ -96,20 +65,23 @@ class Website:
     metrics: Metrics
     seams: Seams = field(default_factory=Seams)
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
+    accounts: Accounts | None = None
+    more: Sequence[tuple[str, Handler, list[str]]] = ()
 
     def __post_init__(self) -> None:
         self._clock = time.monotonic()
         self._allowance = Allowance()
+        self.secured = bool(self.settings.api_keys) or self.accounts is not None
         self.playground_open = self.settings.playground
         if self.playground_open is None:
-            self.playground_open = not self.settings.api_keys
+            self.playground_open = not self.secured
         for served in self.models.list():
             if self.catalogue.get(served.record.id) is None:
                 self.catalogue.put(served.record)
 
     def site(self) -> Site:
         """The pages as the API takes them in."""
-        pages: list[tuple[str, Callable[[Request], Awaitable[Response]]]] = [
+        pages: list[tuple[str, Handler]] = [
             ("/models", self.list_models),
             ("/models/{id:path}", self.model),
             ("/compare", self.comparison),
@@ -121,10 +93,11 @@ class Website:
             ("/robots.txt", self.robots),
             ("/static/{name}", self.static),
         ]
-        routes = [Route(path, handler) for path, handler in pages]
+        routes = [Route(path, self._known(handler)) for path, handler in pages]
+        routes += [Route(path, self._known(handler), methods=methods) for path, handler, methods in self.more]
         if self.playground_open:
-            routes.append(Route("/playground", self.playground, methods=["GET", "POST"]))
-        return Site(routes, self.home, self.error)
+            routes.append(Route("/playground", self._known(self.playground), methods=["GET", "POST"]))
+        return Site(routes, self._known(self.home), self.error)
 
     async def home(self, request: Request) -> Response:
         models = self._all()
@@ -159,6 +132,8 @@ class Website:
             speed=plots.quality_and_speed(listing.found),
             size=plots.quality_and_size(listing.found),
             most=MOST,
+            ask=await self.seams.ask(request) if self.seams.ask else None,
+            votes=votes,
         )
 
     async def model(self, request: Request) -> Response:
@@ -301,10 +276,10 @@ class Website:
             request,
             template,
             status=status,
-            headers=headers,
+            headers=self._kept_apart(headers),
             base=self.base(request),
             visitor_links=self.seams.links(request),
-            secured=bool(self.settings.api_keys),
+            secured=self.secured,
             playground_open=self.playground_open,
             http_status=status,
             **values,
@@ -314,11 +289,20 @@ class Website:
         """The address of this server, as its operator or else the visitor's browser says."""
         return base_url(request, self.settings.public_url)
 
+    def _known(self, handler: Handler) -> Handler:
+        """The page, told who looks at it where there are accounts."""
+        return Reception(self.accounts, self.settings).receive(handler) if self.accounts else handler
+
+    def _kept_apart(self, headers: Mapping[str, str] | None) -> dict[str, str]:
+        """With accounts, a page says who looks at it, and no cache may hand it to anybody else."""
+        apart = {"cache-control": "private, no-cache", "vary": "accept, cookie, host"} if self.accounts else {}
+        return apart | dict(headers or {})
+
     def _all(self) -> list[Shown]:
         return all_shown(self.catalogue, self.models)
 
     def _snippets(self, request: Request, record: Record) -> list[Snippet]:
-        return snippets(record, self.base(request), secured=bool(self.settings.api_keys))
+        return snippets(record, self.base(request), secured=self.secured)
 
     def _model_values(self, shown: Shown) -> dict[str, Any]:
         figures = shown.figures
@@ -393,7 +377,7 @@ class Website:
         assert served
         if wrong := check_trial(trial):
             return self._playground_page(request, shown, trial, wrong=wrong, status=400)
-        caller = f"playground {request.state.caller}"
+        caller = f"playground {request.state.admitted.share}"
         self._allowance.take(caller)
         try:
             outcome = await run_trial(served, trial, caller)
@@ -438,7 +422,12 @@ class Website:
 
 def website(models: Models, settings: ServeSettings, metrics: Metrics, accounts: Accounts | None) -> Site:
     """The pages over the catalogue and whatever is served."""
-    return Website(models.catalogue, models, settings, metrics).site()
+    wanting = Wanting(models.catalogue, accounts) if accounts else None
+    seams = wanting.seams() if wanting else Seams()
+    built = Website(models.catalogue, models, settings, metrics, seams, accounts=accounts)
+    if wanting:
+        built.more = wanting.routes(built)
+    return built.site()
 
 
 @dataclass(frozen=True)
