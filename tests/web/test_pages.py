@@ -9,8 +9,9 @@ from datetime import date
 import msgspec
 import pytest
 from api.live import KEY, LocalService
+from starlette.requests import Request
 
-from unmask.catalogue import Catalogue, Event, shipped_records
+from unmask.catalogue import Catalogue, Event, Record, shipped_records
 from unmask.catalogue.record import Price
 from unmask.web import Seams, WantIt
 
