@@ -195,7 +195,8 @@ def test_live_weights_are_not_exchanged_under_their_name(own: Database, wanted: 
         step(connection, "tiny_llama", "deprecated", actor="me", until=record_of(own, "tiny_llama").history[-1].on)
         step(connection, "tiny_llama", "retired", actor="me")
     anew = run(own, replace(wanted, source=str(other)))
-    assert anew.status == "live" and not any(gate.kept for gate in anew.gates)
+    assert anew.status == "live"
+    assert [gate.gate for gate in anew.gates if gate.kept] == ["licence"]  # which these weights had passed above
 
 
 def test_a_reference_is_not_onboarded(own: Database, wanted: Onboarding) -> None:
@@ -250,19 +251,17 @@ def test_killed_in_the_middle_it_continues(tmp_path: Path, golden_dir: Path, fre
     file = f"sqlite:///{fresh_home / 'accounts' / 'accounts.sqlite'}"
     first = subprocess.Popen([*command, "--seconds", "600"], env=environment, stderr=subprocess.PIPE, text=True)
     assert first.stderr is not None
-    assert any(" speed" in line for line in first.stderr)
+    assert any(line.rstrip().endswith(" speed") for line in first.stderr)
     time.sleep(0.2)
     first.send_signal(signal.SIGKILL)
     first.communicate()
     database = Database(file)
     assert record_of(database, PUBLISHED).status == "benchmarking"
-    second = subprocess.run(
-        [*command, "--seconds", "0.05"], env=environment, capture_output=True, text=True, check=True
-    )
-    outcomes_by_gate = {
-        line.split()[0]: line.split()[1] for line in second.stdout.splitlines() if len(line.split()) > 2
-    }
-    assert [outcomes_by_gate[name] for name in NAMES] == ["kept"] * 5 + ["passed"] * 3
+    command += ["--seconds", "0.05"]
+    second = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    rows = [line.split() for line in second.stdout.splitlines()]
+    verdicts = {row[0]: row[1] for row in rows if len(row) > 2}
+    assert [verdicts[name] for name in NAMES] == ["kept"] * 5 + ["passed"] * 3
     record = record_of(database, PUBLISHED)
     assert record.status == "live" and record.dimensions == 64
     # The command stands on the page, without the folders of this machine.
