@@ -64,10 +64,12 @@ def test_from_coming_soon_to_a_vector(
         page.goto(f"/models/{PUBLISHED}")
         expect(page.locator(".id .badge")).to_have_text("coming soon")
         glance = page.locator(".glance")
-        expect(glance).to_contain_text("1.28 B")
+        expect(glance).to_contain_text("1.3 B")
         expect(glance).to_contain_text("2,048")
         expect(glance).to_contain_text("MIT")
-        expect(page.locator(".facts").first).to_contain_text("princeton-nlp/Sheared-LLaMA-1.3B")
+        facts = page.locator(".facts").first
+        expect(facts).to_contain_text("princeton-nlp/Sheared-LLaMA-1.3B")
+        expect(facts).to_contain_text("1,279,887,360")
         expect(page.get_by_role("link", name="Sign in to ask for it")).to_be_visible()
         refused = service.call("POST", "/v1/embeddings", {"model": PUBLISHED, "input": "a text"}, key=key)
         assert refused.status == 404

@@ -181,9 +181,11 @@ def licence_and_size(bench: Bench, tell: Tell) -> Found:
             f"the weights take {needed / 1e9:.1f} GB in float32 and {free / 1e9:.1f} GB are free: use a larger machine"
         )
     base = bench.record.base_licence
+    known = f", base {base}" if base and base != licence else ""
+    if bench.record.base and not base:
+        known = "; the licence of its base is not on record"
     return Found(
-        f"{licence}{f', base {base}' if base and base != licence else ''}; {size / 1e6:,.1f} MB in "
-        f"{len(files)} files, {needed / 1e6:,.1f} MB in memory",
+        f"{licence}{known}; {size / 1e6:,.1f} MB in {len(files)} files, {needed / 1e6:,.1f} MB in memory",
         {"licence": licence},
         [bench.single("licence", "size of the files", size, "bytes")],
         {"licence": licence, "base_licence": base, "bytes": size, "bytes_in_memory": needed},
