@@ -9,7 +9,7 @@ from urllib.parse import urlencode
 import pytest
 from api.live import LocalService, Reply, running, until
 
-from unmask.accounts import Accounts
+from unmask.accounts import Accounts, audit
 from unmask.catalogue import votes
 from unmask.catalogue.store import put_fields, read_record, step
 from unmask.web import website
@@ -165,6 +165,36 @@ def test_records_that_operators_add_are_text(accounts: Accounts, service: LocalS
         text = ada(path).body.decode()
         assert "<script>alert" not in text and "<img src=x" not in text, path
     assert "<img src=x onerror=alert(2)>" in text_of(ada("/wanted"))
+
+
+def test_the_operator_sees_the_queue_and_decides(accounts: Accounts, service: LocalService) -> None:
+    ada, ben = (signed_in(accounts, service, f"{name}@example.org") for name in ("ada", "ben"))
+    other = "McGill-NLP/LLM2Vec-Sheared-LLaMA-mntp-unsup-simcse"
+    vote(ada, model=other)
+    vote(ada, note=POISON.replace("\u2028", "").replace("\x01", ""))
+    vote(ben)
+    token = token_of(ben)
+    # To who is no admin there is no such page.
+    assert ben("/admin/models").status == 404
+    assert ben("/admin/models", model=COMING, status="retired", token=token).status == 404
+    with accounts.database.begin() as connection:
+        connection.exec_driver_sql("UPDATE people SET admin = true WHERE email = 'ben@example.org'")
+    page = ben("/admin/models")
+    text = text_of(page)
+    assert text.index(COMING) < text.index(other) and "2 accounts want it" in text and "onerror=alert(2)" in text
+    assert "<img src=x" not in page.body.decode() and "ada@" not in text
+    token = token_of(ben, "/admin/models")
+    wrong = {"status": "benchmarking"}, {"status": "deprecated", "until": "soon"}, {"status": "live"}
+    assert [ben("/admin/models", model=COMING, token=token, **fields).status for fields in wrong] == [400, 400, 409]
+    assert ben("/admin/models", model=COMING, status="retired", token="guessed").status == 403
+    assert ben("/admin/models", model=COMING, status="retired", token=token).status == 303
+    until(lambda: "It no longer answers" in text_of(ben(f"/models/{COMING}")))
+    assert ben("/admin/models", model=COMING, status="coming soon", token=token).status == 303
+    with accounts.database.read() as connection:
+        record = read_record(connection, COMING)
+        lines = [event for _, event in audit.events(connection) if event.action == "model.step"]
+    assert record is not None and record.status == "coming soon"
+    assert [event.detail["status"] for event in lines] == ["coming soon", "retired"]
 
 
 def test_they_are_told_on_their_page(accounts: Accounts, service: LocalService) -> None:

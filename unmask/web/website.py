@@ -31,6 +31,7 @@ from unmask.router import Models
 from unmask.web import documentation, lines, plots, twins
 from unmask.web.browse import Listing, browse, choices_of, read_query
 from unmask.web.comparison import MOST, chosen_ids, compare
+from unmask.web.operating import Operating
 from unmask.web.playground import (
     BODY_LIMIT,
     EXAMPLE,
@@ -426,7 +427,7 @@ def website(models: Models, settings: ServeSettings, metrics: Metrics, accounts:
     seams = wanting.seams() if wanting else Seams()
     built = Website(models.catalogue, models, settings, metrics, seams, accounts=accounts)
     if wanting:
-        built.more = wanting.routes(built)
+        built.more = [*wanting.routes(built), *Operating(wanting.accounts).routes(built)]
     return built.site()
 
 
