@@ -26,6 +26,7 @@ UnmaskError
 │   ├── KeyReused              the same Idempotency-Key came with another request
 │   ├── NoPrice                the model has no price yet
 │   └── LedgerRefused          a booking that would not be right
+├── GateFailed                 a model did not pass a gate on its way to live
 ├── TrainingError              a run cannot go on: the loss is not a number, memory is out
 └── StorageError               the disk is full or cannot be written
 
@@ -158,6 +159,10 @@ class NoPrice(AccountError):
 
 class LedgerRefused(AccountError):
     """A booking that would not be right: a reference used twice, more than there is, a charge that is not open."""
+
+
+class GateFailed(UnmaskError):
+    """A model did not pass a gate on its way to live."""
 
 
 class TrainingError(UnmaskError):

@@ -17,7 +17,17 @@ from sqlalchemy import Connection
 from unmask.accounts import ledger
 from unmask.accounts.database import insert
 from unmask.accounts.keys import Peppers
-from unmask.accounts.schema import DEFAULT_PLAN, accounts, entries, invitations, keys, people, sessions
+from unmask.accounts.schema import (
+    DEFAULT_PLAN,
+    accounts,
+    entries,
+    invitations,
+    keys,
+    notices,
+    people,
+    sessions,
+    votes,
+)
 from unmask.errors import AccountError, LedgerRefused, SignInRefused, UsageError
 
 if TYPE_CHECKING:
@@ -121,7 +131,7 @@ def freeze(connection: Connection, id: str, *, frozen: bool = True) -> bool:
 
 
 def close_account(connection: Connection, id: str, now: int) -> int:
-    """Delete an account: its people, sessions and names are gone, its keys end, its credit is given up.
+    """Delete an account: its people, sessions, names and votes are gone, its keys end, its credit is given up.
 
     Entries and charges stay, as books must; nothing in them says who it was.
 
@@ -147,6 +157,8 @@ def close_account(connection: Connection, id: str, now: int) -> int:
     own = sa.select(people.c.id).where(people.c.account_id == id)
     connection.execute(sessions.delete().where(sessions.c.person_id.in_(own)))
     connection.execute(people.delete().where(people.c.account_id == id))
+    for said in (votes, notices):
+        connection.execute(said.delete().where(said.c.account_id == id))
     connection.execute(
         keys.update()
         .where(keys.c.account_id == id)

@@ -22,6 +22,7 @@ class ServeSettings:
         warm: those of them to load at the start; the others load with their first request.
         api_keys: keys a caller may present. Without any and without accounts, only this machine may be served.
         database: URL of the accounts; None for a server without them.
+        catalogue: URL of the database with what the operator added to the catalogue; None for what ships alone.
         free_credit: nano-dollars for whoever signs up.
         flush_charges: on SQLite, whether a request waits until its charge is on the disk, see `Accounts`.
         credit_status: the HTTP status of a request that the credit does not cover: 429 as OpenAI says, or 402.
@@ -49,6 +50,7 @@ class ServeSettings:
     warm: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     database: str | None = field(default=None, repr=False)
+    catalogue: str | None = field(default=None, repr=False)
     free_credit: int = 0
     flush_charges: bool = False
     credit_status: int = 429

@@ -54,7 +54,8 @@ def serve(
     accounts
         Ask for the keys of accounts, and charge them: see "unmask accounts --help".
     database
-        Where the accounts are: sqlite:///path or postgresql://user@host/name. Implies --accounts.
+        Where the accounts are, and what "unmask catalogue" and "unmask onboard" wrote: sqlite:///path or
+        postgresql://user@host/name. Implies --accounts.
         Left out: SQLite in UNMASK_HOME.
     free_credit
         Dollars that everybody who signs up gets once.
@@ -97,6 +98,7 @@ def serve(
             public_url=public_url,
             playground=playground,
             database=database or (default_url() if accounts else None),
+            catalogue=database or default_url(),
             free_credit=credit,
             credit_status=credit_status,
             flush_charges=flush_charges,

@@ -112,7 +112,7 @@ def evaluate(wanted: Evaluation) -> Results:
             command=wanted.command,
             started=started.isoformat(timespec="seconds"),
             seconds=time.perf_counter() - began,
-            machine=_machine(),
+            machine=machine(),
             versions=_versions(),
             data={job.name: job.data for job in jobs if job.data is not None},
         ),
@@ -273,7 +273,8 @@ def _require_packages() -> None:
             raise UsageError("measuring needs more packages: pip install 'unmask[evaluate]'") from error
 
 
-def _machine() -> str:
+def machine() -> str:
+    """This machine's processor, its cores and its system, as provenance has them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from datetime import date
+from datetime import UTC, date, datetime
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -128,6 +128,8 @@ def environment() -> Environment:
         shortened=wording.shortened,
         category=lambda name: CATEGORY_NAMES.get(name, name),
         day=day,
+        day_of=lambda ms: day(moment(ms).date()),
+        moment=lambda ms: moment(ms).isoformat(timespec="seconds"),
         price=price,
         paragraphs=paragraphs,
         short=lambda id: id.rpartition("/")[2],
@@ -149,6 +151,11 @@ def embedded(value: object) -> Markup:
 def day(value: date | None) -> str:
     """25 November 2026"""
     return f"{value.day} {value:%B} {value.year}" if value else wording.NO_FIGURE
+
+
+def moment(milliseconds: int) -> datetime:
+    """A time of the database."""
+    return datetime.fromtimestamp(milliseconds / 1000, UTC)
 
 
 def price(value: Price) -> str:
