@@ -178,6 +178,7 @@ def _entry(served: ServedModel, id: str) -> Model:
     fields |= {
         "id": id,
         "status": served.state,
+        "precision": served.dtype,
         "lifecycle": record.status,
         "shutdown_date": until.isoformat() if until else None,
     }

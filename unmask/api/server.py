@@ -207,9 +207,9 @@ def open_models(settings: ServeSettings, database: Database | None) -> tuple[Mod
     Raises:
         UsageError: a model's name is wrong, or the catalogue cannot be read.
     """
-    queue, cache = settings.queue_tokens, settings.cache_bytes
+    queue, cache, dtype = settings.queue_tokens, settings.cache_bytes, settings.dtype
     if database is None:
-        return Models(settings.models, warm=settings.warm, queue_tokens=queue, cache_bytes=cache), None
+        return Models(settings.models, warm=settings.warm, queue_tokens=queue, cache_bytes=cache, dtype=dtype), None
     with database.read() as connection:
         stored = read_catalogue(connection)
     over = retired(stored)
@@ -220,6 +220,7 @@ def open_models(settings: ServeSettings, database: Database | None) -> tuple[Mod
         warm=[name for name in settings.warm if name not in over],
         queue_tokens=queue,
         cache_bytes=cache,
+        dtype=dtype,
         catalogue=stored.catalogue,
         sources=stored.sources,
     )

@@ -11,7 +11,7 @@ import numpy as np
 
 from unmask.catalogue import Catalogue, Record, record_for
 from unmask.catalogue.canary import CANARY_TEXT, compare
-from unmask.encoder import Encoder
+from unmask.encoder import Dtype, Encoder
 from unmask.engine import Engine
 from unmask.errors import CheckpointError, EngineError, ModelLoading, UnmaskError, UsageError
 
@@ -32,16 +32,24 @@ class ServedModel:
 
     Args:
         source: id, folder or file that the weights are loaded from.
-        queue_tokens, cache_bytes: see `Models`.
+        queue_tokens, cache_bytes, dtype: see `Models`.
         record: what is known of it; left out, what ships or what its name says.
     """
 
-    def __init__(self, source: str, queue_tokens: int, cache_bytes: int = 0, record: Record | None = None) -> None:
+    def __init__(
+        self,
+        source: str,
+        queue_tokens: int,
+        cache_bytes: int = 0,
+        record: Record | None = None,
+        dtype: Dtype = "float32",
+    ) -> None:
         self.source = source
         self.record: Record = record or record_for(source)
         self.state: State = "cold"
         self.reason = ""
         self._queue_tokens, self._cache_bytes = queue_tokens, cache_bytes
+        self.dtype: Dtype = dtype
         self._engine: Engine | None = None
         self._loading: asyncio.Task[None] | None = None
         self._expected: np.ndarray | None = None
@@ -129,14 +137,14 @@ class ServedModel:
 
     def _open(self) -> tuple[Encoder, dict[str, Any], np.ndarray]:
         record = self.record
-        encoder = Encoder.load(self.source, compat=record.compat)
+        encoder = Encoder.load(self.source, compat=record.compat, dtype=self.dtype)
         if record.revision is not None and encoder.checkpoint.revision != record.revision:
             raise CheckpointError(
                 f"{record.id} went live with the weights {record.revision}, and {self.source} holds "
                 f"{encoder.checkpoint.revision}: put the files back, or run 'unmask onboard {record.id}' again"
             )
         own = encoder.encode([self._canary_text()])[0]
-        if record.canary is not None and (verdict := compare(own, record.canary.expected())) != "ok":
+        if record.canary is not None and (verdict := compare(own, record.canary.expected(), self.dtype)) != "ok":
             raise CheckpointError(f"{record.id} loaded, but its weights are not the published ones: {verdict}")
         config = encoder.checkpoint.config
         trained_as = encoder.checkpoint.trained_as
@@ -168,6 +176,7 @@ class Models:
         warm: those to load at start rather than on first use.
         queue_tokens: per model, tokens that may wait.
         cache_bytes: per model, memory for vectors of inputs that were asked for before.
+        dtype: precision of every model's weights, as for `Encoder.load`.
 
     Raises:
         UsageError: two models would answer to the same name, or a warm one is not among them.
@@ -180,11 +189,13 @@ class Models:
         warm: Sequence[str] = (),
         queue_tokens: int = 262_144,
         cache_bytes: int = 0,
+        dtype: Dtype = "float32",
         catalogue: Catalogue | None = None,
         sources: Mapping[str, str] | None = None,
     ) -> None:
         self.catalogue = catalogue or Catalogue.shipped()
         self._queue_tokens, self._cache_bytes = queue_tokens, cache_bytes
+        self._dtype: Dtype = dtype
         self._models: list[ServedModel] = []
         self._by_id: dict[str, ServedModel] = {}
         for name in dict.fromkeys(names):
@@ -203,7 +214,7 @@ class Models:
         Raises:
             UsageError: another model has its name.
         """
-        model = ServedModel(source, self._queue_tokens, self._cache_bytes, record)
+        model = ServedModel(source, self._queue_tokens, self._cache_bytes, record, self._dtype)
         names = (model.record.id, *model.record.aliases)
         if taken := next((name for name in names if name in self._by_id), None):
             raise UsageError(f"two models would both be called {taken!r}; rename the folder of one of them")
