@@ -83,7 +83,7 @@ class Operating:
         form = await read_form(request)
         check_form(request, form)
         model, status, until = form.get("model"), form.get("status"), form.get("until")
-        chosen = next((known for known in _DECISIONS if known == status), None)
+        chosen: Status | None = next((known for known in _DECISIONS if known == status), None)
         if chosen is None:
             raise ApiError(400, f"{status[:40]!r} is no step that can be taken here.", param="status")
         try:
@@ -125,7 +125,9 @@ def _managed(connection: Connection) -> list[Managed]:
         if record.role == "reference":
             continue
         after = ALLOWED[record.status] if record.status else frozenset(("coming soon",))
-        decisions = [(status, label) for status, label in _DECISIONS.items() if status in after]
+        decisions: list[tuple[Status, str]] = [
+            (status, label) for status, label in _DECISIONS.items() if status in after
+        ]
         if record.status == "benchmarking":
             decisions = []  # the gates' own business
         gates = list(outcomes(connection, record.id).values()) if record.id in stored.sources else []
