@@ -1,6 +1,6 @@
 """The operator's page of models: who wants what, what came of the gates, and the steps that are a decision."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from typing import TYPE_CHECKING
@@ -45,7 +45,7 @@ class Managed:
     record: Record
     wanted: votes.Wanted | None
     gates: list[Outcome]
-    decisions: list[tuple[Status, str]]
+    decisions: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +83,7 @@ class Operating:
         form = await read_form(request)
         check_form(request, form)
         model, status, until = form.get("model"), form.get("status"), form.get("until")
-        chosen = next((known for known in _DECISIONS if known == status), None)
+        chosen: Status | None = next((known for known in _DECISIONS if known == status), None)
         if chosen is None:
             raise ApiError(400, f"{status[:40]!r} is no step that can be taken here.", param="status")
         try:
@@ -92,9 +92,9 @@ class Operating:
             raise ApiError(400, "Say until which day it answers, as 2026-12-31.", param="until") from None
         address = address_of(request)
 
-        def decide(connection: Connection) -> None:
-            _take(connection, model, chosen, day, person.id)
-            audit.note(connection, now_ms(), person.id, "model.step", model, address=address, status=chosen)
+        def decide(connection: Connection, status: Status = chosen) -> None:
+            _take(connection, model, status, day, person.id)
+            audit.note(connection, now_ms(), person.id, "model.step", model, address=address, status=status)
 
         try:
             await self.accounts.write(decide)
