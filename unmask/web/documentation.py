@@ -13,7 +13,10 @@ _ADVICE: dict[int, tuple[str, str]] = {
         "Correct the field that param names; the same request fails again.",
     ),
     401: ("invalid_api_key", "Send a key as Authorization: Bearer KEY."),
-    403: ("permission_denied", "Use a key that has the scope, the model and the place; ask the operator if it is frozen."),
+    403: (
+        "permission_denied",
+        "Use a key that has the scope and the model; only the operator thaws an account.",
+    ),
     404: ("model_not_found", "Take an id from the list of models."),
     405: ("", "Use a method that the header Allow names."),
     408: ("request_timeout", "Send the body faster, or less of it."),
@@ -26,7 +29,10 @@ _ADVICE: dict[int, tuple[str, str]] = {
         "Wait as long as Retry-After says, as OpenAI's clients do by themselves. Without it, add credit.",
     ),
     500: ("internal_error", "Try again once; report it with the x-request-id if it stays."),
-    503: ("model_loading, model_unavailable, model_not_priced", "Wait as long as Retry-After says, or send Prefer: wait=30."),
+    503: (
+        "model_loading, model_unavailable, model_not_priced",
+        "Wait as long as Retry-After says, or send Prefer: wait=30.",
+    ),
     504: ("deadline_exceeded", "Send less at a time, or allow more time with Request-Deadline-Ms."),
 }
 

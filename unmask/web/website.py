@@ -3,7 +3,7 @@
 import math
 import platform
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -28,8 +28,11 @@ from unmask.catalogue.measurement import LOCAL, MTEB
 from unmask.errors import UnmaskError
 from unmask.router import Models
 from unmask.web import documentation, plots, twins
+from unmask.web.account_pages import AccountPages
+from unmask.web.admin_pages import AdminPages
 from unmask.web.browse import Listing, browse, choices_of, read_query
 from unmask.web.comparison import MOST, chosen_ids, compare
+from unmask.web.entrance import Entrance
 from unmask.web.playground import (
     BODY_LIMIT,
     EXAMPLE,
@@ -44,9 +47,7 @@ from unmask.web.playground import (
 from unmask.web.rendering import HEADERS, answer, assets, base_url, environment, page
 from unmask.web.shown import MEANINGS, Shown, all_shown, one_shown, pipeline, source_key, sources
 from unmask.web.snippets import Snippet, snippets
-from unmask.web.visitors import Reception
-
-Handler = Callable[[Request], Awaitable[Response]]
+from unmask.web.visitors import Handler, Reception, visitor_links
 
 _EMBEDDINGS = "/v1/embeddings"
 _REFUSED, _FAILED = (400, 401, 404, 405, 408, 413, 415, 429), 500
@@ -124,6 +125,14 @@ class Website:
         routes = [Route(path, self._known(handler)) for path, handler in pages]
         if self.playground_open:
             routes.append(Route("/playground", self._known(self.playground), methods=["GET", "POST"]))
+        if self.accounts is not None:
+            for room in (
+                Entrance(self.accounts, self.render),
+                AccountPages(self.accounts, self.models, self.render),
+                AdminPages(self.accounts, self.models, self.render),
+            ):
+                own = room.routes()
+                routes += [Route(r.path, self._known(r.endpoint), methods=list(r.methods or ())) for r in own]
         return Site(routes, self._known(self.home), self.error)
 
     async def home(self, request: Request) -> Response:
@@ -264,7 +273,7 @@ class Website:
         return answer(request, text, "application/rss+xml")
 
     async def robots(self, request: Request) -> Response:
-        text = f"User-agent: *\nDisallow: /v1/\nDisallow: /playground\nSitemap: {self.base(request)}/sitemap.xml\n"
+        text = f"User-agent: *\nDisallow: /v1/\nDisallow: /playground\nDisallow: /account\nDisallow: /admin\nSitemap: {self.base(request)}/sitemap.xml\n"
         return answer(request, text, "text/plain")
 
     async def static(self, request: Request) -> Response:
@@ -439,8 +448,9 @@ class Website:
 
 
 def website(models: Models, settings: ServeSettings, metrics: Metrics, accounts: Accounts | None) -> Site:
-    """The pages over the records that ship and whatever is served."""
-    return Website(Catalogue.shipped(), models, settings, metrics, accounts=accounts).site()
+    """The pages over the records that ship and whatever is served, and with accounts, theirs."""
+    seams = Seams(links=visitor_links) if accounts else Seams()
+    return Website(Catalogue.shipped(), models, settings, metrics, seams, accounts=accounts).site()
 
 
 @dataclass(frozen=True)
