@@ -273,7 +273,8 @@ class Website:
         return answer(request, text, "application/rss+xml")
 
     async def robots(self, request: Request) -> Response:
-        text = f"User-agent: *\nDisallow: /v1/\nDisallow: /playground\nDisallow: /account\nDisallow: /admin\nSitemap: {self.base(request)}/sitemap.xml\n"
+        closed = "".join(f"Disallow: {path}\n" for path in ("/v1/", "/playground", "/account", "/admin"))
+        text = f"User-agent: *\n{closed}Sitemap: {self.base(request)}/sitemap.xml\n"
         return answer(request, text, "text/plain")
 
     async def static(self, request: Request) -> Response:
@@ -313,6 +314,7 @@ class Website:
             base=self.base(request),
             visitor_links=self.seams.links(request),
             secured=self.secured,
+            signs_up=self.accounts is not None,
             playground_open=self.playground_open,
             http_status=status,
             **values,
