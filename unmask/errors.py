@@ -18,6 +18,7 @@ UnmaskError
 ├── AccountError               an account, a key or its limits do not allow it
 │   ├── KeyRefused             the key is unknown, mistyped, revoked or out of date
 │   ├── SignInRefused          the address and password do not fit, or nobody is signed in
+│   ├── AddressTaken           somebody signed up with this mail address before
 │   ├── Forbidden              the key is known, but not for this
 │   ├── InsufficientCredit     the account's credit does not cover the cost
 │   ├── SpendLimitReached      the key's own limit does not cover the cost
@@ -117,6 +118,10 @@ class KeyRefused(AccountError):
 
 class SignInRefused(AccountError):
     """The address and the password do not fit, or the session is over."""
+
+
+class AddressTaken(AccountError):
+    """Somebody signed up with this mail address before. Not to be told to whoever asks."""
 
 
 class Forbidden(AccountError):

@@ -155,20 +155,20 @@ def running(
     model: Path,
     accounts: Accounts | None = None,
     build_site: BuildSite | None = None,
-    operators: Database | None = None,
+    follow: Database | None = None,
     **changes: Any,
 ) -> Iterator[LocalService]:
     """A server in a thread, by default with a key and without pages, over one warmed model.
 
-    With `accounts`, theirs are the keys, and their database has the operator's side of the catalogue; without,
-    `operators` may.
+    With `accounts`, theirs are the keys, and their database has the operator's side of the catalogue; without accounts
+    that of `follow`, if there is one.
     """
     defaults: dict[str, Any] = {"port": 0, "models": (str(model),), "warm": (str(model),), "api_keys": (KEY,)}
     settings = ServeSettings(**defaults | changes)
     with ExitStack() as stack:
         listener = stack.enter_context(listen(settings.host, settings.port))
         settings = replace(settings, cache_bytes=0)  # each request is work
-        models, follower = open_models(settings, accounts.database if accounts else operators)
+        models, follower = open_models(settings, accounts.database if accounts else follow)
         stopping, ready = threading.Event(), threading.Event()
         app = create_app(models, settings, stopping, accounts, build_site)
         server = Server(app, settings, stopping, ready.set)

@@ -34,7 +34,7 @@ def database(tmp_path: Path) -> Iterator[Database]:
 
 @pytest.fixture
 def service(tiny_llama: Path, database: Database) -> Iterator[LocalService]:
-    with running(tiny_llama, operators=database) as started:
+    with running(tiny_llama, follow=database) as started:
         yield started
 
 

@@ -116,8 +116,10 @@ def test_who_is_not_signed_in_is_asked_to(accounts: Accounts, service: LocalServ
     assert f"/sign-in?next=%2Fmodels%2F{COMING.replace('/', '%2F')}" in page.links()
     body = urlencode({"model": COMING}).encode()
     sent = {**HTML, "content-type": "application/x-www-form-urlencoded"}
-    assert service.call("POST", "/want", body, sent, key=None).status == 401
-    assert service.call("GET", "/wanted", headers=HTML, key=None).status == 401
+    for reply in (
+        service.call("POST", "/want", body, sent, key=None), service.call("GET", "/wanted", headers=HTML, key=None),
+    ):  # fmt: skip
+        assert reply.status == 303 and reply.headers["location"].startswith("/sign-in")
 
 
 def test_a_form_from_elsewhere_is_refused(accounts: Accounts, service: LocalService) -> None:
@@ -174,9 +176,8 @@ def test_the_operator_sees_the_queue_and_decides(accounts: Accounts, service: Lo
     vote(ada, note=POISON.replace("\u2028", "").replace("\x01", ""))
     vote(ben)
     token = token_of(ben)
-    # To who is no admin there is no such page.
-    assert ben("/admin/models").status == 404
-    assert ben("/admin/models", model=COMING, status="retired", token=token).status == 404
+    assert ben("/admin/models").status == 403
+    assert ben("/admin/models", model=COMING, status="retired", token=token).status == 403
     with accounts.database.begin() as connection:
         connection.exec_driver_sql("UPDATE people SET admin = true WHERE email = 'ben@example.org'")
     page = ben("/admin/models")
@@ -185,7 +186,7 @@ def test_the_operator_sees_the_queue_and_decides(accounts: Accounts, service: Lo
     assert "<img src=x" not in page.body.decode() and "ada@" not in text
     token = token_of(ben, "/admin/models")
     wrong = {"status": "benchmarking"}, {"status": "deprecated", "until": "soon"}, {"status": "live"}
-    assert [ben("/admin/models", model=COMING, token=token, **fields).status for fields in wrong] == [400, 400, 409]
+    assert [ben("/admin/models", model=COMING, token=token, **fields).status for fields in wrong] == [400, 400, 400]
     assert ben("/admin/models", model=COMING, status="retired", token="guessed").status == 403
     assert ben("/admin/models", model=COMING, status="retired", token=token).status == 303
     until(lambda: "It no longer answers" in text_of(ben(f"/models/{COMING}")))
@@ -202,7 +203,9 @@ def test_they_are_told_on_their_page(accounts: Accounts, service: LocalService) 
     vote(ada)
     with accounts.database.begin() as connection:
         votes.tell_voters(connection, COMING, 1_800_000_000_000)
+    assert f"{COMING} , which you asked for, is live" in text_of(ada("/account")).replace("supervised,", "supervised ,")
     assert f"{COMING} – new" in text_of(ada("/wanted"))
+    assert "which you asked for" not in text_of(ada("/account"))
     page = text_of(ada("/wanted"))
     assert COMING in page and "– new" not in page
     assert "Live by now" not in text_of(ben("/wanted"))

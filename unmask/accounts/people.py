@@ -28,7 +28,7 @@ from unmask.accounts.schema import (
     sessions,
     votes,
 )
-from unmask.errors import AccountError, LedgerRefused, SignInRefused, UsageError
+from unmask.errors import AddressTaken, LedgerRefused, SignInRefused, UsageError
 
 if TYPE_CHECKING:
     from argon2 import PasswordHasher
@@ -103,6 +103,28 @@ def all_accounts(connection: Connection, *, limit: int = 1000, after: str = "") 
     """Accounts in the order of their ids, from behind `after` on."""
     rows = connection.execute(sa.select(accounts).where(accounts.c.id > after).order_by(accounts.c.id).limit(limit))
     return [Account(*row) for row in rows]
+
+
+def newest_accounts(connection: Connection, *, limit: int = 50, before: tuple[int, str] | None = None) -> list[Account]:
+    """Accounts, the newest first.
+
+    Args:
+        before: `created_at` and `id` of the last one of the page before.
+    """
+    wanted = sa.select(accounts).order_by(accounts.c.created_at.desc(), accounts.c.id.desc()).limit(limit)
+    if before is not None:
+        wanted = wanted.where(sa.tuple_(accounts.c.created_at, accounts.c.id) < sa.tuple_(*map(sa.literal, before)))
+    return [Account(*row) for row in connection.execute(wanted)]
+
+
+def totals(connection: Connection) -> tuple[int, int, int]:
+    """How many accounts are not closed, and the nano-dollars that they have and that are held of it."""
+    found = connection.execute(
+        sa.select(sa.func.count(), sa.func.sum(accounts.c.balance), sa.func.sum(accounts.c.held)).where(
+            accounts.c.state != "closed"
+        )
+    ).one()
+    return int(found[0]), int(found[1] or 0), int(found[2] or 0)
 
 
 def find_account(connection: Connection, name: str) -> Account:
@@ -229,7 +251,7 @@ def sign_up(
         free_credit: nano-dollars; given once per address, also if it was deleted in between.
 
     Raises:
-        AccountError: the address is taken.
+        AddressTaken: the address is taken.
     """
     email = normal_email(email)
     own = open_account(connection, email, now)
@@ -249,7 +271,7 @@ def sign_up(
         .returning(people.c.id)
     )
     if made.one_or_none() is None:
-        raise AccountError("this address cannot be used: if it is yours, sign in instead")
+        raise AddressTaken("this address cannot be used: if it is yours, sign in instead")
     if free_credit:
         give_free_credit(connection, peppers, own, email, free_credit, now)
     return Person(id, own, email, admin, now)

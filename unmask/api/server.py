@@ -16,8 +16,8 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from unmask.accounts import Accounts, tariff
-from unmask.accounts.database import Database
+from unmask.accounts import Accounts, people, tariff
+from unmask.accounts.database import Database, now_ms
 from unmask.api.app import create_app
 from unmask.api.errors import ApiError, error_response
 from unmask.api.exchange import new_request_id
@@ -183,7 +183,8 @@ def serve(settings: ServeSettings, build_site: BuildSite | None = None) -> int:
         models, follower = open_models(settings, database)
         stopping = threading.Event()
         app = create_app(models, settings, stopping, accounts, build_site)
-        server = Server(app, settings, stopping, lambda: _announce(listener, models, settings, accounts))
+        invited = invite(accounts, settings.public_url or base_url(listener)) if accounts and build_site else None
+        server = Server(app, settings, stopping, lambda: _announce(listener, models, settings, accounts, invited))
         try:
             with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
                 runner.run(serve_models(models, server, listener, follower))
@@ -268,7 +269,21 @@ def base_url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _announce(listener: socket.socket, models: Models, settings: ServeSettings, accounts: Accounts | None) -> None:
+def invite(accounts: Accounts, url: str) -> str | None:
+    """The link by which the first admin is made, once and within a day; None if there is an admin."""
+    now = now_ms()
+    with accounts.database.begin() as connection:
+        token = people.invite_first_admin(connection, now)
+    return f"{url.rstrip('/')}/first-admin?invitation={token}" if token else None
+
+
+def _announce(
+    listener: socket.socket,
+    models: Models,
+    settings: ServeSettings,
+    accounts: Accounts | None,
+    invited: str | None,
+) -> None:
     url = base_url(listener)
     served = [model.record for model in models.list()]
     width = max((len(record.id) for record in served), default=0)
@@ -283,6 +298,8 @@ def _announce(listener: socket.socket, models: Models, settings: ServeSettings, 
         lines.append(f"curl {url}/v1/embeddings -H 'Content-Type: application/json'{key} -d '{body}'")
     if accounts is not None:
         lines += _about(accounts, [record.id for record in served])
+        if invited:
+            lines.append(f"There is no admin yet. Whoever opens this link first becomes one, within a day: {invited}")
     elif not settings.api_keys:
         lines.append("No accounts and no keys: whoever uses this machine may call it.")
     sys.stdout.write("\n".join(lines) + "\n")

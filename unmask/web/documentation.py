@@ -15,7 +15,7 @@ _ADVICE: dict[int, tuple[str, str]] = {
     401: ("invalid_api_key", "Send a key as Authorization: Bearer KEY."),
     403: (
         "permission_denied",
-        "Use a key that has the scope, the model and the place; ask the operator if it is frozen.",
+        "Use a key that has the scope and the model; only the operator thaws an account.",
     ),
     404: ("model_not_found", "Take an id from the list of models."),
     405: ("", "Use a method that the header Allow names."),

@@ -72,7 +72,7 @@ def sweep_charts(points: Sequence[Point]) -> list[Chart]:
 
     return [
         drawn("Throughput, tokens per second", lambda point: point.tokens_per_second, "tokens/s"),
-        drawn("Median latency", lambda point: point.median_ms, "ms"),
+        drawn("Median latency, milliseconds", lambda point: point.median_ms, "ms"),
     ]
 
 
@@ -107,7 +107,11 @@ def history_charts(stretches: Sequence[Stretch]) -> list[Chart]:
 
     return [
         drawn("Tokens answered per second", [("tokens", lambda s: s.tokens / STRETCH_S)], "tokens/s"),
-        drawn("Latency", [("median", lambda s: s.latency_ms(0.5)), ("95 %", lambda s: s.latency_ms(0.95))], "ms"),
+        drawn(
+            "Latency, milliseconds",
+            [("median", lambda s: s.latency_ms(0.5)), ("95 %", lambda s: s.latency_ms(0.95))],
+            "ms",
+        ),
     ]
 
 

@@ -1,19 +1,18 @@
 """The operator's page of models: who wants what, what came of the gates, and the steps that are a decision."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
-from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from sqlalchemy import Connection
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
+from starlette.routing import Route
 
 from unmask.accounts import Accounts, audit
 from unmask.accounts.database import now_ms
 from unmask.accounts.people import Person
-from unmask.api.errors import ApiError
 from unmask.catalogue import Record, Status, votes
 from unmask.catalogue.lifecycle import ALLOWED
 from unmask.catalogue.onboarding.gates import GATES
@@ -21,11 +20,9 @@ from unmask.catalogue.onboarding.run import take_live
 from unmask.catalogue.requests import check_id
 from unmask.catalogue.store import Outcome, outcomes, put_fields, read_catalogue, read_record, step
 from unmask.errors import UsageError
+from unmask.web.private import Render, show
 from unmask.web.rendering import HEADERS
-from unmask.web.visitors import address_of, check_form, form_token, read_form, visitor
-
-if TYPE_CHECKING:
-    from unmask.web.website import Website
+from unmask.web.visitors import Form, address_of, for_form, for_person
 
 PAGE = "/admin/models"
 
@@ -45,62 +42,71 @@ class Managed:
     record: Record
     wanted: votes.Wanted | None
     gates: list[Outcome]
-    decisions: list[tuple[Status, str]]
+    decisions: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True, eq=False)
 class Operating:
-    """The page, for people who are admins."""
+    """The page, for people who are admins. `render` is `Website.render`."""
 
     accounts: Accounts
+    render: Render
 
-    def routes(self, site: "Website") -> list[tuple[str, Callable[[Request], Awaitable[Response]], list[str]]]:
-        """As path, handler and methods."""
+    def routes(self) -> list[Route]:
+        """All of them."""
+        return [
+            Route(PAGE, for_person(self.models, admin=True)),
+            Route(PAGE, for_form(self.decide, admin=True), methods=["POST"]),
+        ]
 
-        async def page(request: Request) -> Response:
-            return await self._decide(request) if request.method == "POST" else await self._page(request, site)
+    async def models(self, request: Request, person: Person) -> Response:
+        """What is wanted, most votes first, and where every model stands."""
+        return await self._page(request, person)
 
-        return [(PAGE, page, ["GET", "POST"])]
+    async def decide(self, request: Request, person: Person, form: Form) -> Response:
+        """A step of a model's lifecycle; then the page again."""
+        model, status, until = form.get("model"), form.get("status"), form.get("until")
+        address = address_of(request)
 
-    async def _page(self, request: Request, site: "Website") -> Response:
-        await _admin(request)
+        def take(connection: Connection) -> None:
+            chosen: Status | None = next((known for known in _DECISIONS if known == status), None)
+            if chosen is None:
+                raise UsageError(f"{status[:40]!r} is no step that can be taken here")
+            _take(connection, model, chosen, _day(until) if chosen == "deprecated" else None, person.id)
+            audit.note(connection, now_ms(), person.id, "model.step", model, address=address, status=chosen)
+
+        try:
+            await self.accounts.write(take)
+        except UsageError as error:
+            return await self._page(request, person, error)
+        return RedirectResponse(f"{PAGE}#{quote(model)}", 303, HEADERS)
+
+    async def _page(self, request: Request, person: Person, wrong: UsageError | None = None) -> Response:
         managed = await self.accounts.read(_managed)
-        waiting = [model for model in managed if model.wanted]
-        return site.render(
+        return show(
+            self.render,
             request,
-            "operating.html.j2",
-            queue=sorted(waiting, key=lambda model: -model.wanted.votes if model.wanted else 0),
-            managed=[model for model in managed if model.gates or model.record.status not in (None, "coming soon")],
-            others=[model for model in managed if not model.gates and model.record.status == "coming soon"],
+            "admin/models.html.j2",
+            wrong=wrong,
+            area="admin",
+            person=person,
+            queue=sorted((m for m in managed if m.wanted), key=lambda m: -m.wanted.votes if m.wanted else 0),
+            managed=[m for m in managed if m.gates or m.record.status not in (None, "coming soon")],
+            others=[m for m in managed if not m.gates and m.record.status == "coming soon"],
             gate_count=len(GATES),
-            token=form_token(request),
             action=PAGE,
             today=datetime.now(UTC).date().isoformat(),
         )
 
-    async def _decide(self, request: Request) -> Response:
-        person = await _admin(request)
-        form = await read_form(request)
-        check_form(request, form)
-        model, status, until = form.get("model"), form.get("status"), form.get("until")
-        chosen: Status | None = next((known for known in _DECISIONS if known == status), None)
-        if chosen is None:
-            raise ApiError(400, f"{status[:40]!r} is no step that can be taken here.", param="status")
-        try:
-            day = date.fromisoformat(until) if chosen == "deprecated" else None
-        except ValueError:
-            raise ApiError(400, "Say until which day it answers, as 2026-12-31.", param="until") from None
-        address = address_of(request)
 
-        def decide(connection: Connection) -> None:
-            _take(connection, model, chosen, day, person.id)
-            audit.note(connection, now_ms(), person.id, "model.step", model, address=address, status=chosen)
-
-        try:
-            await self.accounts.write(decide)
-        except UsageError as error:
-            raise ApiError(409, f"{str(error)[:1].upper()}{str(error)[1:]}.", param="model") from error
-        return RedirectResponse(f"{PAGE}#{quote(model)}", 303, HEADERS)
+def _day(text: str) -> date:
+    try:
+        day = date.fromisoformat(text)
+    except ValueError:
+        raise UsageError(f"{text[:40]!r} is no day: write it as 2026-12-31") from None
+    if day < datetime.now(UTC).date():
+        raise UsageError(f"{day} is over: a deprecation announces a day that is to come")
+    return day
 
 
 def _take(connection: Connection, model: str, status: Status, until: date | None, actor: str) -> None:
@@ -108,8 +114,6 @@ def _take(connection: Connection, model: str, status: Status, until: date | None
     if record is None:
         check_id(model)
         put_fields(connection, model, {})
-    if until is not None and until < datetime.now(UTC).date():
-        raise UsageError(f"{until} is over: a deprecation announces a day that is to come")
     if status == "live" and record is not None and record.status == "staged":
         take_live(connection, model, actor=actor)
     else:
@@ -125,19 +129,9 @@ def _managed(connection: Connection) -> list[Managed]:
         if record.role == "reference":
             continue
         after = ALLOWED[record.status] if record.status else frozenset(("coming soon",))
-        decisions: list[tuple[Status, str]] = [
-            (status, label) for status, label in _DECISIONS.items() if status in after
-        ]
+        decisions = [(status, label) for status, label in _DECISIONS.items() if status in after]
         if record.status == "benchmarking":
             decisions = []  # the gates' own business
         gates = list(outcomes(connection, record.id).values()) if record.id in stored.sources else []
         found.append(Managed(record, wanted.get(record.id), gates, decisions))
     return found
-
-
-async def _admin(request: Request) -> Person:
-    """The visitor, who must be an admin. To anybody else there is no such page."""
-    person = await visitor(request)
-    if person is None or not person.admin:
-        raise ApiError(404, f"There is nothing at {request.url.path[:200]}: see / for what there is.", code="not_found")
-    return person

@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from unmask import __version__
+from unmask.accounts.money import format_dollars
 from unmask.catalogue.record import Price, is_web_address
 from unmask.evaluate.report import wording
 from unmask.evaluate.report.story import CATEGORY_NAMES
@@ -128,9 +129,11 @@ def environment() -> Environment:
         shortened=wording.shortened,
         category=lambda name: CATEGORY_NAMES.get(name, name),
         day=day,
-        day_of=lambda ms: day(moment(ms).date()),
-        moment=lambda ms: moment(ms).isoformat(timespec="seconds"),
+        day_of=lambda milliseconds: day(datetime.fromtimestamp(milliseconds / 1000, UTC).date()),
         price=price,
+        dollars=dollars,
+        moment=moment,
+        iso=lambda milliseconds: datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="seconds"),
         paragraphs=paragraphs,
         short=lambda id: id.rpartition("/")[2],
         xml=lambda text: _NOT_XML.sub("", str(text)),
@@ -153,9 +156,15 @@ def day(value: date | None) -> str:
     return f"{value.day} {value:%B} {value.year}" if value else wording.NO_FIGURE
 
 
-def moment(milliseconds: int) -> datetime:
-    """A time of the database."""
-    return datetime.fromtimestamp(milliseconds / 1000, UTC)
+def dollars(nano: int) -> str:
+    """$0.000000008 and −$12.50: exactly, with as many digits as it takes"""
+    return f"{'−' if nano < 0 else ''}${format_dollars(abs(nano))}"
+
+
+def moment(milliseconds: int) -> str:
+    """25 Nov 2026, 09:15 UTC"""
+    at = datetime.fromtimestamp(milliseconds / 1000, UTC)
+    return f"{at.day} {at:%b %Y, %H:%M} UTC"
 
 
 def price(value: Price) -> str:

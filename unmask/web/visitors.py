@@ -5,13 +5,14 @@ anybody without it; visitors who are not signed in get a cookie for their forms 
 """
 
 import hmac
+import re
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, quote
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 
 from unmask.accounts import Accounts, people
 from unmask.accounts.database import now_ms
@@ -20,10 +21,15 @@ from unmask.api.errors import ApiError
 from unmask.api.exchange import read_body
 from unmask.api.settings import ServeSettings
 from unmask.errors import SignInRefused
+from unmask.web.rendering import HEADERS
+
+Handler = Callable[[Request], Awaitable[Response]]
 
 TOKEN = "token"  # the form's field
 
 _SESSION, _FORM = "unmask_session", "unmask_form"
+# A path without anything that a browser might take for another host.
+_OWN_ADDRESS = re.compile(r"/(?:[A-Za-z0-9_~.%-][A-Za-z0-9_~.%/-]*)?(?:\?[A-Za-z0-9_~.%/=&+-]*)?")
 _BODY_LIMIT = 64 * 1024
 _MOST_FIELDS = 500
 
@@ -35,7 +41,7 @@ class Reception:
     accounts: Accounts
     settings: ServeSettings
 
-    def receive(self, handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+    def receive(self, handler: Handler) -> Handler:
         """The same page, which knows who looks at it."""
 
         async def page(request: Request) -> Response:
@@ -65,6 +71,56 @@ class Form:
         return [value.strip() for value in self._fields.get(name, ()) if value.strip()]
 
 
+def for_person(page: Callable[[Request, Person], Awaitable[Response]], *, admin: bool = False) -> Handler:
+    """A page for somebody who is signed in; others are sent to sign in first.
+
+    Args:
+        admin: only for admins.
+
+    Raises (the page):
+        ApiError: 403, only an admin may see it.
+    """
+
+    async def handle(request: Request) -> Response:
+        person = await visitor(request)
+        if person is None:
+            here = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+            return go(f"/sign-in?next={quote(here, safe='')}")
+        _require_admin(person, admin)
+        return await page(request, person)
+
+    return handle
+
+
+def for_form(act: Callable[[Request, Person, Form], Awaitable[Response]], *, admin: bool = False) -> Handler:
+    """What a form does, for somebody who is signed in and sent it from its own page.
+
+    Raises (the handler):
+        ApiError: 403 for another's form, or one for admins; 400, 408 or 413 for one that cannot be read.
+    """
+
+    async def handle(request: Request) -> Response:
+        person = await visitor(request)
+        if person is None:
+            return go("/sign-in")
+        form = await read_form(request)
+        check_form(request, form)
+        _require_admin(person, admin)
+        return await act(request, person, form)
+
+    return handle
+
+
+def go(address: str) -> Response:
+    """The answer that sends a browser on to another page of ours."""
+    return RedirectResponse(address, 303, HEADERS | {"cache-control": "private, no-store"})
+
+
+def own_address(text: str) -> str:
+    """An address to go on to, if it is one of this site; nothing otherwise."""
+    return text if _OWN_ADDRESS.fullmatch(text) else ""
+
+
 async def visitor(request: Request) -> Person | None:
     """Who is signed in. None for everybody else, and on a server without accounts.
 
@@ -88,6 +144,14 @@ async def visitor(request: Request) -> Person | None:
 def seen(request: Request) -> Person | None:
     """The visitor, for what cannot wait: None where nobody has asked for `visitor` yet."""
     return getattr(request.state, "visitor", None)
+
+
+def visitor_links(request: Request) -> list[tuple[str, str]]:
+    """What stands in every page's head for whoever looks at it, as `Seams.links` wants it."""
+    person = seen(request)
+    if person is None:
+        return [("Sign in", "/sign-in")]
+    return [("Account", "/account"), *([("Admin", "/admin")] if person.admin else [])]
 
 
 def form_token(request: Request) -> str:
@@ -162,6 +226,11 @@ def start_session(request: Request, response: Response, token: str) -> None:
 def end_session(request: Request, response: Response) -> None:
     """Make the visitor's browser forget the session. The session itself is ended by `people.end_session`."""
     response.headers.append("set-cookie", _set_cookie(request, _SESSION, "") + "; Max-Age=0")
+
+
+def _require_admin(person: Person, admin: bool) -> None:
+    if admin and not person.admin:
+        raise ApiError(403, "These pages are for the admins of this server.", code="permission_denied")
 
 
 def _reception(request: Request) -> Reception | None:

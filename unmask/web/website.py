@@ -3,7 +3,7 @@
 import math
 import platform
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -29,8 +29,11 @@ from unmask.catalogue.speed import points_of
 from unmask.errors import UnmaskError
 from unmask.router import Models
 from unmask.web import documentation, lines, plots, twins
+from unmask.web.account_pages import AccountPages
+from unmask.web.admin_pages import AdminPages
 from unmask.web.browse import Listing, browse, choices_of, read_query
 from unmask.web.comparison import MOST, chosen_ids, compare
+from unmask.web.entrance import Entrance
 from unmask.web.operating import Operating
 from unmask.web.playground import (
     BODY_LIMIT,
@@ -47,10 +50,8 @@ from unmask.web.rendering import HEADERS, answer, assets, base_url, environment,
 from unmask.web.seams import Seams
 from unmask.web.shown import MEANINGS, Shown, all_shown, one_shown, pipeline, source_key, sources
 from unmask.web.snippets import Snippet, snippets
-from unmask.web.visitors import Reception
-from unmask.web.wanting import Wanting
-
-Handler = Callable[[Request], Awaitable[Response]]
+from unmask.web.visitors import Handler, Reception
+from unmask.web.wanting import Wanting, account_seams
 
 _EMBEDDINGS = "/v1/embeddings"
 _REFUSED, _FAILED = (400, 401, 404, 405, 408, 413, 415, 429), 500
@@ -67,7 +68,6 @@ class Website:
     seams: Seams = field(default_factory=Seams)
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     accounts: Accounts | None = None
-    more: Sequence[tuple[str, Handler, list[str]]] = ()
 
     def __post_init__(self) -> None:
         self._clock = time.monotonic()
@@ -95,9 +95,18 @@ class Website:
             ("/static/{name}", self.static),
         ]
         routes = [Route(path, self._known(handler)) for path, handler in pages]
-        routes += [Route(path, self._known(handler), methods=methods) for path, handler, methods in self.more]
         if self.playground_open:
             routes.append(Route("/playground", self._known(self.playground), methods=["GET", "POST"]))
+        if self.accounts is not None:
+            for room in (
+                Entrance(self.accounts, self.render),
+                AccountPages(self.accounts, self.models, self.render),
+                AdminPages(self.accounts, self.models, self.render),
+                Wanting(self.accounts, self.catalogue, self.render),
+                Operating(self.accounts, self.render),
+            ):
+                own = room.routes()
+                routes += [Route(r.path, self._known(r.endpoint), methods=list(r.methods or ())) for r in own]
         return Site(routes, self._known(self.home), self.error)
 
     async def home(self, request: Request) -> Response:
@@ -241,7 +250,8 @@ class Website:
         return answer(request, text, "application/rss+xml")
 
     async def robots(self, request: Request) -> Response:
-        text = f"User-agent: *\nDisallow: /v1/\nDisallow: /playground\nSitemap: {self.base(request)}/sitemap.xml\n"
+        closed = "".join(f"Disallow: {path}\n" for path in ("/v1/", "/playground", "/account", "/admin"))
+        text = f"User-agent: *\n{closed}Sitemap: {self.base(request)}/sitemap.xml\n"
         return answer(request, text, "text/plain")
 
     async def static(self, request: Request) -> Response:
@@ -281,6 +291,7 @@ class Website:
             base=self.base(request),
             visitor_links=self.seams.links(request),
             secured=self.secured,
+            signs_up=self.accounts is not None,
             playground_open=self.playground_open,
             http_status=status,
             **values,
@@ -422,13 +433,9 @@ class Website:
 
 
 def website(models: Models, settings: ServeSettings, metrics: Metrics, accounts: Accounts | None) -> Site:
-    """The pages over the catalogue and whatever is served."""
-    wanting = Wanting(models.catalogue, accounts) if accounts else None
-    seams = wanting.seams() if wanting else Seams()
-    built = Website(models.catalogue, models, settings, metrics, seams, accounts=accounts)
-    if wanting:
-        built.more = [*wanting.routes(built), *Operating(wanting.accounts).routes(built)]
-    return built.site()
+    """The pages over the catalogue and whatever is served, and with accounts, theirs."""
+    seams = account_seams(accounts) if accounts else Seams()
+    return Website(models.catalogue, models, settings, metrics, seams, accounts=accounts).site()
 
 
 @dataclass(frozen=True)

@@ -367,7 +367,11 @@ GATES: tuple[Gate, ...] = (
     Gate("parity", lambda bench: _digest(bench.wanted.reference), parity),
     Gate("quality", lambda bench: (bench.wanted.suites, bench.wanted.tasks), quality),
     Gate("speed", lambda bench: (bench.wanted.lengths, bench.wanted.callers, bench.wanted.seconds, machine()), speed),
-    Gate("price", lambda bench: (bench.wanted.cost_per_hour, bench.wanted.utilisation, bench.wanted.price), price),
+    Gate(
+        "price",
+        lambda bench: (bench.wanted.cost_per_hour, bench.wanted.utilisation, bench.wanted.price, _fastest(bench)),
+        price,
+    ),
     Gate("canary", lambda bench: None, canary),
 )
 
@@ -383,6 +387,11 @@ class _Measured:
 
 def _best(points: Sequence[Point]) -> Point:
     return max(points, key=lambda point: point.tokens_per_second)
+
+
+def _fastest(bench: Bench) -> float | None:
+    points = points_of(bench.measured)
+    return _best(points).tokens_per_second if points else None
 
 
 def _digest(file: Path | None) -> str:
