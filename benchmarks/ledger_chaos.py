@@ -9,7 +9,6 @@ the answer named. The exit code is 0 only then. The database must be new.
 """
 
 import argparse
-import asyncio
 import http.client
 import json
 import os
@@ -23,10 +22,10 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import sqlalchemy as sa
+from stub_server import MODEL
 
 from unmask.accounts import keys, ledger, people, tariff
 from unmask.accounts.database import Database, now_ms
@@ -34,70 +33,8 @@ from unmask.accounts.keys import KeySettings, Peppers
 from unmask.accounts.schema import accounts, charges, entries, replays
 from unmask.accounts.verification import verify
 
-MODEL = "stub/embed"
 PRICE = 8_000_000  # nano-dollars per million tokens
 ALL_TIME = 10**6 * 24 * 3600 * 1000
-
-
-def serve(database: str, pepper: str) -> None:
-    """The server process: everything but the model is what `unmask serve` runs."""
-    from unmask.accounts import Accounts
-    from unmask.api import ServeSettings, create_app
-    from unmask.api.logs import configure_logging
-    from unmask.api.server import Server, base_url, listen, serve_models
-    from unmask.catalogue import Record
-    from unmask.router import Models
-
-    class Prompt:
-        def __init__(self, text: str) -> None:
-            self.ids = range(len(text.split()))
-            self.truncated = False
-
-    class Encoder:
-        dim = 8
-
-    class Engine:
-        encoder = Encoder()
-
-        async def prepare(self, texts: list[str], **_: Any) -> list[Prompt]:
-            return [Prompt(text) for text in texts]
-
-        async def run(self, prompts: list[Prompt], **_: Any) -> np.ndarray:
-            await asyncio.sleep(random.uniform(0, 0.01))
-            return np.ones((len(prompts), Encoder.dim), dtype=np.float32)
-
-    class Served:
-        record = Record(id=MODEL)
-        state = "ready"
-
-        async def engine(self, wait: float = 0.0) -> Engine:
-            return Engine()
-
-    class Stub:
-        def list(self) -> list[Served]:
-            return [Served()]
-
-        def find(self, id: str) -> Served | None:
-            return Served() if id == MODEL else None
-
-        async def start(self) -> None: ...
-
-        async def close(self, grace: float) -> None: ...
-
-    configure_logging("error")  # a line per request would be half the work
-    settings = ServeSettings(port=0, database=database)
-    models = cast(Models, Stub())
-    stopping = threading.Event()
-    with listen(settings.host, settings.port) as listener:
-        service = Accounts(database, pepper=Path(pepper))
-
-        def ready() -> None:
-            print(base_url(listener), flush=True)
-
-        server = Server(create_app(models, settings, stopping, service), settings, stopping, ready)
-        with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
-            runner.run(serve_models(models, server, listener))
-        service.close()
 
 
 @dataclass
@@ -116,7 +53,8 @@ class Subject:
     """The server, as often as it has to be started."""
 
     def __init__(self, database: str, pepper: Path) -> None:
-        self._command = [sys.executable, __file__, "--serve", database, str(pepper)]
+        script = str(Path(__file__).with_name("stub_server.py"))
+        self._command = [sys.executable, script, "10", database, str(pepper)]
         self.up = threading.Event()
         self.address = ("127.0.0.1", 0)
         self.start()
@@ -264,11 +202,7 @@ def main() -> int:
     options.add_argument("--kills", type=int, default=5)
     options.add_argument("--database", help="URL of a new database; left out, SQLite in a temporary folder")
     options.add_argument("--seed", type=int, default=1)
-    options.add_argument("--serve", nargs=2, metavar=("DATABASE", "PEPPER"), help=argparse.SUPPRESS)
     given = options.parse_args()
-    if given.serve:
-        serve(*given.serve)
-        return 0
     with tempfile.TemporaryDirectory() as folder:
         url = given.database or f"sqlite:///{folder}/accounts.sqlite"
         pepper = Path(folder) / "pepper"

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 
-from unmask.accounts import people
+from unmask.accounts import ledger, people, usage
 from unmask.accounts.database import Database, is_transient, migration_config
 from unmask.accounts.schema import APPEND_ONLY, accounts, metadata
+from unmask.accounts.verification import verify
 from unmask.accounts.writer import Writer
 from unmask.errors import StorageError, UsageError
 
@@ -218,3 +221,48 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path):
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="cannot write"):
         Database(str(tmp_path / "file" / "accounts.sqlite"))
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_tables_of_every_version_become_todays_with_all_that_is_in_them(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+):
+    def empty(number: int) -> Database:
+        if kind == "sqlite":
+            return Database(f"sqlite:///{tmp_path / f'{number}.sqlite'}")
+        postgres: Cluster = request.getfixturevalue("postgres")
+        return Database(postgres.empty())
+
+    first = empty(0)
+    with first.read() as connection:
+        scripts = ScriptDirectory.from_config(migration_config(connection))
+    first.close()
+    revisions = [script.revision for script in scripts.walk_revisions()]
+    assert "0001" in revisions
+    for number, revision in enumerate(revisions, 1):
+        database = empty(number)
+        with database.begin() as connection:
+            command.upgrade(migration_config(connection), revision)
+            id = people.open_account(connection, "somebody", 1)
+            ledger.top_up(connection, id, 1000, "payment", 2)
+            wanted = ledger.Hold(
+                id="chg_1",
+                account_id=id,
+                key_id=None,
+                request="r",
+                model="m",
+                tier="default",
+                tokens=3,
+                amount=24,
+                expires_at=10,
+            )
+            ledger.hold(connection, wanted, 3)
+            ledger.settle(connection, "chg_1", 4)
+        database.migrate()
+        with database.read() as connection:
+            assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+            assert people.account(connection, id).balance == 976
+            assert [line.amount for line in usage.statement(connection, id)] == [-24, 1000]
+            found = verify(connection)
+            assert found.drift == () and found.settled == 24
+        database.close()

@@ -158,6 +158,35 @@ def test_revoked_and_expired_keys(bank: Bank, paid: LocalService):
         assert reply.status == 401 and why in reply.error["message"]
 
 
+def test_a_key_that_ends_while_it_is_remembered_spends_nothing_more(bank: Bank, paid: LocalService):
+    # As from another process: this one learns of it by looking.
+    account, key = bank.customer()
+    frozen, other = bank.customer()
+    assert embed(paid, key).status == embed(paid, other).status == 200
+    balances = bank.balance(account), bank.balance(frozen)
+    bank.do(lambda connection: keys.revoke(connection, account, keys.key_id(key), now_ms()))
+    bank.do(lambda connection: people.freeze(connection, frozen))
+    assert embed(paid, key).status == 401
+    assert embed(paid, other).status == 403
+    assert (bank.balance(account), bank.balance(frozen)) == balances
+    until(lambda: paid.call("GET", "/v1/account", key=key).status == 401, 3)
+    until(lambda: paid.call("GET", "/v1/account", key=other).status == 403, 3)
+
+
+def test_what_this_server_changes_about_a_key_counts_at_once(bank: Bank, paid: LocalService):
+    account, key = bank.customer()
+    assert paid.call("GET", "/v1/account", key=key).status == 200
+    asyncio.run(bank.accounts.write(lambda c: keys.revoke(c, account, keys.key_id(key), now_ms())))
+    assert paid.call("GET", "/v1/account", key=key).status == 401
+
+
+def test_a_remembered_key_expires_on_time(bank: Bank, paid: LocalService):
+    _, key = bank.customer(expires_at=now_ms() + 700)
+    assert paid.call("GET", "/v1/account", key=key).status == 200
+    until(lambda: paid.call("GET", "/v1/account", key=key).status == 401, 3)
+    assert "expired" in paid.call("GET", "/v1/account", key=key).error["message"]
+
+
 def test_a_key_is_for_what_it_was_made_for(bank: Bank, paid: LocalService):
     _, reading = bank.customer(scopes=("account",))
     _, embedding = bank.customer(scopes=("embeddings",), models=(paid.model,))
@@ -455,6 +484,14 @@ def test_accounts_and_a_key_file_exclude_each_other():
         ServeSettings(api_keys=("k",), database="sqlite:///x")
     assert ServeSettings(host="0.0.0.0", database="sqlite:///x").host == "0.0.0.0"
     assert "secret" not in repr(ServeSettings(database="postgresql://me:secret@host/x"))
+
+
+def test_limits_for_several_servers_are_those_of_accounts():
+    from unmask.api import ServeSettings
+
+    with pytest.raises(UsageError, match="turn on accounts"):
+        ServeSettings(limits="redis://host")
+    assert "secret" not in repr(ServeSettings(database="sqlite:///x", limits="redis://:secret@host"))
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def site(accounts: Accounts, tiny_llama: Path) -> Iterator[LocalService]:
 @pytest.fixture(autouse=True)
 def first_try(accounts: Accounts) -> None:
     """Every test here comes from one address, which may only try so often."""
-    accounts._sign_ins = LocalLimiter()
+    accounts._limiter = LocalLimiter()
 
 
 def text(reply: Reply) -> str:
@@ -154,8 +154,9 @@ def test_signing_in_tells_nobody_who_is_here(site: LocalService, accounts: Accou
 
 
 def test_tries_are_counted_by_mail_and_by_place(site: LocalService, accounts: Accounts) -> None:
-    accounts._sign_ins = LocalLimiter(clock=lambda: 0.0)
-    accounts._sign_ins.take_now([Draw("email:guess@example.org", 10, 9), Draw("from:127.0.0.1", 30, 28)], "requests")
+    limiter = accounts._limiter = LocalLimiter(clock=lambda: 0.0)
+    who = accounts.peppers.mark("sign-in guess@example.org")
+    limiter.take_now([Draw(f"sign-in:{who}", 10, 9), Draw("sign-in-from:127.0.0.1", 30, 28)], "requests")
     visitor = Visitor(site)
     assert visitor.fill("/sign-in", email="guess@example.org", password="x").status == 401
     reply = visitor.fill("/sign-in", email="Guess@example.org", password="x")

@@ -33,6 +33,10 @@ _SWEEP_S = 5.0
 _READERS = 4
 _PRICE_S = 5.0  # how long a price is believed without looking
 
+# How long a key that was good is believed without looking, where it was changed by another process. Spending looks in
+# any case: the statement that takes the credit also asks whether account and key are still good.
+_KEY_MS = 1000
+
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
@@ -61,7 +65,7 @@ class Accounts:
     Args:
         url: of the database; its tables are brought up to date.
         pepper: file of the peppers; left out, it is in `UNMASK_HOME/accounts`.
-        limiter: where requests and tokens per minute are counted.
+        limiter: where requests and tokens per minute are counted, and tries to sign in. Closed with this.
         free_credit: nano-dollars for whoever signs up.
         flush_charges: on SQLite, whether a request waits until its charge is on the disk. Without, a power cut may
             forget the charges of the last moments; a killed process forgets nothing in either case.
@@ -84,11 +88,11 @@ class Accounts:
         self.peppers = Peppers(pepper)
         self.free_credit = free_credit
         self._limiter = limiter or LocalLimiter()
-        self._sign_ins = LocalLimiter()
         self._writer = Writer(self.database, flushed=flush_charges)
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="unmask-accounts")
         self._uses: dict[str, int] = {}
         self._prices: dict[tuple[str, str], tuple[int, int]] = {}
+        self._callers: dict[str, tuple[int, Caller]] = {}  # by the key's digest
         self._stop = threading.Event()
         self._sweeper = threading.Thread(target=self._sweep_often, name="unmask-sweeper", daemon=True)
         self._sweeper.start()
@@ -104,7 +108,15 @@ class Accounts:
 
     async def write(self, piece: Callable[[Connection], T]) -> T:
         """The result of a piece of work, once it is written for good. It may run more than once."""
-        return await asyncio.wrap_future(self._writer.submit(piece))
+        try:
+            return await self._book(piece)
+        finally:
+            self._callers = {}  # it may have been about one of them
+
+    async def _book(self, piece: Callable[[Connection], T]) -> T:
+        """As `write`, for the short pieces of every request."""
+        future = self._writer.at_once(piece)
+        return future.result() if future is not None else await asyncio.wrap_future(self._writer.submit(piece))
 
     async def authenticate(self, key: str, address: str) -> Caller:
         """Whose key this is.
@@ -113,7 +125,13 @@ class Accounts:
             KeyRefused, Forbidden: as `keys.authenticate`.
         """
         now = now_ms()
-        caller = await self.read(lambda connection: keys.authenticate(connection, self.peppers, key, address, now))
+        digest = self.peppers.digest(key)
+        at, caller = self._callers.get(digest, (0, None))
+        if caller is None or not 0 <= now - at < _KEY_MS:
+            caller = await self.read(lambda connection: keys.authenticate(connection, self.peppers, key, address, now))
+            self._callers[digest] = now, caller
+        else:
+            caller.check(address, now)
         self._uses[caller.key.id] = now
         return caller
 
@@ -166,7 +184,7 @@ class Accounts:
             body=work.body,
         )
         try:
-            return await self.write(lambda connection: ledger.hold(connection, wanted, now))
+            return await self._book(lambda connection: ledger.hold(connection, wanted, now))
         except asyncio.CancelledError:
             # It may be on its way into the tables. If this comes before it, the sweeper finds it.
             self.release(wanted.id)
@@ -179,7 +197,7 @@ class Accounts:
             StorageError: it could not be written; the charge is then held until its time is up.
             InsufficientCredit, LedgerRefused: as `ledger.settle`.
         """
-        await asyncio.shield(self.write(lambda connection: ledger.settle(connection, charge, now_ms())))
+        await asyncio.shield(self._book(lambda connection: ledger.settle(connection, charge, now_ms())))
 
     def release(self, charge: str) -> None:
         """Give back what was held. Not waited for: if it fails, the sweeper does it."""
@@ -204,9 +222,9 @@ class Accounts:
             invitation: the token of the first admin.
 
         Raises:
-            UsageError, AddressTaken, SignInRefused, RateLimited.
+            UsageError, AddressTaken, AccountError, SignInRefused, RateLimited, StorageError.
         """
-        self._throttle(address, email)
+        await self._throttle(address, email)
         hashed = await asyncio.to_thread(people.hash_password, password)
         now = now_ms()
 
@@ -236,7 +254,7 @@ class Accounts:
             SignInRefused: they do not fit.
             RateLimited: too many tries for the address or from the place.
         """
-        self._throttle(address, email)
+        await self._throttle(address, email)
         found = await self.read(lambda connection: people.password_of(connection, email))
         good = await asyncio.to_thread(people.check_password, found[1] if found else None, password)
         if found is None or not good:
@@ -288,16 +306,17 @@ class Accounts:
 
     async def _confirm(self, person: Person, password: str, address: str) -> None:
         """Whether somebody who is signed in knows the password too."""
-        self._throttle(address, person.email)
+        await self._throttle(address, person.email)
         found = await self.read(lambda connection: people.password_of(connection, person.email))
         if not await asyncio.to_thread(people.check_password, found[1] if found else None, password):
             raise SignInRefused("the password is not right")
 
-    def _throttle(self, address: str, email: str) -> None:
+    async def _throttle(self, address: str, email: str) -> None:
         """Ten tries a minute for one mail address, thirty from one place."""
-        draws: Sequence[Draw] = (Draw(f"email:{email.strip().lower()[:254]}", 10, 1), Draw(f"from:{address}", 30, 1))
+        who = self.peppers.mark(f"sign-in {email.strip().lower()[:254]}")  # the buckets may lie outside this process
+        draws: Sequence[Draw] = (Draw(f"sign-in:{who}", 10, 1), Draw(f"sign-in-from:{address}", 30, 1))
         try:
-            self._sign_ins.take_now(draws, "requests")
+            await self._limiter.take(draws, "requests")
         except RateLimited as refused:
             seconds = max(1, round(refused.retry_after or 1))
             raise RateLimited(f"Too many tries: wait {seconds} seconds.", "requests", refused.retry_after) from None
@@ -309,6 +328,7 @@ class Accounts:
             StorageError: the database failed.
         """
         now = now_ms()
+        self._callers = {}
         with self.database.read() as connection:
             late = ledger.expired(connection, now)
         # One transaction each: a sweep that locked many charges could wait for a settlement that waits for it.
@@ -323,10 +343,12 @@ class Accounts:
             people.end_old_sessions(connection, now)
 
         self._writer.submit(forget).result()
+        self.database.tidy()
         return count
 
     def _sweep_often(self) -> None:
         while not self._stop.wait(_SWEEP_S):
+            self._limiter.tend()
             try:
                 if count := self.sweep():
                     log.warning("gave back %d holds of requests that nobody ended", count)
@@ -345,4 +367,5 @@ class Accounts:
             log.error("the last sweep of the ledger failed: %s", error)
         self._writer.close()
         self._readers.shutdown()
+        self._limiter.close()
         self.database.close()

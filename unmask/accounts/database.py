@@ -21,6 +21,10 @@ _MIGRATION_LOCK = 6_170_001
 # How long a writer waits for another process's transaction, all of which are short.
 _BUSY_SECONDS = 15
 
+# SQLite copies its log into the file when a commit finds it longer than this, and flushes both while that commit
+# waits. `tidy` does it beside the work, long before.
+_CHECKPOINT_PAGES = 50_000
+
 # Another try may succeed: Postgres' serialization failure and deadlock, SQLite's writer that waited too long.
 _TRANSIENT = ("40001", "40P01")
 
@@ -56,7 +60,7 @@ class Database:
             self._engine = _postgres(parsed)
 
     @contextmanager
-    def begin(self, *, flushed: bool = True) -> Iterator[Connection]:
+    def begin(self, *, flushed: bool = True, patient: bool = True) -> Iterator[Connection]:
         """A transaction that may write: committed at the end of the block, rolled back when it raises.
 
         On SQLite it is the only writer from its first moment on, so it never finds the ground changed under it.
@@ -65,12 +69,14 @@ class Database:
             flushed: on SQLite, whether the end of the block waits for the disk. Without, a killed process loses
                 nothing either, but a power cut may take the last moments back, the books still balancing.
                 Postgres follows its own `synchronous_commit`.
+            patient: on SQLite, whether to wait while another process writes; otherwise that is a `TransientError`.
 
         Raises:
             StorageError: the database cannot be reached, or refuses for want of space or rights.
         """
         with self._told(), self._engine.connect() as connection:
-            connection = connection.execution_options(unmask_writes="FULL" if flushed else "NORMAL")
+            pragmas = ("FULL" if flushed else "NORMAL", _BUSY_SECONDS * 1000 if patient else 0)
+            connection = connection.execution_options(unmask_writes=pragmas)
             with connection.begin():
                 yield connection
 
@@ -109,6 +115,17 @@ class Database:
                     f"the tables in {self.shown} are not ones this version knows (its newest are {head}): {error}. "
                     "Use the version that made them, or restore a backup"
                 ) from error
+
+    def tidy(self) -> None:
+        """On SQLite, copy the log into the file, which holds up nobody. To be called every few seconds by a server.
+
+        Raises:
+            StorageError: as for `begin`.
+        """
+        if self.kind == "sqlite":
+            with self._told(), self._engine.connect() as connection:
+                raw: Any = connection.connection.dbapi_connection
+                raw.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
     def close(self) -> None:
         """Close the connections that are not in use."""
@@ -185,13 +202,16 @@ def _sqlite(url: URL) -> Engine:
         cursor = dbapi.cursor()
         cursor.execute("PRAGMA journal_mode = WAL")
         cursor.execute("PRAGMA foreign_keys = ON")
+        cursor.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
         cursor.close()
 
     @event.listens_for(engine, "begin")
     def began(connection: Connection) -> None:
         writes = connection.get_execution_options().get("unmask_writes")
-        if writes:
-            connection.exec_driver_sql(f"PRAGMA synchronous = {writes}")
+        if writes and connection.info.get("writes") != writes:
+            connection.exec_driver_sql(f"PRAGMA synchronous = {writes[0]}")
+            connection.exec_driver_sql(f"PRAGMA busy_timeout = {writes[1]}")
+            connection.info["writes"] = writes
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
     return engine

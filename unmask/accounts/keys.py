@@ -160,6 +160,19 @@ class Caller:
     plan_requests_per_minute: int | None
     plan_tokens_per_minute: int | None
 
+    def check(self, address: str, now: int) -> None:
+        """Whether the key works now, and from this address.
+
+        Raises:
+            KeyRefused, Forbidden: it does not.
+        """
+        state = self.key.state(now)
+        if state != "active":
+            raise KeyRefused(f"it is {state}")
+        networks = self.key.settings.networks
+        if networks is not None and not _within(address, networks):
+            raise Forbidden(f"This API key may not be used from {address or 'an unknown address'}.")
+
     def require(self, scope: str, model: str | None = None) -> None:
         """Whether the key is for this.
 
@@ -293,19 +306,16 @@ def authenticate(connection: Connection, peppers: Peppers, key: str, address: st
     if row is None or not good:
         raise KeyRefused("it is not known here")
     own = _key(row, now)
-    state = own.state(now)
-    if state != "active":
-        raise KeyRefused(f"it is {state}")
-    if row["account_state"] != "active":
-        raise Forbidden(f"This account is {row['account_state']}: ask the operator of this server.")
-    if own.settings.networks is not None and not _within(address, own.settings.networks):
-        raise Forbidden(f"This API key may not be used from {address or 'an unknown address'}.")
-    return Caller(
+    caller = Caller(
         account_id=own.account_id,
         key=own,
         plan_requests_per_minute=row["plan_requests"],
         plan_tokens_per_minute=row["plan_tokens"],
     )
+    caller.check(address, now)
+    if row["account_state"] != "active":
+        raise Forbidden(f"This account is {row['account_state']}: ask the operator of this server.")
+    return caller
 
 
 def write_uses(connection: Connection, uses: Mapping[str, int]) -> None:

@@ -3,18 +3,34 @@
 A bucket is one number: the moment by which everything taken so far would have flowed in evenly. Taking `n` of a
 limit of `L` per minute moves it by 60 n / L seconds, and is refused if it would then lie more than a minute ahead.
 So a quiet caller may use a whole minute's worth at once, and never more than that beyond the even flow.
+
+The buckets of one server are in its process (`LocalLimiter`), those of several in Redis (`SharedLimiter`).
 """
 
+import asyncio
+import logging
 import math
+import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
-from unmask.errors import RateLimited
+from unmask.errors import RateLimited, StorageError, UsageError
+
+log = logging.getLogger("unmask")
 
 _PERIOD_S = 60.0
+
+# What servers do while Redis does not answer: count by themselves, each its share of a limit, or answer 503.
+WITHOUT_REDIS = ("share", "refuse")
+
+# A Redis nearby answers in a fraction of a millisecond; a caller should not wait long to be told that it is gone.
+_REDIS_TIMEOUT_S = 0.25
+_REDIS_THREADS = 4
+_SERVER_SEEN_S = 30  # a server that did not tend for so long is no longer one of several
 
 
 @dataclass(frozen=True)
@@ -48,7 +64,7 @@ class Level:
 
 
 class Limiter(Protocol):
-    """Where the buckets are. In this process (`LocalLimiter`), or shared by several."""
+    """Where the buckets are."""
 
     async def take(self, draws: Sequence[Draw], kind: str) -> list[Level]:
         """Take all draws, or none of them.
@@ -58,7 +74,16 @@ class Limiter(Protocol):
 
         Raises:
             RateLimited: one bucket does not hold so much now.
+            StorageError: the buckets cannot be reached.
         """
+        ...
+
+    def tend(self) -> None:
+        """To be called every few seconds, in any thread."""
+        ...
+
+    def close(self) -> None:
+        """Let go of connections."""
         ...
 
 
@@ -96,11 +121,162 @@ class LocalLimiter:
             self._full_at |= after
             return [_level(draw.limit, after[draw.bucket] - now) for draw in draws]
 
+    def tend(self) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
+        """Nothing to do."""
+
     def _sweep(self, now: float) -> None:
         """Forget full buckets: they are what a new one would be."""
         if now - self._swept >= _PERIOD_S:
             self._full_at = {bucket: full_at for bucket, full_at in self._full_at.items() if full_at > now}
             self._swept = now
+
+
+# KEYS are buckets; ARGV is the period, then a limit and an amount for each. Answers {0, seconds ahead...} or
+# {n, seconds to wait, seconds ahead} for the bucket that refuses. The time is Redis' own, so that no server's clock
+# matters, counted from late 2026, so that a double has digits left for its fraction.
+_TAKE = """
+local time = redis.call('TIME')
+local now = time[1] - 1790000000 + time[2] / 1000000
+local period = tonumber(ARGV[1])
+local after = {}
+for i, bucket in ipairs(KEYS) do
+  local limit, amount = tonumber(ARGV[2 * i]), tonumber(ARGV[2 * i + 1])
+  local start = math.max(after[bucket] or tonumber(redis.call('GET', bucket) or now), now)
+  local full_at = start + amount * period / limit
+  local wait = full_at - now - period
+  if wait > 1e-6 then
+    return {i, string.format('%.17g', wait), string.format('%.17g', start - now)}
+  end
+  after[bucket] = full_at
+end
+local answer = {0}
+for i, bucket in ipairs(KEYS) do
+  local ahead = after[bucket] - now
+  if ahead > 0 then
+    redis.call('SET', bucket, string.format('%.17g', after[bucket]), 'PX', math.ceil(ahead * 1000))
+  end
+  answer[i + 1] = string.format('%.17g', ahead)
+end
+return answer
+"""
+
+
+class SharedLimiter:
+    """Buckets in Redis, so that several servers count together.
+
+    When Redis does not answer, requests stop asking it until `tend` finds it again. With `without="share"` each
+    server meanwhile counts by itself, a limit divided by the number of servers last seen: the sum of them never lets
+    through more than the limit and the burst that new buckets allow. With "refuse" nothing that has a limit is let
+    through, and callers get a 503.
+
+    Args:
+        url: redis://[:password@]host[:port][/number], or rediss:// for TLS.
+        without: out of `WITHOUT_REDIS`.
+        prefix: of every name in Redis, to tell several installations apart.
+
+    Raises:
+        UsageError: the URL is wrong, or the client library is missing.
+        StorageError: Redis does not answer now, which at the start is rather a wrong address than bad luck.
+    """
+
+    def __init__(self, url: str, *, without: str = "share", prefix: str = "unmask") -> None:
+        try:
+            import redis
+            from redis.backoff import NoBackoff
+            from redis.retry import Retry
+        except ImportError as error:
+            raise UsageError("limits in Redis need its client: pip install 'unmask[redis]'") from error
+        if without not in WITHOUT_REDIS:
+            raise UsageError(f"without={without!r}: choose one of {', '.join(WITHOUT_REDIS)}")
+        try:
+            self._redis = redis.Redis.from_url(
+                url,
+                socket_timeout=_REDIS_TIMEOUT_S,
+                socket_connect_timeout=_REDIS_TIMEOUT_S,
+                retry=Retry(NoBackoff(), 1),  # a connection that Redis closed while it lay idle
+                decode_responses=True,
+            )
+        except ValueError as error:
+            raise UsageError("the URL of the limits cannot be read: write redis://host:6379/0") from error
+        self._failures = (redis.RedisError, OSError)
+        at = self._redis.connection_pool.connection_kwargs
+        self.shown = str(at.get("path") or f"{at.get('host', 'localhost')}:{at.get('port', 6379)}")
+        self._refuse = without == "refuse"
+        self._prefix = prefix
+        self._id = secrets.token_hex(8)
+        self._servers = 1
+        self._script = self._redis.register_script(_TAKE)
+        self._alone = LocalLimiter()
+        self._threads = ThreadPoolExecutor(_REDIS_THREADS, thread_name_prefix="unmask-limits")
+        self._lost = False
+        try:
+            self._count_servers()
+        except self._failures as error:
+            self.close()
+            raise StorageError(
+                f"the Redis for limits at {self.shown} does not answer ({error}): start it, or serve without --limits"
+            ) from error
+
+    async def take(self, draws: Sequence[Draw], kind: str) -> list[Level]:
+        """As `Limiter.take`."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self.take_now, draws, kind)
+
+    def take_now(self, draws: Sequence[Draw], kind: str) -> list[Level]:
+        """As `Limiter.take`, for callers without an event loop."""
+        if not self._lost:
+            numbers = [number for draw in draws for number in (draw.limit, draw.amount)]
+            names = [f"{self._prefix}:{draw.bucket}" for draw in draws]
+            try:
+                first, *seconds = self._script(names, [_PERIOD_S, *numbers])
+            except self._failures as error:
+                self._lose(error)
+            else:
+                if first:
+                    raise _refused(draws[first - 1], kind, float(seconds[0]), float(seconds[1]))
+                return [_level(draw.limit, float(ahead)) for draw, ahead in zip(draws, seconds, strict=True)]
+        if self._refuse:
+            raise StorageError(f"the Redis for limits at {self.shown} does not answer")
+        return self._alone.take_now([self._share(draw) for draw in draws], kind)
+
+    def tend(self) -> None:
+        """Tell the others that this server is there, and see whether Redis is back."""
+        try:
+            self._count_servers()
+        except self._failures as error:
+            self._lose(error)
+            return
+        if self._lost:
+            log.warning("the Redis for limits at %s is back", self.shown)
+            self._lost = False
+
+    def close(self) -> None:
+        """Let go of the connections."""
+        self._threads.shutdown()
+        self._redis.close()
+
+    def _count_servers(self) -> None:
+        now = time.time()
+        servers: Any = f"{self._prefix}:servers"
+        with self._redis.pipeline() as pipe:
+            pipe.zadd(servers, {self._id: now})
+            pipe.zremrangebyscore(servers, "-inf", now - _SERVER_SEEN_S)
+            pipe.zcard(servers)
+            self._servers = max(1, pipe.execute()[-1])
+
+    def _lose(self, error: Exception) -> None:
+        if not self._lost:
+            self._lost = True
+            how = "requests with limits are refused" if self._refuse else f"each of {self._servers} servers counts"
+            log.error("the Redis for limits at %s does not answer (%s): %s", self.shown, type(error).__name__, how)
+
+    def _share(self, draw: Draw) -> Draw:
+        if draw.amount > draw.limit:
+            return draw  # too large at any time
+        limit = max(1, draw.limit // self._servers)
+        return replace(draw, limit=limit, amount=min(draw.amount, limit))
 
 
 def _level(limit: int, ahead: float) -> Level:

@@ -18,6 +18,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from unmask.accounts import Accounts, people, tariff
 from unmask.accounts.database import Database, now_ms
+from unmask.accounts.limits import SharedLimiter
 from unmask.api.app import create_app
 from unmask.api.errors import ApiError, error_response
 from unmask.api.exchange import new_request_id
@@ -162,7 +163,7 @@ def serve(settings: ServeSettings, build_site: BuildSite | None = None) -> int:
 
     Raises:
         UsageError, CheckpointError: a model's name or files are wrong.
-        UsageError, StorageError: the accounts' database or pepper is.
+        UsageError, StorageError: the accounts' database, pepper or Redis is.
     """
     configure_logging(settings.log_level, settings.api_keys)
     try:
@@ -175,7 +176,10 @@ def serve(settings: ServeSettings, build_site: BuildSite | None = None) -> int:
         accounts = None
         if settings.database is not None:
             accounts = Accounts(
-                settings.database, free_credit=settings.free_credit, flush_charges=settings.flush_charges
+                settings.database,
+                limiter=SharedLimiter(settings.limits, without=settings.limits_without) if settings.limits else None,
+                free_credit=settings.free_credit,
+                flush_charges=settings.flush_charges,
             )
         database = accounts.database if accounts is not None else None
         if database is None and settings.catalogue is not None:

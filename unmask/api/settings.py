@@ -26,6 +26,8 @@ class ServeSettings:
         catalogue: URL of the database with what the operator added to the catalogue; None for what ships alone.
         free_credit: nano-dollars for whoever signs up.
         flush_charges: on SQLite, whether a request waits until its charge is on the disk, see `Accounts`.
+        limits: URL of a Redis that counts requests and tokens per minute for several servers; None for this process.
+        limits_without: what happens while it does not answer, see `SharedLimiter`.
         credit_status: the HTTP status of a request that the credit does not cover: 429 as OpenAI says, or 402.
         body_limit_bytes: largest request body.
         receive_timeout_s: time for a request's body to arrive, counted from its headers.
@@ -55,6 +57,8 @@ class ServeSettings:
     catalogue: str | None = field(default=None, repr=False)
     free_credit: int = 0
     flush_charges: bool = False
+    limits: str | None = field(default=None, repr=False)
+    limits_without: str = "share"
     credit_status: int = 429
     body_limit_bytes: int = 32 * 2**20
     receive_timeout_s: float = 30
@@ -90,6 +94,8 @@ class ServeSettings:
             raise UsageError(f"credit_status={self.credit_status}: choose 429 or 402")
         if not 0 <= self.free_credit <= MAX_AMOUNT:
             raise UsageError(f"free_credit={self.free_credit}: choose 0 to {MAX_AMOUNT} nano-dollars")
+        if self.limits is not None and self.database is None:
+            raise UsageError("limits are those of accounts and their keys: turn on accounts as well")
         if self.api_keys and self.database is not None:
             raise UsageError("there are accounts and a key file: use one of them, as accounts have keys of their own")
         if not self.api_keys and self.database is None and not _is_loopback(self.host):

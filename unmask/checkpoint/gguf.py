@@ -440,6 +440,8 @@ class GgufTensors:
 
     def read(self, name: str) -> torch.Tensor:
         tensor = self._load(self._stored[name])
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._header.data.madvise(mmap.MADV_DONTNEED)  # else all that was read once would count as ours for ever
         if self._family.norm_offset and name.endswith("norm.weight"):
             return tensor.float() - self._family.norm_offset
         part = name.split(".", 2)[-1].rpartition(".")[0]  # layers.0.self_attn.q_proj.bias: self_attn.q_proj

@@ -25,6 +25,8 @@ def serve(
     database: Annotated[str | None, Parameter(group=_ACCOUNTS, env_var="UNMASK_DATABASE")] = None,
     free_credit: Annotated[str, Parameter(group=_ACCOUNTS)] = "0",
     flush_charges: Annotated[bool, Parameter(group=_ACCOUNTS, negative=())] = False,
+    limits: Annotated[str | None, Parameter(group=_ACCOUNTS, env_var="UNMASK_LIMITS")] = None,
+    limits_without: Annotated[Literal["share", "refuse"], Parameter(group=_ACCOUNTS)] = "share",
     credit_status: Annotated[Literal[429, 402], Parameter(group=_ACCOUNTS)] = 429,
     request_timeout: Annotated[float, Parameter(group=_LIMITS)] = 60.0,
     body_limit_mb: Annotated[float, Parameter(group=_LIMITS)] = 32.0,
@@ -66,6 +68,11 @@ def serve(
     flush_charges
         With SQLite, answer only once the charge is on the disk, which may take milliseconds. Without, a power cut
         may forget the charges of the last moments; killing the server forgets nothing in either case.
+    limits
+        Where requests and tokens per minute are counted for several servers: redis://host:6379/0.
+        Left out: in this process.
+    limits_without
+        While that does not answer: each server counts its share of every limit, or requests with limits get a 503.
     credit_status
         HTTP status of a request that the credit does not cover: 429 as OpenAI says, or 402.
     request_timeout
@@ -106,6 +113,8 @@ def serve(
             free_credit=credit,
             credit_status=credit_status,
             flush_charges=flush_charges,
+            limits=limits,
+            limits_without=limits_without,
             request_timeout_s=request_timeout,
             body_limit_bytes=int(body_limit_mb * 1_000_000),
             queue_tokens=queue_tokens,

@@ -194,7 +194,8 @@ class Decoder(nn.Module):
     def __init__(self, shape: Shape, causal: bool = False) -> None:
         super().__init__()
         self.shape = shape
-        self.embedding = nn.Embedding(shape.vocabulary, shape.width)
+        # Given its weight, it draws no random one, for which torch would import its compiler: 150 MB, and seconds.
+        self.embedding = nn.Embedding(shape.vocabulary, shape.width, _weight=torch.empty(shape.vocabulary, shape.width))
         self.layers = nn.ModuleList(Layer(shape, window, causal) for window in shape.windows)
         self.norm = Norm(shape.width, shape.eps, shape.norm_offset)
         self.checkpointing = False  # recompute a layer's activations in the backward instead of keeping them
@@ -246,7 +247,6 @@ class Decoder(nn.Module):
         """
         with torch.device("meta"):
             decoder = cls(shape, causal)
-        decoder.to(dtype).to_empty(device=device)
         known = set(tensors.names())
         wanted = decoder.sources()
         missing = [name for names in wanted.values() for name in names if name not in known]
@@ -259,10 +259,14 @@ class Decoder(nn.Module):
                 f"the weights hold {len(extra)} tensors this architecture has no place for, for example {extra[0]!r}; "
                 "the config does not describe them"
             )
-        parameters = dict(decoder.named_parameters())
-        with torch.no_grad():
-            for target, names in wanted.items():
-                fill(parameters[target], names, tensors)
+        for target, names in wanted.items():
+            module, _, name = target.rpartition(".")
+            owner = decoder.get_submodule(module)
+            # Not `Module.to_empty`, for which torch would import its symbolic shapes and sympy.
+            parameter = nn.Parameter(torch.empty(owner.get_parameter(name).shape, dtype=dtype, device=device))
+            with torch.no_grad():
+                fill(parameter, names, tensors)
+            setattr(owner, name, parameter)
         return decoder.eval()
 
     def sources(self) -> dict[str, list[str]]:

@@ -1,7 +1,9 @@
 """`Encoder`: a model that maps text to vectors, from loading to the float32 array."""
 
+import ctypes
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -155,6 +157,7 @@ class Encoder:
         if dtype == "int8":
             quantise(decoder)
         seal(decoder)
+        _return_memory()
         return cls(checkpoint, decoder, prompts, pooling=pooling, max_length=length, compat=compat, dim=dim)
 
     def encode(
@@ -250,6 +253,12 @@ def _build(
         return Decoder.load(shape, checkpoint.tensors, dtype, device, causal), shape.width
     except CheckpointError as error:
         raise type(error)(f"{checkpoint.name}: {error}") from error
+
+
+def _return_memory() -> None:
+    """Give the system back what loading took and freed: glibc keeps it otherwise, 100 MB for a model of 135M."""
+    with suppress(OSError, AttributeError, TypeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _length(name: str, value: Any) -> int:

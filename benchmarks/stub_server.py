@@ -1,0 +1,98 @@
+"""A real server process with a stub in place of the model: everything else is what `unmask serve` runs.
+
+    python benchmarks/stub_server.py SLOWEST_MS [DATABASE PEPPER]
+
+It prints its address once it accepts connections. An answer's vectors are made up within `SLOWEST_MS`.
+"""
+
+import asyncio
+import random
+import sys
+import threading
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from unmask.accounts import Accounts
+from unmask.api import ServeSettings, create_app
+from unmask.api.logs import configure_logging
+from unmask.api.server import Server, base_url, listen, serve_models
+from unmask.catalogue import Record
+from unmask.router import Models
+
+MODEL = "stub/embed"
+
+
+class Prompt:
+    def __init__(self, text: str) -> None:
+        self.ids = range(len(text.split()))
+        self.truncated = False
+
+
+class Encoder:
+    dim = 8
+
+
+class Engine:
+    encoder = Encoder()
+
+    def __init__(self, slowest_ms: float) -> None:
+        self._slowest_s = slowest_ms / 1000
+
+    async def prepare(self, texts: list[str], **_: Any) -> list[Prompt]:
+        return [Prompt(text) for text in texts]
+
+    async def run(self, prompts: list[Prompt], **_: Any) -> np.ndarray:
+        if self._slowest_s:
+            await asyncio.sleep(random.uniform(0, self._slowest_s))
+        return np.ones((len(prompts), Encoder.dim), dtype=np.float32)
+
+
+class Served:
+    record = Record(id=MODEL)
+    state = "ready"
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    async def engine(self, wait: float = 0.0) -> Engine:
+        return self._engine
+
+
+class Stub:
+    def __init__(self, slowest_ms: float) -> None:
+        self._served = Served(Engine(slowest_ms))
+
+    def list(self) -> list[Served]:
+        return [self._served]
+
+    def find(self, id: str) -> Served | None:
+        return self._served if id == MODEL else None
+
+    async def start(self) -> None: ...
+
+    async def close(self, grace: float) -> None: ...
+
+
+def serve(slowest_ms: float, database: str | None, pepper: Path | None) -> None:
+    configure_logging("error")  # a line per request would be half the work
+    settings = ServeSettings(port=0, database=database)
+    models = cast(Models, Stub(slowest_ms))
+    stopping = threading.Event()
+    with listen(settings.host, settings.port) as listener:
+        service = Accounts(database, pepper=pepper) if database is not None else None
+
+        def ready() -> None:
+            print(base_url(listener), flush=True)
+
+        server = Server(create_app(models, settings, stopping, service), settings, stopping, ready)
+        with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+            runner.run(serve_models(models, server, listener))
+        if service is not None:
+            service.close()
+
+
+if __name__ == "__main__":
+    given = sys.argv[2:]
+    serve(float(sys.argv[1]), given[0] if given else None, Path(given[1]) if given else None)
