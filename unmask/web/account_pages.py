@@ -6,7 +6,7 @@ among the visitor's own.
 
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Connection
@@ -35,6 +35,7 @@ PER_PAGE = 50
 OVERLAPS = {"0": "at once", "1": "in an hour", "24": "in a day", "168": "in a week"}  # by hours
 
 _CSV_PAGE = 2_000
+_OVERVIEW_DAYS = 30
 _FIGURES = ("cost", "tokens", "requests")
 _SERIES = ("model", "key", "tier")
 
@@ -70,7 +71,8 @@ class AccountPages:
 
     async def overview(self, request: Request, person: Person) -> Response:
         now = now_ms()
-        first, last = asked_days(request)
+        last = datetime.now(UTC).date()
+        first = last - timedelta(_OVERVIEW_DAYS - 1)
 
         def ask(connection: Connection) -> dict[str, Any]:
             account = people.account(connection, person.account_id)
@@ -90,6 +92,7 @@ class AccountPages:
             person,
             "account/overview.html.j2",
             **found,
+            span=_OVERVIEW_DAYS,
             spent=sum(row.cost for row in used),
             tokens=sum(row.tokens for row in used),
             answered=sum(row.requests for row in used),

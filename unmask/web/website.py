@@ -92,9 +92,9 @@ class Website:
             ("/sitemap.xml", self.sitemap),
             ("/feed.xml", self.feed),
             ("/robots.txt", self.robots),
-            ("/static/{name}", self.static),
         ]
         routes = [Route(path, self._known(handler)) for path, handler in pages]
+        routes.append(Route("/static/{name}", self.static))
         if self.playground_open:
             routes.append(Route("/playground", self._known(self.playground), methods=["GET", "POST"]))
         if self.accounts is not None:
