@@ -53,11 +53,16 @@ class MailServer:
             session: smtplib.SMTP = smtplib.SMTP_SSL(host, parts.port or 465, timeout=_SECONDS, context=safe)
         else:
             session = smtplib.SMTP(host, parts.port or 25, timeout=_SECONDS)
-            session.ehlo()
-            if session.has_extn("starttls") or parts.username:
-                session.starttls(context=safe)
-        if parts.username:
-            session.login(unquote(parts.username), unquote(parts.password or ""))
+        try:
+            if parts.scheme == "smtp":
+                session.ehlo()
+                if session.has_extn("starttls") or parts.username:
+                    session.starttls(context=safe)
+            if parts.username:
+                session.login(unquote(parts.username), unquote(parts.password or ""))
+        except (OSError, smtplib.SMTPException):
+            session.close()
+            raise
         return session
 
 
