@@ -11,6 +11,7 @@ compared, so that nobody wins by computing something else.
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -202,11 +203,15 @@ def main() -> None:
             "sentence-transformers, bf16=True": sentence_transformers_turn(options, scratch / "model", True, scratch),
         }
         warm_up = rows[: options.batch]
-        losses = {name: turn(warm_up)[1] for name, turn in contenders.items()}
+        losses: dict[str, float] = {}
+        for name, turn in contenders.items():
+            losses[name] = turn(warm_up)[1]
+            gc.collect()
         seconds: dict[str, list[float]] = {name: [] for name in contenders}
         for _ in track(range(options.rounds), description="rounds"):
             for name, turn in contenders.items():
                 seconds[name].append(turn(rows)[0])
+                gc.collect()  # a trainer is a cycle that holds the last step's activations: gigabytes
 
     console = Console()
     table = Table(

@@ -18,6 +18,7 @@ UnmaskError
 ├── AccountError               an account, a key or its limits do not allow it
 │   ├── KeyRefused             the key is unknown, mistyped, revoked or out of date
 │   ├── SignInRefused          the address and password do not fit, or nobody is signed in
+│   ├── AddressTaken           somebody signed up with this mail address before
 │   ├── Forbidden              the key is known, but not for this
 │   ├── InsufficientCredit     the account's credit does not cover the cost
 │   ├── SpendLimitReached      the key's own limit does not cover the cost
@@ -26,6 +27,7 @@ UnmaskError
 │   ├── KeyReused              the same Idempotency-Key came with another request
 │   ├── NoPrice                the model has no price yet
 │   └── LedgerRefused          a booking that would not be right
+├── GateFailed                 a model did not pass a gate on its way to live
 ├── TrainingError              a run cannot go on: the loss is not a number, memory is out
 └── StorageError               the disk is full or cannot be written
 
@@ -118,6 +120,10 @@ class SignInRefused(AccountError):
     """The address and the password do not fit, or the session is over."""
 
 
+class AddressTaken(AccountError):
+    """Somebody signed up with this mail address before. Not to be told to whoever asks."""
+
+
 class Forbidden(AccountError):
     """The key is good, but not for this model, this route or from this address; or the account is frozen."""
 
@@ -158,6 +164,10 @@ class NoPrice(AccountError):
 
 class LedgerRefused(AccountError):
     """A booking that would not be right: a reference used twice, more than there is, a charge that is not open."""
+
+
+class GateFailed(UnmaskError):
+    """A model did not pass a gate on its way to live."""
 
 
 class TrainingError(UnmaskError):

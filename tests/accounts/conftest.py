@@ -25,6 +25,15 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return file
 
 
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url_of_nothing(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of a database without any tables."""
+    if request.param == "postgresql":
+        postgres: Cluster = request.getfixturevalue("postgres")
+        return postgres.empty()
+    return f"sqlite:///{tmp_path / 'new.sqlite'}"
+
+
 @pytest.fixture
 def database(url: str) -> Iterator[Database]:
     database = Database(url)

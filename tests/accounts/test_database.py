@@ -36,6 +36,21 @@ def test_migrating_again_changes_nothing(database: Database):
         assert len(people.all_accounts(connection)) == 1
 
 
+def test_migrating_from_the_first_version_keeps_what_is_there(url_of_nothing: str):
+    from alembic import command
+
+    database = Database(url_of_nothing)
+    with database.begin() as connection:
+        command.upgrade(migration_config(connection), "0001")
+        account = people.open_account(connection, "somebody", 1)
+    database.migrate()
+    with database.read() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+        assert [found.id for found in people.all_accounts(connection)] == [account]
+        assert connection.exec_driver_sql("SELECT number FROM catalogue_version").scalar_one() == 0
+    database.close()
+
+
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 def test_processes_that_start_together_migrate_once(kind: str, tmp_path: Path, request: pytest.FixtureRequest):
     if kind == "sqlite":
@@ -53,14 +68,15 @@ def test_processes_that_start_together_migrate_once(kind: str, tmp_path: Path, r
 def test_tables_of_a_newer_version_are_left_alone(database: Database):
     with database.begin() as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
-    with pytest.raises(StorageError, match="newest are 0001"):
+    with pytest.raises(StorageError, match="newest are 0002"):
         database.migrate()
 
 
 @pytest.mark.parametrize("table", APPEND_ONLY)
 @pytest.mark.parametrize("statement", ["UPDATE {table} SET at = 2", "DELETE FROM {table}"])
 def test_what_is_append_only_cannot_be_rewritten(database: Database, table: str, statement: str):
-    row = {column.name: 1 if isinstance(column.type, sa.BigInteger) else "x" for column in metadata.tables[table].c}
+    values = {sa.BigInteger: 1, sa.Boolean: True}
+    row = {column.name: values.get(type(column.type), "x") for column in metadata.tables[table].c}
     row |= {"credit": "y"} if table == "entries" else {}
     with database.begin() as connection:
         connection.execute(metadata.tables[table].insert(), row)

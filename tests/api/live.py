@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,8 +18,9 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from unmask.accounts import Accounts
+from unmask.accounts.database import Database
 from unmask.api import ServeSettings, create_app
-from unmask.api.server import Server, base_url, listen, serve_models
+from unmask.api.server import Server, base_url, listen, open_models, serve_models
 from unmask.api.site import BuildSite
 from unmask.router import Models
 
@@ -154,24 +155,27 @@ def running(
     model: Path,
     accounts: Accounts | None = None,
     build_site: BuildSite | None = None,
+    follow: Database | None = None,
     **changes: Any,
 ) -> Iterator[LocalService]:
     """A server in a thread, by default with a key and without pages, over one warmed model.
 
-    With `accounts`, theirs are the keys.
+    With `accounts`, theirs are the keys, and their database has the operator's side of the catalogue; without accounts
+    that of `follow`, if there is one.
     """
     defaults: dict[str, Any] = {"port": 0, "models": (str(model),), "warm": (str(model),), "api_keys": (KEY,)}
     settings = ServeSettings(**defaults | changes)
     with ExitStack() as stack:
         listener = stack.enter_context(listen(settings.host, settings.port))
-        models = Models(settings.models, warm=settings.warm, queue_tokens=settings.queue_tokens)
+        settings = replace(settings, cache_bytes=0)  # each request is work
+        models, follower = open_models(settings, accounts.database if accounts else follow)
         stopping, ready = threading.Event(), threading.Event()
         app = create_app(models, settings, stopping, accounts, build_site)
         server = Server(app, settings, stopping, ready.set)
 
         def run() -> None:
             with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
-                runner.run(serve_models(models, server, listener))
+                runner.run(serve_models(models, server, listener, follower))
 
         thread = threading.Thread(target=run)
         thread.start()

@@ -40,7 +40,7 @@ def test_a_shipped_record_is_whole(catalogue: Catalogue, id: str) -> None:
     entry = catalogue.get(id)
     assert entry
     record = entry.record
-    for field in ("name", "summary", "architecture", "base", "parameters", "dimensions", "max_tokens", "context",
+    for field in ("name", "summary", "architecture", "base", "parameters", "dimensions", "max_tokens",
                   "pooling", "licence", "best_for", "faq", "languages", "links"):  # fmt: skip
         assert getattr(record, field), field
     for part in ("approach", "performance", "architecture"):

@@ -9,6 +9,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import numpy as np
 import pytest
+from mirror import published_mirror
 
 from unmask import Encoder
 from unmask.checkpoint import open_checkpoint, resolve
@@ -70,6 +71,15 @@ def test_the_published_name_alone_is_enough(published: Path, golden_dir: Path, a
     np.testing.assert_array_equal(encoder.encode("a text"), by_hand.encode("a text"))
     assert encoder.max_length == 77  # its own llm2vec_config.json, which the reference ignores for hub ids
     assert encoder.checkpoint.trained_as == BASE
+
+
+def test_a_mirror_of_the_hub_needs_no_hub(golden_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    folder = published_mirror(golden_dir, tmp_path / "mirror")
+    assert "/".join(folder.parts[-2:]) == PUBLISHED
+    location = resolve(folder)
+    assert location.base == tmp_path / "mirror" / BASE
+    assert location.adapters == (tmp_path / "mirror" / FIRST_STAGE, folder)
 
 
 def test_an_adapter_whose_base_is_an_adapter(published: Path, adapters: list[Path], tmp_path: Path) -> None:

@@ -26,9 +26,9 @@ ROWS = [*range(1, 18), 31, 32, 33, 63, 64, 65, 100, 127, 128, 255, 256, 257, 511
 @pytest.fixture(params=["oneDNN", "OpenBLAS"])
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The product in use."""
-    if request.param == "oneDNN" and not cores._onednn():
+    if request.param == "oneDNN" and not cores.keeps_rows():
         pytest.skip("torch has no oneDNN here, or one that does not keep a row's bits")
-    monkeypatch.setattr(cores, "_onednn", lambda: request.param == "oneDNN")
+    monkeypatch.setattr(cores, "keeps_rows", lambda: request.param == "oneDNN")
     return request.param
 
 
@@ -59,7 +59,7 @@ def test_a_row_has_one_product(library: str, inner: int, outer: int) -> None:
 
 
 def test_sealing_gives_up_the_plain_weight_and_unsealing_brings_it_back() -> None:
-    if not cores._onednn():
+    if not cores.keeps_rows():
         pytest.skip("no oneDNN")
     module = nn.Sequential(Linear(48, 100), nn.Linear(100, 8))
     before = {name: value.clone() for name, value in module.state_dict().items()}

@@ -41,6 +41,14 @@ def test_everything_that_decides_a_vector_is_in_the_revision(tiny: str) -> None:
     assert open_contender(tiny + "?causal=false&name=other").revision == open_contender(tiny).revision
 
 
+def test_a_cut_keeps_the_first_numbers(tiny: str) -> None:
+    whole, cut = open_contender(tiny), open_contender(tiny + "?dimensions=8&name=short")
+    assert (cut.name, cut.kind, cut.dimensions, cut.parameters) == ("short", "unmask", 8, whole.parameters)
+    np.testing.assert_array_equal(cut.encode(TEXTS), whole.encode(TEXTS)[:, :8])
+    assert cut.revision != whole.revision
+    assert cut.count_tokens(TEXTS) == whole.count_tokens(TEXTS)
+
+
 def test_causal_means_causal(tiny: str) -> None:
     bidirectional, causal = open_contender(tiny), open_contender(tiny + "?causal&name=uni")
     assert causal.name == "uni"
@@ -72,6 +80,8 @@ def test_the_static_model_comes_with_its_package() -> None:
         ("wordllama:default?causal", UsageError, "has no option 'causal'"),
         ("wordllama:default?dim=x", UsageError, "expected a whole number"),
         ("wordllama:default?dim=16&dim=32", UsageError, "given 2 times"),
+        ("wordllama:default?dimensions=0", UsageError, "its vectors have 1 to"),
+        ("wordllama:default?dimensions=100000", UsageError, "its vectors have 1 to"),
         ("http://127.0.0.1:1/v1", UsageError, "write http://127.0.0.1:1/v1#model"),
         ("http://me:secret@127.0.0.1/v1#m", UsageError, "a key does not belong into the address"),
         ("http://127.0.0.1:1/v1#m?key=NO_SUCH_VARIABLE", UsageError, "not set"),

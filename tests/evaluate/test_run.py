@@ -75,6 +75,20 @@ def test_scores_examples_and_files(
     assert [model.scores for model in again.models] == [model.scores for model in results.models]
 
 
+def test_a_cut_is_scored_from_the_vectors_of_the_whole(
+    data: Path, golden_dir: Path, tmp_path: Path, fresh_home: Path
+) -> None:
+    model = str(golden_dir / "tiny_llama")
+    whole, cut = evaluate(
+        Evaluation(
+            models=(model, f"{model}?dimensions=8&name=cut"), tasks=TASKS[:1], data=data, output=tmp_path / "out"
+        )
+    ).models
+    assert cut.cost.dimensions == 8 and cut.scores[0].score is not None
+    assert cut.scores[0].score != whole.scores[0].score
+    assert [folder.name for folder in (fresh_home / "vectors").iterdir()] == [whole.revision]
+
+
 def test_one_failing_task_does_not_lose_the_others(
     data: Path, tmp_path: Path, fresh_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

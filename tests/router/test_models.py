@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from unmask.checkpoint import DEFAULT_MODEL
+from unmask.encoder.int8 import Int8Linear
 from unmask.errors import CheckpointError, ModelLoading, UsageError
 from unmask.router import Models
 
@@ -49,3 +51,11 @@ def test_two_models_of_one_name(golden_dir: Path, copied) -> None:
         Models([str(golden_dir / "tiny_llama"), str(copied("tiny_llama"))])
     with pytest.raises(UsageError, match="not among the served"):
         Models([str(golden_dir / "tiny_llama")], warm=["other"])
+
+
+async def test_eight_bits_are_served_and_their_canary_holds() -> None:
+    models = Models([DEFAULT_MODEL], warm=[DEFAULT_MODEL], dtype="int8")
+    engine = await models.list()[0].engine(wait=60)
+    assert any(isinstance(module, Int8Linear) for module in engine.encoder.decoder.modules())
+    assert await models.canaries() == {DEFAULT_MODEL: "ok"}
+    await models.close()

@@ -1,11 +1,13 @@
 """Servers with pages; what a server is is in `tests/api/live.py`."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from api.live import LocalService, running
+from playwright.sync_api import Browser, sync_playwright
 
 from unmask.catalogue import Catalogue
 from unmask.web import Seams, Website, website
@@ -42,3 +44,14 @@ def start(tiny_llama: Path) -> Iterator[Callable[..., LocalService]]:
             return stack.enter_context(running(tiny_llama, build_site=build, **{"api_keys": (), **changes}))
 
         yield begin
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    found = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
+    if not found:
+        pytest.skip("no browser to look at the pages with; get one with: apt-get install chromium")
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        yield started
+        started.close()

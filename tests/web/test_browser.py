@@ -1,29 +1,15 @@
 """The pages in a real browser: nothing sticks out, nothing is refused by the policy, axe finds nothing."""
 
-import shutil
-from collections.abc import Iterator
-
 import pytest
 from api.live import LocalService
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from .conftest import COMING, DEFAULT, REFERENCE
 
 PAGES = ["/", "/models", "/models?q=zebra", f"/models/{COMING}", f"/models/{REFERENCE}", "/models/tiny_llama",
          "/compare", f"/compare?models={DEFAULT},{REFERENCE},{COMING}", "/docs", "/status", "/playground",
          "/nothing"]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    found = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
-    if not found:
-        pytest.skip("no browser to look at the pages with; get one with: apt-get install chromium")
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-dev-shm-usage"])
-        yield started
-        started.close()
 
 
 def opened(browser: Browser, service: LocalService, path: str, width: int = 1280, **context: object) -> Page:

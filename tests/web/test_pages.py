@@ -9,8 +9,9 @@ from datetime import date
 import msgspec
 import pytest
 from api.live import KEY, LocalService
+from starlette.requests import Request
 
-from unmask.catalogue import Catalogue, Event, shipped_records
+from unmask.catalogue import Catalogue, Event, Record, shipped_records
 from unmask.catalogue.record import Price
 from unmask.web import Seams, WantIt
 
@@ -168,11 +169,13 @@ def test_with_keys_the_pages_are_open_and_nothing_else_is(start: Callable[..., L
 
 
 def test_the_accounts_seam(start: Callable[..., LocalService]) -> None:
-    seams = Seams(
-        links=lambda request: [("Sign in", "/account")],
-        want=lambda request, record: WantIt(votes=3, action="/account/want", token="t"),
-        votes=lambda: {REFERENCE: 9},
-    )
+    async def want(request: Request, record: Record) -> WantIt:
+        return WantIt(votes=3, action="/account/want", token="t")
+
+    async def votes() -> dict[str, int]:
+        return {REFERENCE: 9}
+
+    seams = Seams(links=lambda request: [("Sign in", "/account")], want=want, votes=votes)
     service = start(None, seams)
     page = get(service, f"/models/{COMING}")
     assert "/account" in page.links() and "3 accounts want this model" in " ".join(page.text.split())

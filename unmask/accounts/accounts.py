@@ -222,7 +222,7 @@ class Accounts:
             invitation: the token of the first admin.
 
         Raises:
-            UsageError, AccountError, SignInRefused, RateLimited, StorageError.
+            UsageError, AddressTaken, AccountError, SignInRefused, RateLimited, StorageError.
         """
         await self._throttle(address, email)
         hashed = await asyncio.to_thread(people.hash_password, password)
@@ -277,10 +277,7 @@ class Accounts:
         Raises:
             UsageError, SignInRefused, RateLimited.
         """
-        await self._throttle(address, person.email)
-        found = await self.read(lambda connection: people.password_of(connection, person.email))
-        if not await asyncio.to_thread(people.check_password, found[1] if found else None, old):
-            raise SignInRefused("the old password is not right")
+        await self._confirm(person, old, address)
         hashed = await asyncio.to_thread(people.hash_password, new)
         now = now_ms()
 
@@ -289,6 +286,30 @@ class Accounts:
             audit.note(connection, now, person.id, "person.password", person.id, address=address)
 
         await self.write(write)
+
+    async def close_account(self, person: Person, password: str, *, address: str) -> int:
+        """Delete a person's account, see `people.close_account`. Returns the nano-dollars given up.
+
+        Raises:
+            SignInRefused, RateLimited, LedgerRefused.
+        """
+        await self._confirm(person, password, address)
+        now = now_ms()
+
+        def close(connection: Connection) -> int:
+            given_up = people.close_account(connection, person.account_id, now)
+            # Without the address it came from: of a closed account nothing says who it was.
+            audit.note(connection, now, person.id, "account.close", person.account_id, given_up_nano=given_up)
+            return given_up
+
+        return await self.write(close)
+
+    async def _confirm(self, person: Person, password: str, address: str) -> None:
+        """Whether somebody who is signed in knows the password too."""
+        await self._throttle(address, person.email)
+        found = await self.read(lambda connection: people.password_of(connection, person.email))
+        if not await asyncio.to_thread(people.check_password, found[1] if found else None, password):
+            raise SignInRefused("the password is not right")
 
     async def _throttle(self, address: str, email: str) -> None:
         """Ten tries a minute for one mail address, thirty from one place."""

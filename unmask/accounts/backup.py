@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from unmask.accounts.database import Database
-from unmask.accounts.schema import DEFAULT_PLAN, metadata, plans
+from unmask.accounts.schema import DEFAULT_PLAN, catalogue_version, metadata, plans
 from unmask.accounts.verification import verify
 from unmask.errors import StorageError
 from unmask.home import written_whole
@@ -24,6 +24,8 @@ _FORMAT = "unmask accounts 1"
 _ROWS = 500
 # Sessions and invitations are let go: signing in again is better than a token from an old file.
 _LEFT_OUT = ("sessions", "invitations")
+# Tables that a migration leaves a row in.
+_BORN_FULL = (plans, catalogue_version)
 
 
 def backup(database: Database, target: Path) -> int:
@@ -60,9 +62,10 @@ def restore(database: Database, source: Path) -> int:
     with database.begin() as connection:
         for table in _tables():
             rows = int(connection.scalar(sa.select(sa.func.count()).select_from(table)) or 0)
-            if rows and table is not plans:
+            if rows and table not in _BORN_FULL:
                 raise StorageError(f"{database.shown} has {rows} rows in {table.name}: restore into an empty database")
         connection.execute(plans.delete().where(plans.c.name == DEFAULT_PLAN))
+        connection.execute(catalogue_version.delete())
         try:
             with gzip.open(source, "rt", encoding="utf-8") as file:
                 count = _fill(connection, file, source)

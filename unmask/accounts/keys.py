@@ -275,6 +275,18 @@ def of_account(connection: Connection, account: str, now: int) -> list[Key]:
     return [_key(row, now) for row in rows.mappings()]
 
 
+def one(connection: Connection, account: str, id: str, now: int) -> Key:
+    """A key of an account.
+
+    Raises:
+        KeyRefused: the account has no such key.
+    """
+    row = connection.execute(_own(account, id)).mappings().one_or_none()
+    if row is None:
+        raise KeyRefused(f"there is no key {id}")
+    return _key(row, now)
+
+
 def authenticate(connection: Connection, peppers: Peppers, key: str, address: str, now: int) -> Caller:
     """Whose key this is.
 

@@ -17,8 +17,18 @@ from sqlalchemy import Connection
 from unmask.accounts import ledger
 from unmask.accounts.database import insert
 from unmask.accounts.keys import Peppers
-from unmask.accounts.schema import DEFAULT_PLAN, accounts, entries, invitations, keys, people, sessions
-from unmask.errors import AccountError, LedgerRefused, SignInRefused, UsageError
+from unmask.accounts.schema import (
+    DEFAULT_PLAN,
+    accounts,
+    entries,
+    invitations,
+    keys,
+    notices,
+    people,
+    sessions,
+    votes,
+)
+from unmask.errors import AddressTaken, LedgerRefused, SignInRefused, UsageError
 
 if TYPE_CHECKING:
     from argon2 import PasswordHasher
@@ -95,6 +105,28 @@ def all_accounts(connection: Connection, *, limit: int = 1000, after: str = "") 
     return [Account(*row) for row in rows]
 
 
+def newest_accounts(connection: Connection, *, limit: int = 50, before: tuple[int, str] | None = None) -> list[Account]:
+    """Accounts, the newest first.
+
+    Args:
+        before: `created_at` and `id` of the last one of the page before.
+    """
+    wanted = sa.select(accounts).order_by(accounts.c.created_at.desc(), accounts.c.id.desc()).limit(limit)
+    if before is not None:
+        wanted = wanted.where(sa.tuple_(accounts.c.created_at, accounts.c.id) < sa.tuple_(*map(sa.literal, before)))
+    return [Account(*row) for row in connection.execute(wanted)]
+
+
+def totals(connection: Connection) -> tuple[int, int, int]:
+    """How many accounts are not closed, and the nano-dollars that they have and that are held of it."""
+    found = connection.execute(
+        sa.select(sa.func.count(), sa.func.sum(accounts.c.balance), sa.func.sum(accounts.c.held)).where(
+            accounts.c.state != "closed"
+        )
+    ).one()
+    return int(found[0]), int(found[1] or 0), int(found[2] or 0)
+
+
 def find_account(connection: Connection, name: str) -> Account:
     """An account by its id or by the mail address of somebody in it.
 
@@ -121,7 +153,7 @@ def freeze(connection: Connection, id: str, *, frozen: bool = True) -> bool:
 
 
 def close_account(connection: Connection, id: str, now: int) -> int:
-    """Delete an account: its people, sessions and names are gone, its keys end, its credit is given up.
+    """Delete an account: its people, sessions, names and votes are gone, its keys end, its credit is given up.
 
     Entries and charges stay, as books must; nothing in them says who it was.
 
@@ -147,6 +179,8 @@ def close_account(connection: Connection, id: str, now: int) -> int:
     own = sa.select(people.c.id).where(people.c.account_id == id)
     connection.execute(sessions.delete().where(sessions.c.person_id.in_(own)))
     connection.execute(people.delete().where(people.c.account_id == id))
+    for said in (votes, notices):
+        connection.execute(said.delete().where(said.c.account_id == id))
     connection.execute(
         keys.update()
         .where(keys.c.account_id == id)
@@ -217,7 +251,7 @@ def sign_up(
         free_credit: nano-dollars; given once per address, also if it was deleted in between.
 
     Raises:
-        AccountError: the address is taken.
+        AddressTaken: the address is taken.
     """
     email = normal_email(email)
     own = open_account(connection, email, now)
@@ -237,7 +271,7 @@ def sign_up(
         .returning(people.c.id)
     )
     if made.one_or_none() is None:
-        raise AccountError("this address cannot be used: if it is yours, sign in instead")
+        raise AddressTaken("this address cannot be used: if it is yours, sign in instead")
     if free_credit:
         give_free_credit(connection, peppers, own, email, free_credit, now)
     return Person(id, own, email, admin, now)

@@ -162,5 +162,10 @@ def requests(
     ]
 
 
+def account_of(connection: Connection, charge: str) -> str | None:
+    """Whose charge this is; None if there is none of this id."""
+    return connection.scalar(sa.select(charges.c.account_id).where(charges.c.id == charge))
+
+
 def _start(day: date) -> int:
     return int(datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp()) * 1000

@@ -1,10 +1,7 @@
 """`GET /v1/account`, `/v1/usage` and `/v1/keys`: an account as one of its own keys sees it."""
 
-import csv
-import io
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
-from typing import Any
 
 import msgspec
 from sqlalchemy import Connection
@@ -15,6 +12,7 @@ from unmask.accounts import Accounts, Caller, keys, people, usage
 from unmask.accounts.database import now_ms
 from unmask.accounts.keys import Key
 from unmask.accounts.money import format_dollars
+from unmask.api.download import csv_file, csv_response
 from unmask.api.errors import ApiError
 from unmask.api.schema import AccountInfo, KeyInfo, KeyList, Minute, UsageReport, UsageRow
 from unmask.errors import UsageError
@@ -59,8 +57,7 @@ class AccountRoutes:
             ApiError: 400, a parameter is wrong.
         """
         caller = _allowed(request)
-        end = _day(request, "end", datetime.now(UTC).date())
-        start = _day(request, "start", max(date.min + timedelta(_DEFAULT_DAYS), end) - timedelta(_DEFAULT_DAYS - 1))
+        start, end = asked_days(request)
         given = request.query_params.get("group_by")
         groups = usage.GROUPS if given is None else tuple(name for name in given.split(",") if name)
         form = request.query_params.get("format", "json")
@@ -87,7 +84,8 @@ class AccountRoutes:
             for row in found
         ]
         if form == "csv":
-            return _csv(rows)
+            file = csv_file(UsageRow.__struct_fields__, map(msgspec.structs.astuple, rows))
+            return csv_response("usage.csv", iter([file]))
         return _json(UsageReport(start=start.isoformat(), end=end.isoformat(), data=rows))
 
 
@@ -98,9 +96,19 @@ def _allowed(request: Request) -> Caller:
     return caller
 
 
+def asked_days(request: Request) -> tuple[date, date]:
+    """The first and the last day that `start` and `end` in the query string name: the last thirty if they do not.
+
+    Raises:
+        ApiError: 400, one of them is no day.
+    """
+    end = _day(request, "end", datetime.now(UTC).date())
+    return _day(request, "start", max(date.min + timedelta(_DEFAULT_DAYS), end) - timedelta(_DEFAULT_DAYS - 1)), end
+
+
 def _day(request: Request, name: str, default: date) -> date:
     given = request.query_params.get(name)
-    if given is None:
+    if not given:
         return default
     try:
         return datetime.strptime(given, "%Y-%m-%d").replace(tzinfo=UTC).date()
@@ -129,18 +137,6 @@ def _info(key: Key) -> KeyInfo:
 
 def _seconds(milliseconds: int | None) -> int | None:
     return None if milliseconds is None else milliseconds // 1000
-
-
-def _csv(rows: list[UsageRow]) -> Response:
-    file = io.StringIO()
-    writer = csv.DictWriter(file, UsageRow.__struct_fields__)
-    writer.writeheader()
-    for row in rows:
-        values: dict[str, Any] = msgspec.structs.asdict(row)
-        # A spreadsheet would run what begins like a formula; model ids are the operator's, and still.
-        writer.writerow({name: f"'{value}" if str(value)[:1] in "=+-@" else value for name, value in values.items()})
-    headers = {"content-disposition": 'attachment; filename="usage.csv"'}
-    return Response(file.getvalue(), headers=headers, media_type="text/csv")
 
 
 def _json(content: object) -> Response:

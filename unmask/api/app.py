@@ -15,7 +15,7 @@ from unmask.accounts import Accounts
 from unmask.api.access import Gate
 from unmask.api.accounts import AccountRoutes
 from unmask.api.charging import Charging
-from unmask.api.embeddings import Embeddings, find_model
+from unmask.api.embeddings import Embeddings, deprecation, find_model
 from unmask.api.errors import ApiError
 from unmask.api.exchange import Exchange
 from unmask.api.metrics import CONTENT_TYPE, Metrics
@@ -114,6 +114,7 @@ class _Pages:
 
     async def model(self, request: Request) -> Response:
         served = find_model(self.models, request.path_params["id"])
+        request.state.headers |= deprecation(served.record)
         return _json(_entry(served, served.record.id))
 
     async def health(self, request: Request) -> Response:
@@ -177,6 +178,7 @@ def _entry(served: ServedModel, id: str) -> Model:
     fields |= {
         "id": id,
         "status": served.state,
+        "precision": served.dtype,
         "lifecycle": record.status,
         "shutdown_date": until.isoformat() if until else None,
     }

@@ -6,6 +6,9 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from datetime import time as time_of_day
+from email.utils import format_datetime
 
 import numpy as np
 import orjson
@@ -55,13 +58,14 @@ class Embeddings:
         _require_json(request.headers)
         timeout = _timeout(request.headers, self.settings.request_timeout_s)
         body = await read_body(request, self.settings.body_limit_bytes, self.settings.receive_timeout_s)
-        return await unless_gone(self._embed(request, body, arrived + timeout), request)
+        return await unless_gone(self._embed(request, body, arrived, arrived + timeout), request)
 
-    async def _embed(self, request: Request, body: bytes, deadline: float) -> Response:
+    async def _embed(self, request: Request, body: bytes, arrived: float, deadline: float) -> Response:
         asked, ignored = read_request(body)
         inputs = read_input(asked.input)
         served = find_model(self.models, asked.model)
         model = served.record.id
+        request.state.headers |= deprecation(served.record)
         await self.charging.enter(request, model)
         instruction = _instruction(asked, served.record)
         wait = min(_preferred_wait(request.headers), deadline - time.monotonic())
@@ -82,7 +86,7 @@ class Embeddings:
                 content = _write(vectors, asked, model, used, charge.cost)
             await charge.settle()
         request.state.tokens = used
-        self.metrics.tokens(model, used)
+        self.metrics.embedded(model, used, time.monotonic() - arrived)
         headers = {}
         if encoding:
             headers["x-unmask-token-encoding"] = encoding
@@ -130,14 +134,32 @@ def find_model(models: Models, name: str) -> ServedModel:
     """The model with this id or alias.
 
     Raises:
-        ApiError: 404, in OpenAI's words.
+        ApiError: 404, in OpenAI's words; 410 if it did answer once.
     """
     served = models.find(name)
     if served is None:
+        entry = models.catalogue.get(name)
+        if entry is not None and entry.record.status == "retired":
+            day = entry.record.history[-1].on
+            message = f"The model '{entry.record.id}' was retired on {day} and answers no more. See /v1/models."
+            raise ApiError(410, message, param="model", code="model_retired")
         shown = name if len(name) <= 200 else name[:200] + "…"
         message = f"The model '{shown}' does not exist or you do not have access to it. See /v1/models."
         raise ApiError(404, message, code="model_not_found")
     return served
+
+
+def deprecation(record: Record) -> dict[str, str]:
+    """Headers that tell of a model's end: since when it is deprecated (RFC 9745), when it stops answering (RFC 8594).
+
+    Days are UTC's, and it still answers on the last one.
+    """
+    step = record.history[-1] if record.history else None
+    if step is None or step.until is None:
+        return {}
+    since = datetime.combine(step.on, time_of_day(), UTC)
+    end = datetime.combine(step.until + timedelta(days=1), time_of_day(), UTC)
+    return {"deprecation": f"@{since.timestamp():.0f}", "sunset": format_datetime(end, usegmt=True)}
 
 
 def _require_json(headers: Headers) -> None:

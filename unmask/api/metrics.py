@@ -3,6 +3,8 @@
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from unmask.api.history import History, Stretch
+
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 
 # From a cached answer to a full batch on a slow machine.
@@ -14,6 +16,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
+        self._history = History()
         self._requests = Counter(
             "unmask_requests", "Requests by route and status", ["route", "status"], registry=self._registry
         )
@@ -47,6 +50,15 @@ class Metrics:
     def tokens(self, model: str, count: int) -> None:
         """Count tokens that a model turned into vectors."""
         self._tokens.labels(model).inc(count)
+
+    def embedded(self, model: str, tokens: int, seconds: float) -> None:
+        """Count a request of the API that a model has answered."""
+        self.tokens(model, tokens)
+        self._history.add(model, tokens, seconds)
+
+    def lately(self, model: str) -> list[Stretch]:
+        """What a model has answered through the API in the last day, as far as this process knows."""
+        return self._history.of(model)
 
     def waiting(self, model: str, count: int) -> None:
         """Set how many tokens wait for a model."""

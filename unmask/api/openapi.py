@@ -30,6 +30,7 @@ ERRORS = {
     405: "This path has other methods, see Allow.",
     408: "The body did not arrive in time.",
     409: "The request with this Idempotency-Key is still being worked on.",
+    410: "The model was retired and answers no more.",
     413: "The body is larger than {body_limit} bytes.",
     415: "The body is not UTF-8 JSON, or it is compressed.",
     422: "This Idempotency-Key was used for another request.",
@@ -64,6 +65,8 @@ _HEADERS: dict[str, tuple[str, dict[str, Any]]] = {
         {"type": "integer", "minimum": 1},
     ),
     "x-unmask-ignored-fields": ("Fields of the request that nothing reads; absent for none.", _STRING),
+    "deprecation": ("Since when the model is deprecated, as @ and Unix seconds (RFC 9745); absent if not.", _STRING),
+    "sunset": ("When a deprecated model stops answering (RFC 8594).", _STRING),
 }
 _LIMITS = {
     f"x-ratelimit-{what}-{kind}": (f"{text} {kind} per minute. Absent without a limit.", schema)
@@ -91,6 +94,7 @@ _ACCOUNT_REQUEST_HEADERS = {
     ),
 }
 
+_END = ("deprecation", "sunset")
 _ON_ALL = ("x-request-id", "openai-processing-ms")
 _ON_ERROR = {401: ("www-authenticate",), 405: ("allow",), 429: ("retry-after",), 503: ("retry-after",)}
 
@@ -141,7 +145,14 @@ def document(*, secured: bool, body_limit: int, accounts: bool = False) -> dict[
     vectors = _response(
         "One vector per input, in order.",
         _json("EmbeddingResponse"),
-        (*_ON_ALL, "x-unmask-token-encoding", "x-unmask-truncated-inputs", "x-unmask-ignored-fields", *more_headers),
+        (
+            *_ON_ALL,
+            "x-unmask-token-encoding",
+            "x-unmask-truncated-inputs",
+            "x-unmask-ignored-fields",
+            *_END,
+            *more_headers,
+        ),
     )
     paths = {
         "/v1/embeddings": {
@@ -149,7 +160,7 @@ def document(*, secured: bool, body_limit: int, accounts: bool = False) -> dict[
                 "createEmbedding",
                 "Vectors of texts",
                 vectors,
-                (404, 408, 413, 415, 429, 503, 504, *((409, 422) if accounts else ())),
+                (404, 408, 410, 413, 415, 429, 503, 504, *((409, 422) if accounts else ())),
                 parameters=[
                     {"name": name, "in": "header", "description": text, "schema": schema}
                     for name, (text, schema) in request_headers.items()
@@ -162,8 +173,8 @@ def document(*, secured: bool, body_limit: int, accounts: bool = False) -> dict[
             "get": operation(
                 "retrieveModel",
                 "One model",
-                page("Its catalogue record and status.", "Model"),
-                (404,),
+                _response("Its catalogue record and status.", _json("Model"), (*_ON_ALL, *_END)),
+                (404, 410),
                 parameters=[
                     {
                         "name": "id",

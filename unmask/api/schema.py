@@ -89,6 +89,7 @@ class EmbeddingResponse(msgspec.Struct, kw_only=True):
     usage: Usage
 
 
+Precision = Literal["float32", "bfloat16", "float16", "int8"]
 ModelStatus = Literal["cold", "loading", "ready", "failed"]
 
 
@@ -97,6 +98,7 @@ class Model(Specification, kw_only=True, frozen=True):
 
     object: Literal["model"] = "model"
     status: Annotated[ModelStatus, _doc("A cold model loads with its first request.")]
+    precision: Annotated[Precision, _doc("Of the weights on this server; vectors are float32 in any case.")]
     lifecycle: Annotated[Status | None, _doc("Where its catalogue record stands; null for none.")] = None
     shutdown_date: Annotated[str | None, _doc("Last day on which a deprecated model answers.")] = None
 

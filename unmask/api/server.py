@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import logging
 import os
 import socket
 import sys
@@ -15,7 +16,8 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from unmask.accounts import Accounts, tariff
+from unmask.accounts import Accounts, people, tariff
+from unmask.accounts.database import Database, now_ms
 from unmask.accounts.limits import SharedLimiter
 from unmask.api.app import create_app
 from unmask.api.errors import ApiError, error_response
@@ -23,8 +25,11 @@ from unmask.api.exchange import new_request_id
 from unmask.api.logs import configure_logging
 from unmask.api.settings import ServeSettings
 from unmask.api.site import BuildSite
+from unmask.catalogue.store import opened, read_catalogue
 from unmask.errors import NoPrice
-from unmask.router import Models
+from unmask.router import Follower, Models, answering, retired
+
+log = logging.getLogger("unmask")
 
 # uvicorn's httptools parser takes headers of any size.
 HEADER_LIMIT_BYTES = 65_536
@@ -176,27 +181,72 @@ def serve(settings: ServeSettings, build_site: BuildSite | None = None) -> int:
                 free_credit=settings.free_credit,
                 flush_charges=settings.flush_charges,
             )
-        models = Models(
-            settings.models, warm=settings.warm, queue_tokens=settings.queue_tokens, cache_bytes=settings.cache_bytes
-        )
+        database = accounts.database if accounts is not None else None
+        if database is None and settings.catalogue is not None:
+            database = opened(settings.catalogue)
+        models, follower = open_models(settings, database)
         stopping = threading.Event()
         app = create_app(models, settings, stopping, accounts, build_site)
-        server = Server(app, settings, stopping, lambda: _announce(listener, models, settings, accounts))
+        invited = invite(accounts, settings.public_url or base_url(listener)) if accounts and build_site else None
+        server = Server(app, settings, stopping, lambda: _announce(listener, models, settings, accounts, invited))
         try:
             with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
-                runner.run(serve_models(models, server, listener))
+                runner.run(serve_models(models, server, listener, follower))
         finally:
             if accounts is not None:
                 accounts.close()
+            elif database is not None:
+                database.close()
     return 0
 
 
-async def serve_models(models: Models, server: Server, listener: socket.socket) -> None:
+def open_models(settings: ServeSettings, database: Database | None) -> tuple[Models, Follower | None]:
+    """The models of a server: those it was started with, and those that its operator took live.
+
+    Args:
+        database: with the operator's side of the catalogue; without, what ships is all there is.
+
+    Returns:
+        The models, and what keeps them to the database.
+
+    Raises:
+        UsageError: a model's name is wrong, or the catalogue cannot be read.
+    """
+    queue, cache, dtype = settings.queue_tokens, settings.cache_bytes, settings.dtype
+    if database is None:
+        return Models(settings.models, warm=settings.warm, queue_tokens=queue, cache_bytes=cache, dtype=dtype), None
+    with database.read() as connection:
+        stored = read_catalogue(connection)
+    over = retired(stored)
+    for name in over.intersection(settings.models):
+        log.warning("%s is retired and answers nobody: 'unmask catalogue announce %s' takes it up again", name, name)
+    models = Models(
+        [name for name in settings.models if name not in over],
+        warm=[name for name in settings.warm if name not in over],
+        queue_tokens=queue,
+        cache_bytes=cache,
+        dtype=dtype,
+        catalogue=stored.catalogue,
+        sources=stored.sources,
+    )
+    for id, source in answering(stored).items():
+        entry = stored.catalogue.get(id)
+        if models.find(id) is None and entry is not None:
+            models.add(source, entry.record)
+    return models, Follower(models, database, stored.version, grace=settings.shutdown_grace_s)
+
+
+async def serve_models(
+    models: Models, server: Server, listener: socket.socket, follower: Follower | None = None
+) -> None:
     """Start the models, serve until the server stops, and close them after their last request."""
     await models.start()
+    following = asyncio.create_task(follower.run()) if follower else None
     try:
         await server.serve([listener])
     finally:
+        if following is not None:
+            following.cancel()
         await models.close(server.grace_left())
 
 
@@ -223,7 +273,21 @@ def base_url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _announce(listener: socket.socket, models: Models, settings: ServeSettings, accounts: Accounts | None) -> None:
+def invite(accounts: Accounts, url: str) -> str | None:
+    """The link by which the first admin is made, once and within a day; None if there is an admin."""
+    now = now_ms()
+    with accounts.database.begin() as connection:
+        token = people.invite_first_admin(connection, now)
+    return f"{url.rstrip('/')}/first-admin?invitation={token}" if token else None
+
+
+def _announce(
+    listener: socket.socket,
+    models: Models,
+    settings: ServeSettings,
+    accounts: Accounts | None,
+    invited: str | None,
+) -> None:
     url = base_url(listener)
     served = [model.record for model in models.list()]
     width = max((len(record.id) for record in served), default=0)
@@ -238,6 +302,8 @@ def _announce(listener: socket.socket, models: Models, settings: ServeSettings, 
         lines.append(f"curl {url}/v1/embeddings -H 'Content-Type: application/json'{key} -d '{body}'")
     if accounts is not None:
         lines += _about(accounts, [record.id for record in served])
+        if invited:
+            lines.append(f"There is no admin yet. Whoever opens this link first becomes one, within a day: {invited}")
     elif not settings.api_keys:
         lines.append("No accounts and no keys: whoever uses this machine may call it.")
     sys.stdout.write("\n".join(lines) + "\n")

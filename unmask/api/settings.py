@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass, field
 
 from unmask.accounts.money import MAX_AMOUNT
+from unmask.encoder import Dtype
 from unmask.errors import UsageError
 
 _ADDRESS = re.compile(r"https?://[A-Za-z0-9.:\[\]-]+(/[\w./-]*)?")
@@ -22,6 +23,7 @@ class ServeSettings:
         warm: those of them to load at the start; the others load with their first request.
         api_keys: keys a caller may present. Without any and without accounts, only this machine may be served.
         database: URL of the accounts; None for a server without them.
+        catalogue: URL of the database with what the operator added to the catalogue; None for what ships alone.
         free_credit: nano-dollars for whoever signs up.
         flush_charges: on SQLite, whether a request waits until its charge is on the disk, see `Accounts`.
         limits: URL of a Redis that counts requests and tokens per minute for several servers; None for this process.
@@ -35,6 +37,7 @@ class ServeSettings:
         max_request_tokens: tokens of all inputs of a request together.
         max_request_characters: the same before tokenising, which no single call may make take minutes.
         queue_tokens: tokens that may wait in each model's engine.
+        dtype: precision of every model's weights, as for `Encoder.load`.
         cache_bytes: memory of each model for vectors of inputs that were asked for before; 0 for none.
         log_level: debug, info, warning or error.
         shutdown_grace_s: time that accepted requests have left after SIGTERM.
@@ -51,6 +54,7 @@ class ServeSettings:
     warm: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     database: str | None = field(default=None, repr=False)
+    catalogue: str | None = field(default=None, repr=False)
     free_credit: int = 0
     flush_charges: bool = False
     limits: str | None = field(default=None, repr=False)
@@ -64,6 +68,7 @@ class ServeSettings:
     max_request_tokens: int = 300_000
     max_request_characters: int = 8_000_000
     queue_tokens: int = 262_144
+    dtype: Dtype = "float32"
     cache_bytes: int = 64_000_000
     log_level: str = "info"
     shutdown_grace_s: float = 30

@@ -54,6 +54,11 @@ class Catalogue:
         self._entries[record.id] = Entry(record, (*kept, *measurements))
         self._aliases.update(dict.fromkeys(record.aliases, record.id))
 
+    def take(self, other: "Catalogue") -> None:
+        """Become what another catalogue is, keeping what only this one has. Readers see the one or the other."""
+        self._aliases = {**self._aliases, **other._aliases}
+        self._entries = {**other._entries, **{id: e for id, e in self._entries.items() if id not in other._entries}}
+
     def get(self, id: str) -> Entry | None:
         """By id or alias."""
         return self._entries.get(id) or self._entries.get(self._aliases.get(id, ""))
@@ -72,7 +77,7 @@ def read_record(text: str, name: str) -> Record:
         record = msgspec.convert(tomllib.loads(text), Record)
     except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
         raise UsageError(f"{name} is no record of a model: {error}") from error
-    return _with_embed_alias(record)
+    return with_embed_alias(record)
 
 
 @cache
@@ -108,12 +113,17 @@ def record_for(name: str) -> Record:
     if shipped is not None:
         return shipped
     path = Path(name).expanduser()
-    identity = path.name.removesuffix(".gguf") if path.exists() else name
-    owner = name.split("/", maxsplit=1)[0] if identity == name and "/" in name else "local"
-    return _with_embed_alias(Record(id=identity, name=identity, created=int(time.time()), owned_by=owner))
+    return named_record(path.name.removesuffix(".gguf") if path.exists() else name)
 
 
-def _with_embed_alias(record: Record) -> Record:
+def named_record(id: str) -> Record:
+    """As much of a record as an id says: who made the model, if anybody."""
+    owner = id.split("/", maxsplit=1)[0] if "/" in id else "local"
+    return with_embed_alias(Record(id=id, name=id, created=int(time.time()), owned_by=owner))
+
+
+def with_embed_alias(record: Record) -> Record:
+    """The record under a name with "embed" in it as well, which some clients filter by."""
     if any("embed" in known.lower() for known in (record.id, *record.aliases)):
         return record
     return msgspec.structs.replace(record, aliases=(*record.aliases, f"{record.id}-embed"))

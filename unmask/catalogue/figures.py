@@ -7,7 +7,9 @@ from unmask.catalogue.measurement import (
     COST,
     LOCAL,
     MTEB,
+    ONBOARDING,
     PEAK_MEMORY,
+    SPEED,
     TEXTS_PER_SECOND,
     TOKENS_PER_SECOND,
     WORDS,
@@ -80,6 +82,8 @@ class Figures:
     words: list[Measurement] = field(default_factory=list)
     stated: list[Measurement] = field(default_factory=list)
     cost: dict[str, Measurement] = field(default_factory=dict)
+    sweep: list[Measurement] = field(default_factory=list)
+    gates: list[Measurement] = field(default_factory=list)
     mteb: float | None = None
     local: float | None = None
 
@@ -117,6 +121,8 @@ def figures(measurements: Sequence[Measurement]) -> Figures:
         words=[m for m in current if m.group == WORDS],
         stated=[m for m in current if m.group == MTEB and not m.category],
         cost={m.what: m for m in current if m.group == COST},
+        sweep=[m for m in current if m.group == SPEED],
+        gates=[m for m in current if m.group == ONBOARDING],
         mteb=next((s.mean for s in (ours, theirs) if s and s.mean is not None), None),
         local=local.mean if local else None,
     )

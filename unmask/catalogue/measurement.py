@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 Origin = Literal["published", "measured"]
 
 MTEB, LOCAL, WORDS, COST = "MTEB(eng, v1)", "local", "word level", "cost"
+SPEED, ONBOARDING = "speed", "onboarding"
 
 TEXTS_PER_SECOND, TOKENS_PER_SECOND, PEAK_MEMORY = "texts per second", "tokens per second", "peak memory"
 
@@ -27,7 +28,7 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     Attributes:
         model: id of the record it belongs to.
-        group: the suite of a score, or "cost".
+        group: the suite of a score, or "cost", "speed" or "onboarding".
         what: the task of a score, or the quantity.
         category, metric: of a score, in mteb's words.
         value, unit: scores are on a scale from 0 to 100, and their unit is "score".
@@ -135,10 +136,11 @@ def measurements_of(
         "command": from_.command,
         "raw": raw,
     }
-    suite = LOCAL if results.suites == [LOCAL] else ", ".join(results.suites)
+    # What was read from a folder is the offline suite's, whichever way it was asked for.
+    suite = "MTEB(eng, v2)" if results.suites == ["mteb-eng-v2"] else MTEB
     found = [
         Measurement(
-            group=WORDS if score.category == "WordLevel" else suite,
+            group=WORDS if score.category == "WordLevel" else LOCAL if score.data is not None else suite,
             what=score.task,
             category=score.category,
             metric=score.metric,

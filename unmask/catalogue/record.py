@@ -1,28 +1,13 @@
 """The record of a model: what an engine needs to know of it, and what a person wants to know."""
 
-import base64
 import re
 from datetime import date
 from typing import Literal
 
 import msgspec
-import numpy as np
 
+from unmask.catalogue.canary import Canary
 from unmask.catalogue.lifecycle import Event, Status, check_history
-
-
-class Canary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A text whose vector is known: a server that gives another one must not answer.
-
-    `vector` is the normalised default-mode vector, little-endian float16, base64.
-    """
-
-    text: str
-    vector: str
-
-    def expected(self) -> np.ndarray:
-        """The vector as float32 [dim]."""
-        return np.frombuffer(base64.b64decode(self.vector), dtype="<f2").astype(np.float32)
 
 
 class Specification(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -33,6 +18,7 @@ class Specification(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         parameters: of the decoder, embedding included.
         matryoshka: shorter lengths to which its vectors may be cut.
         max_tokens: longest sequence, everything counted.
+        compat: how texts are read: "reference" gives the published LLM2Vec vectors, quirks included.
         trained: False if the weights are a decoder's own, with no embedding training.
         created: Unix seconds.
         revision: content address of the weights, known once they are loaded.
@@ -52,6 +38,7 @@ class Specification(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     pooling: str | None = None
     query_instruction: str = ""
     document_instruction: str = ""
+    compat: Literal["default", "reference"] = "default"
     licence: str | None = None
     trained: bool | None = None
     notes: tuple[str, ...] = ()

@@ -73,8 +73,9 @@ def _follow(name: str, seen: tuple[str, ...]) -> Location:
         base = first_stage
     if not base:
         raise CheckpointError(f"{path / 'adapter_config.json'} does not name its base model (base_model_name_or_path)")
-    beside = path / base
-    below = _follow(str(beside) if beside.is_dir() else base, (*seen, name))
+    # Inside the adapter's own folder, or beside it in a mirror of the hub, where folders are organisation/model.
+    beside = next((folder for folder in (path / base, path.parent.parent / base) if folder.is_dir()), None)
+    below = _follow(str(beside or base), (*seen, name))
     return replace(below, adapters=(*below.adapters, path))
 
 

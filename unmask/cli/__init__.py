@@ -2,7 +2,7 @@
 
 import sys
 
-from unmask.cli import accounting, encoding, evaluating, serving, training  # noqa: F401 - each adds its commands to the program
+from unmask.cli import accounting, cataloguing, encoding, evaluating, serving, training  # noqa: F401 - each adds its commands to the program
 from unmask.cli.program import app, say
 from unmask.errors import UnmaskError
 

@@ -22,7 +22,7 @@ def encode(
     pooling: str | None = None,
     max_length: int | None = None,
     compat: Literal["default", "reference"] = "default",
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32",
     device: str = "cpu",
     input_format: Literal["txt", "jsonl", "csv", "tsv", "parquet"] | None = None,
     output_format: Literal["npy", "parquet", "jsonl"] | None = None,

@@ -17,7 +17,7 @@ def evaluate(
     baseline: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     output: Annotated[str, Parameter(name=["--output", "-o"])] = "evaluation",
     published: str | None = None,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32",
     device: str = "cpu",
 ) -> int:
     """Measure models on MTEB, on offline suites and at word level, and write a report.

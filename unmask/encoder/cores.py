@@ -45,24 +45,26 @@ class Linear(nn.Linear):
 
     def seal(self) -> None:
         """Give up the plain weight for the faster form, where there is one. `unseal` gives it back, bit for bit."""
-        if self.sealed is None and _servable(self.weight) and _onednn():
-            with torch.inference_mode(False), torch.no_grad():
-                self.sealed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), _EXPECTED_ROWS)
+        if self.sealed is None and _servable(self.weight) and keeps_rows():
+            self.sealed = sealed_weight(self.weight.detach())
             self.register_parameter("weight", None)
 
     def unseal(self) -> None:
         """Make the weight a plain parameter again. Products that run meanwhile are not disturbed."""
         if self.sealed is not None:
             with torch.inference_mode(False), torch.no_grad():
-                self.weight = nn.Parameter(self.sealed.to_dense())
+                self.weight = nn.Parameter(self.plain_weight())
             self.sealed = None
+
+    def plain_weight(self) -> Tensor:
+        """The weight [out, in] as it would be unsealed."""
+        return self.weight.detach() if self.sealed is None else self.sealed.to_dense()
 
     def forward(self, input: Tensor) -> Tensor:
         """[T, in] -> [T, out]."""
         if torch.is_grad_enabled() or not _servable(input):
             return F.linear(input, self.weight, self.bias)
         sealed = self.sealed
-        product = _onednn_product if _onednn() else _openblas_product
         return product(input, self.weight if sealed is None else sealed, self.bias)
 
 
@@ -81,15 +83,28 @@ def unseal(module: nn.Module) -> None:
 
 
 def size(module: nn.Module) -> int:
-    """Number of weights in a module, sealed ones included."""
-    sealed = sum(
-        part.sealed.numel() for part in module.modules() if isinstance(part, Linear) and part.sealed is not None
+    """Number of weights in a module, also of those that are kept in another form."""
+    kept = sum(
+        part.in_features * part.out_features
+        for part in module.modules()
+        if isinstance(part, Linear) and part.weight is None
     )
-    return sealed + sum(parameter.numel() for parameter in module.parameters())
+    return kept + sum(parameter.numel() for parameter in module.parameters())
 
 
 def _servable(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype == torch.float32
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [T, in] times a plain or sealed weight [out, in]: [T, out]. A row's bits do not depend on the other rows."""
+    return (_onednn_product if keeps_rows() else _openblas_product)(x, weight, bias)
+
+
+def sealed_weight(weight: Tensor) -> Tensor:
+    """A weight [out, in] in the order in which oneDNN reads it."""
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.ops.mkldnn._reorder_linear_weight(weight, _EXPECTED_ROWS)
 
 
 def _onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -110,7 +125,7 @@ def _padded(x: Tensor, rows: int) -> Tensor:
 
 
 @cache
-def _onednn() -> bool:
+def keeps_rows() -> bool:
     """Whether torch has oneDNN's product, and it keeps the bits of a row here.
 
     Which kernel oneDNN takes depends on the processor. The tests cover the kernels of x86; this asks the one at hand.
@@ -199,7 +214,7 @@ def _threads(per_product: int) -> Iterator[None]:
             for library in libraries:
                 library.set_num_threads(per_product)
         _users += 1
-        torch.set_num_threads(per_product if _onednn() else 1)
+        torch.set_num_threads(per_product if keeps_rows() else 1)
     try:
         yield
     finally:

@@ -8,7 +8,7 @@ import numpy as np
 
 from unmask.errors import UsageError
 from unmask.evaluate.cache import VectorCache
-from unmask.evaluate.contender import Contender
+from unmask.evaluate.contender import Contender, uncut
 from unmask.evaluate.results import Category, ModelResult, Statistic, TaskScore, read_examples, read_results
 from unmask.evaluate.statistics import Paired, holm, paired, paired_mean
 from unmask.home import home
@@ -341,7 +341,9 @@ def _read_lines(file: Path) -> list[str]:
 def _vectors(model: Contender, texts: list[str], cache: Path | None) -> np.ndarray:
     if cache is None:
         return model.encode(texts)
-    return VectorCache(cache, model.revision, model.dimensions).encode(texts, "", model.encode)
+    whole = uncut(model)
+    vectors = VectorCache(cache, whole.revision, whole.dimensions).encode(texts, "", whole.encode)
+    return vectors[:, : model.dimensions]
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

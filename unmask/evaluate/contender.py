@@ -5,6 +5,8 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from unmask.errors import UsageError
+
 Kind = Literal["unmask", "sentence-transformers", "endpoint", "static"]
 
 
@@ -37,3 +39,35 @@ class Contender(Protocol):
     def count_tokens(self, texts: Sequence[str], instruction: str = "") -> int | None:
         """Tokens of its own tokenizer after its own truncation, without padding; None where nobody can know."""
         ...
+
+
+class Cut:
+    """A contender whose vectors are shortened to their first numbers (Matryoshka, arXiv 2205.13147).
+
+    Attributes:
+        whole: the contender that computes them. Its vectors are what is cached, so that a cut costs nothing more.
+    """
+
+    def __init__(self, whole: Contender, dimensions: int) -> None:
+        if not 1 <= dimensions <= whole.dimensions:
+            raise UsageError(f"{whole.name}: dimensions={dimensions}; its vectors have 1 to {whole.dimensions}")
+        self.whole, self.dimensions = whole, dimensions
+        self.name, self.parameters, self.takes_instructions = whole.name, whole.parameters, whole.takes_instructions
+        self.revision = f"{whole.revision}-{dimensions}"
+
+    @property
+    def kind(self) -> Kind:
+        return self.whole.kind
+
+    def encode(self, texts: Sequence[str], instruction: str = "") -> np.ndarray:
+        """float32 [n, dimensions]."""
+        return self.whole.encode(texts, instruction)[:, : self.dimensions]
+
+    def count_tokens(self, texts: Sequence[str], instruction: str = "") -> int | None:
+        """As the whole one's."""
+        return self.whole.count_tokens(texts, instruction)
+
+
+def uncut(contender: Contender) -> Contender:
+    """What computes a contender's vectors."""
+    return contender.whole if isinstance(contender, Cut) else contender

@@ -32,7 +32,7 @@ from mteb.types import PromptType
 from threadpoolctl import threadpool_limits
 
 from unmask.evaluate.cache import VectorCache
-from unmask.evaluate.contender import Contender
+from unmask.evaluate.contender import Contender, uncut
 from unmask.evaluate.instructions import REFERENCE_FAMILY, Side, instruction_for
 from unmask.evaluate.results import Category, Statistic, TaskScore
 from unmask.home import written_whole
@@ -93,18 +93,19 @@ class MtebModel(AbsEncoder):
         prompt_type: PromptType | None = None,
         **kwargs: Any,
     ) -> np.ndarray:
-        """Vectors of a task's texts, float32 [n, dimensions]."""
+        """Vectors of a task's texts, float32 [n, dimensions]. The cache holds them uncut."""
         # A text of blanks has no vector here, and some tasks have one or two: mteb's own models give them one.
         texts = [text if text.strip() else "." for batch in inputs for text in batch["text"]]
         instruction = self.instruction(task_metadata, prompt_type)
         self._watch.expect(len(texts))
-        return self._cache.encode(
+        whole = self._cache.encode(
             texts,
             instruction,
             lambda part: self._compute(part, instruction),
             chunk=_CHUNK,
             progress=self._watch.settled,
         )
+        return whole[:, : self._contender.dimensions]
 
     def instruction(self, task_metadata: Any, prompt_type: PromptType | None) -> str:
         """What the model is told about one side of a task."""
@@ -117,7 +118,7 @@ class MtebModel(AbsEncoder):
     def _compute(self, texts: list[str], instruction: str) -> np.ndarray:
         began = time.perf_counter()
         with threadpool_limits(self._threads):  # `measure` holds them at one
-            vectors = self._contender.encode(texts, instruction)
+            vectors = uncut(self._contender).encode(texts, instruction)
         seconds = time.perf_counter() - began
         self._watch.computed(len(texts), self._contender.count_tokens(texts, instruction), seconds)
         return vectors

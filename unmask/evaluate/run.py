@@ -22,7 +22,7 @@ import numpy as np
 from unmask import __version__
 from unmask.errors import StorageError, UsageError
 from unmask.evaluate.cache import VectorCache
-from unmask.evaluate.contender import Contender
+from unmask.evaluate.contender import Contender, uncut
 from unmask.evaluate.contenders import open_contender
 from unmask.evaluate.cost import Loaded, load, measure_cost, sample_texts
 from unmask.evaluate.progress import RunProgress
@@ -112,7 +112,7 @@ def evaluate(wanted: Evaluation) -> Results:
             command=wanted.command,
             started=started.isoformat(timespec="seconds"),
             seconds=time.perf_counter() - began,
-            machine=_machine(),
+            machine=machine(),
             versions=_versions(),
             data={job.name: job.data for job in jobs if job.data is not None},
         ),
@@ -170,7 +170,8 @@ def _measure(
             return _measure_words(contender, job, wanted, progress)
         from unmask.evaluate.harness import MtebModel, measure
 
-        cache = VectorCache(home() / "vectors", contender.revision, contender.dimensions)
+        whole = uncut(contender)
+        cache = VectorCache(home() / "vectors", whole.revision, whole.dimensions)
         score, values = measure(MtebModel(contender, cache, progress), job.build(), wanted.output / "mteb")
         score.data = job.data
         return score, values
@@ -195,13 +196,14 @@ def _measure_words(
     from unmask.evaluate.contenders.decoders import DecoderContender
     from unmask.evaluate.word_level import run_word_task
 
-    assert isinstance(contender, DecoderContender) and wanted.data is not None
+    decoder = uncut(contender)
+    assert isinstance(decoder, DecoderContender) and wanted.data is not None
     found = run_word_task(
         job.name,
-        contender.encoder,
+        decoder.encoder,
         wanted.data,
         home() / "words",
-        revision=contender.revision,
+        revision=decoder.revision,
         progress=progress.settled,
     )
     score = TaskScore(
@@ -271,7 +273,8 @@ def _require_packages() -> None:
             raise UsageError("measuring needs more packages: pip install 'unmask[evaluate]'") from error
 
 
-def _machine() -> str:
+def machine() -> str:
+    """This machine's processor, its cores and its system, as provenance has them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -20,7 +20,7 @@ def draw_curves(folder: RunFolder) -> None:
     if not steps:
         return
     plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 9, "svg.fonttype": "none"})
-    figure, panels = plt.subplots(1, 2 if evaluations else 1, figsize=(10 if evaluations else 6, 3.4), squeeze=False)
+    figure, panels = plt.subplots(1, 2 if evaluations else 1, figsize=(10 if evaluations else 6, 3.6), squeeze=False)
     left = panels[0][0]
     for number, name in enumerate(dict.fromkeys(line["data"] for line in steps)):
         own = [line for line in steps if line["data"] == name]
@@ -29,7 +29,6 @@ def draw_curves(folder: RunFolder) -> None:
         left.plot([line["step"] for line in own], values, dashes, linewidth=1.2, label=name)
     left.set_title("Loss by data set, running mean", loc="left", fontsize=10)
     left.set_xlabel("step")
-    left.legend(frameon=False, fontsize=7, ncols=2)
     if evaluations:
         right = panels[0][1]
         for name in evaluations[0]["scores"]:
@@ -37,13 +36,14 @@ def draw_curves(folder: RunFolder) -> None:
             right.plot(*zip(*points, strict=True), marker="o", markersize=2.5, linewidth=1.2, label=name)
         right.set_title("Dev sets", loc="left", fontsize=10)
         right.set_xlabel("step")
-        right.legend(frameon=False, fontsize=7)
     for panel in panels[0]:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", linewidth=0.4, alpha=0.5)
+        # Below, where no number of data sets can hide a curve.
+        panel.legend(frameon=False, fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.18))
     figure.tight_layout()
-    figure.savefig(folder.path / "curves.svg")
-    figure.savefig(folder.path / "curves.png", dpi=140)
+    figure.savefig(folder.path / "curves.svg", bbox_inches="tight")
+    figure.savefig(folder.path / "curves.png", dpi=140, bbox_inches="tight")
     plt.close(figure)
 
 

@@ -3,14 +3,15 @@
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
 
-from unmask.catalogue import Record, record_for
-from unmask.encoder import Encoder
+from unmask.catalogue import Catalogue, Record, record_for
+from unmask.catalogue.canary import CANARY_TEXT, compare
+from unmask.encoder import Dtype, Encoder
 from unmask.engine import Engine
 from unmask.errors import CheckpointError, EngineError, ModelLoading, UnmaskError, UsageError
 
@@ -18,22 +19,37 @@ log = logging.getLogger("unmask")
 
 State = Literal["cold", "loading", "ready", "failed"]
 
-_CANARY_TEXT = "The canary sings while the air is good."
-# Half-precision storage of the expected vector and another machine's sums stay far above this.
-_CANARY_COSINE = 0.9999
 _CANARY_SECONDS = 30.0  # how long a passed canary is believed
 _RETRY_FAILED_SECONDS = 60.0
 
 
-class ServedModel:
-    """One model id, from cold to ready."""
+# What the weights themselves tell once they are loaded, whatever a record says.
+LOADED = ("architecture", "base", "parameters", "dimensions", "max_tokens", "pooling", "revision")
 
-    def __init__(self, source: str, queue_tokens: int, cache_bytes: int = 0) -> None:
+
+class ServedModel:
+    """One model id, from cold to ready.
+
+    Args:
+        source: id, folder or file that the weights are loaded from.
+        queue_tokens, cache_bytes, dtype: see `Models`.
+        record: what is known of it; left out, what ships or what its name says.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        queue_tokens: int,
+        cache_bytes: int = 0,
+        record: Record | None = None,
+        dtype: Dtype = "float32",
+    ) -> None:
         self.source = source
-        self.record: Record = record_for(source)
+        self.record: Record = record or record_for(source)
         self.state: State = "cold"
         self.reason = ""
         self._queue_tokens, self._cache_bytes = queue_tokens, cache_bytes
+        self.dtype: Dtype = dtype
         self._engine: Engine | None = None
         self._loading: asyncio.Task[None] | None = None
         self._expected: np.ndarray | None = None
@@ -79,11 +95,18 @@ class ServedModel:
             prompts = await self._engine.prepare([self._canary_text()])
             deadline = time.monotonic() + 60.0
             vector = (await self._engine.run(prompts, deadline=deadline, caller="canary", afresh=True))[0]
-            verdict = _compare(vector, self._expected)
+            verdict = compare(vector, self._expected)
         except EngineError as error:
             verdict = str(error)
         self._canary = (time.monotonic(), verdict)
         return verdict
+
+    def learn(self, record: Record) -> None:
+        """Take in a record that has changed, keeping what the loaded weights said."""
+        if self._engine is not None:
+            known = {name: getattr(self.record, name) for name in LOADED}
+            record = msgspec.structs.replace(record, **known)
+        self.record = record
 
     async def close(self, grace: float) -> None:
         """Finish accepted work and stop."""
@@ -95,7 +118,7 @@ class ServedModel:
     async def _load(self) -> None:
         began = time.monotonic()
         try:
-            encoder, record, expected = await asyncio.to_thread(self._open)
+            encoder, known, expected = await asyncio.to_thread(self._open)
         except UnmaskError as error:
             self._set("failed", str(error))
             log.error("%s could not be loaded: %s", self.record.id, error)
@@ -105,46 +128,55 @@ class ServedModel:
             self._set("failed", f"{self.record.id} could not be loaded because of an internal error")
             log.exception("%s could not be loaded", self.record.id)
             return
-        self.record, self._expected = record, expected
+        # What the record says may have changed meanwhile; what the weights say has not.
+        self.record, self._expected = msgspec.structs.replace(self.record, **known), expected
         self._engine = Engine(encoder, queue_tokens=self._queue_tokens, cache_bytes=self._cache_bytes)
         self._load_seconds = time.monotonic() - began
         self._set("ready")
-        log.info("%s is ready after %.1f s", record.id, self._load_seconds)
+        log.info("%s is ready after %.1f s", self.record.id, self._load_seconds)
 
-    def _open(self) -> tuple[Encoder, Record, np.ndarray]:
-        encoder = Encoder.load(self.source)
+    def _open(self) -> tuple[Encoder, dict[str, Any], np.ndarray]:
         record = self.record
+        encoder = Encoder.load(self.source, compat=record.compat, dtype=self.dtype)
+        if record.revision is not None and encoder.checkpoint.revision != record.revision:
+            raise CheckpointError(
+                f"{record.id} went live with the weights {record.revision}, and {self.source} holds "
+                f"{encoder.checkpoint.revision}: put the files back, or run 'unmask onboard {record.id}' again"
+            )
         own = encoder.encode([self._canary_text()])[0]
-        if record.canary is not None and (verdict := _compare(own, record.canary.expected())) != "ok":
+        if record.canary is not None and (verdict := compare(own, record.canary.expected(), self.dtype)) != "ok":
             raise CheckpointError(f"{record.id} loaded, but its weights are not the published ones: {verdict}")
         config = encoder.checkpoint.config
-        known = msgspec.structs.replace(
-            record,
-            architecture=record.architecture or str(config.get("model_type")),
-            base=record.base or (encoder.checkpoint.trained_as if "/" in encoder.checkpoint.trained_as else None),
-            parameters=encoder.parameters,
-            dimensions=encoder.dim,
-            max_tokens=encoder.max_length,
-            pooling=encoder.pooling,
-            revision=encoder.checkpoint.revision,
-        )
+        trained_as = encoder.checkpoint.trained_as
+        known = {
+            "architecture": record.architecture or str(config.get("model_type")),
+            "base": record.base or (trained_as if "/" in trained_as else None),
+            "parameters": encoder.parameters,
+            "dimensions": encoder.dim,
+            "max_tokens": encoder.max_length,
+            "pooling": encoder.pooling,
+            "revision": encoder.checkpoint.revision,
+        }
         return encoder, known, own
 
     def _canary_text(self) -> str:
-        return self.record.canary.text if self.record.canary is not None else _CANARY_TEXT
+        return self.record.canary.text if self.record.canary is not None else CANARY_TEXT
 
     def _set(self, state: State, reason: str = "") -> None:
         self.state, self.reason, self._changed_at = state, reason, time.monotonic()
 
 
 class Models:
-    """All models that this process answers for.
+    """All models that this process answers for, and the catalogue of what they are.
 
     Args:
         names: ids, folders or files, as given on the command line; the first is listed first.
+        catalogue: where their records are; left out, those that ship. What is served and not in it is added.
+        sources: where the weights of a model are, for those whose id does not say.
         warm: those to load at start rather than on first use.
         queue_tokens: per model, tokens that may wait.
         cache_bytes: per model, memory for vectors of inputs that were asked for before.
+        dtype: precision of every model's weights, as for `Encoder.load`.
 
     Raises:
         UsageError: two models would answer to the same name, or a warm one is not among them.
@@ -157,15 +189,50 @@ class Models:
         warm: Sequence[str] = (),
         queue_tokens: int = 262_144,
         cache_bytes: int = 0,
+        dtype: Dtype = "float32",
+        catalogue: Catalogue | None = None,
+        sources: Mapping[str, str] | None = None,
     ) -> None:
-        self._models = [ServedModel(name, queue_tokens, cache_bytes) for name in dict.fromkeys(names)]
+        self.catalogue = catalogue or Catalogue.shipped()
+        self._queue_tokens, self._cache_bytes = queue_tokens, cache_bytes
+        self._dtype: Dtype = dtype
+        self._models: list[ServedModel] = []
         self._by_id: dict[str, ServedModel] = {}
-        for model in self._models:
-            for known in (model.record.id, *model.record.aliases):
-                if known in self._by_id:
-                    raise UsageError(f"two models would both be called {known!r}; rename the folder of one of them")
-                self._by_id[known] = model
+        for name in dict.fromkeys(names):
+            entry = self.catalogue.get(name)
+            known = entry.record if entry is not None and entry.record.id == name else None
+            self.add((sources or {}).get(name, name), known)
         self._warm = [self._named(name) for name in dict.fromkeys(warm)]
+
+    def add(self, source: str, record: Record | None = None) -> ServedModel:
+        """Answer for one more model from now on. It is loaded with its first request.
+
+        Args:
+            source: where its weights are.
+            record: what it is; left out, what ships or what its name says.
+
+        Raises:
+            UsageError: another model has its name.
+        """
+        model = ServedModel(source, self._queue_tokens, self._cache_bytes, record, self._dtype)
+        names = (model.record.id, *model.record.aliases)
+        if taken := next((name for name in names if name in self._by_id), None):
+            raise UsageError(f"two models would both be called {taken!r}; rename the folder of one of them")
+        if self.catalogue.get(model.record.id) is None:
+            self.catalogue.put(model.record)
+        self._models = [*self._models, model]
+        self._by_id |= dict.fromkeys(names, model)
+        return model
+
+    def remove(self, id: str) -> ServedModel | None:
+        """Answer for a model no more. Returns it, to be closed once what it has accepted is done; None if there is
+        none of this id."""
+        model = self._by_id.get(id)
+        if model is not None:
+            self._models = [other for other in self._models if other is not model]
+            self._warm = [other for other in self._warm if other is not model]
+            self._by_id = {name: other for name, other in self._by_id.items() if other is not model}
+        return model
 
     def _named(self, name: str) -> ServedModel:
         model = self.find(name) or next((model for model in self._models if model.source == name), None)
@@ -198,10 +265,3 @@ class Models:
     async def close(self, grace: float = 30.0) -> None:
         """Finish what was accepted, then stop every engine."""
         await asyncio.gather(*(model.close(grace) for model in self._models))
-
-
-def _compare(vector: np.ndarray, expected: np.ndarray) -> str:
-    if vector.shape != expected.shape or not np.isfinite(vector).all():
-        return f"the canary text gave a vector of shape {list(vector.shape)} that is not the expected one"
-    cosine = float(vector @ expected / (np.linalg.norm(vector) * np.linalg.norm(expected)))
-    return "ok" if cosine >= _CANARY_COSINE else f"the canary text's vector has cosine {cosine:.5f} to the right one"

@@ -13,14 +13,27 @@ _ADVICE: dict[int, tuple[str, str]] = {
         "Correct the field that param names; the same request fails again.",
     ),
     401: ("invalid_api_key", "Send a key as Authorization: Bearer KEY."),
+    403: (
+        "permission_denied",
+        "Use a key that has the scope and the model; only the operator thaws an account.",
+    ),
     404: ("model_not_found", "Take an id from the list of models."),
     405: ("", "Use a method that the header Allow names."),
     408: ("request_timeout", "Send the body faster, or less of it."),
+    409: ("request_in_progress", "Wait as long as Retry-After says: the first request is not over yet."),
+    410: ("model_retired", "Take another model from the list."),
     413: ("too_large", "Send fewer texts at a time."),
     415: ("", "Send UTF-8 JSON with Content-Type: application/json, not compressed."),
-    429: ("rate_limit_exceeded", "Wait as long as Retry-After says. OpenAI's clients do so by themselves."),
+    422: ("idempotency_key_reused", "Send a new Idempotency-Key with each new request."),
+    429: (
+        "rate_limit_exceeded, insufficient_quota",
+        "Wait as long as Retry-After says, as OpenAI's clients do by themselves. Without it, add credit.",
+    ),
     500: ("internal_error", "Try again once; report it with the x-request-id if it stays."),
-    503: ("model_loading, model_unavailable", "Wait as long as Retry-After says, or send Prefer: wait=30."),
+    503: (
+        "model_loading, model_unavailable, model_not_priced",
+        "Wait as long as Retry-After says, or send Prefer: wait=30.",
+    ),
     504: ("deadline_exceeded", "Send less at a time, or allow more time with Request-Deadline-Ms."),
 }
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from datetime import date
+from datetime import UTC, date, datetime
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from unmask import __version__
+from unmask.accounts.money import format_dollars
 from unmask.catalogue.record import Price, is_web_address
 from unmask.evaluate.report import wording
 from unmask.evaluate.report.story import CATEGORY_NAMES
@@ -128,7 +129,11 @@ def environment() -> Environment:
         shortened=wording.shortened,
         category=lambda name: CATEGORY_NAMES.get(name, name),
         day=day,
+        day_of=lambda milliseconds: day(datetime.fromtimestamp(milliseconds / 1000, UTC).date()),
         price=price,
+        dollars=dollars,
+        moment=moment,
+        iso=lambda milliseconds: datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="seconds"),
         paragraphs=paragraphs,
         short=lambda id: id.rpartition("/")[2],
         xml=lambda text: _NOT_XML.sub("", str(text)),
@@ -149,6 +154,17 @@ def embedded(value: object) -> Markup:
 def day(value: date | None) -> str:
     """25 November 2026"""
     return f"{value.day} {value:%B} {value.year}" if value else wording.NO_FIGURE
+
+
+def dollars(nano: int) -> str:
+    """$0.000000008 and −$12.50: exactly, with as many digits as it takes"""
+    return f"{'−' if nano < 0 else ''}${format_dollars(abs(nano))}"
+
+
+def moment(milliseconds: int) -> str:
+    """25 Nov 2026, 09:15 UTC"""
+    at = datetime.fromtimestamp(milliseconds / 1000, UTC)
+    return f"{at.day} {at:%b %Y, %H:%M} UTC"
 
 
 def price(value: Price) -> str:

@@ -11,6 +11,7 @@ from unmask.catalogue import STATUSES, Catalogue, Entry, Measurement, Record, St
 from unmask.catalogue.figures import Figures
 from unmask.catalogue.lifecycle import MEANING
 from unmask.router import Models, ServedModel
+from unmask.router.models import LOADED
 
 Standing = Status | Literal["reference"]
 
@@ -22,9 +23,6 @@ MEANINGS: dict[Standing, str] = {
     **MEANING,
     "reference": "Others are measured against it. This project does not serve it.",
 }
-
-# What the weights themselves tell once they are loaded.
-_LOADED = ("architecture", "base", "parameters", "dimensions", "max_tokens", "pooling", "revision")
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Shown:
     def record(self) -> Record:
         if self.served is None:
             return self.entry.record
-        known = {name: value for name in _LOADED if (value := getattr(self.served.record, name)) is not None}
+        known = {name: value for name in LOADED if (value := getattr(self.served.record, name)) is not None}
         return msgspec.structs.replace(self.entry.record, **known)
 
     @property

@@ -3,7 +3,7 @@
 import math
 import platform
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -25,11 +25,16 @@ from unmask.api.site import Site, asks_for_html
 from unmask.catalogue import Catalogue, Measurement, Record
 from unmask.catalogue.figures import SUITES, CategoryScores, SuiteScores
 from unmask.catalogue.measurement import LOCAL, MTEB
+from unmask.catalogue.speed import points_of
 from unmask.errors import UnmaskError
 from unmask.router import Models
-from unmask.web import documentation, plots, twins
+from unmask.web import documentation, lines, plots, twins
+from unmask.web.account_pages import AccountPages
+from unmask.web.admin_pages import AdminPages
 from unmask.web.browse import Listing, browse, choices_of, read_query
 from unmask.web.comparison import MOST, chosen_ids, compare
+from unmask.web.entrance import Entrance
+from unmask.web.operating import Operating
 from unmask.web.playground import (
     BODY_LIMIT,
     EXAMPLE,
@@ -42,43 +47,14 @@ from unmask.web.playground import (
     run_trial,
 )
 from unmask.web.rendering import HEADERS, answer, assets, base_url, environment, page
+from unmask.web.seams import Seams
 from unmask.web.shown import MEANINGS, Shown, all_shown, one_shown, pipeline, source_key, sources
 from unmask.web.snippets import Snippet, snippets
+from unmask.web.visitors import Handler, Reception
+from unmask.web.wanting import Wanting, account_seams
 
 _EMBEDDINGS = "/v1/embeddings"
 _REFUSED, _FAILED = (400, 401, 404, 405, 408, 413, 415, 429), 500
-
-
-@dataclass(frozen=True)
-class WantIt:
-    """The button on the page of a model that is not live.
-
-    Attributes:
-        votes: accounts that want the model.
-        action: where the form goes.
-        voted: whether this visitor has asked for it.
-        token: proves that the form is from this page.
-    """
-
-    votes: int
-    action: str
-    voted: bool = False
-    token: str = ""
-
-
-@dataclass(frozen=True)
-class Seams:
-    """Where accounts join the pages. Without accounts there is nothing to show, and nothing is shown.
-
-    Attributes:
-        links: for a visitor, what stands at the right of every page's head: (title, address).
-        want: the button for a model, or None.
-        votes: how many want each model, for the order "most wanted"; None for no such order.
-    """
-
-    links: Callable[[Request], list[tuple[str, str]]] = lambda request: []
-    want: Callable[[Request, Record], WantIt | None] = lambda request, record: None
-    votes: Callable[[], Mapping[str, int]] | None = None
 
 
 @dataclass(eq=False)
@@ -91,20 +67,22 @@ class Website:
     metrics: Metrics
     seams: Seams = field(default_factory=Seams)
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
+    accounts: Accounts | None = None
 
     def __post_init__(self) -> None:
         self._clock = time.monotonic()
         self._allowance = Allowance()
+        self.secured = bool(self.settings.api_keys) or self.accounts is not None
         self.playground_open = self.settings.playground
         if self.playground_open is None:
-            self.playground_open = not self.settings.api_keys
+            self.playground_open = not self.secured
         for served in self.models.list():
             if self.catalogue.get(served.record.id) is None:
                 self.catalogue.put(served.record)
 
     def site(self) -> Site:
         """The pages as the API takes them in."""
-        pages: list[tuple[str, Callable[[Request], Awaitable[Response]]]] = [
+        pages: list[tuple[str, Handler]] = [
             ("/models", self.list_models),
             ("/models/{id:path}", self.model),
             ("/compare", self.comparison),
@@ -114,12 +92,22 @@ class Website:
             ("/sitemap.xml", self.sitemap),
             ("/feed.xml", self.feed),
             ("/robots.txt", self.robots),
-            ("/static/{name}", self.static),
         ]
-        routes = [Route(path, handler) for path, handler in pages]
+        routes = [Route(path, self._known(handler)) for path, handler in pages]
+        routes.append(Route("/static/{name}", self.static))
         if self.playground_open:
-            routes.append(Route("/playground", self.playground, methods=["GET", "POST"]))
-        return Site(routes, self.home, self.error)
+            routes.append(Route("/playground", self._known(self.playground), methods=["GET", "POST"]))
+        if self.accounts is not None:
+            for room in (
+                Entrance(self.accounts, self.render),
+                AccountPages(self.accounts, self.models, self.render),
+                AdminPages(self.accounts, self.models, self.render),
+                Wanting(self.accounts, self.catalogue, self.render),
+                Operating(self.accounts, self.render),
+            ):
+                own = room.routes()
+                routes += [Route(r.path, self._known(r.endpoint), methods=list(r.methods or ())) for r in own]
+        return Site(routes, self._known(self.home), self.error)
 
     async def home(self, request: Request) -> Response:
         models = self._all()
@@ -143,7 +131,8 @@ class Website:
         models = self._all()
         choices = choices_of(models, wanted=self.seams.votes is not None)
         query = read_query(request.query_params, choices)
-        listing: Listing = browse(models, query, choices, self.seams.votes() if self.seams.votes else {})
+        votes = await self.seams.votes() if self.seams.votes and query.sort == "wanted" else {}
+        listing: Listing = browse(models, query, choices, votes)
         return self.render(
             request,
             "models.html.j2",
@@ -153,6 +142,8 @@ class Website:
             speed=plots.quality_and_speed(listing.found),
             size=plots.quality_and_size(listing.found),
             most=MOST,
+            ask=await self.seams.ask(request) if self.seams.ask else None,
+            votes=votes,
         )
 
     async def model(self, request: Request) -> Response:
@@ -161,7 +152,7 @@ class Website:
         if shown is not None:
             if shown.record.id != asked:  # an alias: one page has one address
                 return RedirectResponse(f"/models/{quote(shown.record.id)}", 301, HEADERS)
-            return self._model_page(request, shown)
+            return await self._model_page(request, shown)
         for ending, twin in ((".json", self._model_json), (".md", self._model_markdown)):
             if asked.endswith(ending):
                 shown = one_shown(self.catalogue, self.models, asked.removesuffix(ending))
@@ -259,7 +250,8 @@ class Website:
         return answer(request, text, "application/rss+xml")
 
     async def robots(self, request: Request) -> Response:
-        text = f"User-agent: *\nDisallow: /v1/\nDisallow: /playground\nSitemap: {self.base(request)}/sitemap.xml\n"
+        closed = "".join(f"Disallow: {path}\n" for path in ("/v1/", "/playground", "/account", "/admin"))
+        text = f"User-agent: *\n{closed}Sitemap: {self.base(request)}/sitemap.xml\n"
         return answer(request, text, "text/plain")
 
     async def static(self, request: Request) -> Response:
@@ -295,10 +287,11 @@ class Website:
             request,
             template,
             status=status,
-            headers=headers,
+            headers=self._kept_apart(headers),
             base=self.base(request),
             visitor_links=self.seams.links(request),
-            secured=bool(self.settings.api_keys),
+            secured=self.secured,
+            signs_up=self.accounts is not None,
             playground_open=self.playground_open,
             http_status=status,
             **values,
@@ -308,11 +301,20 @@ class Website:
         """The address of this server, as its operator or else the visitor's browser says."""
         return base_url(request, self.settings.public_url)
 
+    def _known(self, handler: Handler) -> Handler:
+        """The page, told who looks at it where there are accounts."""
+        return Reception(self.accounts, self.settings).receive(handler) if self.accounts else handler
+
+    def _kept_apart(self, headers: Mapping[str, str] | None) -> dict[str, str]:
+        """With accounts, a page says who looks at it, and no cache may hand it to anybody else."""
+        apart = {"cache-control": "private, no-cache", "vary": "accept, cookie, host"} if self.accounts else {}
+        return apart | dict(headers or {})
+
     def _all(self) -> list[Shown]:
         return all_shown(self.catalogue, self.models)
 
     def _snippets(self, request: Request, record: Record) -> list[Snippet]:
-        return snippets(record, self.base(request), secured=bool(self.settings.api_keys))
+        return snippets(record, self.base(request), secured=self.secured)
 
     def _model_values(self, shown: Shown) -> dict[str, Any]:
         figures = shown.figures
@@ -335,14 +337,20 @@ class Website:
             "pipeline": pipeline(shown),
         }
 
-    def _model_page(self, request: Request, shown: Shown) -> Response:
+    async def _model_page(self, request: Request, shown: Shown) -> Response:
+        recent = self.metrics.lately(shown.record.id) if shown.answers else []
+        points = points_of(shown.figures.sweep)
         return self.render(
             request,
             "model.html.j2",
             **self._model_values(shown),
             snippets=self._snippets(request, shown.record),
             related=_related(shown, self._all()),
-            want=None if shown.answers else self.seams.want(request, shown.record),
+            want=await self.seams.want(request, shown.record) if self.seams.want and not shown.answers else None,
+            points=points,
+            sweep=lines.sweep_charts(points) if shown.answers else [],
+            recent=lines.history_charts(recent),
+            answered=sum(stretch.requests for stretch in recent),
             linked_data=twins.linked_data(shown, self.base(request)),
             tokens=self.metrics.encoded().get(shown.record.id, 0),
         )
@@ -381,7 +389,7 @@ class Website:
         assert served
         if wrong := check_trial(trial):
             return self._playground_page(request, shown, trial, wrong=wrong, status=400)
-        caller = f"playground {request.state.caller}"
+        caller = f"playground {request.state.admitted.share}"
         self._allowance.take(caller)
         try:
             outcome = await run_trial(served, trial, caller)
@@ -425,8 +433,9 @@ class Website:
 
 
 def website(models: Models, settings: ServeSettings, metrics: Metrics, accounts: Accounts | None) -> Site:
-    """The pages over the records that ship and whatever is served."""
-    return Website(Catalogue.shipped(), models, settings, metrics).site()
+    """The pages over the catalogue and whatever is served, and with accounts, theirs."""
+    seams = account_seams(accounts) if accounts else Seams()
+    return Website(models.catalogue, models, settings, metrics, seams, accounts=accounts).site()
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ A specification is a target, and after it options as in an address: `TARGET[?opt
                                                                         instructions
     wordllama:default, wordllama:CONFIG         static                  dim
 
-Every kind takes `name`, which is what reports call it. An option without a value is switched on: `?causal`.
+Every kind takes `name`, which is what reports call it, and `dimensions`, which cuts its vectors short. An option
+without a value is switched on: `?causal`.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ from pathlib import Path
 from urllib.parse import parse_qsl
 
 from unmask.errors import UsageError
-from unmask.evaluate.contender import Contender
+from unmask.evaluate.contender import Contender, Cut
 
 __all__ = ["Options", "open_contender"]
 
@@ -86,13 +87,15 @@ def open_contender(specification: str, defaults: Mapping[str, str] | None = None
     given: dict[str, tuple[str, ...]] = {}
     for option, value in parse_qsl(query, keep_blank_values=True):
         given[option] = (*given.get(option, ()), value)
-    known = (*_KINDS[kind].options, "name")
+    known = (*_KINDS[kind].options, "name", "dimensions")
     unknown = [option for option in given if option not in known]
     if unknown:
         raise UsageError(f"{specification}: a {kind} model has no option {unknown[0]!r}; it has {', '.join(known)}")
     if query and not given:
         raise UsageError(f"{specification}: {query!r} is not a list of options; write ?option=value&option=value")
-    return _KINDS[kind].open(Options(target, given, {k: v for k, v in (defaults or {}).items() if k in known}))
+    options = Options(target, given, {k: v for k, v in (defaults or {}).items() if k in known})
+    contender, dimensions = _KINDS[kind].open(options), options.number("dimensions")
+    return contender if dimensions is None else Cut(contender, dimensions)
 
 
 def _kind(target: str) -> tuple[str, str]:

@@ -1,0 +1,281 @@
+"""From a folder to live, through gates that are passed, failed, resumed and killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mirror import BASE, FIRST_STAGE, PUBLISHED, published_mirror, small_data
+
+from unmask.accounts import people, tariff
+from unmask.accounts.database import Database
+from unmask.catalogue import Record
+from unmask.catalogue.canary import cosine
+from unmask.catalogue.measurement import LOCAL
+from unmask.catalogue.onboarding import Onboarding, Result, onboard
+from unmask.catalogue.onboarding.gates import GATES
+from unmask.catalogue.onboarding.run import output_for, take_live
+from unmask.catalogue.speed import points_of
+from unmask.catalogue.store import add_measurements, outcomes, put_fields, read_catalogue, read_record, step
+from unmask.catalogue.votes import notices_of, vote
+from unmask.encoder import Encoder
+from unmask.errors import CheckpointError, UsageError
+
+NAMES = [gate.name for gate in GATES]
+
+
+@contextmanager
+def unseen(gate: str) -> Iterator[Callable[[int, int], None]]:
+    yield lambda done, total: None
+
+
+@pytest.fixture(autouse=True)
+def fresh_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("UNMASK_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def wanted(golden_dir: Path, tmp_path: Path) -> Onboarding:
+    """A small Llama, with the least that the gates ask for."""
+    return Onboarding(
+        model="tiny_llama",
+        source=str(golden_dir / "tiny_llama"),
+        licence="MIT",
+        tasks=("STSBenchmark",),
+        data=small_data(tmp_path / "data"),
+        lengths=(8, 16),
+        callers=(1, 2),
+        seconds=0.05,
+        cost_per_hour=100_000_000,
+        command="unmask onboard tiny_llama",
+        output=output_for("tiny_llama"),
+    )
+
+
+def record_of(database: Database, model: str) -> Record:
+    with database.read() as connection:
+        record = read_record(connection, model)
+    assert record is not None
+    return record
+
+
+def run(database: Database, wanted: Onboarding) -> Result:
+    return onboard(database, wanted, unseen)
+
+
+def test_all_gates(own: Database, wanted: Onboarding, fresh_home: Path) -> None:
+    result = run(own, wanted)
+    assert [(gate.gate, gate.passed, gate.kept) for gate in result.gates] == [(name, True, False) for name in NAMES]
+    assert result.status == "live" and result.passed
+    record = record_of(own, "tiny_llama")
+    assert [event.status for event in record.history] == ["coming soon", "benchmarking", "staged", "live"]
+    encoder = Encoder.load(wanted.source)
+    assert (record.revision, record.dimensions, record.licence) == (encoder.checkpoint.revision, 64, "MIT")
+    assert record.canary and cosine(encoder.encode(record.canary.text)[0], record.canary.expected()) > 0.99999
+    assert record.prices[0].estimated and record.prices[0].nanodollars_per_million_tokens > 0
+    with own.read() as connection:
+        entry = read_catalogue(connection).catalogue.get("tiny_llama")
+    assert entry is not None
+    # Each gate left a measurement that says how to find it again, and the raw file that it names is there.
+    assert len(points_of(entry.figures.sweep)) == 4
+    assert [score.what for score in entry.figures.suites[LOCAL, "measured"].tasks] == ["STSBenchmark"]
+    assert entry.figures.local is None  # one task is not the suite
+    for measurement in entry.measurements:
+        assert measurement.raw and measurement.revision and measurement.revision.startswith(str(record.revision))
+        raw = fresh_home / measurement.raw.removeprefix("UNMASK_HOME/")
+        assert json.loads(raw.read_bytes()), measurement.what
+    assert len({measurement.raw for measurement in entry.measurements}) == len(NAMES)
+    price = json.loads((wanted.output / "price.json").read_bytes())
+    best = max(point.tokens_per_second for point in points_of(entry.figures.sweep))
+    assert price["cost_nanodollars"] == pytest.approx(100_000_000 / 3600 * 1e6 / best, rel=1e-3)
+    assert price["proposed_nanodollars"] == pytest.approx(2 * price["cost_nanodollars"], abs=1)
+
+
+def test_what_was_passed_is_not_run_again(own: Database, wanted: Onboarding) -> None:
+    failed = run(own, replace(wanted, cost_per_hour=None))
+    assert [gate.gate for gate in failed.gates if gate.passed] == NAMES[:6]
+    assert "--cost-per-hour" in failed.gates[-1].finding and not failed.passed
+    assert failed.status == "coming soon"
+    assert record_of(own, "tiny_llama").history[-1].note == "It did not pass the gate 'price', and waits."
+    again = run(own, wanted)
+    assert [gate.gate for gate in again.gates if not gate.kept] == ["price", "canary"] and again.status == "live"
+    # Another question is another gate.
+    third = run(own, replace(wanted, callers=(8,), lengths=(64,)))
+    # A higher speed is a lower price.
+    assert [gate.gate for gate in third.gates if not gate.kept] == ["speed", "price"]
+    assert third.status == "live"  # it answered all the while
+    statuses = [event.status for event in record_of(own, "tiny_llama").history]
+    assert statuses == ["coming soon", "benchmarking", "coming soon", "benchmarking", "staged", "live"]
+
+
+@pytest.mark.parametrize(
+    ("change", "gate", "finding"),
+    [
+        ({"licence": None}, "licence", "name it with --licence"),
+        ({"tasks": ()}, "quality", "1 of|cannot be read|no file|holds no|--data|is missing"),
+        ({"tasks": (), "data": None}, "quality", "--data FOLDER for the suite local, or --task NAME"),
+        ({"lengths": (4096,)}, "speed", "no length of 4096 fits the model's 512 tokens"),
+    ],
+)
+def test_a_gate_that_is_not_passed_says_why(
+    own: Database, wanted: Onboarding, change: dict[str, object], gate: str, finding: str
+) -> None:
+    result = run(own, replace(wanted, **change))  # pyright: ignore[reportArgumentType] - fields by name
+    assert result.gates[-1].gate == gate and not result.gates[-1].passed
+    import re
+
+    assert re.search(finding, result.gates[-1].finding), result.gates[-1].finding
+    assert record_of(own, "tiny_llama").status == result.status == "coming soon"
+    with own.read() as connection:
+        assert not outcomes(connection, "tiny_llama")[gate].passed
+        assert "tiny_llama" in read_catalogue(connection).sources
+
+
+def test_wrong_weights_do_not_pass(own: Database, wanted: Onboarding) -> None:
+    with own.begin() as connection:
+        put_fields(connection, "tiny_llama", {"dimensions": 2048, "pooling": "mean"})
+    failed = run(own, wanted)
+    assert failed.gates[-1].gate == "load" and "dimensions 64 instead of 2048" in failed.gates[-1].finding
+    assert run(own, replace(wanted, replace_specification=True)).status == "live"
+    record = record_of(own, "tiny_llama")
+    assert record.dimensions == 64 and "dimensions 2048 -> 64" in record.changes[-1].note
+
+
+def test_parity_with_the_vectors_of_the_reference(
+    own: Database, wanted: Onboarding, golden_dir: Path, tmp_path: Path
+) -> None:
+    """The published package's own vectors, and then the same ones in the wrong order."""
+    pairs = json.loads((golden_dir / "tiny_llama" / "golden.json").read_text(encoding="utf-8"))["pairs"]
+    vectors = np.load(golden_dir / "tiny_llama" / "golden.npz")["mean__skip_True"]
+    texts, instructions = [text for _, text in pairs], [instruction for instruction, _ in pairs]
+    right, wrong = tmp_path / "right.npz", tmp_path / "wrong.npz"
+    np.savez(right, texts=texts, instructions=instructions, vectors=vectors)
+    np.savez(wrong, texts=texts, instructions=instructions, vectors=vectors[::-1])
+    failed = run(own, replace(wanted, compat="reference", reference=wrong))
+    assert failed.gates[-1].gate == "parity" and "has cosine" in failed.gates[-1].finding
+    passed = run(own, replace(wanted, compat="reference", reference=right))
+    assert passed.status == "live"
+    assert next(gate for gate in passed.gates if gate.gate == "parity").finding.endswith("48 given vectors")
+    assert record_of(own, "tiny_llama").compat == "reference"
+
+
+@pytest.mark.parametrize("content", [b"no numpy", None])
+def test_a_broken_reference_is_named(own: Database, wanted: Onboarding, tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "reference.npz"
+    if content is None:
+        np.savez(file, texts=["a"], vectors=np.zeros((1, 3), dtype=np.float32))
+    else:
+        file.write_bytes(content)
+    failed = run(own, replace(wanted, reference=file))
+    assert failed.gates[-1].gate == "parity" and str(file) in failed.gates[-1].finding
+
+
+def test_live_weights_are_not_exchanged_under_their_name(own: Database, wanted: Onboarding, copied) -> None:
+    assert run(own, wanted).status == "live"
+    other = copied("tiny_llama")
+    file = other / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rope_theta": 5000.0}))
+    result = run(own, replace(wanted, source=str(other)))
+    assert result.gates[-1].gate == "digests" and "vectors of the two do not mix" in result.gates[-1].finding
+    assert result.status == "live"
+    with own.read() as connection:
+        assert read_catalogue(connection).sources["tiny_llama"] == wanted.source
+    with pytest.raises(UsageError, match="answers in the mode 'default'"):
+        run(own, replace(wanted, compat="reference"))
+    # Once it is retired the name is free: everything is measured anew, and the old canary is let go.
+    with own.begin() as connection:
+        step(connection, "tiny_llama", "deprecated", actor="me", until=record_of(own, "tiny_llama").history[-1].on)
+        step(connection, "tiny_llama", "retired", actor="me")
+    anew = run(own, replace(wanted, source=str(other)))
+    assert anew.status == "live"
+    assert [gate.gate for gate in anew.gates if gate.kept] == ["licence"]  # which these weights had passed above
+
+
+def test_a_reference_is_not_onboarded(own: Database, wanted: Onboarding) -> None:
+    with pytest.raises(UsageError, match="others to be measured against"):
+        run(own, replace(wanted, model="sentence-transformers/all-MiniLM-L6-v2"))
+
+
+def test_a_folder_that_holds_no_model(own: Database, wanted: Onboarding, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="is not a model"):
+        run(own, replace(wanted, source=str(tmp_path / "empty")))
+    with own.read() as connection:
+        assert read_record(connection, "tiny_llama") is None
+
+
+def test_staged_and_then_live_with_a_price_and_notices(own: Database, wanted: Onboarding, tmp_path: Path) -> None:
+    with own.begin() as connection:
+        account = people.open_account(connection, "somebody", 1)
+        vote(connection, account, "tiny_llama", "", 1)
+    staged = run(own, replace(wanted, stage=True))
+    assert staged.status == "staged" and staged.told == 0 and record_of(own, "tiny_llama").prices[0].estimated
+    with own.begin() as connection:
+        assert take_live(connection, "tiny_llama", actor="me") == (1, True)
+    record = record_of(own, "tiny_llama")
+    assert record.status == "live" and not record.prices[0].estimated
+    with own.read() as connection:
+        price = tariff.price(connection, "tiny_llama", "default")
+        assert price == record.prices[0].nanodollars_per_million_tokens
+        assert [notice.model for notice in notices_of(connection, account)] == ["tiny_llama"]
+
+
+def test_nothing_goes_live_past_its_gates(own: Database) -> None:
+    with own.begin() as connection:
+        put_fields(connection, "org/m", {})
+        for status in ("coming soon", "benchmarking", "staged"):
+            step(connection, "org/m", status, actor="me")
+        add_measurements(connection, [])
+    with pytest.raises(UsageError, match="has not passed licence, digests, load"), own.begin() as connection:
+        take_live(connection, "org/m", actor="me")
+    with pytest.raises(UsageError, match="only a staged model"), own.begin() as connection:
+        take_live(connection, PUBLISHED, actor="me")
+
+
+def test_killed_in_the_middle_it_continues(tmp_path: Path, golden_dir: Path, fresh_home: Path) -> None:
+    """The command of the two-step case, killed while it measures speed, and started again."""
+    folder = published_mirror(golden_dir, tmp_path / "mirror")
+    command = [sys.executable, "-m", "unmask", "onboard", PUBLISHED, "--weights", str(folder),
+               "--replace-specification", "--compat", "reference", "--task", "STSBenchmark",
+               "--data", str(small_data(tmp_path / "data")), "--length", "8", "--callers", "1",
+               "--cost-per-hour", "0.10"]  # fmt: skip
+    environment = {**os.environ, "COLUMNS": "200"}
+    file = f"sqlite:///{fresh_home / 'accounts' / 'accounts.sqlite'}"
+    first = subprocess.Popen([*command, "--seconds", "600"], env=environment, stderr=subprocess.PIPE, text=True)
+    assert first.stderr is not None
+    assert any(line.rstrip().endswith(" speed") for line in first.stderr)
+    time.sleep(0.2)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    database = Database(file)
+    assert record_of(database, PUBLISHED).status == "benchmarking"
+    command += ["--seconds", "0.05"]
+    second = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    rows = [line.split() for line in second.stdout.splitlines()]
+    verdicts = {row[0]: row[1] for row in rows if len(row) > 2}
+    assert [verdicts[name] for name in NAMES] == ["kept"] * 5 + ["passed"] * 3
+    record = record_of(database, PUBLISHED)
+    assert record.status == "live" and record.dimensions == 64
+    # The command stands on the page, without the folders of this machine.
+    with database.read() as connection:
+        entry = read_catalogue(connection).catalogue.get(PUBLISHED)
+        told = outcomes(connection, PUBLISHED)
+    assert entry is not None and str(tmp_path) not in str(entry.measurements) and str(tmp_path) not in str(entry.record)
+    ours = [m for m in entry.measurements if m.by == "the operator of this server"]
+    assert all(m.command and m.command.startswith(f"unmask onboard {PUBLISHED} --weights LLM2Vec") for m in ours)
+    assert told["licence"].finding.startswith("MIT; the licence of its base is not on record; ")
+    # What is served later is this: both adapters on the base, in the reference's way.
+    by_hand = Encoder.load(
+        tmp_path / "mirror" / BASE, adapters=[tmp_path / "mirror" / FIRST_STAGE, folder], compat="reference"
+    )
+    assert record.canary and cosine(by_hand.encode(record.canary.text)[0], record.canary.expected()) > 0.99999
+    database.close()

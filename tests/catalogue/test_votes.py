@@ -1,0 +1,214 @@
+"""Votes, the queue they make, and the notices that follow, by page and by mail."""
+
+import smtplib
+from collections.abc import Iterator
+from email.message import Message
+
+import pytest
+from aiosmtpd.controller import Controller
+
+from unmask.accounts import people
+from unmask.accounts.database import Database
+from unmask.accounts.keys import Peppers
+from unmask.catalogue.mail import MailServer, send_notices
+from unmask.catalogue.requests import MOST_VOTES, want
+from unmask.catalogue.store import put_fields, read_record, step
+from unmask.catalogue.votes import (
+    counts,
+    mark_seen,
+    notices_of,
+    queue,
+    tell_voters,
+    vote,
+    votes_of,
+    withdraw,
+)
+from unmask.errors import UsageError
+
+COMING = "McGill-NLP/LLM2Vec-Sheared-LLaMA-mntp-supervised"
+OTHER = "McGill-NLP/LLM2Vec-Sheared-LLaMA-mntp-unsup-simcse"
+
+
+@pytest.fixture
+def voters(database: Database, tmp_path) -> list[str]:
+    """Three accounts with people."""
+    peppers = Peppers(tmp_path / "pepper")
+    with database.begin() as connection:
+        return [
+            people.sign_up(connection, peppers, f"{name}@example.org", "hash", 1).account_id
+            for name in ("ada", "ben", "cyd")
+        ]
+
+
+def test_one_vote_each(database: Database, voters: list[str]) -> None:
+    ada, ben, cyd = voters
+    with database.begin() as connection:
+        assert vote(connection, ada, COMING, "search  in\nletters", 10)
+        assert not vote(connection, ada, COMING, "search in books", 11)
+        assert vote(connection, ben, COMING, "", 12) and vote(connection, cyd, OTHER, "ranking", 5)
+    with database.begin() as connection:
+        assert counts(connection) == {COMING: 2, OTHER: 1}
+        assert {model: own.note for model, own in votes_of(connection, ada).items()} == {COMING: "search in books"}
+        assert votes_of(connection, "acct_nobody") == {}
+        assert [(w.model, w.votes, w.notes) for w in queue(connection)] == [
+            (COMING, 2, ("search in books",)),
+            (OTHER, 1, ("ranking",)),
+        ]
+        assert withdraw(connection, ben, COMING) and not withdraw(connection, ben, COMING)
+        # Equal now: who has waited longest comes first.
+        assert [w.model for w in queue(connection)] == [OTHER, COMING]
+
+
+def test_a_model_that_nobody_knows_is_requested(database: Database, voters: list[str]) -> None:
+    with database.begin() as connection:
+        assert want(connection, voters[0], "org/unheard-of", "", 1)
+        assert not want(connection, voters[0], "org/unheard-of", "again", 2)
+        record = read_record(connection, "org/unheard-of")
+    assert record is not None and record.status == "requested"
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("<script>", "no id of a model"), ("org/../x", "no id of a model"), ("a/b/c", "no id"), ("", "no id"),
+        ("sentence-transformers/all-MiniLM-L6-v2", "will not be served"), ("org/live", "answers already"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_wanted(database: Database, voters: list[str], model: str, message: str) -> None:
+    with database.begin() as connection:
+        put_fields(connection, "org/live", {})
+        for status in ("coming soon", "benchmarking", "staged", "live"):
+            step(connection, "org/live", status, actor="me")
+    with pytest.raises(UsageError, match=message), database.begin() as connection:
+        want(connection, voters[0], model, "", 1)
+    with database.read() as connection:
+        assert counts(connection) == {} and read_record(connection, "<script>") is None
+
+
+def test_an_account_cannot_want_everything(database: Database, voters: list[str]) -> None:
+    with database.begin() as connection:
+        for number in range(MOST_VOTES):
+            want(connection, voters[0], f"org/number-{number}", "", 1)
+    with pytest.raises(UsageError, match="50 models at a time"), database.begin() as connection:
+        want(connection, voters[0], "org/one-more", "", 1)
+    with database.begin() as connection:
+        assert want(connection, voters[1], "org/number-1", "", 1)
+        assert not want(connection, voters[0], "org/number-1", "another note", 1)
+        assert read_record(connection, "org/one-more") is None
+
+
+def test_a_note_has_a_length(database: Database, voters: list[str]) -> None:
+    for note in ("x" * 501, "a\x07bell"):
+        with pytest.raises(UsageError, match="500 characters"), database.begin() as connection:
+            vote(connection, voters[0], COMING, note, 1)
+
+
+def test_those_who_wanted_it_are_told_once(database: Database, voters: list[str]) -> None:
+    ada, ben, cyd = voters
+    with database.begin() as connection:
+        for account, model in ((ada, COMING), (ben, COMING), (cyd, OTHER)):
+            vote(connection, account, model, "", 1)
+        assert tell_voters(connection, COMING, 20) == 2 and tell_voters(connection, COMING, 21) == 0
+        assert counts(connection) == {OTHER: 1}
+        assert [(n.model, n.at, n.seen) for n in notices_of(connection, ada)] == [(COMING, 20, False)]
+        assert notices_of(connection, cyd) == []
+        assert mark_seen(connection, ada, 30) == 1 and mark_seen(connection, ada, 31) == 0
+        assert notices_of(connection, ada)[0].seen and not notices_of(connection, ben)[0].seen
+
+
+def test_a_closed_account_leaves_nothing(database: Database, voters: list[str]) -> None:
+    with database.begin() as connection:
+        vote(connection, voters[0], COMING, "a secret plan", 1)
+        vote(connection, voters[0], OTHER, "", 1)
+        tell_voters(connection, OTHER, 2)
+        people.close_account(connection, voters[0], 3)
+        assert counts(connection) == {} and notices_of(connection, voters[0]) == []
+
+
+class Inbox:
+    """What a mail server received."""
+
+    def __init__(self) -> None:
+        self.letters: list[Message] = []
+        self.refused = 0
+
+    async def handle_RCPT(self, server, session, envelope, address: str, options) -> str:  # noqa: N802 - aiosmtpd's name
+        if self.refused:
+            self.refused -= 1
+            return "451 try again later"
+        envelope.rcpt_tos.append(address)
+        return "250 OK"
+
+    async def handle_DATA(self, server, session, envelope) -> str:  # noqa: N802 - aiosmtpd's name
+        from email import message_from_bytes
+
+        self.letters.append(message_from_bytes(envelope.content))
+        return "250 OK"
+
+
+@pytest.fixture
+def mail() -> Iterator[tuple[MailServer, Inbox]]:
+    """A real mail server, and its inbox."""
+    inbox = Inbox()
+    controller = Controller(inbox, hostname="127.0.0.1", port=_free_port())
+    controller.start()
+    url = f"smtp://127.0.0.1:{controller.port}"
+    yield MailServer(url, "models@example.org", "https://embed.example.org"), inbox
+    controller.stop()
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_notices_are_mailed_once(database: Database, voters: list[str], mail: tuple[MailServer, Inbox]) -> None:
+    server, inbox = mail
+    with database.begin() as connection:
+        vote(connection, voters[0], COMING, "a secret plan", 1)
+        vote(connection, voters[1], COMING, "", 1)
+        tell_voters(connection, COMING, 2)
+    assert send_notices(database, server) == (2, "")
+    assert send_notices(database, server) == (0, "")
+    assert sorted(str(letter["To"]) for letter in inbox.letters) == ["ada@example.org", "ben@example.org"]
+    text = str(inbox.letters[0].get_payload(decode=True))
+    assert f"https://embed.example.org/models/{COMING}" in text and "secret" not in text
+    assert inbox.letters[0]["Subject"] == f"{COMING} is live" and inbox.letters[0]["From"] == "models@example.org"
+
+
+def test_what_could_not_be_mailed_is_tried_again(
+    database: Database, voters: list[str], mail: tuple[MailServer, Inbox]
+) -> None:
+    server, inbox = mail
+    with database.begin() as connection:
+        vote(connection, voters[0], COMING, "", 1)
+        tell_voters(connection, COMING, 2)
+    inbox.refused = 1
+    assert send_notices(database, server) == (0, "SMTPRecipientsRefused at 127.0.0.1")
+    nowhere = MailServer(f"smtp://127.0.0.1:{_free_port()}", "models@example.org", "http://localhost")
+    sent, reason = send_notices(database, nowhere)
+    assert sent == 0 and reason.startswith("ConnectionRefusedError")
+    assert send_notices(database, server) == (1, "") and len(inbox.letters) == 1
+
+
+@pytest.mark.parametrize(
+    ("url", "sender", "site", "message"),
+    [
+        ("mail.example.org", "a@b.c", "https://x", "smtp://host:port"),
+        ("smtp://h", "nobody", "https://x", "--mail-from"),
+        ("smtp://h", "a@b.c", "", "address of the pages"),
+    ],
+)
+def test_a_wrong_mail_server_is_said(url: str, sender: str, site: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        MailServer(url, sender, site)
+
+
+def test_a_password_goes_over_no_open_line(mail: tuple[MailServer, Inbox]) -> None:
+    plain = mail[0].url.replace("smtp://", "smtp://me:secret@")
+    with pytest.raises(smtplib.SMTPNotSupportedError):
+        MailServer(plain, "a@b.c", "http://localhost").connect()
+    assert "secret" not in repr(MailServer(plain, "a@b.c", "http://localhost"))

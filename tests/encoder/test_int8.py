@@ -1,0 +1,110 @@
+"""8-bit products: near float32 on real weights, the same bits in any batch, refused where they cannot be."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from unmask import Encoder
+from unmask.checkpoint import DEFAULT_MODEL
+from unmask.encoder import int8
+from unmask.encoder.cores import Linear
+from unmask.encoder.int8 import Int8Linear, quantise
+from unmask.errors import UsageError
+
+# Very short texts are the worst ones: no other token evens out what rounding did to one.
+TEXTS = [
+    *("7", "?", "hi", "Yes.", "a", "What is it?", "http://x.com/a?b=c", "\N{GRINNING FACE}", "1 2 3 4 5"),
+    "   spaced   out   ",
+    "The ballerina is dancing.",
+    "How do I open a bank account?",
+    "Graph neural networks for molecules",
+    "Two men in hard hats are repairing the roof of a warehouse while a third one watches from the street.",
+    "The committee will publish its findings on Thursday, after the ministers have met. " * 6,
+    "def f(x):\n    return [y for y in x if y % 2]\n",
+]
+
+
+SENTENCES = slice(10, None)
+
+
+@pytest.fixture(scope="module")
+def exact() -> Encoder:
+    return Encoder.load(DEFAULT_MODEL)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    return Encoder.load(DEFAULT_MODEL, dtype="int8")
+
+
+def test_vectors_are_near_those_of_float32(exact: Encoder, encoder: Encoder) -> None:
+    a, b = exact.encode(TEXTS, normalize=True), encoder.encode(TEXTS, normalize=True)
+    cosines = (a * b).sum(axis=1)
+    assert cosines.min() >= 0.995
+    assert cosines[SENTENCES].mean() >= 0.999
+    assert cosines.max() < 0.999999  # it is not float32 by another name
+
+
+def test_a_text_has_the_same_bits_in_any_batch(encoder: Encoder) -> None:
+    together = encoder.encode(TEXTS)
+    for text, vector in zip(TEXTS, together, strict=True):
+        assert np.array_equal(encoder.encode(text)[0], vector)
+
+
+def test_it_keeps_a_byte_per_weight(exact: Encoder, encoder: Encoder) -> None:
+    assert encoder.parameters == exact.parameters
+    assert all(module.weight is None for module in encoder.decoder.modules() if isinstance(module, Linear))
+
+
+@given(rows=st.integers(1, 70), seed=st.integers(0, 2**31))
+def test_a_product_is_within_its_rounding(rows: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    linear = Linear(192, 40)
+    x = torch.randn(rows, 192, generator=generator) * torch.rand(rows, 1, generator=generator).mul(20).exp()
+    with torch.inference_mode():
+        expected, found = linear(x), Int8Linear(linear)(x)
+        # Half a step of each factor, added up over the inputs as independent errors; six deviations.
+        step = x.norm(dim=1, keepdim=True) * linear.weight.norm(dim=1) / 192**0.5
+    assert ((found - expected).abs() <= 0.15 * step + 1e-6).all()
+
+
+def test_zeros_stay_zeros() -> None:
+    with torch.inference_mode():
+        assert torch.equal(Int8Linear(Linear(64, 8, bias=False))(torch.zeros(3, 64)), torch.zeros(3, 8))
+
+
+@pytest.mark.parametrize("width", [1, 6, 24, 64, 576, 1536])
+def test_turning_changes_no_product(width: int) -> None:
+    block = int8._block(width)
+    assert width % block == 0
+    turn = int8._turn(block)
+    torch.testing.assert_close(turn @ turn.T, torch.eye(block), atol=1e-6, rtol=0)
+    linear = Linear(width, 16)
+    x = torch.randn(9, width)
+    with torch.inference_mode():
+        torch.testing.assert_close(Int8Linear(linear)(x), linear(x), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_gemma"])
+def test_other_architectures(golden_dir: Path, model: str) -> None:
+    a = Encoder.load(golden_dir / model).encode(TEXTS[8:], normalize=True)
+    b = Encoder.load(golden_dir / model, dtype="int8").encode(TEXTS[8:], normalize=True)
+    assert (a * b).sum(axis=1).min() > 0.99
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"int8.*cuda.*bfloat16"):
+        Encoder.load(DEFAULT_MODEL, dtype="int8", device="cuda")
+    with pytest.raises(UsageError, match="table"):
+        quantise(nn.Sequential(nn.Linear(4, 4)))
+
+
+def test_without_an_exact_product_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8, "_weight_steps", lambda: 0)
+    with pytest.raises(UsageError, match="no exact 8-bit product"):
+        quantise(nn.Sequential(Linear(4, 4)))

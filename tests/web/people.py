@@ -1,0 +1,90 @@
+"""Somebody at a browser, without one: keeps cookies, fills forms in with the token that their page gave."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+from urllib.parse import urlencode
+
+from api.live import LocalService, Reply
+from sqlalchemy import Connection
+
+from unmask.accounts import Accounts, keys, ledger, people
+from unmask.accounts.database import now_ms
+from unmask.accounts.keys import KeySettings
+from unmask.accounts.people import Person
+
+from .conftest import HTML
+from .html import Page
+
+T = TypeVar("T")
+
+PASSWORD = "correct horse battery"
+HASHED = people.hash_password(PASSWORD)
+
+
+def do(accounts: Accounts, piece: Callable[[Connection], T]) -> T:
+    """Something behind the counter."""
+    with accounts.database.begin() as connection:
+        return piece(connection)
+
+
+def person(accounts: Accounts, email: str, *, admin: bool = False, nano: int = 1_000_000_000) -> Person:
+    """Somebody who has signed up, and has some credit."""
+
+    def make(connection: Connection) -> Person:
+        made = people.sign_up(connection, accounts.peppers, email, HASHED, now_ms(), admin=admin)
+        if nano:
+            ledger.top_up(connection, made.account_id, nano, f"payment of {email}", now_ms(), note=f"for {email}")
+        return made
+
+    return do(accounts, make)
+
+
+def key_of(accounts: Accounts, who: Person, **settings: Any) -> str:
+    """A new key, whole."""
+    return do(accounts, lambda c: keys.create(c, accounts.peppers, who.account_id, KeySettings(**settings), now_ms()))
+
+
+class Visitor:
+    """A browser's cookies, and what it does with them."""
+
+    def __init__(self, service: LocalService, session: str = "") -> None:
+        self.service = service
+        self.cookies: dict[str, str] = {"unmask_session": session} if session else {}
+
+    @classmethod
+    def signed_in(cls, service: LocalService, accounts: Accounts, who: Person) -> "Visitor":
+        """With a session, without asking for the password."""
+        return cls(service, do(accounts, lambda c: people.start_session(c, who.id, now_ms())))
+
+    def get(self, path: str, **headers: str) -> Reply:
+        return self._call("GET", path, None, headers)
+
+    def page(self, path: str) -> Page:
+        reply = self.get(path)
+        assert reply.status == 200, (path, reply.status, reply.headers.get("location"))
+        return Page(reply.body.decode())
+
+    def post(self, path: str, fields: Mapping[str, str | list[str]], **headers: str) -> Reply:
+        """A form as it is, without a token but the one in `fields`."""
+        body = urlencode(fields, doseq=True).encode()
+        return self._call("POST", path, body, {"content-type": "application/x-www-form-urlencoded", **headers})
+
+    def fill(self, form_on: str, path: str | None = None, **fields: str | list[str]) -> Reply:
+        """The form on a page, sent to where it goes."""
+        return self.post(path or form_on, {"token": self.token(form_on), **fields})
+
+    def token(self, form_on: str = "/account/keys") -> str:
+        inputs = self.page(form_on).all("input")
+        return next(field["value"] for field in inputs if field.get("name") == "token")
+
+    def _call(self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]) -> Reply:
+        sent = {**HTML, **headers}
+        if self.cookies:
+            sent["cookie"] = "; ".join(f"{name}={value}" for name, value in self.cookies.items())
+        reply = self.service.call(method, path, body, sent, key=None)
+        if cookie := reply.headers.get("set-cookie"):
+            name, _, value = cookie.partition(";")[0].partition("=")
+            self.cookies[name] = value
+            if not value:
+                del self.cookies[name]
+        return reply

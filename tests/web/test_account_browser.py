@@ -1,0 +1,127 @@
+"""Accounts in a real browser: from signing up to the first request's cost, on every page without a fault of axe's."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from api.live import LocalService, running, until
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, expect
+
+from unmask.accounts import Accounts, keys, people, tariff
+from unmask.accounts.database import now_ms
+from unmask.web import website
+
+from .people import PASSWORD, do, key_of, person
+
+ACCOUNT = ["/account", "/account/keys", "/account/usage", "/account/requests", "/account/ledger", "/account/settings"]
+ADMIN = ["/admin", "/admin/prices", "/admin/plans", "/admin/audit"]
+
+
+@pytest.fixture(scope="module")
+def accounts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Accounts]:
+    folder = tmp_path_factory.mktemp("accounts")
+    made = Accounts(f"sqlite:///{folder / 'accounts.sqlite'}", pepper=folder / "pepper", free_credit=1_000_000_000)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def site(accounts: Accounts, tiny_llama: Path) -> Iterator[LocalService]:
+    with running(tiny_llama, accounts, website, api_keys=(), database="kept by the test") as service:
+        do(accounts, lambda c: tariff.set_price(c, tariff.Price(service.model, "default", 8_000_000), now_ms()))
+        yield service
+
+
+def opened(browser: Browser, site: LocalService, session: str = "", **context: object) -> Page:
+    made = browser.new_context(base_url=site.url, **context)  # pyright: ignore[reportArgumentType]
+    if session:
+        made.add_cookies([{"name": "unmask_session", "value": session, "url": site.url}])
+    return made.new_page()
+
+
+def faultless(page: Page) -> None:
+    results = Axe().run(page)
+    assert results.violations_count == 0, (page.url, results.generate_report())
+    width = page.viewport_size["width"] if page.viewport_size else 0
+    assert page.evaluate("document.documentElement.scrollWidth") <= width, page.url
+
+
+@pytest.mark.parametrize("script", [True, False])
+def test_from_signing_up_to_the_first_requests_cost(
+    browser: Browser, site: LocalService, accounts: Accounts, script: bool
+) -> None:
+    email = f"ada{script}@example.org".lower()
+    page = opened(browser, site, java_script_enabled=script)
+    page.goto("/")
+    page.get_by_role("link", name="Sign in").click()
+    page.get_by_role("link", name="Sign up").click()
+    page.get_by_label("Mail address").fill(email)
+    page.get_by_label("Password").fill(PASSWORD)
+    page.get_by_role("button", name="Sign up").click()
+    page.get_by_label("Mail address").fill(email)
+    page.get_by_label("Password").fill(PASSWORD)
+    page.get_by_role("button", name="Sign in").click()
+    expect(page.get_by_role("heading", name="Account", exact=True)).to_be_visible()
+    page.get_by_role("link", name="Make an API key.").click()
+    page.get_by_label("Name", exact=True).fill("my first key")
+    page.get_by_label("Spend limit, in dollars").fill("0.50")
+    page.get_by_role("button", name="Make the key").click()
+    key = page.locator("#new-key").inner_text()
+    assert re.fullmatch(r"um_\w{12}_\w{49}", key)
+    # The command that the page shows is a request that works; its own address is this server's.
+    command = page.locator("#first-request").inner_text()
+    assert f"{site.url}/v1/embeddings" in command and f'"model": "{site.model}"' in command
+    reply = site.call("POST", "/v1/embeddings", {"model": site.model, "input": "some text"}, key=key)
+    cost = f"${int(reply.headers['x-unmask-cost-nanodollars']) / 1e9:.9f}".rstrip("0")
+    owner = do(accounts, lambda c: people.find_account(c, email)).id
+    until(lambda: do(accounts, lambda c: people.account(c, owner)).held == 0)
+    page.get_by_role("link", name="I have stored it").click()
+    assert key not in page.content()
+    page.get_by_role("link", name="Overview").click()
+    expect(page.locator(".glance")).to_contain_text(cost)
+    expect(page.get_by_role("img", name="Cost by day").first).to_be_visible()
+    page.get_by_role("navigation", name="Your account").get_by_role("link", name="Requests").click()
+    expect(page.get_by_role("row", name="my first key")).to_contain_text(cost)
+    page.get_by_role("button", name="Sign out").click()
+    expect(page.get_by_role("status")).to_have_text("You are signed out.")
+    page.context.close()
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 360)])
+def test_axe_finds_nothing_and_nothing_sticks_out(
+    browser: Browser, site: LocalService, accounts: Accounts, scheme: str, width: int
+) -> None:
+    who = person(accounts, f"a-rather-long-address-of-{scheme}-{width}@subdomain.example.org", admin=True)
+    key = key_of(accounts, who, name="a name of one very-long-word-that-nobody-can-break-" + "x" * 40, spend_limit=5)
+    ended = keys.key_id(key_of(accounts, who, name="ended"))
+    do(accounts, lambda c: keys.revoke(c, who.account_id, ended, now_ms()))
+    do(accounts, lambda c: keys.change(c, who.account_id, keys.key_id(key), keys.KeySettings(name="x" * 90), now_ms()))
+    assert site.call("POST", "/v1/embeddings", {"model": site.model, "input": "a"}, key=key).status == 200
+    until(lambda: do(accounts, lambda c: people.account(c, who.account_id)).held == 0)
+    session = do(accounts, lambda c: people.start_session(c, who.id, now_ms()))
+    size = {"width": width, "height": 900}
+    page = opened(browser, site, color_scheme=scheme, viewport=size)
+    complaints: list[str] = []
+    for path in ("/sign-in?done=signed-up", "/sign-up", "/first-admin?invitation=x"):
+        page.goto(path)
+        faultless(page)
+    page.context.close()
+    page = opened(browser, site, session, color_scheme=scheme, viewport=size)
+    page.on("console", lambda message: complaints.append(message.text))
+    more = [f"/account/keys/{keys.key_id(key)}", f"/account/keys/{ended}", f"/admin/accounts/{who.account_id}",
+            "/account/usage?by=key&what=tokens", "/account/keys?done=changed"]  # fmt: skip
+    for path in (*ACCOUNT, *ADMIN, *more):
+        page.goto(path)
+        faultless(page)
+    page.goto("/account/keys")
+    page.get_by_role("button", name="Make the key").click()
+    faultless(page)
+    assert not complaints
+    page.goto("/account/keys")
+    page.get_by_label("Requests per minute").fill("none")
+    page.get_by_role("button", name="Make the key").click()
+    expect(page.get_by_role("alert")).to_contain_text("is no whole number")
+    faultless(page)
+    page.context.close()

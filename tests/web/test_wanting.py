@@ -1,0 +1,211 @@
+"""Votes over HTTP: one per account, from its own page, and seen by nobody else."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from urllib.parse import urlencode
+
+import pytest
+from api.live import LocalService, Reply, running, until
+
+from unmask.accounts import Accounts, audit
+from unmask.catalogue import votes
+from unmask.catalogue.store import put_fields, read_record, step
+from unmask.web import website
+
+from .conftest import COMING, HTML, REFERENCE
+from .html import Page
+from .test_escaping import POISON
+
+PASSWORD = "a long enough password"
+Visit = Callable[..., Reply]
+
+
+@pytest.fixture
+def accounts(tmp_path: Path) -> Iterator[Accounts]:
+    made = Accounts(f"sqlite:///{tmp_path / 'accounts.sqlite'}", pepper=tmp_path / "pepper")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def service(tiny_llama: Path, accounts: Accounts) -> Iterator[LocalService]:
+    with ExitStack() as stack:
+        yield stack.enter_context(running(tiny_llama, accounts, website, api_keys=(), warm=()))
+
+
+def signed_in(accounts: Accounts, service: LocalService, email: str) -> Visit:
+    """A browser of somebody who is signed in."""
+    import asyncio
+
+    async def enter() -> str:
+        await accounts.sign_up(email, PASSWORD, address="test")
+        return await accounts.sign_in(email, PASSWORD, address="test")
+
+    cookie = f"unmask_session={asyncio.run(enter())}"
+
+    def visit(path: str, **form: str) -> Reply:
+        headers = {**HTML, "cookie": cookie}
+        if not form:
+            return service.call("GET", path, headers=headers, key=None)
+        headers["content-type"] = "application/x-www-form-urlencoded"
+        return service.call("POST", path, urlencode(form).encode(), headers, key=None)
+
+    return visit
+
+
+def text_of(reply: Reply) -> str:
+    return " ".join(Page(reply.body.decode()).text.split())
+
+
+def token_of(visit: Visit, path: str = f"/models/{COMING}") -> str:
+    found = re.search(r'name="token" value="([^"]+)"', visit(path).body.decode())
+    assert found
+    return found[1]
+
+
+def vote(visit: Visit, model: str = COMING, **fields: str) -> Reply:
+    return visit("/want", model=model, token=token_of(visit), **fields)
+
+
+def test_a_vote_a_note_and_a_vote_taken_back(accounts: Accounts, service: LocalService) -> None:
+    ada, ben = (signed_in(accounts, service, f"{name}@example.org") for name in ("ada", "ben"))
+    assert "0 accounts want this model" in text_of(ada(f"/models/{COMING}"))
+    reply = vote(ada, note="search in letters")
+    assert reply.status == 303 and reply.headers["location"] == f"/models/{COMING}#way"
+    vote(ada, note="search in books")
+    page = ada(f"/models/{COMING}")
+    assert (
+        "1 account wants this model. You are one of them" in text_of(page) and "search in books" in page.body.decode()
+    )
+    # By its other name it is the same model.
+    vote(ben, model=f"{COMING}-embed")
+    assert "2 accounts want this model. You are one of them" in text_of(ben(f"/models/{COMING}"))
+    assert "2 accounts want it. You said: search in books" in text_of(ada("/wanted"))
+    vote(ada, withdraw="1")
+    assert "Nothing at the moment" in text_of(ada("/wanted"))
+    assert "1 account wants this model." in text_of(ada(f"/models/{COMING}"))
+
+
+def test_nobody_sees_anybody_elses_votes(accounts: Accounts, service: LocalService) -> None:
+    ada, ben = (signed_in(accounts, service, f"{name}@example.org") for name in ("ada", "ben"))
+    vote(ada, note="a secret plan")
+    with accounts.database.begin() as connection:
+        account = next(iter(votes.queue(connection))).model
+        assert account == COMING
+    pages = ("/", "/models", "/models?sort=wanted", f"/models/{COMING}", f"/models/{COMING}.json", "/wanted", "/status",
+             f"/models/{COMING}.md", "/feed.xml", "/llms.txt", f"/compare?models={COMING},{REFERENCE}")  # fmt: skip
+    for path in pages:
+        replies = [ben(path)]
+        if path != "/wanted":
+            replies.append(service.call("GET", path, headers=HTML, key=None))
+        for reply in replies:
+            assert reply.status == 200, path
+            assert "secret" not in reply.body.decode() and "ada@" not in reply.body.decode(), path
+    assert "You are one of them" not in text_of(ben(f"/models/{COMING}"))
+    assert "private" in ben(f"/models/{COMING}").headers["cache-control"]
+    # Ben's form takes back Ben's vote, of which there is none.
+    vote(ben, withdraw="1", account_id="anything")
+    with accounts.database.read() as connection:
+        assert votes.counts(connection) == {COMING: 1}
+
+
+def test_who_is_not_signed_in_is_asked_to(accounts: Accounts, service: LocalService) -> None:
+    page = Page(service.call("GET", f"/models/{COMING}", headers=HTML, key=None).body.decode())
+    assert f"/sign-in?next=%2Fmodels%2F{COMING.replace('/', '%2F')}" in page.links()
+    body = urlencode({"model": COMING}).encode()
+    sent = {**HTML, "content-type": "application/x-www-form-urlencoded"}
+    for reply in (
+        service.call("POST", "/want", body, sent, key=None), service.call("GET", "/wanted", headers=HTML, key=None),
+    ):  # fmt: skip
+        assert reply.status == 303 and reply.headers["location"].startswith("/sign-in")
+
+
+def test_a_form_from_elsewhere_is_refused(accounts: Accounts, service: LocalService) -> None:
+    ada, ben = (signed_in(accounts, service, f"{name}@example.org") for name in ("ada", "ben"))
+    for token in ("", "guessed", token_of(ben)):
+        assert ada("/want", model=COMING, token=token).status == 403
+    with accounts.database.read() as connection:
+        assert votes.counts(connection) == {}
+
+
+@pytest.mark.parametrize("model", [REFERENCE, POISON, "", "a/b/c"])
+def test_what_cannot_be_wanted_is_said(accounts: Accounts, service: LocalService, model: str) -> None:
+    ada = signed_in(accounts, service, "ada@example.org")
+    reply = vote(ada, model=model)
+    assert reply.status == 400 and "onerror=alert(2)>" not in reply.body.decode().replace("&gt;", "")
+
+
+def test_a_model_that_is_not_here_is_asked_for(accounts: Accounts, service: LocalService) -> None:
+    ada = signed_in(accounts, service, "ada@example.org")
+    assert "Its name on the hub" in text_of(ada("/models"))
+    assert ada("/want", model="org/unheard-of", token=token_of(ada, "/models"), note=POISON[:20]).status == 303
+    with accounts.database.read() as connection:
+        record = read_record(connection, "org/unheard-of")
+    assert record is not None and record.status == "requested"
+    until(lambda: ada("/models/org/unheard-of").status == 200)
+    assert "Somebody asked for it" in text_of(ada("/models/org/unheard-of"))
+    assert "1 account" in text_of(ada("/models?sort=wanted"))
+
+
+def test_records_that_operators_add_are_text(accounts: Accounts, service: LocalService) -> None:
+    with accounts.database.begin() as connection:
+        fields = {
+            "name": POISON,
+            "summary": POISON,
+            "notes": [POISON],
+            "about": {"approach": POISON},
+            "licence": POISON,
+        }
+        put_fields(connection, "org/poisoned", fields)
+        step(connection, "org/poisoned", "requested", actor="test", note=POISON)
+    ada = signed_in(accounts, service, "ada@example.org")
+    until(lambda: ada("/models/org/poisoned").status == 200)
+    vote(ada, model="org/poisoned", note=POISON.replace("\u2028", "").replace("\x01", ""))
+    for path in ("/models/org/poisoned", "/models?sort=wanted", "/wanted", "/models/org/poisoned.md", "/feed.xml"):
+        text = ada(path).body.decode()
+        assert "<script>alert" not in text and "<img src=x" not in text, path
+    assert "<img src=x onerror=alert(2)>" in text_of(ada("/wanted"))
+
+
+def test_the_operator_sees_the_queue_and_decides(accounts: Accounts, service: LocalService) -> None:
+    ada, ben = (signed_in(accounts, service, f"{name}@example.org") for name in ("ada", "ben"))
+    other = "McGill-NLP/LLM2Vec-Sheared-LLaMA-mntp-unsup-simcse"
+    vote(ada, model=other)
+    vote(ada, note=POISON.replace("\u2028", "").replace("\x01", ""))
+    vote(ben)
+    token = token_of(ben)
+    assert ben("/admin/models").status == 403
+    assert ben("/admin/models", model=COMING, status="retired", token=token).status == 403
+    with accounts.database.begin() as connection:
+        connection.exec_driver_sql("UPDATE people SET admin = true WHERE email = 'ben@example.org'")
+    page = ben("/admin/models")
+    text = text_of(page)
+    assert text.index(COMING) < text.index(other) and "2 accounts want it" in text and "onerror=alert(2)" in text
+    assert "<img src=x" not in page.body.decode() and "ada@" not in text
+    token = token_of(ben, "/admin/models")
+    wrong = {"status": "benchmarking"}, {"status": "deprecated", "until": "soon"}, {"status": "live"}
+    assert [ben("/admin/models", model=COMING, token=token, **fields).status for fields in wrong] == [400, 400, 400]
+    assert ben("/admin/models", model=COMING, status="retired", token="guessed").status == 403
+    assert ben("/admin/models", model=COMING, status="retired", token=token).status == 303
+    until(lambda: "It no longer answers" in text_of(ben(f"/models/{COMING}")))
+    assert ben("/admin/models", model=COMING, status="coming soon", token=token).status == 303
+    with accounts.database.read() as connection:
+        record = read_record(connection, COMING)
+        lines = [event for _, event in audit.events(connection) if event.action == "model.step"]
+    assert record is not None and record.status == "coming soon"
+    assert [event.detail["status"] for event in lines] == ["coming soon", "retired"]
+
+
+def test_they_are_told_on_their_page(accounts: Accounts, service: LocalService) -> None:
+    ada, ben = (signed_in(accounts, service, f"{name}@example.org") for name in ("ada", "ben"))
+    vote(ada)
+    with accounts.database.begin() as connection:
+        votes.tell_voters(connection, COMING, 1_800_000_000_000)
+    assert f"{COMING} , which you asked for, is live" in text_of(ada("/account")).replace("supervised,", "supervised ,")
+    assert f"{COMING} – new" in text_of(ada("/wanted"))
+    assert "which you asked for" not in text_of(ada("/account"))
+    page = text_of(ada("/wanted"))
+    assert COMING in page and "– new" not in page
+    assert "Live by now" not in text_of(ben("/wanted"))

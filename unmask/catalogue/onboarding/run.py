@@ -1,0 +1,264 @@
+"""The way through the gates: which are still to be passed, what each leaves behind, and the steps between them."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+from sqlalchemy import Connection
+
+from unmask.accounts import audit, tariff
+from unmask.accounts.database import Database, now_ms
+from unmask.accounts.schema import accounts
+from unmask.catalogue.catalogue import named_record
+from unmask.catalogue.lifecycle import Status
+from unmask.catalogue.measurement import SPEED
+from unmask.catalogue.onboarding.gates import GATES, Bench, Found, Gate, Onboarding, Tell
+from unmask.catalogue.record import Record
+from unmask.catalogue.store import (
+    Outcome,
+    add_measurements,
+    add_outcome,
+    outcomes,
+    put_fields,
+    read_catalogue,
+    read_record,
+    step,
+)
+from unmask.catalogue.votes import tell_voters
+from unmask.checkpoint import open_checkpoint
+from unmask.errors import StorageError, UnmaskError, UsageError
+from unmask.evaluate.run import machine
+from unmask.home import home, written_whole
+
+__all__ = ["Onboarding", "Result", "onboard", "output_for", "take_live"]
+
+# What a visitor may read; what exactly failed may name files of this machine.
+_FAILED = "It did not pass the gate '{gate}', and waits."
+
+# What these have been measured with must not be exchanged under their name.
+_ANSWERING: tuple[Status, ...] = ("live", "deprecated")
+
+# A gate as it is shown while it runs: entered with its name, and told how far it is.
+Show = Callable[[str], AbstractContextManager[Tell]]
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A gate of one run. `kept` from an earlier one with the same weights and the same questions."""
+
+    gate: str
+    passed: bool
+    finding: str
+    kept: bool = False
+
+
+@dataclass
+class Result:
+    """What came of an onboarding.
+
+    Attributes:
+        model: id of the record.
+        status: where the model stands now.
+        gates: in their order, up to the first that was not passed.
+        told: how many accounts were told that it is live.
+        charged: whether the proposed price is charged from now on.
+    """
+
+    model: str
+    status: Status | None = None
+    gates: list[Passed] = field(default_factory=list)
+    told: int = 0
+    charged: bool = False
+
+    @property
+    def passed(self) -> bool:
+        return all(gate.passed for gate in self.gates) and len(self.gates) == len(GATES)
+
+
+def output_for(model: str) -> Path:
+    """The folder of a model's raw files."""
+    name = "".join(c if c.isalnum() or c in "-._" else "-" for c in model).strip("-.")
+    return home() / "onboarding" / name
+
+
+def onboard(database: Database, wanted: Onboarding, show: Show, actor: str = "command line") -> Result:
+    """Take a model through its gates, and live if it passes all of them.
+
+    A gate that was passed by the same weights with the same questions is not run again, so a run that was killed
+    continues. A model that does not pass goes back to where it waited. One that is live already is measured anew and
+    stays where it is.
+
+    Args:
+        database: with the catalogue.
+        wanted: what, and how.
+        show: for somebody who watches.
+        actor: who asks for it.
+
+    Raises:
+        UsageError: the model cannot be onboarded from where it stands.
+        CheckpointError: its files are not there, or do not fit each other.
+        StorageError: the database or the folder of raw files cannot be written.
+    """
+    result = Result(wanted.model)
+    checkpoint = open_checkpoint(wanted.source)
+    with show("files"):
+        revision = checkpoint.revision
+    with database.begin() as connection:
+        record = read_record(connection, wanted.model) or named_record(wanted.model)
+        if record.role == "reference":
+            raise UsageError(f"{wanted.model} is in the catalogue for others to be measured against, not to be served")
+        chosen = wanted.compat or record.compat
+        if record.status in _ANSWERING and chosen != record.compat:
+            raise UsageError(
+                f"{wanted.model} answers in the mode {record.compat!r}: vectors of {chosen!r} would not be the same. "
+                "Retire it first, or give it another name"
+            )
+        if record.status not in _ANSWERING:
+            record = put_fields(connection, wanted.model, {"compat": chosen}, source=wanted.source)
+        measured = read_catalogue(connection).catalogue.get(wanted.model)
+        before = outcomes(connection, wanted.model)
+    known = [
+        m
+        for m in (measured.measurements if measured else ())
+        if m.group == SPEED and m.revision == revision and m.hardware == machine()
+    ]
+    bench = Bench(wanted, record, checkpoint, known)
+    for gate in GATES:
+        fingerprint = gate.fingerprint(bench)
+        past = before.get(gate.name)
+        if past is not None and past.passed and past.fingerprint == fingerprint:
+            result.gates.append(Passed(gate.name, True, past.finding, kept=True))
+            continue
+        with database.begin() as connection:
+            bench.record = _to_benchmarking(connection, bench.record, actor)
+        outcome = _pass(database, bench, gate, fingerprint, show)
+        result.gates.append(Passed(gate.name, outcome.passed, outcome.finding))
+        if not outcome.passed:
+            break
+    with database.begin() as connection:
+        if not result.passed:
+            failed = next(gate.gate for gate in result.gates if not gate.passed)
+            if bench.record.status == "benchmarking":
+                step(connection, wanted.model, "coming soon", actor=actor, note=_FAILED.format(gate=failed))
+        elif bench.record.status in _ANSWERING:
+            put_fields(connection, wanted.model, {}, source=wanted.source)
+        elif bench.record.status != "staged":
+            _to_benchmarking(connection, bench.record, actor)
+            step(connection, wanted.model, "staged", actor=actor, note="It passed its gates.")
+        result.status = _status(connection, wanted.model)
+        if result.passed and result.status == "staged" and not wanted.stage:
+            result.told, result.charged = take_live(connection, wanted.model, actor=actor)
+            result.status = _status(connection, wanted.model)
+    return result
+
+
+def take_live(connection: Connection, model: str, *, actor: str) -> tuple[int, bool]:
+    """The last step of a staged model whose gates are passed, in one transaction with all that hangs on it.
+
+    Those who wanted it get a notice. Where there are accounts and the model has no price, the proposed one is
+    charged, since without a price it would answer nobody.
+
+    Returns:
+        How many accounts were told, and whether the price is a new one.
+
+    Raises:
+        UsageError: it is not staged, or has not passed every gate with the weights on record.
+    """
+    record = read_record(connection, model)
+    if record is None or record.status != "staged":
+        raise UsageError(f"{model} is {record.status if record else 'unknown'}, and only a staged model can go live")
+    past = outcomes(connection, model)
+    if missing := [gate.name for gate in GATES if gate.name not in past or not past[gate.name].passed]:
+        raise UsageError(f"{model} has not passed {', '.join(missing)}: run 'unmask onboard {model}'")
+    charged = _set_price(connection, record, actor)
+    step(connection, model, "live", actor=actor)
+    now = now_ms()
+    told = tell_voters(connection, model, now)
+    audit.note(connection, now, actor, "model.live", model, revision=record.revision, told=told)
+    return told, charged
+
+
+def _pass(database: Database, bench: Bench, gate: Gate, fingerprint: str, show: Show) -> Outcome:
+    """Run a gate, and write down what came of it, all of it or nothing."""
+    began = datetime.now(UTC)
+    try:
+        with show(gate.name) as tell:
+            found = gate.run(bench, tell)
+    except StorageError:
+        raise  # a full disk is no fault of the model's
+    except UnmaskError as error:
+        outcome = Outcome(gate.name, fingerprint, False, str(error), {})
+        with database.begin() as connection:
+            add_outcome(connection, bench.wanted.model, outcome)
+        return outcome
+    outcome = Outcome(gate.name, fingerprint, True, found.finding, found.fields)
+    _write_raw(bench, gate, found, began)
+    with database.begin() as connection:
+        if found.fields:
+            bench.record = put_fields(connection, bench.wanted.model, found.fields)
+        add_measurements(connection, found.measurements)
+        add_outcome(connection, bench.wanted.model, outcome)
+    bench.measured = [*bench.measured, *found.measurements]
+    return outcome
+
+
+def _write_raw(bench: Bench, gate: Gate, found: Found, began: datetime) -> None:
+    content: dict[str, Any] = {
+        "model": bench.wanted.model,
+        "gate": gate.name,
+        "revision": bench.checkpoint.revision,
+        "finding": found.finding,
+        "command": bench.wanted.command,
+        "machine": machine(),
+        "began": began.isoformat(timespec="seconds"),
+        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+        **found.raw,
+        "measurements": found.measurements,
+    }
+    with written_whole(bench.wanted.output / f"{gate.name}.json") as partial:
+        partial.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=1))
+
+
+def _to_benchmarking(connection: Connection, record: Record, actor: str) -> Record:
+    """On the way to where gates are run, by the steps that lead there; a model that answers stays where it is."""
+    way: dict[Status | None, tuple[Status, ...]] = {
+        None: ("coming soon", "benchmarking"),
+        "requested": ("coming soon", "benchmarking"),
+        "retired": ("coming soon", "benchmarking"),
+        "coming soon": ("benchmarking",),
+        "staged": ("benchmarking",),
+    }
+    for status in way.get(record.status, ()):
+        record = step(connection, record.id, status, actor=actor)
+    return record
+
+
+def _set_price(connection: Connection, record: Record, actor: str) -> bool:
+    """Charge the proposed price where nothing is set. Whether that was done."""
+    prices = tariff.all_prices(connection)
+    own = next((p for p in prices if p.model == record.id and p.tier == "default"), None)
+    if own is not None:
+        _show_price(connection, record, own.nano_per_million)
+        return False
+    charging = connection.scalar(sa.select(accounts.c.id).limit(1)) is not None
+    if not charging or not record.prices:
+        return False
+    proposed = tariff.Price(record.id, "default", record.prices[0].nanodollars_per_million_tokens)
+    tariff.set_price(connection, proposed, now_ms())
+    audit.note(connection, now_ms(), actor, "price.set", record.id, nano_per_million=proposed.nano_per_million)
+    _show_price(connection, record, proposed.nano_per_million)
+    return True
+
+
+def _show_price(connection: Connection, record: Record, nano: int) -> None:
+    put_fields(connection, record.id, {"prices": [{"nanodollars_per_million_tokens": nano, "estimated": False}]})
+
+
+def _status(connection: Connection, model: str) -> Status | None:
+    record = read_record(connection, model)
+    return record.status if record else None

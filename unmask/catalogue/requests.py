@@ -1,0 +1,51 @@
+"""Asking for a model that is not in the catalogue."""
+
+import re
+
+import sqlalchemy as sa
+from sqlalchemy import Connection
+
+from unmask.accounts.schema import votes
+from unmask.catalogue.store import put_fields, read_record, step
+from unmask.catalogue.votes import vote
+from unmask.errors import UsageError
+
+# The hub's own rule for the names of repositories.
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}", re.ASCII)
+
+# Of one account at a time: requests are read by a person.
+MOST_VOTES = 50
+
+
+def check_id(model: str) -> None:
+    """See that a name is one that the hub could have.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if not _HUB_ID.fullmatch(model) or ".." in model or "--" in model:
+        raise UsageError(f"{model[:120]!r} is no id of a model: write it as the hub does, like org/name")
+
+
+def want(connection: Connection, account: str, model: str, note: str, now: int) -> bool:
+    """An account's vote for a model that does not answer yet; one that nobody knows is put on record as requested.
+
+    Returns:
+        Whether it is the account's first for this model.
+
+    Raises:
+        UsageError: the model answers already, is no id, or the account wants too many.
+    """
+    record = read_record(connection, model)
+    if record is None:
+        check_id(model)
+        put_fields(connection, model, {})
+        step(connection, model, "requested", actor="a visitor")
+    elif record.role == "reference":
+        raise UsageError(f"{model} is here for others to be measured against, and will not be served")
+    elif record.status in ("live", "deprecated"):
+        raise UsageError(f"{model} answers already")
+    others = sa.select(sa.func.count()).where(votes.c.account_id == account, votes.c.model != model)
+    if int(connection.scalar(others) or 0) >= MOST_VOTES:
+        raise UsageError(f"an account can want {MOST_VOTES} models at a time: take a vote back first")
+    return vote(connection, account, model, note, now)

@@ -1,0 +1,158 @@
+"""Who wants which model: a vote per account, the queue that they make, and the notice when it goes live.
+
+How many want a model is public. Who does, and what for, only the operator and the account itself get to see: every
+function that says so takes the account, or is for the operator.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+from sqlalchemy import Connection
+
+from unmask.accounts.database import insert
+from unmask.accounts.schema import notices, people, votes
+from unmask.errors import UsageError
+
+LONGEST_NOTE = 500
+
+
+@dataclass(frozen=True)
+class Vote:
+    """One account's vote. `at` is in Unix milliseconds."""
+
+    account: str
+    model: str
+    note: str
+    at: int
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A model in the operator's queue, with the notes of those who left one, newest first."""
+
+    model: str
+    votes: int
+    newest: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Notice:
+    """To an account: a model that it wanted went live."""
+
+    model: str
+    at: int
+    seen: bool
+
+
+@dataclass(frozen=True)
+class Letter:
+    """A notice that is to be mailed."""
+
+    account: str
+    model: str
+    to: str
+
+
+def vote(connection: Connection, account: str, model: str, note: str, now: int) -> bool:
+    """Want a model. A second vote changes the note. Whether it is the first one.
+
+    Raises:
+        UsageError: the note is too long, or has characters that no text has.
+    """
+    note = " ".join(note.split())
+    if len(note) > LONGEST_NOTE or not note.isprintable():
+        raise UsageError(f"a note may have {LONGEST_NOTE} characters, all of them printable")
+    statement = insert(connection, votes).values(account_id=account, model=model, note=note, at=now)
+    first = connection.execute(
+        statement.on_conflict_do_nothing(index_elements=[votes.c.account_id, votes.c.model]).returning(votes.c.model)
+    ).one_or_none()
+    if first is None:
+        connection.execute(
+            votes.update().where(votes.c.account_id == account, votes.c.model == model).values(note=note)
+        )
+    return first is not None
+
+
+def withdraw(connection: Connection, account: str, model: str) -> bool:
+    """Want a model no more. Whether it was wanted."""
+    return connection.execute(votes.delete().where(votes.c.account_id == account, votes.c.model == model)).rowcount == 1
+
+
+def counts(connection: Connection) -> dict[str, int]:
+    """How many accounts want each model that any wants."""
+    rows = connection.execute(sa.select(votes.c.model, sa.func.count()).group_by(votes.c.model))
+    return {model: int(count) for model, count in rows}
+
+
+def votes_of(connection: Connection, account: str) -> dict[str, Vote]:
+    """An account's own votes, by model."""
+    rows = connection.execute(sa.select(votes).where(votes.c.account_id == account).order_by(votes.c.at))
+    return {row.model: Vote(row.account_id, row.model, row.note, row.at) for row in rows}
+
+
+def queue(connection: Connection) -> list[Wanted]:
+    """For the operator: what is wanted, most votes first, then what has waited longest."""
+    found: dict[str, list[Vote]] = {}
+    for row in connection.execute(sa.select(votes).order_by(votes.c.at.desc(), votes.c.account_id)):
+        found.setdefault(row.model, []).append(Vote(row.account_id, row.model, row.note, row.at))
+    queued = [
+        (min(vote.at for vote in cast), Wanted(model, len(cast), cast[0].at, tuple(v.note for v in cast if v.note)))
+        for model, cast in found.items()
+    ]
+    return [wanted for _, wanted in sorted(queued, key=lambda item: (-item[1].votes, item[0], item[1].model))]
+
+
+def tell_voters(connection: Connection, model: str, now: int) -> int:
+    """A notice to everybody who wants a model, which is here now; their votes are done with. How many."""
+    rows = connection.execute(sa.select(votes.c.account_id).where(votes.c.model == model)).scalars().all()
+    for account in rows:
+        fresh = {"at": now, "seen_at": None, "mailed_at": None}
+        statement = insert(connection, notices).values(account_id=account, model=model, **fresh)
+        connection.execute(
+            statement.on_conflict_do_update(index_elements=[notices.c.account_id, notices.c.model], set_=fresh)
+        )
+    connection.execute(votes.delete().where(votes.c.model == model))
+    return len(rows)
+
+
+def notices_of(connection: Connection, account: str) -> list[Notice]:
+    """An account's own notices, newest first."""
+    rows = connection.execute(
+        sa.select(notices).where(notices.c.account_id == account).order_by(notices.c.at.desc(), notices.c.model)
+    )
+    return [Notice(row.model, row.at, row.seen_at is not None) for row in rows]
+
+
+def mark_seen(connection: Connection, account: str, now: int) -> int:
+    """The account has read its notices. How many were new."""
+    unseen = notices.c.account_id == account, notices.c.seen_at.is_(None)
+    return connection.execute(notices.update().where(*unseen).values(seen_at=now)).rowcount
+
+
+def claim_letters(connection: Connection, now: int) -> list[Letter]:
+    """Notices that nobody has mailed yet, which from now on count as mailed: two processes never send one twice."""
+    claimed = connection.execute(
+        notices.update()
+        .where(notices.c.mailed_at.is_(None))
+        .values(mailed_at=now)
+        .returning(notices.c.account_id, notices.c.model)
+    ).all()
+    owners: dict[str, list[str]] = {}
+    accounts: Sequence[str] = sorted({row.account_id for row in claimed})
+    for row in connection.execute(
+        sa.select(people.c.account_id, people.c.email).where(people.c.account_id.in_(accounts))
+    ):
+        owners.setdefault(row.account_id, []).append(row.email)
+    return [
+        Letter(row.account_id, row.model, address)
+        for row in sorted(claimed, key=lambda row: (row.account_id, row.model))
+        for address in owners.get(row.account_id, ())
+    ]
+
+
+def return_letter(connection: Connection, letter: Letter) -> None:
+    """Take a letter back that could not be sent, so that it is tried again."""
+    mine = notices.c.account_id == letter.account, notices.c.model == letter.model
+    connection.execute(notices.update().where(*mine).values(mailed_at=None))

@@ -1,0 +1,95 @@
+"""Following the operator: a model that goes live is answered for at once, one that is retired no longer."""
+
+import asyncio
+import logging
+
+from unmask.accounts.database import Database
+from unmask.catalogue.lifecycle import Status
+from unmask.catalogue.store import Stored, read_catalogue, version
+from unmask.errors import UnmaskError
+from unmask.router.models import Models
+
+log = logging.getLogger("unmask")
+
+ANSWERING: tuple[Status, ...] = ("live", "deprecated")
+
+_EVERY_S = 1.0
+
+
+def answering(stored: Stored) -> dict[str, str]:
+    """The models that the operator's steps say are answered for, with where their weights are.
+
+    What merely ships as live is not among them: it has passed no gate here.
+    """
+    return {
+        entry.record.id: stored.sources[entry.record.id]
+        for entry in stored.catalogue.entries()
+        if entry.record.status in ANSWERING and entry.record.id in stored.sources
+    }
+
+
+def retired(stored: Stored) -> set[str]:
+    """The models that answer no more, whoever names them."""
+    return {entry.record.id for entry in stored.catalogue.entries() if entry.record.status == "retired"}
+
+
+class Follower:
+    """Keeps the models of a process to what the database says.
+
+    Args:
+        models: of this process; its catalogue is kept up to date as well.
+        database: what to look at, about once a second.
+        version: the version that `models` was made from.
+        grace: seconds that requests have to finish with a model that is retired.
+    """
+
+    def __init__(self, models: Models, database: Database, version: int, *, grace: float = 30.0) -> None:
+        self._models, self._database, self._version, self._grace = models, database, version, grace
+        self._leaving: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        """Look again and again, until cancelled. A database that cannot be reached changes nothing."""
+        told = False
+        while True:
+            await asyncio.sleep(_EVERY_S)
+            try:
+                await self.look()
+            except UnmaskError as error:
+                if not told:
+                    log.error("the catalogue cannot be read, it is tried again: %s", error)
+                told = True
+            else:
+                told = False
+
+    async def look(self) -> bool:
+        """Take over what has changed since the last look. Whether anything had."""
+        stored = await asyncio.to_thread(self._read)
+        if stored is None:
+            return False
+        self._models.catalogue.take(stored.catalogue)
+        gone = retired(stored)
+        for served in self._models.list():
+            entry = stored.catalogue.get(served.record.id)
+            if entry is not None and entry.record.id in gone:
+                log.info("%s is retired and answers no more", entry.record.id)
+                # Not waited for: what it has accepted may take as long as it likes, the next model may not.
+                if leaving := self._models.remove(entry.record.id):
+                    task = asyncio.create_task(leaving.close(self._grace))
+                    self._leaving.add(task)
+                    task.add_done_callback(self._leaving.discard)
+            elif entry is not None:
+                served.learn(entry.record)
+        for id, source in answering(stored).items():
+            entry = stored.catalogue.get(id)
+            if self._models.find(id) is None and entry is not None:
+                try:
+                    self._models.add(source, entry.record)
+                    log.info("%s went live", id)
+                except UnmaskError as error:
+                    log.error("%s went live but cannot be answered for: %s", id, error)
+        self._version = stored.version
+        return True
+
+    def _read(self) -> Stored | None:
+        with self._database.read() as connection:
+            return None if version(connection) == self._version else read_catalogue(connection)

@@ -1,0 +1,144 @@
+"""Signing up, in and out, and the first admin."""
+
+from dataclasses import dataclass
+
+from sqlalchemy import Connection
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from unmask.accounts import Accounts, audit, people
+from unmask.accounts.database import now_ms
+from unmask.accounts.people import Person
+from unmask.errors import AccountError, AddressTaken, UnmaskError, UsageError
+from unmask.web.private import Render, show
+from unmask.web.visitors import (
+    Form,
+    address_of,
+    check_form,
+    end_session,
+    for_form,
+    go,
+    own_address,
+    read_form,
+    session_token,
+    start_session,
+    visitor,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Entrance:
+    """The pages. `render` is `Website.render`."""
+
+    accounts: Accounts
+    render: Render
+
+    def routes(self) -> list[Route]:
+        """All of them."""
+        return [
+            Route("/sign-up", self.sign_up_page),
+            Route("/sign-up", self.sign_up, methods=["POST"]),
+            Route("/sign-in", self.sign_in_page),
+            Route("/sign-in", self.sign_in, methods=["POST"]),
+            Route("/first-admin", self.first_admin_page),
+            Route("/first-admin", self.first_admin, methods=["POST"]),
+            Route("/sign-out", for_form(self.sign_out), methods=["POST"]),
+        ]
+
+    async def sign_up_page(self, request: Request) -> Response:
+        return await self._welcome(request, "sign-up")
+
+    async def sign_up(self, request: Request) -> Response:
+        """The answer is the same whether the address was free or taken, and so is the work."""
+        form = await self._form(request)
+        email = form.get("email")
+        try:
+            await self.accounts.sign_up(email, form.raw("password"), address=address_of(request))
+        except AddressTaken:
+            pass
+        except (UsageError, AccountError) as wrong:
+            return await self._welcome(request, "sign-up", wrong, email)
+        return go("/sign-in?done=signed-up")
+
+    async def sign_in_page(self, request: Request) -> Response:
+        return await self._welcome(request, "sign-in", next=request.query_params.get("next", ""))
+
+    async def sign_in(self, request: Request) -> Response:
+        form = await self._form(request)
+        email, next = form.get("email"), form.get("next")
+        try:
+            token = await self.accounts.sign_in(email, form.raw("password"), address=address_of(request))
+        except AccountError as wrong:
+            return await self._welcome(request, "sign-in", wrong, email, next)
+        return await self._signed_in(request, token, own_address(next) or "/account")
+
+    async def first_admin_page(self, request: Request) -> Response:
+        return self._first_admin(request, request.query_params.get("invitation", ""))
+
+    async def first_admin(self, request: Request) -> Response:
+        form = await self._form(request)
+        email, password, invitation = form.get("email"), form.raw("password"), form.get("invitation")
+        address = address_of(request)
+        try:
+            await self.accounts.sign_up(email, password, address=address, invitation=invitation)
+            token = await self.accounts.sign_in(email, password, address=address)
+        except (UsageError, AccountError) as wrong:
+            return self._first_admin(request, invitation, wrong, email)
+        return await self._signed_in(request, token, "/admin")
+
+    async def sign_out(self, request: Request, person: Person, form: Form) -> Response:
+        token, address, now = session_token(request), address_of(request), now_ms()
+
+        def end(connection: Connection) -> None:
+            people.end_session(connection, token)
+            audit.note(connection, now, person.id, "person.sign_out", person.id, address=address)
+
+        await self.accounts.write(end)
+        answer = go("/sign-in?done=signed-out")
+        end_session(request, answer)
+        return answer
+
+    async def _form(self, request: Request) -> Form:
+        """A form of somebody who need not be signed in."""
+        form = await read_form(request)
+        check_form(request, form)
+        return form
+
+    async def _welcome(
+        self, request: Request, which: str, wrong: UnmaskError | None = None, email: str = "", next: str = ""
+    ) -> Response:
+        if wrong is None and await visitor(request) is not None:
+            return go(own_address(next) or "/account")
+        return show(
+            self.render,
+            request,
+            f"account/{which}.html.j2",
+            wrong=wrong,
+            email=email,
+            next=own_address(next),
+            free_credit=self.accounts.free_credit,
+            shortest=people.SHORTEST_PASSWORD,
+        )
+
+    def _first_admin(
+        self, request: Request, invitation: str, wrong: UnmaskError | None = None, email: str = ""
+    ) -> Response:
+        return show(
+            self.render,
+            request,
+            "account/first-admin.html.j2",
+            wrong=wrong,
+            email=email,
+            invitation=invitation[:100],
+            shortest=people.SHORTEST_PASSWORD,
+        )
+
+    async def _signed_in(self, request: Request, token: str, address: str) -> Response:
+        """The answer that signs the browser in. A session that it had before ends."""
+        if await visitor(request) is not None:
+            old = session_token(request)
+            await self.accounts.write(lambda connection: people.end_session(connection, old))
+        answer = go(address)
+        start_session(request, answer, token)
+        return answer

@@ -1,0 +1,137 @@
+"""The operator's page of models: who wants what, what came of the gates, and the steps that are a decision."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from urllib.parse import quote
+
+from sqlalchemy import Connection
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import Route
+
+from unmask.accounts import Accounts, audit
+from unmask.accounts.database import now_ms
+from unmask.accounts.people import Person
+from unmask.catalogue import Record, Status, votes
+from unmask.catalogue.lifecycle import ALLOWED
+from unmask.catalogue.onboarding.gates import GATES
+from unmask.catalogue.onboarding.run import take_live
+from unmask.catalogue.requests import check_id
+from unmask.catalogue.store import Outcome, outcomes, put_fields, read_catalogue, read_record, step
+from unmask.errors import UsageError
+from unmask.web.private import Render, show
+from unmask.web.rendering import HEADERS
+from unmask.web.visitors import Form, address_of, for_form, for_person
+
+PAGE = "/admin/models"
+
+# What an operator may decide on the page, and what the button says. The steps in between belong to the gates.
+_DECISIONS: dict[Status, str] = {
+    "coming soon": "Announce",
+    "live": "Switch on",
+    "deprecated": "Deprecate",
+    "retired": "Retire",
+}
+
+
+@dataclass(frozen=True)
+class Managed:
+    """A model as its operator sees it."""
+
+    record: Record
+    wanted: votes.Wanted | None
+    gates: list[Outcome]
+    decisions: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True, eq=False)
+class Operating:
+    """The page, for people who are admins. `render` is `Website.render`."""
+
+    accounts: Accounts
+    render: Render
+
+    def routes(self) -> list[Route]:
+        """All of them."""
+        return [
+            Route(PAGE, for_person(self.models, admin=True)),
+            Route(PAGE, for_form(self.decide, admin=True), methods=["POST"]),
+        ]
+
+    async def models(self, request: Request, person: Person) -> Response:
+        """What is wanted, most votes first, and where every model stands."""
+        return await self._page(request, person)
+
+    async def decide(self, request: Request, person: Person, form: Form) -> Response:
+        """A step of a model's lifecycle; then the page again."""
+        model, status, until = form.get("model"), form.get("status"), form.get("until")
+        address = address_of(request)
+
+        def take(connection: Connection) -> None:
+            chosen: Status | None = next((known for known in _DECISIONS if known == status), None)
+            if chosen is None:
+                raise UsageError(f"{status[:40]!r} is no step that can be taken here")
+            _take(connection, model, chosen, _day(until) if chosen == "deprecated" else None, person.id)
+            audit.note(connection, now_ms(), person.id, "model.step", model, address=address, status=chosen)
+
+        try:
+            await self.accounts.write(take)
+        except UsageError as error:
+            return await self._page(request, person, error)
+        return RedirectResponse(f"{PAGE}#{quote(model)}", 303, HEADERS)
+
+    async def _page(self, request: Request, person: Person, wrong: UsageError | None = None) -> Response:
+        managed = await self.accounts.read(_managed)
+        return show(
+            self.render,
+            request,
+            "admin/models.html.j2",
+            wrong=wrong,
+            area="admin",
+            person=person,
+            queue=sorted((m for m in managed if m.wanted), key=lambda m: -m.wanted.votes if m.wanted else 0),
+            managed=[m for m in managed if m.gates or m.record.status not in (None, "coming soon")],
+            others=[m for m in managed if not m.gates and m.record.status == "coming soon"],
+            gate_count=len(GATES),
+            action=PAGE,
+            today=datetime.now(UTC).date().isoformat(),
+        )
+
+
+def _day(text: str) -> date:
+    try:
+        day = date.fromisoformat(text)
+    except ValueError:
+        raise UsageError(f"{text[:40]!r} is no day: write it as 2026-12-31") from None
+    if day < datetime.now(UTC).date():
+        raise UsageError(f"{day} is over: a deprecation announces a day that is to come")
+    return day
+
+
+def _take(connection: Connection, model: str, status: Status, until: date | None, actor: str) -> None:
+    record = read_record(connection, model)
+    if record is None:
+        check_id(model)
+        put_fields(connection, model, {})
+    if status == "live" and record is not None and record.status == "staged":
+        take_live(connection, model, actor=actor)
+    else:
+        step(connection, model, status, actor=actor, until=until)
+
+
+def _managed(connection: Connection) -> list[Managed]:
+    stored = read_catalogue(connection)
+    wanted = {one.model: one for one in votes.queue(connection)}
+    found = []
+    for entry in stored.catalogue.entries():
+        record = entry.record
+        if record.role == "reference":
+            continue
+        after = ALLOWED[record.status] if record.status else frozenset(("coming soon",))
+        decisions = [(status, label) for status, label in _DECISIONS.items() if status in after]
+        if record.status == "benchmarking":
+            decisions = []  # the gates' own business
+        gates = list(outcomes(connection, record.id).values()) if record.id in stored.sources else []
+        found.append(Managed(record, wanted.get(record.id), gates, decisions))
+    return found
