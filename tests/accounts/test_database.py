@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -266,3 +267,57 @@ def test_tables_of_every_version_become_todays_with_all_that_is_in_them(
             found = verify(connection)
             assert found.drift == () and found.settled == 24
         database.close()
+
+
+def test_what_needs_no_waiting_is_written_at_once(tmp_path: Path):
+    database = Database(f"sqlite:///{tmp_path / 'accounts.sqlite'}")
+    database.migrate()
+    writer = Writer(database, flushed=False)
+    try:
+        made = writer.at_once(lambda connection: people.open_account(connection, "somebody", 1))
+        assert made is not None
+        with database.read() as connection:
+            assert [account.id for account in people.all_accounts(connection)] == [made.result()]
+
+        def spoil(connection: sa.Connection) -> None:
+            people.open_account(connection, "nobody", 1)
+            raise UsageError("not so")
+
+        failed = writer.at_once(spoil)
+        assert failed is not None
+        with pytest.raises(UsageError, match="not so"):
+            failed.result()
+        # While another process writes, nothing is waited for in this thread: the piece is for the writer's.
+        with database.begin() as connection:
+            connection.execute(accounts.update().values(name="changed"))
+            began = time.monotonic()
+            assert writer.at_once(lambda connection: people.open_account(connection, "third", 1)) is None
+            assert time.monotonic() - began < 5
+            waiting = writer.submit(lambda connection: people.open_account(connection, "third", 1))
+        waiting.result(30)
+        with database.read() as connection:
+            assert sorted(account.name for account in people.all_accounts(connection)) == ["changed", "third"]
+    finally:
+        writer.close()
+        database.close()
+
+
+def test_a_charge_that_must_be_on_the_disk_is_not_written_in_the_event_loops_thread(database: Database):
+    writer = Writer(database, flushed=True)
+    try:
+        assert writer.at_once(lambda connection: None) is None
+    finally:
+        writer.close()
+
+
+def test_the_log_is_copied_into_the_file(tmp_path: Path):
+    file = tmp_path / "accounts.sqlite"
+    database = Database(f"sqlite:///{file}")
+    database.migrate()
+    with database.begin() as connection:
+        for number in range(200):
+            people.open_account(connection, f"account {number} " + "x" * 150, 1)
+    before = file.stat().st_size
+    database.tidy()
+    assert file.stat().st_size > before
+    database.close()
