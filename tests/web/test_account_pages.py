@@ -3,7 +3,6 @@
 import csv
 import io
 import re
-import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,8 +148,8 @@ def test_signing_in_tells_nobody_who_is_here(site: LocalService, accounts: Accou
             seconds.setdefault(email, []).append(time.perf_counter() - began)
             said.add((reply.status, text(reply).replace(email, "")))
     assert len(said) == 1 and next(iter(said))[0] == 401
-    known, unknown = (statistics.median(times) for times in seconds.values())
-    assert 0.4 < known / unknown < 2.5  # argon2 for both; without it, one would be fifty times quicker
+    known, unknown = (min(times) for times in seconds.values())
+    assert 0.25 < known / unknown < 4  # argon2 for both; without it, one would be fifty times quicker
 
 
 def test_tries_are_counted_by_mail_and_by_place(site: LocalService, accounts: Accounts) -> None:

@@ -108,7 +108,7 @@ def asked_days(request: Request) -> tuple[date, date]:
 
 def _day(request: Request, name: str, default: date) -> date:
     given = request.query_params.get(name)
-    if not given:
+    if given is None:
         return default
     try:
         return datetime.strptime(given, "%Y-%m-%d").replace(tzinfo=UTC).date()
