@@ -50,7 +50,7 @@ def serve(
     api_key_file
         File with one API key per line; callers must present one as "Authorization: Bearer KEY".
     dtype
-        Precision of the weights. int8 answers more than twice as fast; its vectors have a cosine of about 0.9993 to
+        Precision of the weights. int8 answers about 1.6 times as fast; its vectors have a cosine of about 0.9993 to
         those of float32.
     public_url
         Address under which visitors reach this server, for the links and examples on its pages.
