@@ -9,8 +9,8 @@ from unmask.api.history import STRETCH_S, Stretch
 from unmask.catalogue.speed import Point
 from unmask.evaluate.report import wording
 
-WIDTH, HEIGHT = 520, 220
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 12, 34
+WIDTH, HEIGHT = 520, 236
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 12, 48
 
 
 @dataclass(frozen=True)
