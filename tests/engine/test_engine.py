@@ -11,6 +11,7 @@ import pytest
 
 from unmask import Encoder
 from unmask.encoder import Prompt
+from unmask.encoder.cores import cores
 from unmask.engine import Engine
 from unmask.errors import (
     DeadlineExceeded,
@@ -118,6 +119,65 @@ async def test_what_cannot_meet_its_deadline_is_not_begun(gated: Gated) -> None:
     assert 0.5 < refused.value.retry_after < 10
     gated.gate.set()
     await ahead
+    engine.close()
+
+
+class Paced(Encoder):
+    """The same encoder at 2,000 tokens a second, whatever the machine."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.__dict__.update(encoder.__dict__)
+
+    def forward_pack(self, prompts: Sequence[Prompt]) -> np.ndarray:
+        began = time.monotonic()
+        found = super().forward_pack(prompts)
+        tokens = sum(len(prompt.ids) for prompt in prompts) * cores()  # each core runs a pack of its own
+        time.sleep(max(0.0, began + tokens / 2000 - time.monotonic()))
+        return found
+
+
+async def test_in_overload_who_is_let_in_is_served_in_time(encoder: Encoder) -> None:
+    engine = Engine(Paced(encoder), pack_tokens=256)
+    await vectors(engine, ["word " * 60] * 10)
+    await until_idle(engine)
+    outcomes: dict[str, list[float]] = {}
+
+    async def ask(texts: list[str], caller: str) -> None:
+        began = time.monotonic()
+        try:
+            await vectors(engine, texts, deadline=began + 2.0, caller=caller)
+            outcome = "served"
+        except Overloaded as error:
+            assert 0 < error.retry_after < 10
+            outcome = "refused"
+        except DeadlineExceeded:
+            outcome = "late"
+        outcomes.setdefault(outcome, []).append(time.monotonic() - began)
+
+    asked = []
+    for number in range(60):  # 3 seconds of about twice of what can be done; each request is a caller of its own
+        asked.append(asyncio.create_task(ask(["word " * (10 + 40 * (number % 3))] * 4, "")))
+        await asyncio.sleep(0.05)
+    await asyncio.gather(*asked)
+    assert "late" not in outcomes
+    assert len(outcomes["served"]) > 15 and outcomes["refused"]
+    assert max(outcomes["refused"]) < 0.2
+    engine.close()
+
+
+async def test_one_caller_leaves_room_for_another(encoder: Encoder) -> None:
+    engine = Engine(Paced(encoder), pack_tokens=256)
+    await vectors(engine, ["word " * 60] * 10)
+    await until_idle(engine)
+    deadline = time.monotonic() + 4
+    flood = [asyncio.create_task(vectors(engine, ["word " * 60] * 4, deadline=deadline, caller="a")) for _ in range(60)]
+    await asyncio.sleep(0.05)
+    assert (await vectors(engine, ["word " * 60] * 4, deadline=deadline, caller="b")).shape == (4, encoder.dim)
+    answers = await asyncio.gather(*flood, return_exceptions=True)
+    refused = [answer for answer in answers if isinstance(answer, BaseException)]
+    assert refused and all(isinstance(answer, Overloaded) for answer in refused)
+    assert "of this caller" in str(refused[0])
+    assert len(flood) - len(refused) > 4
     engine.close()
 
 

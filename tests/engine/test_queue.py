@@ -118,3 +118,89 @@ def test_choosing_from_a_long_line_is_quick() -> None:
     began = time.perf_counter()
     queue.take(2048, now=0.0)
     assert time.perf_counter() - began < 0.05
+
+
+class Clock:
+    """A model that computes `rate` tokens a second and nothing else, on a clock of its own."""
+
+    def __init__(self, rate: float, budget: int) -> None:
+        self.queue, self.rate, self.budget = FairQueue(), rate, budget
+        self.now, self.free, self.running = 0.0, 0.0, 0
+        self.late: list[Request] = []
+
+    def until(self, moment: float) -> None:
+        """Run packs until `moment`; the one under way then goes on."""
+        while len(self.queue) and self.free <= moment:
+            self.now = max(self.now, self.free)
+            pack = self.queue.take(self.budget, self.now, rate=self.rate)
+            self.running = sum(sequence.length for sequence in pack)
+            self.free = self.now + self.running / self.rate
+            for sequence in pack:
+                sequence.request.unfinished -= 1
+                if not sequence.request.unfinished and self.free > sequence.request.deadline + 1e-6:
+                    self.late.append(sequence.request)
+        self.now = max(self.now, moment)
+
+    def offer(self, one: Request) -> bool:
+        """Let a request in if the queue says that nobody would be late for it."""
+        running = self.running if self.free > self.now else 0
+        own = sum(len(prompt.ids) for prompt in one.prompts)
+        late = self.queue.lateness(own, one.deadline, now=self.now, rate=self.rate, running=running)
+        if late > 0:
+            return False
+        self.queue.add(one)
+        return True
+
+
+@settings(max_examples=300)
+@given(
+    arrivals=st.lists(
+        st.tuples(
+            st.floats(0, 0.4),
+            st.lists(st.integers(1, 50), min_size=1, max_size=30),
+            st.sampled_from("abcd"),
+            st.floats(0.05, 6),
+        ),
+        max_size=40,
+    ),
+    budget=st.integers(50, 300),
+)
+def test_who_was_let_in_keeps_the_deadline(arrivals, budget: int) -> None:
+    clock = Clock(rate=1000.0, budget=budget)
+    for pause, lengths, caller, patience in arrivals:
+        clock.until(clock.now + pause)
+        clock.offer(request(lengths, caller, arrived=clock.now, deadline=clock.now + patience))
+    clock.until(1e6)
+    assert not clock.late
+    assert clock.queue.tokens == 0
+
+
+def test_small_requests_that_overtake_do_not_make_a_large_one_late() -> None:
+    clock = Clock(rate=1000.0, budget=200)
+    assert clock.offer(request([50] * 80, "bulk", deadline=5.0))  # 4 of the 5 seconds
+    let_in = 0
+    for number in range(100):
+        clock.until(number * 0.05)
+        let_in += clock.offer(request([40] * 2, f"{number}", arrived=clock.now, deadline=clock.now + 5.0))
+    clock.until(1e6)
+    assert not clock.late
+    assert let_in > 50  # twice of what can be done was asked for
+
+
+def test_without_pressure_the_order_is_the_fair_one() -> None:
+    fair, promised = FairQueue(), FairQueue()
+    for queue in (fair, promised):
+        queue.add(request([30] * 50, "bulk", deadline=60.0))
+        queue.add(request([10] * 50, "small", deadline=90.0))
+    for _ in range(10):
+        plain = [(s.request.caller, s.index) for s in fair.take(300, now=0.0)]
+        assert [(s.request.caller, s.index) for s in promised.take(300, now=0.0, rate=1000.0)] == plain
+
+
+def test_a_lost_deadline_is_nobodys_hindrance() -> None:
+    queue = FairQueue()
+    queue.add(request([50] * 100, "lost", deadline=1.0))  # 5 seconds of work
+    assert queue.lateness(100, 2.0, now=0.0, rate=1000.0) <= 0
+    queue.add(request([50] * 4, "in time", deadline=0.25))
+    taken = queue.take(200, now=0.0, rate=1000.0)
+    assert {sequence.request.caller for sequence in taken} == {"in time"}

@@ -28,6 +28,13 @@ _INLINE_CHARACTERS = 2000
 # Less than this says more about overhead than about speed; until then no deadline is held against anybody.
 _MEASURED_TOKENS = 256
 
+# Of the measured speed, what deadlines are promised on: the next texts may be longer, the machine busier.
+_PROMISED = 0.85
+
+# Of what can be done before a deadline, what the callers that wait already may fill between them; the rest is for
+# whoever has nothing in line yet.
+_SHARED_OUT = 0.75
+
 # Two models on the same processor would only slow each other down by sharing it within a forward.
 _PROCESSOR = threading.Lock()
 
@@ -106,7 +113,8 @@ class Engine:
             afresh: compute all of them, whatever is known.
 
         Raises:
-            Overloaded: admitting it would overfill the queue or miss its deadline; carries `retry_after`.
+            Overloaded: admitting it would overfill the queue, or miss its deadline or that of somebody admitted
+                before; carries `retry_after`.
             DeadlineExceeded: the deadline passed while it waited.
             EngineStopped: the engine is closing.
         """
@@ -171,22 +179,34 @@ class Engine:
         if self._stopping:
             raise EngineStopped("the server is shutting down; send the request to another one")
         own = sum(len(prompt.ids) for prompt in request.prompts)
-        ahead = self._queue.tokens + self._in_flight
-        rate = self.tokens_per_second
-        if self._queue.tokens and self._queue.tokens + own > self._queue_tokens:
-            excess = self._queue.tokens + own - self._queue_tokens
+        waiting = self._queue.tokens
+        if waiting and waiting + own > self._queue_tokens:
             raise Overloaded(
-                f"{self._queue.tokens} tokens are waiting and {self._queue_tokens} may; try again shortly",
-                retry_after=excess / rate if rate else 1.0,
+                f"{waiting} tokens are waiting and {self._queue_tokens} may; try again shortly",
+                retry_after=(waiting + own - self._queue_tokens) / (self._promised() or self._queue_tokens),
             )
-        if rate and ahead:
-            wait = (ahead + own) / rate
-            left = request.deadline - time.monotonic()
-            if wait > left:
+        rate = self._promised()
+        if rate is None or not waiting + self._in_flight:
+            return
+        now = time.monotonic()
+        late = self._queue.lateness(own, request.deadline, now=now, rate=rate, running=self._in_flight)
+        if late > 0:
+            raise Overloaded(
+                f"{waiting + self._in_flight} tokens are ahead, too many for all to be done by their deadlines",
+                retry_after=late,
+            )
+        held = self._queue.holds(request.caller)
+        if held:
+            share = _SHARED_OUT * rate * (request.deadline - now) / self._queue.callers()
+            if held + own > share:
                 raise Overloaded(
-                    f"{ahead} tokens are ahead of this request, more than can be done before its deadline",
-                    retry_after=wait - max(left, 0.0),
+                    f"{held} tokens of this caller are in line already, and {share:.0f} may be: others wait as well",
+                    retry_after=(held + own - share) * self._queue.callers() / rate,
                 )
+
+    def _promised(self) -> float | None:
+        """Tokens per second that deadlines can count on, once something was measured."""
+        return None if self.tokens_per_second is None else _PROMISED * self.tokens_per_second
 
     def waiting_tokens(self) -> int:
         """Tokens in line and in the forward that is running."""
@@ -208,10 +228,12 @@ class Engine:
         self._tokenisers.shutdown(wait=False, cancel_futures=True)
 
     def _work(self) -> None:
+        ended = time.perf_counter()
         while True:
             with self._changed:
                 while not len(self._queue) and not self._stopping:
                     self._changed.wait()
+                    ended = time.perf_counter()
                 if not len(self._queue):
                     return
                 now = time.monotonic()
@@ -223,18 +245,21 @@ class Engine:
             for request in late:
                 request.done(DeadlineExceeded("the deadline passed before the vectors were ready"))
             if packs:
-                began = time.perf_counter()
                 with _PROCESSOR:
                     each_on_a_core(self._run_pack, packs)
-                self._measure(self._in_flight, time.perf_counter() - began)
+                # From the end of the forward before: what lies between two of them delays whoever waits as well.
+                began, ended = ended, time.perf_counter()
+                self._measure(self._in_flight, ended - began)
             with self._changed:
                 self._in_flight = 0
 
     def _take_packs(self, now: float) -> list[list[queue.Sequence]]:
         """As many packs as there are cores, of a size that gives each its share of what waits."""
         budget = min(self._pack_tokens, pack_budget(self._queue.tokens, self.encoder.device))
-        count = cores() if self.encoder.device.type == "cpu" else 1
-        packs = [self._queue.take(budget, now) for _ in range(count)]
+        packs: list[list[queue.Sequence]] = []
+        for _ in range(cores() if self.encoder.device.type == "cpu" else 1):
+            running = sum(sequence.length for sequences in packs for sequence in sequences)
+            packs.append(self._queue.take(budget, now, rate=self._promised(), running=running))
         return [sequences for sequences in packs if sequences]
 
     def _run_pack(self, sequences: list[queue.Sequence]) -> None:

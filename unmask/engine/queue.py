@@ -6,11 +6,16 @@ each other in small steps, whoever sent them, and neither starves.
 
 A pack is then chosen from a short horizon of that order: first what has waited too long, then what is nearest in
 length to the head of the line. Equal lengths share an attention kernel.
+
+Fairness lets the late overtake the early, so it must not break a promise: who was let in with a deadline keeps it.
+Before a pack goes, the line asks whether everybody else could still be served in time after it, earliest deadline
+first (if that order is late, every order is: Jackson 1955). If not, the earliest deadlines go instead.
 """
 
+import bisect
 import heapq
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -85,6 +90,7 @@ class FairQueue:
         self.tokens = 0
         self._horizon, self._max_age = horizon, max_age
         self._callers: dict[str, _Caller] = {}
+        self._due: list[Request] = []  # by deadline; those that wait for nothing any more are swept out on the way
         self._clock = 0.0
         self._order = itertools.count()
 
@@ -102,12 +108,123 @@ class FairQueue:
             tag += len(prompt.ids)
         request.waiting = sum(len(prompt.ids) for prompt in request.prompts)
         self.tokens += request.waiting
+        bisect.insort(self._due, request, key=_deadline)
 
-    def take(self, budget: int, now: float) -> list[Sequence]:
+    def lateness(self, own: int, deadline: float, *, now: float, rate: float, running: int = 0) -> float:
+        """Seconds by which somebody would be late if `own` more tokens came, due by `deadline`; at most 0 if nobody.
+
+        Args:
+            rate: tokens per second that can be counted on.
+            running: tokens of the forward that is under way.
+        """
+        return max(self._lateness(now, rate, running, own=(own, deadline)), default=(-float("inf"), 0))[0]
+
+    def holds(self, caller: str) -> int:
+        """A caller's tokens in line."""
+        return sum(request.waiting for request in self._due if request.caller == caller)
+
+    def callers(self) -> int:
+        """How many callers wait for something."""
+        return len({request.caller for request in self.requests()})
+
+    def _lateness(
+        self,
+        now: float,
+        rate: float,
+        running: int,
+        *,
+        own: tuple[int, float] = (0, float("inf")),
+        taken: Mapping[int, int] | None = None,
+    ) -> list[tuple[float, int]]:
+        """(seconds late, place in the line of deadlines) of each who waits, served by earliest deadline.
+
+        Those before `own` in that order are left out: it does not touch them. So is whoever could not be served in
+        time if the whole model were theirs: nothing is owed to them that could still be given.
+        """
+        found: list[tuple[float, int]] = []
+        tokens, extra = running, own[0]
+        for place, request in enumerate(self._due):
+            waiting = request.waiting - (taken.get(id(request), 0) if taken else 0)
+            left = request.deadline - now
+            if not request.waiting or waiting > left * rate:
+                continue
+            if not waiting:  # all of it is in the pack, and has its vectors when that ends
+                found.append((running / rate - left, place))
+                continue
+            if extra and request.deadline > own[1]:
+                tokens += extra
+                found.append((tokens / rate - (own[1] - now), place))
+                extra = 0
+            tokens += waiting
+            if not extra:
+                found.append((tokens / rate - left, place))
+        if extra:
+            found.append(((tokens + extra) / rate - (own[1] - now), len(self._due)))
+        return found
+
+    def take(self, budget: int, now: float, *, rate: float | None = None, running: int = 0) -> list[Sequence]:
         """Remove and return one pack of at most `budget` tokens (one longer sequence is a pack by itself).
 
         Sequences of requests that have ended are dropped on the way. Longest first, equal lengths adjacent.
+
+        Args:
+            rate: tokens per second that can be counted on; None: not known, and no deadline is looked at.
+            running: tokens that go into the same forward beside this pack.
         """
+        self._due = [request for request in self._due if request.waiting]
+        chosen = self._fair_pack(budget, now)
+        if chosen and rate:
+            pressed = self._pressed(chosen, now, rate, running)
+            if pressed:
+                for sequence in chosen:
+                    self._put_back(sequence)
+                chosen = self._earliest(pressed, budget, now, rate, running)
+        for sequence in chosen:
+            caller = self._callers[sequence.request.caller]
+            caller.clock = max(caller.clock, sequence.tag)
+            sequence.request.waiting -= sequence.length
+            self.tokens -= sequence.length
+        self._forget_idle()
+        return sorted(chosen, key=lambda sequence: -sequence.length)
+
+    def _pressed(self, chosen: list[Sequence], now: float, rate: float, running: int) -> list[Request]:
+        """Who must go before `chosen` because somebody would be late after it: all up to the first of those."""
+        taken: dict[int, int] = {}
+        for sequence in chosen:
+            taken[id(sequence.request)] = taken.get(id(sequence.request), 0) + sequence.length
+        after = self._lateness(now, rate, running + sum(taken.values()), taken=taken)
+        return next((self._due[: place + 1] for late, place in after if late > 0), [])
+
+    def _earliest(self, requests: list[Request], budget: int, now: float, rate: float, running: int) -> list[Sequence]:
+        """A pack of theirs, strictly by deadline, and over before the first of them."""
+        theirs = {id(request) for request in requests}
+        lines = [caller.line for caller in self._callers.values()]
+        waiting = [s for line in lines for s in line if id(s.request) in theirs and not s.request.ended]
+        chosen: list[Sequence] = []
+        filled = 0
+        for sequence in sorted(waiting, key=lambda s: (s.request.deadline, s)):
+            if chosen:
+                seconds = (running + filled + sequence.length) / rate
+                if filled + sequence.length > budget or seconds > chosen[0].request.deadline - now:
+                    break
+            chosen.append(sequence)
+            filled += sequence.length
+        gone = {id(sequence) for sequence in chosen}
+        for name in {sequence.request.caller for sequence in chosen}:
+            caller = self._callers[name]
+            caller.line = [sequence for sequence in caller.line if id(sequence) not in gone]
+            heapq.heapify(caller.line)
+        for sequence in chosen:
+            self._callers[sequence.request.caller].served += sequence.length
+        return chosen
+
+    def _put_back(self, sequence: Sequence) -> None:
+        caller = self._callers[sequence.request.caller]
+        caller.served -= sequence.length
+        heapq.heappush(caller.line, sequence)
+
+    def _fair_pack(self, budget: int, now: float) -> list[Sequence]:
+        """The next pack as fairness has it, taken out and counted as served."""
         candidates = self._candidates(budget * self._horizon)
         if not candidates:
             return []
@@ -123,16 +240,8 @@ class FairQueue:
                 chosen.append(sequence)
                 filled += sequence.length
             else:
-                caller = self._callers[sequence.request.caller]
-                caller.served -= sequence.length
-                heapq.heappush(caller.line, sequence)
-        for sequence in chosen:
-            caller = self._callers[sequence.request.caller]
-            caller.clock = max(caller.clock, sequence.tag)
-            sequence.request.waiting -= sequence.length
-            self.tokens -= sequence.length
-        self._forget_idle()
-        return sorted(chosen, key=lambda sequence: -sequence.length)
+                self._put_back(sequence)
+        return chosen
 
     def _candidates(self, tokens: int) -> list[Sequence]:
         """The next sequences in fair order, about `tokens` of them, taken out and counted as served."""
@@ -172,6 +281,9 @@ class FairQueue:
         return [request for request in self.requests() if request.deadline <= now]
 
     def requests(self) -> list[Request]:
-        """Every request with a sequence in line that is still wanted."""
-        lines = (caller.line for caller in self._callers.values())
-        return list({id(s.request): s.request for line in lines for s in line if not s.request.ended}.values())
+        """Every request with a sequence in line that is still wanted, the earliest deadline first."""
+        return [request for request in self._due if request.waiting]
+
+
+def _deadline(request: Request) -> float:
+    return request.deadline
