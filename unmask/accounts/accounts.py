@@ -4,6 +4,7 @@ import asyncio
 import logging
 import secrets
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,6 +31,9 @@ T = TypeVar("T")
 HOLD_MARGIN_MS = 60_000
 
 _SWEEP_S = 5.0
+
+# SQLite's log is copied into the file so often that it is a matter of a few milliseconds.
+_TIDY_S = 0.2
 _READERS = 4
 _PRICE_S = 5.0  # how long a price is believed without looking
 
@@ -343,13 +347,18 @@ class Accounts:
             people.end_old_sessions(connection, now)
 
         self._writer.submit(forget).result()
-        self.database.tidy()
+        self._writer.tidy()
         return count
 
     def _sweep_often(self) -> None:
-        while not self._stop.wait(_SWEEP_S):
-            self._limiter.tend()
+        swept = time.monotonic()
+        while not self._stop.wait(_TIDY_S):
             try:
+                if time.monotonic() - swept < _SWEEP_S:
+                    self._writer.tidy()
+                    continue
+                swept = time.monotonic()
+                self._limiter.tend()
                 if count := self.sweep():
                     log.warning("gave back %d holds of requests that nobody ended", count)
             except UnmaskError as error:

@@ -92,6 +92,11 @@ class Writer:
             self._turn.release()
         return future
 
+    def tidy(self) -> None:
+        """`Database.tidy`, while nobody writes: a commit during it would wait for the disk, in the caller's thread."""
+        with self._turn:
+            self._database.tidy()
+
     def close(self) -> None:
         """Write what was submitted, then end."""
         self._closed = True

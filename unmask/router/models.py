@@ -1,6 +1,7 @@
 """The models of one process: each loaded on first use, checked by its canary, kept until the end."""
 
 import asyncio
+import gc
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -144,6 +145,9 @@ class ServedModel:
                 f"{encoder.checkpoint.revision}: put the files back, or run 'unmask onboard {record.id}' again"
             )
         own = encoder.encode([self._canary_text()])[0]
+        # The model and the libraries that came with it stay: looking through them for garbage would stop all requests.
+        gc.collect()
+        gc.freeze()
         if record.canary is not None and (verdict := compare(own, record.canary.expected(), self.dtype)) != "ok":
             raise CheckpointError(f"{record.id} loaded, but its weights are not the published ones: {verdict}")
         config = encoder.checkpoint.config
