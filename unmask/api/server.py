@@ -165,7 +165,8 @@ def serve(settings: ServeSettings, build_site: BuildSite | None = None) -> int:
         UsageError, CheckpointError: a model's name or files are wrong.
         UsageError, StorageError: the accounts' database, pepper or Redis is.
     """
-    configure_logging(settings.log_level, settings.api_keys)
+    secrets = (settings.provider.client_secret,) if settings.provider else ()
+    configure_logging(settings.log_level, (*settings.api_keys, *secrets))
     try:
         listener = listen(settings.host, settings.port)
     except OSError as error:
@@ -180,6 +181,7 @@ def serve(settings: ServeSettings, build_site: BuildSite | None = None) -> int:
                 limiter=SharedLimiter(settings.limits, without=settings.limits_without) if settings.limits else None,
                 free_credit=settings.free_credit,
                 flush_charges=settings.flush_charges,
+                provider=settings.provider,
             )
         database = accounts.database if accounts is not None else None
         if database is None and settings.catalogue is not None:

@@ -1,10 +1,10 @@
 """`ServeSettings`: everything that can be set about the HTTP service, checked when it is made."""
 
-import ipaddress
 import re
 from dataclasses import dataclass, field
 
 from unmask.accounts.money import MAX_AMOUNT
+from unmask.accounts.provider import ProviderSettings, is_this_machine
 from unmask.encoder import Dtype
 from unmask.errors import UsageError
 
@@ -28,6 +28,7 @@ class ServeSettings:
         flush_charges: on SQLite, whether a request waits until its charge is on the disk, see `Accounts`.
         limits: URL of a Redis that counts requests and tokens per minute for several servers; None for this process.
         limits_without: what happens while it does not answer, see `SharedLimiter`.
+        provider: whose people may sign in to an account here; None for passwords alone.
         credit_status: the HTTP status of a request that the credit does not cover: 429 as OpenAI says, or 402.
         body_limit_bytes: largest request body.
         receive_timeout_s: time for a request's body to arrive, counted from its headers.
@@ -59,6 +60,7 @@ class ServeSettings:
     flush_charges: bool = False
     limits: str | None = field(default=None, repr=False)
     limits_without: str = "share"
+    provider: ProviderSettings | None = None
     credit_status: int = 429
     body_limit_bytes: int = 32 * 2**20
     receive_timeout_s: float = 30
@@ -96,17 +98,12 @@ class ServeSettings:
             raise UsageError(f"free_credit={self.free_credit}: choose 0 to {MAX_AMOUNT} nano-dollars")
         if self.limits is not None and self.database is None:
             raise UsageError("limits are those of accounts and their keys: turn on accounts as well")
+        if self.provider is not None and self.database is None:
+            raise UsageError("an OIDC issuer is for signing in to accounts: turn on accounts as well")
         if self.api_keys and self.database is not None:
             raise UsageError("there are accounts and a key file: use one of them, as accounts have keys of their own")
-        if not self.api_keys and self.database is None and not _is_loopback(self.host):
+        if not self.api_keys and self.database is None and not is_this_machine(self.host):
             raise UsageError(
                 f"host {self.host!r} can be reached from other machines and no API key is set: "
                 "turn on accounts, name a key file, or listen on 127.0.0.1"
             )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -99,7 +99,7 @@ class Website:
             routes.append(Route("/playground", self._known(self.playground), methods=["GET", "POST"]))
         if self.accounts is not None:
             for room in (
-                Entrance(self.accounts, self.render),
+                Entrance(self.accounts, self.render, self.base),
                 AccountPages(self.accounts, self.models, self.render),
                 AdminPages(self.accounts, self.models, self.render),
                 Wanting(self.accounts, self.catalogue, self.render),
