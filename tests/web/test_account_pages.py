@@ -165,6 +165,40 @@ def test_tries_are_counted_by_mail_and_by_place(site: LocalService, accounts: Ac
         assert visitor.fill(path, email="two@example.org", password=PASSWORD).status == 429
 
 
+def test_only_a_trusted_proxy_says_who_comes(site: LocalService, accounts: Accounts, tiny_llama: Path) -> None:
+    who = person(accounts, "proxied@example.org")
+    key = key_of(accounts, who, scopes=("account",), networks=("203.0.113.0/24",))
+
+    def tried(service: LocalService, email: str, forwarded: str) -> int:
+        visitor = Visitor(service)
+        form = {"token": visitor.token("/sign-in"), "email": email, "password": "x"}
+        return visitor.post("/sign-in", form, **{"x-forwarded-for": forwarded}).status
+
+    def read(service: LocalService, forwarded: str) -> int:
+        return service.call("GET", "/v1/account", headers={"x-forwarded-for": forwarded}, key=key).status
+
+    limiter = accounts._limiter = LocalLimiter(clock=lambda: 0.0)
+    limiter.take_now([Draw("sign-in-from:203.0.113.7", 30, 30)], "requests")
+    settings = {"api_keys": (), "database": "kept", "trusted_proxies": ("127.0.0.0/8", "10.1.0.0/16")}
+    with running(tiny_llama, accounts, website, **settings) as behind:
+        assert tried(behind, "one@example.org", "203.0.113.7") == 429
+        assert tried(behind, "two@example.org", "203.0.113.8") == 401
+        # What a visitor sends first is theirs to invent; what counts is what the outermost trusted proxy saw.
+        assert tried(behind, "three@example.org", "203.0.113.9, 203.0.113.7, 10.1.2.3") == 429
+        assert [read(behind, f) for f in ("203.0.113.7", "198.51.100.1", "203.0.113.7, 198.51.100.1")] == [
+            200,
+            403,
+            403,
+        ]
+        assert read(behind, "no address") == 403
+        # By https, as the proxy says, cookies are secure.
+        reply = behind.call("GET", "/sign-in", headers={**HTML, "x-forwarded-proto": "https"}, key=None)
+        assert reply.headers["set-cookie"].startswith("__Host-")
+    # Elsewhere nobody is believed.
+    assert tried(site, "four@example.org", "203.0.113.7") == 401
+    assert read(site, "203.0.113.7") == 403
+
+
 @pytest.mark.parametrize("next", ["//evil.example", "https://evil.example/", "/\\evil.example", "javascript:alert(1)"])
 def test_signing_in_leads_nowhere_else(site: LocalService, accounts: Accounts, next: str) -> None:
     if not do(accounts, lambda c: people.password_of(c, "lead@example.org")):

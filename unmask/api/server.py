@@ -120,7 +120,8 @@ class Server(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
-            proxy_headers=False,
+            proxy_headers=bool(settings.trusted_proxies),
+            forwarded_allow_ips=list(settings.trusted_proxies),
             timeout_keep_alive=settings.keep_alive_s,  # pyright: ignore[reportArgumentType] - parts of a second work
             timeout_graceful_shutdown=settings.shutdown_grace_s,  # pyright: ignore[reportArgumentType]
         )

@@ -1,5 +1,6 @@
 """`ServeSettings`: everything that can be set about the HTTP service, checked when it is made."""
 
+import ipaddress
 import re
 from dataclasses import dataclass, field
 
@@ -43,6 +44,7 @@ class ServeSettings:
         log_level: debug, info, warning or error.
         shutdown_grace_s: time that accepted requests have left after SIGTERM.
         public_url: where visitors reach this server, for links and examples; left out, what their browsers say.
+        trusted_proxies: addresses and networks of proxies whose X-Forwarded-For and -Proto say who calls and how.
         playground: whether visitors may try models on the pages; None for only where no key is needed.
 
     Raises:
@@ -75,6 +77,7 @@ class ServeSettings:
     log_level: str = "info"
     shutdown_grace_s: float = 30
     public_url: str | None = None
+    trusted_proxies: tuple[str, ...] = ()
     playground: bool | None = None
 
     def __post_init__(self) -> None:
@@ -92,6 +95,11 @@ class ServeSettings:
             raise UsageError("an API key is empty or has characters that no HTTP header can carry")
         if self.public_url is not None and not _ADDRESS.fullmatch(self.public_url):
             raise UsageError(f"public_url={self.public_url!r}: give an address such as https://embed.example.org")
+        for proxy in self.trusted_proxies:
+            try:
+                ipaddress.ip_network(proxy)
+            except ValueError as error:
+                raise UsageError(f"trusted proxy {proxy!r}: {error}; write it like 10.0.0.1 or 10.0.0.0/8") from None
         if self.credit_status not in (402, 429):
             raise UsageError(f"credit_status={self.credit_status}: choose 429 or 402")
         if not 0 <= self.free_credit <= MAX_AMOUNT:

@@ -23,6 +23,7 @@ def serve(
     api_key_file: str | None = None,
     dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32",
     public_url: str | None = None,
+    trusted_proxy: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     playground: bool | None = None,
     accounts: Annotated[bool, Parameter(group=_ACCOUNTS, negative=())] = False,
     database: Annotated[str | None, Parameter(group=_ACCOUNTS, env_var="UNMASK_DATABASE")] = None,
@@ -64,6 +65,9 @@ def serve(
     public_url
         Address under which visitors reach this server, for the links and examples on its pages.
         Left out: what their browsers say.
+    trusted_proxy
+        Address or network of a proxy before this server, such as 10.0.0.0/8: only from there X-Forwarded-For and
+        X-Forwarded-Proto say who calls, and whether by https. May be repeated.
     playground
         Whether visitors may try models on the pages. Left out: only where no key is needed.
     accounts
@@ -125,6 +129,7 @@ def serve(
             warm=(models[0], *warm),
             api_keys=_read_keys(api_key_file) if api_key_file else (),
             public_url=public_url,
+            trusted_proxies=trusted_proxy,
             playground=playground,
             database=database or (default_url() if accounts else None),
             catalogue=database or default_url(),
