@@ -2,6 +2,8 @@
 
 import csv
 import io
+import json
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -512,6 +514,46 @@ def test_what_an_admin_does(site: LocalService, accounts: Accounts) -> None:
         assert action in log and f"{root.id}" in log
     assert admin.get("/admin/accounts/acct_unknown").status == 404
     assert do(accounts, verify).drift == ()
+
+
+def test_everybody_sees_the_prices_that_are_charged(
+    site: LocalService, accounts: Accounts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unmask.accounts.accounts._PRICE_S", 0.2)  # of the five seconds nobody here has to wait all
+    admin = Visitor.signed_in(site, accounts, person(accounts, "prices@example.org", admin=True))
+    key = key_of(accounts, person(accounts, "payer@example.org"))
+
+    def shown() -> tuple[list[str], list[tuple[str, int, bool]]]:
+        pages = [Visitor(site).page(path) for path in ("/models", f"/models/{site.model}")]
+        found = site.call("GET", f"/v1/models/{site.model}", key=key).json["prices"]
+        listed = site.call("GET", "/v1/models", key=key).json["data"][0]["prices"]
+        twin = json.loads(Visitor(site).get(f"/models/{site.model}.json").body)["prices"]
+        assert found == listed == twin
+        assert all(
+            f"${price['nanodollars_per_million_tokens'] / 1e9:g}" in page.text for price in found for page in pages
+        )
+        return [page.text for page in pages], [tuple(price.values()) for price in found]
+
+    assert shown()[1] == [("standard", 8_000_000, False)]
+    form = {"model": site.model, "dollars": "0.0625"}
+    try:
+        assert admin.fill("/admin/prices", tier="default", **form).status == 303
+        assert shown()[1] == [("standard", 62_500_000, False)]
+        reply = embed(site, key)
+        assert int(reply.headers["x-unmask-cost-nanodollars"]) == math.ceil(reply.json["usage"]["total_tokens"] * 62.5)
+        assert admin.fill("/admin/prices", tier="batch", model=site.model, dollars="0.03").status == 303
+        assert shown()[1] == [("standard", 62_500_000, False), ("batch", 30_000_000, False)]
+        for tier in tariff.TIERS:
+            assert admin.fill("/admin/prices", tier=tier, remove="yes", **form).status == 303
+        texts, prices = shown()
+        assert prices == [] and "none set" in texts[1]
+        # What is set on the command line comes through the database alone.
+        do(accounts, lambda c: tariff.set_price(c, tariff.Price("*", "default", 31_250_000), now_ms()))
+        until(lambda: site.call("GET", f"/v1/models/{site.model}", key=key).json["prices"] != [])
+        assert shown()[1] == [("standard", 31_250_000, False)]
+    finally:
+        do(accounts, lambda c: tariff.remove_price(c, "*", "default"))
+        do(accounts, lambda c: tariff.set_price(c, tariff.Price(site.model, "default", 8_000_000), now_ms()))
 
 
 def test_only_admins_see_the_admins_pages(site: LocalService, accounts: Accounts) -> None:

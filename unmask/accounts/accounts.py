@@ -99,6 +99,7 @@ class Accounts:
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="unmask-accounts")
         self._uses: dict[str, int] = {}
         self._prices: dict[tuple[str, str], tuple[int, int]] = {}
+        self._tariff: tuple[int, list[tariff.Price]] = (0, [])
         self._callers: dict[str, tuple[int, Caller]] = {}  # by the key's digest
         self._stop = threading.Event()
         self._sweeper = threading.Thread(target=self._sweep_often, name="unmask-sweeper", daemon=True)
@@ -118,7 +119,8 @@ class Accounts:
         try:
             return await self._book(piece)
         finally:
-            self._callers = {}  # it may have been about one of them
+            # It may have been about one of them.
+            self._callers, self._prices, self._tariff = {}, {}, (0, [])
 
     async def _book(self, piece: Callable[[Connection], T]) -> T:
         """As `write`, for the short pieces of every request."""
@@ -212,6 +214,17 @@ class Accounts:
             self._writer.submit(lambda connection: ledger.release(connection, charge, now_ms()))
         except UnmaskError as error:
             log.warning("charge %s stays held until its time is up: %s", charge, error)
+
+    async def prices(self) -> list[tariff.Price]:
+        """Every price that was set, as it was at most five seconds ago.
+
+        Raises:
+            StorageError: the database failed.
+        """
+        now = now_ms()
+        if not 0 <= now - self._tariff[0] <= _PRICE_S * 1000:
+            self._tariff = now, await self.read(tariff.all_prices)
+        return self._tariff[1]
 
     async def _price(self, model: str, tier: str) -> int:
         now = now_ms()
