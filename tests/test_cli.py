@@ -63,6 +63,11 @@ def test_encode_a_pipe(golden_dir: Path) -> None:
         (["serve", "--host", "0.0.0.0"], "no API key"),
         (["serve", "--api-key-file", "missing"], "--api-key-file missing"),
         (["serve", "--port", "99999"], "99999"),
+        (["serve", "--trusted-proxy", "10.0.0.1/8"], "10.0.0.1/8"),
+        (["serve", "--accounts", "--oidc-client-id", "us"], "need --oidc-issuer"),
+        (["serve", "--accounts", "--oidc-issuer", "http://example.org"], "give its https address"),
+        (["serve", "--accounts", "--oidc-issuer", "https://example.org", "--oidc-client-id", "us"], "client secret"),
+        (["serve", "--oidc-issuer", "https://example.org", "--oidc-client-secret-file", "none"], "none cannot be read"),
     ],
 )
 def test_a_users_mistake_is_one_line(golden_dir: Path, tmp_path: Path, arguments: list[str], message: str) -> None:

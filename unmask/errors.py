@@ -18,6 +18,7 @@ UnmaskError
 ├── AccountError               an account, a key or its limits do not allow it
 │   ├── KeyRefused             the key is unknown, mistyped, revoked or out of date
 │   ├── SignInRefused          the address and password do not fit, or nobody is signed in
+│   ├── ProviderUnavailable    who vouches for people cannot be asked
 │   ├── AddressTaken           somebody signed up with this mail address before
 │   ├── Forbidden              the key is known, but not for this
 │   ├── InsufficientCredit     the account's credit does not cover the cost
@@ -118,6 +119,10 @@ class KeyRefused(AccountError):
 
 class SignInRefused(AccountError):
     """The address and the password do not fit, or the session is over."""
+
+
+class ProviderUnavailable(AccountError):
+    """The OpenID Connect provider does not answer, or not as the standard says."""
 
 
 class AddressTaken(AccountError):

@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from accounts.oidc_provider import CLIENT, SECRET, OidcProvider, provided
 from api.live import LocalService, running, until
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect
 
 from unmask.accounts import Accounts, keys, people, tariff
 from unmask.accounts.database import now_ms
+from unmask.accounts.provider import ProviderSettings
 from unmask.web import website
 
 from .people import PASSWORD, do, key_of, person
@@ -20,9 +22,20 @@ ADMIN = ["/admin", "/admin/prices", "/admin/plans", "/admin/audit"]
 
 
 @pytest.fixture(scope="module")
-def accounts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Accounts]:
+def elsewhere() -> Iterator[OidcProvider]:
+    with provided() as provider:
+        yield provider
+
+
+@pytest.fixture(scope="module")
+def accounts(tmp_path_factory: pytest.TempPathFactory, elsewhere: OidcProvider) -> Iterator[Accounts]:
     folder = tmp_path_factory.mktemp("accounts")
-    made = Accounts(f"sqlite:///{folder / 'accounts.sqlite'}", pepper=folder / "pepper", free_credit=1_000_000_000)
+    made = Accounts(
+        f"sqlite:///{folder / 'accounts.sqlite'}",
+        pepper=folder / "pepper",
+        free_credit=1_000_000_000,
+        provider=ProviderSettings(issuer=elsewhere.url, client_id=CLIENT, client_secret=SECRET, name="Example"),
+    )
     yield made
     made.close()
 
@@ -125,3 +138,30 @@ def test_axe_finds_nothing_and_nothing_sticks_out(
     expect(page.get_by_role("alert")).to_contain_text("is no whole number")
     faultless(page)
     page.context.close()
+
+
+def test_signing_in_elsewhere_and_linking_it(
+    browser: Browser, site: LocalService, accounts: Accounts, elsewhere: OidcProvider
+) -> None:
+    """In a real browser, which keeps forms from leaving the site and cookies from coming along from elsewhere."""
+    person(accounts, "linked@example.org")
+    elsewhere.person = {"sub": "linked", "email": "linked@example.org", "email_verified": True}
+    page = opened(browser, site)
+    page.goto("/sign-in?next=/account/settings")
+    faultless(page)
+    page.get_by_role("link", name="Sign in with Example").click()
+    expect(page.get_by_role("alert")).to_contain_text("An account here has your mail address already")
+    page.get_by_label("Mail address").fill("linked@example.org")
+    page.get_by_label("Password").fill(PASSWORD)
+    page.get_by_role("button", name="Sign in").click()
+    page.goto("/account/settings")
+    faultless(page)
+    page.locator("#own_password").fill(PASSWORD)
+    page.get_by_role("button", name="Link it").click()
+    faultless(page)
+    page.get_by_role("link", name="Go on to Example").click()
+    expect(page.get_by_role("status")).to_contain_text("From now on you can sign in that way as well.")
+    page.get_by_role("button", name="Sign out").click()
+    page.get_by_role("link", name="Sign in with Example").click()
+    expect(page).to_have_url(f"{site.url}/account")
+    elsewhere.person = None

@@ -2,6 +2,8 @@
 
 import csv
 import io
+import json
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -163,6 +165,40 @@ def test_tries_are_counted_by_mail_and_by_place(site: LocalService, accounts: Ac
     assert visitor.fill("/sign-up", email="one@example.org", password="short").status == 400
     for path in ("/sign-in", "/sign-up"):  # another mail, and the same place
         assert visitor.fill(path, email="two@example.org", password=PASSWORD).status == 429
+
+
+def test_only_a_trusted_proxy_says_who_comes(site: LocalService, accounts: Accounts, tiny_llama: Path) -> None:
+    who = person(accounts, "proxied@example.org")
+    key = key_of(accounts, who, scopes=("account",), networks=("203.0.113.0/24",))
+
+    def tried(service: LocalService, email: str, forwarded: str) -> int:
+        visitor = Visitor(service)
+        form = {"token": visitor.token("/sign-in"), "email": email, "password": "x"}
+        return visitor.post("/sign-in", form, **{"x-forwarded-for": forwarded}).status
+
+    def read(service: LocalService, forwarded: str) -> int:
+        return service.call("GET", "/v1/account", headers={"x-forwarded-for": forwarded}, key=key).status
+
+    limiter = accounts._limiter = LocalLimiter(clock=lambda: 0.0)
+    limiter.take_now([Draw("sign-in-from:203.0.113.7", 30, 30)], "requests")
+    settings = {"api_keys": (), "database": "kept", "trusted_proxies": ("127.0.0.0/8", "10.1.0.0/16")}
+    with running(tiny_llama, accounts, website, **settings) as behind:
+        assert tried(behind, "one@example.org", "203.0.113.7") == 429
+        assert tried(behind, "two@example.org", "203.0.113.8") == 401
+        # What a visitor sends first is theirs to invent; what counts is what the outermost trusted proxy saw.
+        assert tried(behind, "three@example.org", "203.0.113.9, 203.0.113.7, 10.1.2.3") == 429
+        assert [read(behind, f) for f in ("203.0.113.7", "198.51.100.1", "203.0.113.7, 198.51.100.1")] == [
+            200,
+            403,
+            403,
+        ]
+        assert read(behind, "no address") == 403
+        # By https, as the proxy says, cookies are secure.
+        reply = behind.call("GET", "/sign-in", headers={**HTML, "x-forwarded-proto": "https"}, key=None)
+        assert reply.headers["set-cookie"].startswith("__Host-")
+    # Elsewhere nobody is believed.
+    assert tried(site, "four@example.org", "203.0.113.7") == 401
+    assert read(site, "203.0.113.7") == 403
 
 
 @pytest.mark.parametrize("next", ["//evil.example", "https://evil.example/", "/\\evil.example", "javascript:alert(1)"])
@@ -478,6 +514,46 @@ def test_what_an_admin_does(site: LocalService, accounts: Accounts) -> None:
         assert action in log and f"{root.id}" in log
     assert admin.get("/admin/accounts/acct_unknown").status == 404
     assert do(accounts, verify).drift == ()
+
+
+def test_everybody_sees_the_prices_that_are_charged(
+    site: LocalService, accounts: Accounts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unmask.accounts.accounts._PRICE_S", 0.2)  # of the five seconds nobody here has to wait all
+    admin = Visitor.signed_in(site, accounts, person(accounts, "prices@example.org", admin=True))
+    key = key_of(accounts, person(accounts, "payer@example.org"))
+
+    def shown() -> tuple[list[str], list[tuple[str, int, bool]]]:
+        pages = [Visitor(site).page(path) for path in ("/models", f"/models/{site.model}")]
+        found = site.call("GET", f"/v1/models/{site.model}", key=key).json["prices"]
+        listed = site.call("GET", "/v1/models", key=key).json["data"][0]["prices"]
+        twin = json.loads(Visitor(site).get(f"/models/{site.model}.json").body)["prices"]
+        assert found == listed == twin
+        assert all(
+            f"${price['nanodollars_per_million_tokens'] / 1e9:g}" in page.text for price in found for page in pages
+        )
+        return [page.text for page in pages], [tuple(price.values()) for price in found]
+
+    assert shown()[1] == [("standard", 8_000_000, False)]
+    form = {"model": site.model, "dollars": "0.0625"}
+    try:
+        assert admin.fill("/admin/prices", tier="default", **form).status == 303
+        assert shown()[1] == [("standard", 62_500_000, False)]
+        reply = embed(site, key)
+        assert int(reply.headers["x-unmask-cost-nanodollars"]) == math.ceil(reply.json["usage"]["total_tokens"] * 62.5)
+        assert admin.fill("/admin/prices", tier="batch", model=site.model, dollars="0.03").status == 303
+        assert shown()[1] == [("standard", 62_500_000, False), ("batch", 30_000_000, False)]
+        for tier in tariff.TIERS:
+            assert admin.fill("/admin/prices", tier=tier, remove="yes", **form).status == 303
+        texts, prices = shown()
+        assert prices == [] and "none set" in texts[1]
+        # What is set on the command line comes through the database alone.
+        do(accounts, lambda c: tariff.set_price(c, tariff.Price("*", "default", 31_250_000), now_ms()))
+        until(lambda: site.call("GET", f"/v1/models/{site.model}", key=key).json["prices"] != [])
+        assert shown()[1] == [("standard", 31_250_000, False)]
+    finally:
+        do(accounts, lambda c: tariff.remove_price(c, "*", "default"))
+        do(accounts, lambda c: tariff.set_price(c, tariff.Price(site.model, "default", 8_000_000), now_ms()))
 
 
 def test_only_admins_see_the_admins_pages(site: LocalService, accounts: Accounts) -> None:

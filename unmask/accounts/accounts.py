@@ -19,8 +19,9 @@ from unmask.accounts.keys import Caller, Peppers
 from unmask.accounts.ledger import Held, Hold
 from unmask.accounts.limits import Draw, Level, Limiter, LocalLimiter
 from unmask.accounts.people import Person
+from unmask.accounts.provider import Identity, Provider, ProviderSettings
 from unmask.accounts.writer import Writer
-from unmask.errors import RateLimited, SignInRefused, UnmaskError
+from unmask.errors import AddressTaken, RateLimited, SignInRefused, UnmaskError
 
 log = logging.getLogger("unmask")
 
@@ -29,6 +30,9 @@ T = TypeVar("T")
 # How long a hold outlives its request's deadline before it counts as its dead server's. Shorter than this, and a
 # slow settlement would meet the sweeper; longer, and credit is tied up after a crash.
 HOLD_MARGIN_MS = 60_000
+
+# Whoever has no password proves to be there still by having signed in so lately.
+_FRESH_MS = 10 * 60_000
 
 _SWEEP_S = 5.0
 
@@ -73,9 +77,10 @@ class Accounts:
         free_credit: nano-dollars for whoever signs up.
         flush_charges: on SQLite, whether a request waits until its charge is on the disk. Without, a power cut may
             forget the charges of the last moments; a killed process forgets nothing in either case.
+        provider: an OpenID Connect provider whose people may sign in; None for passwords alone.
 
     Raises:
-        UsageError, StorageError: the database or the pepper cannot be used.
+        UsageError, StorageError: the database or the pepper cannot be used, or the provider's library is missing.
     """
 
     def __init__(
@@ -86,16 +91,19 @@ class Accounts:
         limiter: Limiter | None = None,
         free_credit: int = 0,
         flush_charges: bool = False,
+        provider: ProviderSettings | None = None,
     ) -> None:
+        self.peppers = Peppers(pepper)
+        self.provider = Provider(provider, self.peppers) if provider else None
         self.database = Database(url or default_url())
         self.database.migrate()
-        self.peppers = Peppers(pepper)
         self.free_credit = free_credit
         self._limiter = limiter or LocalLimiter()
         self._writer = Writer(self.database, flushed=flush_charges)
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="unmask-accounts")
         self._uses: dict[str, int] = {}
         self._prices: dict[tuple[str, str], tuple[int, int]] = {}
+        self._tariff: tuple[int, list[tariff.Price]] = (0, [])
         self._callers: dict[str, tuple[int, Caller]] = {}  # by the key's digest
         self._stop = threading.Event()
         self._sweeper = threading.Thread(target=self._sweep_often, name="unmask-sweeper", daemon=True)
@@ -115,7 +123,8 @@ class Accounts:
         try:
             return await self._book(piece)
         finally:
-            self._callers = {}  # it may have been about one of them
+            # It may have been about one of them.
+            self._callers, self._prices, self._tariff = {}, {}, (0, [])
 
     async def _book(self, piece: Callable[[Connection], T]) -> T:
         """As `write`, for the short pieces of every request."""
@@ -210,6 +219,17 @@ class Accounts:
         except UnmaskError as error:
             log.warning("charge %s stays held until its time is up: %s", charge, error)
 
+    async def prices(self) -> list[tariff.Price]:
+        """Every price that was set, as it was at most five seconds ago.
+
+        Raises:
+            StorageError: the database failed.
+        """
+        now = now_ms()
+        if not 0 <= now - self._tariff[0] <= _PRICE_S * 1000:
+            self._tariff = now, await self.read(tariff.all_prices)
+        return self._tariff[1]
+
     async def _price(self, model: str, tier: str) -> int:
         now = now_ms()
         seen = self._prices.get((model, tier))
@@ -275,13 +295,100 @@ class Accounts:
 
         return await self.write(start)
 
-    async def change_password(self, person: Person, old: str, new: str, *, address: str) -> None:
-        """Another password, which ends every session of the person.
+    async def sign_in_as(self, identity: Identity, *, address: str) -> str:
+        """A new session's token for whomever a provider vouches for, who gets an account if this is the first time.
+
+        An account that has the same address already stays its owner's: it is linked by `link` alone.
+
+        Raises:
+            SignInRefused: there is no address, or the provider says that it is not verified.
+            AddressTaken: an account here has the address.
+            UsageError: the address is none.
+        """
+        name = self.provider.name if self.provider else identity.issuer
+        now = now_ms()
+
+        def start(connection: Connection) -> str:
+            person = people.of_identity(connection, identity)
+            if person is None:
+                if not identity.email:
+                    raise SignInRefused(f"no mail address came from {name}: allow it there, or sign up with a password")
+                if identity.verified is False:
+                    raise SignInRefused(f"your mail address is not verified at {name}: verify it there, and try again")
+                try:
+                    person = people.sign_up(
+                        connection,
+                        self.peppers,
+                        identity.email,
+                        people.NO_PASSWORD,
+                        now,
+                        free_credit=self.free_credit,
+                    )
+                except AddressTaken:
+                    raise AddressTaken(
+                        f"an account here has your mail address already: sign in to it as before, "
+                        f"and link {name} on the page 'Settings'"
+                    ) from None
+                people.add_identity(connection, person.id, identity, now)
+                detail = {"issuer": identity.issuer}
+                audit.note(connection, now, person.id, "person.sign_up", person.account_id, address=address, **detail)
+            audit.note(connection, now, person.id, "person.sign_in", person.id, address=address, issuer=identity.issuer)
+            return people.start_session(connection, person.id, now)
+
+        return await self.write(start)
+
+    async def confirm(self, person: Person, password: str, *, address: str, session: str = "") -> None:
+        """Whether it is still the person who has signed in: they know the password, or have just signed in without.
+
+        Args:
+            session: the token of their session, for those without a password.
+
+        Raises:
+            SignInRefused, RateLimited.
+        """
+        await self._throttle(address, person.email)
+        found, began = await self.read(
+            lambda connection: (
+                people.password_of(connection, person.email),
+                people.session_started(connection, session),
+            )
+        )
+        stored = found[1] if found else None
+        if stored == people.NO_PASSWORD:
+            if now_ms() - began > _FRESH_MS:
+                raise SignInRefused("you signed in too long ago for this: sign out and in again, and do it at once")
+        elif not await asyncio.to_thread(people.check_password, stored, password):
+            raise SignInRefused("the password is not right")
+
+    async def link(self, person: Person, identity: Identity, *, address: str) -> None:
+        """Let a person sign in with an identity as well. `confirm` is to be asked before the way to the provider.
+
+        Raises:
+            AddressTaken: the identity is another account's.
+        """
+        now = now_ms()
+
+        def write(connection: Connection) -> None:
+            people.add_identity(connection, person.id, identity, now)
+            audit.note(connection, now, person.id, "person.link", person.id, address=address, issuer=identity.issuer)
+
+        await self.write(write)
+
+    async def throttle_place(self, address: str) -> None:
+        """Count a try to sign in that names nobody yet.
+
+        Raises:
+            RateLimited: too many from the place.
+        """
+        await self._draw([_from_place(address)])
+
+    async def change_password(self, person: Person, old: str, new: str, *, address: str, session: str = "") -> None:
+        """Another password, or a first one, which ends every session of the person.
 
         Raises:
             UsageError, SignInRefused, RateLimited.
         """
-        await self._confirm(person, old, address)
+        await self.confirm(person, old, address=address, session=session)
         hashed = await asyncio.to_thread(people.hash_password, new)
         now = now_ms()
 
@@ -291,13 +398,13 @@ class Accounts:
 
         await self.write(write)
 
-    async def close_account(self, person: Person, password: str, *, address: str) -> int:
+    async def close_account(self, person: Person, password: str, *, address: str, session: str = "") -> int:
         """Delete a person's account, see `people.close_account`. Returns the nano-dollars given up.
 
         Raises:
             SignInRefused, RateLimited, LedgerRefused.
         """
-        await self._confirm(person, password, address)
+        await self.confirm(person, password, address=address, session=session)
         now = now_ms()
 
         def close(connection: Connection) -> int:
@@ -308,17 +415,12 @@ class Accounts:
 
         return await self.write(close)
 
-    async def _confirm(self, person: Person, password: str, address: str) -> None:
-        """Whether somebody who is signed in knows the password too."""
-        await self._throttle(address, person.email)
-        found = await self.read(lambda connection: people.password_of(connection, person.email))
-        if not await asyncio.to_thread(people.check_password, found[1] if found else None, password):
-            raise SignInRefused("the password is not right")
-
     async def _throttle(self, address: str, email: str) -> None:
         """Ten tries a minute for one mail address, thirty from one place."""
         who = self.peppers.mark(f"sign-in {email.strip().lower()[:254]}")  # the buckets may lie outside this process
-        draws: Sequence[Draw] = (Draw(f"sign-in:{who}", 10, 1), Draw(f"sign-in-from:{address}", 30, 1))
+        await self._draw([Draw(f"sign-in:{who}", 10, 1), _from_place(address)])
+
+    async def _draw(self, draws: Sequence[Draw]) -> None:
         try:
             await self._limiter.take(draws, "requests")
         except RateLimited as refused:
@@ -378,3 +480,7 @@ class Accounts:
         self._readers.shutdown()
         self._limiter.close()
         self.database.close()
+
+
+def _from_place(address: str) -> Draw:
+    return Draw(f"sign-in-from:{address}", 30, 1)

@@ -17,10 +17,12 @@ from sqlalchemy import Connection
 from unmask.accounts import ledger
 from unmask.accounts.database import insert
 from unmask.accounts.keys import Peppers
+from unmask.accounts.provider import Identity
 from unmask.accounts.schema import (
     DEFAULT_PLAN,
     accounts,
     entries,
+    identities,
     invitations,
     keys,
     notices,
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 SESSION_MS = 14 * 24 * 3600 * 1000
 INVITATION_MS = 24 * 3600 * 1000
 SHORTEST_PASSWORD = 10
+NO_PASSWORD = ""  # no password fits it
 _LONGEST_PASSWORD = 1000
 
 _EMAIL = re.compile(r"[^@\s]{1,64}@[^@\s]{1,190}\.[^@\s.]{2,63}")
@@ -177,7 +180,8 @@ def close_account(connection: Connection, id: str, now: int) -> int:
     if closed.balance:
         ledger.pay_out(connection, id, closed.balance, f"closing {id}", now, to=ledger.FORFEITED)
     own = sa.select(people.c.id).where(people.c.account_id == id)
-    connection.execute(sessions.delete().where(sessions.c.person_id.in_(own)))
+    for of_person in (sessions, identities):
+        connection.execute(of_person.delete().where(of_person.c.person_id.in_(own)))
     connection.execute(people.delete().where(people.c.account_id == id))
     for said in (votes, notices):
         connection.execute(said.delete().where(said.c.account_id == id))
@@ -298,6 +302,47 @@ def password_of(connection: Connection, email: str) -> tuple[str, str] | None:
     return None if row is None else (row.id, row.password)
 
 
+def of_identity(connection: Connection, identity: Identity) -> Person | None:
+    """Whose identity this is. Only issuer and subject count: an address can pass on to somebody else."""
+    row = connection.execute(
+        sa.select(people.c.id, people.c.account_id, people.c.email, people.c.admin, people.c.created_at)
+        .join(identities, identities.c.person_id == people.c.id)
+        .where(identities.c.issuer == identity.issuer, identities.c.subject == identity.subject)
+    ).one_or_none()
+    return None if row is None else Person(*row)
+
+
+def add_identity(connection: Connection, person: str, identity: Identity, now: int) -> None:
+    """Let a person sign in with an identity.
+
+    Raises:
+        AddressTaken: it is another person's.
+    """
+    row = {"issuer": identity.issuer, "subject": identity.subject, "person_id": person, "created_at": now}
+    made = connection.execute(
+        insert(connection, identities)
+        .values(row)
+        .on_conflict_do_nothing(index_elements=[identities.c.issuer, identities.c.subject])
+    )
+    if made.rowcount != 1:
+        owner = of_identity(connection, identity)
+        if owner is None or owner.id != person:
+            raise AddressTaken(
+                "this sign-in belongs to another account here: sign in with it and delete that one first"
+            )
+
+
+def identities_of(connection: Connection, person: str) -> list[str]:
+    """The issuers of a person's identities."""
+    wanted = sa.select(identities.c.issuer).where(identities.c.person_id == person).order_by(identities.c.issuer)
+    return [row.issuer for row in connection.execute(wanted)]
+
+
+def has_password(connection: Connection, person: str) -> bool:
+    """Whether a person can sign in with one; whoever came by way of a provider has none at first."""
+    return connection.scalar(sa.select(people.c.password).where(people.c.id == person)) not in (None, NO_PASSWORD)
+
+
 def set_password(connection: Connection, person: str, password_hash: str) -> None:
     """Another password; everybody signed in as this person is signed out."""
     connection.execute(people.update().where(people.c.id == person).values(password=password_hash))
@@ -328,6 +373,11 @@ def signed_in(connection: Connection, token: str, now: int) -> Person:
     if row is None:
         raise SignInRefused("you are not signed in, or not any more")
     return Person(*row)
+
+
+def session_started(connection: Connection, token: str) -> int:
+    """When a session began, in Unix milliseconds; 0 if there is none."""
+    return connection.scalar(sa.select(sessions.c.created_at).where(sessions.c.digest == _digest(token))) or 0
 
 
 def end_session(connection: Connection, token: str) -> None:

@@ -63,8 +63,17 @@ people = Table(
     Column("id", Text, primary_key=True),
     Column("account_id", Text, ForeignKey("accounts.id"), nullable=False, index=True),
     Column("email", Text, nullable=False, unique=True),
-    Column("password", Text, nullable=False),  # argon2id
+    Column("password", Text, nullable=False),  # argon2id; empty for whoever signs in elsewhere alone
     Column("admin", Boolean, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+)
+
+identities = Table(
+    "identities",
+    metadata,
+    Column("issuer", Text, primary_key=True),  # of an OpenID Connect provider
+    Column("subject", Text, primary_key=True),  # somebody there
+    Column("person_id", Text, ForeignKey("people.id"), nullable=False, index=True),
     Column("created_at", BigInteger, nullable=False),
 )
 

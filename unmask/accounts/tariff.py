@@ -1,5 +1,6 @@
 """Prices per model and tier, and the plans with their limits."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -37,16 +38,17 @@ def price(connection: Connection, model: str, tier: str) -> int:
     Raises:
         NoPrice: the operator has set none of them.
     """
-    found = {
-        (row.model, row.tier): row.nano_per_million
-        for row in connection.execute(
-            sa.select(prices).where(prices.c.model.in_((model, ANY_MODEL)), prices.c.tier.in_((tier, "default")))
-        )
-    }
-    for known in ((model, tier), (model, "default"), (ANY_MODEL, tier), (ANY_MODEL, "default")):
-        if known in found:
-            return found[known]
-    raise NoPrice(f"The model '{model}' has no price yet: the operator sets it with 'unmask accounts price'.")
+    found = charged_for(all_prices(connection), model, tier)
+    if found is None:
+        raise NoPrice(f"The model '{model}' has no price yet: the operator sets it with 'unmask accounts price'.")
+    return found
+
+
+def charged_for(known: Iterable[Price], model: str, tier: str) -> int | None:
+    """What `price` finds among prices that were read before; None if it is none of them."""
+    found = {(price.model, price.tier): price.nano_per_million for price in known}
+    wanted = ((model, tier), (model, "default"), (ANY_MODEL, tier), (ANY_MODEL, "default"))
+    return next((found[key] for key in wanted if key in found), None)
 
 
 def all_prices(connection: Connection) -> list[Price]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -12,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from unmask import __version__
 from unmask.accounts import Accounts
+from unmask.accounts.tariff import Price
 from unmask.api.access import Gate
 from unmask.api.accounts import AccountRoutes
 from unmask.api.charging import Charging
@@ -24,6 +26,7 @@ from unmask.api.schema import Health, Index, Model, ModelList, Readiness
 from unmask.api.settings import ServeSettings
 from unmask.api.site import BuildSite, Site, asks_for_html
 from unmask.catalogue import Specification
+from unmask.catalogue.pricing import prices_here
 from unmask.router import Models, ServedModel
 
 # A canary that takes longer stands behind a stuck engine; a load balancer asks again in any case.
@@ -50,7 +53,7 @@ def create_app(
     stopping = stopping or threading.Event()
     embeddings = Embeddings(models, settings, metrics, Charging(accounts, settings.credit_status))
     site = build_site(models, settings, metrics, accounts) if build_site else None
-    pages = _Pages(models, metrics, stopping, site)
+    pages = _Pages(models, metrics, stopping, site, accounts)
     openapi = document(
         secured=bool(settings.api_keys), body_limit=settings.body_limit_bytes, accounts=accounts is not None
     )
@@ -107,15 +110,21 @@ class _Pages:
     metrics: Metrics
     stopping: threading.Event
     site: Site | None
+    accounts: Accounts | None
 
     async def models_list(self, request: Request) -> Response:
-        entries = [_entry(served, id) for served in self.models.list() for id in _listed_ids(served)]
+        charged = await self._charged()
+        entries = [_entry(served, id, charged) for served in self.models.list() for id in _listed_ids(served)]
         return _json(ModelList(data=entries))
 
     async def model(self, request: Request) -> Response:
         served = find_model(self.models, request.path_params["id"])
         request.state.headers |= deprecation(served.record)
-        return _json(_entry(served, served.record.id))
+        return _json(_entry(served, served.record.id, await self._charged()))
+
+    async def _charged(self) -> Sequence[Price] | None:
+        """The operator's prices; None where nobody is charged."""
+        return await self.accounts.prices() if self.accounts is not None else None
 
     async def health(self, request: Request) -> Response:
         return _json(Health())
@@ -171,7 +180,7 @@ def _listed_ids(served: ServedModel) -> list[str]:
     return [record.id, *(alias for alias in record.aliases if "embed" in alias)]
 
 
-def _entry(served: ServedModel, id: str) -> Model:
+def _entry(served: ServedModel, id: str, charged: Sequence[Price] | None) -> Model:
     record = served.record
     until = record.history[-1].until if record.history else None
     fields: dict[str, object] = {name: getattr(record, name) for name in Specification.__struct_fields__}
@@ -179,6 +188,7 @@ def _entry(served: ServedModel, id: str) -> Model:
         "id": id,
         "status": served.state,
         "precision": served.dtype,
+        "prices": msgspec.to_builtins(record.prices if charged is None else prices_here(record, charged)),
         "lifecycle": record.status,
         "shutdown_date": until.isoformat() if until else None,
     }

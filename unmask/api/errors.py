@@ -79,6 +79,7 @@ _ANSWERS: tuple[tuple[type[errors.UnmaskError], _Answer], ...] = (
     (errors.EngineError, _Answer(503, SERVER, "engine_unavailable", retry_after=1)),
     (errors.KeyRefused, _Answer(401, code="invalid_api_key")),
     (errors.SignInRefused, _Answer(401, code="not_signed_in")),
+    (errors.ProviderUnavailable, _Answer(503, SERVER, "provider_unavailable", retry_after=5)),
     (errors.Forbidden, _Answer(403, code="permission_denied")),
     # OpenAI's status, which its clients do not repeat because `x-should-retry` says so; 402 is a setting.
     (errors.InsufficientCredit, _Answer(429, QUOTA, QUOTA)),

@@ -93,12 +93,23 @@ Precision = Literal["float32", "bfloat16", "float16", "int8"]
 ModelStatus = Literal["cold", "loading", "ready", "failed"]
 
 
+class ModelPrice(msgspec.Struct, kw_only=True, frozen=True):
+    """What a million tokens cost, in whole billionths of a dollar."""
+
+    tier: Annotated[str, _doc("standard; another one only where it costs something else, for X-Tier.")]
+    nanodollars_per_million_tokens: Annotated[int, Meta(ge=0)]
+    estimated: Annotated[bool, _doc("Proposed, and not yet charged to anybody.")]
+
+
 class Model(Specification, kw_only=True, frozen=True):
     """What the catalogue knows of a model that a caller needs, in the shape of OpenAI's model object."""
 
     object: Literal["model"] = "model"
     status: Annotated[ModelStatus, _doc("A cold model loads with its first request.")]
     precision: Annotated[Precision, _doc("Of the weights on this server; vectors are float32 in any case.")]
+    prices: Annotated[
+        tuple[ModelPrice, ...], _doc("What a million tokens cost here. Empty: no price is set, or nobody is charged.")
+    ] = ()
     lifecycle: Annotated[Status | None, _doc("Where its catalogue record stands; null for none.")] = None
     shutdown_date: Annotated[str | None, _doc("Last day on which a deprecated model answers.")] = None
 

@@ -121,7 +121,8 @@ class Server(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
-            proxy_headers=False,
+            proxy_headers=bool(settings.trusted_proxies),
+            forwarded_allow_ips=list(settings.trusted_proxies),
             timeout_keep_alive=settings.keep_alive_s,  # pyright: ignore[reportArgumentType] - parts of a second work
             timeout_graceful_shutdown=settings.shutdown_grace_s,  # pyright: ignore[reportArgumentType]
         )
@@ -170,7 +171,8 @@ def serve(settings: ServeSettings, build_site: BuildSite | None = None) -> int:
         UsageError, CheckpointError: a model's name or files are wrong.
         UsageError, StorageError: the accounts' database, pepper or Redis is.
     """
-    configure_logging(settings.log_level, settings.api_keys)
+    secrets = (settings.provider.client_secret,) if settings.provider else ()
+    configure_logging(settings.log_level, (*settings.api_keys, *secrets))
     try:
         listener = listen(settings.host, settings.port)
     except OSError as error:
@@ -185,6 +187,7 @@ def serve(settings: ServeSettings, build_site: BuildSite | None = None) -> int:
                 limiter=SharedLimiter(settings.limits, without=settings.limits_without) if settings.limits else None,
                 free_credit=settings.free_credit,
                 flush_charges=settings.flush_charges,
+                provider=settings.provider,
             )
         database = accounts.database if accounts is not None else None
         if database is None and settings.catalogue is not None:

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass, field
 
 from unmask.accounts.money import MAX_AMOUNT
+from unmask.accounts.provider import ProviderSettings, is_this_machine
 from unmask.encoder import Dtype
 from unmask.errors import UsageError
 
@@ -28,6 +29,7 @@ class ServeSettings:
         flush_charges: on SQLite, whether a request waits until its charge is on the disk, see `Accounts`.
         limits: URL of a Redis that counts requests and tokens per minute for several servers; None for this process.
         limits_without: what happens while it does not answer, see `SharedLimiter`.
+        provider: whose people may sign in to an account here; None for passwords alone.
         credit_status: the HTTP status of a request that the credit does not cover: 429 as OpenAI says, or 402.
         body_limit_bytes: largest request body.
         receive_timeout_s: time for a request's body to arrive, counted from its headers.
@@ -42,6 +44,7 @@ class ServeSettings:
         log_level: debug, info, warning or error.
         shutdown_grace_s: time that accepted requests have left after SIGTERM.
         public_url: where visitors reach this server, for links and examples; left out, what their browsers say.
+        trusted_proxies: addresses and networks of proxies whose X-Forwarded-For and -Proto say who calls and how.
         playground: whether visitors may try models on the pages; None for only where no key is needed.
 
     Raises:
@@ -59,6 +62,7 @@ class ServeSettings:
     flush_charges: bool = False
     limits: str | None = field(default=None, repr=False)
     limits_without: str = "share"
+    provider: ProviderSettings | None = None
     credit_status: int = 429
     body_limit_bytes: int = 32 * 2**20
     receive_timeout_s: float = 30
@@ -73,6 +77,7 @@ class ServeSettings:
     log_level: str = "info"
     shutdown_grace_s: float = 30
     public_url: str | None = None
+    trusted_proxies: tuple[str, ...] = ()
     playground: bool | None = None
 
     def __post_init__(self) -> None:
@@ -90,23 +95,23 @@ class ServeSettings:
             raise UsageError("an API key is empty or has characters that no HTTP header can carry")
         if self.public_url is not None and not _ADDRESS.fullmatch(self.public_url):
             raise UsageError(f"public_url={self.public_url!r}: give an address such as https://embed.example.org")
+        for proxy in self.trusted_proxies:
+            try:
+                ipaddress.ip_network(proxy)
+            except ValueError as error:
+                raise UsageError(f"trusted proxy {proxy!r}: {error}; write it like 10.0.0.1 or 10.0.0.0/8") from None
         if self.credit_status not in (402, 429):
             raise UsageError(f"credit_status={self.credit_status}: choose 429 or 402")
         if not 0 <= self.free_credit <= MAX_AMOUNT:
             raise UsageError(f"free_credit={self.free_credit}: choose 0 to {MAX_AMOUNT} nano-dollars")
         if self.limits is not None and self.database is None:
             raise UsageError("limits are those of accounts and their keys: turn on accounts as well")
+        if self.provider is not None and self.database is None:
+            raise UsageError("an OIDC issuer is for signing in to accounts: turn on accounts as well")
         if self.api_keys and self.database is not None:
             raise UsageError("there are accounts and a key file: use one of them, as accounts have keys of their own")
-        if not self.api_keys and self.database is None and not _is_loopback(self.host):
+        if not self.api_keys and self.database is None and not is_this_machine(self.host):
             raise UsageError(
                 f"host {self.host!r} can be reached from other machines and no API key is set: "
                 "turn on accounts, name a key file, or listen on 127.0.0.1"
             )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

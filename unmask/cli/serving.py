@@ -1,10 +1,13 @@
 """`unmask serve` and the models that it can serve."""
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Group, Parameter
 
 from unmask.cli.program import app, say
+
+if TYPE_CHECKING:
+    from unmask.accounts.provider import ProviderSettings
 
 _LIMITS = Group("Limits")
 _ACCOUNTS = Group("Accounts")
@@ -20,6 +23,7 @@ def serve(
     api_key_file: str | None = None,
     dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32",
     public_url: str | None = None,
+    trusted_proxy: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     playground: bool | None = None,
     accounts: Annotated[bool, Parameter(group=_ACCOUNTS, negative=())] = False,
     database: Annotated[str | None, Parameter(group=_ACCOUNTS, env_var="UNMASK_DATABASE")] = None,
@@ -27,6 +31,12 @@ def serve(
     flush_charges: Annotated[bool, Parameter(group=_ACCOUNTS, negative=())] = False,
     limits: Annotated[str | None, Parameter(group=_ACCOUNTS, env_var="UNMASK_LIMITS")] = None,
     limits_without: Annotated[Literal["share", "refuse"], Parameter(group=_ACCOUNTS)] = "share",
+    oidc_issuer: Annotated[str | None, Parameter(group=_ACCOUNTS, env_var="UNMASK_OIDC_ISSUER")] = None,
+    oidc_client_id: Annotated[str | None, Parameter(group=_ACCOUNTS, env_var="UNMASK_OIDC_CLIENT_ID")] = None,
+    oidc_client_secret_file: Annotated[
+        str | None, Parameter(group=_ACCOUNTS, env_var="UNMASK_OIDC_CLIENT_SECRET_FILE")
+    ] = None,
+    oidc_name: Annotated[str, Parameter(group=_ACCOUNTS, env_var="UNMASK_OIDC_NAME")] = "",
     credit_status: Annotated[Literal[429, 402], Parameter(group=_ACCOUNTS)] = 429,
     request_timeout: Annotated[float, Parameter(group=_LIMITS)] = 60.0,
     body_limit_mb: Annotated[float, Parameter(group=_LIMITS)] = 32.0,
@@ -55,6 +65,9 @@ def serve(
     public_url
         Address under which visitors reach this server, for the links and examples on its pages.
         Left out: what their browsers say.
+    trusted_proxy
+        Address or network of a proxy before this server, such as 10.0.0.0/8: only from there X-Forwarded-For and
+        X-Forwarded-Proto say who calls, and whether by https. May be repeated.
     playground
         Whether visitors may try models on the pages. Left out: only where no key is needed.
     accounts
@@ -73,6 +86,15 @@ def serve(
         Left out: in this process.
     limits_without
         While that does not answer: each server counts its share of every limit, or requests with limits get a 503.
+    oidc_issuer
+        An OpenID Connect provider, such as https://login.example.org, whose people may sign in to an account here.
+        Needs pip install 'unmask[oidc]'.
+    oidc_client_id
+        By which it knows this server.
+    oidc_client_secret_file
+        File with the secret that goes with it. Left out: what UNMASK_OIDC_CLIENT_SECRET holds.
+    oidc_name
+        What the button on the sign-in page calls it. Left out: its host.
     credit_status
         HTTP status of a request that the credit does not cover: 429 as OpenAI says, or 402.
     request_timeout
@@ -107,10 +129,12 @@ def serve(
             warm=(models[0], *warm),
             api_keys=_read_keys(api_key_file) if api_key_file else (),
             public_url=public_url,
+            trusted_proxies=trusted_proxy,
             playground=playground,
             database=database or (default_url() if accounts else None),
             catalogue=database or default_url(),
             free_credit=credit,
+            provider=_provider(oidc_issuer, oidc_client_id, oidc_client_secret_file, oidc_name),
             credit_status=credit_status,
             flush_charges=flush_charges,
             limits=limits,
@@ -146,6 +170,28 @@ def models() -> int:
     Console().print(table)
     say("Any hub id, folder in the hub's layout or .gguf file can be named as well.")
     return 0
+
+
+def _provider(
+    issuer: str | None, client_id: str | None, secret_file: str | None, name: str
+) -> "ProviderSettings | None":
+    import os
+    from pathlib import Path
+
+    from unmask.accounts.provider import ProviderSettings
+    from unmask.errors import UsageError
+
+    if issuer is None:
+        if client_id or secret_file:
+            raise UsageError("--oidc-client-id and --oidc-client-secret-file need --oidc-issuer")
+        return None
+    secret = os.environ.get("UNMASK_OIDC_CLIENT_SECRET", "")
+    if secret_file:
+        try:
+            secret = Path(secret_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--oidc-client-secret-file {secret_file} cannot be read: {error}") from error
+    return ProviderSettings(issuer=issuer, client_id=client_id or "", client_secret=secret.strip(), name=name)
 
 
 def _read_keys(path: str) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ from unmask.router import Models
 from unmask.web.bars import usage_chart
 from unmask.web.forms import KeyFields, sentence
 from unmask.web.private import Render, show
-from unmask.web.visitors import Form, address_of, end_session, for_form, for_person, go
+from unmask.web.visitors import Form, address_of, end_session, for_form, for_person, go, session_token
 
 PER_PAGE = 50
 OVERLAPS = {"0": "at once", "1": "in an hour", "24": "in a day", "168": "in a week"}  # by hours
@@ -299,7 +299,9 @@ class AccountPages:
     async def change_password(self, request: Request, person: Person, form: Form) -> Response:
         old, new = form.raw("old"), form.raw("new")
         try:
-            await self.accounts.change_password(person, old, new, address=address_of(request))
+            await self.accounts.change_password(
+                person, old, new, address=address_of(request), session=session_token(request)
+            )
         except (UsageError, AccountError) as wrong:
             return await self._settings_page(request, person, wrong)
         answer = go("/sign-in?done=password")
@@ -310,7 +312,9 @@ class AccountPages:
         try:
             if form.get("sure") != "yes":
                 raise UsageError("tick the box to delete the account: it cannot be undone")
-            await self.accounts.close_account(person, form.raw("password"), address=address_of(request))
+            await self.accounts.close_account(
+                person, form.raw("password"), address=address_of(request), session=session_token(request)
+            )
         except (UsageError, AccountError) as wrong:
             return await self._settings_page(request, person, wrong)
         answer = go("/sign-in?done=deleted")
@@ -377,11 +381,20 @@ class AccountPages:
             return {
                 "account": people.account(connection, person.account_id),
                 "events": audit.events(connection, subjects=own, limit=20),
+                "password": people.has_password(connection, person.id),
+                "issuers": people.identities_of(connection, person.id),
             }
 
-        found = await self._read(ask)
+        found, provider = await self._read(ask), self.accounts.provider
         return self._show(
-            request, person, "account/settings.html.j2", wrong, **found, shortest=people.SHORTEST_PASSWORD
+            request,
+            person,
+            "account/settings.html.j2",
+            wrong,
+            **found,
+            provider=provider.name if provider else "",
+            linked=provider is not None and provider.settings.issuer in found["issuers"],
+            shortest=people.SHORTEST_PASSWORD,
         )
 
     async def _own_key(self, request: Request, person: Person) -> Key:

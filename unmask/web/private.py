@@ -15,6 +15,7 @@ _NOTICES = {
     "signed-up": "If nobody had this address yet, its account is there now. Sign in with the password you chose.",
     "signed-out": "You are signed out.",
     "password": "The password is changed, and every browser is signed out. Sign in with the new one.",
+    "linked": "From now on you can sign in that way as well.",
     "deleted": "The account is deleted.",
     "changed": "The key is changed.",
     "frozen": "The account is frozen: it can call nothing until it is thawed.",

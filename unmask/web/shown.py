@@ -1,15 +1,17 @@
 """A model as visitors see it: its record, its measurements, and whether this server answers for it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 import msgspec
 
+from unmask.accounts import tariff
 from unmask.catalogue import STATUSES, Catalogue, Entry, Measurement, Record, Status
 from unmask.catalogue.figures import Figures
 from unmask.catalogue.lifecycle import MEANING
+from unmask.catalogue.pricing import prices_here
 from unmask.router import Models, ServedModel
 from unmask.router.models import LOADED
 
@@ -27,16 +29,24 @@ MEANINGS: dict[Standing, str] = {
 
 @dataclass(frozen=True)
 class Shown:
-    """One model on the pages."""
+    """One model on the pages.
+
+    Attributes:
+        served: its engine, where this server answers for it.
+        charged: the operator's prices; None for a server that charges nobody.
+    """
 
     entry: Entry
     served: ServedModel | None
+    charged: Sequence[tariff.Price] | None = None
 
     @cached_property
     def record(self) -> Record:
         if self.served is None:
             return self.entry.record
         known = {name: value for name in LOADED if (value := getattr(self.served.record, name)) is not None}
+        if self.charged is not None:
+            known["prices"] = prices_here(self.entry.record, self.charged)
         return msgspec.structs.replace(self.entry.record, **known)
 
     @property
@@ -58,16 +68,18 @@ class Shown:
         return self.served is not None
 
 
-def all_shown(catalogue: Catalogue, models: Models) -> list[Shown]:
-    """Every entry, those that this server answers for with their engines."""
+def all_shown(catalogue: Catalogue, models: Models, charged: Sequence[tariff.Price] | None = None) -> list[Shown]:
+    """Every entry, those that this server answers for with their engines and what they cost."""
     served = {model.record.id: model for model in models.list()}
-    return [Shown(entry, served.get(entry.record.id)) for entry in catalogue.entries()]
+    return [Shown(entry, served.get(entry.record.id), charged) for entry in catalogue.entries()]
 
 
-def one_shown(catalogue: Catalogue, models: Models, id: str) -> Shown | None:
+def one_shown(
+    catalogue: Catalogue, models: Models, id: str, charged: Sequence[tariff.Price] | None = None
+) -> Shown | None:
     """The entry of an id or alias."""
     entry = catalogue.get(id)
-    return Shown(entry, models.find(entry.record.id)) if entry else None
+    return Shown(entry, models.find(entry.record.id), charged) if entry else None
 
 
 @dataclass(frozen=True)

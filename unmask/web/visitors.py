@@ -17,6 +17,7 @@ from starlette.responses import RedirectResponse, Response
 from unmask.accounts import Accounts, people
 from unmask.accounts.database import now_ms
 from unmask.accounts.people import Person
+from unmask.accounts.provider import VISIT_MS, Visit
 from unmask.api.errors import ApiError
 from unmask.api.exchange import read_body
 from unmask.api.settings import ServeSettings
@@ -27,7 +28,7 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 TOKEN = "token"  # the form's field
 
-_SESSION, _FORM = "unmask_session", "unmask_form"
+_SESSION, _FORM, _VISIT = "unmask_session", "unmask_form", "unmask_visit"
 # A path without anything that a browser might take for another host.
 _OWN_ADDRESS = re.compile(r"/(?:[A-Za-z0-9_~.%-][A-Za-z0-9_~.%/-]*)?(?:\?[A-Za-z0-9_~.%/=&+-]*)?")
 _BODY_LIMIT = 64 * 1024
@@ -226,6 +227,21 @@ def start_session(request: Request, response: Response, token: str) -> None:
 def end_session(request: Request, response: Response) -> None:
     """Make the visitor's browser forget the session. The session itself is ended by `people.end_session`."""
     response.headers.append("set-cookie", _set_cookie(request, _SESSION, "") + "; Max-Age=0")
+
+
+def keep_visit(request: Request, response: Response, visit: Visit) -> None:
+    """Let the visitor's browser keep what it needs to come back from the provider."""
+    response.headers.append("set-cookie", _set_cookie(request, _VISIT, str(visit)) + f"; Max-Age={VISIT_MS // 1000}")
+
+
+def visit_of(request: Request) -> Visit | None:
+    """The visit to the provider from which a browser comes back, if it has begun one."""
+    return Visit.read(_cookie(request, _VISIT))
+
+
+def forget_visit(request: Request, response: Response) -> None:
+    """Make the visitor's browser forget the visit, which is over."""
+    response.headers.append("set-cookie", _set_cookie(request, _VISIT, "") + "; Max-Age=0")
 
 
 def _require_admin(person: Person, admin: bool) -> None:

@@ -1,5 +1,6 @@
 """The pages by address. Each reads the catalogue and the engines' states and hands both to a template."""
 
+import logging
 import math
 import platform
 import time
@@ -17,6 +18,7 @@ from starlette.routing import Route
 from starlette.types import Scope
 
 from unmask.accounts import Accounts
+from unmask.accounts.tariff import Price
 from unmask.api.errors import ApiError, api_error
 from unmask.api.exchange import read_body
 from unmask.api.metrics import Metrics
@@ -26,7 +28,7 @@ from unmask.catalogue import Catalogue, Measurement, Record
 from unmask.catalogue.figures import SUITES, CategoryScores, SuiteScores
 from unmask.catalogue.measurement import LOCAL, MTEB
 from unmask.catalogue.speed import points_of
-from unmask.errors import UnmaskError
+from unmask.errors import StorageError, UnmaskError
 from unmask.router import Models
 from unmask.web import documentation, lines, plots, twins
 from unmask.web.account_pages import AccountPages
@@ -53,6 +55,8 @@ from unmask.web.snippets import Snippet, snippets
 from unmask.web.visitors import Handler, Reception
 from unmask.web.wanting import Wanting, account_seams
 
+log = logging.getLogger("unmask")
+
 _EMBEDDINGS = "/v1/embeddings"
 _REFUSED, _FAILED = (400, 401, 404, 405, 408, 413, 415, 429), 500
 
@@ -71,6 +75,7 @@ class Website:
 
     def __post_init__(self) -> None:
         self._clock = time.monotonic()
+        self._charged: Sequence[Price] | None = None if self.accounts is None else ()
         self._allowance = Allowance()
         self.secured = bool(self.settings.api_keys) or self.accounts is not None
         self.playground_open = self.settings.playground
@@ -99,7 +104,7 @@ class Website:
             routes.append(Route("/playground", self._known(self.playground), methods=["GET", "POST"]))
         if self.accounts is not None:
             for room in (
-                Entrance(self.accounts, self.render),
+                Entrance(self.accounts, self.render, self.base),
                 AccountPages(self.accounts, self.models, self.render),
                 AdminPages(self.accounts, self.models, self.render),
                 Wanting(self.accounts, self.catalogue, self.render),
@@ -148,14 +153,14 @@ class Website:
 
     async def model(self, request: Request) -> Response:
         asked: str = request.path_params["id"]
-        shown = one_shown(self.catalogue, self.models, asked)
+        shown = self._one(asked)
         if shown is not None:
             if shown.record.id != asked:  # an alias: one page has one address
                 return RedirectResponse(f"/models/{quote(shown.record.id)}", 301, HEADERS)
             return await self._model_page(request, shown)
         for ending, twin in ((".json", self._model_json), (".md", self._model_markdown)):
             if asked.endswith(ending):
-                shown = one_shown(self.catalogue, self.models, asked.removesuffix(ending))
+                shown = self._one(asked.removesuffix(ending))
                 if shown is not None:
                     return twin(request, shown)
         raise ApiError(
@@ -168,7 +173,7 @@ class Website:
         ids = chosen_ids(request.query_params)
         canonical = f"/compare?models={','.join(ids)}" if ids else "/compare"
         only = request.query_params.get("only", "") == "differences"
-        found = [one_shown(self.catalogue, self.models, id) for id in ids]
+        found = [self._one(id) for id in ids]
         missing = [id for id, shown in zip(ids, found, strict=True) if shown is None]
         if missing:
             raise ApiError(
@@ -302,8 +307,20 @@ class Website:
         return base_url(request, self.settings.public_url)
 
     def _known(self, handler: Handler) -> Handler:
-        """The page, told who looks at it where there are accounts."""
-        return Reception(self.accounts, self.settings).receive(handler) if self.accounts else handler
+        """The page, told where there are accounts who looks at it, and what models cost."""
+        accounts = self.accounts
+        if accounts is None:
+            return handler
+
+        async def page(request: Request) -> Response:
+            try:
+                self._charged = await accounts.prices()
+            except StorageError as error:
+                # Most of the catalogue can be shown without, and what needs the database says so itself.
+                log.warning("prices are shown as they were: %s", error)
+            return await handler(request)
+
+        return Reception(accounts, self.settings).receive(page)
 
     def _kept_apart(self, headers: Mapping[str, str] | None) -> dict[str, str]:
         """With accounts, a page says who looks at it, and no cache may hand it to anybody else."""
@@ -311,7 +328,10 @@ class Website:
         return apart | dict(headers or {})
 
     def _all(self) -> list[Shown]:
-        return all_shown(self.catalogue, self.models)
+        return all_shown(self.catalogue, self.models, self._charged)
+
+    def _one(self, id: str) -> Shown | None:
+        return one_shown(self.catalogue, self.models, id, self._charged)
 
     def _snippets(self, request: Request, record: Record) -> list[Snippet]:
         return snippets(record, self.base(request), secured=self.secured)
@@ -374,7 +394,7 @@ class Website:
             if first is None:
                 raise ApiError(404, "This server answers for no model: there is none to try.", code="model_not_found")
             return first
-        shown = one_shown(self.catalogue, self.models, id)
+        shown = self._one(id)
         if shown is None or not shown.answers:
             raise ApiError(404, f"{id[:120]!r} does not answer here: choose a live model.", code="model_not_found")
         return shown

@@ -1,0 +1,323 @@
+"""Signing in with an account elsewhere: the authorization code flow of OpenID Connect.
+
+A visit to the provider is one text, `Visit`, that the visitor's browser keeps. `state`, `nonce` and the PKCE verifier
+are digests of it under the pepper, so nothing is stored here, any server with the same pepper takes the visitor back,
+and nobody who has not the very cookie can finish a visit or begin one for another.
+"""
+
+import hmac
+import ipaddress
+import logging
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from unmask.accounts.database import now_ms
+from unmask.accounts.keys import Peppers
+from unmask.errors import ProviderUnavailable, SignInRefused, UsageError
+
+log = logging.getLogger("unmask")
+
+VISIT_MS = 10 * 60 * 1000
+
+_SCOPE = "openid email"
+# Keys that the provider alone has. With HS256 whoever knows the client secret could sign, and with "none" anybody.
+_ALGORITHMS = ["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]
+_TIMEOUT_S = 10.0
+_METADATA_S = 300.0  # how long the discovery document is believed
+_LEEWAY_S = 60  # how far the provider's clock may be off
+_LONGEST_SUBJECT = 255  # as the standard has it
+_LONGEST_NEXT = 500  # the browser keeps it in a cookie
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProviderSettings:
+    """Who vouches for people.
+
+    Attributes:
+        issuer: the provider's URL, exactly as it signs it.
+        client_id, client_secret: by which it knows this server.
+        name: what people call it; left out, its host.
+
+    Raises:
+        UsageError: the issuer is no https URL, or an id or secret is missing.
+    """
+
+    issuer: str
+    client_id: str
+    client_secret: str = field(repr=False)
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if not _is_safe(self.issuer) or any(mark in self.issuer for mark in "?#"):
+            raise UsageError(
+                f"the OIDC issuer {self.issuer!r} cannot be used: give its https address, such as "
+                "https://login.example.org"
+            )
+        if not self.client_id or not self.client_secret:
+            raise UsageError(
+                f"the OIDC issuer {self.issuer} needs a client id (--oidc-client-id) and a client secret "
+                "(--oidc-client-secret-file, or UNMASK_OIDC_CLIENT_SECRET)"
+            )
+        if not self.name:
+            object.__setattr__(self, "name", urlsplit(self.issuer).hostname)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Whom the provider vouches for.
+
+    Attributes:
+        issuer, subject: together they are one person for ever; an address is not.
+        email: what the provider says, or nothing.
+        verified: whether it says that the address is theirs; None if it says nothing about that.
+    """
+
+    issuer: str
+    subject: str
+    email: str
+    verified: bool | None
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A visit to the provider that has begun.
+
+    Attributes:
+        until: when it is too late to come back, in Unix milliseconds.
+        person: whose account the identity is to be linked to; nothing for signing in.
+        next: the page to go on to.
+    """
+
+    until: int
+    person: str
+    secret: str
+    next: str
+
+    @classmethod
+    def begin(cls, *, person: str = "", next: str = "") -> "Visit":
+        """A new one."""
+        kept = next if len(next) <= _LONGEST_NEXT else ""
+        return cls(now_ms() + VISIT_MS, person, secrets.token_urlsafe(24), kept)
+
+    @classmethod
+    def read(cls, text: str) -> "Visit | None":
+        """What `str` wrote; None if it is nothing of the kind."""
+        until, *rest = text.split(".", 3)
+        if len(rest) != 3 or not (until.isascii() and until.isdecimal() and len(until) < 19):
+            return None
+        return cls(int(until), *rest)
+
+    def __str__(self) -> str:
+        return f"{self.until}.{self.person}.{self.secret}.{self.next}"
+
+
+class Provider:
+    """One OpenID Connect provider.
+
+    Args:
+        settings: where it is.
+        peppers: what `state`, `nonce` and verifiers are made with.
+
+    Raises:
+        UsageError: the library for it is not installed.
+    """
+
+    def __init__(self, settings: ProviderSettings, peppers: Peppers) -> None:
+        try:
+            # At the start of the server, rather than when somebody signs in.
+            import authlib.integrations.httpx_client  # noqa: F401
+            import joserfc.jwt  # noqa: F401
+        except ImportError as error:
+            raise UsageError("signing in by OpenID Connect needs its library: pip install 'unmask[oidc]'") from error
+        self.settings = settings
+        self.name = settings.name
+        self._peppers = peppers
+        self._metadata: tuple[float, dict[str, Any]] | None = None
+
+    async def address(self, visit: Visit, back: str) -> str:
+        """Where to send the visitor's browser.
+
+        Args:
+            visit: to be kept by the browser.
+            back: our own address that the provider sends it back to.
+
+        Raises:
+            ProviderUnavailable: it does not answer, or not as the standard says.
+        """
+        with self._asked():
+            metadata = await self._discovered()
+            async with self._client(metadata, back) as client:
+                url, _ = client.create_authorization_url(
+                    metadata["authorization_endpoint"],
+                    state=self._derived("state", visit),
+                    nonce=self._derived("nonce", visit),
+                    code_verifier=self._derived("verifier", visit),
+                )
+        return url
+
+    async def identity(self, visit: Visit | None, given: Mapping[str, str], back: str) -> Identity:
+        """Who came back.
+
+        Args:
+            visit: what the browser kept.
+            given: what the provider sent along: `code` and `state`, or `error`.
+            back: as for `address`.
+
+        Raises:
+            SignInRefused: it is another's visit, or too old, or the provider does not vouch for anybody.
+            ProviderUnavailable: it does not answer, or not as the standard says.
+        """
+        again = f"begin again at 'Sign in with {self.name}'"
+        if visit is None or not hmac.compare_digest(
+            self._derived("state", visit).encode(), given.get("state", "").encode()
+        ):
+            raise SignInRefused(f"this way back from {self.name} was not begun in this browser: {again}")
+        if visit.until < now_ms():
+            raise SignInRefused(f"the way to {self.name} and back took longer than ten minutes: {again}")
+        if not given.get("code"):
+            # Its own words are not repeated: whoever makes up such an address could say anything with them.
+            raise SignInRefused(f"you were not signed in by {self.name}: {again}")
+        with self._asked():
+            metadata = await self._discovered()
+            async with self._client(metadata, back) as client:
+                keys = await self._json(client, metadata["jwks_uri"])  # first, as a code can be used only once
+                token = await client.fetch_token(
+                    metadata["token_endpoint"],
+                    grant_type="authorization_code",
+                    code=given["code"],
+                    code_verifier=self._derived("verifier", visit),
+                )
+                claims = self._claims(token["id_token"], keys, self._derived("nonce", visit))
+                if not claims.get("email") and metadata.get("userinfo_endpoint"):
+                    claims = await self._completed(client, metadata["userinfo_endpoint"], claims)
+        email, verified = claims.get("email"), claims.get("email_verified")
+        return Identity(
+            self.settings.issuer,
+            claims["sub"],
+            email if isinstance(email, str) else "",
+            # Some providers send it as a text.
+            None if verified is None else verified is True or verified == "true",
+        )
+
+    def _claims(self, id_token: str, keys: dict[str, Any], nonce: str) -> dict[str, Any]:
+        """What the ID token says, once its signature and everything that must be in it is right."""
+        from joserfc import jwt
+        from joserfc.errors import InvalidClaimError
+        from joserfc.jwk import KeySet
+
+        claims = jwt.decode(id_token, KeySet.import_key_set(keys), algorithms=_ALGORITHMS).claims  # pyright: ignore
+        ours = self.settings.client_id
+        jwt.JWTClaimsRegistry(
+            leeway=_LEEWAY_S,
+            iss={"essential": True, "value": self.settings.issuer},
+            sub={"essential": True},
+            aud={"essential": True, "value": ours},
+            exp={"essential": True},
+            iat={"essential": True},
+            nonce={"essential": True, "value": nonce},
+        ).validate(claims)
+        several = isinstance(claims["aud"], list) and len(claims["aud"]) > 1
+        if claims.get("azp", None if several else ours) != ours:
+            raise InvalidClaimError("azp")
+        if not isinstance(claims["sub"], str) or len(claims["sub"]) > _LONGEST_SUBJECT:
+            raise InvalidClaimError("sub")
+        return claims
+
+    async def _completed(self, client: Any, url: str, claims: dict[str, Any]) -> dict[str, Any]:
+        """The claims with the address, where the provider keeps that out of its tokens."""
+        answer = await client.get(url)
+        answer.raise_for_status()
+        found = answer.json()
+        if found["sub"] != claims["sub"]:
+            raise ValueError("the user info is somebody else's")
+        return claims | {name: found[name] for name in ("email", "email_verified") if name in found}
+
+    async def _discovered(self) -> dict[str, Any]:
+        """The discovery document."""
+        if self._metadata is not None and time.monotonic() - self._metadata[0] < _METADATA_S:
+            return self._metadata[1]
+        url = f"{self.settings.issuer.rstrip('/')}/.well-known/openid-configuration"
+        async with self._client({}, "") as client:
+            found = await self._json(client, url)
+        if found["issuer"] != self.settings.issuer:
+            raise ValueError(f"it says that its issuer is {str(found['issuer'])[:200]!r}")
+        for endpoint in ("authorization_endpoint", "token_endpoint", "jwks_uri"):
+            if not _is_safe(found[endpoint]):
+                raise ValueError(f"its {endpoint} is no https address")
+        self._metadata = time.monotonic(), found
+        return found
+
+    async def _json(self, client: Any, url: str) -> dict[str, Any]:
+        answer = await client.request("GET", url, withhold_token=True)
+        answer.raise_for_status()
+        found = answer.json()
+        if not isinstance(found, dict):
+            raise ValueError(f"{url} holds no JSON object")
+        return found
+
+    def _client(self, metadata: Mapping[str, Any], back: str) -> Any:
+        from authlib.integrations.httpx_client import AsyncOAuth2Client
+
+        methods = metadata.get("token_endpoint_auth_methods_supported") or ["client_secret_basic"]
+        return AsyncOAuth2Client(
+            self.settings.client_id,
+            self.settings.client_secret,
+            token_endpoint_auth_method="client_secret_basic" if "client_secret_basic" in methods else methods[0],
+            scope=_SCOPE,
+            redirect_uri=back,
+            code_challenge_method="S256",
+            timeout=_TIMEOUT_S,
+        )
+
+    def _derived(self, what: str, visit: Visit) -> str:
+        return self._peppers.mark(f"oidc {what} {visit}")
+
+    @contextmanager
+    def _asked(self) -> Iterator[None]:
+        """What goes wrong between the provider and us, in words for the visitor; the log has those for the operator."""
+        from authlib.common.errors import AuthlibBaseError
+        from httpx2 import HTTPError, HTTPStatusError, InvalidURL
+        from joserfc.errors import JoseError
+
+        unavailable = ProviderUnavailable(f"just now {self.name} cannot be asked who you are: try again in a moment")
+        refused = SignInRefused(f"what {self.name} says of you cannot be believed: begin again, or sign up here")
+        try:
+            yield
+        except HTTPStatusError as error:
+            log.warning("OIDC: %s answered with %d", error.request.url, error.response.status_code)
+            raise unavailable from error
+        except AuthlibBaseError as error:
+            log.warning("OIDC: %s did not take the code: %s", self.settings.issuer, str(error.error)[:40])
+            # The code was used, is too old or is somebody else's; or else it is this server that is not known there.
+            raise (refused if error.error == "invalid_grant" else unavailable) from error
+        except JoseError as error:
+            log.warning("OIDC: the ID token of %s was refused: %s", self.settings.issuer, error)
+            raise refused from error
+        except (HTTPError, InvalidURL, LookupError, TypeError, ValueError) as error:
+            log.warning("OIDC: %s cannot be asked: %s: %s", self.settings.issuer, type(error).__name__, error)
+            raise unavailable from error
+
+
+def _is_safe(url: object) -> bool:
+    """Whether nobody on the way can read or change what is said there: https, or this machine."""
+    try:
+        parts = urlsplit(url if isinstance(url, str) else "")
+        host = parts.hostname or ""
+    except ValueError:
+        return False
+    if parts.username is not None:
+        return False
+    return bool(host) and (parts.scheme == "https" or (parts.scheme == "http" and is_this_machine(host)))
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether a host is this machine's own address, which no other can reach."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
