@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass, field
 
 from unmask.accounts.money import MAX_AMOUNT
+from unmask.catalogue.mail import MailServer
 from unmask.encoder import Dtype
 from unmask.errors import UsageError
 
@@ -43,6 +44,7 @@ class ServeSettings:
         shutdown_grace_s: time that accepted requests have left after SIGTERM.
         public_url: where visitors reach this server, for links and examples; left out, what their browsers say.
         playground: whether visitors may try models on the pages; None for only where no key is needed.
+        mail: where mail to those who wanted a model is handed over when it goes live; None for notices on pages alone.
 
     Raises:
         UsageError: a value is impossible, or the host is open to others and there are neither keys nor accounts.
@@ -74,6 +76,7 @@ class ServeSettings:
     shutdown_grace_s: float = 30
     public_url: str | None = None
     playground: bool | None = None
+    mail: MailServer | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -96,6 +99,8 @@ class ServeSettings:
             raise UsageError(f"free_credit={self.free_credit}: choose 0 to {MAX_AMOUNT} nano-dollars")
         if self.limits is not None and self.database is None:
             raise UsageError("limits are those of accounts and their keys: turn on accounts as well")
+        if self.mail is not None and self.database is None:
+            raise UsageError("mail goes to accounts that wanted a model: turn on accounts, or name no mail server")
         if self.api_keys and self.database is not None:
             raise UsageError("there are accounts and a key file: use one of them, as accounts have keys of their own")
         if not self.api_keys and self.database is None and not _is_loopback(self.host):
