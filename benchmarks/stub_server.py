@@ -9,6 +9,7 @@ import asyncio
 import random
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -75,18 +76,20 @@ class Stub:
     async def close(self, grace: float) -> None: ...
 
 
-def serve(slowest_ms: float, database: str | None, pepper: Path | None) -> None:
+def say(address: str) -> None:
+    print(address, flush=True)
+
+
+def serve(slowest_ms: float, database: str | None, pepper: Path | None, tell: Callable[[str], None] = say) -> None:
+    """Serve until SIGTERM, and `tell` the address once connections are accepted."""
     configure_logging("error")  # a line per request would be half the work
     settings = ServeSettings(port=0, database=database)
     models = cast(Models, Stub(slowest_ms))
     stopping = threading.Event()
     with listen(settings.host, settings.port) as listener:
         service = Accounts(database, pepper=pepper) if database is not None else None
-
-        def ready() -> None:
-            print(base_url(listener), flush=True)
-
-        server = Server(create_app(models, settings, stopping, service), settings, stopping, ready)
+        app = create_app(models, settings, stopping, service)
+        server = Server(app, settings, stopping, lambda: tell(base_url(listener)))
         with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
             runner.run(serve_models(models, server, listener))
         if service is not None:

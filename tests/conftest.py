@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -86,3 +86,22 @@ def copied(golden_dir: Path, tmp_path: Path):
         return Path(shutil.copytree(golden_dir / name, tmp_path / name))
 
     return copy
+
+
+@pytest.fixture
+def unmask(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`unmask("accounts", "list", UNMASK_HOME=...)` is the command without the second that a process takes to start."""
+    from unmask.cli import main
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        with monkeypatch.context() as scope:
+            for name, value in {"COLUMNS": "200", **environment}.items():
+                scope.setenv(name, value)
+            with pytest.raises(SystemExit) as ended:
+                main(arguments)
+        printed = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, int(ended.value.code or 0), printed.out, printed.err)
+
+    return run

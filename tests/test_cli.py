@@ -1,9 +1,9 @@
-"""The command line as a user meets it: a real process, its output, its exit code."""
+"""The command line as a user meets it: its output, its exit code; what hangs on the process, in one of its own."""
 
 import json
-import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,29 +11,25 @@ import pytest
 
 from unmask import Encoder, __version__
 
+Ended = subprocess.CompletedProcess[str]
+Command = Callable[..., Ended]
 
-def unmask(*arguments: str, stdin: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "unmask", *arguments],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **environment},
-        timeout=120,
-    )
+
+def process(*arguments: str, stdin: str | None = None, cwd: Path | None = None) -> Ended:
+    command = [sys.executable, "-m", "unmask", *arguments]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, check=False, cwd=cwd, timeout=120)
 
 
 def test_version() -> None:
-    assert unmask("--version").stdout.strip() == f"unmask {__version__}"
+    assert process("--version").stdout.strip() == f"unmask {__version__}"
 
 
-def test_models_lists_the_default() -> None:
+def test_models_lists_the_default(unmask: Command) -> None:
     done = unmask("models")
     assert done.returncode == 0 and "unmask/smollm2-135m-embed" in done.stdout
 
 
-def test_encode_a_file(golden_dir: Path, tmp_path: Path) -> None:
+def test_encode_a_file(unmask: Command, golden_dir: Path, tmp_path: Path) -> None:
     model = golden_dir / "tiny_llama"
     (tmp_path / "in.txt").write_text("one\ntwo words\nthree whole words\n", encoding="utf-8")
     output = tmp_path / "out.npy"
@@ -46,7 +42,7 @@ def test_encode_a_file(golden_dir: Path, tmp_path: Path) -> None:
 
 def test_encode_a_pipe(golden_dir: Path) -> None:
     model = str(golden_dir / "tiny_llama")
-    done = unmask("encode", "-", "--output", "-", "--output-format", "jsonl", "--model", model, stdin="one\ntwo\n")
+    done = process("encode", "-", "--output", "-", "--output-format", "jsonl", "--model", model, stdin="one\ntwo\n")
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["index"] for row in rows] == [0, 1] and len(rows[0]["embedding"]) == 64
@@ -70,25 +66,32 @@ def test_encode_a_pipe(golden_dir: Path) -> None:
         (["serve", "--oidc-issuer", "https://example.org", "--oidc-client-secret-file", "none"], "none cannot be read"),
     ],
 )
-def test_a_users_mistake_is_one_line(golden_dir: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_a_users_mistake_is_one_line(
+    unmask: Command,
+    golden_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "in.txt").write_text("a text\n", encoding="utf-8")
     if arguments[0] == "encode" and "--model" not in arguments:
         arguments = [*arguments, "--model", str(golden_dir / "tiny_llama")]
-    done = subprocess.run(
-        [sys.executable, "-m", "unmask", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=120,
-        check=False,
-    )
+    done = unmask(*arguments)
     assert done.returncode == 1
     assert message in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert not list(tmp_path.glob("out*"))
 
 
-def test_an_empty_key_file(tmp_path: Path) -> None:
+def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
+    done = process("serve", "--api-key-file", "missing", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("unmask: --api-key-file missing") and len(done.stderr.splitlines()) == 1
+
+
+def test_an_empty_key_file(unmask: Command, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("# nothing yet\n\n", encoding="utf-8")
     done = unmask("serve", "--api-key-file", str(tmp_path / "keys"))
     assert done.returncode == 1 and "holds no key" in done.stderr

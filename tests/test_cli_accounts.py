@@ -1,38 +1,35 @@
-"""`unmask accounts` and `unmask ledger` as the operator meets them: real processes, their output, their exit codes."""
+"""`unmask accounts` and `unmask ledger` as the operator meets them: their output, their exit codes."""
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from unmask.accounts.database import Database
 
+Ended = subprocess.CompletedProcess[str]
+Shell = Callable[..., str]
 
-class Shell:
-    """Runs commands in a home of the test's own."""
 
-    def __init__(self, home: Path) -> None:
-        self.home = home
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "home"
 
-    def __call__(self, *arguments: str, code: int = 0) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "unmask", *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "UNMASK_HOME": str(self.home), "COLUMNS": "200"},
-            timeout=120,
-        )
+
+@pytest.fixture
+def shell(unmask: Callable[..., Ended], home: Path) -> Shell:
+    """Runs commands in a home of the test's own, and gives what they print."""
+
+    def run(*arguments: str, code: int = 0) -> str:
+        done = unmask(*arguments, UNMASK_HOME=str(home))
         assert done.returncode == code, done.stdout + done.stderr
         assert "Traceback" not in done.stderr
         return done.stdout + done.stderr
 
-
-@pytest.fixture
-def shell(tmp_path: Path) -> Shell:
-    return Shell(tmp_path / "home")
+    return run
 
 
 def test_an_operators_day(shell: Shell, tmp_path: Path):
@@ -83,9 +80,9 @@ def test_a_person_is_found_by_address(shell: Shell, tmp_path: Path):
     assert "cannot be used" in shell("accounts", "create", "Ada", *arguments, code=1)
 
 
-def test_drift_has_an_exit_code_of_its_own(shell: Shell):
+def test_drift_has_an_exit_code_of_its_own(shell: Shell, home: Path):
     account = shell("accounts", "create", "A machine").strip()
-    database = Database(str(shell.home / "accounts" / "accounts.sqlite"))
+    database = Database(str(home / "accounts" / "accounts.sqlite"))
     with database.begin() as connection:
         connection.exec_driver_sql("UPDATE accounts SET balance = 5")
     database.close()
@@ -115,3 +112,17 @@ def test_serve_with_accounts_and_a_key_file(shell: Shell, tmp_path: Path):
     (tmp_path / "keys").write_text("sk-a-key\n")
     said = shell("serve", "--accounts", "--api-key-file", str(tmp_path / "keys"), code=1)
     assert "use one of them" in said
+
+
+def test_as_processes(home: Path):
+    def run(*arguments: str) -> Ended:
+        command = [sys.executable, "-m", "unmask", *arguments]
+        environment = {**os.environ, "UNMASK_HOME": str(home), "COLUMNS": "200"}
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
+
+    made = run("accounts", "create", "A machine")
+    assert (made.returncode, made.stderr) == (0, "") and made.stdout.startswith("acct_")
+    listed = run("accounts", "list")
+    assert listed.returncode == 0 and made.stdout.strip() in listed.stdout and "A machine" in listed.stdout
+    wrong = run("accounts", "top-up", "acct_none", "1", "--reference", "r")
+    assert (wrong.returncode, wrong.stdout) == (1, "") and wrong.stderr.startswith("unmask: there is no account")

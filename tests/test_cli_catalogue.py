@@ -1,32 +1,32 @@
-"""`unmask catalogue` as the operator meets it: real processes, their output, their exit codes."""
+"""`unmask catalogue` as the operator meets it: its output, its exit codes."""
 
-import os
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 from unmask.accounts import people
 from unmask.accounts.database import Database
 from unmask.catalogue.votes import vote
 
 COMING = "McGill-NLP/LLM2Vec-Sheared-LLaMA-mntp-supervised"
+Ended = subprocess.CompletedProcess[str]
+Shell = Callable[..., str]
 
 
-def shell(home: Path, *arguments: str, code: int = 0) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "unmask", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "UNMASK_HOME": str(home), "COLUMNS": "200"},
-        timeout=120,
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout + done.stderr
+@pytest.fixture
+def shell(unmask: Callable[..., Ended]) -> Shell:
+    def run(home: Path, *arguments: str, code: int = 0) -> str:
+        done = unmask(*arguments, UNMASK_HOME=str(home))
+        assert done.returncode == code, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stdout + done.stderr
+
+    return run
 
 
-def test_the_steps_of_a_model(tmp_path: Path, golden_dir: Path) -> None:
+def test_the_steps_of_a_model(shell: Shell, tmp_path: Path, golden_dir: Path) -> None:
     home = tmp_path / "home"
     assert "org/new is requested" in shell(home, "catalogue", "request", "org/new", "--note", "for a friend")
     assert "org/new is coming soon" in shell(home, "catalogue", "announce", "org/new")
@@ -57,7 +57,7 @@ def test_the_steps_of_a_model(tmp_path: Path, golden_dir: Path) -> None:
     assert "cannot be read" in shell(home, "catalogue", "add", str(tmp_path / "none.toml"), code=1)
 
 
-def test_an_onboarding_that_does_not_pass(tmp_path: Path, golden_dir: Path) -> None:
+def test_an_onboarding_that_does_not_pass(shell: Shell, tmp_path: Path, golden_dir: Path) -> None:
     home = tmp_path / "home"
     said = shell(home, "onboard", str(golden_dir / "tiny_llama"), code=2)
     assert "not passed" in said and "--licence" in said and "tiny_llama is coming soon." in said

@@ -14,6 +14,7 @@ import pytest
 
 from unmask.api import ServeSettings
 from unmask.api.server import HEADER_LIMIT_BYTES
+from unmask.catalogue.mail import MailServer
 from unmask.errors import UsageError
 
 from .live import KEY, LocalService, Service, until
@@ -171,6 +172,7 @@ def test_this_machine_needs_none(host: str):
         {"api_keys": ("",)},
         {"api_keys": ("two words",)},
         {"api_keys": ("kéy",)},
+        {"mail": MailServer("smtp://localhost", "models@example.org", "https://embed.example.org")},
     ],
 )
 def test_impossible_settings_are_refused(wrong: dict):

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -241,8 +240,10 @@ def test_nothing_goes_live_past_its_gates(own: Database) -> None:
         take_live(connection, PUBLISHED, actor="me")
 
 
-def test_killed_in_the_middle_it_continues(tmp_path: Path, golden_dir: Path, fresh_home: Path) -> None:
-    """The command of the two-step case, killed while it measures speed, and started again."""
+def test_one_run_at_a_time_and_killed_in_the_middle_it_continues(
+    tmp_path: Path, golden_dir: Path, fresh_home: Path
+) -> None:
+    """The command of the two-step case: a second one beside it, then killed while it measures speed, and again."""
     folder = published_mirror(golden_dir, tmp_path / "mirror")
     command = [sys.executable, "-m", "unmask", "onboard", PUBLISHED, "--weights", str(folder),
                "--replace-specification", "--compat", "reference", "--task", "STSBenchmark",
@@ -253,13 +254,19 @@ def test_killed_in_the_middle_it_continues(tmp_path: Path, golden_dir: Path, fre
     first = subprocess.Popen([*command, "--seconds", "600"], env=environment, stderr=subprocess.PIPE, text=True)
     assert first.stderr is not None
     assert any(line.rstrip().endswith(" speed") for line in first.stderr)
-    time.sleep(0.2)
+    database = Database(file)
+    history = record_of(database, PUBLISHED).history
+    again = [*command, "--seconds", "0.05"]
+    beside = subprocess.run(again, env=environment, capture_output=True, text=True, check=False)
+    assert beside.returncode == 1 and beside.stdout == ""
+    (line,) = beside.stderr.strip().splitlines()
+    assert line.startswith(f"unmask: {PUBLISHED} is being onboarded already, by process {first.pid} since 20")
+    assert "UTC: wait for that run, or end it and run the same command again" in line
+    assert first.poll() is None and record_of(database, PUBLISHED).history == history
     first.send_signal(signal.SIGKILL)
     first.communicate()
-    database = Database(file)
     assert record_of(database, PUBLISHED).status == "benchmarking"
-    command += ["--seconds", "0.05"]
-    second = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    second = subprocess.run(again, env=environment, capture_output=True, text=True, check=True)
     rows = [line.split() for line in second.stdout.splitlines()]
     verdicts = {row[0]: row[1] for row in rows if len(row) > 2}
     assert [verdicts[name] for name in NAMES] == ["kept"] * 5 + ["passed"] * 3

@@ -2,10 +2,9 @@
 
 import smtplib
 from collections.abc import Iterator
-from email.message import Message
 
 import pytest
-from aiosmtpd.controller import Controller
+from letterbox import Inbox, free_port, mail_server
 
 from unmask.accounts import people
 from unmask.accounts.database import Database
@@ -14,10 +13,13 @@ from unmask.catalogue.mail import MailServer, send_notices
 from unmask.catalogue.requests import MOST_VOTES, want
 from unmask.catalogue.store import put_fields, read_record, step
 from unmask.catalogue.votes import (
+    claim_letters,
     counts,
+    letters_waiting,
     mark_seen,
     notices_of,
     queue,
+    return_letter,
     tell_voters,
     vote,
     votes_of,
@@ -125,44 +127,10 @@ def test_a_closed_account_leaves_nothing(database: Database, voters: list[str]) 
         assert counts(connection) == {} and notices_of(connection, voters[0]) == []
 
 
-class Inbox:
-    """What a mail server received."""
-
-    def __init__(self) -> None:
-        self.letters: list[Message] = []
-        self.refused = 0
-
-    async def handle_RCPT(self, server, session, envelope, address: str, options) -> str:  # noqa: N802 - aiosmtpd's name
-        if self.refused:
-            self.refused -= 1
-            return "451 try again later"
-        envelope.rcpt_tos.append(address)
-        return "250 OK"
-
-    async def handle_DATA(self, server, session, envelope) -> str:  # noqa: N802 - aiosmtpd's name
-        from email import message_from_bytes
-
-        self.letters.append(message_from_bytes(envelope.content))
-        return "250 OK"
-
-
 @pytest.fixture
 def mail() -> Iterator[tuple[MailServer, Inbox]]:
-    """A real mail server, and its inbox."""
-    inbox = Inbox()
-    controller = Controller(inbox, hostname="127.0.0.1", port=_free_port())
-    controller.start()
-    url = f"smtp://127.0.0.1:{controller.port}"
-    yield MailServer(url, "models@example.org", "https://embed.example.org"), inbox
-    controller.stop()
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    with mail_server() as started:
+        yield started
 
 
 def test_notices_are_mailed_once(database: Database, voters: list[str], mail: tuple[MailServer, Inbox]) -> None:
@@ -173,7 +141,7 @@ def test_notices_are_mailed_once(database: Database, voters: list[str], mail: tu
         tell_voters(connection, COMING, 2)
     assert send_notices(database, server) == (2, "")
     assert send_notices(database, server) == (0, "")
-    assert sorted(str(letter["To"]) for letter in inbox.letters) == ["ada@example.org", "ben@example.org"]
+    assert inbox.addresses == ["ada@example.org", "ben@example.org"]
     text = str(inbox.letters[0].get_payload(decode=True))
     assert f"https://embed.example.org/models/{COMING}" in text and "secret" not in text
     assert inbox.letters[0]["Subject"] == f"{COMING} is live" and inbox.letters[0]["From"] == "models@example.org"
@@ -188,10 +156,34 @@ def test_what_could_not_be_mailed_is_tried_again(
         tell_voters(connection, COMING, 2)
     inbox.refused = 1
     assert send_notices(database, server) == (0, "SMTPRecipientsRefused at 127.0.0.1")
-    nowhere = MailServer(f"smtp://127.0.0.1:{_free_port()}", "models@example.org", "http://localhost")
+    nowhere = MailServer(f"smtp://127.0.0.1:{free_port()}", "models@example.org", "http://localhost")
     sent, reason = send_notices(database, nowhere)
     assert sent == 0 and reason.startswith("ConnectionRefusedError")
     assert send_notices(database, server) == (1, "") and len(inbox.letters) == 1
+
+
+def test_an_address_that_is_refused_holds_nobody_up(
+    database: Database, voters: list[str], mail: tuple[MailServer, Inbox]
+) -> None:
+    server, inbox = mail
+    with database.begin() as connection:
+        for account in voters:
+            vote(connection, account, COMING, "", 1)
+        people.open_account(connection, "without anybody to write to", 1)
+        tell_voters(connection, COMING, 2)
+        letters = claim_letters(connection, 3)
+        for letter in letters:
+            return_letter(connection, letter)
+        assert letters_waiting(connection) == 3
+    inbox.unknown = letters[0].to
+    assert send_notices(database, server) == (2, "SMTPRecipientsRefused at 127.0.0.1")
+    assert inbox.addresses == sorted(letter.to for letter in letters[1:])
+    with database.read() as connection:
+        assert letters_waiting(connection) == 1
+    inbox.unknown = ""
+    assert send_notices(database, server) == (1, "")
+    with database.read() as connection:
+        assert letters_waiting(connection) == 0
 
 
 @pytest.mark.parametrize(
@@ -199,7 +191,7 @@ def test_what_could_not_be_mailed_is_tried_again(
     [
         ("mail.example.org", "a@b.c", "https://x", "smtp://host:port"),
         ("smtp://h", "nobody", "https://x", "--mail-from"),
-        ("smtp://h", "a@b.c", "", "address of the pages"),
+        ("smtp://h", "a@b.c", "", "name it with --public-url"),
     ],
 )
 def test_a_wrong_mail_server_is_said(url: str, sender: str, site: str, message: str) -> None:

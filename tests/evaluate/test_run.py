@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -106,11 +107,17 @@ def test_one_failing_task_does_not_lose_the_others(
     assert other.error is None and other.score is not None
 
 
-def test_killed_and_run_again(data: Path, tmp_path: Path, golden_dir: Path) -> None:
-    command = [sys.executable, "-m", "unmask", "evaluate", str(golden_dir / "tiny_llama"), "--data", str(data)]
+def test_killed_and_run_again(
+    unmask: Callable[..., subprocess.CompletedProcess[str]], data: Path, tmp_path: Path, golden_dir: Path
+) -> None:
+    command = ["evaluate", str(golden_dir / "tiny_llama"), "--data", str(data)]
     command += ["--task", "STS16", "--task", "PassageRetrieval", "--output", str(tmp_path / "out")]
-    environment = {**os.environ, "UNMASK_HOME": str(tmp_path / "home")}
-    child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    child = subprocess.Popen(
+        [sys.executable, "-m", "unmask", *command],
+        env={**os.environ, "UNMASK_HOME": str(tmp_path / "home")},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     vectors = tmp_path / "home" / "vectors"
     while child.poll() is None and not any(file.stat().st_size for file in vectors.glob("*/keys-*.sha256")):
         time.sleep(0.02)
@@ -118,7 +125,7 @@ def test_killed_and_run_again(data: Path, tmp_path: Path, golden_dir: Path) -> N
     child.wait()
     (keys,) = vectors.glob("*/keys-*.sha256")
     kept = keys.read_bytes()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = unmask(*command, UNMASK_HOME=str(tmp_path / "home"))
     assert done.returncode == 0, done.stderr
     assert keys.read_bytes().startswith(kept)  # continued, not begun again
     assert "2 scores ->" in done.stderr

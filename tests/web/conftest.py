@@ -48,6 +48,7 @@ def start(tiny_llama: Path) -> Iterator[Callable[..., LocalService]]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """The system's Chromium. Each test opens a context of its own in it."""
     found = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
     if not found:
         pytest.skip("no browser to look at the pages with; get one with: apt-get install chromium")

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,15 @@ from playwright.sync_api import Browser, Page, expect
 from unmask.accounts import Accounts, keys, people, tariff
 from unmask.accounts.database import now_ms
 from unmask.accounts.provider import ProviderSettings
+from unmask.catalogue import votes
+from unmask.catalogue.onboarding.gates import GATES
+from unmask.catalogue.store import Outcome, add_outcome, put_fields, step
 from unmask.web import website
 
 from .people import PASSWORD, do, key_of, person
 
 ACCOUNT = ["/account", "/account/keys", "/account/usage", "/account/requests", "/account/ledger", "/account/settings"]
-ADMIN = ["/admin", "/admin/prices", "/admin/plans", "/admin/audit"]
+ADMIN = ["/admin", "/admin/models", "/admin/prices", "/admin/plans", "/admin/audit"]
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +59,8 @@ def opened(browser: Browser, site: LocalService, session: str = "", **context: o
 
 
 def faultless(page: Page) -> None:
+    for details in page.locator("details").all():
+        details.evaluate("element => element.open = true")
     results = Axe().run(page)
     assert results.violations_count == 0, (page.url, results.generate_report())
     width = page.viewport_size["width"] if page.viewport_size else 0
@@ -102,9 +108,37 @@ def test_from_signing_up_to_the_first_requests_cost(
     page.context.close()
 
 
+def models_at_every_step(accounts: Accounts, who: people.Person, source: Path, name: str) -> None:
+    """All that an operator's page of models can show, each model with a long name, a long note and long findings."""
+    ways = {
+        "wanted": ("requested",),
+        "failed": ("coming soon", "benchmarking", "coming soon"),
+        "measured": ("coming soon", "benchmarking"),
+        "staged": ("coming soon", "benchmarking", "staged"),
+        "live": ("coming soon", "benchmarking", "staged", "live"),
+        "ending": ("coming soon", "benchmarking", "staged", "live", "deprecated"),
+        "over": ("coming soon", "retired"),
+    }
+    with accounts.database.begin() as connection:
+        for what, way in ways.items():
+            model = f"{name}/a-model-with-one-very-long-name-that-nobody-can-break-{what}-{'x' * 30}"
+            put_fields(connection, model, {}, source=str(source))
+            for status in way:
+                until = date(2100, 1, 1) if status == "deprecated" else None
+                step(connection, model, status, actor=who.id, until=until)
+            for at, gate in enumerate(GATES[: 3 if what == "failed" else len(GATES)]):
+                passed = what != "failed" or at < 2
+                add_outcome(
+                    connection, model, Outcome(gate.name, "of the test", passed, "A finding. " * 9 + "y" * 80, {})
+                )
+            votes.vote(connection, who.account_id, model, f"for {what} " + "z" * 90, now_ms())
+            if what in ("live", "ending"):
+                votes.tell_voters(connection, model, now_ms())
+
+
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 360)])
 def test_axe_finds_nothing_and_nothing_sticks_out(
-    browser: Browser, site: LocalService, accounts: Accounts, scheme: str, width: int
+    browser: Browser, site: LocalService, accounts: Accounts, golden_dir: Path, scheme: str, width: int
 ) -> None:
     who = person(accounts, f"a-rather-long-address-of-{scheme}-{width}@subdomain.example.org", admin=True)
     key = key_of(accounts, who, name="a name of one very-long-word-that-nobody-can-break-" + "x" * 40, spend_limit=5)
@@ -113,6 +147,7 @@ def test_axe_finds_nothing_and_nothing_sticks_out(
     do(accounts, lambda c: keys.change(c, who.account_id, keys.key_id(key), keys.KeySettings(name="x" * 90), now_ms()))
     assert site.call("POST", "/v1/embeddings", {"model": site.model, "input": "a"}, key=key).status == 200
     until(lambda: do(accounts, lambda c: people.account(c, who.account_id)).held == 0)
+    models_at_every_step(accounts, who, golden_dir / "tiny_gemma", f"org-{scheme}")
     session = do(accounts, lambda c: people.start_session(c, who.id, now_ms()))
     size = {"width": width, "height": 900}
     page = opened(browser, site, color_scheme=scheme, viewport=size)
@@ -124,12 +159,17 @@ def test_axe_finds_nothing_and_nothing_sticks_out(
     page = opened(browser, site, session, color_scheme=scheme, viewport=size)
     page.on("console", lambda message: complaints.append(message.text))
     more = [f"/account/keys/{keys.key_id(key)}", f"/account/keys/{ended}", f"/admin/accounts/{who.account_id}",
-            "/account/usage?by=key&what=tokens", "/account/keys?done=changed"]  # fmt: skip
+            "/account/usage?by=key&what=tokens", "/account/keys?done=changed", "/wanted"]  # fmt: skip
     for path in (*ACCOUNT, *ADMIN, *more):
-        page.goto(path)
+        assert page.goto(path)
         faultless(page)
+    assert not complaints
+    # Pages that answer a form, and those that say what is wrong with one.
     page.goto("/account/keys")
     page.get_by_role("button", name="Make the key").click()
+    faultless(page)
+    page.goto(f"/account/keys/{keys.key_id(key)}")
+    page.get_by_role("button", name="Rotate the key").click()
     faultless(page)
     assert not complaints
     page.goto("/account/keys")
@@ -137,7 +177,19 @@ def test_axe_finds_nothing_and_nothing_sticks_out(
     page.get_by_role("button", name="Make the key").click()
     expect(page.get_by_role("alert")).to_contain_text("is no whole number")
     faultless(page)
+    page.goto("/admin?find=nobody")
+    expect(page.get_by_role("alert")).to_contain_text("No account has")
+    faultless(page)
+    page.goto("/admin/models")
+    page.locator("input[name=status]").first.evaluate("element => element.value = 'benchmarking'")
+    page.locator("form.asking button").first.click()
+    expect(page.get_by_role("alert")).to_contain_text("is no step that can be taken here")
+    faultless(page)
     page.context.close()
+    seen = [path.partition("?")[0] for path in (*ACCOUNT, *ADMIN, *more)]
+    for route in site.server.config.app._app.routes:  # pyright: ignore[reportAttributeAccessIssue, reportFunctionMemberAccess]
+        if route.path.startswith(("/account", "/admin", "/want")) and "GET" in (route.methods or ()):
+            assert route.path.endswith(".csv") or any(route.path_regex.match(path) for path in seen), route.path
 
 
 def test_signing_in_elsewhere_and_linking_it(

@@ -1,7 +1,6 @@
 """What the project was begun for: a page, a vote, an onboarding, and vectors under the published name."""
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,24 +11,13 @@ import pytest
 from api.live import LocalService, running
 from axe_playwright_python.sync_playwright import Axe
 from mirror import BASE, FIRST_STAGE, PUBLISHED, published_mirror, small_data
-from playwright.sync_api import Browser, expect, sync_playwright
+from playwright.sync_api import Browser, expect
 
 from unmask.accounts import Accounts, keys, ledger, people
 from unmask.accounts.database import now_ms
 from unmask.accounts.keys import KeySettings
 from unmask.encoder import Encoder
 from unmask.web import website
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    found = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
-    if not found:
-        pytest.skip("no browser to look at the pages with; get one with: apt-get install chromium")
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-dev-shm-usage"])
-        yield started
-        started.close()
 
 
 @pytest.fixture

@@ -8,17 +8,20 @@ from urllib.parse import urlencode
 
 import pytest
 from api.live import LocalService, Reply, running, until
+from letterbox import mail_server
 
-from unmask.accounts import Accounts, audit
+from unmask.accounts import Accounts, audit, people
+from unmask.accounts.database import now_ms
 from unmask.catalogue import votes
-from unmask.catalogue.store import put_fields, read_record, step
+from unmask.catalogue.onboarding.gates import GATES
+from unmask.catalogue.store import Outcome, add_outcome, put_fields, read_record, step
 from unmask.web import website
 
 from .conftest import COMING, HTML, REFERENCE
 from .html import Page
+from .people import do, person
 from .test_escaping import POISON
 
-PASSWORD = "a long enough password"
 Visit = Callable[..., Reply]
 
 
@@ -37,13 +40,8 @@ def service(tiny_llama: Path, accounts: Accounts) -> Iterator[LocalService]:
 
 def signed_in(accounts: Accounts, service: LocalService, email: str) -> Visit:
     """A browser of somebody who is signed in."""
-    import asyncio
-
-    async def enter() -> str:
-        await accounts.sign_up(email, PASSWORD, address="test")
-        return await accounts.sign_in(email, PASSWORD, address="test")
-
-    cookie = f"unmask_session={asyncio.run(enter())}"
+    who = person(accounts, email, nano=0)
+    cookie = f"unmask_session={do(accounts, lambda c: people.start_session(c, who.id, now_ms()))}"
 
     def visit(path: str, **form: str) -> Reply:
         headers = {**HTML, "cookie": cookie}
@@ -53,6 +51,11 @@ def signed_in(accounts: Accounts, service: LocalService, email: str) -> Visit:
         return service.call("POST", path, urlencode(form).encode(), headers, key=None)
 
     return visit
+
+
+def make_admin(accounts: Accounts, email: str) -> None:
+    with accounts.database.begin() as connection:
+        connection.exec_driver_sql(f"UPDATE people SET admin = true WHERE email = '{email}'")
 
 
 def text_of(reply: Reply) -> str:
@@ -178,8 +181,7 @@ def test_the_operator_sees_the_queue_and_decides(accounts: Accounts, service: Lo
     token = token_of(ben)
     assert ben("/admin/models").status == 403
     assert ben("/admin/models", model=COMING, status="retired", token=token).status == 403
-    with accounts.database.begin() as connection:
-        connection.exec_driver_sql("UPDATE people SET admin = true WHERE email = 'ben@example.org'")
+    make_admin(accounts, "ben@example.org")
     page = ben("/admin/models")
     text = text_of(page)
     assert text.index(COMING) < text.index(other) and "2 accounts want it" in text and "onerror=alert(2)" in text
@@ -209,3 +211,64 @@ def test_they_are_told_on_their_page(accounts: Accounts, service: LocalService) 
     page = text_of(ada("/wanted"))
     assert COMING in page and "– new" not in page
     assert "Live by now" not in text_of(ben("/wanted"))
+
+
+def staged(accounts: Accounts, model: str, source: Path) -> None:
+    """As `unmask onboard --stage` leaves a model."""
+    with accounts.database.begin() as connection:
+        put_fields(connection, model, {}, source=str(source))
+        for status in ("coming soon", "benchmarking", "staged"):
+            step(connection, model, status, actor="test")
+        for gate in GATES:
+            add_outcome(connection, model, Outcome(gate.name, "of the test", True, "passed", {}))
+
+
+def test_switching_a_model_on_mails_those_who_wanted_it(
+    accounts: Accounts, tiny_llama: Path, golden_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    models = ["org/first", "org/second"]
+    for model in models:
+        staged(accounts, model, golden_dir / "tiny_gemma")
+    settings = {"api_keys": (), "warm": (), "database": "kept by the test"}
+    with mail_server() as (server, inbox), running(tiny_llama, accounts, website, mail=server, **settings) as service:
+        ada, ben = (signed_in(accounts, service, f"{name}@example.org") for name in ("ada", "ben"))
+        make_admin(accounts, "ben@example.org")
+        for model in models:
+            vote(ada, model=model)
+        token = token_of(ben, "/admin/models")
+
+        # The first mail is refused: that is logged and shown, and whose it was is not.
+        inbox.refused = 1
+        assert ben("/admin/models", model=models[0], status="live", token=token).status == 303
+        until(lambda: "waits, and is tried again" in caplog.text)
+        assert "SMTPRecipientsRefused at 127.0.0.1" in caplog.text and "ada@" not in caplog.text
+        until(lambda: "1 mail to those who wanted a model waits" in text_of(ben("/admin/models")))
+        assert inbox.letters == []
+
+        # With the next model it goes out, and however long that takes, nobody waits for it.
+        inbox.open.clear()
+        assert ben("/admin/models", model=models[1], status="live", token=token).status == 303
+        until(lambda: service.models.find(models[1]) is not None)
+        assert service.call("GET", f"/models/{models[1]}", headers=HTML, key=None).status == 200
+        assert inbox.letters == []
+        inbox.open.set()
+        until(lambda: len(inbox.letters) == 2)
+        assert sorted(str(letter["Subject"]) for letter in inbox.letters) == [f"{model} is live" for model in models]
+        assert set(inbox.addresses) == {"ada@example.org"}
+        until(lambda: "to those who wanted a model" not in text_of(ben("/admin/models")))
+
+
+def test_a_server_that_starts_mails_what_waits(accounts: Accounts, tiny_llama: Path, golden_dir: Path) -> None:
+    staged(accounts, "org/first", golden_dir / "tiny_gemma")
+    settings = {"api_keys": (), "warm": (), "database": "kept by the test"}
+    with running(tiny_llama, accounts, website, **settings) as service:
+        ada, ben = (signed_in(accounts, service, f"{name}@example.org") for name in ("ada", "ben"))
+        make_admin(accounts, "ben@example.org")
+        vote(ada, model="org/first")
+        assert (
+            ben("/admin/models", model="org/first", status="live", token=token_of(ben, "/admin/models")).status == 303
+        )
+        # A server without a mail server does not speak of mail.
+        assert "to those who wanted a model" not in text_of(ben("/admin/models"))
+    with mail_server() as (server, inbox), running(tiny_llama, accounts, website, mail=server, **settings):
+        until(lambda: inbox.addresses == ["ada@example.org"])

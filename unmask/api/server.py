@@ -241,7 +241,7 @@ def open_models(settings: ServeSettings, database: Database | None) -> tuple[Mod
         entry = stored.catalogue.get(id)
         if models.find(id) is None and entry is not None:
             models.add(source, entry.record)
-    return models, Follower(models, database, stored.version, grace=settings.shutdown_grace_s)
+    return models, Follower(models, database, stored.version, grace=settings.shutdown_grace_s, mail=settings.mail)
 
 
 async def serve_models(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from unmask.accounts.money import MAX_AMOUNT
 from unmask.accounts.provider import ProviderSettings, is_this_machine
+from unmask.catalogue.mail import MailServer
 from unmask.encoder import Dtype
 from unmask.errors import UsageError
 
@@ -46,6 +47,7 @@ class ServeSettings:
         public_url: where visitors reach this server, for links and examples; left out, what their browsers say.
         trusted_proxies: addresses and networks of proxies whose X-Forwarded-For and -Proto say who calls and how.
         playground: whether visitors may try models on the pages; None for only where no key is needed.
+        mail: where mail to those who wanted a model is handed over when it goes live; None for notices on pages alone.
 
     Raises:
         UsageError: a value is impossible, or the host is open to others and there are neither keys nor accounts.
@@ -79,6 +81,7 @@ class ServeSettings:
     public_url: str | None = None
     trusted_proxies: tuple[str, ...] = ()
     playground: bool | None = None
+    mail: MailServer | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -108,6 +111,8 @@ class ServeSettings:
             raise UsageError("limits are those of accounts and their keys: turn on accounts as well")
         if self.provider is not None and self.database is None:
             raise UsageError("an OIDC issuer is for signing in to accounts: turn on accounts as well")
+        if self.mail is not None and self.database is None:
+            raise UsageError("mail goes to accounts that wanted a model: turn on accounts, or name no mail server")
         if self.api_keys and self.database is not None:
             raise UsageError("there are accounts and a key file: use one of them, as accounts have keys of their own")
         if not self.api_keys and self.database is None and not is_this_machine(self.host):

@@ -12,6 +12,9 @@ from unmask.errors import UsageError
 
 _SECONDS = 20.0
 
+# What a mail server says about one letter; it takes the next one all the same.
+_REFUSED = (smtplib.SMTPRecipientsRefused, smtplib.SMTPDataError, smtplib.SMTPNotSupportedError)
+
 
 @dataclass(frozen=True)
 class MailServer:
@@ -38,7 +41,10 @@ class MailServer:
         if "@" not in self.sender or not self.sender.isprintable():
             raise UsageError(f"mail cannot be from {self.sender!r}: name an address with --mail-from")
         if not self.site.startswith(("http://", "https://")):
-            raise UsageError(f"mail needs the address of the pages, such as https://embed.example.org: {self.site!r}")
+            raise UsageError(
+                f"mail links to the pages, and {self.site!r} is no address of them: "
+                "name it with --public-url, such as https://embed.example.org"
+            )
 
     def connect(self) -> smtplib.SMTP:
         """A session, signed in where the address says so.
@@ -69,6 +75,8 @@ class MailServer:
 def send_notices(database: Database, server: MailServer) -> tuple[int, str]:
     """Mail every notice that has not been mailed yet.
 
+    An address that the mail server refuses holds nobody else's mail up.
+
     Returns:
         How many went out, and what kept the others back, or "". Those are tried again the next time.
 
@@ -79,20 +87,29 @@ def send_notices(database: Database, server: MailServer) -> tuple[int, str]:
         letters = claim_letters(connection, now_ms())
     if not letters:
         return 0, ""
-    left, reason = list(letters), ""
+    waiting, refused, reason = list(letters), list[Letter](), ""
     try:
         with server.connect() as session:
-            while left:
-                session.send_message(_written(left[0], server))
-                left.pop(0)
+            while waiting:
+                try:
+                    session.send_message(_written(waiting[0], server))
+                except _REFUSED as error:
+                    refused.append(waiting[0])
+                    reason = _reason(error, server)
+                waiting.pop(0)
     except (OSError, smtplib.SMTPException) as error:
-        # Without the server's words about an address: they name it, and this goes to a log.
-        reason = f"{type(error).__name__} at {urlsplit(server.url).hostname}"
+        reason = _reason(error, server)
+    left = [*refused, *waiting]
     if left:
         with database.begin() as connection:
             for letter in left:
                 return_letter(connection, letter)
     return len(letters) - len(left), reason
+
+
+def _reason(error: Exception, server: MailServer) -> str:
+    # Without the server's words about an address: they name it, and this goes to a log.
+    return f"{type(error).__name__} at {urlsplit(server.url).hostname}"
 
 
 def _written(letter: Letter, server: MailServer) -> EmailMessage:

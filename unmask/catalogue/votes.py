@@ -152,6 +152,12 @@ def claim_letters(connection: Connection, now: int) -> list[Letter]:
     ]
 
 
+def letters_waiting(connection: Connection) -> int:
+    """How many letters nobody has mailed yet."""
+    letters = sa.select(sa.func.count()).select_from(notices).join(people, people.c.account_id == notices.c.account_id)
+    return connection.scalar(letters.where(notices.c.mailed_at.is_(None))) or 0
+
+
 def return_letter(connection: Connection, letter: Letter) -> None:
     """Take a letter back that could not be sent, so that it is tried again."""
     mine = notices.c.account_id == letter.account, notices.c.model == letter.model

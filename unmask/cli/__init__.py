@@ -1,18 +1,36 @@
 """The command line: parses, calls the rooms, prints. Nothing is decided here; one module per group of commands."""
 
 import sys
+from collections.abc import Sequence
 
-from unmask.cli import accounting, cataloguing, encoding, evaluating, serving, training  # noqa: F401 - each adds its commands to the program
+from unmask.cli import (  # noqa: F401 - each adds its commands to the program
+    accounting,
+    cataloguing,
+    crediting,
+    encoding,
+    evaluating,
+    keying,
+    pricing,
+    serving,
+    training,
+)
 from unmask.cli.program import app, say
 from unmask.errors import UnmaskError
 
 __all__ = ["app", "main"]
 
 
-def main() -> None:
-    """Entry point: a user's own mistake is one line on stderr and exit code 1, never a traceback."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: a user's own mistake is one line on stderr and exit code 1, never a traceback.
+
+    Args:
+        arguments: what follows `unmask`; None for what the process was started with.
+
+    Raises:
+        SystemExit: always, with the exit code.
+    """
     try:
-        sys.exit(app())
+        sys.exit(app(sys.argv[1:] if arguments is None else arguments))
     except UnmaskError as error:
         say(f"unmask: {error}")
         sys.exit(1)

@@ -1,14 +1,16 @@
 """`unmask onboard` and `unmask catalogue ...`: models from a request to live, and from live to retired."""
 
 import sys
+from contextlib import closing
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Group, Parameter
 
-from unmask.cli.accounting import DatabaseUrl, _database, _dollars, _opened, _reading, _table
-from unmask.cli.program import app, say
+from unmask.cli.database import DatabaseUrl, opened, reading, writing
+from unmask.cli.mailing import MailFrom, MailUrl, PublicUrl, named_server, send
+from unmask.cli.program import ACTOR, app, say, table, typed_dollars
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -19,25 +21,7 @@ if TYPE_CHECKING:
 catalogue = App(name="catalogue", help="The models on record, and the steps of their lifecycle.")
 app.command(catalogue)
 
-_ACTOR = "command line"
-_MAIL = Group("Mail to those who wanted the model")
 _GATES = Group("What the gates ask")
-
-MailUrl = Annotated[
-    str | None,
-    Parameter(
-        name="--mail-server",
-        env_var="UNMASK_MAIL_SERVER",
-        group=_MAIL,
-        help="smtp://host:port or smtps://user:password@host:port. Left out: the notice on the account page alone.",
-    ),
-]
-MailFrom = Annotated[
-    str, Parameter(name="--mail-from", env_var="UNMASK_MAIL_FROM", group=_MAIL, help="Address that mail is from.")
-]
-PublicUrl = Annotated[
-    str, Parameter(name="--public-url", env_var="UNMASK_PUBLIC_URL", group=_MAIL, help="Address of the pages.")
-]
 
 
 @app.command
@@ -68,7 +52,8 @@ def onboard(
     """Take a model through its gates: licence, digests, load, parity, quality, speed, price, canary. Then it is live.
 
     Run again, it continues: a gate that was passed with the same weights and the same questions is not run again. A
-    running server answers for the model about a second later. Exit code 2 if a gate was not passed.
+    running server answers for the model about a second later. Exit code 2 if a gate was not passed, 1 if it could not
+    begin, as while another run takes the same model through its gates.
 
     Parameters
     ----------
@@ -117,39 +102,40 @@ def onboard(
     from unmask.catalogue.onboarding.sweep import DEFAULT_CALLERS, DEFAULT_LENGTHS
     from unmask.catalogue.onboarding.terminal import gate_bar, print_result
 
-    opened = _database(database)
-    id, source = _named(opened, model, weights)
+    post = named_server(mail_server, mail_from, public_url)  # a mistake in it is said before hours of work
     console = Console(stderr=True)
-    result = run_onboarding(
-        opened,
-        Onboarding(
-            model=id,
-            source=source,
-            compat=compat,
-            licence=licence,
-            replace_specification=replace_specification,
-            reference=reference,
-            suites=suite,
-            tasks=task,
-            data=data,
-            lengths=length or DEFAULT_LENGTHS,
-            callers=callers or DEFAULT_CALLERS,
-            seconds=seconds,
-            cost_per_hour=None if cost_per_hour is None else _dollars(cost_per_hour),
-            utilisation=utilisation,
-            price=None if price is None else _dollars(price, zero=True),
-            stage=stage,
-            # Without the folders of this machine: the command stands on the model's page.
-            command=shlex.join(["unmask", *(_shortened(word) for word in sys.argv[1:])]),
-            by=by,
-            output=output_for(id),
-        ),
-        lambda gate: gate_bar(console, gate),
-        _ACTOR,
-    )
-    print_result(result, Console())
-    if result.told:
-        _mail(opened, mail_server, mail_from, public_url)
+    with closing(opened(database)) as chosen:
+        id, source = _named(chosen, model, weights)
+        result = run_onboarding(
+            chosen,
+            Onboarding(
+                model=id,
+                source=source,
+                compat=compat,
+                licence=licence,
+                replace_specification=replace_specification,
+                reference=reference,
+                suites=suite,
+                tasks=task,
+                data=data,
+                lengths=length or DEFAULT_LENGTHS,
+                callers=callers or DEFAULT_CALLERS,
+                seconds=seconds,
+                cost_per_hour=None if cost_per_hour is None else typed_dollars(cost_per_hour),
+                utilisation=utilisation,
+                price=None if price is None else typed_dollars(price, zero=True),
+                stage=stage,
+                # Without the folders of this machine: the command stands on the model's page.
+                command=shlex.join(["unmask", *(_shortened(word) for word in sys.argv[1:])]),
+                by=by,
+                output=output_for(id),
+            ),
+            lambda gate: gate_bar(console, gate),
+            ACTOR,
+        )
+        print_result(result, Console())
+        if result.told:
+            send(chosen, post)
     return 0 if result.passed else 2
 
 
@@ -160,7 +146,7 @@ def list_models(*, database: DatabaseUrl = None) -> int:
     from unmask.catalogue.onboarding.gates import GATES
     from unmask.catalogue.store import outcomes, read_catalogue
 
-    with _reading(database) as connection:
+    with reading(database) as connection:
         stored = read_catalogue(connection)
         wanted = votes.counts(connection)
         passed = {id: outcomes(connection, id) for id in stored.sources}
@@ -180,7 +166,7 @@ def list_models(*, database: DatabaseUrl = None) -> int:
                 len(entry.measurements),
             )
         )
-    _table(("model", "status", "wanted by", "gates", "measurements"), rows)
+    table(("model", "status", "wanted by", "gates", "measurements"), rows)
     return 0
 
 
@@ -189,10 +175,10 @@ def gates(model: str, *, database: DatabaseUrl = None) -> int:
     """What came of a model's gates the last time, for the operator alone."""
     from unmask.catalogue.store import outcomes
 
-    with _reading(database) as connection:
+    with reading(database) as connection:
         found = outcomes(connection, _known(connection, model).id)
     rows = [(one.gate, "passed" if one.passed else "not passed", one.finding) for one in found.values()]
-    _table(("gate", "outcome", "finding"), rows)
+    table(("gate", "outcome", "finding"), rows)
     return 0
 
 
@@ -202,7 +188,7 @@ def queue(*, database: DatabaseUrl = None) -> int:
     from unmask.catalogue import votes
     from unmask.catalogue.store import read_catalogue
 
-    with _reading(database) as connection:
+    with reading(database) as connection:
         found = votes.queue(connection)
         stored = read_catalogue(connection)
     rows = []
@@ -210,7 +196,7 @@ def queue(*, database: DatabaseUrl = None) -> int:
         entry = stored.catalogue.get(wanted.model)
         status = entry.record.status if entry else None
         rows.append((wanted.model, status or "", wanted.votes, "; ".join(wanted.notes)))
-    _table(("model", "status", "votes", "notes"), rows)
+    table(("model", "status", "votes", "notes"), rows)
     return 0
 
 
@@ -232,9 +218,9 @@ def add(file: Path, *, database: DatabaseUrl = None) -> int:
     record = read_record(text, file.name)
     given = msgspec.toml.decode(text)
     fields = {name: value for name, value in given.items() if name not in ("id", "history")}
-    with _opened(database) as connection:
+    with writing(database) as connection:
         put_fields(connection, record.id, msgspec.to_builtins(fields))
-        audit.note(connection, now_ms(), _ACTOR, "model.fields", record.id, fields=sorted(fields))
+        audit.note(connection, now_ms(), ACTOR, "model.fields", record.id, fields=sorted(fields))
     say(f"{record.id}: {len(fields)} fields")
     return 0
 
@@ -265,13 +251,14 @@ def live(
     """Switch a staged model on, and tell those who wanted it."""
     from unmask.catalogue.onboarding.run import take_live
 
-    opened = _database(database)
-    with opened.begin() as connection:
-        id = _known(connection, model).id
-        told, charged = take_live(connection, id, actor=_ACTOR)
-    say(f"{id} is live; {told} who wanted it were told{', and the proposed price is charged' if charged else ''}")
-    if told:
-        _mail(opened, mail_server, mail_from, public_url)
+    post = named_server(mail_server, mail_from, public_url)
+    with closing(opened(database)) as chosen:
+        with chosen.begin() as connection:
+            id = _known(connection, model).id
+            told, charged = take_live(connection, id, actor=ACTOR)
+        say(f"{id} is live; {told} who wanted it were told{', and the proposed price is charged' if charged else ''}")
+        if told:
+            send(chosen, post)
     return 0
 
 
@@ -303,7 +290,7 @@ def restore(model: str, *, note: str = "", database: DatabaseUrl = None) -> int:
     """Take a deprecation back."""
     from unmask.errors import UsageError
 
-    with _reading(database) as connection:
+    with reading(database) as connection:
         status = _known(connection, model).status
     if status != "deprecated":
         raise UsageError(f"{model} is {status}, and only a deprecation can be taken back")
@@ -332,15 +319,15 @@ def _step(
     from unmask.catalogue.requests import check_id
     from unmask.catalogue.store import put_fields, read_record, step
 
-    with _opened(database) as connection:
+    with writing(database) as connection:
         if new and read_record(connection, model) is None:
             check_id(model)
             put_fields(connection, model, {})
             id = model
         else:
             id = _known(connection, model).id
-        step(connection, id, status, actor=_ACTOR, note=note, until=until)
-        audit.note(connection, now_ms(), _ACTOR, "model.step", id, status=status)
+        step(connection, id, status, actor=ACTOR, note=note, until=until)
+        audit.note(connection, now_ms(), ACTOR, "model.step", id, status=status)
     say(f"{id} is {status}{f' until {until}' if until else ''}")
 
 
@@ -384,15 +371,6 @@ def _named(database: "Database", model: str, weights: Path | None) -> tuple[str,
     if path.exists():
         return id, str(path.absolute())
     return id, before or id
-
-
-def _mail(database: "Database", server: str | None, sender: str, site: str) -> None:
-    from unmask.catalogue.mail import MailServer, send_notices
-
-    if server is None:
-        return
-    sent, reason = send_notices(database, MailServer(server, sender, site))
-    say(f"{sent} mails were sent{f'; the others wait, after {reason}' if reason else ''}")
 
 
 def _shortened(word: str) -> str:

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Group, Parameter
 
+from unmask.cli.mailing import MailFrom, MailUrl, named_server
 from unmask.cli.program import app, say
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def serve(
     warm: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     api_key_file: str | None = None,
     dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32",
-    public_url: str | None = None,
+    public_url: Annotated[str | None, Parameter(env_var="UNMASK_PUBLIC_URL")] = None,
     trusted_proxy: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     playground: bool | None = None,
     accounts: Annotated[bool, Parameter(group=_ACCOUNTS, negative=())] = False,
@@ -38,6 +39,8 @@ def serve(
     ] = None,
     oidc_name: Annotated[str, Parameter(group=_ACCOUNTS, env_var="UNMASK_OIDC_NAME")] = "",
     credit_status: Annotated[Literal[429, 402], Parameter(group=_ACCOUNTS)] = 429,
+    mail_server: MailUrl = None,
+    mail_from: MailFrom = "",
     request_timeout: Annotated[float, Parameter(group=_LIMITS)] = 60.0,
     body_limit_mb: Annotated[float, Parameter(group=_LIMITS)] = 32.0,
     queue_tokens: Annotated[int, Parameter(group=_LIMITS)] = 262_144,
@@ -63,7 +66,7 @@ def serve(
         Precision of the weights. int8 answers about 1.6 times as fast; its vectors have a cosine of about 0.9993 to
         those of float32.
     public_url
-        Address under which visitors reach this server, for the links and examples on its pages.
+        Address under which visitors reach this server, for the links and examples on its pages and in mail.
         Left out: what their browsers say.
     trusted_proxy
         Address or network of a proxy before this server, such as 10.0.0.0/8: only from there X-Forwarded-For and
@@ -133,6 +136,7 @@ def serve(
             playground=playground,
             database=database or (default_url() if accounts else None),
             catalogue=database or default_url(),
+            mail=named_server(mail_server, mail_from, public_url or ""),
             free_credit=credit,
             provider=_provider(oidc_issuer, oidc_client_id, oidc_client_secret_file, oidc_name),
             credit_status=credit_status,

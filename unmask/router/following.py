@@ -2,9 +2,13 @@
 
 import asyncio
 import logging
+from collections.abc import Coroutine
+from typing import Any
 
 from unmask.accounts.database import Database
+from unmask.catalogue import Catalogue
 from unmask.catalogue.lifecycle import Status
+from unmask.catalogue.mail import MailServer, send_notices
 from unmask.catalogue.store import Stored, read_catalogue, version
 from unmask.errors import UnmaskError
 from unmask.router.models import Models
@@ -41,15 +45,26 @@ class Follower:
         database: what to look at, about once a second.
         version: the version that `models` was made from.
         grace: seconds that requests have to finish with a model that is retired.
+        mail: where the notices go that a model which goes live leaves for those who wanted it; None for nowhere.
     """
 
-    def __init__(self, models: Models, database: Database, version: int, *, grace: float = 30.0) -> None:
+    def __init__(
+        self,
+        models: Models,
+        database: Database,
+        version: int,
+        *,
+        grace: float = 30.0,
+        mail: MailServer | None = None,
+    ) -> None:
         self._models, self._database, self._version, self._grace = models, database, version, grace
-        self._leaving: set[asyncio.Task[None]] = set()
+        self._mail = mail
+        self._aside: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
         """Look again and again, until cancelled. A database that cannot be reached changes nothing."""
         told = False
+        self._send_mail()  # what waits since an earlier process could not send it
         while True:
             await asyncio.sleep(_EVERY_S)
             try:
@@ -66,17 +81,15 @@ class Follower:
         stored = await asyncio.to_thread(self._read)
         if stored is None:
             return False
+        fresh = _live(stored.catalogue) - _live(self._models.catalogue)
         self._models.catalogue.take(stored.catalogue)
         gone = retired(stored)
         for served in self._models.list():
             entry = stored.catalogue.get(served.record.id)
             if entry is not None and entry.record.id in gone:
                 log.info("%s is retired and answers no more", entry.record.id)
-                # Not waited for: what it has accepted may take as long as it likes, the next model may not.
                 if leaving := self._models.remove(entry.record.id):
-                    task = asyncio.create_task(leaving.close(self._grace))
-                    self._leaving.add(task)
-                    task.add_done_callback(self._leaving.discard)
+                    self._do_aside(leaving.close(self._grace))
             elif entry is not None:
                 served.learn(entry.record)
         for id, source in answering(stored).items():
@@ -88,8 +101,37 @@ class Follower:
                 except UnmaskError as error:
                     log.error("%s went live but cannot be answered for: %s", id, error)
         self._version = stored.version
+        if fresh:
+            self._send_mail()
         return True
+
+    def _send_mail(self) -> None:
+        if self._mail is not None:
+            self._do_aside(asyncio.to_thread(_deliver, self._database, self._mail))
+
+    def _do_aside(self, work: Coroutine[Any, Any, None]) -> None:
+        """Begin what is not waited for: it may take as long as it likes, the next look may not."""
+        task = asyncio.create_task(work)
+        self._aside.add(task)
+        task.add_done_callback(self._aside.discard)
 
     def _read(self) -> Stored | None:
         with self._database.read() as connection:
             return None if version(connection) == self._version else read_catalogue(connection)
+
+
+def _live(catalogue: Catalogue) -> set[str]:
+    return {entry.record.id for entry in catalogue.entries() if entry.record.status == "live"}
+
+
+def _deliver(database: Database, mail: MailServer) -> None:
+    # All of it in a thread, so that what came of it is logged even if the server stops meanwhile.
+    try:
+        sent, reason = send_notices(database, mail)
+    except UnmaskError as error:
+        log.error("mail to those who wanted a model waits, and is tried again with the next: %s", error)
+        return
+    if sent:
+        log.info("%d mails were sent to those who wanted a model", sent)
+    if reason:
+        log.error("mail to those who wanted a model waits, and is tried again with the next: %s", reason)

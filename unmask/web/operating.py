@@ -47,10 +47,11 @@ class Managed:
 
 @dataclass(frozen=True, eq=False)
 class Operating:
-    """The page, for people who are admins. `render` is `Website.render`."""
+    """The page, for people who are admins. `render` is `Website.render`, `mails` whether this server sends mail."""
 
     accounts: Accounts
     render: Render
+    mails: bool
 
     def routes(self) -> list[Route]:
         """All of them."""
@@ -83,6 +84,7 @@ class Operating:
 
     async def _page(self, request: Request, person: Person, wrong: UsageError | None = None) -> Response:
         managed = await self.accounts.read(_managed)
+        waiting = await self.accounts.read(votes.letters_waiting) if self.mails else 0
         return show(
             self.render,
             request,
@@ -94,6 +96,7 @@ class Operating:
             managed=[m for m in managed if m.gates or m.record.status not in (None, "coming soon")],
             others=[m for m in managed if not m.gates and m.record.status == "coming soon"],
             gate_count=len(GATES),
+            waiting=waiting,
             action=PAGE,
             today=datetime.now(UTC).date().isoformat(),
         )

@@ -108,7 +108,7 @@ class Website:
                 AccountPages(self.accounts, self.models, self.render),
                 AdminPages(self.accounts, self.models, self.render),
                 Wanting(self.accounts, self.catalogue, self.render),
-                Operating(self.accounts, self.render),
+                Operating(self.accounts, self.render, mails=self.settings.mail is not None),
             ):
                 own = room.routes()
                 routes += [Route(r.path, self._known(r.endpoint), methods=list(r.methods or ())) for r in own]

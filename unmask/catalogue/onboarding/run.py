@@ -1,7 +1,8 @@
 """The way through the gates: which are still to be passed, what each leaves behind, and the steps between them."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,7 +31,8 @@ from unmask.catalogue.store import (
     step,
 )
 from unmask.catalogue.votes import tell_voters
-from unmask.checkpoint import open_checkpoint
+from unmask.checkpoint import Checkpoint, open_checkpoint
+from unmask.encoder.files import lock
 from unmask.errors import StorageError, UnmaskError, UsageError
 from unmask.evaluate.run import machine
 from unmask.home import home, written_whole
@@ -100,12 +102,17 @@ def onboard(database: Database, wanted: Onboarding, show: Show, actor: str = "co
         actor: who asks for it.
 
     Raises:
-        UsageError: the model cannot be onboarded from where it stands.
+        UsageError: the model cannot be onboarded from where it stands, or another process is at it.
         CheckpointError: its files are not there, or do not fit each other.
         StorageError: the database or the folder of raw files cannot be written.
     """
-    result = Result(wanted.model)
     checkpoint = open_checkpoint(wanted.source)
+    with _alone(wanted):
+        return _onboard(database, wanted, checkpoint, show, actor)
+
+
+def _onboard(database: Database, wanted: Onboarding, checkpoint: Checkpoint, show: Show, actor: str) -> Result:
+    result = Result(wanted.model)
     with show("files"):
         revision = checkpoint.revision
     with database.begin() as connection:
@@ -181,6 +188,34 @@ def take_live(connection: Connection, model: str, *, actor: str) -> tuple[int, b
     told = tell_voters(connection, model, now)
     audit.note(connection, now, actor, "model.live", model, revision=record.revision, told=told)
     return told, charged
+
+
+@contextmanager
+def _alone(wanted: Onboarding) -> Iterator[None]:
+    """One process at a time takes a model through its gates. The lock ends with the process, however that ends.
+
+    Raises:
+        UsageError: another process has it.
+        StorageError: the folder of raw files cannot be written.
+    """
+    path = wanted.output / "lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+b")  # what is in it was written by whoever holds it
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}; set UNMASK_HOME elsewhere") from error
+    with file:
+        if not lock(file):
+            file.seek(0)
+            owner = file.read().decode() or "another process"
+            raise UsageError(
+                f"{wanted.model} is being onboarded already, by {owner}: wait for that run, or end it and run the "
+                "same command again, which goes on after the gates that were passed"
+            )
+        file.truncate(0)
+        file.write(f"process {os.getpid()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC".encode())
+        file.flush()
+        yield
 
 
 def _pass(database: Database, bench: Bench, gate: Gate, fingerprint: str, show: Show) -> Outcome:

@@ -1,0 +1,48 @@
+"""The database that a command works on."""
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
+    from unmask.accounts.database import Database
+
+DatabaseUrl = Annotated[
+    str | None,
+    Parameter(
+        name="--database",
+        env_var="UNMASK_DATABASE",
+        help="sqlite:///path or postgresql://user@host/name. Left out: SQLite in UNMASK_HOME.",
+    ),
+]
+
+
+def opened(url: str | None) -> "Database":
+    """The database of this URL, by default the one in UNMASK_HOME, with its tables brought up to date.
+
+    Raises:
+        UsageError, StorageError: as `Database`.
+    """
+    from unmask.accounts.database import Database, default_url
+
+    database = Database(url or default_url())
+    database.migrate()
+    return database
+
+
+@contextmanager
+def writing(url: str | None) -> "Iterator[Connection]":
+    """A transaction that writes, see `Database.begin`."""
+    with closing(opened(url)) as database, database.begin() as connection:
+        yield connection
+
+
+@contextmanager
+def reading(url: str | None) -> "Iterator[Connection]":
+    """A transaction that reads, see `Database.read`."""
+    with closing(opened(url)) as database, database.read() as connection:
+        yield connection

@@ -1,0 +1,133 @@
+"""`unmask accounts key` and the other commands about API keys."""
+
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from unmask.cli.accounting import accounts
+from unmask.cli.database import DatabaseUrl, reading, writing
+from unmask.cli.program import ACTOR, moment, say, table, typed_dollars
+
+
+@accounts.command
+def key(
+    account: str,
+    *,
+    name: str = "",
+    scope: Annotated[tuple[Literal["embeddings", "account"], ...], Parameter(negative=())] = ("embeddings", "account"),
+    model: Annotated[tuple[str, ...], Parameter(negative=())] = (),
+    network: Annotated[tuple[str, ...], Parameter(negative=())] = (),
+    requests_per_minute: int | None = None,
+    tokens_per_minute: int | None = None,
+    spend_limit: str | None = None,
+    spend_window: Literal["day", "week", "month"] | None = None,
+    days: float | None = None,
+    database: DatabaseUrl = None,
+) -> int:
+    """Make an API key and print it. It is shown this once.
+
+    Parameters
+    ----------
+    scope
+        What it is for. May be repeated; left out, for all.
+    model
+        A model it may call. May be repeated; left out, all.
+    network
+        An address or block it may come from, like 203.0.113.0/24. May be repeated; left out, any.
+    spend_limit
+        Dollars it may spend.
+    spend_window
+        When that starts anew, in UTC; left out, never.
+    days
+        How long it works; left out, until it is revoked.
+    """
+    from unmask.accounts import audit, keys, people
+    from unmask.accounts.database import now_ms
+
+    now = now_ms()
+    settings = keys.KeySettings(
+        name=name,
+        scopes=tuple(scope),
+        models=model or None,
+        networks=network or None,
+        requests_per_minute=requests_per_minute,
+        tokens_per_minute=tokens_per_minute,
+        spend_limit=None if spend_limit is None else typed_dollars(spend_limit, zero=True),
+        spend_window=spend_window,
+        expires_at=None if days is None else now + int(days * 24 * 3600 * 1000),
+    )
+    peppers = keys.Peppers()
+    with writing(database) as connection:
+        id = people.find_account(connection, account).id
+        made = keys.create(connection, peppers, id, settings, now)
+        audit.note(connection, now, ACTOR, "key.create", id, key=keys.key_id(made))
+    print(made)  # noqa: T201 - the result
+    return 0
+
+
+@accounts.command
+def keys(account: str, *, database: DatabaseUrl = None) -> int:
+    """The keys of an account, without their secrets."""
+    from unmask.accounts import keys as room
+    from unmask.accounts import people
+    from unmask.accounts.database import now_ms
+    from unmask.accounts.money import format_dollars
+
+    now = now_ms()
+    with reading(database) as connection:
+        found = room.of_account(connection, people.find_account(connection, account).id, now)
+    rows = [
+        (
+            key.id,
+            key.settings.name,
+            key.state(now),
+            ",".join(key.settings.scopes),
+            format_dollars(key.spent),
+            "" if key.settings.spend_limit is None else format_dollars(key.settings.spend_limit),
+            moment(key.settings.expires_at),
+            moment(key.used_at),
+        )
+        for key in found
+    ]
+    table(("key", "name", "state", "scopes", "spent", "of", "until", "last used"), rows)
+    return 0
+
+
+@accounts.command
+def rotate(account: str, key: str, *, overlap_hours: float = 24.0, database: DatabaseUrl = None) -> int:
+    """Make a new key with the settings of an old one, and print it.
+
+    Parameters
+    ----------
+    key
+        The old one's id: the part between "um_" and the next "_".
+    overlap_hours
+        How long the old one goes on working.
+    """
+    from unmask.accounts import audit, keys, people
+    from unmask.accounts.database import now_ms
+
+    now = now_ms()
+    peppers = keys.Peppers()
+    with writing(database) as connection:
+        id = people.find_account(connection, account).id
+        made = keys.rotate(connection, peppers, id, key, now, overlap_ms=int(overlap_hours * 3_600_000))
+        audit.note(connection, now, ACTOR, "key.rotate", id, key=key, by=keys.key_id(made))
+    print(made)  # noqa: T201 - the result
+    return 0
+
+
+@accounts.command
+def revoke(account: str, key: str, *, database: DatabaseUrl = None) -> int:
+    """End a key at once. KEY is its id."""
+    from unmask.accounts import audit, keys, people
+    from unmask.accounts.database import now_ms
+
+    now = now_ms()
+    with writing(database) as connection:
+        id = people.find_account(connection, account).id
+        done = keys.revoke(connection, id, key, now)
+        if done:
+            audit.note(connection, now, ACTOR, "key.revoke", id, key=key)
+    say(f"{key} {'is revoked' if done else 'was revoked before'}")
+    return 0

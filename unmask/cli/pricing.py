@@ -1,0 +1,79 @@
+"""`unmask accounts price` and `plan`: what a model costs, and how much an account may ask for."""
+
+from typing import Literal
+
+from unmask.cli.accounting import accounts
+from unmask.cli.database import DatabaseUrl, reading, writing
+from unmask.cli.program import ACTOR, table, typed_dollars
+
+Tier = Literal["default", "batch"]
+
+
+@accounts.command
+def price(model: str, dollars: str, *, tier: Tier = "default", database: DatabaseUrl = None) -> int:
+    """Set what a million tokens cost.
+
+    Parameters
+    ----------
+    model
+        Its id, or "*" for all models without a price of their own.
+    dollars
+        Per million tokens, such as 0.008.
+    tier
+        The batch tier costs the same as the default one where it has no price.
+    """
+    from unmask.accounts import audit, tariff
+    from unmask.accounts.database import now_ms
+
+    amount = typed_dollars(dollars, zero=True)
+    now = now_ms()
+    with writing(database) as connection:
+        tariff.set_price(connection, tariff.Price(model, tier, amount), now)
+        audit.note(connection, now, ACTOR, "price.set", model, tier=tier, nano_per_million=amount)
+    return 0
+
+
+@accounts.command
+def prices(*, database: DatabaseUrl = None) -> int:
+    """All prices, in dollars per million tokens."""
+    from unmask.accounts import tariff
+    from unmask.accounts.money import format_dollars
+
+    with reading(database) as connection:
+        found = tariff.all_prices(connection)
+    table(("model", "tier", "dollars"), ((p.model, p.tier, format_dollars(p.nano_per_million)) for p in found))
+    return 0
+
+
+@accounts.command
+def plan(
+    name: str,
+    *,
+    requests_per_minute: int | None = None,
+    tokens_per_minute: int | None = None,
+    account: str | None = None,
+    database: DatabaseUrl = None,
+) -> int:
+    """Set the limits of a plan, or with --account put an account on it. Accounts begin on "default".
+
+    Parameters
+    ----------
+    requests_per_minute, tokens_per_minute
+        Over all keys of an account. Left out: no limit.
+    account
+        Only put this account on the plan.
+    """
+    from unmask.accounts import audit, people, tariff
+    from unmask.accounts.database import now_ms
+
+    now = now_ms()
+    with writing(database) as connection:
+        if account is not None:
+            id = people.find_account(connection, account).id
+            tariff.assign_plan(connection, id, name)
+            audit.note(connection, now, ACTOR, "plan.assign", id, plan=name)
+        else:
+            tariff.set_plan(connection, tariff.Plan(name, requests_per_minute, tokens_per_minute))
+            limits = {"requests_per_minute": requests_per_minute, "tokens_per_minute": tokens_per_minute}
+            audit.note(connection, now, ACTOR, "plan.set", name, limits=limits)
+    return 0
