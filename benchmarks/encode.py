@@ -21,7 +21,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,9 @@ from typing import Any
 import numpy as np
 import torch
 from contenders import CONTENDERS, Contender, Setting
-from contenders.models import gflop_per_token, natural_texts, token_counts, write_real, write_sheared_llama
+from contenders.models import SHEARED_LLAMA, gflop_per_token, natural_texts, token_counts, write_random, write_real
 from contenders.process import Absent, Process, keep_to
-from contenders.report import Report, publish, write, wrong
+from contenders.report import Report, Row, publish, write, wrong
 from rich.console import Console
 from rich.table import Table
 
@@ -84,7 +85,7 @@ def quickest(
     for setting in contender.settings:
         try:
             process = start(contender, setting)
-            seconds = process.run(part) if len(contender.settings) > 1 else 0.0
+            seconds = process.run(part)[0] if len(contender.settings) > 1 else 0.0
         except Absent as error:
             reason = reason or error
             continue
@@ -124,8 +125,125 @@ def processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
-def measure(options: argparse.Namespace, scratch: Path, console: Console) -> Report:
-    """Everybody loaded, then the rounds.
+@dataclass
+class Rounds:
+    """What was found of each contender, by its key.
+
+    Attributes:
+        processes: those that ran to the end.
+        absent: why the others did not.
+        seconds: of each round.
+        vectors: of the last round.
+        reference: those of transformers in float32.
+        peaks: the best matrix products at the start of each round.
+    """
+
+    processes: dict[str, Process]
+    absent: dict[str, str]
+    seconds: dict[str, list[float]]
+    vectors: dict[str, np.ndarray]
+    reference: np.ndarray
+    peaks: list[dict[str, float]]
+
+
+def measure(
+    options: argparse.Namespace,
+    texts: list[str],
+    by_length: list[str],
+    start: Callable[..., Process],
+    file: Path,
+    console: Console,
+) -> Rounds:
+    """Load everybody, then time everybody in each round.
+
+    Raises:
+        Absent: unmask or the reference does not run.
+    """
+    found = Rounds({}, {}, {}, {}, np.empty(0), [])
+    try:
+        for name in options.contenders:
+            try:
+                process = quickest(CONTENDERS[name], partial(start, dtype=options.dtype), by_length[::2], console)
+            except Absent as error:
+                found.absent[name] = str(error)
+                console.print(f"{CONTENDERS[name].name}: {error}", markup=False)
+                continue
+            found.processes[name], found.seconds[name] = process, []
+            console.print(f"{CONTENDERS[name].name}: ready, loaded in {process.load_seconds:.1f} s")
+        own_reference = REFERENCE not in found.processes or options.dtype != "float32"
+        if own_reference:
+            process = start(CONTENDERS[REFERENCE], Setting(), dtype="float32")
+            _, found.reference = process.run(texts, file)
+            process.close()
+        for number in range(options.rounds):
+            found.peaks.append(gemm_peak(getattr(torch, options.dtype)))
+            for name, process in list(found.processes.items()):
+                try:
+                    seconds, found.vectors[name] = process.run(texts, file)
+                except Absent as error:
+                    found.absent[name] = str(error)
+                    del found.processes[name]
+                    continue
+                found.seconds[name].append(seconds)
+            console.print(f"round {number + 1} of {options.rounds}")
+        for name in ("unmask", *(() if own_reference else (REFERENCE,))):
+            if name in found.absent:
+                raise Absent(f"{name}, without which there is nothing to compare: {found.absent[name]}")
+        if not own_reference:
+            found.reference = found.vectors[REFERENCE]
+    finally:
+        for process in found.processes.values():
+            process.close()
+    return found
+
+
+def rows_of(options: argparse.Namespace, found: Rounds, tokens: int, peak_tokens: float) -> list[Row]:
+    """A row for each contender that was asked for."""
+    rows: list[Row] = []
+    for name in options.contenders:
+        contender = CONTENDERS[name]
+        row: Row = {
+            "name": contender.name,
+            "precision": contender.precision or options.dtype,
+            "absent": found.absent.get(name),
+        }
+        rows.append(row)
+        if row["absent"]:
+            continue
+        times, process = found.seconds[name], found.processes[name]
+        ratios = [theirs / ours for theirs, ours in zip(times, found.seconds["unmask"], strict=True)]
+        mean, worst = cosine(found.vectors[name], found.reference)
+        speed = tokens / statistics.median(times)
+        row |= {
+            "setting": shown(contender, process.setting),
+            "load_seconds": process.load_seconds,
+            "seconds": times,
+            "tokens_per_second": speed,
+            "slowest": tokens / max(times),
+            "quickest": tokens / min(times),
+            "ratio": statistics.median(ratios),
+            "ratio_per_round": ratios,
+            "share_of_peak": speed / peak_tokens,
+            "cosine_mean": mean,
+            "cosine_worst": worst,
+        }
+    return rows
+
+
+def versions_of(processes: Iterable[Process]) -> dict[str, str]:
+    """Of everything that was measured."""
+    versions = {"unmask": __version__, "python": platform.python_version()}
+    for process in processes:
+        for package, version in process.versions.items():
+            if process.contender.environment is None:
+                versions[package] = version
+            elif package in process.contender.install.split():
+                versions[package] = f"{version} with transformers {process.versions.get('transformers')}"
+    return versions
+
+
+def run(options: argparse.Namespace, scratch: Path, console: Console) -> Report:
+    """Write the weights, measure, and put everything together.
 
     Raises:
         UnmaskError: the model cannot be read.
@@ -133,92 +251,22 @@ def measure(options: argparse.Namespace, scratch: Path, console: Console) -> Rep
     """
     load_before = os.getloadavg()[0]
     folder = scratch / "model"
-    revision = write_real(options.model, folder) if options.shape == "135m" else write_sheared_llama(folder)
+    revision = write_real(options.model, folder) if options.shape == "135m" else write_random(SHEARED_LLAMA, folder)
     texts = natural_texts(options.texts)
     counts = token_counts(folder, texts)
-    tokens = int(counts.sum())
     by_length = [texts[i] for i in np.argsort(counts)]
-    log_file = options.output / f"encode-{options.shape}.log"
-    processes: dict[str, Process] = {}
-    absent: dict[str, str] = {}
-    with log_file.open("wb") as log:
-
-        def start(contender: Contender, setting: Setting, dtype: str = options.dtype) -> Process:
-            warm = [by_length[0], by_length[len(by_length) // 2], by_length[-1]]
-            return Process(
-                contender,
-                setting,
-                folder=folder,
-                scratch=scratch,
-                threads=options.threads,
-                dtype=dtype,
-                warm=warm,
-                log=log,
-            )
-
-        try:
-            for name in options.contenders:
-                try:
-                    processes[name] = quickest(CONTENDERS[name], start, by_length[::2], console)
-                    console.print(f"{CONTENDERS[name].name}: ready, loaded in {processes[name].load_seconds:.1f} s")
-                except Absent as error:
-                    absent[name] = str(error)
-                    console.print(f"{CONTENDERS[name].name}: {error}")
-            reference = None
-            if REFERENCE not in processes or options.dtype != "float32":
-                process = start(CONTENDERS[REFERENCE], Setting(), "float32")
-                _, reference = process.run_for_vectors(texts, scratch / "vectors.npy")
-                process.close()
-            vectors: dict[str, np.ndarray] = {}
-            seconds: dict[str, list[float]] = {name: [] for name in processes}
-            peaks: list[dict[str, float]] = []
-            for number in range(options.rounds):
-                peaks.append(gemm_peak(getattr(torch, options.dtype)))
-                for name, process in list(processes.items()):
-                    try:
-                        took, vectors[name] = process.run_for_vectors(texts, scratch / "vectors.npy")
-                        seconds[name].append(took)
-                    except Absent as error:
-                        absent[name] = str(error)
-                        del processes[name]
-                console.print(f"round {number + 1} of {options.rounds}")
-        finally:
-            for process in processes.values():
-                process.close()
-    if "unmask" in absent:
-        raise Absent(f"unmask itself did not run ({absent['unmask']}); see {log_file}")
-    reference = vectors[REFERENCE] if reference is None else reference
-    versions = {"unmask": __version__, "python": platform.python_version()}
-    for process in processes.values():
-        for package, version in process.versions.items():
-            if process.contender.environment is None:
-                versions[package] = version
-            elif package in process.contender.install.split():
-                versions[package] = f"{version} with transformers {process.versions.get('transformers')}"
-    peak = statistics.median(max(peak.values()) for peak in peaks)
-    gflop = gflop_per_token(folder)
-    rows: list[dict[str, Any]] = []
-    for name in options.contenders:
-        contender = CONTENDERS[name]
-        row = {"name": contender.name, "precision": contender.precision or options.dtype, "absent": absent.get(name)}
-        if name not in absent:
-            times, process = seconds[name], processes[name]
-            ratios = [theirs / ours for theirs, ours in zip(times, seconds["unmask"], strict=True)]
-            mean, worst = cosine(vectors[name], reference)
-            row |= {
-                "setting": shown(contender, process.setting),
-                "load_seconds": process.load_seconds,
-                "seconds": times,
-                "tokens_per_second": tokens / statistics.median(times),
-                "slowest": tokens / max(times),
-                "quickest": tokens / min(times),
-                "ratio": statistics.median(ratios),
-                "ratio_per_round": ratios,
-                "share_of_peak": tokens / statistics.median(times) * gflop / peak,
-                "cosine_mean": mean,
-                "cosine_worst": worst,
-            }
-        rows.append(row)
+    with (options.output / f"encode-{options.shape}.log").open("wb") as log:
+        start = partial(
+            Process,
+            folder=folder,
+            scratch=scratch,
+            threads=options.threads,
+            warm=[by_length[0], by_length[len(by_length) // 2], by_length[-1]],
+            log=log,
+        )
+        found = measure(options, texts, by_length, start, scratch / "vectors.npy", console)
+    tokens, gflop = int(counts.sum()), gflop_per_token(folder)
+    peak = statistics.median(max(products.values()) for products in found.peaks)
     return {
         "shape": options.shape,
         "model": options.model if options.shape == "135m" else "Sheared-LLaMA-1.3B's shape, random weights",
@@ -228,13 +276,13 @@ def measure(options: argparse.Namespace, scratch: Path, console: Console) -> Rep
         "rounds": options.rounds,
         "threads": options.threads,
         "dtype": options.dtype,
-        "gemm_gflops": peaks,
+        "gemm_gflops": found.peaks,
         "peak_gflops": peak,
         "gflop_per_token": gflop,
-        "versions": versions,
+        "versions": versions_of(found.processes.values()),
         "machine": {"processor": processor(), "cores": os.cpu_count(), "load_before": load_before},
         "command": shlex.join(["python", *sys.argv]),
-        "rows": rows,
+        "rows": rows_of(options, found, tokens, peak / gflop),
     }
 
 
@@ -298,12 +346,15 @@ def main() -> None:
         torch.set_num_threads(options.threads)
         options.output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="unmask-bench-") as scratch:
-            report = measure(options, Path(scratch), console)
+            report = run(options, Path(scratch), console)
         written = write(report, options.output)
     except (UnmaskError, Absent, ValueError, OSError) as error:
         console.print(f"encode: {error}", markup=False)
         sys.exit(1)
-    Console().print(console_table(report))
+    screen = Console()
+    if not screen.is_terminal:
+        screen = Console(width=160)  # a file has room
+    screen.print(console_table(report))
     console.print(f"{report['mix']}; peak {report['peak_gflops']:.0f} GFLOP/s; written to {written.with_suffix('.*')}")
 
 

@@ -1,8 +1,9 @@
 """The two models that are measured, as folders that every contender reads or converts."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,18 +66,18 @@ def write_real(model: str, folder: Path) -> str:
     return checkpoint.revision
 
 
-def write_sheared_llama(folder: Path) -> str:
-    """Random weights in the shape of Sheared-LLaMA-1.3B, kept in bfloat16; a tokenizer of this benchmark's words."""
+def write_random(config: Mapping[str, Any], folder: Path) -> str:
+    """A Llama of any shape with random weights, kept in bfloat16, and a tokenizer of this benchmark's words."""
     folder.mkdir()
     generator = torch.Generator().manual_seed(20_404_596)
     tensors = {
         name: torch.ones(shape, dtype=torch.bfloat16)
         if len(shape) == 1
         else torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-        for name, shape in _shapes(SHEARED_LLAMA)
+        for name, shape in _shapes(config)
     }
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(SHEARED_LLAMA, indent=1), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     tokenizer = Tokenizer(models.BPE())
     # The same splitting as SmolLM2's, so that one statement in a GGUF file is true of both.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue] - a stub's gap
@@ -85,12 +86,14 @@ def write_sheared_llama(folder: Path) -> str:
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=SHEARED_LLAMA["vocab_size"], special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+        vocab_size=config["vocab_size"], special_tokens=[END], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator([" ".join(WORDS)] * 2, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": END, "eos_token": END}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": LONGEST}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"model_max_length": LONGEST}), encoding="utf-8"
+    )
     return "random"
 
 
@@ -108,7 +111,7 @@ def token_counts(folder: Path, texts: list[str]) -> np.ndarray:
     return np.array([min(len(encoding.ids), LONGEST) for encoding in tokenizer.encode_batch(texts)])
 
 
-def _shapes(config: dict) -> Iterable[tuple[str, tuple[int, ...]]]:
+def _shapes(config: Mapping[str, Any]) -> Iterable[tuple[str, tuple[int, ...]]]:
     width, inner = config["hidden_size"], config["intermediate_size"]
     yield "embed_tokens.weight", (config["vocab_size"], width)
     yield "norm.weight", (width,)

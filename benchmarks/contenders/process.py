@@ -75,14 +75,10 @@ class Process:
         self.load_seconds: float = answer["seconds"]
         self.versions: dict[str, str] = answer["versions"]
 
-    def run(self, texts: Sequence[str]) -> float:
-        """Seconds for the texts."""
-        return self._ask({"texts": list(texts), "vectors": None})["seconds"]
-
-    def run_for_vectors(self, texts: Sequence[str], file: Path) -> tuple[float, np.ndarray]:
-        """The same, and the vectors, by way of `file`."""
-        seconds = self._ask({"texts": list(texts), "vectors": str(file)})["seconds"]
-        return seconds, np.load(file)
+    def run(self, texts: Sequence[str], file: Path | None = None) -> tuple[float, np.ndarray]:
+        """Seconds for the texts, and their vectors if there is a file to pass them through."""
+        seconds = self._ask({"texts": list(texts), "vectors": str(file) if file else None})["seconds"]
+        return seconds, np.load(file) if file else np.empty(0)
 
     def close(self) -> None:
         """End the process and give its memory back."""
