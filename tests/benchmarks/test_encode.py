@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from contenders import Contender
 from contenders.llama import interleaved
 from contenders.models import SHEARED_LLAMA, write_random
+from contenders.process import Absent, python_of
 from contenders.report import between, markdown, publish, wrong
 
 SCRIPT = Path(__file__).parent.parent.parent / "benchmarks" / "encode.py"
@@ -56,21 +58,27 @@ def report() -> dict[str, Any]:
     }
 
 
-def test_a_run_measures_compares_and_says_who_is_missing(tmp_path: Path):
+def test_a_run_measures_and_compares(tmp_path: Path):
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 600}
     write_random(SHEARED_LLAMA | shape | {"num_attention_heads": 4, "num_key_value_heads": 4}, tmp_path / "tiny")
     command = [sys.executable, str(SCRIPT), "--model", str(tmp_path / "tiny"), "--texts", "6", "--rounds", "2"]
-    command += ["--contenders", "unmask", "transformers", "infinity", "--output", str(tmp_path)]
+    command += ["--contenders", "unmask", "transformers", "--output", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "encode-135m.json").read_text())
-    ours, theirs, _ = found["rows"]
+    ours, theirs = found["rows"]
     assert len(ours["seconds"]) == len(theirs["ratio_per_round"]) == 2
     assert ours["cosine_worst"] > 0.999_999, "ours are not those of transformers in both directions"
     assert theirs["cosine_worst"] > 0.999_999
     assert found["tokens"] > 6
     assert "| unmask | **" in (tmp_path / "encode-135m.md").read_text()
     assert "best float32 product" in (tmp_path / "encode-135m.svg").read_text()
+
+
+def test_a_peer_without_its_environment_says_how_to_get_it():
+    peer = Contender("a peer", "nowhere:load", "a-peer", environment="that-nobody-made")
+    with pytest.raises(Absent, match=r"not installed: .*\(that-nobody-made\): pip install a-peer"):
+        python_of(peer)
 
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path: Path):
