@@ -63,6 +63,11 @@ def write_real(model: str, folder: Path) -> str:
     if settings.pooling != "mean":
         raise UsageError(f"{model} pools by {settings.pooling}; the comparison is written for mean")
     write_folder(folder, checkpoint, checkpoint.tensors, settings, torch.float32)
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if config["model_type"] == "llama":  # infinity-emb wants the class named, which files of one format do not do
+        config.setdefault("architectures", SHEARED_LLAMA["architectures"])
+        file.write_text(json.dumps(config, indent=1), encoding="utf-8")
     return checkpoint.revision
 
 
