@@ -45,7 +45,7 @@ EVERYONE = tuple(name for name in CONTENDERS if name != "llama-cpp-f16")
 # What a shape is measured with unless told otherwise: so many texts that a run ends within minutes. All contenders'
 # weights are in memory together, 5 GB each for the large shape, so that one is measured with three of them.
 SHAPES: dict[str, dict[str, Any]] = {
-    "135m": {"texts": 96, "rounds": 3, "contenders": EVERYONE},
+    "135m": {"texts": 64, "rounds": 3, "contenders": EVERYONE},
     "1.3b": {"texts": 16, "rounds": 3, "contenders": ("unmask", "unmask-int8", REFERENCE)},
 }
 
@@ -309,7 +309,7 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=tuple(SHAPES), default="135m", help="1.3b: a Llama with random weights")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="instead of the default model, with --shape 135m")
-    parser.add_argument("--texts", type=int, help="left out: 96 for 135m, 16 for 1.3b")
+    parser.add_argument("--texts", type=int, help="left out: 64 for 135m, 16 for 1.3b")
     parser.add_argument("--rounds", type=int, help="left out: 3")
     parser.add_argument(
         "--contenders", nargs="+", choices=tuple(CONTENDERS), metavar="NAME", help=", ".join(CONTENDERS)
