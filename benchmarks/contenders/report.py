@@ -92,13 +92,15 @@ def draw(report: Report, target: Path) -> None:
         axes.text(row["quickest"] + widest * 0.012, place, said, va="center", fontsize=8)
     peak = report["peak_gflops"] / report["gflop_per_token"]
     axes.axvline(peak, color="#b4322f", linewidth=0.9, linestyle="--")
-    axes.text(peak, len(rows) - 0.35, f"best {report['dtype']} product", color="#b4322f", fontsize=7.5, ha="center")
+    above = axes.get_xaxis_transform()
+    said = f"best {report['dtype']} product"
+    axes.text(peak, 1.01, said, color="#b4322f", fontsize=7.5, ha="center", va="bottom", transform=above)
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes.set_ylim(-0.6, len(rows) - 0.2)
     axes.set_xlim(0, max(widest, peak) * 1.32)
     axes.set_xlabel("useful tokens per second (padding does not count), median and spread of the rounds")
     axes.set_title(
-        f"{report['model']}: texts to vectors on {report['threads']} threads", loc="left", fontsize=10, pad=14
+        f"{report['model']}: texts to vectors on {report['threads']} threads", loc="left", fontsize=10, pad=18
     )
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
