@@ -23,7 +23,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.dev  ## measure against the peers, interleaved in one run
+bench: $(VENV)/.bench  ## measure against the peers, interleaved in one run
 	$(BIN)/python benchmarks/encode.py $(ARGS)
 
 bench-training: $(VENV)/.dev  ## measure a training step against sentence-transformers' trainer
@@ -41,6 +41,15 @@ $(VENV)/.serve: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.dev: $(VENV)/.serve
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[evaluate,oidc,postgres,redis,train]' --group dev
+	touch $@
+
+# llama-cpp-python compiles for minutes, and infinity-emb cannot live with the transformers that the others use. Where
+# one of them does not install, its row of the table says so.
+$(VENV)/.bench: benchmarks/infinity.txt $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	-$(BIN)/python -m pip install --quiet --constraint constraints.txt llama-cpp-python
+	-$(PYTHON) -m venv $(VENV)/peers/infinity && \
+		$(VENV)/peers/infinity/bin/python -m pip install --quiet --requirement benchmarks/infinity.txt
 	touch $@
 
 clean:

@@ -1,95 +1,53 @@
-"""Texts to vectors on this machine: unmask against transformers and sentence-transformers.
+"""Texts to vectors on this machine: unmask against the peers that install from a package registry.
 
-Same weights, same texts, same threads, same precision, all in one process and interleaved: each round times every
-contender once, in turn, so that a noisy machine slows all of them alike. Reported are medians over rounds and the
-median of the per-round ratios. Vectors are compared with ours in float32, so that nobody wins by being wrong; our own
-8-bit products stand in a row of their own.
+Same weights, same texts, same threads; each contender in a process of its own, and interleaved: each round times every
+contender once, in turn, so that a noisy machine slows all of them alike. A contender that can be run in two ways is
+measured in the quicker one. Reported are medians over rounds and the ratios of single rounds. Vectors are compared
+with those of transformers in float32 without the causal mask, so that nobody wins by being wrong.
 
     make bench
+    make bench ARGS="--shape 1.3b"
     make bench ARGS="--model path/to/model --texts 128 --rounds 7"
-    make bench ARGS="--dtype bfloat16"
+    make bench ARGS="--contenders unmask transformers --dtype bfloat16"
+
+writes encode-SHAPE.json, .md, .svg and .png to --output. `--publish` puts them into pages and measures nothing.
 """
 
 import argparse
-import json
 import os
 import platform
+import shlex
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from contenders import CONTENDERS, Contender, Setting
+from contenders.models import SHEARED_LLAMA, gflop_per_token, natural_texts, token_counts, write_random, write_real
+from contenders.process import Absent, Process, keep_to
+from contenders.report import Report, Row, publish, write, wrong
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
-from unmask import Encoder, __version__
+from unmask import __version__
 from unmask.checkpoint import DEFAULT_MODEL
+from unmask.errors import UnmaskError
 
-WORDS = (  # noqa: SIM905 - 64 quoted words read worse
-    "the of and to in is was for on that with by as from at which this be are an it or not have but were their one "
-    "all also after first time water people year world city system house market river paper music history light "
-    "energy number question answer language science garden winter engine doctor theory measure surface evidence "
-    "children machine station morning country general important different between against during without example"
-).split()
-Contender = Callable[[list[str]], np.ndarray]
-
-
-def natural_texts(count: int, encoder: Encoder) -> list[str]:
-    """Texts whose token counts are log-normal with median 30, cut at the model's maximum."""
-    generator = np.random.default_rng(20_404_596)
-    lengths = np.clip(np.exp(generator.normal(np.log(30), 1.0, count)).astype(int), 2, encoder.max_length - 4)
-    return [" ".join(generator.choice(WORDS, length)) for length in lengths]
-
-
-def as_hub_folder(encoder: Encoder, folder: Path) -> None:
-    """Save the encoder's own weights and tokenizer the way transformers reads them."""
-    from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
-
-    values = {key: value for key, value in encoder.checkpoint.config.items() if key != "_name_or_path"}
-    config = AutoConfig.for_model(values.pop("model_type"), **values, is_causal=False)
-    model = AutoModel.from_config(config)
-    tensors = encoder.checkpoint.tensors
-    model.load_state_dict({name: tensors.read(name) for name in model.state_dict()})
-    model.save_pretrained(folder)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=encoder.checkpoint.tokenizer.text, pad_token="<|endoftext|>")
-    tokenizer.model_max_length = encoder.max_length
-    tokenizer.save_pretrained(folder)
-
-
-def transformers_contender(folder: Path, dtype: torch.dtype) -> Contender:
-    """Padded batches of 32, sorted by length, SDPA attention, mean over real tokens."""
-    from transformers import AutoModel, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModel.from_pretrained(folder, attn_implementation="sdpa", dtype=dtype).eval()
-
-    @torch.inference_mode()
-    def run(texts: list[str]) -> np.ndarray:
-        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-        vectors = np.empty((len(texts), model.config.hidden_size), dtype=np.float32)
-        for start in range(0, len(order), 32):
-            members = order[start : start + 32]
-            batch = tokenizer([texts[i] for i in members], padding=True, truncation=True, return_tensors="pt")
-            mask = batch["attention_mask"]
-            hidden = model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False).last_hidden_state
-            hidden = hidden.float() * mask[..., None]
-            vectors[members] = (hidden.sum(1) / mask.sum(1, keepdim=True)).numpy()
-        return vectors
-
-    return run
-
-
-def sentence_transformers_contender(folder: Path, dtype: torch.dtype) -> Contender:
-    """As its users call it: `encode` with its own sorting and batches of 32."""
-    from sentence_transformers import SentenceTransformer
-
-    model = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": dtype})
-    return lambda texts: np.asarray(model.encode(texts, batch_size=32, show_progress_bar=False))
+REFERENCE = "transformers"
+EVERYONE = tuple(name for name in CONTENDERS if name != "llama-cpp-f16")
+# What a shape is measured with unless told otherwise: so many texts that a run ends within minutes. All contenders'
+# weights are in memory together, 5 GB each for the large shape, so that one is measured with three of them.
+SHAPES: dict[str, dict[str, Any]] = {
+    "135m": {"texts": 64, "rounds": 3, "contenders": EVERYONE},
+    "1.3b": {"texts": 16, "rounds": 3, "contenders": ("unmask", "unmask-int8", REFERENCE)},
+}
 
 
 def gemm_peak(dtype: torch.dtype) -> dict[str, float]:
@@ -114,82 +72,41 @@ def gemm_peak(dtype: torch.dtype) -> dict[str, float]:
     return best
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=DEFAULT_MODEL)
-    parser.add_argument("--texts", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of all but int8")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--output", type=Path, default=Path("bench-results/encode.json"))
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+def quickest(
+    contender: Contender, start: Callable[[Contender, Setting], Process], part: Sequence[str], console: Console
+) -> Process:
+    """The contender, running in the way that took least time for a part of the texts.
 
-    encoder, dtype = Encoder.load(options.model, dtype=options.dtype), getattr(torch, options.dtype)
-    texts = natural_texts(options.texts, encoder)
-    counts = encoder.count_tokens(texts)
-    tokens = int(counts.sum())
-    with tempfile.TemporaryDirectory() as scratch:
-        as_hub_folder(encoder, Path(scratch))
-        contenders: dict[str, Contender] = {
-            "unmask": encoder.encode,
-            "unmask, int8": Encoder.load(options.model, dtype="int8").encode,
-            "transformers, sorted, padded": transformers_contender(Path(scratch), dtype),
-            "sentence-transformers": sentence_transformers_contender(Path(scratch), dtype),
-        }
-        exact = encoder if options.dtype == "float32" else Encoder.load(options.model)
-        reference = exact.encode(texts)
-        agreement = {name: cosine(run(texts), reference) for name, run in contenders.items()}  # and the warm-up
-        seconds: dict[str, list[float]] = {name: [] for name in contenders}
-        peaks: list[dict[str, float]] = []
-        for _ in track(range(options.rounds), description="rounds"):
-            peaks.append(gemm_peak(dtype))
-            for name, run in contenders.items():
-                began = time.perf_counter()
-                run(texts)
-                seconds[name].append(time.perf_counter() - began)
+    Raises:
+        Absent: it runs in none of them.
+    """
+    best: tuple[float, Process] | None = None
+    reason: Absent | None = None
+    for setting in contender.settings:
+        try:
+            process = start(contender, setting)
+            seconds = process.run(part)[0] if len(contender.settings) > 1 else 0.0
+        except Absent as error:
+            reason = reason or error
+            continue
+        if len(contender.settings) > 1:
+            console.print(f"{contender.name}, {shown(contender, setting)}: {seconds:.1f} s for {len(part)} texts")
+        if best is not None:
+            slower = max((best, (seconds, process)), key=lambda pair: pair[0])
+            slower[1].close()
+        if best is None or seconds < best[0]:
+            best = seconds, process
+    if best is None:
+        raise reason or Absent("has no setting to run in")
+    return best[1]
 
-    peak = statistics.median(max(peak.values()) for peak in peaks)
-    shape = getattr(encoder.decoder, "shape", None)
-    per_token = shape.flops_per_token / 1e9 if shape else float("nan")
-    table = Table("contender", "tokens/s", "spread", "unmask is faster by", "of gemm peak", "cosine mean / worst")
-    results = {}
-    for name, times in seconds.items():
-        rate = tokens / statistics.median(times)
-        ratios = [own / mine for own, mine in zip(times, seconds["unmask"], strict=True)]
-        share = rate * per_token / peak
-        results[name] = {
-            "tokens_per_second": rate,
-            "seconds": times,
-            "ratio_per_round": ratios,
-            "share_of_peak": share,
-            "cosine_mean": agreement[name][0],
-            "cosine_worst": agreement[name][1],
-        }
-        spread = f"{tokens / max(times):.0f}-{tokens / min(times):.0f}"
-        faster = f"{statistics.median(ratios):.2f}x" if name != "unmask" else ""
-        agreed = f"{agreement[name][0]:.6f} / {agreement[name][1]:.6f}"
-        table.add_row(name, f"{rate:.0f}", spread, faster, f"{share:.0%}", agreed)
-    mix = f"{len(texts)} texts, {tokens} tokens, median {int(np.median(counts))}, longest {counts.max()}"
-    console = Console()
-    console.print(table)
-    console.print(f"{options.model}; {mix}; {options.threads} threads; {options.dtype}; gemm peak {peak:.0f} GFLOP/s")
-    report = {
-        "model": options.model,
-        "revision": encoder.checkpoint.revision,
-        "mix": mix,
-        "rounds": options.rounds,
-        "threads": options.threads,
-        "dtype": options.dtype,
-        "gemm_gflops": peaks,
-        "gflop_per_token": per_token,
-        "versions": {"unmask": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "machine": {"processor": processor(), "cores": os.cpu_count()},
-        "results": results,
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    console.print(f"written to {options.output}")
+
+def shown(contender: Contender, setting: Setting) -> str:
+    """A setting in words."""
+    if contender.load.startswith("ours:"):
+        return "its own packs"
+    beside = f", {setting.side_by_side} at a time" if setting.side_by_side > 1 else ""
+    return f"{setting.batch} {contender.unit}{beside}"
 
 
 def cosine(vectors: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
@@ -206,6 +123,239 @@ def processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+@dataclass
+class Rounds:
+    """What was found of each contender, by its key.
+
+    Attributes:
+        processes: those that ran to the end.
+        absent: why the others did not.
+        seconds: of each round.
+        vectors: of the last round.
+        reference: those of transformers in float32.
+        peaks: the best matrix products at the start of each round.
+    """
+
+    processes: dict[str, Process]
+    absent: dict[str, str]
+    seconds: dict[str, list[float]]
+    vectors: dict[str, np.ndarray]
+    reference: np.ndarray
+    peaks: list[dict[str, float]]
+
+
+def measure(
+    options: argparse.Namespace,
+    texts: list[str],
+    by_length: list[str],
+    start: Callable[..., Process],
+    file: Path,
+    console: Console,
+) -> Rounds:
+    """Load everybody, then time everybody in each round.
+
+    Raises:
+        Absent: unmask or the reference does not run.
+    """
+    found = Rounds({}, {}, {}, {}, np.empty(0), [])
+    try:
+        for name in options.contenders:
+            try:
+                process = quickest(CONTENDERS[name], partial(start, dtype=options.dtype), by_length[::2], console)
+            except Absent as error:
+                found.absent[name] = str(error)
+                console.print(f"{CONTENDERS[name].name}: {error}", markup=False)
+                continue
+            found.processes[name], found.seconds[name] = process, []
+            console.print(f"{CONTENDERS[name].name}: ready, loaded in {process.load_seconds:.1f} s")
+        own_reference = REFERENCE not in found.processes or options.dtype != "float32"
+        if own_reference:
+            process = start(CONTENDERS[REFERENCE], Setting(), dtype="float32")
+            _, found.reference = process.run(texts, file)
+            process.close()
+        for number in range(options.rounds):
+            found.peaks.append(gemm_peak(getattr(torch, options.dtype)))
+            for name, process in list(found.processes.items()):
+                try:
+                    seconds, found.vectors[name] = process.run(texts, file)
+                except Absent as error:
+                    found.absent[name] = str(error)
+                    del found.processes[name]
+                    continue
+                found.seconds[name].append(seconds)
+            console.print(f"round {number + 1} of {options.rounds}")
+        for name in ("unmask", *(() if own_reference else (REFERENCE,))):
+            if name in found.absent:
+                raise Absent(f"{name}, without which there is nothing to compare: {found.absent[name]}")
+        if not own_reference:
+            found.reference = found.vectors[REFERENCE]
+    finally:
+        for process in found.processes.values():
+            process.close()
+    return found
+
+
+def rows_of(options: argparse.Namespace, found: Rounds, tokens: int, peak_tokens: float) -> list[Row]:
+    """A row for each contender that was asked for."""
+    rows: list[Row] = []
+    for name in options.contenders:
+        contender = CONTENDERS[name]
+        row: Row = {
+            "name": contender.name,
+            "precision": contender.precision or options.dtype,
+            "absent": found.absent.get(name),
+        }
+        rows.append(row)
+        if row["absent"]:
+            continue
+        times, process = found.seconds[name], found.processes[name]
+        ratios = [theirs / ours for theirs, ours in zip(times, found.seconds["unmask"], strict=True)]
+        mean, worst = cosine(found.vectors[name], found.reference)
+        speed = tokens / statistics.median(times)
+        row |= {
+            "setting": shown(contender, process.setting),
+            "load_seconds": process.load_seconds,
+            "seconds": times,
+            "tokens_per_second": speed,
+            "slowest": tokens / max(times),
+            "quickest": tokens / min(times),
+            "ratio": statistics.median(ratios),
+            "ratio_per_round": ratios,
+            "share_of_peak": speed / peak_tokens,
+            "cosine_mean": mean,
+            "cosine_worst": worst,
+        }
+    return rows
+
+
+def versions_of(processes: Iterable[Process]) -> dict[str, str]:
+    """Of everything that was measured."""
+    versions = {"unmask": __version__, "python": platform.python_version()}
+    for process in processes:
+        for package, version in process.versions.items():
+            if process.contender.environment is None:
+                versions[package] = version
+            elif package in process.contender.install.split():
+                versions[package] = f"{version} with transformers {process.versions.get('transformers')}"
+    return versions
+
+
+def run(options: argparse.Namespace, scratch: Path, console: Console) -> Report:
+    """Write the weights, measure, and put everything together.
+
+    Raises:
+        UnmaskError: the model cannot be read.
+        Absent: unmask or the reference does not run.
+    """
+    load_before = os.getloadavg()[0]
+    folder = scratch / "model"
+    revision = write_real(options.model, folder) if options.shape == "135m" else write_random(SHEARED_LLAMA, folder)
+    texts = natural_texts(options.texts)
+    counts = token_counts(folder, texts)
+    by_length = [texts[i] for i in np.argsort(counts)]
+    with (options.output / f"encode-{options.shape}.log").open("wb") as log:
+        start = partial(
+            Process,
+            folder=folder,
+            scratch=scratch,
+            threads=options.threads,
+            warm=[by_length[0], by_length[len(by_length) // 2], by_length[-1]],
+            log=log,
+        )
+        found = measure(options, texts, by_length, start, scratch / "vectors.npy", console)
+    tokens, gflop = int(counts.sum()), gflop_per_token(folder)
+    peak = statistics.median(max(products.values()) for products in found.peaks)
+    return {
+        "shape": options.shape,
+        "model": options.model if options.shape == "135m" else "Sheared-LLaMA-1.3B's shape, random weights",
+        "revision": revision,
+        "mix": f"{len(texts)} texts, {tokens} tokens, median {int(np.median(counts))}, longest {counts.max()}",
+        "tokens": tokens,
+        "rounds": options.rounds,
+        "threads": options.threads,
+        "dtype": options.dtype,
+        "gemm_gflops": found.peaks,
+        "peak_gflops": peak,
+        "gflop_per_token": gflop,
+        "versions": versions_of(found.processes.values()),
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "load_before": load_before},
+        "command": shlex.join(["python", *sys.argv]),
+        "rows": rows_of(options, found, tokens, peak / gflop),
+    }
+
+
+def console_table(report: Report) -> Table:
+    table = Table("contender", "tokens/s", "spread", "unmask is faster by", "of peak", "cosine mean / worst", "how")
+    for row in report["rows"]:
+        if row["absent"]:
+            table.add_row(row["name"], row["absent"])
+            continue
+        mark = " ✗" if wrong(row) else ""
+        table.add_row(
+            row["name"],
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['slowest']:.0f}-{row['quickest']:.0f}",
+            f"{row['ratio']:.2f}x" if row["name"] != "unmask" else "",
+            f"{row['share_of_peak']:.0%}",
+            f"{row['cosine_mean']:.6f} / {row['cosine_worst']:.6f}{mark}",
+            f"{row['precision']}, {row['setting']}",
+        )
+    return table
+
+
+def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="135m", help="1.3b: a Llama with random weights")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="instead of the default model, with --shape 135m")
+    parser.add_argument("--texts", type=int, help="left out: 64 for 135m, 16 for 1.3b")
+    parser.add_argument("--rounds", type=int, help="left out: 3")
+    parser.add_argument(
+        "--contenders", nargs="+", choices=tuple(CONTENDERS), metavar="NAME", help=", ".join(CONTENDERS)
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="where a contender has both"
+    )
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--output", type=Path, default=Path("bench-results"), help="folder for what is written")
+    parser.add_argument(
+        "--publish", nargs="+", type=Path, metavar="PAGE", help="put what --output has into these pages"
+    )
+    parser.add_argument("--keep", type=Path, default=Path("docs/performance"), help="where --publish copies the runs")
+    options = parser.parse_args(arguments)
+    for name, value in SHAPES[options.shape].items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    if "unmask" not in options.contenders:
+        options.contenders = ["unmask", *options.contenders]  # the ratios are to it
+    if options.texts < 2 or options.rounds < 1:
+        parser.error("--texts must be at least 2 and --rounds at least 1")
+    return options
+
+
+def main() -> None:
+    options = options_of()
+    console = Console(stderr=True)
+    try:
+        if options.publish:
+            for line in publish(options.output, options.keep, options.publish):
+                console.print(line)
+            return
+        keep_to(options.threads)
+        torch.set_num_threads(options.threads)
+        options.output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="unmask-bench-") as scratch:
+            report = run(options, Path(scratch), console)
+        written = write(report, options.output)
+    except (UnmaskError, Absent, ValueError, OSError) as error:
+        console.print(f"encode: {error}", markup=False)
+        sys.exit(1)
+    screen = Console()
+    if not screen.is_terminal:
+        screen = Console(width=160)  # a file has room
+    screen.print(console_table(report))
+    console.print(f"{report['mix']}; peak {report['peak_gflops']:.0f} GFLOP/s; written to {written.with_suffix('.*')}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-from encode import WORDS, processor
+from contenders.models import WORDS
+from encode import processor
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
