@@ -29,7 +29,7 @@ _INLINE_CHARACTERS = 2000
 _MEASURED_TOKENS = 256
 
 # Of the measured speed, what deadlines are promised on: the next texts may be longer, the machine busier.
-_PROMISED = 0.85
+_PROMISED = 0.75
 
 # Of what can be done before a deadline, what the callers that wait already may fill between them; the rest is for
 # whoever has nothing in line yet.
