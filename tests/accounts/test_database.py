@@ -14,7 +14,7 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
 from unmask.accounts import ledger, people, usage
-from unmask.accounts.database import Database, is_transient, migration_config
+from unmask.accounts.database import Database, Statement, is_transient, migration_config
 from unmask.accounts.schema import APPEND_ONLY, accounts, metadata
 from unmask.accounts.verification import verify
 from unmask.accounts.writer import Writer
@@ -104,6 +104,59 @@ def test_a_failure_says_nothing_of_what_was_written(database: Database):
         row = {"id": "a", "name": "private name", "plan": "missing", "state": "active", "balance": 0, "held": 0}
         connection.execute(accounts.insert(), row | {"created_at": 1})
     assert "private name" not in str(failure.value)
+
+
+def test_a_statement_straight_to_the_driver_fails_like_any_other(database: Database):
+    spoil = Statement("UPDATE accounts SET held = :held WHERE id = :id")
+    with database.begin() as connection:
+        id = people.open_account(connection, "somebody", 1)
+        assert spoil.changed(connection, {"held": 0, "id": id}) == 1
+        assert spoil.changed(connection, {"held": 0, "id": "nobody"}) == 0
+    with pytest.raises(StorageError, match="covered"), database.begin() as connection:
+        spoil.changed(connection, {"held": 1, "id": id})
+
+
+def test_a_kept_connection_outlives_what_fails_in_it(database: Database):
+    kept = database.keep()
+    with kept.begin() as connection:
+        people.open_account(connection, "first", 1)
+    for spoiled in (KeyError, StorageError):
+        with pytest.raises(spoiled), kept.begin() as connection:
+            people.open_account(connection, "nobody", 1)
+            raise spoiled("not so")
+        with kept.begin() as connection:
+            people.open_account(connection, f"after {spoiled.__name__}", 1)
+    kept.close()
+    with database.read() as connection:
+        names = sorted(account.name for account in people.all_accounts(connection))
+        assert names == ["after KeyError", "after StorageError", "first"]
+
+
+def test_a_writer_whose_connections_were_cut_takes_new_ones(postgres: Cluster):
+    database = Database(postgres.database())
+    writer = Writer(database)
+    for number in range(20):  # each of the threads has a connection now
+        writer.submit(lambda connection, name=f"before {number}": people.open_account(connection, name, 1)).result(30)
+    with database.begin() as connection:
+        connection.exec_driver_sql(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+    outcomes = []
+    for number in range(20):
+        try:
+            writer.submit(lambda connection, name=f"after {number}": people.open_account(connection, name, 1)).result(
+                30
+            )
+            outcomes.append(f"after {number}")
+        except StorageError:
+            outcomes.append(None)
+    assert outcomes[-1] is not None and outcomes.count(None) <= 6  # at most one for each thread
+    with database.read() as connection:
+        found = [account.name for account in people.all_accounts(connection) if account.name.startswith("after")]
+    assert sorted(found) == sorted(name for name in outcomes if name)
+    writer.close()
+    database.close()
 
 
 def test_readers_see_one_state(database: Database):

@@ -1,8 +1,9 @@
 """Where the tables live: SQLite beside everything else, or Postgres by URL; and the migrations that make them."""
 
+import re
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ _BUSY_SECONDS = 15
 # SQLite copies its log into the file when a commit finds it longer than this, and flushes both while that commit
 # waits. `tidy` does it beside the work, long before.
 _CHECKPOINT_PAGES = 50_000
+
+# A kept connection that rested longer than this is asked first whether it still stands.
+_RESTED_S = 1.0
 
 # Another try may succeed: Postgres' serialization failure and deadlock, SQLite's writer that waited too long.
 _TRANSIENT = ("40001", "40P01")
@@ -75,11 +79,20 @@ class Database:
         Raises:
             StorageError: the database cannot be reached, or refuses for want of space or rights.
         """
-        with self._told(), self._engine.connect() as connection:
-            pragmas = ("FULL" if flushed else "NORMAL", _BUSY_SECONDS * 1000 if patient else 0)
-            connection = connection.execution_options(unmask_writes=pragmas)
-            with connection.begin():
+        kept = self.keep()
+        try:
+            with kept.begin(flushed=flushed, patient=patient) as connection:
                 yield connection
+        finally:
+            kept.close()
+
+    def keep(self) -> "Kept":
+        """A connection for many transactions, one after the other."""
+        return Kept(self)
+
+    def connect(self) -> Connection:
+        """A connection from the pool, for `Kept` to manage."""
+        return self._engine.connect()
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -88,7 +101,7 @@ class Database:
         Raises:
             StorageError: as for `begin`.
         """
-        with self._told(), self._engine.connect() as connection:
+        with self.told(), self._engine.connect() as connection:
             if self.kind == "postgresql":
                 connection = connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
             with connection.begin():
@@ -124,7 +137,7 @@ class Database:
             StorageError: as for `begin`.
         """
         if self.kind == "sqlite":
-            with self._told(), self._engine.connect() as connection:
+            with self.told(), self._engine.connect() as connection:
                 raw: Any = connection.connection.dbapi_connection
                 raw.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
@@ -133,7 +146,8 @@ class Database:
         self._engine.dispose()
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def told(self) -> Iterator[None]:
+        """Turns what SQLAlchemy raises into a `StorageError`."""
         try:
             yield
         except SQLAlchemyError as error:
@@ -141,6 +155,79 @@ class Database:
             reason = str(error.orig).strip() if isinstance(error, DBAPIError) else type(error).__name__
             message = f"the database {self.shown} failed: {reason}"
             raise TransientError(message) if is_transient(error) else StorageError(message) from error
+
+
+class Kept:
+    """A connection that one writer keeps: taking one from the pool and giving it back costs as much as a booking.
+
+    Not for two threads at a time. A failure gives the connection back, and the next transaction takes another.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._connection: Connection | None = None
+        self._used = 0.0
+
+    @contextmanager
+    def begin(self, *, flushed: bool = True, patient: bool = True) -> Iterator[Connection]:
+        """As `Database.begin`."""
+        try:
+            with self._database.told():
+                connection = self._standing()
+                if self._database.kind == "sqlite":
+                    _prepare(connection, "FULL" if flushed else "NORMAL", _BUSY_SECONDS * 1000 if patient else 0)
+                with connection.begin():
+                    yield connection
+        except StorageError:
+            self.close()
+            raise
+        self._used = time.monotonic()
+
+    def close(self) -> None:
+        """Give the connection back."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _standing(self) -> Connection:
+        rested = time.monotonic() - self._used > _RESTED_S
+        if self._connection is not None and rested and self._database.kind == "postgresql":
+            self.close()  # the pool asks the server before it gives one out
+        if self._connection is None:
+            self._connection = self._database.connect().execution_options(unmask_writes=True)
+        return self._connection
+
+
+class Statement:
+    """SQL of every request, which goes to the driver as it is.
+
+    Through SQLAlchemy a statement takes five times as long as SQLite needs to run it. Errors are SQLAlchemy's all
+    the same.
+
+    Args:
+        sql: one statement that both databases understand, with `:name` where a value goes.
+    """
+
+    def __init__(self, sql: str) -> None:
+        self._texts = {"sqlite": sql, "postgresql": re.sub(r":(\w+)", r"%(\1)s", sql)}
+
+    def rows(self, connection: Connection, values: Mapping[str, Any]) -> Sequence[tuple[Any, ...]]:
+        """What it returns."""
+        return self._run(connection, values, rows=True)
+
+    def changed(self, connection: Connection, values: Mapping[str, Any]) -> int:
+        """How many rows it changed; of a statement without RETURNING."""
+        return self._run(connection, values, rows=False)
+
+    def _run(self, connection: Connection, values: Mapping[str, Any], *, rows: bool) -> Any:
+        text = self._texts[connection.dialect.name]
+        driver: Any = connection.dialect.dbapi
+        raw: Any = connection.connection.dbapi_connection
+        try:
+            cursor = raw.execute(text, values)
+            return cursor.fetchall() if rows else cursor.rowcount
+        except driver.Error as error:
+            raise DBAPIError(text, None, error) from error
 
 
 class TransientError(StorageError):
@@ -211,19 +298,26 @@ def _sqlite(url: URL) -> Engine:
     @event.listens_for(engine, "begin")
     def began(connection: Connection) -> None:
         writes = connection.get_execution_options().get("unmask_writes")
-        # Straight to the driver: through SQLAlchemy these take a tenth of the time of a booking.
-        raw: Any = connection.connection.dbapi_connection
-        begin = "BEGIN IMMEDIATE" if writes else "BEGIN"
-        try:
-            if writes and connection.info.get("writes") != writes:
-                raw.execute(f"PRAGMA synchronous = {writes[0]}")
-                raw.execute(f"PRAGMA busy_timeout = {writes[1]}")
-                connection.info["writes"] = writes
-            raw.execute(begin)
-        except sqlite3.Error as error:
-            raise OperationalError(begin, None, error) from error
+        _straight(connection, "BEGIN IMMEDIATE" if writes else "BEGIN")
 
     return engine
+
+
+def _prepare(connection: Connection, synchronous: str, busy_ms: int) -> None:
+    """How a transaction on SQLite is to be written; what the connection has been told already costs nothing."""
+    wanted = synchronous, busy_ms
+    if connection.info.get("writes") != wanted:
+        _straight(connection, f"PRAGMA synchronous = {synchronous}")
+        _straight(connection, f"PRAGMA busy_timeout = {busy_ms}")
+        connection.info["writes"] = wanted
+
+
+def _straight(connection: Connection, text: str) -> None:
+    raw: Any = connection.connection.dbapi_connection
+    try:
+        raw.execute(text)
+    except sqlite3.Error as error:
+        raise OperationalError(text, None, error) from error
 
 
 def _postgres(url: URL) -> Engine:

@@ -11,11 +11,12 @@ and takes its locks in the order charge, account, key, so that no two of them ev
 
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
 
 import sqlalchemy as sa
-from sqlalchemy import Connection, RowMapping
+from sqlalchemy import Connection
 
-from unmask.accounts.database import insert
+from unmask.accounts.database import Statement, insert
 from unmask.accounts.money import MAX_AMOUNT, format_dollars
 from unmask.accounts.schema import accounts, charges, entries, keys, replays
 from unmask.errors import (
@@ -74,13 +75,12 @@ class Held:
     replayed: bool = False
 
 
-# The statements of every request, written out: building them anew from parts took longer than running them.
-_TAKE = sa.text(
+_TAKE = Statement(
     "UPDATE accounts SET held = held + :amount WHERE id = :account AND state = 'active' AND balance - held >= :amount"
 )
-_GIVE_BACK = sa.text("UPDATE accounts SET held = held - :amount WHERE id = :account")
-_PAY = sa.text("UPDATE accounts SET balance = balance - :amount, held = held - :amount WHERE id = :account")
-_SPEND = sa.text(
+_GIVE_BACK = Statement("UPDATE accounts SET held = held - :amount WHERE id = :account")
+_PAY = Statement("UPDATE accounts SET balance = balance - :amount, held = held - :amount WHERE id = :account")
+_SPEND = Statement(
     "UPDATE keys SET "
     "spent = CASE WHEN window_started < :start THEN 0 ELSE spent END + :amount, "
     "carried = CASE WHEN window_started < :start THEN 0 ELSE carried END, "
@@ -88,21 +88,28 @@ _SPEND = sa.text(
     "WHERE id = :key AND account_id = :account AND revoked_at IS NULL AND (spend_limit IS NULL "
     "OR CASE WHEN window_started < :start THEN 0 ELSE spent END + :amount <= spend_limit) "
     "RETURNING window_started"
-).bindparams(sa.bindparam("start", type_=sa.BigInteger), sa.bindparam("amount", type_=sa.BigInteger))
-_HOLD = sa.text(
+)
+_HOLD = Statement(
     "INSERT INTO charges (id, account_id, key_id, request, model, tier, tokens, amount, state, window_start, "
     "held_at, expires_at) VALUES (:id, :account_id, :key_id, :request, :model, :tier, :tokens, :amount, 'held', "
     ":window_start, :held_at, :expires_at)"
 )
-_END = sa.text(
+_END = Statement(
     "UPDATE charges SET state = :after, ended_at = :now WHERE id = :charge AND state = :before "
     "RETURNING account_id, key_id, amount, window_start"
 )
-_BOOK = sa.text(
+_BOOK = Statement(
     "INSERT INTO entries (at, kind, debit, credit, amount, reference, note) "
     "VALUES (:at, :kind, :debit, :credit, :amount, :reference, :note) "
     "ON CONFLICT (kind, reference) DO NOTHING RETURNING id"
 )
+
+
+class _Ended(NamedTuple):
+    account_id: str
+    key_id: str | None
+    amount: int
+    window_start: int
 
 
 def window_start(window: str | None, now: int) -> int:
@@ -130,12 +137,11 @@ def hold(connection: Connection, wanted: Hold, now: int) -> Held:
         earlier = _claim(connection, wanted, now)
         if earlier is not None:
             return earlier
-    taken = connection.execute(_TAKE, {"amount": wanted.amount, "account": wanted.account_id})
-    if taken.rowcount != 1:
+    if _TAKE.changed(connection, {"amount": wanted.amount, "account": wanted.account_id}) != 1:
         raise _why_not(connection, wanted)
     window = _spend(connection, wanted, now) if wanted.key_id is not None else 0
-    connection.execute(
-        _HOLD,
+    _HOLD.changed(
+        connection,
         {
             "id": wanted.id,
             "account_id": wanted.account_id,
@@ -169,7 +175,7 @@ def settle(connection: Connection, charge: str, now: int) -> bool:
     """
     row = _end(connection, charge, "held", "settled", now)
     if row is not None:
-        connection.execute(_PAY, {"amount": row["amount"], "account": row["account_id"]})
+        _PAY.changed(connection, {"amount": row.amount, "account": row.account_id})
     else:
         row = _end(connection, charge, "expired", "settled", now)
         if row is None:
@@ -179,14 +185,14 @@ def settle(connection: Connection, charge: str, now: int) -> bool:
             raise LedgerRefused(f"charge {charge} is {state or 'not known'}, so it cannot be settled")
         taken = connection.execute(
             accounts.update()
-            .where(accounts.c.id == row["account_id"], accounts.c.balance - accounts.c.held >= row["amount"])
-            .values(balance=accounts.c.balance - row["amount"])
+            .where(accounts.c.id == row.account_id, accounts.c.balance - accounts.c.held >= row.amount)
+            .values(balance=accounts.c.balance - row.amount)
         )
         if taken.rowcount != 1:
             raise InsufficientCredit(f"the hold of charge {charge} expired, and its credit was spent meanwhile")
-        _adjust_spent(connection, row, row["amount"])
-    if row["amount"]:
-        _book(connection, now, "charge", row["account_id"], REVENUE, row["amount"], charge)
+        _adjust_spent(connection, row, row.amount)
+    if row.amount:
+        _book(connection, now, "charge", row.account_id, REVENUE, row.amount, charge)
     return True
 
 
@@ -202,8 +208,8 @@ def release(connection: Connection, charge: str, now: int, *, state: str = "rele
     row = _end(connection, charge, "held", state, now)
     if row is None:
         return False
-    connection.execute(_GIVE_BACK, {"amount": row["amount"], "account": row["account_id"]})
-    _adjust_spent(connection, row, -row["amount"])
+    _GIVE_BACK.changed(connection, {"amount": row.amount, "account": row.account_id})
+    _adjust_spent(connection, row, -row.amount)
     return True
 
 
@@ -378,9 +384,8 @@ def _spend(connection: Connection, wanted: Hold, now: int) -> int:
         "key": wanted.key_id,
         "account": wanted.account_id,
     }
-    row = connection.execute(_SPEND, values).one_or_none()
-    if row is not None:
-        return row.window_started
+    for (window,) in _SPEND.rows(connection, values):
+        return window
     key = connection.execute(
         sa.select(keys.c.spend_limit, keys.c.spend_window, keys.c.revoked_at).where(
             keys.c.id == wanted.key_id, keys.c.account_id == wanted.account_id
@@ -395,19 +400,20 @@ def _spend(connection: Connection, wanted: Hold, now: int) -> int:
     )
 
 
-def _adjust_spent(connection: Connection, row: RowMapping, change: int) -> None:
+def _adjust_spent(connection: Connection, row: _Ended, change: int) -> None:
     """Correct the key's count, where it still counts the window of the charge."""
-    if row["key_id"] is not None and row["amount"]:
+    if row.key_id is not None and row.amount:
         connection.execute(
             keys.update()
-            .where(keys.c.id == row["key_id"], keys.c.window_started == row["window_start"])
+            .where(keys.c.id == row.key_id, keys.c.window_started == row.window_start)
             .values(spent=keys.c.spent + change)
         )
 
 
-def _end(connection: Connection, charge: str, before: str, after: str, now: int) -> RowMapping | None:
-    found = connection.execute(_END, {"after": after, "now": now, "charge": charge, "before": before})
-    return found.mappings().one_or_none()
+def _end(connection: Connection, charge: str, before: str, after: str, now: int) -> _Ended | None:
+    for row in _END.rows(connection, {"after": after, "now": now, "charge": charge, "before": before}):
+        return _Ended(*row)
+    return None
 
 
 def _book(
@@ -423,8 +429,7 @@ def _book(
         "reference": reference,
         "note": note,
     }
-    written = connection.execute(_BOOK, values)  # not by rowcount, which not every driver tells here
-    return written.one_or_none() is not None
+    return bool(_BOOK.rows(connection, values))
 
 
 def _why_not(connection: Connection, wanted: Hold) -> Exception:

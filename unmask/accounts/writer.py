@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection
 
-from unmask.accounts.database import Database, TransientError
+from unmask.accounts.database import Database, Kept, TransientError
 from unmask.errors import StorageError
 
 log = logging.getLogger("unmask")
@@ -46,7 +46,8 @@ class Writer:
         self._line: queue.Queue[tuple[Callable[[Connection], Any], Future[Any]] | None] = queue.Queue(_LINE)
         count = 1 if database.kind == "sqlite" else _THREADS
         self._closed = False
-        self._turn = threading.Lock()  # on SQLite, of who writes
+        self._turn = threading.Lock()  # on SQLite, of who writes, over the one connection
+        self._kept = database.keep()
         self._threads = [
             threading.Thread(target=self._work, name=f"unmask-ledger-{index}", daemon=True) for index in range(count)
         ]
@@ -80,7 +81,7 @@ class Writer:
             return None
         future: Future[T] = Future()
         try:
-            with self._database.begin(flushed=False, patient=False) as connection:
+            with self._kept.begin(flushed=False, patient=False) as connection:
                 result = piece(connection)
         except TransientError:
             return None
@@ -104,8 +105,18 @@ class Writer:
             self._line.put(None)
         for thread in self._threads:
             thread.join()
+        with self._turn:
+            self._kept.close()
 
     def _work(self) -> None:
+        kept = self._kept if self._database.kind == "sqlite" else self._database.keep()
+        try:
+            self._work_with(kept)
+        finally:
+            if kept is not self._kept:
+                kept.close()
+
+    def _work_with(self, kept: Kept) -> None:
         while (first := self._line.get()) is not None:
             batch = [first]
             ending = False
@@ -118,19 +129,19 @@ class Writer:
                     ending = True
                     break
                 batch.append(item)
-            self._write([(piece, future) for piece, future in batch if future.set_running_or_notify_cancel()])
+            self._write(kept, [(piece, future) for piece, future in batch if future.set_running_or_notify_cancel()])
             if ending:
                 return
 
-    def _write(self, batch: list[tuple[Callable[[Connection], Any], Future[Any]]]) -> None:
+    def _write(self, kept: Kept, batch: list[tuple[Callable[[Connection], Any], Future[Any]]]) -> None:
         outcomes: list[tuple[Any, Exception | None]] = []
         for attempt in range(1, _TRIES + 1):
             try:
                 if self._database.kind == "sqlite":
                     with self._turn:
-                        outcomes = self._transaction(batch)
+                        outcomes = self._transaction(kept, batch)
                 else:
-                    outcomes = self._transaction(batch)
+                    outcomes = self._transaction(kept, batch)
                 break
             except TransientError as error:
                 if attempt == _TRIES:
@@ -147,13 +158,13 @@ class Writer:
                 future.set_exception(error)
 
     def _transaction(
-        self, batch: list[tuple[Callable[[Connection], Any], Future[Any]]]
+        self, kept: Kept, batch: list[tuple[Callable[[Connection], Any], Future[Any]]]
     ) -> list[tuple[Any, Exception | None]]:
         if len(batch) == 1:
-            with self._database.begin(flushed=self._flushed) as connection:
+            with kept.begin(flushed=self._flushed) as connection:
                 return [(batch[0][0](connection), None)]
         outcomes: list[tuple[Any, Exception | None]] = []
-        with self._database.begin(flushed=self._flushed) as connection:
+        with kept.begin(flushed=self._flushed) as connection:
             for piece, _ in batch:
                 try:
                     with connection.begin_nested():
