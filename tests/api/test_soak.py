@@ -1,4 +1,4 @@
-"""The default model as a newcomer starts it, under 64 concurrent clients for a minute."""
+"""What a server takes of memory: the default model under 64 clients for a minute, and any after many lengths."""
 
 import asyncio
 import os
@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, OpenAI
 
 from unmask import Encoder
 
@@ -40,11 +41,11 @@ WORDS = [
 ]
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[str, psutil.Process]]:
-    """`unmask serve` with its defaults, on a free port."""
+@contextmanager
+def serving(tmp_path: Path, *arguments: str) -> Iterator[tuple[str, psutil.Process]]:
+    """`unmask serve` on a free port: its URL and its process."""
     with (tmp_path / "log").open("w") as log:
-        command = [sys.executable, "-m", "unmask", "serve", "--port", "0", "--log-level", "warning"]
+        command = [sys.executable, "-m", "unmask", "serve", "--port", "0", "--log-level", "warning", *arguments]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=dict(os.environ))
         try:
             assert process.stdout is not None
@@ -66,8 +67,32 @@ def texts_of_mixed_sizes() -> list[str]:
 
 
 @pytest.mark.timeout(400)
-async def test_a_minute_of_64_clients(server: tuple[str, psutil.Process]) -> None:
-    base_url, process = server
+async def test_a_minute_of_64_clients(tmp_path: Path) -> None:
+    with serving(tmp_path) as (base_url, process):
+        await a_minute(base_url, process)
+
+
+def test_memory_does_not_grow_with_every_new_length(tiny_llama: Path, tmp_path: Path) -> None:
+    """oneDNN keeps a compiled product for each number of rows and weight, and torch keeps it once more."""
+    with (
+        serving(tmp_path, "--model", str(tiny_llama)) as (base_url, process),
+        OpenAI(base_url=base_url, api_key="any") as client,
+    ):
+        model = client.models.list().data[0].id
+
+        def ask(words: int) -> None:
+            client.embeddings.create(model=model, input="river " * words, extra_headers={"Prefer": "wait=60"})
+
+        for words in range(1, 21):
+            ask(words)
+        before = process.memory_info().rss
+        for words in range(21, 121):
+            ask(words)
+        grown = (process.memory_info().rss - before) / 2**20
+    assert grown < 16, f"{grown:.0f} MiB after 100 lengths"
+
+
+async def a_minute(base_url: str, process: psutil.Process) -> None:
     texts = texts_of_mixed_sizes()
     encoder = Encoder.load(MODEL)
     expected = encoder.encode(texts, normalize=True)

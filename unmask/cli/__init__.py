@@ -1,5 +1,6 @@
 """The command line: parses, calls the rooms, prints. Nothing is decided here; one module per group of commands."""
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -19,6 +20,10 @@ from unmask.errors import UnmaskError
 
 __all__ = ["app", "main"]
 
+# A product that oneDNN compiled for one weight and number of rows takes half a megabyte, and torch keeps it once more.
+# Each keeps a thousand, a gigabyte in the end, where a forward needs four at a time and has no use for the last one's.
+_PRODUCTS_KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "LRU_CACHE_CAPACITY": "16"}
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: a user's own mistake is one line on stderr and exit code 1, never a traceback.
@@ -29,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: always, with the exit code.
     """
+    for name, number in _PRODUCTS_KEPT.items():
+        os.environ.setdefault(name, number)  # both are read at the first product
     try:
         sys.exit(app(sys.argv[1:] if arguments is None else arguments))
     except UnmaskError as error:
