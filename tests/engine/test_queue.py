@@ -1,5 +1,6 @@
 """The waiting line: fair, within its budget, and nothing lost."""
 
+import random
 import time
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unmask.encoder import Prompt
-from unmask.engine.queue import FairQueue, Request
+from unmask.engine.queue import FairQueue, Request, side_by_side
 
 
 def request(lengths: list[int], caller: str, arrived: float = 0.0, deadline: float = 1e9) -> Request:
@@ -173,6 +174,44 @@ def test_who_was_let_in_keeps_the_deadline(arrivals, budget: int) -> None:
     clock.until(1e6)
     assert not clock.late
     assert clock.queue.tokens == 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_cores_that_work_side_by_side_keep_the_deadlines(seed: int) -> None:
+    """Two cores, each with half of the speed, are asked for twice the work that they can do, for five minutes."""
+    chance = random.Random(seed)
+    queue, rate, promised = FairQueue(), 800.0, 600.0
+    late, tokens, now, due, running = [], 0, 0.0, 0.0, 0
+    while now < 300:
+        chosen = queue.take(2 * min(1280, max(64, -(-queue.tokens // 2))), now, rate=promised)
+        running = sum(sequence.length for sequence in chosen)
+        tokens += running
+        ends = now if chosen else due
+        for pack in side_by_side(chosen, 2):
+            over = now + 2 * sum(sequence.length for sequence in pack) / rate
+            ends = max(ends, over)
+            late.extend(sequence for sequence in pack if over > sequence.request.deadline)
+        while due <= ends:
+            lengths = [min(400, int(chance.lognormvariate(3.4, 0.9)) + 1) for _ in range(8)]
+            if queue.lateness(sum(lengths), due + 5.0, now=due, rate=promised, running=running) <= 0:
+                queue.add(request(lengths, f"{due}", arrived=due, deadline=due + 5.0))
+            due += chance.expovariate(2 * rate / 350)
+        now = ends
+    assert late == []
+    assert tokens / now > 0.95 * rate  # and the cores are busy
+
+
+@given(lengths=st.lists(st.integers(1, 512), max_size=60), packs=st.integers(1, 8))
+def test_packs_side_by_side_are_even(lengths: list[int], packs: int) -> None:
+    queue = FairQueue()
+    queue.add(request(lengths, "a"))
+    chosen = queue.take(10**6, now=0.0) if lengths else []
+    found = side_by_side(chosen, packs)
+    assert len(found) == min(packs, len(lengths)) and all(found)
+    assert sorted(sequence.length for pack in found for sequence in pack) == sorted(lengths)
+    sizes = [sum(sequence.length for sequence in pack) for pack in found]
+    for pack in found:  # without its last sequence, no pack is longer than another
+        assert sum(sequence.length for sequence in pack) - pack[-1].length <= min(sizes)
 
 
 def test_small_requests_that_overtake_do_not_make_a_large_one_late() -> None:

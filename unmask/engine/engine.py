@@ -256,11 +256,9 @@ class Engine:
     def _take_packs(self, now: float) -> list[list[queue.Sequence]]:
         """As many packs as there are cores, of a size that gives each its share of what waits."""
         budget = min(self._pack_tokens, pack_budget(self._queue.tokens, self.encoder.device))
-        packs: list[list[queue.Sequence]] = []
-        for _ in range(cores() if self.encoder.device.type == "cpu" else 1):
-            running = sum(sequence.length for sequences in packs for sequence in sequences)
-            packs.append(self._queue.take(budget, now, rate=self._promised(), running=running))
-        return [sequences for sequences in packs if sequences]
+        count = cores() if self.encoder.device.type == "cpu" else 1
+        chosen = self._queue.take(count * budget, now, rate=self._promised())
+        return queue.side_by_side(chosen, count)
 
     def _run_pack(self, sequences: list[queue.Sequence]) -> None:
         """One forward, and its vectors to those who asked. Never raises: the thread must live on for the others."""

@@ -4,11 +4,11 @@ Order is start-time fair queueing (Goyal, Vin, Cheng 1996) over tokens, on two l
 equally, and so do the requests of one caller among themselves. A request of 2,048 texts and a single text overtake
 each other in small steps, whoever sent them, and neither starves.
 
-A pack is then chosen from a short horizon of that order: first what has waited too long, then what is nearest in
-length to the head of the line. Equal lengths share an attention kernel.
+What goes together is then chosen from a short horizon of that order: first what has waited too long, then what is
+nearest in length to the head of the line. Equal lengths share an attention kernel.
 
 Fairness lets the late overtake the early, so it must not break a promise: who was let in with a deadline keeps it.
-Before a pack goes, the line asks whether everybody else could still be served in time after it, earliest deadline
+Before a forward starts, the line asks whether everybody else could still be served in time after it, earliest deadline
 first (if that order is late, every order is: Jackson 1955). If not, the earliest deadlines go instead.
 """
 
@@ -82,8 +82,8 @@ class FairQueue:
     """Not locked: the engine holds its lock around every call. `tokens` is what waits for requests still wanted.
 
     Args:
-        horizon: how many packs' worth of tokens to look over when choosing neighbours by length.
-        max_age: seconds after which a sequence goes with the next pack, whatever its length.
+        horizon: how many forwards' worth of tokens to look over when choosing neighbours by length.
+        max_age: seconds after which a sequence goes with the next forward, whatever its length.
     """
 
     def __init__(self, horizon: int = 4, max_age: float = 0.5) -> None:
@@ -148,7 +148,7 @@ class FairQueue:
             left = request.deadline - now
             if not request.waiting or waiting > left * rate:
                 continue
-            if not waiting:  # all of it is in the pack, and has its vectors when that ends
+            if not waiting:  # all of it is taken, and has its vectors when that forward ends
                 found.append((running / rate - left, place))
                 continue
             if extra and request.deadline > own[1]:
@@ -162,23 +162,22 @@ class FairQueue:
             found.append(((tokens + extra) / rate - (own[1] - now), len(self._due)))
         return found
 
-    def take(self, budget: int, now: float, *, rate: float | None = None, running: int = 0) -> list[Sequence]:
-        """Remove and return one pack of at most `budget` tokens (one longer sequence is a pack by itself).
+    def take(self, budget: int, now: float, *, rate: float | None = None) -> list[Sequence]:
+        """Remove and return what the next forward computes: at most `budget` tokens, or one sequence that is longer.
 
         Sequences of requests that have ended are dropped on the way. Longest first, equal lengths adjacent.
 
         Args:
             rate: tokens per second that can be counted on; None: not known, and no deadline is looked at.
-            running: tokens that go into the same forward beside this pack.
         """
         self._due = [request for request in self._due if request.waiting]
-        chosen = self._fair_pack(budget, now)
+        chosen = self._fair_choice(budget, now)
         if chosen and rate:
-            pressed = self._pressed(chosen, now, rate, running)
+            pressed = self._pressed(chosen, now, rate)
             if pressed:
                 for sequence in chosen:
                     self._put_back(sequence)
-                chosen = self._earliest(pressed, budget, now, rate, running)
+                chosen = self._earliest(pressed, budget, now, rate)
         for sequence in chosen:
             caller = self._callers[sequence.request.caller]
             caller.clock = max(caller.clock, sequence.tag)
@@ -187,16 +186,16 @@ class FairQueue:
         self._forget_idle()
         return sorted(chosen, key=lambda sequence: -sequence.length)
 
-    def _pressed(self, chosen: list[Sequence], now: float, rate: float, running: int) -> list[Request]:
+    def _pressed(self, chosen: list[Sequence], now: float, rate: float) -> list[Request]:
         """Who must go before `chosen` because somebody would be late after it: all up to the first of those."""
         taken: dict[int, int] = {}
         for sequence in chosen:
             taken[id(sequence.request)] = taken.get(id(sequence.request), 0) + sequence.length
-        after = self._lateness(now, rate, running + sum(taken.values()), taken=taken)
+        after = self._lateness(now, rate, sum(taken.values()), taken=taken)
         return next((self._due[: place + 1] for late, place in after if late > 0), [])
 
-    def _earliest(self, requests: list[Request], budget: int, now: float, rate: float, running: int) -> list[Sequence]:
-        """A pack of theirs, strictly by deadline, and over before the first of them."""
+    def _earliest(self, requests: list[Request], budget: int, now: float, rate: float) -> list[Sequence]:
+        """A forward of theirs, strictly by deadline, and over before the first of them."""
         theirs = {id(request) for request in requests}
         lines = [caller.line for caller in self._callers.values()]
         waiting = [s for line in lines for s in line if id(s.request) in theirs and not s.request.ended]
@@ -204,7 +203,7 @@ class FairQueue:
         filled = 0
         for sequence in sorted(waiting, key=lambda s: (s.request.deadline, s)):
             if chosen:
-                seconds = (running + filled + sequence.length) / rate
+                seconds = (filled + sequence.length) / rate
                 if filled + sequence.length > budget or seconds > chosen[0].request.deadline - now:
                     break
             chosen.append(sequence)
@@ -223,8 +222,8 @@ class FairQueue:
         caller.served -= sequence.length
         heapq.heappush(caller.line, sequence)
 
-    def _fair_pack(self, budget: int, now: float) -> list[Sequence]:
-        """The next pack as fairness has it, taken out and counted as served."""
+    def _fair_choice(self, budget: int, now: float) -> list[Sequence]:
+        """What goes next as fairness has it, taken out and counted as served."""
         candidates = self._candidates(budget * self._horizon)
         if not candidates:
             return []
@@ -283,6 +282,21 @@ class FairQueue:
     def requests(self) -> list[Request]:
         """Every request with a sequence in line that is still wanted, the earliest deadline first."""
         return [request for request in self._due if request.waiting]
+
+
+def side_by_side(sequences: list[Sequence], packs: int) -> list[list[Sequence]]:
+    """Sequences, longest first, in packs that end at about the same time.
+
+    Each goes to the pack with the fewest tokens so far (Graham 1969: at most a third longer than the best way). A
+    forward ends with its longest pack, and what was promised to those in it counts on the speed of all cores.
+    """
+    filled: list[list[Sequence]] = [[] for _ in range(min(packs, len(sequences)))]
+    tokens = [0] * len(filled)
+    for sequence in sequences:
+        least = tokens.index(min(tokens))
+        filled[least].append(sequence)
+        tokens[least] += sequence.length
+    return filled
 
 
 def _deadline(request: Request) -> float:
