@@ -25,6 +25,7 @@ import psutil
 import uvloop
 from open_loop import Answer, Client, load
 
+from unmask.cli import keep_few_products
 from unmask.encoder import Encoder
 from unmask.engine import Engine
 
@@ -270,6 +271,7 @@ def main() -> int:
     given = options.parse_args()
     if unknown := set(given.parts) - set(PARTS):
         options.error(f"{unknown.pop()!r} is none of {', '.join(PARTS)}")
+    keep_few_products()  # as the server does
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     if "start" in given.parts:
         start(given.model, given.rounds)

@@ -18,11 +18,17 @@ from unmask.cli import (  # noqa: F401 - each adds its commands to the program
 from unmask.cli.program import app, say
 from unmask.errors import UnmaskError
 
-__all__ = ["app", "main"]
+__all__ = ["app", "keep_few_products", "main"]
 
 # A product that oneDNN compiled for one weight and number of rows takes half a megabyte, and torch keeps it once more.
 # Each keeps a thousand, a gigabyte in the end, where a forward needs four at a time and has no use for the last one's.
 _PRODUCTS_KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "LRU_CACHE_CAPACITY": "16"}
+
+
+def keep_few_products() -> None:
+    """Keep this process's memory flat, unless its environment says otherwise. To be called before the first forward."""
+    for name, number in _PRODUCTS_KEPT.items():
+        os.environ.setdefault(name, number)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -34,8 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: always, with the exit code.
     """
-    for name, number in _PRODUCTS_KEPT.items():
-        os.environ.setdefault(name, number)  # both are read at the first product
+    keep_few_products()
     try:
         sys.exit(app(sys.argv[1:] if arguments is None else arguments))
     except UnmaskError as error:
