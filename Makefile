@@ -12,7 +12,7 @@ serve: $(VENV)/.serve  ## install, fetch the default model once, answer on http:
 	$(BIN)/unmask serve --host $(HOST) --port $(PORT) $(ARGS)
 
 test: $(VENV)/.dev  ## install, run all tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

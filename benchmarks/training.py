@@ -186,6 +186,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--max-length", type=int, default=96, help="tokens per text")
     parser.add_argument("--forward-tokens", type=int, default=8192, help="ours: tokens of one forward")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), help="left out: both, in turn")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, default=Path("bench-results/training.json"))
     options = parser.parse_args()
@@ -197,12 +198,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary)
         as_sentence_transformer(encoder, scratch / "model")
-        contenders: dict[str, Turn] = {
-            "unmask, float32": unmask_turn(options, scratch / "model", "float32"),
-            "sentence-transformers, float32": sentence_transformers_turn(options, scratch / "model", False, scratch),
-            "unmask, bfloat16": unmask_turn(options, scratch / "model", "bfloat16"),
-            "sentence-transformers, bf16=True": sentence_transformers_turn(options, scratch / "model", True, scratch),
-        }
+        contenders: dict[str, Turn] = {}
+        precisions = [options.precision] if options.precision else ["float32", "bfloat16"]
+        for precision in precisions:
+            contenders[f"unmask, {precision}"] = unmask_turn(options, scratch / "model", precision)
+            peer = f"sentence-transformers, {'bf16=True' if precision == 'bfloat16' else precision}"
+            contenders[peer] = sentence_transformers_turn(options, scratch / "model", precision == "bfloat16", scratch)
         warm_up = rows[: options.batch]
         losses: dict[str, float] = {}
         for name, turn in contenders.items():
@@ -212,23 +213,22 @@ def main() -> None:
         for _ in track(range(options.rounds), description="rounds"):
             for name, turn in contenders.items():
                 seconds[name].append(turn(rows)[0])
+                print(f"{name}: {tokens / seconds[name][-1]:.0f} tokens/s, loss {losses[name]:.4f}", flush=True)
                 gc.collect()  # a trainer is a cycle that holds the last step's activations: gigabytes
 
     console = Console()
-    table = Table(
-        "contender", "tokens/s", "spread", "float32 is faster by", "bfloat16 is faster by", "ratio per round", "loss"
-    )
+    faster = [f"our {precision} is faster by" for precision in precisions]
+    table = Table("contender", "tokens/s", "spread", *faster, "ratio per round", "loss")
     results: dict[str, Any] = {}
     for name, times in seconds.items():
         ratios = {
             precision: [own / mine for own, mine in zip(times, seconds[f"unmask, {precision}"], strict=True)]
-            for precision in ("float32", "bfloat16")
+            for precision in precisions
         }
         results[name] = {
             "tokens_per_second": tokens / statistics.median(times),
             "seconds": times,
-            "unmask_float32_faster_by": ratios["float32"],
-            "unmask_bfloat16_faster_by": ratios["bfloat16"],
+            "unmask_faster_by": ratios,
             "first_loss": losses[name],
         }
         peer = not name.startswith("unmask")
@@ -236,8 +236,8 @@ def main() -> None:
             name,
             f"{tokens / statistics.median(times):.0f}",
             f"{tokens / max(times):.0f}-{tokens / min(times):.0f}",
-            *(f"{statistics.median(ratios[p]):.2f}x" if peer else "" for p in ("float32", "bfloat16")),
-            " ".join(f"{ratio:.2f}" for ratio in ratios["float32"]) if peer else "",
+            *(f"{statistics.median(ratios[p]):.2f}x" if peer else "" for p in precisions),
+            " ".join(f"{ratio:.2f}" for ratio in ratios[precisions[0]]) if peer else "",
             f"{losses[name]:.4f}",
         )
     console.print(table)

@@ -10,10 +10,15 @@ from pathlib import Path
 import hypothesis
 import pytest
 from accounts.postgres import Cluster, cluster, server_programs
+from filelock import FileLock
+
+from unmask.cli import keep_few_products
 
 # A busy machine is no fault of the code under test; what has to be quick is measured in benchmarks.
 hypothesis.settings.register_profile("unmask", deadline=None)
 hypothesis.settings.load_profile("unmask")
+
+keep_few_products()
 
 REPOSITORY = Path(__file__).parent.parent
 REAL_MODELS = {
@@ -70,9 +75,10 @@ def real_model(shared_dir: Path):
 
     def fetch(name: str) -> Path:
         target = model_cache() / REAL_MODELS[name]
-        if not target.exists():
-            tool = shared_dir / "tools" / "get_model.py"
-            subprocess.run([sys.executable, str(tool), name, str(model_cache())], check=True)
+        with FileLock(model_cache() / f"{name}.lock"):  # the tests run in several processes
+            if not target.exists():
+                tool = shared_dir / "tools" / "get_model.py"
+                subprocess.run([sys.executable, str(tool), name, str(model_cache())], check=True)
         return target
 
     return fetch

@@ -116,9 +116,9 @@ def test_choosing_from_a_long_line_is_quick() -> None:
     queue = FairQueue()
     for caller in range(50):
         queue.add(request([20] * 1000, str(caller)))
-    began = time.perf_counter()
+    began = time.thread_time()  # what this thread computes, whoever else is busy
     queue.take(2048, now=0.0)
-    assert time.perf_counter() - began < 0.05
+    assert time.thread_time() - began < 0.05
 
 
 class Clock:
