@@ -1,10 +1,12 @@
 """Several models in one process: loaded on first use, believed only while their canary is right."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
 from unmask.checkpoint import DEFAULT_MODEL
+from unmask.encoder import Encoder
 from unmask.encoder.int8 import Int8Linear
 from unmask.errors import CheckpointError, ModelLoading, UsageError
 from unmask.router import Models
@@ -44,6 +46,26 @@ async def test_a_model_that_cannot_be_loaded_says_why(copied) -> None:
         await model.engine(wait=60)
     assert model.state == "failed" and "no tokenizer" in (await models.canaries())["tiny_llama"]
     await models.close()
+
+
+def test_loading_may_begin_before_there_is_an_event_loop(copied, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads: list[str] = []
+    load = Encoder.load
+    monkeypatch.setattr(Encoder, "load", lambda source, **given: (loads.append(source), load(source, **given))[1])
+    good, bad = str(copied("tiny_llama")), copied("tiny_gemma")
+    (bad / "tokenizer.json").unlink()
+    models = Models([good, str(bad)], warm=[good, str(bad)])
+    models.begin()
+
+    async def serve() -> None:
+        await models.start()
+        assert (await models.list()[0].engine(wait=60)).encoder.dim == 64
+        with pytest.raises(CheckpointError, match="no tokenizer"):
+            await models.list()[1].engine(wait=60)
+        await models.close()
+
+    asyncio.run(serve())
+    assert sorted(loads) == sorted([good, str(bad)])
 
 
 def test_two_models_of_one_name(golden_dir: Path, copied) -> None:

@@ -59,8 +59,9 @@ def configure_logging(level: str, keys: Sequence[str] = ()) -> None:
         )
     )
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    # uvicorn narrates its start and stop at this level; the server says what matters itself.
+    # Both narrate their start at this level; the server says what matters itself.
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for each question to a provider
     structlog.configure(
         processors=[

@@ -135,8 +135,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         # What was made until now stays. Looking through it for garbage again and again would stop all requests for
-        # up to a tenth of a second each time.
-        gc.collect()
+        # up to a tenth of a second each time; once, now, would find nothing and hold up the first model.
         gc.freeze()
         self._ready()
 
@@ -193,6 +192,7 @@ def serve(settings: ServeSettings, build_site: BuildSite | None = None) -> int:
         if database is None and settings.catalogue is not None:
             database = opened(settings.catalogue)
         models, follower = open_models(settings, database)
+        models.begin()
         stopping = threading.Event()
         app = create_app(models, settings, stopping, accounts, build_site)
         invited = invite(accounts, settings.public_url or base_url(listener)) if accounts and build_site else None

@@ -1,6 +1,6 @@
 """`unmask serve` and the models that it can serve."""
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
@@ -9,6 +9,7 @@ from unmask.cli.program import app, say
 
 if TYPE_CHECKING:
     from unmask.accounts.provider import ProviderSettings
+    from unmask.api.site import Site
 
 _LIMITS = Group("Limits")
 _ACCOUNTS = Group("Accounts")
@@ -117,7 +118,6 @@ def serve(
     from unmask.api.settings import ServeSettings
     from unmask.checkpoint.resolve import DEFAULT_MODEL
     from unmask.errors import UsageError
-    from unmask.web import website
 
     models = model or (DEFAULT_MODEL,)
     try:
@@ -150,8 +150,14 @@ def serve(
             cache_bytes=int(cache_mb * 1_000_000),
             log_level=log_level,
         ),
-        website,
+        _pages,
     )
+
+
+def _pages(*parts: Any) -> "Site":
+    from unmask.web import website  # imported while the first model is being loaded
+
+    return website(*parts)
 
 
 @app.command

@@ -5,6 +5,7 @@ import gc
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
 import msgspec
@@ -26,6 +27,10 @@ _RETRY_FAILED_SECONDS = 60.0
 
 # What the weights themselves tell once they are loaded, whatever a record says.
 LOADED = ("architecture", "base", "parameters", "dimensions", "max_tokens", "pooling", "revision")
+
+
+# The encoder, what its weights say of themselves, and its vector for the canary text.
+_Opened = tuple[Encoder, dict[str, Any], np.ndarray]
 
 
 class ServedModel:
@@ -53,10 +58,17 @@ class ServedModel:
         self.dtype: Dtype = dtype
         self._engine: Engine | None = None
         self._loading: asyncio.Task[None] | None = None
+        self._begun: Future[_Opened] | None = None
         self._expected: np.ndarray | None = None
         self._canary: tuple[float, str] = (0.0, "not checked yet")
         self._changed_at = time.monotonic()
         self._load_seconds = 5.0
+
+    def begin(self) -> None:
+        """Load from now on in a thread, where there is no event loop yet: `engine` then waits for that."""
+        thread = ThreadPoolExecutor(1, thread_name_prefix="unmask-load")
+        self._begun = thread.submit(self._open)
+        thread.shutdown(wait=False)
 
     async def engine(self, wait: float = 0.0) -> Engine:
         """The running engine, loading the model if this is its first use.
@@ -119,7 +131,9 @@ class ServedModel:
     async def _load(self) -> None:
         began = time.monotonic()
         try:
-            encoder, known, expected = await asyncio.to_thread(self._open)
+            begun, self._begun = self._begun, None
+            opened = asyncio.wrap_future(begun) if begun is not None else asyncio.to_thread(self._open)
+            encoder, known, expected = await opened
         except UnmaskError as error:
             self._set("failed", str(error))
             log.error("%s could not be loaded: %s", self.record.id, error)
@@ -136,7 +150,7 @@ class ServedModel:
         self._set("ready")
         log.info("%s is ready after %.1f s", self.record.id, self._load_seconds)
 
-    def _open(self) -> tuple[Encoder, dict[str, Any], np.ndarray]:
+    def _open(self) -> _Opened:
         record = self.record
         encoder = Encoder.load(self.source, compat=record.compat, dtype=self.dtype)
         if record.revision is not None and encoder.checkpoint.revision != record.revision:
@@ -252,8 +266,13 @@ class Models:
         """By id or alias."""
         return self._by_id.get(id)
 
+    def begin(self) -> None:
+        """Begin loading the warm models in threads, while the rest of the process is still being built."""
+        for model in self._warm:
+            model.begin()
+
     async def start(self) -> None:
-        """Begin loading the warm models, without waiting for them."""
+        """See to it that the warm models are being loaded, without waiting for them."""
         for model in self._warm:
             try:
                 await model.engine()
