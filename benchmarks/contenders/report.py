@@ -88,7 +88,7 @@ def draw(report: Report, target: Path) -> None:
         axes.errorbar(speed, place, xerr=spread, color="#202124", linewidth=1, capsize=2.5)
         said = f"{speed:.0f}  {row['share_of_peak']:.0%} of peak"
         if wrong(row):
-            said += f"  ✗ wrong vectors, cosine {row['cosine_mean']:.3f}, worst {row['cosine_worst']:.2f}"
+            said += f"  ✗ wrong vectors, cosine {row['cosine_mean']:.3f}, worst {row['cosine_worst']:.3f}"
         axes.text(row["quickest"] + widest * 0.012, place, said, va="center", fontsize=8)
     peak = report["peak_gflops"] / report["gflop_per_token"]
     axes.axvline(peak, color="#b4322f", linewidth=0.9, linestyle="--")
