@@ -9,11 +9,13 @@ of them win is the database's affair, and the model only follows what they repor
 import itertools
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -28,7 +30,7 @@ from hypothesis.stateful import (
 from sqlalchemy import Connection, event
 
 from unmask.accounts import keys, ledger, people
-from unmask.accounts.database import Database
+from unmask.accounts.database import Database, Statement
 from unmask.accounts.keys import KeySettings, Peppers
 from unmask.accounts.ledger import Hold
 from unmask.accounts.verification import verify
@@ -44,6 +46,28 @@ Piece = Callable[[Connection], Any]
 
 class Crash(Exception):
     """The process is gone before this statement."""
+
+
+@contextmanager
+def gone_before(connection: Connection, statement: int) -> Iterator[None]:
+    """A crash before the statement of this number, from 0, whether it goes by SQLAlchemy or straight to the driver."""
+    left = itertools.count(statement, -1)
+    straight = Statement._run
+
+    def gone(*_: Any) -> None:
+        if next(left) == 0:
+            raise Crash
+
+    def counted(self: Statement, connection: Connection, values: Mapping[str, Any], *, rows: bool) -> Any:
+        gone()
+        return straight(self, connection, values, rows=rows)
+
+    event.listen(connection, "before_cursor_execute", gone)
+    try:
+        with mock.patch.object(Statement, "_run", counted):
+            yield
+    finally:
+        event.remove(connection, "before_cursor_execute", gone)
 
 
 @dataclass
@@ -221,21 +245,13 @@ class Books(RuleBasedStateMachine):
     def crash(self, data: st.DataObject, account: str, charge: str, statement: int) -> None:
         """Begin something and be gone before one of its statements. Nothing of it may stay."""
         piece = data.draw(self.pieces(account, charge))[1]
-        left = itertools.count(statement, -1)
-
-        def gone(*_: Any) -> None:
-            if next(left) == 0:
-                raise Crash
-
         with self.database.begin() as connection:
             before = connection.begin_nested()
-            event.listen(connection, "before_cursor_execute", gone)
             try:
-                piece(connection)
+                with gone_before(connection, statement):
+                    piece(connection)
             except (Crash, AccountError):
                 pass
-            finally:
-                event.remove(connection, "before_cursor_execute", gone)
             before.rollback()
         # And as the process that dies does it: without saying so.
         try:
@@ -334,6 +350,40 @@ class Books(RuleBasedStateMachine):
                 for key in keys.of_account(connection, id, self.now):
                     # A settlement after its hold expired may go above: the work was done.
                     assert key.spent >= 0
+
+
+def test_a_crash_can_come_before_each_statement(database: Database, peppers: Peppers):
+    with database.begin() as connection:
+        account = people.open_account(connection, "somebody", 1)
+        ledger.top_up(connection, account, 1000, "r1", 1)
+        key = keys.key_id(keys.create(connection, peppers, account, KeySettings(), 1))
+
+    def statements(piece: Piece) -> int:
+        with database.begin() as connection:
+            for number in itertools.count():
+                before = connection.begin_nested()
+                try:
+                    with gone_before(connection, number):
+                        piece(connection)
+                except Crash:
+                    before.rollback()
+                else:
+                    return number
+        raise AssertionError
+
+    wanted = Hold(
+        id="c1",
+        account_id=account,
+        key_id=key,
+        request="r",
+        model="m",
+        tier="default",
+        tokens=3,
+        amount=24,
+        expires_at=10,
+    )
+    assert statements(lambda connection: ledger.hold(connection, wanted, 2)) == 3  # credit, limit, charge
+    assert statements(lambda connection: ledger.settle(connection, "c1", 3)) == 3  # charge, credit, entry
 
 
 def run(books: type[Books], examples: int, steps: int) -> None:
