@@ -68,6 +68,13 @@ def test_loading_may_begin_before_there_is_an_event_loop(copied, monkeypatch: py
     assert sorted(loads) == sorted([good, str(bad)])
 
 
+def test_a_device_that_is_not_here_is_said_at_the_start(golden_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for device, why in (("cuda", "sees no GPU here"), ("nowhere", "name a device of torch")):
+        with pytest.raises(UsageError, match=why):
+            Models([str(golden_dir / "tiny_llama")], device=device)
+
+
 def test_two_models_of_one_name(golden_dir: Path, copied) -> None:
     with pytest.raises(UsageError, match="both be called 'tiny_llama'"):
         Models([str(golden_dir / "tiny_llama"), str(copied("tiny_llama"))])

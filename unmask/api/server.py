@@ -220,9 +220,14 @@ def open_models(settings: ServeSettings, database: Database | None) -> tuple[Mod
     Raises:
         UsageError: a model's name is wrong, or the catalogue cannot be read.
     """
-    queue, cache, dtype = settings.queue_tokens, settings.cache_bytes, settings.dtype
+    given: dict[str, Any] = {
+        "queue_tokens": settings.queue_tokens,
+        "cache_bytes": settings.cache_bytes,
+        "dtype": settings.dtype,
+        "device": settings.device,
+    }
     if database is None:
-        return Models(settings.models, warm=settings.warm, queue_tokens=queue, cache_bytes=cache, dtype=dtype), None
+        return Models(settings.models, warm=settings.warm, **given), None
     with database.read() as connection:
         stored = read_catalogue(connection)
     over = retired(stored)
@@ -231,11 +236,9 @@ def open_models(settings: ServeSettings, database: Database | None) -> tuple[Mod
     models = Models(
         [name for name in settings.models if name not in over],
         warm=[name for name in settings.warm if name not in over],
-        queue_tokens=queue,
-        cache_bytes=cache,
-        dtype=dtype,
         catalogue=stored.catalogue,
         sources=stored.sources,
+        **given,
     )
     for id, source in answering(stored).items():
         entry = stored.catalogue.get(id)

@@ -40,7 +40,7 @@ class ServeSettings:
         max_request_tokens: tokens of all inputs of a request together.
         max_request_characters: the same before tokenising, which no single call may make take minutes.
         queue_tokens: tokens that may wait in each model's engine.
-        dtype: precision of every model's weights, as for `Encoder.load`.
+        dtype, device: precision and place of every model's weights, as for `Encoder.load`.
         cache_bytes: memory of each model for vectors of inputs that were asked for before; 0 for none.
         log_level: debug, info, warning or error.
         shutdown_grace_s: time that accepted requests have left after SIGTERM.
@@ -75,6 +75,7 @@ class ServeSettings:
     max_request_characters: int = 8_000_000
     queue_tokens: int = 262_144
     dtype: Dtype = "float32"
+    device: str = "cpu"
     cache_bytes: int = 64_000_000
     log_level: str = "info"
     shutdown_grace_s: float = 30

@@ -24,6 +24,7 @@ def serve(
     warm: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     api_key_file: str | None = None,
     dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32",
+    device: str = "cpu",
     public_url: Annotated[str | None, Parameter(env_var="UNMASK_PUBLIC_URL")] = None,
     trusted_proxy: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     playground: bool | None = None,
@@ -66,6 +67,8 @@ def serve(
     dtype
         Precision of the weights. int8 answers about 1.6 times as fast; its vectors have a cosine of about 0.9993 to
         those of float32.
+    device
+        A torch device, such as cpu or cuda. On a GPU choose bfloat16.
     public_url
         Address under which visitors reach this server, for the links and examples on its pages and in mail.
         Left out: what their browsers say.
@@ -147,6 +150,7 @@ def serve(
             body_limit_bytes=int(body_limit_mb * 1_000_000),
             queue_tokens=queue_tokens,
             dtype=dtype,
+            device=device,
             cache_bytes=int(cache_mb * 1_000_000),
             log_level=log_level,
         ),

@@ -9,17 +9,35 @@ Only attention needs to know where a sequence ends; everything else sees T token
 it is an ordinary `nn.Module` whose parameters are fused (query+key+value, gate+up) and can take gradients.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from unmask.checkpoint.tensors import TensorSource
+from unmask.encoder import packed
 from unmask.encoder.architectures import Rope, Shape
 from unmask.encoder.cores import Linear
 from unmask.errors import CheckpointError
 
 Run = tuple[int, int, int]  # first token, number of sequences, their common length
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Where the sequences of a pack lie.
+
+    Attributes:
+        runs: neighbours of equal length.
+        bounds: where each begins, int32 [N+1] on the device; None where no kernel takes a whole pack.
+        longest: tokens of the longest.
+    """
+
+    runs: list[Run]
+    bounds: Tensor | None
+    longest: int
 
 
 def runs_of(lengths: list[int]) -> list[Run]:
@@ -76,14 +94,14 @@ class Layer(nn.Module):
         self.attention_out_norm = norm(shape.width) if shape.sandwich_norm else None
         self.mlp_out_norm = norm(shape.width) if shape.sandwich_norm else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, runs: list[Run]) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, spans: Spans) -> Tensor:
         """x [T, W]; cos, sin [T, 1, D/2] -> [T, W]."""
-        attended = self.attend(self.attention_norm(x), cos, sin, runs)  # [T, W]
+        attended = self.attend(self.attention_norm(x), cos, sin, spans)  # [T, W]
         x = added(x, self.attention_out_norm(attended) if self.attention_out_norm else attended)
         mixed = self.mlp(self.mlp_norm(x))  # [T, W]
         return added(x, self.mlp_out_norm(mixed) if self.mlp_out_norm else mixed)
 
-    def attend(self, x: Tensor, cos: Tensor, sin: Tensor, runs: list[Run]) -> Tensor:
+    def attend(self, x: Tensor, cos: Tensor, sin: Tensor, spans: Spans) -> Tensor:
         s = self.shape
         heads = self.qkv(x).view(x.shape[0], s.heads + 2 * s.kv_heads, s.head_dim)  # [T, H+2K, D]
         qk, v = heads.split((s.heads + s.kv_heads, s.kv_heads), dim=1)  # [T, H+K, D], [T, K, D]
@@ -91,11 +109,26 @@ class Layer(nn.Module):
             q, k = qk.split((s.heads, s.kv_heads), dim=1)
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
         q, k = rotate(qk, cos, sin).split((s.heads, s.kv_heads), dim=1)  # [T, H, D], [T, K, D]
+        dropped = self.training and self.attention_dropout > 0
+        if spans.bounds is not None and not dropped and packed.takes(q.dtype, s.softcap):
+            return self.out(self._attend_pack(q, k, v, spans.bounds, spans.longest).flatten(1))
         # Each run's heads by one split: the gradient of a slice would be as large as the whole pack.
-        sizes = [count * length for _, count, length in runs]
-        heads_of_runs = zip(runs, *(x.split(sizes) for x in (q, k, v)), strict=True)
+        sizes = [count * length for _, count, length in spans.runs]
+        heads_of_runs = zip(spans.runs, *(x.split(sizes) for x in (q, k, v)), strict=True)
         parts = [self._attend_run(q, k, v, run) for run, q, k, v in heads_of_runs]
         return self.out(parts[0] if len(parts) == 1 else torch.cat(parts))
+
+    def _attend_pack(self, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int) -> Tensor:
+        """q [T, H, D]; k, v [T, K, D]; bounds [N+1] -> [T, H, D]."""
+        attend = packed.kernel()
+        assert attend is not None
+        reach = -1 if self.window is None else self._reach(self.window)  # -1: no limit
+        window = (reach, 0 if self.causal else reach)
+        return attend(q, k, v, bounds, longest, self.shape.attention_scale, window, self.shape.softcap or 0.0)
+
+    def _reach(self, window: int) -> int:
+        # transformers counts the token itself in a causal window, and not in a bidirectional one.
+        return window - 1 if self.causal else window
 
     def _attend_run(self, q: Tensor, k: Tensor, v: Tensor, run: Run) -> Tensor:
         _, count, length = run
@@ -125,9 +158,7 @@ class Layer(nn.Module):
 
     def _mask(self, length: int, device: torch.device) -> Tensor | None:
         """Which token [L] may see which [L]; None where all may, or where the kernel's own causal mask does."""
-        window = length if self.window is None else self.window
-        # transformers counts the token itself in a causal window, and not in a bidirectional one.
-        reach = window - 1 if self.causal else window
+        reach = self._reach(length if self.window is None else self.window)
         if length <= reach + 1 and not (self.causal and self.shape.softcap is not None):
             return None
         position = torch.arange(length, device=device)
@@ -213,15 +244,16 @@ class Decoder(nn.Module):
         """
         runs = runs_of(lengths)
         positions = torch.cat([torch.arange(length, device=ids.device).repeat(n) for _, n, length in runs])  # [T]
+        spans = Spans(runs, packed.bounds_of(lengths, ids.device) if packed.on(ids.device) else None, max(lengths))
         x = self.embedding(ids)  # [T, W]
         if self.shape.embedding_scale != 1.0:
             x = x * torch.tensor(self.shape.embedding_scale, dtype=x.dtype, device=x.device)
         rotations = {rope: self._rotation(rope, positions, max(lengths), x.dtype) for rope in set(self.shape.ropes)}
         for layer, rope in zip(self.layers, self.shape.ropes, strict=True):
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, *rotations[rope], runs, use_reentrant=False)
+                x = checkpoint(layer, x, *rotations[rope], spans, use_reentrant=False)
             else:
-                x = layer(x, *rotations[rope], runs)
+                x = layer(x, *rotations[rope], spans)
         return self.norm(x)
 
     def _rotation(self, rope: Rope, positions: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

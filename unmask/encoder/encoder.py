@@ -131,8 +131,7 @@ class Encoder:
             raise UsageError(f"compat={compat!r}: choose 'default' or 'reference'")
         if dtype not in _DTYPES:
             raise UsageError(f"dtype={dtype!r}: choose one of {', '.join(_DTYPES)}")
-        if dtype == "int8" and torch.device(device).type != "cpu":
-            raise UsageError(f"dtype='int8' is for CPUs; on {device} choose bfloat16")
+        require_device(device, dtype)
         checkpoint = open_checkpoint(model, adapters)
         said = checkpoint.encoder_config
         pooling = str(pooling or said.get("pooling_mode") or "mean")
@@ -253,6 +252,22 @@ def _build(
         return Decoder.load(shape, checkpoint.tensors, dtype, device, causal), shape.width
     except CheckpointError as error:
         raise type(error)(f"{checkpoint.name}: {error}") from error
+
+
+def require_device(device: str, dtype: Dtype) -> None:
+    """Nothing, where a model in this precision can be computed on this device here.
+
+    Raises:
+        UsageError: torch does not know the device or there is none, or the precision is not for it.
+    """
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise UsageError(f"device={device!r}: name a device of torch, such as cpu or cuda") from None
+    if dtype == "int8" and kind != "cpu":
+        raise UsageError(f"dtype='int8' is for CPUs; on {device} choose bfloat16")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device={device!r}: torch {torch.__version__} sees no GPU here; use cpu, or a torch for CUDA")
 
 
 def _return_memory() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from unmask.catalogue import Catalogue, Record, record_for
 from unmask.catalogue.canary import CANARY_TEXT, compare
-from unmask.encoder import Dtype, Encoder
+from unmask.encoder import Dtype, Encoder, require_device
 from unmask.engine import Engine
 from unmask.errors import CheckpointError, EngineError, ModelLoading, UnmaskError, UsageError
 
@@ -38,7 +38,7 @@ class ServedModel:
 
     Args:
         source: id, folder or file that the weights are loaded from.
-        queue_tokens, cache_bytes, dtype: see `Models`.
+        queue_tokens, cache_bytes, dtype, device: see `Models`.
         record: what is known of it; left out, what ships or what its name says.
     """
 
@@ -49,6 +49,7 @@ class ServedModel:
         cache_bytes: int = 0,
         record: Record | None = None,
         dtype: Dtype = "float32",
+        device: str = "cpu",
     ) -> None:
         self.source = source
         self.record: Record = record or record_for(source)
@@ -56,6 +57,7 @@ class ServedModel:
         self.reason = ""
         self._queue_tokens, self._cache_bytes = queue_tokens, cache_bytes
         self.dtype: Dtype = dtype
+        self._device = device
         self._engine: Engine | None = None
         self._loading: asyncio.Task[None] | None = None
         self._begun: Future[_Opened] | None = None
@@ -152,7 +154,7 @@ class ServedModel:
 
     def _open(self) -> _Opened:
         record = self.record
-        encoder = Encoder.load(self.source, compat=record.compat, dtype=self.dtype)
+        encoder = Encoder.load(self.source, compat=record.compat, dtype=self.dtype, device=self._device)
         if record.revision is not None and encoder.checkpoint.revision != record.revision:
             raise CheckpointError(
                 f"{record.id} went live with the weights {record.revision}, and {self.source} holds "
@@ -194,10 +196,10 @@ class Models:
         warm: those to load at start rather than on first use.
         queue_tokens: per model, tokens that may wait.
         cache_bytes: per model, memory for vectors of inputs that were asked for before.
-        dtype: precision of every model's weights, as for `Encoder.load`.
+        dtype, device: precision and place of every model's weights, as for `Encoder.load`.
 
     Raises:
-        UsageError: two models would answer to the same name, or a warm one is not among them.
+        UsageError: two models would answer to the same name, a warm one is not among them, or the device is not here.
     """
 
     def __init__(
@@ -208,12 +210,15 @@ class Models:
         queue_tokens: int = 262_144,
         cache_bytes: int = 0,
         dtype: Dtype = "float32",
+        device: str = "cpu",
         catalogue: Catalogue | None = None,
         sources: Mapping[str, str] | None = None,
     ) -> None:
+        require_device(device, dtype)
         self.catalogue = catalogue or Catalogue.shipped()
         self._queue_tokens, self._cache_bytes = queue_tokens, cache_bytes
         self._dtype: Dtype = dtype
+        self._device = device
         self._models: list[ServedModel] = []
         self._by_id: dict[str, ServedModel] = {}
         for name in dict.fromkeys(names):
@@ -232,7 +237,7 @@ class Models:
         Raises:
             UsageError: another model has its name.
         """
-        model = ServedModel(source, self._queue_tokens, self._cache_bytes, record, self._dtype)
+        model = ServedModel(source, self._queue_tokens, self._cache_bytes, record, self._dtype, self._device)
         names = (model.record.id, *model.record.aliases)
         if taken := next((name for name in names if name in self._by_id), None):
             raise UsageError(f"two models would both be called {taken!r}; rename the folder of one of them")
