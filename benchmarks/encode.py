@@ -9,8 +9,10 @@ with those of transformers in float32 without the causal mask, so that nobody wi
     make bench ARGS="--shape 1.3b"
     make bench ARGS="--model path/to/model --texts 128 --rounds 7"
     make bench ARGS="--contenders unmask transformers --dtype bfloat16"
+    make bench ARGS="--device cuda --mix short"
 
-writes encode-SHAPE.json, .md, .svg and .png to --output. `--publish` puts them into pages and measures nothing.
+writes encode-SHAPE.json (with -MIX and -DEVICE where they are not natural and cpu), .md, .svg and .png to --output.
+`--publish` puts them into pages and measures nothing.
 """
 
 import argparse
@@ -29,8 +31,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from contenders import CONTENDERS, Contender, Setting
-from contenders.models import SHEARED_LLAMA, gflop_per_token, natural_texts, token_counts, write_random, write_real
+from contenders import CONTENDERS, GPU_BATCHES, GPU_CONTENDERS, Contender, Setting
+from contenders.models import MIXES, SHEARED_LLAMA, gflop_per_token, texts_of, token_counts, write_random, write_real
 from contenders.process import Absent, Process, keep_to
 from contenders.report import Report, Row, publish, write, wrong
 from rich.console import Console
@@ -48,11 +50,22 @@ SHAPES: dict[str, dict[str, Any]] = {
     "135m": {"texts": 64, "rounds": 3, "contenders": EVERYONE},
     "1.3b": {"texts": 16, "rounds": 3, "contenders": ("unmask", "unmask-int8", REFERENCE)},
 }
+ON_A_GPU: dict[str, Any] = {"texts": 8192, "rounds": 5, "contenders": GPU_CONTENDERS, "dtype": "bfloat16"}
 
 
-def gemm_peak(dtype: torch.dtype) -> dict[str, float]:
+def gemm_peak(dtype: torch.dtype, device: str) -> dict[str, float]:
     """The best matrix product of the libraries at hand in this precision, in GFLOP/s, at shapes of this kind."""
     best: dict[str, float] = {}
+    if device != "cpu":
+        a, b = (torch.randn(8192, 8192, device=device).to(dtype) for _ in range(2))
+        seconds = []
+        for _ in range(12):
+            torch.accelerator.synchronize()
+            began = time.perf_counter()
+            torch.mm(a, b)
+            torch.accelerator.synchronize()
+            seconds.append(time.perf_counter() - began)
+        return {"torch": 2 * 8192**3 / min(seconds) / 1e9}
     for rows, inner, columns in ((2048, 576, 1536), (2048, 1536, 576), (2048, 2048, 2048)):
         a, b = torch.randn(rows, inner).to(dtype), torch.randn(inner, columns).to(dtype)
         out = torch.empty(rows, columns, dtype=dtype)
@@ -73,7 +86,11 @@ def gemm_peak(dtype: torch.dtype) -> dict[str, float]:
 
 
 def quickest(
-    contender: Contender, start: Callable[[Contender, Setting], Process], part: Sequence[str], console: Console
+    contender: Contender,
+    settings: Sequence[Setting],
+    start: Callable[[Contender, Setting], Process],
+    part: Sequence[str],
+    console: Console,
 ) -> Process:
     """The contender, running in the way that took least time for a part of the texts.
 
@@ -82,14 +99,14 @@ def quickest(
     """
     best: tuple[float, Process] | None = None
     reason: Absent | None = None
-    for setting in contender.settings:
+    for setting in settings:
         try:
             process = start(contender, setting)
-            seconds = process.run(part)[0] if len(contender.settings) > 1 else 0.0
+            seconds = process.run(part)[0] if len(settings) > 1 else 0.0
         except Absent as error:
             reason = reason or error
             continue
-        if len(contender.settings) > 1:
+        if len(settings) > 1:
             console.print(f"{contender.name}, {shown(contender, setting)}: {seconds:.1f} s for {len(part)} texts")
         if best is not None:
             slower = max((best, (seconds, process)), key=lambda pair: pair[0])
@@ -163,7 +180,10 @@ def measure(
     try:
         for name in options.contenders:
             try:
-                process = quickest(CONTENDERS[name], partial(start, dtype=options.dtype), by_length[::2], console)
+                contender, begin = CONTENDERS[name], partial(start, dtype=options.dtype)
+                several = options.device != "cpu" and len(contender.settings) > 1
+                settings = GPU_BATCHES if several else contender.settings
+                process = quickest(contender, settings, begin, by_length[::2], console)
             except Absent as error:
                 found.absent[name] = str(error)
                 console.print(f"{CONTENDERS[name].name}: {error}", markup=False)
@@ -176,7 +196,7 @@ def measure(
             _, found.reference = process.run(texts, file)
             process.close()
         for number in range(options.rounds):
-            found.peaks.append(gemm_peak(getattr(torch, options.dtype)))
+            found.peaks.append(gemm_peak(getattr(torch, options.dtype), options.device))
             for name, process in list(found.processes.items()):
                 try:
                     seconds, found.vectors[name] = process.run(texts, file)
@@ -252,15 +272,17 @@ def run(options: argparse.Namespace, scratch: Path, console: Console) -> Report:
     load_before = os.getloadavg()[0]
     folder = scratch / "model"
     revision = write_real(options.model, folder) if options.shape == "135m" else write_random(SHEARED_LLAMA, folder)
-    texts = natural_texts(options.texts)
+    texts = texts_of(options.mix, options.texts)
     counts = token_counts(folder, texts)
     by_length = [texts[i] for i in np.argsort(counts)]
-    with (options.output / f"encode-{options.shape}.log").open("wb") as log:
+    name = "-".join(["encode", options.shape, *{options.mix} - {"natural"}, *{options.device.split(":")[0]} - {"cpu"}])
+    with (options.output / f"{name}.log").open("wb") as log:
         start = partial(
             Process,
             folder=folder,
             scratch=scratch,
             threads=options.threads,
+            device=options.device,
             warm=[by_length[0], by_length[len(by_length) // 2], by_length[-1]],
             log=log,
         )
@@ -268,6 +290,7 @@ def run(options: argparse.Namespace, scratch: Path, console: Console) -> Report:
     tokens, gflop = int(counts.sum()), gflop_per_token(folder)
     peak = statistics.median(max(products.values()) for products in found.peaks)
     return {
+        "name": name,
         "shape": options.shape,
         "model": options.model if options.shape == "135m" else "Sheared-LLaMA-1.3B's shape, random weights",
         "revision": revision,
@@ -280,7 +303,12 @@ def run(options: argparse.Namespace, scratch: Path, console: Console) -> Report:
         "peak_gflops": peak,
         "gflop_per_token": gflop,
         "versions": versions_of(found.processes.values()),
-        "machine": {"processor": processor(), "cores": os.cpu_count(), "load_before": load_before},
+        "machine": {
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "load_before": load_before,
+            "gpu": None if options.device == "cpu" else torch.cuda.get_device_name(options.device),
+        },
         "command": shlex.join(["python", *sys.argv]),
         "rows": rows_of(options, found, tokens, peak / gflop),
     }
@@ -309,13 +337,17 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=tuple(SHAPES), default="135m", help="1.3b: a Llama with random weights")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="instead of the default model, with --shape 135m")
-    parser.add_argument("--texts", type=int, help="left out: 64 for 135m, 16 for 1.3b")
-    parser.add_argument("--rounds", type=int, help="left out: 3")
+    parser.add_argument("--device", default="cpu", help="cuda: on a GPU, whose own product is then the peak")
+    parser.add_argument("--mix", choices=MIXES, default="natural", help="lengths of the texts")
+    parser.add_argument("--texts", type=int, help="left out: 64 for 135m, 16 for 1.3b, 8,192 on a GPU")
+    parser.add_argument("--rounds", type=int, help="left out: 3, on a GPU 5")
     parser.add_argument(
         "--contenders", nargs="+", choices=tuple(CONTENDERS), metavar="NAME", help=", ".join(CONTENDERS)
     )
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="where a contender has both"
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="where a contender has both; left out: float32, on a GPU bfloat16",
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, default=Path("bench-results"), help="folder for what is written")
@@ -324,11 +356,14 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--keep", type=Path, default=Path("docs/performance"), help="where --publish copies the runs")
     options = parser.parse_args(arguments)
-    for name, value in SHAPES[options.shape].items():
+    left_out = {"dtype": "float32"} | SHAPES[options.shape] | (ON_A_GPU if options.device != "cpu" else {})
+    for name, value in left_out.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     if "unmask" not in options.contenders:
         options.contenders = ["unmask", *options.contenders]  # the ratios are to it
+    if options.device != "cpu" and (others := set(options.contenders) - set(GPU_CONTENDERS)):
+        parser.error(f"--device {options.device}: {', '.join(sorted(others))} can be measured on a processor only")
     if options.texts < 2 or options.rounds < 1:
         parser.error("--texts must be at least 2 and --rounds at least 1")
     return options

@@ -33,6 +33,7 @@ class Job:
     Attributes:
         folder: the weights as a hub folder.
         scratch: for the same weights in other formats; common to all contenders.
+        device: a torch device; only those of GPU_CONTENDERS know any but the processor.
     """
 
     folder: Path
@@ -40,6 +41,7 @@ class Job:
     threads: int
     dtype: str
     setting: Setting
+    device: str
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,9 @@ BATCHES = (Setting(32), Setting(8))
 # The two that can run several batches at once get the better of that and of the usual way.
 STREAMS = (Setting(32), Setting(8, side_by_side=2))
 TOKENS = (Setting(512), Setting(2048))
+# On a GPU, where a batch of 32 short texts is over before the next one is ready.
+GPU_BATCHES = (Setting(64), Setting(256))
+GPU_CONTENDERS = ("unmask", "transformers", "sentence-transformers")
 
 CONTENDERS = {
     "unmask": Contender("unmask", "ours:load", "unmask"),

@@ -44,10 +44,18 @@ SHEARED_LLAMA = {
 END = "<|endoftext|>"
 
 
-def natural_texts(count: int) -> list[str]:
-    """Texts whose token counts are log-normal with median 30, cut at the models' maximum."""
+MIXES = ("short", "natural", "long")
+
+
+def texts_of(mix: str, count: int) -> list[str]:
+    """Texts of about so many tokens: natural is log-normal with median 30, short 4 to 16, long as many as fit."""
     generator = np.random.default_rng(20_404_596)
-    lengths = np.clip(np.exp(generator.normal(np.log(30), 1.0, count)).astype(int), 2, LONGEST - 4)
+    if mix == "short":
+        lengths = generator.integers(4, 17, count)
+    elif mix == "long":
+        lengths = np.full(count, LONGEST)
+    else:
+        lengths = np.clip(np.exp(generator.normal(np.log(30), 1.0, count)).astype(int), 2, LONGEST - 4)
     return [" ".join(generator.choice(WORDS, length)) for length in lengths]
 
 

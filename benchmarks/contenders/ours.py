@@ -1,5 +1,7 @@
 """unmask, by its own door."""
 
+from typing import Any
+
 import torch
 
 from contenders import LONGEST, Job, Run
@@ -9,5 +11,6 @@ from unmask import Encoder
 def load(job: Job) -> Run:
     """`Encoder.encode`, which sorts and packs by itself."""
     torch.set_num_threads(job.threads)
-    encoder = Encoder.load(job.folder, dtype=job.dtype, max_length=LONGEST)  # pyright: ignore[reportArgumentType]
+    dtype: Any = job.dtype
+    encoder = Encoder.load(job.folder, dtype=dtype, device=job.device, max_length=LONGEST)
     return lambda texts: encoder.encode(list(texts))

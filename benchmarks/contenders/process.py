@@ -42,6 +42,7 @@ class Process:
         scratch: Path,
         threads: int,
         dtype: str,
+        device: str,
         warm: Sequence[str],
         log: BinaryIO,
     ) -> None:
@@ -68,6 +69,7 @@ class Process:
                 "threads": threads,
                 "dtype": contender.precision or dtype,
                 "setting": asdict(setting),
+                "device": device,
                 "warm": list(warm),
                 "packages": [*contender.install.split(), "torch", "transformers"],
             }

@@ -56,11 +56,17 @@ def conditions(report: Report) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     return (
         f"{report['model']}, {report['gflop_per_token']:.3f} GFLOP per token; {report['mix']}; {report['rounds']} "
-        f"rounds, interleaved, a process for each; {report['threads']} threads of {report['machine']['processor']}; "
+        f"rounds, interleaved, a process for each; {computed_on(report)}; "
         f"load before the run {report['machine']['load_before']:.1f}. Best matrix product of {report['dtype']} "
         f"{report['peak_gflops']:.0f} GFLOP/s, which 8-bit products may pass. *wrong*: mean cosine below {SAME_MEAN} "
         f"or worst below {SAME_WORST}. {versions}."
     )
+
+
+def computed_on(report: Report) -> str:
+    """The device in words."""
+    machine = report["machine"]
+    return machine.get("gpu") or f"{report['threads']} threads of {machine['processor']}"
 
 
 def draw(report: Report, target: Path) -> None:
@@ -99,9 +105,7 @@ def draw(report: Report, target: Path) -> None:
     axes.set_ylim(-0.6, len(rows) - 0.2)
     axes.set_xlim(0, max(widest, peak) * 1.32)
     axes.set_xlabel("useful tokens per second (padding does not count), median and spread of the rounds")
-    axes.set_title(
-        f"{report['model']}: texts to vectors on {report['threads']} threads", loc="left", fontsize=10, pad=18
-    )
+    axes.set_title(f"{report['model']}: texts to vectors on {computed_on(report)}", loc="left", fontsize=10, pad=18)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", linewidth=0.4, alpha=0.5)
@@ -112,9 +116,9 @@ def draw(report: Report, target: Path) -> None:
 
 
 def write(report: Report, folder: Path) -> Path:
-    """`encode-SHAPE.json`, `.md`, `.svg` and `.png` in `folder`; the path of the first."""
+    """`NAME.json`, `.md`, `.svg` and `.png` in `folder`; the path of the first."""
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"encode-{report['shape']}.json"
+    target = folder / f"{report['name']}.json"
     target.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     target.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
     draw(report, target)

@@ -29,6 +29,7 @@ def load(request: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
         threads=request["threads"],
         dtype=request["dtype"],
         setting=Setting(**request["setting"]),
+        device=request["device"],
     )
     began = time.perf_counter()
     run: Run = getattr(importlib.import_module(f"contenders.{module}"), function)(job)

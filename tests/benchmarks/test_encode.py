@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from contenders import Contender
+from contenders import LONGEST, Contender
 from contenders.llama import interleaved
-from contenders.models import SHEARED_LLAMA, write_random
+from contenders.models import MIXES, SHEARED_LLAMA, texts_of, write_random
 from contenders.process import Absent, python_of
 from contenders.report import between, markdown, publish, wrong
 
@@ -62,17 +62,17 @@ def test_a_run_measures_and_compares(tmp_path: Path):
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 600}
     write_random(SHEARED_LLAMA | shape | {"num_attention_heads": 4, "num_key_value_heads": 4}, tmp_path / "tiny")
     command = [sys.executable, str(SCRIPT), "--model", str(tmp_path / "tiny"), "--texts", "6", "--rounds", "2"]
-    command += ["--contenders", "unmask", "transformers", "--output", str(tmp_path)]
+    command += ["--contenders", "unmask", "transformers", "--mix", "short", "--output", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((tmp_path / "encode-135m.json").read_text())
+    found = json.loads((tmp_path / "encode-135m-short.json").read_text())
     ours, theirs = found["rows"]
     assert len(ours["seconds"]) == len(theirs["ratio_per_round"]) == 2
     assert ours["cosine_worst"] > 0.999_999, "ours are not those of transformers in both directions"
     assert theirs["cosine_worst"] > 0.999_999
     assert found["tokens"] > 6
-    assert "| unmask | **" in (tmp_path / "encode-135m.md").read_text()
-    assert "best float32 product" in (tmp_path / "encode-135m.svg").read_text()
+    assert "| unmask | **" in (tmp_path / "encode-135m-short.md").read_text()
+    assert "best float32 product" in (tmp_path / "encode-135m-short.svg").read_text()
 
 
 def test_a_peer_without_its_environment_says_how_to_get_it():
@@ -123,3 +123,17 @@ def test_an_unclosed_mark_is_named():
 def test_rotated_halves_become_neighbours():
     rows = np.arange(8.0)[:, None]  # two heads of four rows
     assert interleaved(rows, 2).ravel().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+def test_mixes_have_the_lengths_they_say():
+    lengths = {mix: [len(text.split()) for text in texts_of(mix, 400)] for mix in MIXES}
+    assert min(lengths["short"]) == 4 and max(lengths["short"]) == 16
+    assert set(lengths["long"]) == {LONGEST}
+    assert 25 < np.median(lengths["natural"]) < 35 and max(lengths["natural"]) > 200
+
+
+def test_a_gpu_is_for_those_who_know_one():
+    command = [sys.executable, str(SCRIPT), "--device", "cuda", "--contenders", "unmask", "openvino", "llama-cpp"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "--device cuda: llama-cpp, openvino can be measured on a processor only" in done.stderr

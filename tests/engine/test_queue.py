@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unmask.encoder import Prompt
-from unmask.engine.queue import FairQueue, Request, side_by_side
+from unmask.encoder.packing import deal
+from unmask.engine.queue import FairQueue, Request
 
 
 def request(lengths: list[int], caller: str, arrived: float = 0.0, deadline: float = 1e9) -> Request:
@@ -187,7 +188,8 @@ def test_cores_that_work_side_by_side_keep_the_deadlines(seed: int) -> None:
         running = sum(sequence.length for sequence in chosen)
         tokens += running
         ends = now if chosen else due
-        for pack in side_by_side(chosen, 2):
+        for members in deal([sequence.length for sequence in chosen], 2):
+            pack = [chosen[i] for i in members]
             over = now + 2 * sum(sequence.length for sequence in pack) / rate
             ends = max(ends, over)
             late.extend(sequence for sequence in pack if over > sequence.request.deadline)
@@ -199,19 +201,6 @@ def test_cores_that_work_side_by_side_keep_the_deadlines(seed: int) -> None:
         now = ends
     assert late == []
     assert tokens / now > 0.95 * rate  # and the cores are busy
-
-
-@given(lengths=st.lists(st.integers(1, 512), max_size=60), packs=st.integers(1, 8))
-def test_packs_side_by_side_are_even(lengths: list[int], packs: int) -> None:
-    queue = FairQueue()
-    queue.add(request(lengths, "a"))
-    chosen = queue.take(10**6, now=0.0) if lengths else []
-    found = side_by_side(chosen, packs)
-    assert len(found) == min(packs, len(lengths)) and all(found)
-    assert sorted(sequence.length for pack in found for sequence in pack) == sorted(lengths)
-    sizes = [sum(sequence.length for sequence in pack) for pack in found]
-    for pack in found:  # without its last sequence, no pack is longer than another
-        assert sum(sequence.length for sequence in pack) - pack[-1].length <= min(sizes)
 
 
 def test_small_requests_that_overtake_do_not_make_a_large_one_late() -> None:

@@ -10,6 +10,7 @@ it is an ordinary `nn.Module` whose parameters are fused (query+key+value, gate+
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -187,6 +188,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x
 
 
+@cache
+def rounded(number: float, dtype: torch.dtype) -> float:
+    """What a number is in this precision, without a tensor that would have to be sent to a GPU each time."""
+    return torch.tensor(number, dtype=dtype).item()
+
+
 def added(x: Tensor, update: Tensor) -> Tensor:
     """x + update, in the update's memory when no gradient needs it. Fresh memory costs as much as the sum."""
     return x + update if torch.is_grad_enabled() else update.add_(x)
@@ -244,11 +251,18 @@ class Decoder(nn.Module):
         """
         runs = runs_of(lengths)
         positions = torch.cat([torch.arange(length, device=ids.device).repeat(n) for _, n, length in runs])  # [T]
-        spans = Spans(runs, packed.bounds_of(lengths, ids.device) if packed.on(ids.device) else None, max(lengths))
+        bounds = packed.bounds_of(lengths, ids.device) if packed.on(ids.device) else None
+        return self.through(ids, positions, Spans(runs, bounds, max(lengths)))
+
+    def through(self, ids: Tensor, positions: Tensor, spans: Spans) -> Tensor:
+        """As `forward`, for a pack whose tokens know their positions, [T]. Asks nothing of the processor.
+
+        Tokens behind the last sequence are allowed where a kernel takes the whole pack; their states mean nothing.
+        """
         x = self.embedding(ids)  # [T, W]
         if self.shape.embedding_scale != 1.0:
-            x = x * torch.tensor(self.shape.embedding_scale, dtype=x.dtype, device=x.device)
-        rotations = {rope: self._rotation(rope, positions, max(lengths), x.dtype) for rope in set(self.shape.ropes)}
+            x = x * rounded(self.shape.embedding_scale, x.dtype)
+        rotations = {rope: self._rotation(rope, positions, spans.longest, x.dtype) for rope in set(self.shape.ropes)}
         for layer, rope in zip(self.layers, self.shape.ropes, strict=True):
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, *rotations[rope], spans, use_reentrant=False)

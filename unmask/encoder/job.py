@@ -20,6 +20,7 @@ from typing import Any, Literal, TextIO
 
 import numpy as np
 
+from unmask.encoder.ahead import ahead
 from unmask.encoder.encoder import Encoder, finish
 from unmask.encoder.files import (
     INPUT_FORMATS,
@@ -117,8 +118,10 @@ def run(job: EncodeJob, load_encoder: Callable[[], Encoder], progress: "Progress
             progress.begin(done.rows, row_count(job.input, source))
             stack.callback(progress.end)
         longest = _CHARACTERS_PER_TOKEN * encoder.max_length
-        for chunk, full in chunks(texts, CHUNK_ROWS, CHUNK_CHARACTERS, longest):
-            prompts = _prompts(encoder, job, chunk, done.rows)
+        made = _tokenised(encoder, job, chunks(texts, CHUNK_ROWS, CHUNK_CHARACTERS, longest), done.rows)
+        # A GPU need not wait for the next chunk. On a CPU tokenising takes a core, and a pipe may have none yet.
+        at_hand = encoder.device.type != "cpu" and Path(job.input).is_file()
+        for chunk, full, prompts in ahead(made) if at_hand else made:
             vectors = _vectors(encoder, job, prompts, done.rows)
             before, done = done, done.plus(prompts)
             for text in chunk:
@@ -194,6 +197,15 @@ def _add(digest: "hashlib._Hash", text: str) -> None:
     content = text.encode()
     digest.update(len(content).to_bytes(8, "little"))  # so that a text's end cannot move unnoticed
     digest.update(content)
+
+
+def _tokenised(
+    encoder: Encoder, job: EncodeJob, chunks: Iterator[tuple[list[str], bool]], first: int
+) -> Iterator[tuple[list[str], bool, list[Prompt | None]]]:
+    """Each chunk, whether it is full, and its prompts. `first` is the first text's index."""
+    for chunk, full in chunks:
+        yield chunk, full, _prompts(encoder, job, chunk, first)
+        first += len(chunk)
 
 
 def _prompts(encoder: Encoder, job: EncodeJob, texts: list[str], first: int) -> list[Prompt | None]:

@@ -39,7 +39,9 @@ class Prompt:
 class PromptBuilder(Protocol):
     """Either mode of text handling."""
 
-    def build(self, texts: Sequence[str], instruction: str = "", truncate: bool = True) -> list[Prompt]: ...
+    def build(
+        self, texts: Sequence[str], instruction: str = "", truncate: bool = True, first: int = 0
+    ) -> list[Prompt]: ...
 
     def lengths(self, texts: Sequence[str], instruction: str = "") -> list[int]: ...
 
@@ -91,8 +93,8 @@ class DefaultPrompts:
             plain, fixed = part[:cut], part[cut:]
         return (self._tokenizer.encode(fixed, add_special_tokens=False).ids if fixed else []), plain
 
-    def build(self, texts: Sequence[str], instruction: str = "", truncate: bool = True) -> list[Prompt]:
-        """One prompt per text.
+    def build(self, texts: Sequence[str], instruction: str = "", truncate: bool = True, first: int = 0) -> list[Prompt]:
+        """One prompt per text. `first` is the first one's index, for errors.
 
         Raises:
             EmptyText: a text has no token of its own.
@@ -113,7 +115,7 @@ class DefaultPrompts:
             ]
         return [
             self._assemble(index, encoding.ids, span, truncate)
-            for index, (encoding, span) in enumerate(zip(encodings, spans, strict=True))
+            for index, (encoding, span) in enumerate(zip(encodings, spans, strict=True), first)
         ]
 
     def build_from_ids(

@@ -49,14 +49,14 @@ class ReferencePrompts:
         appended = template.eos or _EOS_TEXT.get(model_type)
         self._eos_text = appended if close_with_eos and not template.closes else None
 
-    def build(self, texts: Sequence[str], instruction: str = "", truncate: bool = True) -> list[Prompt]:
-        """One prompt per text.
+    def build(self, texts: Sequence[str], instruction: str = "", truncate: bool = True, first: int = 0) -> list[Prompt]:
+        """One prompt per text. `first` is the first one's index, for errors.
 
         Raises:
             EmptyText: no token is left to pool (the reference would return a batch-dependent vector).
             TextTooLong: a text would be shortened and `truncate` is off.
         """
-        return [self._build_one(index, text, instruction, truncate) for index, text in enumerate(texts)]
+        return [self._build_one(index, text, instruction, truncate) for index, text in enumerate(texts, first)]
 
     def lengths(self, texts: Sequence[str], instruction: str = "") -> list[int]:
         """Tokens of each prompt before shortening or truncation."""

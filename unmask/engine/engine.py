@@ -12,8 +12,7 @@ import numpy as np
 import torch
 
 from unmask.encoder import Encoder, Prompt
-from unmask.encoder.cores import cores, each_on_a_core
-from unmask.encoder.packing import pack_budget
+from unmask.encoder.packing import deal, pack_budget, packs_at_once
 from unmask.encoder.prompt import DefaultPrompts
 from unmask.engine import queue
 from unmask.engine.queue import FairQueue
@@ -246,7 +245,7 @@ class Engine:
                 request.done(DeadlineExceeded("the deadline passed before the vectors were ready"))
             if packs:
                 with _PROCESSOR:
-                    each_on_a_core(self._run_pack, packs)
+                    self.encoder.each_pack(self._run_pack, packs)
                 # From the end of the forward before: what lies between two of them delays whoever waits as well.
                 began, ended = ended, time.perf_counter()
                 self._measure(self._in_flight, ended - began)
@@ -254,11 +253,15 @@ class Engine:
                 self._in_flight = 0
 
     def _take_packs(self, now: float) -> list[list[queue.Sequence]]:
-        """As many packs as there are cores, of a size that gives each its share of what waits."""
-        budget = min(self._pack_tokens, pack_budget(self._queue.tokens, self.encoder.device))
-        count = cores() if self.encoder.device.type == "cpu" else 1
+        """What is computed next, in packs that end at about the same time.
+
+        A forward ends with its longest pack, and what was promised to those in it counts on the speed of all cores.
+        """
+        waiting, device = self._queue.tokens, self.encoder.device
+        count = packs_at_once(waiting, device)
+        budget = min(self._pack_tokens, pack_budget(waiting, device))
         chosen = self._queue.take(count * budget, now, rate=self._promised())
-        return queue.side_by_side(chosen, count)
+        return [[chosen[i] for i in dealt] for dealt in deal([sequence.length for sequence in chosen], count)]
 
     def _run_pack(self, sequences: list[queue.Sequence]) -> None:
         """One forward, and its vectors to those who asked. Never raises: the thread must live on for the others."""

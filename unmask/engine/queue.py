@@ -284,20 +284,5 @@ class FairQueue:
         return [request for request in self._due if request.waiting]
 
 
-def side_by_side(sequences: list[Sequence], packs: int) -> list[list[Sequence]]:
-    """Sequences, longest first, in packs that end at about the same time.
-
-    Each goes to the pack with the fewest tokens so far (Graham 1969: at most a third longer than the best way). A
-    forward ends with its longest pack, and what was promised to those in it counts on the speed of all cores.
-    """
-    filled: list[list[Sequence]] = [[] for _ in range(min(packs, len(sequences)))]
-    tokens = [0] * len(filled)
-    for sequence in sequences:
-        least = tokens.index(min(tokens))
-        filled[least].append(sequence)
-        tokens[least] += sequence.length
-    return filled
-
-
 def _deadline(request: Request) -> float:
     return request.deadline

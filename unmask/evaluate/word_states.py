@@ -21,8 +21,7 @@ from tokenizers import Tokenizer
 
 from unmask.checkpoint.tokenizer import TextTokenizer
 from unmask.encoder import Encoder
-from unmask.encoder.cores import each_on_a_core
-from unmask.encoder.packing import pack, pack_budget
+from unmask.encoder.packing import packs_of
 from unmask.errors import StorageError, UsageError
 from unmask.home import written_whole
 
@@ -176,10 +175,10 @@ def _blocks(sentences: Sequence[WordTokens]) -> list[list[WordTokens]]:
 def _extract(encoder: Encoder, sentences: Sequence[WordTokens]) -> dict[States, np.ndarray]:
     """Both states of every kept word, float32 [words, W], in order."""
     lengths = [len(sentence.ids) for sentence in sentences]
-    packs = pack(lengths, pack_budget(sum(lengths), encoder.device))
+    packs = packs_of(lengths, encoder.device)
     ends = np.cumsum([len(sentence.kept) for sentence in sentences])
     states: dict[States, np.ndarray] = {kind: np.empty((ends[-1], encoder.dim), dtype=np.float32) for kind in STATES}
-    results = each_on_a_core(lambda members: _forward(encoder, [sentences[i] for i in members]), packs)
+    results = encoder.each_pack(lambda members: _forward(encoder, [sentences[i] for i in members]), packs)
     for members, result in zip(packs, results, strict=True):
         start = 0
         for i in members:
