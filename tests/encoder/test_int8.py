@@ -1,6 +1,7 @@
 """8-bit products: near float32 on real weights, the same bits in any batch, refused where they cannot be."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,9 +57,27 @@ def test_a_text_has_the_same_bits_in_any_batch(encoder: Encoder) -> None:
         assert np.array_equal(encoder.encode(text)[0], vector)
 
 
-def test_it_keeps_a_byte_per_weight(exact: Encoder, encoder: Encoder) -> None:
+def test_single_words_are_near_as_well(exact: Encoder, encoder: Encoder) -> None:
+    words = ["radiosity", "Contracts", "s", "rating", "mail", "E-MAIL", "Sin", "Doug Pederson", "Leafs vs Wings"]
+    a, b = exact.encode(words, normalize=True), encoder.encode(words, normalize=True)
+    assert (a * b).sum(axis=1).min() >= 0.995
+
+
+def test_it_keeps_a_byte_per_weight_but_in_the_first_layers(exact: Encoder, encoder: Encoder) -> None:
     assert encoder.parameters == exact.parameters
-    assert all(module.weight is None for module in encoder.decoder.modules() if isinstance(module, Linear))
+    layers: Any = encoder.decoder.get_submodule("layers")
+    for place, layer in enumerate(layers):
+        products = [part for part in layer.modules() if isinstance(part, Linear)]
+        assert products and all((part.weight is None) == (place >= 3) for part in products)
+
+
+def test_the_input_of_a_product_stays_as_it_is() -> None:
+    for width in (64, 1):  # turned, and with nothing to turn
+        x = torch.randn(9, width)
+        before = x.clone()
+        with torch.inference_mode():
+            Int8Linear(Linear(width, 16))(x)
+        assert torch.equal(x, before)
 
 
 @given(rows=st.integers(1, 70), seed=st.integers(0, 2**31))

@@ -135,7 +135,7 @@ class Encoder:
             skip_instruction: leave the instruction out of the pooling. Left out: as the model says, else True.
             max_length: tokens per sequence, everything counted. Left out: as the model says, else 512.
             dtype: precision of the weights; vectors are float32 in any case. "int8" computes the products on a CPU in 8
-                bits, at about 1.6 times the speed; such an encoder cannot be trained.
+                bits, at about twice the speed; such an encoder cannot be trained.
             device: a torch device.
             causal: keep the decoder's causal mask, to measure what removing it is worth.
 

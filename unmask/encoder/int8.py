@@ -1,10 +1,10 @@
-"""Products of 8-bit weights and 8-bit activations on a CPU: about 1.6 times the speed of float32.
+"""Products of 8-bit weights and 8-bit activations on a CPU: about twice the speed of float32.
 
 One scale per token and one per row of a weight are all that such a product can carry at full speed. A decoder does not
 fit them as it is: a few of its channels are a hundred times larger than the rest, and would leave the rest a handful of
 steps. So the inputs of every product are turned first, in blocks of 64 by a Hadamard matrix, which spreads an outlier
 evenly over its block (QuaRot, arXiv 2404.00456); the weights are turned alike, and turning changes no product. On
-SmolLM2-135M that takes the worst cosine to float32 from 0.96 to above 0.99.
+SmolLM2-135M that takes the worst cosine to float32 from 0.96 to above 0.99, and three layers in float32 to 0.997.
 
 Sums of integers are exact, so a text has the same vector, to the bit, in any batch.
 """
@@ -21,7 +21,11 @@ from unmask.errors import UsageError
 _BLOCK = 64
 # Zero of the activations: oneDNN's fast product reads unsigned bytes.
 _ZERO = 128
+# From here on, float32 has whole numbers only.
+_LAST_BYTE = 2.0**23
 _EXPECTED_ROWS = 512
+# One layer in so many stays in float32, the first ones: what is rounded there goes through all others.
+_EXACT = 10
 
 
 class Int8Linear(Linear):
@@ -53,18 +57,22 @@ class Int8Linear(Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[T, in] -> [T, out], float32."""
-        x = input
-        if self.turn is not None:
-            x = product(x.reshape(-1, self.block), self.turn, None).view(-1, self.in_features)
-        largest = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True).clamp_min_(1e-30)  # [T, 1]
-        # Half a step more, and cutting the fraction off rounds to the nearest.
-        steps = torch.addcmul(torch.tensor(_ZERO + 0.5), x, 127.0 / largest).to(torch.uint8)  # [T, in]
+        if self.turn is None:
+            x = input.clone()
+        else:
+            x = product(input.reshape(-1, self.block), self.turn, None).view(-1, self.in_features)
+        # Of all ways to the largest magnitude this reads fastest: `vector_norm` takes 26 times as long.
+        largest = torch.maximum(x.amax(1, keepdim=True), x.amin(1, keepdim=True).neg_()).clamp_min_(1e-30)  # [T, 1]
+        # The last byte of such a sum is its rounded value, which takes a fifth of the time of casting to bytes.
+        steps = x.mul_(127.0 / largest).add_(_LAST_BYTE + _ZERO).view(torch.int32).to(torch.uint8)  # [T, in]
         out = _product(steps, self.packed, self.scale, self.zero).mul_(largest.div_(127.0))  # [T, out]
         return out if self.bias is None else out.add_(self.bias.detach())
 
 
 def quantise(module: nn.Module) -> None:
-    """Replace every `Linear` in a module by its 8-bit form, one at a time, so that memory never holds both.
+    """Replace the `Linear`s of a decoder by their 8-bit form, one at a time, so that memory never holds both.
+
+    The first tenth of the layers keeps its products in float32.
 
     Raises:
         UsageError: the module has none, or this machine has no exact 8-bit product.
@@ -75,13 +83,16 @@ def quantise(module: nn.Module) -> None:
         for name, child in parent.named_children()
         if isinstance(child, Linear)
     ]
+    layers = list(getattr(module, "layers", ()))
+    exact = {id(part) for layer in layers[: len(layers) // _EXACT] for part in layer.modules()}
     if not found:
         raise UsageError("dtype='int8' needs an architecture of unmask's own table; choose float32 or bfloat16")
     if not keeps_rows() or not _weight_steps():
         raise UsageError("dtype='int8': torch has no exact 8-bit product on this machine; choose float32")
     with torch.inference_mode(False), torch.no_grad():
         for parent, name, linear in found:
-            setattr(parent, name, Int8Linear(linear))
+            if id(linear) not in exact:
+                setattr(parent, name, Int8Linear(linear))
 
 
 def _product(steps: Tensor, packed: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
