@@ -83,7 +83,7 @@ def quantise(module: nn.Module) -> None:
         for name, child in parent.named_children()
         if isinstance(child, Linear)
     ]
-    layers = list(getattr(module, "layers", ()))
+    layers: list[nn.Module] = list(getattr(module, "layers", []))
     exact = {id(part) for layer in layers[: len(layers) // _EXACT] for part in layer.modules()}
     if not found:
         raise UsageError("dtype='int8' needs an architecture of unmask's own table; choose float32 or bfloat16")
