@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from contenders import CONTENDERS, GPU_BATCHES, GPU_CONTENDERS, Contender, Setting
+from contenders import BATCHES, CONTENDERS, GPU_BATCHES, GPU_CONTENDERS, Contender, Setting
 from contenders.models import MIXES, SHEARED_LLAMA, gflop_per_token, texts_of, token_counts, write_random, write_real
 from contenders.process import Absent, Process, keep_to
 from contenders.report import Report, Row, publish, write, wrong
@@ -181,9 +181,7 @@ def measure(
         for name in options.contenders:
             try:
                 contender, begin = CONTENDERS[name], partial(start, dtype=options.dtype)
-                several = options.device != "cpu" and len(contender.settings) > 1
-                settings = GPU_BATCHES if several else contender.settings
-                process = quickest(contender, settings, begin, by_length[::2], console)
+                process = quickest(contender, settings_of(contender, options), begin, by_length[::2], console)
             except Absent as error:
                 found.absent[name] = str(error)
                 console.print(f"{CONTENDERS[name].name}: {error}", markup=False)
@@ -215,6 +213,15 @@ def measure(
         for process in found.processes.values():
             process.close()
     return found
+
+
+def settings_of(contender: Contender, options: argparse.Namespace) -> Sequence[Setting]:
+    """The ways to try a contender in: its own, unless the device or `--batch` says otherwise."""
+    if contender.settings != BATCHES:
+        return contender.settings
+    if options.batch:
+        return (Setting(options.batch),)
+    return BATCHES if options.device == "cpu" else GPU_BATCHES
 
 
 def rows_of(options: argparse.Namespace, found: Rounds, tokens: int, peak_tokens: float) -> list[Row]:
@@ -342,6 +349,9 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--texts", type=int, help="left out: 64 for 135m, 16 for 1.3b, 8,192 on a GPU")
     parser.add_argument("--rounds", type=int, help="left out: 3, on a GPU 5")
     parser.add_argument(
+        "--batch", type=int, help="texts that PyTorch's peers pad together; left out: the quicker of 32 and 8"
+    )
+    parser.add_argument(
         "--contenders", nargs="+", choices=tuple(CONTENDERS), metavar="NAME", help=", ".join(CONTENDERS)
     )
     parser.add_argument(
@@ -364,8 +374,8 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         options.contenders = ["unmask", *options.contenders]  # the ratios are to it
     if options.device != "cpu" and (others := set(options.contenders) - set(GPU_CONTENDERS)):
         parser.error(f"--device {options.device}: {', '.join(sorted(others))} can be measured on a processor only")
-    if options.texts < 2 or options.rounds < 1:
-        parser.error("--texts must be at least 2 and --rounds at least 1")
+    if options.texts < 2 or options.rounds < 1 or (options.batch or 1) < 1:
+        parser.error("--texts must be at least 2, --rounds and --batch at least 1")
     return options
 
 
