@@ -26,6 +26,7 @@ from unmask.api.errors import ApiError
 from unmask.catalogue import votes
 from unmask.errors import AccountError, KeyRefused, UnmaskError, UsageError
 from unmask.router import Models
+from unmask.web.asked import asked_choice, asked_number, asked_place
 from unmask.web.bars import usage_chart
 from unmask.web.forms import KeyFields, sentence
 from unmask.web.private import Render, show
@@ -172,7 +173,7 @@ class AccountPages:
 
     async def usage(self, request: Request, person: Person) -> Response:
         first, last = asked_days(request)
-        what, by = _choice(request, "what", _FIGURES), _choice(request, "by", _SERIES)
+        what, by = asked_choice(request, "what", _FIGURES), asked_choice(request, "by", _SERIES)
         now = now_ms()
 
         def ask(connection: Connection) -> dict[str, Any]:
@@ -461,43 +462,6 @@ def _names(found: Sequence[Key]) -> dict[str, str]:
         else f"{key.settings.name} um_{key.id}".strip()
         for key in found
     }
-
-
-def _choice(request: Request, name: str, choices: Sequence[str]) -> str:
-    """A parameter out of `choices`, the first one if it is left out."""
-    given = request.query_params.get(name) or choices[0]
-    if given not in choices:
-        raise ApiError(400, f"The parameter '{name}' must be one of {', '.join(choices)}.", param=name)
-    return given
-
-
-def asked_number(request: Request, name: str) -> int | None:
-    """A whole number in the query string.
-
-    Raises:
-        ApiError: 400, it is none.
-    """
-    given = request.query_params.get(name)
-    if not given:
-        return None
-    if not (given.isascii() and given.isdecimal()) or len(given) > 18:
-        raise ApiError(400, f"The parameter '{name}' must be a whole number.", param=name)
-    return int(given)
-
-
-def asked_place(request: Request) -> tuple[int, str] | None:
-    """Where a page of a long list begins: the time and the id of the last row on the page before.
-
-    Raises:
-        ApiError: 400, it is not what that page gave.
-    """
-    given = request.query_params.get("before")
-    if not given:
-        return None
-    at, _, id = given.partition(".")
-    if not (at.isascii() and at.isdecimal()) or len(at) > 18 or not id:
-        raise ApiError(400, "The parameter 'before' must be what the page before gave.", param="before")
-    return int(at), id
 
 
 def _utc(milliseconds: int) -> str:
