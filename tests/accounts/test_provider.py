@@ -169,6 +169,42 @@ def test_an_address_with_a_password_stays_its_owners_and_is_linked_by_them(
             assert third.get("/account").url.path == "/account"
 
 
+def test_a_linked_identity_is_unlinked_by_whoever_knows_the_password(
+    browser: httpx.Client, site: LocalService, accounts: Accounts, elsewhere: OidcProvider
+) -> None:
+    owner = person(accounts, "linked@example.org")
+    identity = Identity(issuer=elsewhere.url, subject="linked", email="linked@example.org", verified=True)
+    do(accounts, lambda c: people.add_identity(c, owner.id, identity, now_ms()))
+    elsewhere.person = {"sub": "linked", "email": "linked@example.org", "email_verified": True}
+    with a_browser(site) as other:
+        assert other.get("/sign-in/provider").url.path == "/account"
+        fill(browser, "/sign-in", "/sign-in", email="linked@example.org", password=PASSWORD)
+        given = {"issuer": elsewhere.url, "unlink_password": PASSWORD}
+        reply = fill(browser, "/account/settings", "/account/unlink", **given | {"unlink_password": "not it"})
+        assert reply.status_code == 401 and "The password is not right." in text(reply)
+        reply = fill(browser, "/account/settings", "/account/unlink", **given | {"issuer": "https://nowhere.example"})
+        assert reply.status_code == 400 and "This sign-in is not linked to your account." in text(reply)
+        reply = fill(browser, "/account/settings", "/account/unlink", **given)
+        assert reply.url.path == "/sign-in" and "You can sign in that way no longer" in text(reply)
+        assert other.get("/account").url.path == "/sign-in", "every browser is signed out"
+        reply = other.get("/sign-in/provider")
+        assert reply.status_code == 400 and "link Example on the page 'Settings'" in text(reply)
+    assert do(accounts, lambda c: people.identities_of(c, owner.id)) == []
+    fill(browser, "/sign-in", "/sign-in", email="linked@example.org", password=PASSWORD)
+    assert "Unlink it" not in text(browser.get("/account/settings"))
+
+
+def test_whoever_has_no_password_cannot_unlink_the_only_way_in(
+    browser: httpx.Client, accounts: Accounts, elsewhere: OidcProvider
+) -> None:
+    elsewhere.person = {"sub": "only", "email": "only@example.org"}
+    assert browser.get("/sign-in/provider").url.path == "/account"
+    assert "Unlink it" not in text(browser.get("/account/settings"))
+    reply = fill(browser, "/account/settings", "/account/unlink", issuer=elsewhere.url)
+    assert reply.status_code == 400 and "Set a password first" in text(reply)
+    assert browser.get("/account").url.path == "/account"
+
+
 def test_an_identity_is_linked_to_one_account_only_and_by_nobody_else(
     browser: httpx.Client, site: LocalService, accounts: Accounts, elsewhere: OidcProvider
 ) -> None:

@@ -374,6 +374,21 @@ class Accounts:
 
         await self.write(write)
 
+    async def unlink(self, person: Person, issuer: str, password: str, *, address: str, session: str = "") -> None:
+        """End signing in with an issuer's identity, and every session of the person.
+
+        Raises:
+            UsageError, SignInRefused, RateLimited.
+        """
+        await self.confirm(person, password, address=address, session=session)
+        now = now_ms()
+
+        def write(connection: Connection) -> None:
+            people.remove_identity(connection, person.id, issuer)
+            audit.note(connection, now, person.id, "person.unlink", person.id, address=address, issuer=issuer)
+
+        await self.write(write)
+
     async def throttle_place(self, address: str) -> None:
         """Count a try to sign in that names nobody yet.
 

@@ -338,6 +338,22 @@ def identities_of(connection: Connection, person: str) -> list[str]:
     return [row.issuer for row in connection.execute(wanted)]
 
 
+def remove_identity(connection: Connection, person: str, issuer: str) -> None:
+    """Let a person sign in with an issuer no longer, and end their sessions.
+
+    Raises:
+        UsageError: they have none there, or no password to sign in with instead.
+    """
+    if not has_password(connection, person):
+        raise UsageError("set a password first: there would be no way left to sign in")
+    removed = connection.execute(
+        identities.delete().where(identities.c.person_id == person, identities.c.issuer == issuer)
+    )
+    if not removed.rowcount:
+        raise UsageError("this sign-in is not linked to your account")
+    connection.execute(sessions.delete().where(sessions.c.person_id == person))
+
+
 def has_password(connection: Connection, person: str) -> bool:
     """Whether a person can sign in with one; whoever came by way of a provider has none at first."""
     return connection.scalar(sa.select(people.c.password).where(people.c.id == person)) not in (None, NO_PASSWORD)

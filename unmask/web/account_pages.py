@@ -67,6 +67,7 @@ class AccountPages:
             Route("/account/ledger.csv", for_person(self.ledger_csv)),
             Route("/account/settings", for_person(self.settings)),
             Route("/account/password", for_form(self.change_password), methods=["POST"]),
+            Route("/account/unlink", for_form(self.unlink), methods=["POST"]),
             Route("/account/delete", for_form(self.delete), methods=["POST"]),
         ]
 
@@ -309,6 +310,21 @@ class AccountPages:
         end_session(request, answer)
         return answer
 
+    async def unlink(self, request: Request, person: Person, form: Form) -> Response:
+        try:
+            await self.accounts.unlink(
+                person,
+                form.get("issuer"),
+                form.raw("unlink_password"),
+                address=address_of(request),
+                session=session_token(request),
+            )
+        except (UsageError, AccountError) as wrong:
+            return await self._settings_page(request, person, wrong)
+        answer = go("/sign-in?done=unlinked")
+        end_session(request, answer)
+        return answer
+
     async def delete(self, request: Request, person: Person, form: Form) -> Response:
         try:
             if form.get("sure") != "yes":
@@ -394,6 +410,7 @@ class AccountPages:
             wrong,
             **found,
             provider=provider.name if provider else "",
+            linked_by=[(issuer, issuer) for issuer in found["issuers"]],
             linked=provider is not None and provider.settings.issuer in found["issuers"],
             shortest=people.SHORTEST_PASSWORD,
         )

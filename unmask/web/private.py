@@ -14,6 +14,7 @@ from unmask.web.visitors import form_token
 _NOTICES = {
     "signed-up": "If nobody had this address yet, its account is there now. Sign in with the password you chose.",
     "signed-out": "You are signed out.",
+    "unlinked": "You can sign in that way no longer, and every browser is signed out. Sign in with your password.",
     "password": "The password is changed, and every browser is signed out. Sign in with the new one.",
     "linked": "From now on you can sign in that way as well.",
     "deleted": "The account is deleted.",
