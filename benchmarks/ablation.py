@@ -183,10 +183,12 @@ def draw(folder: Path, results: Results, rows: Sequence[Row]) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 9, "svg.fonttype": "none"})
+    plt.rcParams.update(
+        {"font.family": "DejaVu Sans", "font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "unmask"}
+    )
     means = {model.name: means_of(model) for model in results.models}
     kinds = list(means[rows[0].name])[::-1]
-    figure, axes = plt.subplots(figsize=(8, 1.6 + 0.45 * len(kinds)))
+    figure, axes = plt.subplots(figsize=(8, 1.6 + 0.45 * len(kinds)), layout="constrained")
     colours = ("#9aa0a6", "#4c78a8", "#59a14f", "#f28e2b", "#b4322f")
     for row, colour, marker in zip(rows, colours, "osD^P", strict=True):
         points = [(value, place) for place, kind in enumerate(kinds) if (value := means[row.name][kind]) is not None]
@@ -202,9 +204,9 @@ def draw(folder: Path, results: Results, rows: Sequence[Row]) -> None:
     axes.set_title("What each step is worth", loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", linewidth=0.4, alpha=0.5)
-    axes.legend(frameon=False, fontsize=8, ncols=len(rows), loc="upper center", bbox_to_anchor=(0.5, -0.28))
-    figure.savefig(folder / "ablation.svg", bbox_inches="tight")
-    figure.savefig(folder / "ablation.png", dpi=140, bbox_inches="tight")
+    figure.legend(frameon=False, fontsize=8, ncols=len(rows), loc="outside lower center")
+    figure.savefig(folder / "ablation.svg", metadata={"Date": None})
+    figure.savefig(folder / "ablation.png", dpi=140)
     plt.close(figure)
 
 

@@ -1,4 +1,4 @@
-"""unmask, by its own door."""
+"""unmask, by its own door, with what the command line sets for a process of its own (`keep_few_products`)."""
 
 from typing import Any
 
@@ -6,10 +6,12 @@ import torch
 
 from contenders import LONGEST, Job, Run
 from unmask import Encoder
+from unmask.cli import keep_few_products
 
 
 def load(job: Job) -> Run:
     """`Encoder.encode`, which sorts and packs by itself."""
+    keep_few_products()
     torch.set_num_threads(job.threads)
     dtype: Any = job.dtype
     encoder = Encoder.load(job.folder, dtype=dtype, device=job.device, max_length=LONGEST)

@@ -301,6 +301,12 @@ def test_another_model_is_refused(job: EncodeJob, launch: Launch, golden_dir: Pa
         run(job, lambda: Encoder.load(golden_dir / "tiny_gemma"))
 
 
+def test_another_precision_is_refused(job: EncodeJob, launch: Launch, golden_dir: Path) -> None:
+    interrupt(launch, job)
+    with pytest.raises(UsageError, match=r"was made with dtype='float32', and this one has dtype='int8, "):
+        run(job, lambda: Encoder.load(golden_dir / "tiny_llama", dtype="int8"))
+
+
 def test_vectors_beyond_the_record_are_dropped(tmp_path: Path, job: EncodeJob, launch: Launch) -> None:
     launch(replace(job, output=str(tmp_path / "whole.npy")))
     spool = interrupt(launch, job)

@@ -41,6 +41,12 @@ def test_everything_that_decides_a_vector_is_in_the_revision(tiny: str) -> None:
     assert open_contender(tiny + "?causal=false&name=other").revision == open_contender(tiny).revision
 
 
+def test_another_way_to_8_bits_is_another_revision(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = open_contender(tiny + "?dtype=int8").revision
+    monkeypatch.setattr("unmask.encoder.encoder.METHOD", "int8, in another way")
+    assert open_contender(tiny + "?dtype=int8").revision != before
+
+
 def test_a_cut_keeps_the_first_numbers(tiny: str) -> None:
     whole, cut = open_contender(tiny), open_contender(tiny + "?dimensions=8&name=short")
     assert (cut.name, cut.kind, cut.dimensions, cut.parameters) == ("short", "unmask", 8, whole.parameters)

@@ -65,7 +65,7 @@ def serve(
     api_key_file
         File with one API key per line; callers must present one as "Authorization: Bearer KEY".
     dtype
-        Precision of the weights. int8 answers about twice as fast; its vectors have a cosine of about 0.9993 to
+        Precision of the weights. int8 answers almost twice as fast; its vectors have a cosine of about 0.9994 to
         those of float32.
     device
         A torch device, such as cpu or cuda. On a GPU choose bfloat16.

@@ -17,7 +17,7 @@ from unmask.encoder.architectures import shape_of
 from unmask.encoder.cores import each_on_a_core, seal, size, unseal
 from unmask.encoder.decoder import Decoder
 from unmask.encoder.gpu import Gpu, in_flight
-from unmask.encoder.int8 import quantise
+from unmask.encoder.int8 import METHOD, quantise
 from unmask.encoder.packing import packs_of
 from unmask.encoder.pooling import POOLINGS, pool
 from unmask.encoder.prompt import DefaultPrompts, Prompt
@@ -47,6 +47,7 @@ class Encoder:
         name: the id or path it was loaded by.
         checkpoint: the files behind it; `checkpoint.revision` is their content address.
         pooling, max_length, compat: as loaded.
+        precision: what its products are computed in and how, in words that change when its vectors do.
         dim: length of a vector.
     """
 
@@ -60,6 +61,7 @@ class Encoder:
         max_length: int,
         compat: Compat,
         dim: int,
+        precision: str = "float32",
     ) -> None:
         self.name = checkpoint.name
         self.checkpoint = checkpoint
@@ -69,6 +71,7 @@ class Encoder:
         self.pooling = pooling
         self.max_length = max_length
         self.compat = compat
+        self.precision = precision
         self.dim = dim
         self._gpu = Gpu(decoder, pooling) if self.device.type == "cuda" else None
 
@@ -135,7 +138,7 @@ class Encoder:
             skip_instruction: leave the instruction out of the pooling. Left out: as the model says, else True.
             max_length: tokens per sequence, everything counted. Left out: as the model says, else 512.
             dtype: precision of the weights; vectors are float32 in any case. "int8" computes the products on a CPU in 8
-                bits, at about twice the speed; such an encoder cannot be trained.
+                bits, at almost twice the speed; such an encoder cannot be trained.
             device: a torch device.
             causal: keep the decoder's causal mask, to measure what removing it is worth.
 
@@ -173,7 +176,16 @@ class Encoder:
             quantise(decoder)
         seal(decoder)
         _return_memory()
-        return cls(checkpoint, decoder, prompts, pooling=pooling, max_length=length, compat=compat, dim=dim)
+        return cls(
+            checkpoint,
+            decoder,
+            prompts,
+            pooling=pooling,
+            max_length=length,
+            compat=compat,
+            dim=dim,
+            precision=METHOD if dtype == "int8" else dtype,
+        )
 
     def encode(
         self,

@@ -167,7 +167,7 @@ def _options(job: EncodeJob, encoder: Encoder, target: str) -> dict[str, Any]:
         "compat": encoder.compat,
         "pooling": encoder.pooling,
         "max_length": encoder.max_length,
-        "dtype": str(encoder.dtype).removeprefix("torch."),
+        "dtype": encoder.precision,
         "device": encoder.device.type,
         "instruction": job.instruction,
         "prompt": hashlib.sha256(repr((probe.pooled, probe.ids.tolist())).encode()).hexdigest()[:16],

@@ -23,12 +23,12 @@ class DecoderContender:
 
     kind: Kind = "unmask"
 
-    def __init__(self, encoder: Encoder, name: str, *, dtype: str, causal: bool, takes_instructions: bool) -> None:
+    def __init__(self, encoder: Encoder, name: str, *, causal: bool, takes_instructions: bool) -> None:
         self.encoder, self.name, self.causal = encoder, name, causal
         self.takes_instructions = takes_instructions
         self.dimensions = encoder.dim
         self.parameters: int | None = encoder.parameters
-        self.revision = f"{encoder.checkpoint.revision}-{_digest(_deciding(encoder, dtype, causal))}"
+        self.revision = f"{encoder.checkpoint.revision}-{_digest(_deciding(encoder, causal))}"
 
     def encode(self, texts: Sequence[str], instruction: str = "") -> np.ndarray:
         """float32 [n, dimensions], raw."""
@@ -61,12 +61,12 @@ def open_decoder(options: Options) -> DecoderContender:
     )
     said = encoder.checkpoint.encoder_config.get("takes_instructions", True)
     takes = options.flag("instructions") if options.one("instructions") is not None else bool(said)
-    return DecoderContender(encoder, shown_name(options), dtype=dtype, causal=causal, takes_instructions=takes)
+    return DecoderContender(encoder, shown_name(options), causal=causal, takes_instructions=takes)
 
 
-def _deciding(encoder: Encoder, dtype: str, causal: bool) -> str:
+def _deciding(encoder: Encoder, causal: bool) -> str:
     """Everything besides the weights that decides a vector, in words."""
-    return f"{encoder.pooling} {encoder.max_length} {encoder.compat} {dtype} causal={causal}"
+    return f"{encoder.pooling} {encoder.max_length} {encoder.compat} {encoder.precision} causal={causal}"
 
 
 def _digest(words: str) -> str:
