@@ -215,15 +215,16 @@ class Encoder:
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         _require_strings(texts)
-        # On a CPU there is nothing to gain: whoever tokenises holds a core.
-        block = len(texts) if self._gpu is None else _BLOCK_TEXTS
-        blocks = (
-            self.prompts.build(texts[first : first + block], instruction, truncate, first=first)
-            for first in range(0, len(texts), max(block, 1))
-        )
-        vectors = [self.encode_prompts(prompts) for prompts in (blocks if self._gpu is None else ahead(blocks))]
-        whole = np.concatenate(vectors) if vectors else np.empty((0, self.dim), dtype=np.float32)
-        return finish(whole, normalize=normalize, dimensions=dimensions)
+        if self._gpu is None:  # nothing to gain from tokenising ahead: whoever does holds a core
+            vectors = self.encode_prompts(self.prompts.build(texts, instruction, truncate))
+        else:
+            blocks = (
+                self.prompts.build(texts[first : first + _BLOCK_TEXTS], instruction, truncate, first=first)
+                for first in range(0, len(texts), _BLOCK_TEXTS)
+            )
+            nothing = np.empty((0, self.dim), dtype=np.float32)
+            vectors = np.concatenate([nothing, *map(self.encode_prompts, ahead(blocks))])
+        return finish(vectors, normalize=normalize, dimensions=dimensions)
 
     def encode_prompts(self, prompts: Sequence[Prompt]) -> np.ndarray:
         """Raw vectors of prepared prompts, float32 [n, dim], in their order."""
