@@ -65,7 +65,7 @@ class Int8Linear(Linear):
             x = product(input.reshape(-1, self.block), self.turn, None).view(-1, self.in_features)
         # Of all ways to the largest magnitude this reads fastest: `vector_norm` takes 26 times as long.
         largest = torch.maximum(x.amax(1, keepdim=True), x.amin(1, keepdim=True).neg_()).clamp_min_(1e-30)  # [T, 1]
-        # The last byte of such a sum is its rounded value, which takes a fifth of the time of casting to bytes.
+        # The last byte of such a sum is its rounded value, at a quarter of the time of casting to bytes, or less.
         steps = x.mul_(127.0 / largest).add_(_LAST_BYTE + _ZERO).view(torch.int32).to(torch.uint8)  # [T, in]
         out = _product(steps, self.packed, self.scale, self.zero).mul_(largest.div_(127.0))  # [T, out]
         return out if self.bias is None else out.add_(self.bias.detach())
