@@ -1,6 +1,7 @@
 """Fixtures shared by all rooms: where the small models lie, and how to get the large ones."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,21 @@ hypothesis.settings.register_profile("unmask", deadline=None)
 hypothesis.settings.load_profile("unmask")
 
 keep_few_products()
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Name a parameter in a test's id: short, readable, and the same in every process.
+
+    pytest would write bytes and long texts out. A gzip header holds the time of day, so two xdist workers would then
+    collect different tests. Equal names are numbered by pytest.
+    """
+    if isinstance(val, bytes):
+        return f"{len(val)}-bytes"
+    if isinstance(val, str) and (len(val) > 40 or not val.isascii() or not val.isprintable()):
+        words = " ".join(re.findall(r"[A-Za-z0-9_.]+", val))
+        return words[:40].strip() or f"{len(val)}-characters"
+    return None
+
 
 REPOSITORY = Path(__file__).parent.parent
 REAL_MODELS = {
