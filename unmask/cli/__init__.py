@@ -5,15 +5,15 @@ import sys
 from collections.abc import Sequence
 
 from unmask.cli import (  # noqa: F401 - each adds its commands to the program
-    accounting,
-    cataloguing,
-    crediting,
-    encoding,
-    evaluating,
-    keying,
-    pricing,
-    serving,
-    training,
+    accounts,
+    catalogue,
+    encode,
+    evaluate,
+    keys,
+    ledger,
+    prices,
+    serve,
+    train,
 )
 from unmask.cli.program import app, say
 from unmask.errors import UnmaskError

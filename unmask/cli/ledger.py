@@ -4,7 +4,7 @@ from contextlib import closing
 
 from cyclopts import App
 
-from unmask.cli.accounting import accounts
+from unmask.cli.accounts import accounts
 from unmask.cli.database import DatabaseUrl, opened, reading, writing
 from unmask.cli.program import ACTOR, app, moment, say, table, typed_dollars
 

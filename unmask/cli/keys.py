@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from unmask.cli.accounting import accounts
+from unmask.cli.accounts import accounts
 from unmask.cli.database import DatabaseUrl, reading, writing
 from unmask.cli.program import ACTOR, moment, say, table, typed_dollars
 

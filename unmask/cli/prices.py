@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from unmask.cli.accounting import accounts
+from unmask.cli.accounts import accounts
 from unmask.cli.database import DatabaseUrl, reading, writing
 from unmask.cli.program import ACTOR, table, typed_dollars
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
-from unmask.cli.mailing import MailFrom, MailUrl, named_server
+from unmask.cli.mail import MailFrom, MailUrl, named_server
 from unmask.cli.program import app, say
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import App, Group, Parameter
 
 from unmask.cli.database import DatabaseUrl, opened, reading, writing
-from unmask.cli.mailing import MailFrom, MailUrl, PublicUrl, named_server, send
+from unmask.cli.mail import MailFrom, MailUrl, PublicUrl, named_server, send
 from unmask.cli.program import ACTOR, app, say, table, typed_dollars
 
 if TYPE_CHECKING:
