@@ -403,7 +403,7 @@ def test_usage_ledger_and_requests_agree_with_the_books(site: LocalService, acco
 
 
 def test_long_lists_have_pages_and_csv_has_all(site: LocalService, accounts: Accounts, monkeypatch) -> None:
-    monkeypatch.setattr("unmask.web.account_pages._CSV_PAGE", 20)
+    monkeypatch.setattr("unmask.web.account.pages._CSV_PAGE", 20)
     who = person(accounts, "long@example.org", nano=0)
     amounts = range(1, 121)
 

@@ -103,7 +103,7 @@ def test_the_examples_do_what_they_say(service: LocalService) -> None:
     page = get(service, "/models/tiny_llama")
     codes = page.text.split("a second text")
     assert len(codes) >= 5
-    from unmask.web.snippets import snippets
+    from unmask.web.catalogue.snippets import snippets
 
     record = msgspec.structs.replace(service.models.list()[0].record, query_instruction="Find it's twin:")
     for snippet in snippets(record, service.url, secured=False):

@@ -9,7 +9,7 @@ from api.live import KEY, LocalService, Reply
 
 from unmask import Encoder
 from unmask.api.errors import ApiError
-from unmask.web.playground import Allowance
+from unmask.web.catalogue.playground import Allowance
 
 from .conftest import HTML
 from .html import Page

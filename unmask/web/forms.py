@@ -7,7 +7,7 @@ from datetime import UTC, date, datetime, timedelta
 from unmask.accounts import money
 from unmask.accounts.keys import SCOPES, KeySettings
 from unmask.errors import UsageError
-from unmask.web.visitors import Form
+from unmask.web.sessions import Form
 
 
 @dataclass(frozen=True)

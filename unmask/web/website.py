@@ -30,14 +30,17 @@ from unmask.catalogue.measurement import LOCAL, MTEB
 from unmask.catalogue.speed import points_of
 from unmask.errors import StorageError, UnmaskError
 from unmask.router import Models
-from unmask.web import documentation, lines, plots, twins
-from unmask.web.account_pages import AccountPages
-from unmask.web.admin_pages import AdminPages
-from unmask.web.browse import Listing, browse, choices_of, read_query
-from unmask.web.comparison import MOST, chosen_ids, compare
-from unmask.web.entrance import Entrance
-from unmask.web.operating import Operating
-from unmask.web.playground import (
+from unmask.web.account.pages import AccountPages
+from unmask.web.account.sign_in import Entrance
+from unmask.web.account.votes import Wanting, account_seams
+from unmask.web.account_hooks import Seams
+from unmask.web.admin.models import Operating
+from unmask.web.admin.pages import AdminPages
+from unmask.web.catalogue import alternates, documentation, quality_charts, speed_charts
+from unmask.web.catalogue.comparison import MOST, chosen_ids, compare
+from unmask.web.catalogue.listing import Listing, browse, choices_of, read_query
+from unmask.web.catalogue.model_view import MEANINGS, Shown, all_shown, one_shown, pipeline, source_key, sources
+from unmask.web.catalogue.playground import (
     BODY_LIMIT,
     EXAMPLE,
     MOST_CHARACTERS,
@@ -48,12 +51,9 @@ from unmask.web.playground import (
     read_trial,
     run_trial,
 )
+from unmask.web.catalogue.snippets import Snippet, snippets
 from unmask.web.rendering import HEADERS, answer, assets, base_url, environment, page
-from unmask.web.seams import Seams
-from unmask.web.shown import MEANINGS, Shown, all_shown, one_shown, pipeline, source_key, sources
-from unmask.web.snippets import Snippet, snippets
-from unmask.web.visitors import Handler, Reception
-from unmask.web.wanting import Wanting, account_seams
+from unmask.web.sessions import Handler, Reception
 
 log = logging.getLogger("unmask")
 
@@ -144,8 +144,8 @@ class Website:
             listing=listing,
             query=listing.query,
             priced=any(shown.record.prices for shown in listing.rows),
-            speed=plots.quality_and_speed(listing.found),
-            size=plots.quality_and_size(listing.found),
+            speed=quality_charts.quality_and_speed(listing.found),
+            size=quality_charts.quality_and_size(listing.found),
             most=MOST,
             ask=await self.seams.ask(request) if self.seams.ask else None,
             votes=votes,
@@ -246,12 +246,14 @@ class Website:
         return answer(request, text, "text/plain")
 
     async def sitemap(self, request: Request) -> Response:
-        models = [(shown, twins.changed_on(shown)) for shown in self._all()]
+        models = [(shown, alternates.changed_on(shown)) for shown in self._all()]
         text = environment().get_template("sitemap.xml.j2").render(base=self.base(request), models=models)
         return answer(request, text, "application/xml")
 
     async def feed(self, request: Request) -> Response:
-        text = environment().get_template("feed.xml.j2").render(base=self.base(request), news=twins.news(self._all()))
+        text = (
+            environment().get_template("feed.xml.j2").render(base=self.base(request), news=alternates.news(self._all()))
+        )
         return answer(request, text, "application/rss+xml")
 
     async def robots(self, request: Request) -> Response:
@@ -368,15 +370,15 @@ class Website:
             related=_related(shown, self._all()),
             want=await self.seams.want(request, shown.record) if self.seams.want and not shown.answers else None,
             points=points,
-            sweep=lines.sweep_charts(points) if shown.answers else [],
-            recent=lines.history_charts(recent),
+            sweep=speed_charts.sweep_charts(points) if shown.answers else [],
+            recent=speed_charts.history_charts(recent),
             answered=sum(stretch.requests for stretch in recent),
-            linked_data=twins.linked_data(shown, self.base(request)),
+            linked_data=alternates.linked_data(shown, self.base(request)),
             tokens=self.metrics.encoded().get(shown.record.id, 0),
         )
 
     def _model_json(self, request: Request, shown: Shown) -> Response:
-        text = msgspec.json.format(msgspec.json.encode(twins.as_json(shown))).decode()
+        text = msgspec.json.format(msgspec.json.encode(alternates.as_json(shown))).decode()
         return answer(request, text, "application/json")
 
     def _model_markdown(self, request: Request, shown: Shown) -> Response:

@@ -16,11 +16,11 @@ from unmask.accounts.tariff import Plan, Price
 from unmask.api.errors import ApiError
 from unmask.errors import AccountError, LedgerRefused, UnmaskError, UsageError
 from unmask.router import Models
-from unmask.web.account_pages import PER_PAGE
-from unmask.web.asked import asked_number, asked_place
+from unmask.web.account.pages import PER_PAGE
 from unmask.web.forms import dollars, whole
-from unmask.web.private import Render, show
-from unmask.web.visitors import Form, address_of, for_form, for_person, go
+from unmask.web.page_shell import Render, show
+from unmask.web.query import asked_number, asked_place
+from unmask.web.sessions import Form, address_of, for_form, for_person, go
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,11 +26,11 @@ from unmask.api.errors import ApiError
 from unmask.catalogue import votes
 from unmask.errors import AccountError, KeyRefused, UnmaskError, UsageError
 from unmask.router import Models
-from unmask.web.asked import asked_choice, asked_number, asked_place
-from unmask.web.bars import usage_chart
+from unmask.web.account.usage_chart import usage_chart
 from unmask.web.forms import KeyFields, sentence
-from unmask.web.private import Render, show
-from unmask.web.visitors import Form, address_of, end_session, for_form, for_person, go, session_token
+from unmask.web.page_shell import Render, show
+from unmask.web.query import asked_choice, asked_number, asked_place
+from unmask.web.sessions import Form, address_of, end_session, for_form, for_person, go, session_token
 
 PER_PAGE = 50
 OVERLAPS = {"0": "at once", "1": "in an hour", "24": "in a day", "168": "in a week"}  # by hours

@@ -8,7 +8,7 @@ from urllib.parse import urlencode
 from starlette.datastructures import QueryParams
 
 from unmask.api.errors import ApiError
-from unmask.web.shown import ORDER, Shown
+from unmask.web.catalogue.model_view import ORDER, Shown
 
 PER_PAGE = 50
 

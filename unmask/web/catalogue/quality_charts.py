@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from unmask.catalogue.measurement import Measurement
 from unmask.evaluate.report.charts import Point, Scatter, scatters
-from unmask.web.shown import Shown, source_key
+from unmask.web.catalogue.model_view import Shown, source_key
 
 # Colours by what a visitor can do with the model.
 _COLOURS = {"live": 0, "deprecated": 0, "reference": 2}

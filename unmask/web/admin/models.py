@@ -20,9 +20,9 @@ from unmask.catalogue.onboarding.run import take_live
 from unmask.catalogue.requests import check_id
 from unmask.catalogue.store import Outcome, outcomes, put_fields, read_catalogue, read_record, step
 from unmask.errors import UsageError
-from unmask.web.private import Render, show
+from unmask.web.page_shell import Render, show
 from unmask.web.rendering import HEADERS
-from unmask.web.visitors import Form, address_of, for_form, for_person
+from unmask.web.sessions import Form, address_of, for_form, for_person
 
 PAGE = "/admin/models"
 

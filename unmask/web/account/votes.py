@@ -14,10 +14,10 @@ from unmask.accounts.people import Person
 from unmask.catalogue import Catalogue, Record, votes
 from unmask.catalogue.requests import want
 from unmask.errors import UsageError
-from unmask.web.private import Render, show
+from unmask.web.account_hooks import Seams, WantIt
+from unmask.web.page_shell import Render, show
 from unmask.web.rendering import HEADERS
-from unmask.web.seams import Seams, WantIt
-from unmask.web.visitors import Form, for_form, for_person, form_token, visitor, visitor_links
+from unmask.web.sessions import Form, for_form, for_person, form_token, visitor, visitor_links
 
 ACTION, PAGE, SIGN_IN = "/want", "/wanted", "/sign-in"
 

@@ -9,9 +9,9 @@ from starlette.datastructures import QueryParams
 from unmask.api.errors import ApiError
 from unmask.catalogue import Catalogue
 from unmask.router import Models
-from unmask.web.browse import Listing, browse, choices_of, read_query
-from unmask.web.comparison import MOST, chosen_ids, compare
-from unmask.web.shown import Shown, all_shown
+from unmask.web.catalogue.comparison import MOST, chosen_ids, compare
+from unmask.web.catalogue.listing import Listing, browse, choices_of, read_query
+from unmask.web.catalogue.model_view import Shown, all_shown
 
 from .conftest import COMING, DEFAULT, HTML, REFERENCE
 from .html import Page

@@ -13,8 +13,8 @@ from unmask.accounts.database import now_ms
 from unmask.accounts.people import Person
 from unmask.accounts.provider import Provider, Visit
 from unmask.errors import AccountError, AddressTaken, SignInRefused, UnmaskError, UsageError
-from unmask.web.private import Render, show
-from unmask.web.visitors import (
+from unmask.web.page_shell import Render, show
+from unmask.web.sessions import (
     Form,
     address_of,
     check_form,

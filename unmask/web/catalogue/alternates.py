@@ -8,8 +8,8 @@ from urllib.parse import quote
 import msgspec
 
 from unmask.catalogue.record import Price
+from unmask.web.catalogue.model_view import Shown
 from unmask.web.rendering import price
-from unmask.web.shown import Shown
 
 
 def as_json(shown: Shown) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from unmask.catalogue.figures import SUITES, Figures
 from unmask.catalogue.measurement import LOCAL, MTEB, Measurement, Origin
 from unmask.evaluate.report import wording
 from unmask.evaluate.report.story import CATEGORY_NAMES
+from unmask.web.catalogue.model_view import Shown
 from unmask.web.rendering import day, price
-from unmask.web.shown import Shown
 
 MOST = 6
 

@@ -8,7 +8,7 @@ from starlette.responses import Response
 from unmask.api.errors import api_error
 from unmask.errors import RateLimited, UnmaskError, UsageError
 from unmask.web.forms import sentence
-from unmask.web.visitors import form_token
+from unmask.web.sessions import form_token
 
 # What a page says after a form has done its work; only these words, never any out of the address.
 _NOTICES = {

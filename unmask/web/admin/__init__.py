@@ -1,0 +1,1 @@
+"""Pages for the operator's admins: accounts, prices, plans, models and the audit log."""

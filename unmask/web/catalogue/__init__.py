@@ -1,0 +1,1 @@
+"""Public pages: the catalogue of models, comparison, documentation, status, playground and feeds."""
