@@ -13,7 +13,7 @@ from rich.console import Console
 from unmask.cli import app
 from unmask.errors import UsageError
 from unmask.evaluate.compare import compare, compare_named, drift, open_measured
-from unmask.evaluate.contender import Kind
+from unmask.evaluate.models.embedding_model import Kind
 from unmask.evaluate.report import print_comparison, write_comparison
 from unmask.evaluate.results import (
     Category,

@@ -7,8 +7,8 @@ import pytest
 from unmask.errors import UsageError
 from unmask.evaluate.instructions import instruction_for
 from unmask.evaluate.local import LOCAL_TASKS
-from unmask.evaluate.local.data import beginning, read_rows, sample
-from unmask.evaluate.published import SAME_DATA
+from unmask.evaluate.local.examples import beginning, read_rows, sample
+from unmask.evaluate.published_scores import SAME_DATA
 
 # Another digest is another task: its scores compare with no earlier ones, and docs/evaluation.md has to say so.
 DIGESTS = {

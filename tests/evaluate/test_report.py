@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from invented import FAILED, FAILURE, LONG, MINILM, MODELS, MPNET, SUBJECT, TASKS, invent
+from synthetic_results import FAILED, FAILURE, LONG, MINILM, MODELS, MPNET, SUBJECT, TASKS, invent
 
 from unmask.errors import UsageError
-from unmask.evaluate.published import SAME_DATA, PublishedModel
-from unmask.evaluate.report import wording, write_report
+from unmask.evaluate.published_scores import SAME_DATA, PublishedModel
+from unmask.evaluate.report import formatting, write_report
 from unmask.evaluate.report.charts import quality_and_size, quality_and_speed, task_bars
-from unmask.evaluate.report.story import tell
+from unmask.evaluate.report.report_model import tell
 from unmask.evaluate.results import (
     Category,
     Cost,
@@ -338,12 +338,14 @@ def test_without_published_scores_nothing_speaks_of_them(tmp_path: Path) -> None
 
 
 def test_figures_in_words() -> None:
-    assert wording.signed(-0.004) == "0.00" and wording.signed(-1.2, 1) == "−1.2" and wording.signed(None) == "–"
-    assert wording.magnitude(134_515_008) == "135 M" and wording.magnitude(1_204_000_000, "B") == "1.2 GB"
-    assert wording.magnitude(7_111_000_000) == "7.1 B" and wording.count(9.4) == "9.4"
-    assert wording.duration(3.2) == "3.2 s" and wording.duration(4000) == "1 h 6 min"
-    assert wording.short_names(["o/a", "p/a", "q/b"]) == {"o/a": "o/a", "p/a": "p/a", "q/b": "b"}
-    assert len(wording.shortened(LONG, 30)) == 30 and wording.shortened("short", 30) == "short"
+    assert (
+        formatting.signed(-0.004) == "0.00" and formatting.signed(-1.2, 1) == "−1.2" and formatting.signed(None) == "–"
+    )
+    assert formatting.magnitude(134_515_008) == "135 M" and formatting.magnitude(1_204_000_000, "B") == "1.2 GB"
+    assert formatting.magnitude(7_111_000_000) == "7.1 B" and formatting.count(9.4) == "9.4"
+    assert formatting.duration(3.2) == "3.2 s" and formatting.duration(4000) == "1 h 6 min"
+    assert formatting.short_names(["o/a", "p/a", "q/b"]) == {"o/a": "o/a", "p/a": "p/a", "q/b": "b"}
+    assert len(formatting.shortened(LONG, 30)) == 30 and formatting.shortened("short", 30) == "short"
 
 
 def browser() -> str:

@@ -98,7 +98,7 @@ def test_one_failing_task_does_not_lose_the_others(
             raise MemoryError("the model ate it")
         return np.random.default_rng(len(texts)).normal(size=(len(texts), 256)).astype(np.float32)
 
-    monkeypatch.setattr("unmask.evaluate.contenders.static.StaticContender.encode", broken)
+    monkeypatch.setattr("unmask.evaluate.models.static.StaticContender.encode", broken)
     results = evaluate(
         Evaluation(models=("wordllama:default",), tasks=("STS16", "PassageRetrieval"), data=data, output=tmp_path / "o")
     )

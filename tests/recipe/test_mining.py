@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from unmask.errors import UsageError
 from unmask.evaluate.cache import VectorCache
-from unmask.evaluate.contenders import open_contender
+from unmask.evaluate.models import open_contender
 from unmask.recipe import mining
 from unmask.recipe.mining import Mining, limits_of, mine, nearest
 

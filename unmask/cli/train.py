@@ -120,7 +120,7 @@ def mine(
 
     from rich.console import Console
 
-    from unmask.evaluate.contenders import open_contender
+    from unmask.evaluate.models import open_contender
     from unmask.recipe.mining import Mining
     from unmask.recipe.mining import mine as run_mining
     from unmask.recipe.terminal import mining_bar

@@ -8,7 +8,7 @@ import numpy as np
 
 from unmask.errors import UsageError
 from unmask.evaluate.cache import VectorCache
-from unmask.evaluate.contender import Contender, uncut
+from unmask.evaluate.models.embedding_model import Contender, uncut
 from unmask.evaluate.results import Category, ModelResult, Statistic, TaskScore, read_examples, read_results
 from unmask.evaluate.statistics import Paired, holm, paired, paired_mean
 from unmask.home import home
@@ -318,7 +318,7 @@ def _names_results(spec: str) -> bool:
 
 
 def _open_model(spec: str, measured: Measured | None) -> Contender:
-    from unmask.evaluate.contenders import open_contender
+    from unmask.evaluate.models import open_contender
 
     if measured is None:
         return open_contender(spec)

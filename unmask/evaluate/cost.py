@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
-from unmask.evaluate.contender import Contender
+from unmask.evaluate.models.embedding_model import Contender
 from unmask.evaluate.results import Cost
 
 _ROUNDS = 3

@@ -32,8 +32,8 @@ from mteb.types import PromptType
 from threadpoolctl import threadpool_limits
 
 from unmask.evaluate.cache import VectorCache
-from unmask.evaluate.contender import Contender, uncut
 from unmask.evaluate.instructions import REFERENCE_FAMILY, Side, instruction_for
+from unmask.evaluate.models.embedding_model import Contender, uncut
 from unmask.evaluate.results import Category, Statistic, TaskScore
 from unmask.home import written_whole
 

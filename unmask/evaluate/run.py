@@ -22,11 +22,11 @@ import numpy as np
 from unmask import __version__
 from unmask.errors import StorageError, UsageError
 from unmask.evaluate.cache import VectorCache
-from unmask.evaluate.contender import Contender, uncut
-from unmask.evaluate.contenders import open_contender
 from unmask.evaluate.cost import Loaded, load, measure_cost, sample_texts
+from unmask.evaluate.models import open_contender
+from unmask.evaluate.models.embedding_model import Contender, uncut
 from unmask.evaluate.progress import RunProgress
-from unmask.evaluate.published import published_score
+from unmask.evaluate.published_scores import published_score
 from unmask.evaluate.results import ModelResult, Provenance, Results, TaskScore, write_examples, write_results
 from unmask.evaluate.statistics import bootstrap_interval
 from unmask.evaluate.suites import Job, plan
@@ -40,7 +40,7 @@ class Evaluation:
     """What is to be measured.
 
     Attributes:
-        models: specifications, see `unmask.evaluate.contenders`; the report is about the first.
+        models: specifications, see `unmask.evaluate.models`; the report is about the first.
         baselines: others to hold them against.
         suites, tasks: see `unmask.evaluate.suites`.
         data: folder that local and word-level tasks are read from.
@@ -193,7 +193,7 @@ def _measure(
 def _measure_words(
     contender: Contender, job: Job, wanted: Evaluation, progress: RunProgress
 ) -> tuple[TaskScore, np.ndarray]:
-    from unmask.evaluate.contenders.decoders import DecoderContender
+    from unmask.evaluate.models.decoder import DecoderContender
     from unmask.evaluate.word_level import run_word_task
 
     decoder = uncut(contender)

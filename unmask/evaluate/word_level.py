@@ -16,7 +16,7 @@ import numpy as np
 from unmask.encoder import Encoder
 from unmask.encoder.cores import each_on_a_core
 from unmask.errors import UsageError
-from unmask.evaluate.probe import fit_probe
+from unmask.evaluate.linear_probe import fit_probe
 from unmask.evaluate.word_states import STATES, States, WordTokens, tokenize_words, word_states
 from unmask.evaluate.word_tasks import SPLITS, WORD_TASKS, Sentence, Split, WordTask, read_word_data, select, word_task
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from unmask.errors import UsageError
 from unmask.evaluate.cache import VectorCache
-from unmask.evaluate.contender import Contender
+from unmask.evaluate.models.embedding_model import Contender
 from unmask.home import home, written_whole
 from unmask.recipe.rows import BadRows, read_rows
 

@@ -22,7 +22,7 @@ import torch
 
 from unmask.errors import UsageError
 from unmask.evaluate.cache import VectorCache
-from unmask.evaluate.contenders import open_contender
+from unmask.evaluate.models import open_contender
 from unmask.home import home, written_whole
 from unmask.recipe.decontamination import Held, read_held
 from unmask.recipe.dev import DevSets

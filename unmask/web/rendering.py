@@ -17,8 +17,8 @@ from starlette.responses import Response
 from unmask import __version__
 from unmask.accounts.money import format_dollars
 from unmask.catalogue.record import Price, is_web_address
-from unmask.evaluate.report import wording
-from unmask.evaluate.report.story import CATEGORY_NAMES
+from unmask.evaluate.report import formatting
+from unmask.evaluate.report.report_model import CATEGORY_NAMES
 
 HEADERS = {
     # Nothing runs in a page but our own file, nothing frames it, and no form leaves for elsewhere.
@@ -116,17 +116,17 @@ def environment() -> Environment:
     )
     made.globals.update(version=__version__, asset=_asset)
     made.filters.update(
-        score=wording.score,
-        interval=wording.interval,
-        metric=wording.metric,
-        count=wording.count,
-        magnitude=wording.magnitude,
-        duration=wording.duration,
-        listed=wording.listed,
-        breakable=wording.breakable,
-        md=wording.markdown,
-        plural=wording.plural,
-        shortened=wording.shortened,
+        score=formatting.score,
+        interval=formatting.interval,
+        metric=formatting.metric,
+        count=formatting.count,
+        magnitude=formatting.magnitude,
+        duration=formatting.duration,
+        listed=formatting.listed,
+        breakable=formatting.breakable,
+        md=formatting.markdown,
+        plural=formatting.plural,
+        shortened=formatting.shortened,
         category=lambda name: CATEGORY_NAMES.get(name, name),
         day=day,
         day_of=lambda milliseconds: day(datetime.fromtimestamp(milliseconds / 1000, UTC).date()),
@@ -153,7 +153,7 @@ def embedded(value: object) -> Markup:
 
 def day(value: date | None) -> str:
     """25 November 2026"""
-    return f"{value.day} {value:%B} {value.year}" if value else wording.NO_FIGURE
+    return f"{value.day} {value:%B} {value.year}" if value else formatting.NO_FIGURE
 
 
 def dollars(nano: int) -> str:

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unmask.evaluate.local import data as layouts
+from unmask.evaluate.local import examples as layouts
 from unmask.evaluate.results import Category
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from unmask.evaluate.published import PublishedModel
-from unmask.evaluate.report import wording
-from unmask.evaluate.report.story import Row, Story, TaskGroup
+from unmask.evaluate.published_scores import PublishedModel
+from unmask.evaluate.report import formatting
+from unmask.evaluate.report.report_model import Row, Story, TaskGroup
 from unmask.evaluate.results import TaskScore
 
 WIDE, NARROW = 900, 350
@@ -100,21 +100,21 @@ class Point:
 def task_bars(group: TaskGroup) -> TaskBars:
     """The bars of one task, a bar per model, on a scale from 0 to 100."""
     return TaskBars(
-        group.task, wording.metric(group.metric), [_bar(group.task, row, score) for row, score, _ in group.entries]
+        group.task, formatting.metric(group.metric), [_bar(group.task, row, score) for row, score, _ in group.entries]
     )
 
 
 def _bar(task: str, row: Row, score: TaskScore) -> Bar:
     if score.score is None:
         return Bar(row, None, None, None, score.published, "failed", f"{task}, {row.short}: failed, {score.error}")
-    title = f"{task}, {row.short}: {wording.score(score.score)}"
+    title = f"{task}, {row.short}: {formatting.score(score.score)}"
     if score.interval:
-        title += f" ({wording.interval(score.interval)})"
+        title += f" ({formatting.interval(score.interval)})"
     if score.published is not None:
-        title += f", published {wording.score(score.published)}"
+        title += f", published {formatting.score(score.published)}"
     low, high = (_on_scale(bound) for bound in score.interval) if score.interval else (None, None)
     published = None if score.published is None else _on_scale(score.published)
-    return Bar(row, _on_scale(score.score), low, high, published, wording.score(score.score, 1), title)
+    return Bar(row, _on_scale(score.score), low, high, published, formatting.score(score.score, 1), title)
 
 
 def _on_scale(score: float) -> float:
@@ -128,7 +128,7 @@ def quality_and_speed(story: Story, *, beside: bool = False) -> list[Scatter]:
         for row in story.rows
         if row.mean is not None and row.model.cost.texts_per_second
     ]
-    tasks = wording.plural(len(story.common), "task")
+    tasks = formatting.plural(len(story.common), "task")
     return scatters(points, "texts per second, here", f"mean of {tasks}", beside=beside) if len(points) > 1 else []
 
 
@@ -145,10 +145,10 @@ def quality_and_size(story: Story) -> list[Scatter]:
     best = -math.inf
     for model in shown(theirs, [point.y for point in points]):
         # A label for the best of its size: those that a reader would look for.
-        label = wording.short_names([model.name])[model.name] if model.mean > best else ""
+        label = formatting.short_names([model.name])[model.name] if model.mean > best else ""
         best = max(best, model.mean)
         points.append(Point(model.name, model.parameters or 0, model.mean, None, label))
-    tasks = wording.plural(len(story.published_tasks), "task")
+    tasks = formatting.plural(len(story.published_tasks), "task")
     return scatters(points, "parameters", f"mean of {tasks}", beside=True)
 
 
@@ -191,10 +191,10 @@ def _scatter(points: Sequence[Point], x_label: str, y_label: str, width: int, he
     # Ours first: their labels are never left out, the others' only stand where there is room.
     for index in [*measured, *(i for i, point in enumerate(points) if point.index is None)]:
         point, (x, y) = points[index], spots[index]
-        title = f"{point.name}: {wording.score(point.y)}, {wording.magnitude(point.x)} {x_label.split(',')[0]}"
+        title = f"{point.name}: {formatting.score(point.y)}, {formatting.magnitude(point.x)} {x_label.split(',')[0]}"
         mark = Mark(x, y, point.index, title)
         if point.label:
-            label = wording.shortened(point.label, 30 if width > NARROW else 22)
+            label = formatting.shortened(point.label, 30 if width > NARROW else 22)
             around = crowd if point.index is None else []
             mark = _labelled(mark, label, taken, around, (left, top, right, bottom))
         marks[index] = mark
@@ -275,4 +275,4 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _tick(value: float) -> str:
-    return f"{value:,g}" if value < 10_000 else wording.magnitude(value).replace(".0", "")
+    return f"{value:,g}" if value < 10_000 else formatting.magnitude(value).replace(".0", "")

@@ -7,7 +7,7 @@ import msgspec
 
 from unmask.errors import UsageError
 from unmask.evaluate.compare import Comparison, Drift, TaskComparison
-from unmask.evaluate.report import wording
+from unmask.evaluate.report import formatting
 from unmask.evaluate.report.page import render, write_text
 
 if TYPE_CHECKING:
@@ -18,18 +18,18 @@ _FORMATS = (".html", ".md", ".json")
 
 def verdict_sentence(comparison: Comparison) -> str:
     """Which is better, by how much, and is it more than noise."""
-    over = f"on the mean of {wording.plural(len(comparison.counted), 'task')}"
+    over = f"on the mean of {formatting.plural(len(comparison.counted), 'task')}"
     delta, test = comparison.delta, comparison.overall
     better, other = (comparison.a, comparison.b) if delta > 0 else (comparison.b, comparison.a)
     highest, lowest = sorted((comparison.mean_a, comparison.mean_b), reverse=True)
-    means = f"{wording.score(highest)} against {wording.score(lowest)}"
+    means = f"{formatting.score(highest)} against {formatting.score(lowest)}"
     if test is None:
         if delta == 0:
             return f"{comparison.a} and {comparison.b} score the same {over}, {means}; no per-example values to test."
         unknown = "without per-example values nobody knows whether that is noise"
         return f"{better} scores {abs(delta):.2f} points more than {other} {over}, {means}; {unknown}."
     low, high = sorted(bound if delta > 0 else -bound for bound in test.interval)
-    sure = f"95 % interval {wording.signed(low)} to {wording.signed(high)}, p {_p(test.p_value)}"
+    sure = f"95 % interval {formatting.signed(low)} to {formatting.signed(high)}, p {_p(test.p_value)}"
     if test.verdict == "noise":
         return f"{better} cannot be told from {other} {over}: {means}, a difference within noise ({sure})."
     return f"{better} is better than {other} {over}, by {abs(delta):.2f} points: {means}, more than noise ({sure})."
@@ -46,12 +46,14 @@ def tally_sentence(comparison: Comparison) -> str:
     ]
     if len(tested) < len(comparison.tasks):
         parts.append(f"{len(comparison.tasks) - len(tested)} could not be tested")
-    return f"Of {wording.plural(len(comparison.tasks), 'task')}, {wording.listed(parts)} (Holm's correction, 5 %)."
+    return (
+        f"Of {formatting.plural(len(comparison.tasks), 'task')}, {formatting.listed(parts)} (Holm's correction, 5 %)."
+    )
 
 
 def drift_sentence(drift: Drift) -> str:
     """How far the vectors moved."""
-    over = f"{wording.plural(drift.texts, 'text')}"
+    over = f"{formatting.plural(drift.texts, 'text')}"
     near = (
         f"{100 * drift.overlap:.1f} % of the {drift.neighbours} nearest neighbours are the same, "
         f"and the nearest one for {100 * drift.same_nearest:.1f} % of the texts"
@@ -76,7 +78,7 @@ def print_comparison(comparison: Comparison, console: "Console") -> None:
     for row in comparison.tasks:
         styles = {"better": "green", "worse": "red"}
         style = styles.get(row.test.verdict, "") if row.test else "dim"
-        cells = (row.task, wording.score(row.score_a), wording.score(row.score_b), *_test_cells(row))
+        cells = (row.task, formatting.score(row.score_a), formatting.score(row.score_b), *_test_cells(row))
         table.add_row(*(Text(cell, style=style if at > 2 else "") for at, cell in enumerate(cells)))
     console.print(table)
     for task, why in comparison.left_out.items():
@@ -89,7 +91,7 @@ def print_drift(drift: Drift, console: "Console") -> None:
 
     console.print(Text(drift_sentence(drift)))
     if drift.worst_text is not None:
-        console.print(Text(f"Moved most: {wording.shortened(' '.join(drift.worst_text.split()), 200)}", style="dim"))
+        console.print(Text(f"Moved most: {formatting.shortened(' '.join(drift.worst_text.split()), 200)}", style="dim"))
 
 
 def output_file(name: str) -> Path:
@@ -99,7 +101,7 @@ def output_file(name: str) -> Path:
         UsageError: the name does not end in .html, .md or .json.
     """
     if Path(name).suffix.lower() not in _FORMATS:
-        raise UsageError(f"--output {name}: end the name in {wording.listed(_FORMATS, 'or')}")
+        raise UsageError(f"--output {name}: end the name in {formatting.listed(_FORMATS, 'or')}")
     return Path(name)
 
 
@@ -126,7 +128,7 @@ def write_comparison(file: Path, comparison: Comparison | None, drift: Drift | N
         "drift": drift,
         "a": found.a,
         "b": found.b,
-        "short": wording.short_names([found.a, found.b]),
+        "short": formatting.short_names([found.a, found.b]),
         "rows": [(row, _test_cells(row)) for row in comparison.tasks] if comparison else [],
     }
     write_text(file, render(f"comparison{suffix}.j2", **values))
@@ -136,13 +138,13 @@ def _test_cells(row: TaskComparison) -> tuple[str, str, str, str]:
     """Difference, interval, p, verdict."""
     test = row.test
     if test is None:
-        return wording.signed(row.delta), wording.NO_FIGURE, wording.NO_FIGURE, wording.verdict(None)
+        return formatting.signed(row.delta), formatting.NO_FIGURE, formatting.NO_FIGURE, formatting.verdict(None)
     low, high = test.interval
-    bounds = f"{wording.signed(low)} to {wording.signed(high)}"
+    bounds = f"{formatting.signed(low)} to {formatting.signed(high)}"
     words = {"better": "A better", "worse": "B better", "noise": "noise"}
-    return wording.signed(row.delta), bounds, wording.probability(test.p_value), words[test.verdict]
+    return formatting.signed(row.delta), bounds, formatting.probability(test.p_value), words[test.verdict]
 
 
 def _p(value: float) -> str:
-    text = wording.probability(value)
+    text = formatting.probability(value)
     return text if text.startswith("<") else f"= {text}"

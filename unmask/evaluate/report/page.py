@@ -4,9 +4,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unmask.evaluate.published import published_models
-from unmask.evaluate.report import charts, wording
-from unmask.evaluate.report.story import CATEGORY_NAMES, Story, comparable_tasks, tell
+from unmask.evaluate.published_scores import published_models
+from unmask.evaluate.report import charts, formatting
+from unmask.evaluate.report.report_model import CATEGORY_NAMES, Story, comparable_tasks, tell
 from unmask.evaluate.results import Results
 from unmask.home import written_whole
 
@@ -22,7 +22,7 @@ def write_report(folder: Path, results: Results, *, published: Path | None = Non
     Args:
         folder: holds `examples/`; without them differences are shown but not tested.
         results: what `results.json` says.
-        published: a folder of published scores (see `unmask.evaluate.published`); adds a chart of other people's
+        published: a folder of published scores (see `unmask.evaluate.published_scores`); adds a chart of other people's
             models on the tasks where the data is the same.
 
     Raises:
@@ -72,21 +72,21 @@ def _environment() -> "Environment":
         keep_trailing_newline=True,
     )
     environment.filters.update(
-        score=wording.score,
-        signed=wording.signed,
-        interval=wording.interval,
-        metric=wording.metric,
-        count=wording.count,
-        magnitude=wording.magnitude,
-        duration=wording.duration,
-        probability=wording.probability,
-        verdict=wording.verdict,
-        listed=wording.listed,
-        breakable=wording.breakable,
-        md=wording.markdown,
-        md_inline=wording.markdown_inline,
+        score=formatting.score,
+        signed=formatting.signed,
+        interval=formatting.interval,
+        metric=formatting.metric,
+        count=formatting.count,
+        magnitude=formatting.magnitude,
+        duration=formatting.duration,
+        probability=formatting.probability,
+        verdict=formatting.verdict,
+        listed=formatting.listed,
+        breakable=formatting.breakable,
+        md=formatting.markdown,
+        md_inline=formatting.markdown_inline,
         category=lambda name: CATEGORY_NAMES.get(name, name),
-        plural=wording.plural,
-        shortened=wording.shortened,
+        plural=formatting.plural,
+        shortened=formatting.shortened,
     )
     return environment

@@ -7,7 +7,7 @@ from datetime import date, timedelta
 
 from unmask.accounts.money import format_dollars
 from unmask.accounts.usage import Used
-from unmask.evaluate.report import wording
+from unmask.evaluate.report import formatting
 
 COLOURS = 5  # series with a colour of their own; what is less goes together
 OTHERS = "everything else"
@@ -152,7 +152,7 @@ def _ticks(most: int) -> list[int]:
 
 def _axis(what: str, value: int) -> str:
     if what != "cost":
-        return wording.magnitude(value) if value else "0"
+        return formatting.magnitude(value) if value else "0"
     return f"${format_dollars(value)}" if value else "$0"
 
 

@@ -9,8 +9,8 @@ from starlette.datastructures import QueryParams
 from unmask.api.errors import ApiError
 from unmask.catalogue.figures import SUITES, Figures
 from unmask.catalogue.measurement import LOCAL, MTEB, Measurement, Origin
-from unmask.evaluate.report import wording
-from unmask.evaluate.report.story import CATEGORY_NAMES
+from unmask.evaluate.report import formatting
+from unmask.evaluate.report.report_model import CATEGORY_NAMES
 from unmask.web.catalogue.model_view import Shown
 from unmask.web.rendering import day, price
 
@@ -78,11 +78,11 @@ def compare(models: Sequence[Shown]) -> list[Section]:
                 _texts("Task", [record.task for record in records]),
                 _texts("Architecture", [record.architecture for record in records]),
                 _texts("Made from", [record.base for record in records]),
-                _numbers("Parameters", [r.parameters for r in records], wording.magnitude, "neither"),
-                _numbers("Dimensions", [r.dimensions for r in records], wording.count, "neither"),
+                _numbers("Parameters", [r.parameters for r in records], formatting.magnitude, "neither"),
+                _numbers("Dimensions", [r.dimensions for r in records], formatting.count, "neither"),
                 _texts("Shorter vectors", [", ".join(map(str, record.matryoshka)) for record in records]),
-                _numbers("Tokens per text", [r.max_tokens for r in records], wording.count, "higher"),
-                _numbers("Context of the architecture", [r.context for r in records], wording.count, "neither"),
+                _numbers("Tokens per text", [r.max_tokens for r in records], formatting.count, "higher"),
+                _numbers("Context of the architecture", [r.context for r in records], formatting.count, "neither"),
                 _texts("Pooling", [record.pooling for record in records]),
                 _texts("Query instruction", [record.query_instruction or "none" for record in records]),
                 _texts("Languages", [", ".join(record.languages) for record in records]),
@@ -112,10 +112,10 @@ def compare(models: Sequence[Shown]) -> list[Section]:
 def _suite(models: Sequence[Shown], suite: str, origin: Origin) -> list[Row]:
     found = [shown.figures.suites.get((suite, origin)) for shown in models]
     means = [scores.mean if scores else None for scores in found]
-    rows = [_numbers("Mean of all tasks", means, wording.score, "higher")]
+    rows = [_numbers("Mean of all tasks", means, formatting.score, "higher")]
     for at, category in enumerate(SUITES[suite]):
         means = [scores.categories[at].mean if scores else None for scores in found]
-        rows.append(_numbers(CATEGORY_NAMES.get(category, category), means, wording.score, "higher"))
+        rows.append(_numbers(CATEGORY_NAMES.get(category, category), means, formatting.score, "higher"))
     return rows
 
 
@@ -125,7 +125,7 @@ def _words(models: Sequence[Shown]) -> list[Row]:
         _numbers(
             name,
             [next((m.value for m in shown.figures.words if m.what == name), None) for shown in models],
-            wording.score,
+            formatting.score,
             "higher",
         )
         for name in names
@@ -146,11 +146,11 @@ def _speed(figures: Sequence[Figures]) -> Section:
         "Speed and memory, measured here",
         note,
         [
-            _numbers("Texts per second", [_value(m) for m in timed], wording.count, "higher" if one else "neither"),
+            _numbers("Texts per second", [_value(m) for m in timed], formatting.count, "higher" if one else "neither"),
             _numbers(
                 "Tokens per second",
                 [_value(f.tokens_per_second) for f in figures],
-                wording.count,
+                formatting.count,
                 "higher" if one else "neither",
             ),
             _numbers("Peak memory", [_value(f.peak_memory) for f in figures], _bytes, "lower" if one else "neither"),
@@ -171,7 +171,7 @@ def _numbers(label: str, values: Sequence[float | None], written: Callable[[floa
 
 
 def _bytes(value: float | None) -> str:
-    return wording.magnitude(value, "B")
+    return formatting.magnitude(value, "B")
 
 
 def _value(measurement: Measurement | None) -> float | None:

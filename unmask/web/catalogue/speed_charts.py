@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 from unmask.api.history import STRETCH_S, Stretch
 from unmask.catalogue.speed import Point
-from unmask.evaluate.report import wording
+from unmask.evaluate.report import formatting
 
 WIDTH, HEIGHT = 520, 236
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 12, 48
@@ -67,7 +67,7 @@ def sweep_charts(points: Sequence[Point]) -> list[Chart]:
             )
             for colour, length in enumerate(lengths)
         ]
-        label = f"{title} by callers at once, for texts of {wording.listed([str(n) for n in lengths])} tokens"
+        label = f"{title} by callers at once, for texts of {formatting.listed([str(n) for n in lengths])} tokens"
         return Chart(title, label, lines, ticks, y_ticks, "callers at once")
 
     return [
@@ -141,7 +141,7 @@ def _scale(values: Sequence[float], unit: str) -> tuple[Callable[[float], float]
 
 
 def _brief(value: float) -> str:
-    return wording.magnitude(value) if value >= 1000 else f"{value:g}"
+    return formatting.magnitude(value) if value >= 1000 else f"{value:g}"
 
 
 def _said(value: float, unit: str) -> str:

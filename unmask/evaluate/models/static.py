@@ -8,13 +8,13 @@ from typing import Any, Literal
 import numpy as np
 
 from unmask.errors import UsageError
-from unmask.evaluate.contenders import Options
+from unmask.evaluate.models import Options
 
 _DEFAULT = "l2_supercat"
 
 
 class StaticContender:
-    """A WordLlama model as a contender. See `unmask.evaluate.contender.Contender`."""
+    """A WordLlama model as a contender. See `unmask.evaluate.models.embedding_model.Contender`."""
 
     kind: Literal["static"] = "static"
     takes_instructions = False

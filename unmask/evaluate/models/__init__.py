@@ -22,7 +22,7 @@ from pathlib import Path
 from urllib.parse import parse_qsl
 
 from unmask.errors import UsageError
-from unmask.evaluate.contender import Contender, Cut
+from unmask.evaluate.models.embedding_model import Contender, Cut
 
 __all__ = ["Options", "open_contender"]
 
@@ -134,25 +134,25 @@ class _Kind:
 
 # Each opener imports its own packages: a run over one kind needs none of the others'.
 def _unmask(options: Options) -> Contender:
-    from unmask.evaluate.contenders.decoders import open_decoder
+    from unmask.evaluate.models.decoder import open_decoder
 
     return open_decoder(options)
 
 
 def _sentence_transformers(options: Options) -> Contender:
-    from unmask.evaluate.contenders.sentence_transformers import open_folder
+    from unmask.evaluate.models.sentence_transformers import open_folder
 
     return open_folder(options)
 
 
 def _endpoint(options: Options) -> Contender:
-    from unmask.evaluate.contenders.endpoint import open_endpoint
+    from unmask.evaluate.models.endpoint import open_endpoint
 
     return open_endpoint(options)
 
 
 def _static(options: Options) -> Contender:
-    from unmask.evaluate.contenders.static import open_static
+    from unmask.evaluate.models.static import open_static
 
     return open_static(options)
 

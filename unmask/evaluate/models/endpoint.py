@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 
 from unmask.errors import EngineError, UsageError
-from unmask.evaluate.contenders import Options
+from unmask.evaluate.models import Options
 
 # OpenAI takes 2,048 inputs and 300,000 tokens in a request; smaller servers take less of both.
 _BATCH = 64
@@ -23,7 +23,7 @@ _TIMEOUT_S = 120.0
 
 
 class EndpointContender:
-    """A model behind an endpoint as a contender. See `unmask.evaluate.contender.Contender`.
+    """A model behind an endpoint as a contender. See `unmask.evaluate.models.embedding_model.Contender`.
 
     Nobody can know which weights answer, so its revision is the address, the model's name and the day.
     """

@@ -8,14 +8,14 @@ from typing import Any, Literal
 import numpy as np
 
 from unmask.errors import CheckpointError, UsageError
-from unmask.evaluate.contenders import Options, shown_name
+from unmask.evaluate.models import Options, shown_name
 
 # Everything that can decide a vector; what else lies in such a folder (pictures, read-mes, other formats) cannot.
 _DECIDING = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model")
 
 
 class FolderContender:
-    """A `SentenceTransformer` as a contender. See `unmask.evaluate.contender.Contender`.
+    """A `SentenceTransformer` as a contender. See `unmask.evaluate.models.embedding_model.Contender`.
 
     A model that was published with prompts for queries and documents gets its own, as its authors meant it: the
     query's wherever a task gives an instruction, the document's elsewhere.

@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from unmask.evaluate.probe import PENALTY_WORDS, fit_probe
+from unmask.evaluate.linear_probe import PENALTY_WORDS, fit_probe
 
 
 @pytest.fixture(autouse=True)

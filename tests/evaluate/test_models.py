@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from unmask.errors import CheckpointError, EngineError, UsageError
-from unmask.evaluate.contenders import open_contender
+from unmask.evaluate.models import open_contender
 
 TEXTS = ["a text", "another, somewhat longer text", "a text"]
 

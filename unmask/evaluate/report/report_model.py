@@ -7,8 +7,8 @@ import numpy as np
 
 from unmask.errors import UsageError
 from unmask.evaluate.compare import Comparison, Measured, TaskComparison, compare
-from unmask.evaluate.published import SAME_DATA, PublishedModel
-from unmask.evaluate.report import wording
+from unmask.evaluate.published_scores import SAME_DATA, PublishedModel
+from unmask.evaluate.report import formatting
 from unmask.evaluate.results import Category, ModelResult, Results, TaskScore
 from unmask.evaluate.statistics import Paired, holm
 
@@ -150,7 +150,7 @@ def tell(folder: Path, results: Results, published: list[PublishedModel] | None 
     common, silent = _common(results)
     comparisons, untested = _comparisons(folder, results, common)
     overall = _overall(comparisons)
-    short = wording.short_names([model.name for model in results.models])
+    short = formatting.short_names([model.name for model in results.models])
     rows = [
         _row(index, model, short[model.name], common, overall.get(model.name))
         for index, model in enumerate(results.models)
@@ -287,7 +287,7 @@ def _answer(results: Results, rows: list[Row], common: list[str], silent: list[s
     failed = sum(row.failed for row in rows)
     if failed:
         sentences.append(
-            [Span(f"{wording.plural(failed, 'task')} failed and {'is' if failed == 1 else 'are'} not counted.")]
+            [Span(f"{formatting.plural(failed, 'task')} failed and {'is' if failed == 1 else 'are'} not counted.")]
         )
     return sentences
 
@@ -297,14 +297,14 @@ def _how_good(subject: Row, models: int, common: list[str]) -> list[Span]:
     if subject.mean is None:
         what = "completed no task" if not subject.completed else "shares no completed task with all other models"
         return [name, Span(f" {what}, so it has no mean.")]
-    over = wording.plural(len(common), "task")
+    over = formatting.plural(len(common), "task")
     who = (
         "" if models == 1 else " that both models completed" if models == 2 else f" that all {models} models completed"
     )
     return [
         name,
         Span(" averages "),
-        Span(wording.score(subject.mean, 1), strong=True),
+        Span(formatting.score(subject.mean, 1), strong=True),
         Span(f" over the {over}{who}." if who else f" over {over}."),
     ]
 
@@ -324,7 +324,7 @@ def _against_whom(subject: Row, rivals: list[Row]) -> list[list[Span]]:
     lost = sum(_verdict(row) == "worse" for row in rivals)
     tally = [f"better than {beaten}", f"worse than {lost}", f"not told apart from {len(rivals) - beaten - lost}"]
     return [
-        [Span(f"Of the {len(rivals)} other models it is {wording.listed(tally)}.")],
+        [Span(f"Of the {len(rivals)} other models it is {formatting.listed(tally)}.")],
         [Span("The best of them is "), *_best_clause(subject, rivals[0]), Span(".")],
     ]
 
@@ -334,7 +334,7 @@ def _verdict(row: Row) -> str | None:
 
 
 def _in_prose(row: Row) -> str:
-    return wording.shortened(row.short)
+    return formatting.shortened(row.short)
 
 
 def _clause(subject: Row, rival: Row, *, first: bool) -> list[Span]:
@@ -361,32 +361,32 @@ def _how_sure(test: Paired | None, delta: float, *, first: bool) -> str:
     low, high = test.interval
     if test.verdict == "noise":
         lead = "95\N{NO-BREAK SPACE}% interval "
-        return f", which is within noise ({lead}{wording.signed(low, 1)} to {wording.signed(high, 1)})"
+        return f", which is within noise ({lead}{formatting.signed(low, 1)} to {formatting.signed(high, 1)})"
     lead = "95\N{NO-BREAK SPACE}% interval " if first else ""
     if delta < 0:
         low, high = -high, -low
-    return f", more than noise ({lead}{wording.score(low, 1)} to {wording.score(high, 1)})"
+    return f", more than noise ({lead}{formatting.score(low, 1)} to {formatting.score(high, 1)})"
 
 
 def _at_what_cost(results: Results, subject: Row, rivals: list[Row]) -> list[list[Span]]:
     cost = subject.model.cost
     spans = []
     if cost.texts_per_second:
-        speed = [Span("It encodes "), Span(f"{wording.count(cost.texts_per_second)} texts/s", strong=True)]
+        speed = [Span("It encodes "), Span(f"{formatting.count(cost.texts_per_second)} texts/s", strong=True)]
         speed.append(Span(f" on {results.provenance.machine}"))
         ratios = [
             f"{_speed_ratio(cost.texts_per_second / row.model.cost.texts_per_second)} {_in_prose(row)}"
             for row in rivals[:_NAMED_RIVALS]
             if row.model.cost.texts_per_second
         ]
-        spans = [*speed, Span(f", {wording.listed(ratios)}." if ratios else ".")]
+        spans = [*speed, Span(f", {formatting.listed(ratios)}." if ratios else ".")]
     parts = []
     if cost.peak_memory_bytes is not None:
-        parts.append(f"{wording.magnitude(cost.peak_memory_bytes, 'B')} of memory")
+        parts.append(f"{formatting.magnitude(cost.peak_memory_bytes, 'B')} of memory")
     if cost.vector_bytes:
-        parts.append(f"{wording.count(cost.vector_bytes)} bytes per vector")
+        parts.append(f"{formatting.count(cost.vector_bytes)} bytes per vector")
     if parts:
-        spans.append(Span(f"{' ' if spans else ''}It takes {wording.listed(parts)}."))
+        spans.append(Span(f"{' ' if spans else ''}It takes {formatting.listed(parts)}."))
     return [spans] if spans else []
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from unmask.errors import UsageError
-from unmask.evaluate.published import SAME_DATA, published_models, published_score
+from unmask.evaluate.published_scores import SAME_DATA, published_models, published_score
 
 TABLE = """category\ttask\tin_v1\tin_v2\towner__Some-Model\tother__some-model\towner__Unique\towner__partial
 STS\tSTS12\t1\t1\t70.10\t60.00\t72.37\t50.00

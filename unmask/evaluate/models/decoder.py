@@ -7,13 +7,13 @@ from typing import Any, Literal
 import numpy as np
 
 from unmask.encoder import Encoder
-from unmask.evaluate.contenders import Options, shown_name
+from unmask.evaluate.models import Options, shown_name
 
 Kind = Literal["unmask"]
 
 
 class DecoderContender:
-    """An `Encoder` as a contender. See `unmask.evaluate.contender.Contender`.
+    """An `Encoder` as a contender. See `unmask.evaluate.models.embedding_model.Contender`.
 
     Attributes:
         encoder: the model itself; word-level tasks read its hidden states.
