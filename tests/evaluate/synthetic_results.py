@@ -14,7 +14,7 @@ from unmask.evaluate.results import (
     Results,
     Statistic,
     TaskScore,
-    write_examples,
+    write_example_values,
     write_results,
 )
 from unmask.evaluate.statistics import bootstrap_interval, score_of
@@ -145,7 +145,7 @@ def _model(folder: Path, name: str, seed: int) -> ModelResult:
             score.score = score_of(values, score.statistic)
             score.interval = bootstrap_interval(values, score.statistic)
             score.examples = len(values)
-            write_examples(folder, model, task.name, values)
+            write_example_values(folder, model, task.name, values)
         if name == MINILM and task.published is not None:
             score.published, score.published_source = (
                 task.published,

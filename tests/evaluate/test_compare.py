@@ -12,7 +12,7 @@ from rich.console import Console
 
 from unmask.cli import app
 from unmask.errors import UsageError
-from unmask.evaluate.compare import compare, compare_named, drift, open_measured
+from unmask.evaluate.compare import compare_by_name, compare_results, find_results, measure_drift
 from unmask.evaluate.models.embedding_model import Kind
 from unmask.evaluate.report import print_comparison, write_comparison
 from unmask.evaluate.results import (
@@ -23,7 +23,7 @@ from unmask.evaluate.results import (
     Results,
     TaskScore,
     read_results,
-    write_examples,
+    write_example_values,
     write_results,
 )
 from unmask.evaluate.statistics import score_of
@@ -45,7 +45,7 @@ def measure(folder: Path, names: Sequence[str], skills: Sequence[float], revisio
             else:
                 values = (common.random(400) + own.normal(0, 0.05, 400) < skill).astype(float)
             score.score, score.examples = score_of(values, score.statistic), 400
-            write_examples(folder, model, task, values)
+            write_example_values(folder, model, task, values)
             model.scores.append(score)
         models.append(model)
     write_results(
@@ -77,20 +77,20 @@ def pair(tmp_path: Path) -> tuple[str, str]:
 
 
 def test_the_better_model_is_found(pair: tuple[str, str]) -> None:
-    found, moved = compare_named(*pair)
+    found, moved = compare_by_name(*pair)
     assert found and moved is None
     assert [row.task for row in found.tasks] == list(TASKS)
     assert all(row.test and row.test.verdict == "better" and row.delta > 0 for row in found.tasks)
     assert found.counted == ["Sts", "Easy", "Hard"]  # words are apart
     assert found.overall and found.overall.verdict == "better"
     assert found.delta == pytest.approx(found.overall.delta) == np.mean([row.delta for row in found.tasks[:3]])
-    mirrored, _ = compare_named(pair[1], pair[0])
+    mirrored, _ = compare_by_name(pair[1], pair[0])
     assert mirrored and mirrored.overall and mirrored.overall.verdict == "worse"
 
 
 def test_equal_models_are_not_told_apart(tmp_path: Path) -> None:
     folder = str(measure(tmp_path, ["x", "y"], [0.7, 0.7]))
-    found, _ = compare_named(folder, f"{folder}:y")
+    found, _ = compare_by_name(folder, f"{folder}:y")
     assert found and found.overall and found.overall.verdict == "noise"
     assert all(row.test and row.test.verdict == "noise" for row in found.tasks)
 
@@ -98,58 +98,58 @@ def test_equal_models_are_not_told_apart(tmp_path: Path) -> None:
 def test_two_models_of_one_folder_by_any_of_their_names(tmp_path: Path) -> None:
     folder = measure(tmp_path / "run:1", ["owner/x", "other/y"], [0.7, 0.6])
     for name in ("other/y", "y", "other-y"):
-        assert open_measured(f"{folder}:{name}").name == "other/y"
-    assert open_measured(str(folder)).name == open_measured(str(folder / "results.json")).name == "owner/x"
+        assert find_results(f"{folder}:{name}").name == "other/y"
+    assert find_results(str(folder)).name == find_results(str(folder / "results.json")).name == "owner/x"
     with pytest.raises(UsageError, match=r"no model z; it holds owner/x, other/y"):
-        open_measured(f"{folder}:z")
+        find_results(f"{folder}:z")
     with pytest.raises(UsageError, match="would be compared with itself"):
-        compare_named(str(folder), f"{folder}:owner/x")
+        compare_by_name(str(folder), f"{folder}:owner/x")
     with pytest.raises(UsageError, match=r"nowhere is not a folder of results"):
-        open_measured("nowhere")
+        find_results("nowhere")
 
 
 def test_two_revisions_of_one_model_are_told_apart(tmp_path: Path) -> None:
     folders = [str(measure(tmp_path / r, ["m"], [s], revision=r * 10)) for r, s in (("a", 0.7), ("b", 0.8))]
-    found, _ = compare_named(folders[0], folders[1])
+    found, _ = compare_by_name(folders[0], folders[1])
     assert found and (found.a, found.b) == ("m @aaaaaaaa", "m @bbbbbbbb")
     copied = shutil.copytree(folders[0], tmp_path / "copy")
-    again, _ = compare_named(folders[0], str(copied))
+    again, _ = compare_by_name(folders[0], str(copied))
     assert again and again.a != again.b and again.delta == 0 and again.overall and again.overall.p_value == 1
 
 
 def test_chosen_tasks_only(pair: tuple[str, str]) -> None:
-    found, _ = compare_named(*pair, tasks=["Hard", "Pos"])
+    found, _ = compare_by_name(*pair, tasks=["Hard", "Pos"])
     assert found and [row.task for row in found.tasks] == ["Hard", "Pos"] and found.counted == ["Hard"]
     with pytest.raises(
         UsageError, match=r"owner/strong and owner/weak did not run Nope; both ran Sts, Easy, Hard, Pos"
     ):
-        compare_named(*pair, tasks=["Nope"])
+        compare_by_name(*pair, tasks=["Nope"])
 
 
 @pytest.mark.parametrize(("field", "value"), [("data", "f" * 16), ("metric", "f1"), ("statistic", "spearman")])
 def test_unlike_measurements_are_refused_by_name(pair: tuple[str, str], field: str, value: str) -> None:
     change(Path(pair[0]), "Easy", **{field: value})
     with pytest.raises(UsageError, match=rf"Easy: owner/strong was measured with {field} {value} and owner/weak with"):
-        compare_named(*pair)
-    compare_named(*pair, tasks=["Sts", "Hard"])  # the way out that the message names
+        compare_by_name(*pair)
+    compare_by_name(*pair, tasks=["Sts", "Hard"])  # the way out that the message names
 
 
 def test_other_examples_are_refused(pair: tuple[str, str]) -> None:
     model = read_results(Path(pair[0])).models[0]
-    write_examples(Path(pair[0]), model, "Hard", np.ones(399))
+    write_example_values(Path(pair[0]), model, "Hard", np.ones(399))
     with pytest.raises(UsageError, match=r"Hard: the examples of the two results do not match: 399 examples"):
-        compare_named(*pair)
-    write_examples(Path(pair[0]), model, "Hard", np.ones(400))
+        compare_by_name(*pair)
+    write_example_values(Path(pair[0]), model, "Hard", np.ones(400))
     values = np.stack((np.arange(400), np.arange(400)), axis=1)
-    write_examples(Path(pair[0]), model, "Sts", values)
+    write_example_values(Path(pair[0]), model, "Sts", values)
     with pytest.raises(UsageError, match=r"Sts: .*gold scores differ"):
-        compare_named(*pair)
+        compare_by_name(*pair)
 
 
 def test_failed_and_missing_tasks_are_left_out_with_the_reason(pair: tuple[str, str]) -> None:
     change(Path(pair[0]), "Easy", score=None, error="out of memory")
     change(Path(pair[0]), "Pos", task="Other")
-    found, _ = compare_named(*pair)
+    found, _ = compare_by_name(*pair)
     assert found and [row.task for row in found.tasks] == ["Sts", "Hard"]
     assert found.left_out == {
         "Easy": "failed for owner/strong: out of memory",
@@ -159,12 +159,12 @@ def test_failed_and_missing_tasks_are_left_out_with_the_reason(pair: tuple[str, 
     for task in ("Sts", "Hard"):
         change(Path(pair[0]), task, score=None)
     with pytest.raises(UsageError, match="completed no task in common"):
-        compare_named(*pair)
+        compare_by_name(*pair)
 
 
 def test_without_examples_there_is_a_difference_and_no_test(pair: tuple[str, str]) -> None:
     shutil.rmtree(Path(pair[0]) / "examples")
-    found, _ = compare_named(*pair)
+    found, _ = compare_by_name(*pair)
     assert found and found.overall is None and all(row.test is None for row in found.tasks) and found.delta > 0
     console = Console(file=io.StringIO(), width=100)
     print_comparison(found, console)
@@ -173,8 +173,8 @@ def test_without_examples_there_is_a_difference_and_no_test(pair: tuple[str, str
 
 
 def test_every_format_has_the_figures(pair: tuple[str, str], tmp_path: Path) -> None:
-    a, b = (open_measured(side) for side in pair)
-    found = compare(a, b)
+    a, b = (find_results(side) for side in pair)
+    found = compare_results(a, b)
     for suffix in ("html", "md", "json"):
         write_comparison(tmp_path / f"out.{suffix}", found)
     markdown = (tmp_path / "out.md").read_text(encoding="utf-8")
@@ -230,14 +230,14 @@ SENTENCES = [
 
 
 def test_drift_of_the_same_vectors_is_none() -> None:
-    found = drift(Letters("one"), Letters("two"), [*SENTENCES, "abba"])
+    found = measure_drift(Letters("one"), Letters("two"), [*SENTENCES, "abba"])
     assert found.texts == 12 and found.neighbours == 10
     assert found.mean_cosine == pytest.approx(1) and found.worst_cosine == pytest.approx(1)
     assert found.overlap == found.same_nearest == 1
 
 
 def test_drift_names_the_text_that_moved_most() -> None:
-    found = drift(Letters("one"), Letters("two", 1.0), SENTENCES)
+    found = measure_drift(Letters("one"), Letters("two", 1.0), SENTENCES)
     assert found.worst_cosine == pytest.approx(np.cos(1.0), abs=1e-6) and found.worst_text in ("abba", "bab")
     assert found.mean_cosine and found.worst_cosine and found.worst_cosine < found.mean_cosine < 1
     assert found.overlap == found.same_nearest == 1  # turning all vectors alike changes no neighbour
@@ -247,24 +247,24 @@ def test_drift_sees_ranks_change() -> None:
     stretched = Letters("two")
     encode, weights = stretched.encode, np.linspace(0, 1, 26, dtype=np.float32) ** 4
     stretched.encode = lambda texts, instruction="": encode(texts) * weights
-    found = drift(Letters("one"), stretched, [*SENTENCES, "more of it", "and more", "a fox", "the dog"])
+    found = measure_drift(Letters("one"), stretched, [*SENTENCES, "more of it", "and more", "a fox", "the dog"])
     assert 0.5 < found.overlap < 1 and 0 < found.same_nearest < 1
 
 
 def test_drift_between_other_lengths_has_neighbours_only(tmp_path: Path) -> None:
-    found = drift(Letters("one"), Letters("two", dimensions=20), SENTENCES[:4])
+    found = measure_drift(Letters("one"), Letters("two", dimensions=20), SENTENCES[:4])
     assert found.mean_cosine is found.worst_cosine is found.worst_text is None
     assert found.neighbours == 3 and found.overlap == 1
     write_comparison(tmp_path / "drift.md", None, found)
     assert "so no cosine" in (tmp_path / "drift.md").read_text(encoding="utf-8")
     with pytest.raises(UsageError, match="1 different texts are too few"):
-        drift(Letters("one"), Letters("two"), ["same", "same"])
+        measure_drift(Letters("one"), Letters("two"), ["same", "same"])
 
 
 def test_drift_encodes_nothing_twice(tmp_path: Path) -> None:
     one, two = Letters("one"), Letters("two", 0.3)
-    first = drift(one, two, SENTENCES, cache=tmp_path)
-    assert drift(one, two, SENTENCES, cache=tmp_path) == first and (one.calls, two.calls) == (1, 1)
+    first = measure_drift(one, two, SENTENCES, cache=tmp_path)
+    assert measure_drift(one, two, SENTENCES, cache=tmp_path) == first and (one.calls, two.calls) == (1, 1)
 
 
 def test_the_commands(
@@ -285,9 +285,9 @@ def test_the_commands(
     shown = " ".join(capsys.readouterr().out.split())
     assert "From tiny_llama to causal, over 12 texts: cosine 0." in shown and "10 nearest neighbours" in shown
     with pytest.raises(UsageError, match="--task compares results"):
-        compare_named(sides[0], sides[1], tasks=["Hard"], texts=texts)
+        compare_by_name(sides[0], sides[1], tasks=["Hard"], texts=texts)
     with pytest.raises(UsageError, match=r"--texts .*missing cannot be read"):
-        compare_named(sides[0], sides[1], texts=tmp_path / "missing")
+        compare_by_name(sides[0], sides[1], texts=tmp_path / "missing")
 
 
 def test_results_of_a_model_that_has_changed_since(golden_dir: Path, tmp_path: Path) -> None:
@@ -295,4 +295,4 @@ def test_results_of_a_model_that_has_changed_since(golden_dir: Path, tmp_path: P
     folders = [str(measure(tmp_path / r, [model], [0.7], revision=r * 10)) for r in "ab"]
     (tmp_path / "texts").write_text("one\ntwo\n", encoding="utf-8")
     with pytest.raises(UsageError, match=r"but .* was measured at aaaaaaaaaa"):
-        compare_named(folders[0], folders[1], texts=tmp_path / "texts")
+        compare_by_name(folders[0], folders[1], texts=tmp_path / "texts")

@@ -16,8 +16,8 @@ from synthetic_results import FAILED, FAILURE, LONG, MINILM, MODELS, MPNET, SUBJ
 from unmask.errors import UsageError
 from unmask.evaluate.published_scores import SAME_DATA, PublishedModel
 from unmask.evaluate.report import formatting, write_report
-from unmask.evaluate.report.charts import quality_and_size, quality_and_speed, task_bars
-from unmask.evaluate.report.report_model import tell
+from unmask.evaluate.report.charts import size_scatter, speed_scatter, task_bars
+from unmask.evaluate.report.report_model import build_report_model
 from unmask.evaluate.results import (
     Category,
     Cost,
@@ -26,7 +26,7 @@ from unmask.evaluate.results import (
     Results,
     TaskScore,
     read_results,
-    write_examples,
+    write_example_values,
 )
 
 COMMON = [t.name for t in TASKS if t.category != "WordLevel" and not any((m, t.name) in FAILED for m in MODELS)]
@@ -135,7 +135,7 @@ def tiny(*models: tuple[str, Mapping[str, float | None]], category: Category = "
 
 
 def spoken(results: Results, folder: Path) -> str:
-    return " ".join("".join(span.text for span in sentence) for sentence in tell(folder, results).answer)
+    return " ".join("".join(span.text for span in sentence) for sentence in build_report_model(folder, results).answer)
 
 
 def test_the_answer_comes_first_and_is_honest(run: tuple[Path, Results], html: str, markdown: str) -> None:
@@ -159,7 +159,7 @@ def test_a_difference_within_noise_is_called_that(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     for model in results.models:
         model.scores[0].score = 100 * float((values := generator.random(50)).mean())
-        write_examples(tmp_path, model, "x", values)
+        write_example_values(tmp_path, model, "x", values)
     assert "which is within noise (95" in spoken(results, tmp_path)
 
 
@@ -184,10 +184,10 @@ def test_a_model_alone_and_models_that_failed(tmp_path: Path) -> None:
     assert "shares no completed task" in spoken(
         tiny(("a", {"x": 1.0, "y": None}), ("b", {"x": None, "y": 2.0})), tmp_path
     )
-    story = tell(tmp_path, tiny(("a", {"x": 60.0}), ("b", {"x": None})))
+    story = build_report_model(tmp_path, tiny(("a", {"x": 60.0}), ("b", {"x": None})))
     assert story.silent == ["b"] and story.common == ["x"] and story.rows[1].mean is None
     with pytest.raises(UsageError, match="no model"):
-        tell(tmp_path, tiny())
+        build_report_model(tmp_path, tiny())
     for results in (tiny(("a", {"x": None})), tiny(("a", {})), tiny(("a", {"x": 5.0}), ("b", {"y": 4.0}))):
         write_report(tmp_path, results)
         assert not Page((tmp_path / "report.html").read_text(encoding="utf-8")).faults
@@ -200,7 +200,7 @@ def test_many_rivals_are_counted(tmp_path: Path) -> None:
 
 
 def test_word_level_alone_is_the_answer_then(tmp_path: Path) -> None:
-    story = tell(tmp_path, tiny(("a", {"CoNLL2003NER": 90.0}), category="WordLevel"))
+    story = build_report_model(tmp_path, tiny(("a", {"CoNLL2003NER": 90.0}), category="WordLevel"))
     assert story.common == ["CoNLL2003NER"] and story.rows[0].mean == 90.0
 
 
@@ -313,7 +313,7 @@ def test_bars_and_points_lie_where_the_numbers_are(tmp_path: Path) -> None:
         score = model.scores[0]
         score.interval, score.published = ((score.score or 0) - 2, (score.score or 0) + 3), 64.0
     others = [PublishedModel(f"o/{n}", 10**6 * 3**n, 60.0 + n) for n in range(10)]
-    story = tell(
+    story = build_report_model(
         tmp_path, results, [*others, PublishedModel("o/unsized", None, 70.0), PublishedModel("o/low", 5, -50.0)]
     )
     bars = task_bars(story.groups["STS"][0]).bars
@@ -323,11 +323,11 @@ def test_bars_and_points_lie_where_the_numbers_are(tmp_path: Path) -> None:
         (0.0, 0.0, 0.0, 64.0),  # drawn from zero, its figure beside it
     ]
     assert bars[2].text == "−5.0"
-    for chart in quality_and_speed(story):
+    for chart in speed_scatter(story):
         left, top, right, bottom = chart.plot
         slow, quick = sorted(chart.marks, key=lambda mark: mark.index or 0)
         assert left < slow.x < quick.x < right and top < slow.y < quick.y < bottom  # up is less
-    wide, narrow = quality_and_size(story)
+    wide, narrow = size_scatter(story)
     assert narrow.width < 390 < wide.width
     assert [mark.index for mark in wide.marks] == [*[None] * len(others), 0, 1]  # neither unsized nor hopeless
 

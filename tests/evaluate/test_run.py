@@ -15,10 +15,10 @@ import pytest
 
 from unmask.errors import UsageError
 from unmask.evaluate import run
-from unmask.evaluate.results import read_examples, read_results
+from unmask.evaluate.results import read_example_values, read_results
 from unmask.evaluate.run import Evaluation, evaluate
 from unmask.evaluate.statistics import score_of
-from unmask.evaluate.suites import SUITES, plan
+from unmask.evaluate.suites import SUITES, plan_jobs
 
 # One of each kind.
 TASKS = ("STS16", "SlurpScenarioClassification", "ArxivTitleClustering", "PassageRetrieval", "WikiQAReranking")
@@ -59,7 +59,7 @@ def test_scores_examples_and_files(
         assert model.cost.vector_bytes == 4 * model.cost.dimensions
         for score in model.scores:
             assert score.error is None and score.score is not None
-            values = read_examples(output, model, score.task)
+            values = read_example_values(output, model, score.task)
             assert values is not None and len(values) == score.examples
             assert score_of(values, score.statistic) == pytest.approx(score.score, abs=2e-3)
             assert score.interval is not None and score.interval[0] <= score.score <= score.interval[1]
@@ -98,7 +98,7 @@ def test_one_failing_task_does_not_lose_the_others(
             raise MemoryError("the model ate it")
         return np.random.default_rng(len(texts)).normal(size=(len(texts), 256)).astype(np.float32)
 
-    monkeypatch.setattr("unmask.evaluate.models.static.StaticContender.encode", broken)
+    monkeypatch.setattr("unmask.evaluate.models.static.StaticModel.encode", broken)
     results = evaluate(
         Evaluation(models=("wordllama:default",), tasks=("STS16", "PassageRetrieval"), data=data, output=tmp_path / "o")
     )
@@ -153,13 +153,13 @@ def test_a_failure_is_the_exit_code(tmp_path: Path, data: Path) -> None:
 )
 def test_what_cannot_be_planned(suites: list[str], tasks: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        plan(suites, tasks, None)
+        plan_jobs(suites, tasks, None)
 
 
 def test_suites() -> None:
-    sizes = {suite: len(plan([suite], [], None)) for suite in SUITES if suite != "local"}
+    sizes = {suite: len(plan_jobs([suite], [], None)) for suite in SUITES if suite != "local"}
     assert sizes == {"llm2vec-15": 15, "mteb-eng-v1": 56, "mteb-eng-v2": 41}
-    (job,) = plan([], ["STS17"], None)
+    (job,) = plan_jobs([], ["STS17"], None)
     assert job.build is not None
     assert job.build().hf_subsets == ["en-en"]
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from unmask.errors import UsageError
 from unmask.evaluate.cache import VectorCache
-from unmask.evaluate.models import open_contender
+from unmask.evaluate.models import open_model
 from unmask.recipe import mining
 from unmask.recipe.mining import Mining, limits_of, mine, nearest
 
@@ -164,7 +164,7 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
 
 
 def test_with_a_model(golden_dir: Path, tmp_path: Path) -> None:
-    contender = open_contender(f"{golden_dir / 'tiny_llama'}?name=tiny")
+    contender = open_model(f"{golden_dir / 'tiny_llama'}?name=tiny")
     rows = rows_file(tmp_path, [(f"question {word}", f"answer {word}") for word in ("one", "two", "three", "four")])
     lines, done = mined(tmp_path, contender, source=rows, count=2, max_share=1.0)
     assert done.rows == len(lines) == 4

@@ -125,11 +125,11 @@ def compare(
 
     from rich.console import Console
 
-    from unmask.evaluate.compare import compare_named
+    from unmask.evaluate.compare import compare_by_name
     from unmask.evaluate.report import output_file, print_comparison, print_drift, write_comparison
 
     file = output_file(output) if output else None
-    comparison, drift = compare_named(a, b, task, Path(texts) if texts else None)
+    comparison, drift = compare_by_name(a, b, task, Path(texts) if texts else None)
     if comparison:
         print_comparison(comparison, Console())
     if drift:

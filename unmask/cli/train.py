@@ -120,7 +120,7 @@ def mine(
 
     from rich.console import Console
 
-    from unmask.evaluate.models import open_contender
+    from unmask.evaluate.models import open_model
     from unmask.recipe.mining import Mining
     from unmask.recipe.mining import mine as run_mining
     from unmask.recipe.terminal import mining_bar
@@ -140,7 +140,7 @@ def mine(
         max_bad_rows=max_bad_rows,
     )
     with mining_bar(Console(stderr=True)) as told:
-        done = run_mining(mining, open_contender(model), Path(output), told)
+        done = run_mining(mining, open_model(model), Path(output), told)
     got = ", ".join(f"{rows} got {negatives}" for negatives, rows in enumerate(done.found) if rows)
     say(f"{done.rows} rows over {done.texts} texts -> {output}: {got}; the margin refused {done.refused} candidates")
     return 0

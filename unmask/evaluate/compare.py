@@ -8,8 +8,8 @@ import numpy as np
 
 from unmask.errors import UsageError
 from unmask.evaluate.cache import VectorCache
-from unmask.evaluate.models.embedding_model import Contender, uncut
-from unmask.evaluate.results import Category, ModelResult, Statistic, TaskScore, read_examples, read_results
+from unmask.evaluate.models.embedding_model import EmbeddingModel, uncut
+from unmask.evaluate.results import Category, ModelResult, Statistic, TaskScore, read_example_values, read_results
 from unmask.evaluate.statistics import Paired, holm, paired, paired_mean
 from unmask.home import home
 
@@ -17,7 +17,7 @@ NEIGHBOURS = 10
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredModel:
     """One model's results and the folder that holds its per-example values."""
 
     folder: Path
@@ -73,7 +73,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Drift:
+class VectorDrift:
     """How far the vectors of one model moved from those of another, on the same texts.
 
     Attributes:
@@ -97,7 +97,7 @@ class Drift:
     same_nearest: float
 
 
-def open_measured(spec: str) -> Measured:
+def find_results(spec: str) -> MeasuredModel:
     """Find a model's results: `FOLDER` for the first model of a run, `FOLDER:MODEL` for another one.
 
     MODEL may be shortened to its last part ("all-MiniLM-L6-v2") or its file name.
@@ -113,23 +113,23 @@ def open_measured(spec: str) -> Measured:
     if not results.models:
         raise UsageError(f"{folder} holds the results of no model")
     if not wanted:
-        return Measured(where, results.models[0])
+        return MeasuredModel(where, results.models[0])
     exact = [model for model in results.models if wanted in (model.name, model.slug)]
     found = exact or [model for model in results.models if model.name.rstrip("/").rpartition("/")[2] == wanted]
     if len(found) != 1:
         known = ", ".join(model.name for model in results.models)
         problem = "more than one model is called" if found else "there is no model"
         raise UsageError(f"{folder}: {problem} {wanted}; it holds {known}")
-    return Measured(where, found[0])
+    return MeasuredModel(where, found[0])
 
 
-def compare(
-    a: Measured, b: Measured, tasks: Sequence[str] = (), *, counted: Collection[str] | None = None
+def compare_results(
+    a: MeasuredModel, b: MeasuredModel, tasks: Sequence[str] = (), *, counted: Collection[str] | None = None
 ) -> Comparison:
     """Compare two models, task by task and on the mean over tasks.
 
     Args:
-        a, b: from `open_measured`.
+        a, b: from `find_results`.
         tasks: compare only on these; all that both completed if empty.
         counted: the tasks among them whose mean is compared. Left out: all but word-level tasks, or these if there is
             nothing else.
@@ -179,33 +179,35 @@ def compare(
     )
 
 
-def compare_named(
+def compare_by_name(
     a: str, b: str, tasks: Sequence[str] = (), texts: Path | None = None
-) -> tuple[Comparison | None, Drift | None]:
+) -> tuple[Comparison | None, VectorDrift | None]:
     """What `unmask compare` answers: a comparison of results, and a drift where there are texts.
 
     Args:
-        a, b: results as for `open_measured`. With `texts`, models as for `open_contender` do as well; there is no
+        a, b: results as for `find_results`. With `texts`, models as for `open_model` do as well; there is no
             comparison then.
         tasks: as for `compare`.
         texts: a file with one text per line; blank lines do not count.
 
     Raises:
-        UsageError: as `open_measured`, `compare`, `drift` and `open_contender`; the texts cannot be read; the model
+        UsageError: as `find_results`, `compare`, `drift` and `open_model`; the texts cannot be read; the model
             of some results is not what it was when they were measured.
     """
     if texts is None:
-        return compare(open_measured(a), open_measured(b), tasks), None
+        return compare_results(find_results(a), find_results(b), tasks), None
     lines = _read_lines(texts)
-    sides = [open_measured(side) if _names_results(side) else None for side in (a, b)]
-    comparison = compare(sides[0], sides[1], tasks) if sides[0] and sides[1] else None
+    sides = [find_results(side) if _names_results(side) else None for side in (a, b)]
+    comparison = compare_results(sides[0], sides[1], tasks) if sides[0] and sides[1] else None
     if tasks and comparison is None:
         raise UsageError("--task compares results, but these are models; name folders that `unmask evaluate` wrote")
     first, second = (_open_model(spec, side) for spec, side in zip((a, b), sides, strict=True))
-    return comparison, drift(first, second, lines, cache=home() / "vectors")
+    return comparison, measure_drift(first, second, lines, cache=home() / "vectors")
 
 
-def drift(a: Contender, b: Contender, texts: Sequence[str], *, cache: Path | None = None) -> Drift:
+def measure_drift(
+    a: EmbeddingModel, b: EmbeddingModel, texts: Sequence[str], *, cache: Path | None = None
+) -> VectorDrift:
     """Encode the texts with both models and say how much changed.
 
     Args:
@@ -227,7 +229,7 @@ def drift(a: Contender, b: Contender, texts: Sequence[str], *, cache: Path | Non
     if vectors_a.shape == vectors_b.shape:
         cosines = np.einsum("nd,nd->n", vectors_a, vectors_b, dtype=np.float64)
         mean, worst, text = float(cosines.mean()), float(cosines.min()), texts[int(cosines.argmin())]
-    return Drift(
+    return VectorDrift(
         a=a.name,
         b=b.name,
         texts=len(texts),
@@ -240,7 +242,7 @@ def drift(a: Contender, b: Contender, texts: Sequence[str], *, cache: Path | Non
     )
 
 
-def _why_not(a: Measured, b: Measured, score_a: TaskScore | None, score_b: TaskScore | None) -> str | None:
+def _why_not(a: MeasuredModel, b: MeasuredModel, score_a: TaskScore | None, score_b: TaskScore | None) -> str | None:
     """Why a task cannot be compared through no fault of its data."""
     for side, score in ((a, score_a), (b, score_b)):
         if score is None:
@@ -250,7 +252,7 @@ def _why_not(a: Measured, b: Measured, score_a: TaskScore | None, score_b: TaskS
     return None
 
 
-def _refuse_unlike(a: Measured, b: Measured, score_a: TaskScore, score_b: TaskScore) -> None:
+def _refuse_unlike(a: MeasuredModel, b: MeasuredModel, score_a: TaskScore, score_b: TaskScore) -> None:
     for what, of_a, of_b in (
         ("data", score_a.data, score_b.data),
         ("metric", score_a.metric, score_b.metric),
@@ -263,9 +265,11 @@ def _refuse_unlike(a: Measured, b: Measured, score_a: TaskScore, score_b: TaskSc
             )
 
 
-def _paired_values(a: Measured, b: Measured, score: TaskScore) -> tuple[np.ndarray, np.ndarray, Statistic] | None:
-    values_a = read_examples(a.folder, a.model, score.task)
-    values_b = read_examples(b.folder, b.model, score.task)
+def _paired_values(
+    a: MeasuredModel, b: MeasuredModel, score: TaskScore
+) -> tuple[np.ndarray, np.ndarray, Statistic] | None:
+    values_a = read_example_values(a.folder, a.model, score.task)
+    values_b = read_example_values(b.folder, b.model, score.task)
     if values_a is None or values_b is None or min(len(values_a), len(values_b)) < 2:
         return None
     return values_a, values_b, score.statistic
@@ -297,7 +301,7 @@ def _adjusted(rows: list[TaskComparison]) -> list[TaskComparison]:
     return [replace(row, test=next(adjusted)) if row.test is not None else row for row in rows]
 
 
-def _told_apart(a: Measured, b: Measured) -> tuple[str, str]:
+def _told_apart(a: MeasuredModel, b: MeasuredModel) -> tuple[str, str]:
     """Two different labels: the names, else with revisions, else with folders."""
     if a.name != b.name:
         return a.name, b.name
@@ -317,12 +321,12 @@ def _names_results(spec: str) -> bool:
     return spec != "" and (folder / "results.json").is_file()
 
 
-def _open_model(spec: str, measured: Measured | None) -> Contender:
-    from unmask.evaluate.models import open_contender
+def _open_model(spec: str, measured: MeasuredModel | None) -> EmbeddingModel:
+    from unmask.evaluate.models import open_model
 
     if measured is None:
-        return open_contender(spec)
-    model = open_contender(str(measured.model.details.get("specification", measured.name)))
+        return open_model(spec)
+    model = open_model(str(measured.model.details.get("specification", measured.name)))
     if model.revision != measured.model.revision:
         raise UsageError(
             f"{measured.name} is revision {model.revision} now, but {spec} was measured at {measured.model.revision}; "
@@ -338,7 +342,7 @@ def _read_lines(file: Path) -> list[str]:
         raise UsageError(f"--texts {file} cannot be read: {error}") from error
 
 
-def _vectors(model: Contender, texts: list[str], cache: Path | None) -> np.ndarray:
+def _vectors(model: EmbeddingModel, texts: list[str], cache: Path | None) -> np.ndarray:
     if cache is None:
         return model.encode(texts)
     whole = uncut(model)

@@ -7,16 +7,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
-from unmask.evaluate.models.embedding_model import Contender
+from unmask.evaluate.models.embedding_model import EmbeddingModel
 from unmask.evaluate.results import Cost
 
 _ROUNDS = 3
 
 
-class Loaded(NamedTuple):
+class LoadedModel(NamedTuple):
     """A contender, and the memory that it took to load it and to encode the sample once."""
 
-    contender: Contender
+    contender: EmbeddingModel
     peak_memory_bytes: int | None
 
 
@@ -27,7 +27,7 @@ def sample_texts() -> list[str]:
     return [passage for passage in text.split("\n") if passage]
 
 
-def load(open_contender: Callable[[], Contender], texts: Sequence[str]) -> Loaded:
+def load_model(open_model: Callable[[], EmbeddingModel], texts: Sequence[str]) -> LoadedModel:
     """Open a contender and encode `texts` once, which also warms it up.
 
     Its memory is the process's peak meanwhile above what the process had before. Memory that an earlier contender has
@@ -35,14 +35,14 @@ def load(open_contender: Callable[[], Contender], texts: Sequence[str]) -> Loade
     """
     before = _status("VmRSS")
     _forget_peak()
-    contender = open_contender()
+    contender = open_model()
     contender.encode(texts)
     peak = _status("VmHWM")
     remote = contender.kind == "endpoint"
-    return Loaded(contender, None if remote or before is None or peak is None else max(0, peak - before))
+    return LoadedModel(contender, None if remote or before is None or peak is None else max(0, peak - before))
 
 
-def measure_cost(loaded: Sequence[Loaded], texts: Sequence[str]) -> list[Cost]:
+def measure_cost(loaded: Sequence[LoadedModel], texts: Sequence[str]) -> list[Cost]:
     """Speed of each contender on `texts`, the median of rounds in which they take turns.
 
     Turns, because a machine's speed drifts: what disturbs one contender disturbs all.
@@ -56,7 +56,7 @@ def measure_cost(loaded: Sequence[Loaded], texts: Sequence[str]) -> list[Cost]:
     return [_cost(item, statistics.median(spent), texts) for item, spent in zip(loaded, seconds, strict=True)]
 
 
-def _cost(item: Loaded, seconds: float, texts: Sequence[str]) -> Cost:
+def _cost(item: LoadedModel, seconds: float, texts: Sequence[str]) -> Cost:
     contender = item.contender
     tokens = contender.count_tokens(texts)
     return Cost(

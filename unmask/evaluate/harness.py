@@ -33,7 +33,7 @@ from threadpoolctl import threadpool_limits
 
 from unmask.evaluate.cache import VectorCache
 from unmask.evaluate.instructions import REFERENCE_FAMILY, Side, instruction_for
-from unmask.evaluate.models.embedding_model import Contender, uncut
+from unmask.evaluate.models.embedding_model import EmbeddingModel, uncut
 from unmask.evaluate.results import Category, Statistic, TaskScore
 from unmask.home import written_whole
 
@@ -52,7 +52,7 @@ _DETAILS: dict[str, tuple[str, ...]] = {
 }
 
 
-class Watch(Protocol):
+class TaskProgress(Protocol):
     """Who wants to know how far a task has come."""
 
     def expect(self, texts: int) -> None:
@@ -68,7 +68,7 @@ class Watch(Protocol):
         ...
 
 
-class Measured(NamedTuple):
+class TaskMeasurement(NamedTuple):
     """A score, and the values per example that it follows from where there are any: [n] or [n, 2], see `Statistic`."""
 
     score: TaskScore
@@ -78,7 +78,7 @@ class Measured(NamedTuple):
 class MtebModel(AbsEncoder):
     """A contender as mteb's `EncoderProtocol`: the instruction of the task, vectors through the cache."""
 
-    def __init__(self, contender: Contender, cache: VectorCache, watch: Watch) -> None:
+    def __init__(self, contender: EmbeddingModel, cache: VectorCache, watch: TaskProgress) -> None:
         self._contender, self._cache, self._watch = contender, cache, watch
         self.mteb_model_meta = model_meta(contender)
         self._threads = torch.get_num_threads()
@@ -124,7 +124,7 @@ class MtebModel(AbsEncoder):
         return vectors
 
 
-def model_meta(contender: Contender) -> ModelMeta:
+def model_meta(contender: EmbeddingModel) -> ModelMeta:
     """What mteb wants to know of a model. The published LLM2Vec models have their entry in mteb, with the training data
     that decides what counts as zero-shot; others get what is known and None for the rest.
     """
@@ -152,7 +152,7 @@ def model_meta(contender: Contender) -> ModelMeta:
     )
 
 
-def measure(model: MtebModel, task: AbsTask, folder: Path) -> Measured:
+def measure(model: MtebModel, task: AbsTask, folder: Path) -> TaskMeasurement:
     """Run one task through mteb.
 
     Args:
@@ -195,7 +195,7 @@ def measure(model: MtebModel, task: AbsTask, folder: Path) -> Measured:
         seconds=time.perf_counter() - began,
         details={key: round(100 * float(first[key]), 4) for key in _DETAILS.get(category, ()) if key in first},
     )
-    return Measured(score, values)
+    return TaskMeasurement(score, values)
 
 
 def _examples(

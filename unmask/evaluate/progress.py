@@ -11,7 +11,7 @@ from unmask.evaluate.results import TaskScore
 
 
 class RunProgress:
-    """Bars while a task runs and a line when it is done; off a terminal, the lines alone. A `harness.Watch`."""
+    """Bars while a task runs and a line when it is done; off a terminal, the lines alone. A `harness.TaskProgress`."""
 
     def __init__(self, tasks: int) -> None:
         self._console = Console(stderr=True)

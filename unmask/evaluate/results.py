@@ -143,14 +143,14 @@ def examples_file(folder: Path, model: ModelResult, task: str) -> Path:
     return folder / "examples" / model.slug / f"{task}.npz"
 
 
-def write_examples(folder: Path, model: ModelResult, task: str, values: np.ndarray) -> None:
+def write_example_values(folder: Path, model: ModelResult, task: str, values: np.ndarray) -> None:
     """Keep per-example values: [n] for statistic "mean", [n, 2] for "spearman"."""
     with written_whole(examples_file(folder, model, task)) as partial, partial.open("wb") as file:
         np.savez_compressed(file, values=values)
 
 
-def read_examples(folder: Path, model: ModelResult, task: str) -> np.ndarray | None:
-    """The values that `write_examples` kept; None if there are none."""
+def read_example_values(folder: Path, model: ModelResult, task: str) -> np.ndarray | None:
+    """The values that `write_example_values` kept; None if there are none."""
     file = examples_file(folder, model, task)
     if not file.is_file():
         return None

@@ -22,14 +22,14 @@ import numpy as np
 from unmask import __version__
 from unmask.errors import StorageError, UsageError
 from unmask.evaluate.cache import VectorCache
-from unmask.evaluate.cost import Loaded, load, measure_cost, sample_texts
-from unmask.evaluate.models import open_contender
-from unmask.evaluate.models.embedding_model import Contender, uncut
+from unmask.evaluate.cost import LoadedModel, load_model, measure_cost, sample_texts
+from unmask.evaluate.models import open_model
+from unmask.evaluate.models.embedding_model import EmbeddingModel, uncut
 from unmask.evaluate.progress import RunProgress
 from unmask.evaluate.published_scores import published_score
-from unmask.evaluate.results import ModelResult, Provenance, Results, TaskScore, write_examples, write_results
+from unmask.evaluate.results import ModelResult, Provenance, Results, TaskScore, write_example_values, write_results
 from unmask.evaluate.statistics import bootstrap_interval
-from unmask.evaluate.suites import Job, plan
+from unmask.evaluate.suites import Job, plan_jobs
 from unmask.home import home, written_whole
 
 _PACKAGES = ("mteb", "torch", "numpy", "scikit-learn", "scipy", "datasets", "sentence-transformers", "transformers")
@@ -82,7 +82,7 @@ def evaluate(wanted: Evaluation) -> Results:
     began, started = time.perf_counter(), datetime.now(UTC)
     _require_packages()
     published = _published_folder(wanted)
-    jobs = plan(wanted.suites, wanted.tasks, wanted.data)
+    jobs = plan_jobs(wanted.suites, wanted.tasks, wanted.data)
     if not jobs:
         raise UsageError("nothing to measure: name a --suite or a --task")
     import sentence_transformers  # noqa: F401 - here, so that no model is charged with the memory of its libraries
@@ -90,10 +90,10 @@ def evaluate(wanted: Evaluation) -> Results:
     texts = sample_texts()
     specifications = list(dict.fromkeys([*wanted.models, *wanted.baselines]))
     with RunProgress(len(specifications) * len(jobs)) as progress:
-        loaded: list[Loaded] = []
+        loaded: list[LoadedModel] = []
         for specification in specifications:
             progress.say(f"loading {specification}")
-            loaded.append(load(partial(open_contender, specification, wanted.defaults), texts))
+            loaded.append(load_model(partial(open_model, specification, wanted.defaults), texts))
         models = _model_results(loaded)
         for item, model in zip(loaded, models, strict=True):
             measured = [
@@ -125,7 +125,7 @@ def evaluate(wanted: Evaluation) -> Results:
 
 
 def _run_or_recall(
-    contender: Contender,
+    contender: EmbeddingModel,
     model: ModelResult,
     job: Job,
     wanted: Evaluation,
@@ -141,7 +141,7 @@ def _run_or_recall(
         score, values = _measure(contender, job, wanted, progress)
         if score.error is None:
             if values is not None:
-                write_examples(wanted.output, model, job.name, values)
+                write_example_values(wanted.output, model, job.name, values)
                 score.interval = bootstrap_interval(values, score.statistic, seed=0)
             with written_whole(file) as partial_file:
                 partial_file.write_bytes(msgspec.json.encode(_Kept(contender.revision, settings, score)))
@@ -152,7 +152,7 @@ def _run_or_recall(
     return score
 
 
-def _recall(file: Path, contender: Contender, settings: str, job: Job) -> TaskScore | None:
+def _recall(file: Path, contender: EmbeddingModel, settings: str, job: Job) -> TaskScore | None:
     try:
         kept = msgspec.json.decode(file.read_bytes(), type=_Kept)
     except (OSError, msgspec.MsgspecError):
@@ -162,7 +162,7 @@ def _recall(file: Path, contender: Contender, settings: str, job: Job) -> TaskSc
 
 
 def _measure(
-    contender: Contender, job: Job, wanted: Evaluation, progress: RunProgress
+    contender: EmbeddingModel, job: Job, wanted: Evaluation, progress: RunProgress
 ) -> tuple[TaskScore, np.ndarray | None]:
     began = time.perf_counter()
     try:
@@ -191,13 +191,13 @@ def _measure(
 
 
 def _measure_words(
-    contender: Contender, job: Job, wanted: Evaluation, progress: RunProgress
+    contender: EmbeddingModel, job: Job, wanted: Evaluation, progress: RunProgress
 ) -> tuple[TaskScore, np.ndarray]:
-    from unmask.evaluate.models.decoder import DecoderContender
+    from unmask.evaluate.models.decoder import DecoderModel
     from unmask.evaluate.word_level import run_word_task
 
     decoder = uncut(contender)
-    assert isinstance(decoder, DecoderContender) and wanted.data is not None
+    assert isinstance(decoder, DecoderModel) and wanted.data is not None
     found = run_word_task(
         job.name,
         decoder.encoder,
@@ -224,7 +224,7 @@ def _measure_words(
     return score, found.values
 
 
-def _model_results(loaded: Sequence[Loaded]) -> list[ModelResult]:
+def _model_results(loaded: Sequence[LoadedModel]) -> list[ModelResult]:
     from unmask.evaluate.results import Cost
 
     models = []
@@ -257,7 +257,7 @@ def _published_folder(wanted: Evaluation) -> Path | None:
     return beside if beside is not None and beside.is_dir() else None
 
 
-def _settings(contender: Contender) -> str:
+def _settings(contender: EmbeddingModel) -> str:
     """8 hex digits of what else decides a score: the table of instructions, for models that read them."""
     if not contender.takes_instructions:
         return ""

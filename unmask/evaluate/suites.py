@@ -58,7 +58,7 @@ class Job:
     build: "Callable[[], AbsTask] | None" = field(repr=False)
 
 
-def plan(suites: Sequence[str], tasks: Sequence[str], data: Path | None) -> list[Job]:
+def plan_jobs(suites: Sequence[str], tasks: Sequence[str], data: Path | None) -> list[Job]:
     """The jobs of some suites and single tasks, each once, in the order asked for.
 
     With a folder of data, a task that can be read from it is; mteb fetches the others.

@@ -14,7 +14,7 @@ import numpy as np
 
 from unmask.errors import UsageError
 from unmask.evaluate.cache import VectorCache
-from unmask.evaluate.models.embedding_model import Contender
+from unmask.evaluate.models.embedding_model import EmbeddingModel
 from unmask.home import home, written_whole
 from unmask.recipe.rows import BadRows, read_rows
 
@@ -81,7 +81,11 @@ Told = Callable[[str, int, int], None]  # what is going on, steps done just now,
 
 
 def mine(
-    mining: Mining, contender: Contender, output: Path, told: Told = lambda *_: None, cache: VectorCache | None = None
+    mining: Mining,
+    contender: EmbeddingModel,
+    output: Path,
+    told: Told = lambda *_: None,
+    cache: VectorCache | None = None,
 ) -> Mined:
     """Write `query`, `positive`, `negatives` for each row, as JSON lines in the rows' order.
 

@@ -22,7 +22,7 @@ import torch
 
 from unmask.errors import UsageError
 from unmask.evaluate.cache import VectorCache
-from unmask.evaluate.models import open_contender
+from unmask.evaluate.models import open_model
 from unmask.home import home, written_whole
 from unmask.recipe.decontamination import Held, read_held
 from unmask.recipe.dev import DevSets
@@ -134,7 +134,7 @@ def load_data(recipe: Recipe, data: Path, say: Callable[[str], None]) -> tuple[l
 def open_teacher(recipe: Recipe) -> Teacher:
     """The teacher's vectors of any texts, computed once and kept by `unmask evaluate`'s cache."""
     assert recipe.distillation is not None
-    contender = open_contender(recipe.distillation.teacher)
+    contender = open_model(recipe.distillation.teacher)
     cache = VectorCache(home() / "vectors", contender.revision, contender.dimensions)
 
     def teach(texts: Sequence[str]) -> np.ndarray:

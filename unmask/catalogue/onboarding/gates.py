@@ -28,7 +28,7 @@ from unmask.catalogue.speed import Point, measurements_of_sweep, points_of
 from unmask.checkpoint import Checkpoint
 from unmask.encoder import Encoder
 from unmask.errors import GateFailed, UsageError
-from unmask.evaluate.cost import load, sample_texts
+from unmask.evaluate.cost import load_model, sample_texts
 from unmask.evaluate.results import Results
 from unmask.evaluate.run import Evaluation, evaluate, machine
 
@@ -226,7 +226,7 @@ def loading(bench: Bench, tell: Tell) -> Found:
         seconds = time.perf_counter() - began
         return _Measured(encoder)
 
-    memory = load(open_encoder, sample_texts()).peak_memory_bytes
+    memory = load_model(open_encoder, sample_texts()).peak_memory_bytes
     encoder = bench.encoder
     if not np.isfinite(encoder.encode(CANARY_TEXT)).all():
         raise GateFailed("the model gives a vector with numbers that are not finite: its weights are damaged")
@@ -377,7 +377,7 @@ GATES: tuple[Gate, ...] = (
 
 
 class _Measured:
-    """An encoder as `evaluate.cost.load` wants to see it."""
+    """An encoder as `evaluate.cost.load_model` wants to see it."""
 
     kind = "unmask"
 

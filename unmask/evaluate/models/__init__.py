@@ -22,9 +22,9 @@ from pathlib import Path
 from urllib.parse import parse_qsl
 
 from unmask.errors import UsageError
-from unmask.evaluate.models.embedding_model import Contender, Cut
+from unmask.evaluate.models.embedding_model import EmbeddingModel, TruncatedModel
 
-__all__ = ["Options", "open_contender"]
+__all__ = ["Options", "open_model"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Options:
         return int(value)
 
 
-def open_contender(specification: str, defaults: Mapping[str, str] | None = None) -> Contender:
+def open_model(specification: str, defaults: Mapping[str, str] | None = None) -> EmbeddingModel:
     """Load what a specification names; see the top of this file for how one is written.
 
     Args:
@@ -95,7 +95,7 @@ def open_contender(specification: str, defaults: Mapping[str, str] | None = None
         raise UsageError(f"{specification}: {query!r} is not a list of options; write ?option=value&option=value")
     options = Options(target, given, {k: v for k, v in (defaults or {}).items() if k in known})
     contender, dimensions = _KINDS[kind].open(options), options.number("dimensions")
-    return contender if dimensions is None else Cut(contender, dimensions)
+    return contender if dimensions is None else TruncatedModel(contender, dimensions)
 
 
 def _kind(target: str) -> tuple[str, str]:
@@ -129,29 +129,29 @@ def shown_name(options: Options) -> str:
 @dataclass(frozen=True)
 class _Kind:
     options: tuple[str, ...]
-    open: Callable[[Options], Contender]
+    open: Callable[[Options], EmbeddingModel]
 
 
 # Each opener imports its own packages: a run over one kind needs none of the others'.
-def _unmask(options: Options) -> Contender:
+def _unmask(options: Options) -> EmbeddingModel:
     from unmask.evaluate.models.decoder import open_decoder
 
     return open_decoder(options)
 
 
-def _sentence_transformers(options: Options) -> Contender:
+def _sentence_transformers(options: Options) -> EmbeddingModel:
     from unmask.evaluate.models.sentence_transformers import open_folder
 
     return open_folder(options)
 
 
-def _endpoint(options: Options) -> Contender:
+def _endpoint(options: Options) -> EmbeddingModel:
     from unmask.evaluate.models.endpoint import open_endpoint
 
     return open_endpoint(options)
 
 
-def _static(options: Options) -> Contender:
+def _static(options: Options) -> EmbeddingModel:
     from unmask.evaluate.models.static import open_static
 
     return open_static(options)

@@ -12,8 +12,8 @@ from unmask.evaluate.models import Options, shown_name
 Kind = Literal["unmask"]
 
 
-class DecoderContender:
-    """An `Encoder` as a contender. See `unmask.evaluate.models.embedding_model.Contender`.
+class DecoderModel:
+    """An `Encoder` as a contender. See `unmask.evaluate.models.embedding_model.EmbeddingModel`.
 
     Attributes:
         encoder: the model itself; word-level tasks read its hidden states.
@@ -40,7 +40,7 @@ class DecoderContender:
         return int(np.minimum(lengths, self.encoder.max_length).sum())
 
 
-def open_decoder(options: Options) -> DecoderContender:
+def open_decoder(options: Options) -> DecoderModel:
     """Load a decoder by id, folder or `.gguf` file.
 
     Raises:
@@ -61,7 +61,7 @@ def open_decoder(options: Options) -> DecoderContender:
     )
     said = encoder.checkpoint.encoder_config.get("takes_instructions", True)
     takes = options.flag("instructions") if options.one("instructions") is not None else bool(said)
-    return DecoderContender(encoder, shown_name(options), causal=causal, takes_instructions=takes)
+    return DecoderModel(encoder, shown_name(options), causal=causal, takes_instructions=takes)
 
 
 def _deciding(encoder: Encoder, causal: bool) -> str:

@@ -10,8 +10,8 @@ from unmask.errors import UsageError
 Kind = Literal["unmask", "sentence-transformers", "endpoint", "static"]
 
 
-class Contender(Protocol):
-    """A model that turns texts into vectors. `contenders.open_contender` makes one.
+class EmbeddingModel(Protocol):
+    """A model that turns texts into vectors. `contenders.open_model` makes one.
 
     Attributes:
         name: how reports call it.
@@ -41,14 +41,14 @@ class Contender(Protocol):
         ...
 
 
-class Cut:
+class TruncatedModel:
     """A contender whose vectors are shortened to their first numbers (Matryoshka, arXiv 2205.13147).
 
     Attributes:
         whole: the contender that computes them. Its vectors are what is cached, so that a cut costs nothing more.
     """
 
-    def __init__(self, whole: Contender, dimensions: int) -> None:
+    def __init__(self, whole: EmbeddingModel, dimensions: int) -> None:
         if not 1 <= dimensions <= whole.dimensions:
             raise UsageError(f"{whole.name}: dimensions={dimensions}; its vectors have 1 to {whole.dimensions}")
         self.whole, self.dimensions = whole, dimensions
@@ -68,6 +68,6 @@ class Cut:
         return self.whole.count_tokens(texts, instruction)
 
 
-def uncut(contender: Contender) -> Contender:
+def uncut(contender: EmbeddingModel) -> EmbeddingModel:
     """What computes a contender's vectors."""
-    return contender.whole if isinstance(contender, Cut) else contender
+    return contender.whole if isinstance(contender, TruncatedModel) else contender

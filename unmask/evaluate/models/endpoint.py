@@ -22,8 +22,8 @@ _TRIES = 6
 _TIMEOUT_S = 120.0
 
 
-class EndpointContender:
-    """A model behind an endpoint as a contender. See `unmask.evaluate.models.embedding_model.Contender`.
+class EndpointModel:
+    """A model behind an endpoint as a contender. See `unmask.evaluate.models.embedding_model.EmbeddingModel`.
 
     Nobody can know which weights answer, so its revision is the address, the model's name and the day.
     """
@@ -88,7 +88,7 @@ class EndpointContender:
         return vectors
 
 
-def open_endpoint(options: Options) -> EndpointContender:
+def open_endpoint(options: Options) -> EndpointModel:
     """Reach an endpoint, `http://host/v1#model`. Its key is read from the variable that option `key` names.
 
     Raises:
@@ -104,7 +104,7 @@ def open_endpoint(options: Options) -> EndpointContender:
     key = os.environ.get(variable or "OPENAI_API_KEY")
     if variable and not key:
         raise UsageError(f"?key={variable}: that environment variable is not set")
-    return EndpointContender(
+    return EndpointModel(
         url.rstrip("/") + "/",
         model,
         key,

@@ -14,8 +14,8 @@ from unmask.evaluate.models import Options, shown_name
 _DECIDING = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model")
 
 
-class FolderContender:
-    """A `SentenceTransformer` as a contender. See `unmask.evaluate.models.embedding_model.Contender`.
+class SentenceTransformerModel:
+    """A `SentenceTransformer` as a contender. See `unmask.evaluate.models.embedding_model.EmbeddingModel`.
 
     A model that was published with prompts for queries and documents gets its own, as its authors meant it: the
     query's wherever a task gives an instruction, the document's elsewhere.
@@ -48,7 +48,7 @@ class FolderContender:
         return sum(len(ids) for ids in read["input_ids"])
 
 
-def open_folder(options: Options) -> FolderContender:
+def open_folder(options: Options) -> SentenceTransformerModel:
     """Load a sentence-transformers folder.
 
     Raises:
@@ -66,7 +66,7 @@ def open_folder(options: Options) -> FolderContender:
         model = SentenceTransformer(str(folder), device=options.one("device") or "cpu", local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return FolderContender(model, folder, shown_name(options))
+    return SentenceTransformerModel(model, folder, shown_name(options))
 
 
 def _folder_digest(folder: Path) -> str:

@@ -13,8 +13,8 @@ from unmask.evaluate.models import Options
 _DEFAULT = "l2_supercat"
 
 
-class StaticContender:
-    """A WordLlama model as a contender. See `unmask.evaluate.models.embedding_model.Contender`."""
+class StaticModel:
+    """A WordLlama model as a contender. See `unmask.evaluate.models.embedding_model.EmbeddingModel`."""
 
     kind: Literal["static"] = "static"
     takes_instructions = False
@@ -38,7 +38,7 @@ class StaticContender:
         return sum(sum(encoding.attention_mask) for encoding in self._model.tokenize(list(texts)))
 
 
-def open_static(options: Options) -> StaticContender:
+def open_static(options: Options) -> StaticModel:
     """Load a WordLlama configuration; `default` is the one that its package carries, so it needs no network.
 
     Raises:
@@ -57,7 +57,7 @@ def open_static(options: Options) -> StaticContender:
     except (AttributeError, ValueError, OSError) as error:
         raise UsageError(f"wordllama:{options.target}?dim={dimensions} cannot be loaded: {error}") from error
     config = _DEFAULT if options.target == "default" else options.target
-    return StaticContender(model, options.one("name") or f"wordllama-{config}-{dimensions}")
+    return StaticModel(model, options.one("name") or f"wordllama-{config}-{dimensions}")
 
 
 def _carried(package: Path, dimensions: int) -> Any:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from unmask.evaluate.published_scores import PublishedModel
 from unmask.evaluate.report import formatting
-from unmask.evaluate.report.report_model import Row, Story, TaskGroup
+from unmask.evaluate.report.report_model import ModelSummary, ReportModel, TaskGroup
 from unmask.evaluate.results import TaskScore
 
 WIDE, NARROW = 900, 350
@@ -32,10 +32,10 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 @dataclass(frozen=True)
-class Bar:
+class ScoreBar:
     """A model's bar on a task; positions in per cent of the scale, None where nothing is drawn."""
 
-    row: Row
+    row: ModelSummary
     end: float | None
     low: float | None
     high: float | None
@@ -48,7 +48,7 @@ class Bar:
 class TaskBars:
     task: str
     metric: str
-    bars: list[Bar]
+    bars: list[ScoreBar]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Tick:
 
 
 @dataclass(frozen=True)
-class Mark:
+class PlacedPoint:
     """A point with its label, in pixels. `index` is the model's colour, None for other people's models."""
 
     x: float
@@ -82,12 +82,12 @@ class Scatter:
     y_ticks: list[Tick]
     x_label: str
     y_label: str
-    marks: list[Mark]
+    marks: list[PlacedPoint]
     title: str
 
 
 @dataclass(frozen=True)
-class Point:
+class ScatterPoint:
     """What a scatter chart shows, in units of the data."""
 
     name: str
@@ -104,9 +104,9 @@ def task_bars(group: TaskGroup) -> TaskBars:
     )
 
 
-def _bar(task: str, row: Row, score: TaskScore) -> Bar:
+def _bar(task: str, row: ModelSummary, score: TaskScore) -> ScoreBar:
     if score.score is None:
-        return Bar(row, None, None, None, score.published, "failed", f"{task}, {row.short}: failed, {score.error}")
+        return ScoreBar(row, None, None, None, score.published, "failed", f"{task}, {row.short}: failed, {score.error}")
     title = f"{task}, {row.short}: {formatting.score(score.score)}"
     if score.interval:
         title += f" ({formatting.interval(score.interval)})"
@@ -114,17 +114,17 @@ def _bar(task: str, row: Row, score: TaskScore) -> Bar:
         title += f", published {formatting.score(score.published)}"
     low, high = (_on_scale(bound) for bound in score.interval) if score.interval else (None, None)
     published = None if score.published is None else _on_scale(score.published)
-    return Bar(row, _on_scale(score.score), low, high, published, formatting.score(score.score, 1), title)
+    return ScoreBar(row, _on_scale(score.score), low, high, published, formatting.score(score.score, 1), title)
 
 
 def _on_scale(score: float) -> float:
     return min(100.0, max(0.0, score))
 
 
-def quality_and_speed(story: Story, *, beside: bool = False) -> list[Scatter]:
+def speed_scatter(story: ReportModel, *, beside: bool = False) -> list[Scatter]:
     """Mean score against texts per second, wide and narrow; nothing if fewer than two models have both."""
     points = [
-        Point(row.short, row.model.cost.texts_per_second, row.mean, row.index, row.short)
+        ScatterPoint(row.short, row.model.cost.texts_per_second, row.mean, row.index, row.short)
         for row in story.rows
         if row.mean is not None and row.model.cost.texts_per_second
     ]
@@ -132,13 +132,13 @@ def quality_and_speed(story: Story, *, beside: bool = False) -> list[Scatter]:
     return scatters(points, "texts per second, here", f"mean of {tasks}", beside=beside) if len(points) > 1 else []
 
 
-def quality_and_size(story: Story) -> list[Scatter]:
+def size_scatter(story: ReportModel) -> list[Scatter]:
     """Mean score against parameters, with other people's models for context; nothing without them."""
     if not story.published:
         return []
     theirs = sorted((m for m in story.published if m.parameters), key=lambda m: (m.parameters or 0, -m.mean))
     points = [
-        Point(row.short, row.model.cost.parameters, story.placed[row.model.name], row.index, row.short)
+        ScatterPoint(row.short, row.model.cost.parameters, story.placed[row.model.name], row.index, row.short)
         for row in story.rows
         if row.model.name in story.placed and row.model.cost.parameters
     ]
@@ -147,7 +147,7 @@ def quality_and_size(story: Story) -> list[Scatter]:
         # A label for the best of its size: those that a reader would look for.
         label = formatting.short_names([model.name])[model.name] if model.mean > best else ""
         best = max(best, model.mean)
-        points.append(Point(model.name, model.parameters or 0, model.mean, None, label))
+        points.append(ScatterPoint(model.name, model.parameters or 0, model.mean, None, label))
     tasks = formatting.plural(len(story.published_tasks), "task")
     return scatters(points, "parameters", f"mean of {tasks}", beside=True)
 
@@ -160,7 +160,7 @@ def shown(others: Sequence[PublishedModel], ours: Sequence[float]) -> list[Publi
     return [model for model in sized if model.mean >= floor]
 
 
-def scatters(points: Sequence[Point], x_label: str, y_label: str, *, beside: bool) -> list[Scatter]:
+def scatters(points: Sequence[ScatterPoint], x_label: str, y_label: str, *, beside: bool) -> list[Scatter]:
     """The points on a logarithmic x axis, laid out for wide and for narrow screens.
 
     Args:
@@ -172,7 +172,7 @@ def scatters(points: Sequence[Point], x_label: str, y_label: str, *, beside: boo
     return [_scatter(points, x_label, y_label, *size) for size in (wide, (NARROW, 360))]
 
 
-def _scatter(points: Sequence[Point], x_label: str, y_label: str, width: int, height: int) -> Scatter:
+def _scatter(points: Sequence[ScatterPoint], x_label: str, y_label: str, width: int, height: int) -> Scatter:
     left, top, right, bottom = _LEFT, _TOP, width - _RIGHT, height - _BOTTOM
     x_low, x_high = _padded([math.log10(point.x) for point in points], 0.12, 0.3)
     y_low, y_high = _padded([point.y for point in points], 0.12, 1.0)
@@ -187,12 +187,12 @@ def _scatter(points: Sequence[Point], x_label: str, y_label: str, width: int, he
     measured = [index for index, point in enumerate(points) if point.index is not None]
     taken = [_box(*spots[index], _RADIUS) for index in measured]
     crowd = [_box(*spot, 3) for index, spot in enumerate(spots) if points[index].index is None]
-    marks: dict[int, Mark] = {}
+    marks: dict[int, PlacedPoint] = {}
     # Ours first: their labels are never left out, the others' only stand where there is room.
     for index in [*measured, *(i for i, point in enumerate(points) if point.index is None)]:
         point, (x, y) = points[index], spots[index]
         title = f"{point.name}: {formatting.score(point.y)}, {formatting.magnitude(point.x)} {x_label.split(',')[0]}"
-        mark = Mark(x, y, point.index, title)
+        mark = PlacedPoint(x, y, point.index, title)
         if point.label:
             label = formatting.shortened(point.label, 30 if width > NARROW else 22)
             around = crowd if point.index is None else []
@@ -212,13 +212,13 @@ def _scatter(points: Sequence[Point], x_label: str, y_label: str, width: int, he
     )
 
 
-def _labelled(mark: Mark, label: str, taken: list[Box], around: list[Box], plot: Box) -> Mark:
+def _labelled(mark: PlacedPoint, label: str, taken: list[Box], around: list[Box], plot: Box) -> PlacedPoint:
     """Set the label where it fits best, right, left, above or below, and append its box to `taken`.
 
     `around` is to be kept clear as well. The label of somebody else's model is left out if it fits nowhere.
     """
     wide = len(label) * _CHARACTER * (0.85 if mark.index is None else 1)
-    best: tuple[float, Mark, Box] | None = None
+    best: tuple[float, PlacedPoint, Box] | None = None
     gap = _RADIUS + 5
     # Without a colour to tie a label to its point, it must stand right beside it.
     for distance in (0,) if mark.index is None else (0, _LINE, 2 * _LINE):
@@ -239,7 +239,7 @@ def _labelled(mark: Mark, label: str, taken: list[Box], around: list[Box], plot:
             box = (start + shift, y - _LINE / 2, start + shift + wide, y + _LINE / 2)
             outside = max(0, plot[1] - box[1]) + max(0, box[3] - plot[3])
             cost = sum(_overlap(box, other) for other in (*taken, *around)) + 50 * outside
-            placed = Mark(mark.x, mark.y, mark.index, mark.title, label, x + shift, y, anchor)
+            placed = PlacedPoint(mark.x, mark.y, mark.index, mark.title, label, x + shift, y, anchor)
             if best is None or cost < best[0]:
                 best = (cost, placed, box)
     if best is None or (mark.index is None and best[0] > 0):

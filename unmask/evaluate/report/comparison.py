@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from unmask.errors import UsageError
-from unmask.evaluate.compare import Comparison, Drift, TaskComparison
+from unmask.evaluate.compare import Comparison, TaskComparison, VectorDrift
 from unmask.evaluate.report import formatting
 from unmask.evaluate.report.page import render, write_text
 
@@ -51,7 +51,7 @@ def tally_sentence(comparison: Comparison) -> str:
     )
 
 
-def drift_sentence(drift: Drift) -> str:
+def drift_sentence(drift: VectorDrift) -> str:
     """How far the vectors moved."""
     over = f"{formatting.plural(drift.texts, 'text')}"
     near = (
@@ -85,7 +85,7 @@ def print_comparison(comparison: Comparison, console: "Console") -> None:
         console.print(Text(f"{task} is left out: {why}", style="dim"))
 
 
-def print_drift(drift: Drift, console: "Console") -> None:
+def print_drift(drift: VectorDrift, console: "Console") -> None:
     """How far the vectors moved, in the terminal."""
     from rich.text import Text
 
@@ -105,7 +105,7 @@ def output_file(name: str) -> Path:
     return Path(name)
 
 
-def write_comparison(file: Path, comparison: Comparison | None, drift: Drift | None = None) -> None:
+def write_comparison(file: Path, comparison: Comparison | None, drift: VectorDrift | None = None) -> None:
     """Write a comparison, a drift or both in the format that the file's name says.
 
     Raises:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from unmask.evaluate.published_scores import published_models
 from unmask.evaluate.report import charts, formatting
-from unmask.evaluate.report.report_model import CATEGORY_NAMES, Story, comparable_tasks, tell
+from unmask.evaluate.report.report_model import CATEGORY_NAMES, ReportModel, build_report_model, comparable_tasks
 from unmask.evaluate.results import Results
 from unmask.home import written_whole
 
@@ -33,7 +33,7 @@ def write_report(folder: Path, results: Results, *, published: Path | None = Non
     if published is not None:
         names = [model.name for model in results.models]
         others = published_models(published, comparable_tasks(results), without=names)
-    story = tell(folder, results, others)
+    story = build_report_model(folder, results, others)
     write_text(folder / "report.html", render("report.html.j2", **_drawn(story)))
     write_text(folder / "report.md", render("report.md.j2", story=story))
 
@@ -48,11 +48,11 @@ def write_text(file: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def _drawn(story: Story) -> dict[str, object]:
-    size = charts.quality_and_size(story)
+def _drawn(story: ReportModel) -> dict[str, object]:
+    size = charts.size_scatter(story)
     return {
         "story": story,
-        "speed_chart": charts.quality_and_speed(story, beside=bool(size)),
+        "speed_chart": charts.speed_scatter(story, beside=bool(size)),
         "size_chart": size,
         "size_shown": len(charts.shown(story.published, list(story.placed.values()))),
         "bars": {category: [charts.task_bars(group) for group in tasks] for category, tasks in story.groups.items()},

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from unmask.errors import UsageError
-from unmask.evaluate.compare import Comparison, Measured, TaskComparison, compare
+from unmask.evaluate.compare import Comparison, MeasuredModel, TaskComparison, compare_results
 from unmask.evaluate.published_scores import SAME_DATA, PublishedModel
 from unmask.evaluate.report import formatting
 from unmask.evaluate.results import Category, ModelResult, Results, TaskScore
@@ -46,7 +46,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Row:
+class ModelSummary:
     """A model in the summary. `index` gives it its colour in every chart."""
 
     index: int
@@ -65,11 +65,11 @@ class TaskGroup:
 
     task: str
     metric: str
-    entries: list[tuple[Row, TaskScore, TaskComparison | None]]
+    entries: list[tuple[ModelSummary, TaskScore, TaskComparison | None]]
 
 
 @dataclass(frozen=True)
-class Words:
+class WordTable:
     """Accuracy of word-level tasks: names of columns, then (label, figures, from the paper?)."""
 
     tasks: list[str]
@@ -77,7 +77,7 @@ class Words:
 
 
 @dataclass(frozen=True)
-class Story:
+class ReportModel:
     """Everything that a report shows.
 
     Attributes:
@@ -95,17 +95,17 @@ class Story:
     common: list[str]
     silent: list[str]
     untested: list[str]
-    rows: list[Row]
+    rows: list[ModelSummary]
     groups: dict[Category, list[TaskGroup]]
     counts: dict[Category, int]
-    failures: list[tuple[Row, TaskScore]]
-    words: Words | None
+    failures: list[tuple[ModelSummary, TaskScore]]
+    words: WordTable | None
     published_tasks: list[str]
     published: list[PublishedModel]
     placed: dict[str, float]
 
     @property
-    def subject(self) -> Row:
+    def subject(self) -> ModelSummary:
         return self.rows[0]
 
     @property
@@ -134,7 +134,7 @@ def comparable_tasks(results: Results) -> list[str]:
     return [task for task in common if task in SAME_DATA or task in fetched]
 
 
-def tell(folder: Path, results: Results, published: list[PublishedModel] | None = None) -> Story:
+def build_report_model(folder: Path, results: Results, published: list[PublishedModel] | None = None) -> ReportModel:
     """Work out the report of a run.
 
     Args:
@@ -156,7 +156,7 @@ def tell(folder: Path, results: Results, published: list[PublishedModel] | None 
         for index, model in enumerate(results.models)
     ]
     shown = comparable_tasks(results)
-    return Story(
+    return ReportModel(
         results=results,
         answer=_answer(results, rows, common, silent),
         common=common,
@@ -206,13 +206,13 @@ def _mean(model: ModelResult, tasks: list[str]) -> float:
     return float(np.mean([done[task].score or 0.0 for task in tasks]))
 
 
-def _row(index: int, model: ModelResult, short: str, common: list[str], against: Paired | None) -> Row:
+def _row(index: int, model: ModelResult, short: str, common: list[str], against: Paired | None) -> ModelSummary:
     done = _completed(model)
     complete = bool(common) and all(task in done for task in common)
     by_category: dict[Category, list[str]] = {}
     for task in common if complete else ():
         by_category.setdefault(done[task].category, []).append(task)
-    return Row(
+    return ModelSummary(
         index=index,
         model=model,
         short=short,
@@ -232,7 +232,9 @@ def _comparisons(folder: Path, results: Results, common: list[str]) -> tuple[dic
         if _completed(subject).keys() & _completed(other).keys():
             # A run that went on with other data must not cost the report of all that it measured.
             try:
-                found[other.name] = compare(Measured(folder, subject), Measured(folder, other), counted=common)
+                found[other.name] = compare_results(
+                    MeasuredModel(folder, subject), MeasuredModel(folder, other), counted=common
+                )
             except UsageError as error:
                 refused.append(str(error))
     return found, refused
@@ -244,7 +246,7 @@ def _overall(comparisons: dict[str, Comparison]) -> dict[str, Paired]:
     return dict(zip(tests, holm(list(tests.values())), strict=True))
 
 
-def _groups(rows: list[Row], comparisons: dict[str, Comparison]) -> dict[Category, list[TaskGroup]]:
+def _groups(rows: list[ModelSummary], comparisons: dict[str, Comparison]) -> dict[Category, list[TaskGroup]]:
     compared = {(name, row.task): row for name, found in comparisons.items() for row in found.tasks}
     groups: dict[Category, dict[str, TaskGroup]] = {category: {} for category in CATEGORIES}
     for row in rows:
@@ -254,7 +256,7 @@ def _groups(rows: list[Row], comparisons: dict[str, Comparison]) -> dict[Categor
     return {category: list(tasks.values()) for category, tasks in groups.items() if tasks}
 
 
-def _words(rows: list[Row]) -> Words | None:
+def _words(rows: list[ModelSummary]) -> WordTable | None:
     tasks = list(dict.fromkeys(s.task for row in rows for s in row.model.scores if s.category == "WordLevel"))
     if not tasks:
         return None
@@ -269,7 +271,7 @@ def _words(rows: list[Row]) -> Words | None:
         (label, [None if column is None else figures[column] for column in paper_columns], True)
         for label, *figures in PAPER_WORDS
     ]
-    return Words(tasks, ours + (papers if any(column is not None for column in paper_columns) else []))
+    return WordTable(tasks, ours + (papers if any(column is not None for column in paper_columns) else []))
 
 
 def _paper_task(task: str) -> int | None:
@@ -280,7 +282,7 @@ def _paper_task(task: str) -> int | None:
     return next((index for index, part in enumerate(_PAPER_TASKS) if part in name), None)
 
 
-def _answer(results: Results, rows: list[Row], common: list[str], silent: list[str]) -> list[list[Span]]:
+def _answer(results: Results, rows: list[ModelSummary], common: list[str], silent: list[str]) -> list[list[Span]]:
     subject, *rivals = rows
     sentences = [_how_good(subject, len(rows) - len(silent), common), *_against_whom(subject, rivals)]
     sentences += _at_what_cost(results, subject, rivals)
@@ -292,7 +294,7 @@ def _answer(results: Results, rows: list[Row], common: list[str], silent: list[s
     return sentences
 
 
-def _how_good(subject: Row, models: int, common: list[str]) -> list[Span]:
+def _how_good(subject: ModelSummary, models: int, common: list[str]) -> list[Span]:
     name = Span(subject.model.name, strong=True)
     if subject.mean is None:
         what = "completed no task" if not subject.completed else "shares no completed task with all other models"
@@ -309,7 +311,7 @@ def _how_good(subject: Row, models: int, common: list[str]) -> list[Span]:
     ]
 
 
-def _against_whom(subject: Row, rivals: list[Row]) -> list[list[Span]]:
+def _against_whom(subject: ModelSummary, rivals: list[ModelSummary]) -> list[list[Span]]:
     rivals = sorted((row for row in rivals if row.mean is not None), key=lambda row: -(row.mean or 0))
     if subject.mean is None or not rivals:
         return []
@@ -329,15 +331,15 @@ def _against_whom(subject: Row, rivals: list[Row]) -> list[list[Span]]:
     ]
 
 
-def _verdict(row: Row) -> str | None:
+def _verdict(row: ModelSummary) -> str | None:
     return None if row.against is None else row.against.verdict
 
 
-def _in_prose(row: Row) -> str:
+def _in_prose(row: ModelSummary) -> str:
     return formatting.shortened(row.short)
 
 
-def _clause(subject: Row, rival: Row, *, first: bool) -> list[Span]:
+def _clause(subject: ModelSummary, rival: ModelSummary, *, first: bool) -> list[Span]:
     """`1.2 points below X, more than noise (95 % interval 0.6 to 1.8)`."""
     delta = (subject.mean or 0) - (rival.mean or 0)
     side = "above" if delta > 0 else "below"
@@ -346,7 +348,7 @@ def _clause(subject: Row, rival: Row, *, first: bool) -> list[Span]:
     return [*spans, Span(_how_sure(rival.against, delta, first=first))]
 
 
-def _best_clause(subject: Row, rival: Row) -> list[Span]:
+def _best_clause(subject: ModelSummary, rival: ModelSummary) -> list[Span]:
     delta = (rival.mean or 0) - (subject.mean or 0)
     side = "above" if delta > 0 else "below"
     return [
@@ -368,7 +370,7 @@ def _how_sure(test: Paired | None, delta: float, *, first: bool) -> str:
     return f", more than noise ({lead}{formatting.score(low, 1)} to {formatting.score(high, 1)})"
 
 
-def _at_what_cost(results: Results, subject: Row, rivals: list[Row]) -> list[list[Span]]:
+def _at_what_cost(results: Results, subject: ModelSummary, rivals: list[ModelSummary]) -> list[list[Span]]:
     cost = subject.model.cost
     spans = []
     if cost.texts_per_second:

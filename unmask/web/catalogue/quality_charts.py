@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from unmask.catalogue.measurement import Measurement
-from unmask.evaluate.report.charts import Point, Scatter, scatters
+from unmask.evaluate.report.charts import Scatter, ScatterPoint, scatters
 from unmask.web.catalogue.model_view import Shown, source_key
 
 # Colours by what a visitor can do with the model.
@@ -38,7 +38,9 @@ def quality_and_speed(models: Sequence[Shown]) -> Plot:
     best = max(runs, key=lambda run: runs[run], default=None)
     chosen = [shown for shown in timed if _run(shown) == best]
     points = [
-        Point(shown.record.id, m.value, shown.figures.local or 0, colour(shown), shown.record.name or shown.record.id)
+        ScatterPoint(
+            shown.record.id, m.value, shown.figures.local or 0, colour(shown), shown.record.name or shown.record.id
+        )
         for shown in chosen
         if (m := shown.figures.texts_per_second)
     ]
@@ -49,7 +51,7 @@ def quality_and_speed(models: Sequence[Shown]) -> Plot:
 def quality_and_size(models: Sequence[Shown]) -> Plot:
     """The mean of MTEB's 56 English tasks against the number of parameters."""
     points = [
-        Point(shown.record.id, shown.record.parameters, shown.figures.mteb, colour(shown), _brief(shown))
+        ScatterPoint(shown.record.id, shown.record.parameters, shown.figures.mteb, colour(shown), _brief(shown))
         for shown in models
         if shown.figures.mteb is not None and shown.record.parameters
     ]
@@ -60,7 +62,7 @@ def colour(shown: Shown) -> int:
     return _COLOURS.get(shown.standing, _SOON)
 
 
-def _plot(points: list[Point], x: str, y: str, total: int, example: Measurement | None) -> Plot:
+def _plot(points: list[ScatterPoint], x: str, y: str, total: int, example: Measurement | None) -> Plot:
     best = sorted(points, key=lambda point: -point.y)[:_DRAWN]
     # Those without a name are dots: keeping names clear of sixty coloured points takes longer than a page may.
     named = tuple(p if at < _NAMED else replace(p, label="", index=None) for at, p in enumerate(best))
@@ -69,7 +71,7 @@ def _plot(points: list[Point], x: str, y: str, total: int, example: Measurement 
 
 
 @lru_cache(maxsize=64)
-def _laid_out(points: tuple[Point, ...], x: str, y: str) -> list[Scatter]:
+def _laid_out(points: tuple[ScatterPoint, ...], x: str, y: str) -> list[Scatter]:
     return scatters(points, x, y, beside=True)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from unmask.errors import CheckpointError, EngineError, UsageError
-from unmask.evaluate.models import open_contender
+from unmask.evaluate.models import open_model
 
 TEXTS = ["a text", "another, somewhat longer text", "a text"]
 
@@ -23,7 +23,7 @@ def tiny(golden_dir: Path) -> str:
 
 
 def test_a_decoder(tiny: str) -> None:
-    contender = open_contender(tiny)
+    contender = open_model(tiny)
     vectors = contender.encode(TEXTS)
     assert (contender.name, contender.kind) == ("tiny_llama", "unmask")
     assert vectors.shape == (3, contender.dimensions) and vectors.dtype == np.float32
@@ -36,19 +36,19 @@ def test_a_decoder(tiny: str) -> None:
 
 def test_everything_that_decides_a_vector_is_in_the_revision(tiny: str) -> None:
     options = ("", "?causal", "?pooling=weighted_mean", "?dtype=bfloat16", "?max_length=64", "?compat=reference")
-    revisions = {open_contender(tiny + option).revision for option in options}
+    revisions = {open_model(tiny + option).revision for option in options}
     assert len(revisions) == len(options)
-    assert open_contender(tiny + "?causal=false&name=other").revision == open_contender(tiny).revision
+    assert open_model(tiny + "?causal=false&name=other").revision == open_model(tiny).revision
 
 
 def test_another_way_to_8_bits_is_another_revision(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = open_contender(tiny + "?dtype=int8").revision
+    before = open_model(tiny + "?dtype=int8").revision
     monkeypatch.setattr("unmask.encoder.encoder.METHOD", "int8, in another way")
-    assert open_contender(tiny + "?dtype=int8").revision != before
+    assert open_model(tiny + "?dtype=int8").revision != before
 
 
 def test_a_cut_keeps_the_first_numbers(tiny: str) -> None:
-    whole, cut = open_contender(tiny), open_contender(tiny + "?dimensions=8&name=short")
+    whole, cut = open_model(tiny), open_model(tiny + "?dimensions=8&name=short")
     assert (cut.name, cut.kind, cut.dimensions, cut.parameters) == ("short", "unmask", 8, whole.parameters)
     np.testing.assert_array_equal(cut.encode(TEXTS), whole.encode(TEXTS)[:, :8])
     assert cut.revision != whole.revision
@@ -56,22 +56,22 @@ def test_a_cut_keeps_the_first_numbers(tiny: str) -> None:
 
 
 def test_causal_means_causal(tiny: str) -> None:
-    bidirectional, causal = open_contender(tiny), open_contender(tiny + "?causal&name=uni")
+    bidirectional, causal = open_model(tiny), open_model(tiny + "?causal&name=uni")
     assert causal.name == "uni"
     assert not np.allclose(bidirectional.encode(TEXTS), causal.encode(TEXTS))
 
 
 def test_defaults_are_for_the_kinds_that_know_them(tiny: str) -> None:
     defaults = {"dtype": "bfloat16", "device": "cpu"}
-    assert open_contender(tiny, defaults).revision == open_contender(tiny + "?dtype=bfloat16").revision
-    assert open_contender("wordllama:default", defaults).kind == "static"
+    assert open_model(tiny, defaults).revision == open_model(tiny + "?dtype=bfloat16").revision
+    assert open_model("wordllama:default", defaults).kind == "static"
 
 
 def test_the_static_model_comes_with_its_package() -> None:
-    contender = open_contender("wordllama:default")
+    contender = open_model("wordllama:default")
     vectors = contender.encode(TEXTS)
     assert vectors.shape == (3, 256) and contender.parameters == 32000 * 256
-    small = open_contender("wordllama:default?dim=64")
+    small = open_model("wordllama:default?dim=64")
     np.testing.assert_allclose(small.encode(TEXTS), vectors[:, :64], atol=1e-6)
     assert small.revision != contender.revision
 
@@ -96,7 +96,7 @@ def test_the_static_model_comes_with_its_package() -> None:
 )
 def test_what_is_refused(specification: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        open_contender(specification)
+        open_model(specification)
 
 
 class Server(BaseHTTPRequestHandler):
@@ -139,7 +139,7 @@ def server() -> Iterator[HTTPServer]:
 def test_an_endpoint(server: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_KEY", "sk-secret")
     target = f"http://127.0.0.1:{server.server_port}/v1#model"
-    contender = open_contender(f"{target}?key=SOME_KEY&instructions")
+    contender = open_model(f"{target}?key=SOME_KEY&instructions")
     many = ["x" * i for i in range(1, 131)]
     vectors = contender.encode(many, "Find it:")
     assert contender.dimensions == 3 and contender.kind == "endpoint"
@@ -153,5 +153,5 @@ def test_an_endpoint(server: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_an_endpoint_that_refuses(server: HTTPServer) -> None:
     Server.status = 401
     with pytest.raises(EngineError, match="HTTP 401"):
-        open_contender(f"http://127.0.0.1:{server.server_port}/v1#model")
+        open_model(f"http://127.0.0.1:{server.server_port}/v1#model")
     assert len(Server.seen) == 1
