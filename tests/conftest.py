@@ -10,9 +10,9 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-from accounts.postgres import Cluster, cluster, server_programs
 from filelock import FileLock
 
+from tests.accounts.postgres import Cluster, cluster, server_programs
 from unmask.cli import keep_few_products
 
 # A busy machine is no fault of the code under test; what has to be quick is measured in benchmarks.

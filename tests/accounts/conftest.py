@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.accounts.postgres import Cluster
 from unmask.accounts import Accounts
 from unmask.accounts.database import Database
 from unmask.accounts.keys import Peppers
-
-from .postgres import Cluster
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

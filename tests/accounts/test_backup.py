@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.accounts.postgres import Cluster
 from unmask.accounts import keys, ledger, people, tariff, usage
 from unmask.accounts.backup import backup, restore
 from unmask.accounts.database import Database
@@ -12,8 +13,6 @@ from unmask.accounts.keys import KeySettings, Peppers
 from unmask.accounts.ledger import Hold
 from unmask.accounts.verification import verify
 from unmask.errors import StorageError
-
-from .postgres import Cluster
 
 NOW = 1_700_000_000_000
 

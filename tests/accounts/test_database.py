@@ -13,14 +13,13 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
+from tests.accounts.postgres import Cluster
 from unmask.accounts import ledger, people, usage
 from unmask.accounts.database import Database, Statement, is_transient, migration_config
 from unmask.accounts.schema import APPEND_ONLY, accounts, metadata
 from unmask.accounts.verification import verify
 from unmask.accounts.writer import Writer
 from unmask.errors import StorageError, UsageError
-
-from .postgres import Cluster
 
 
 def test_the_migrations_leave_what_the_schema_says(database: Database):

@@ -29,14 +29,13 @@ from hypothesis.stateful import (
 )
 from sqlalchemy import Connection, event
 
+from tests.accounts.postgres import Cluster
 from unmask.accounts import keys, ledger, people
 from unmask.accounts.database import Database, Statement
 from unmask.accounts.keys import KeySettings, Peppers
 from unmask.accounts.ledger import Hold
 from unmask.accounts.verification import verify
 from unmask.errors import AccountError, Forbidden, InsufficientCredit, LedgerRefused, SpendLimitReached
-
-from .postgres import Cluster
 
 DAY = 24 * 3600 * 1000
 KEY_LIMIT = 600

@@ -9,11 +9,13 @@ from urllib.parse import parse_qs, urlsplit
 
 import httpx
 import pytest
-from api.live import LocalService, running
 from joserfc.jwk import OctKey, RSAKey
-from web.html import Page
-from web.people import PASSWORD, do, person
 
+from tests.accounts.oidc_provider import CLIENT, SECRET, OidcProvider, provided
+from tests.accounts.postgres import Cluster
+from tests.api.live import LocalService, running
+from tests.web.html import Page
+from tests.web.people import PASSWORD, do, person
 from unmask.accounts import Accounts, audit, people, provider
 from unmask.accounts.backup import backup, restore
 from unmask.accounts.database import Database, now_ms
@@ -24,9 +26,6 @@ from unmask.accounts.verification import verify
 from unmask.api import ServeSettings
 from unmask.errors import UsageError
 from unmask.web import website
-
-from .oidc_provider import CLIENT, SECRET, OidcProvider, provided
-from .postgres import Cluster
 
 FREE = 1_000_000_000
 NAME = "Example"

@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 import redis
 
+from tests.accounts.redis_server import RedisServer, redis_server
 from unmask.accounts import Accounts, Caller
 from unmask.accounts.keys import Key, KeySettings
 from unmask.accounts.limits import Draw, Level, LocalLimiter, SharedLimiter
 from unmask.errors import RateLimited, StorageError, UsageError
-
-from .redis_server import RedisServer, redis_server
 
 Make = Callable[..., SharedLimiter]
 

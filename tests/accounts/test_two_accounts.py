@@ -8,10 +8,10 @@ from typing import Any
 from urllib.parse import unquote
 
 import pytest
-from api.live import LocalService, running, until
 from starlette.routing import Route
-from web.people import PASSWORD, Visitor, do, key_of, person
 
+from tests.api.live import LocalService, running, until
+from tests.web.people import PASSWORD, Visitor, do, key_of, person
 from unmask.accounts import Accounts, keys, people, tariff
 from unmask.accounts.database import now_ms
 from unmask.accounts.people import Person

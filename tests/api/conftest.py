@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.api.live import LocalService, running
 from unmask.encoder import Encoder
-
-from .live import LocalService, running
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.api.live import LocalService, running
 from unmask.encoder import Encoder
-
-from .live import LocalService, running
 
 
 def test_models_carry_their_records(service: LocalService, encoder: Encoder):

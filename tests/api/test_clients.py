@@ -15,9 +15,8 @@ import pytest
 from langchain_openai import OpenAIEmbeddings
 from pydantic import SecretStr
 
+from tests.api.live import KEY, Service
 from unmask.encoder import Encoder
-
-from .live import KEY, Service
 
 TEXTS = ["the first text", "another, with more words in it", "日本語の短い文です。"]
 

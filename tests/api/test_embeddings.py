@@ -7,9 +7,8 @@ import bpe_openai
 import numpy as np
 import pytest
 
+from tests.api.live import LocalService
 from unmask.encoder import Encoder
-
-from .live import LocalService
 
 TEXTS = ["the first text", "another, with more words in it", "日本語の短い文です。", "a"]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from .live import KEY, LocalService, until
+from tests.api.live import KEY, LocalService, until
 
 LEFT = 'unmask_requests_total{route="/v1/embeddings",status="499"}'
 ENVELOPE = {"message", "type", "param", "code"}

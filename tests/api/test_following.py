@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.api.live import LocalService, running, until
 from unmask.accounts.database import Database
 from unmask.api.server import open_models
 from unmask.api.settings import ServeSettings
@@ -18,8 +19,6 @@ from unmask.catalogue.store import put_fields, step
 from unmask.encoder import Encoder
 from unmask.router import Models
 from unmask.router.following import Follower
-
-from .live import LocalService, running, until
 
 MODEL = "org/gemma"
 

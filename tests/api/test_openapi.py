@@ -11,11 +11,10 @@ from hypothesis import HealthCheck
 from schemathesis.checks import load_all_checks, not_a_server_error
 from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
 
+from tests.api.live import KEY, Service, running
 from unmask.accounts import Accounts, keys, ledger, people, tariff
 from unmask.accounts.keys import KeySettings
 from unmask.api.openapi import document as make_document
-
-from .live import KEY, Service, running
 
 load_all_checks()
 

@@ -24,13 +24,12 @@ import numpy as np
 import pytest
 from sqlalchemy import Connection
 
+from tests.api.live import KEY, LocalService, running
 from unmask import __version__
 from unmask.accounts import Accounts, keys, ledger, people, tariff
 from unmask.accounts.database import now_ms
 from unmask.accounts.keys import KeySettings
 from unmask.web import website
-
-from .live import KEY, LocalService, running
 
 FOLDER = Path(__file__).parent.parent / "golden" / "http"
 RECORDS = sorted(FOLDER.glob("*.json"))

@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.api.live import KEY, LocalService, Service, until
+from tests.api.test_exchange import status_of
 from unmask.api import ServeSettings
 from unmask.api.server import HEADER_LIMIT_BYTES
 from unmask.catalogue.mail import MailServer
 from unmask.errors import UsageError
-
-from .live import KEY, LocalService, Service, until
-from .test_exchange import status_of
 
 
 def test_headers_that_do_not_arrive_end_the_connection(start: Callable[..., Service]):

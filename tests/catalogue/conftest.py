@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from accounts.postgres import Cluster
 
+from tests.accounts.postgres import Cluster
 from unmask.accounts.database import Database
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mirror import BASE, FIRST_STAGE, PUBLISHED, published_mirror, small_data
 
+from tests.mirror import BASE, FIRST_STAGE, PUBLISHED, published_mirror, small_data
 from unmask.accounts import people, tariff
 from unmask.accounts.database import Database
 from unmask.catalogue import Record

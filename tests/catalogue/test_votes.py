@@ -4,8 +4,8 @@ import smtplib
 from collections.abc import Iterator
 
 import pytest
-from letterbox import Inbox, free_port, mail_server
 
+from tests.letterbox import Inbox, free_port, mail_server
 from unmask.accounts import people
 from unmask.accounts.database import Database
 from unmask.accounts.keys import Peppers

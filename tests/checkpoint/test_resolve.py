@@ -9,8 +9,8 @@ from pathlib import Path
 import huggingface_hub.constants
 import numpy as np
 import pytest
-from mirror import published_mirror
 
+from tests.mirror import published_mirror
 from unmask import Encoder
 from unmask.checkpoint import open_checkpoint, resolve
 from unmask.checkpoint.shipped import SHIPPED, ShippedModel, fetch_shipped

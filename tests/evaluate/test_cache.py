@@ -119,7 +119,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from test_cache import WIDTH, compute
+from tests.evaluate.test_cache import WIDTH, compute
 from unmask.evaluate.cache import VectorCache
 
 def slowly(part):
@@ -133,7 +133,7 @@ VectorCache(Path(sys.argv[1]), "model", WIDTH).encode([f"text {i}" for i in rang
 
 def test_kill_9_loses_at_most_a_chunk(tmp_path: Path) -> None:
     child = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(tmp_path), str(Path(__file__).parent)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", KILLED, str(tmp_path), str(Path(__file__).parents[2])], stdout=subprocess.PIPE, text=True
     )
     assert child.stdout is not None
     for _ in range(20):

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic_results import FAILED, FAILURE, LONG, MINILM, MODELS, MPNET, SUBJECT, TASKS, invent
 
+from tests.evaluate.synthetic_results import FAILED, FAILURE, LONG, MINILM, MODELS, MPNET, SUBJECT, TASKS, invent
 from unmask.errors import UsageError
 from unmask.evaluate.published_scores import SAME_DATA, PublishedModel
 from unmask.evaluate.report import formatting, write_report

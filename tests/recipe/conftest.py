@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import write_pairs
+
+from tests.recipe.tiny import write_pairs
 
 
 @pytest.fixture(scope="session")
 def processes() -> ForkServerContext:
     """`processes.Process(...)` starts at once, and knows nothing of this process but its arguments."""
     context = multiprocessing.get_context("forkserver")
-    # Not `tiny`: a fork server does not look in the folders that pytest added to the path, and
-    # passes over what it does not find.
+    # Not tests.recipe.tiny: the fork server does not see the folders that pytest adds to the path, and skips
+    # without a word the modules that it does not find.
     context.set_forkserver_preload(["unmask.recipe.train", "unmask.recipe.model_folder", "torch.distributed"])
     return context
 

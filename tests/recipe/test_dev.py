@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import recipe_of
 
+from tests.recipe.tiny import recipe_of
 from unmask.errors import UsageError
 from unmask.recipe.dev import DevSets, spearman
 from unmask.recipe.examples import Example, Examples

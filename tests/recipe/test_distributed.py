@@ -12,9 +12,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import CPU, GOLDEN, distance, recipe_of, run_recipe, write_decoder
 from torch.distributed.tensor import DTensor
 
+from tests.recipe.tiny import CPU, GOLDEN, distance, recipe_of, run_recipe, write_decoder
 from unmask import Encoder
 from unmask.recipe.distributed import Processes
 from unmask.recipe.distributed import processes as process_group

@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import CPU, recipe_of
 
+from tests.recipe.tiny import CPU, recipe_of
 from unmask.errors import TrainingError
 from unmask.recipe.dev import DevSets
 from unmask.recipe.examples import load_examples

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from tiny import CPU, GOLDEN, distance, gradients, off_start, recipe_of, texts_of, write_decoder
 from torch import nn
 
+from tests.recipe.tiny import CPU, GOLDEN, distance, gradients, off_start, recipe_of, texts_of, write_decoder
 from unmask.encoder import Encoder
 from unmask.errors import StorageError, UnmaskError, UsageError
 from unmask.recipe.lora import LoraLinear, adapter_tensors, write_adapter

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CPU
 from torch import Tensor
 
+from tests.recipe.tiny import CPU
 from unmask.recipe.losses import distil, false_negatives, info_nce, matryoshka, same_text
 
 

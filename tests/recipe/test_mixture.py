@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import recipe_of
 
+from tests.recipe.tiny import recipe_of
 from unmask.errors import UsageError
 from unmask.recipe.decontamination import Held
 from unmask.recipe.examples import load_examples

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from tiny import CPU, GOLDEN, distance, gradients, off_start, recipe_of, texts_of, write_decoder
 
+from tests.recipe.tiny import CPU, GOLDEN, distance, gradients, off_start, recipe_of, texts_of, write_decoder
 from unmask.errors import UsageError
 from unmask.recipe.examples import Example
 from unmask.recipe.mixture import TextBatch

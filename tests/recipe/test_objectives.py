@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import CPU, distance, gradients, off_start, recipe_of, texts_of
 
+from tests.recipe.tiny import CPU, distance, gradients, off_start, recipe_of, texts_of
 from unmask.recipe.examples import Example
 from unmask.recipe.losses import distil, false_negatives, info_nce
 from unmask.recipe.mixture import TextBatch

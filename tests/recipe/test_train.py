@@ -10,8 +10,8 @@ import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import CPU, GOLDEN, WORDS, kill_when, recipe_of, run_recipe, steps_logged, texts_of
 
+from tests.recipe.tiny import CPU, GOLDEN, WORDS, kill_when, recipe_of, run_recipe, steps_logged, texts_of
 from unmask.encoder import Encoder
 from unmask.errors import UsageError
 from unmask.recipe import curves

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CPU, distance, gradients, off_start, recipe_of, texts_of
 from torch import nn
 
+from tests.recipe.tiny import CPU, distance, gradients, off_start, recipe_of, texts_of
 from unmask.encoder import Encoder
 from unmask.errors import UnsupportedArchitecture, UsageError
 from unmask.recipe.losses import info_nce

@@ -6,9 +6,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from api.live import LocalService, running
 from playwright.sync_api import Browser, sync_playwright
 
+from tests.api.live import LocalService, running
 from unmask.catalogue import Catalogue
 from unmask.web import Seams, Website, website
 

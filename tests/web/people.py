@@ -4,16 +4,15 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 from urllib.parse import urlencode
 
-from api.live import LocalService, Reply
 from sqlalchemy import Connection
 
+from tests.api.live import LocalService, Reply
+from tests.web.conftest import HTML
+from tests.web.html import Page
 from unmask.accounts import Accounts, keys, ledger, people
 from unmask.accounts.database import now_ms
 from unmask.accounts.keys import KeySettings
 from unmask.accounts.people import Person
-
-from .conftest import HTML
-from .html import Page
 
 T = TypeVar("T")
 

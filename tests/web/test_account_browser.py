@@ -6,11 +6,12 @@ from datetime import date
 from pathlib import Path
 
 import pytest
-from accounts.oidc_provider import CLIENT, SECRET, OidcProvider, provided
-from api.live import LocalService, running, until
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect
 
+from tests.accounts.oidc_provider import CLIENT, SECRET, OidcProvider, provided
+from tests.api.live import LocalService, running, until
+from tests.web.people import PASSWORD, do, key_of, person
 from unmask.accounts import Accounts, keys, people, tariff
 from unmask.accounts.database import now_ms
 from unmask.accounts.provider import ProviderSettings
@@ -18,8 +19,6 @@ from unmask.catalogue import votes
 from unmask.catalogue.onboarding.gates import GATES
 from unmask.catalogue.store import Outcome, add_outcome, put_fields, step
 from unmask.web import website
-
-from .people import PASSWORD, do, key_of, person
 
 ACCOUNT = ["/account", "/account/keys", "/account/usage", "/account/requests", "/account/ledger", "/account/settings"]
 ADMIN = ["/admin", "/admin/models", "/admin/prices", "/admin/plans", "/admin/audit"]

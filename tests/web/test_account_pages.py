@@ -10,18 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from api.live import LocalService, Reply, running, until
 
+from tests.api.live import LocalService, Reply, running, until
+from tests.web.conftest import HTML
+from tests.web.html import Page
+from tests.web.people import PASSWORD, Visitor, do, key_of, person
 from unmask.accounts import Accounts, audit, keys, ledger, people, tariff, usage
 from unmask.accounts.database import now_ms
 from unmask.accounts.limits import Draw, LocalLimiter
 from unmask.accounts.verification import verify
 from unmask.api.server import invite
 from unmask.web import website
-
-from .conftest import HTML
-from .html import Page
-from .people import PASSWORD, Visitor, do, key_of, person
 
 FREE = 1_000_000_000
 POISON = "<img src=x onerror=alert(1)>\"'>{{7*7}}"

@@ -1,11 +1,11 @@
 """The pages in a real browser: nothing sticks out, nothing is refused by the policy, axe finds nothing."""
 
 import pytest
-from api.live import LocalService
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect
 
-from .conftest import COMING, DEFAULT, REFERENCE
+from tests.api.live import LocalService
+from tests.web.conftest import COMING, DEFAULT, REFERENCE
 
 PAGES = ["/", "/models", "/models?q=zebra", f"/models/{COMING}", f"/models/{REFERENCE}", "/models/tiny_llama",
          "/compare", f"/compare?models={DEFAULT},{REFERENCE},{COMING}", "/docs", "/status", "/playground",

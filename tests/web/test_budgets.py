@@ -7,15 +7,14 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from api.live import LocalService, running
 
+from tests.api.live import LocalService, running
+from tests.web.conftest import COMING, DEFAULT, HTML, REFERENCE
 from unmask.accounts import Accounts, people
 from unmask.accounts.database import now_ms
 from unmask.catalogue import Catalogue, shipped_measurements, shipped_records, votes
 from unmask.catalogue.store import add_measurements, put_fields
 from unmask.web import website
-
-from .conftest import COMING, DEFAULT, HTML, REFERENCE
 
 SERVER_TIME_MS = 20
 PAGES = [

@@ -11,12 +11,11 @@ from urllib.parse import quote
 
 import msgspec
 import pytest
-from api.live import LocalService
 
+from tests.api.live import LocalService
+from tests.web.conftest import HTML
+from tests.web.html import Page
 from unmask.catalogue import Catalogue, Event, Measurement, Record
-
-from .conftest import HTML
-from .html import Page
 
 POISON = (
     """"'></script></title></textarea><script>alert(1)</script><img src=x onerror=alert(2)>{{7*7}}\u2028\x01&amp; """

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from api.live import LocalService, running
 from axe_playwright_python.sync_playwright import Axe
-from mirror import BASE, FIRST_STAGE, PUBLISHED, published_mirror, small_data
 from playwright.sync_api import Browser, expect
 
+from tests.api.live import LocalService, running
+from tests.mirror import BASE, FIRST_STAGE, PUBLISHED, published_mirror, small_data
 from unmask.accounts import Accounts, keys, ledger, people
 from unmask.accounts.database import now_ms
 from unmask.accounts.keys import KeySettings

@@ -3,19 +3,18 @@
 from collections.abc import Callable
 
 import pytest
-from api.live import LocalService
 from starlette.datastructures import QueryParams
 
+from tests.api.live import LocalService
+from tests.web.conftest import COMING, DEFAULT, HTML, REFERENCE
+from tests.web.html import Page
+from tests.web.test_budgets import many
 from unmask.api.errors import ApiError
 from unmask.catalogue import Catalogue
 from unmask.router import Models
 from unmask.web.catalogue.comparison import MOST, chosen_ids, compare
 from unmask.web.catalogue.listing import Listing, browse, choices_of, read_query
 from unmask.web.catalogue.model_view import Shown, all_shown
-
-from .conftest import COMING, DEFAULT, HTML, REFERENCE
-from .html import Page
-from .test_budgets import many
 
 
 @pytest.fixture(scope="module")

@@ -8,15 +8,14 @@ from datetime import date
 
 import msgspec
 import pytest
-from api.live import KEY, LocalService
 from starlette.requests import Request
 
+from tests.api.live import KEY, LocalService
+from tests.web.conftest import COMING, DEFAULT, HTML, REFERENCE
+from tests.web.html import Page
 from unmask.catalogue import Catalogue, Event, Record, shipped_records
 from unmask.catalogue.record import Price
 from unmask.web import Seams, WantIt
-
-from .conftest import COMING, DEFAULT, HTML, REFERENCE
-from .html import Page
 
 PAGES = ["/", "/models", f"/models/{COMING}", f"/models/{REFERENCE}", "/models/tiny_llama", "/compare",
          f"/compare?models={DEFAULT},{REFERENCE}", "/docs", "/status", "/playground"]  # fmt: skip

@@ -5,14 +5,13 @@ from urllib.parse import urlencode
 
 import numpy as np
 import pytest
-from api.live import KEY, LocalService, Reply
 
+from tests.api.live import KEY, LocalService, Reply
+from tests.web.conftest import HTML
+from tests.web.html import Page
 from unmask import Encoder
 from unmask.api.errors import ApiError
 from unmask.web.catalogue.playground import Allowance
-
-from .conftest import HTML
-from .html import Page
 
 
 def post(service: LocalService, texts: str, query: str = "", model: str = "tiny_llama", **headers: str) -> Reply:

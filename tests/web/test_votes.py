@@ -7,20 +7,19 @@ from pathlib import Path
 from urllib.parse import urlencode
 
 import pytest
-from api.live import LocalService, Reply, running, until
-from letterbox import mail_server
 
+from tests.api.live import LocalService, Reply, running, until
+from tests.letterbox import mail_server
+from tests.web.conftest import COMING, HTML, REFERENCE
+from tests.web.html import Page
+from tests.web.people import do, person
+from tests.web.test_escaping import POISON
 from unmask.accounts import Accounts, audit, people
 from unmask.accounts.database import now_ms
 from unmask.catalogue import votes
 from unmask.catalogue.onboarding.gates import GATES
 from unmask.catalogue.store import Outcome, add_outcome, put_fields, read_record, step
 from unmask.web import website
-
-from .conftest import COMING, HTML, REFERENCE
-from .html import Page
-from .people import do, person
-from .test_escaping import POISON
 
 Visit = Callable[..., Reply]
 
