@@ -26,7 +26,7 @@ from open_loop import Answer, Client, load
 from stub_server import MODEL
 
 from unmask.accounts import keys, ledger, people, tariff
-from unmask.accounts.database import Database, now_ms
+from unmask.storage.database import Database, now_ms
 from unmask.accounts.keys import KeySettings, Peppers
 from unmask.accounts.verification import verify
 

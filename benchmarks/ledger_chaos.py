@@ -27,9 +27,9 @@ import sqlalchemy as sa
 from stub_server import MODEL, serve
 
 from unmask.accounts import keys, ledger, people, tariff
-from unmask.accounts.database import Database, now_ms
+from unmask.storage.database import Database, now_ms
 from unmask.accounts.keys import KeySettings, Peppers
-from unmask.accounts.schema import accounts, charges, entries, replays
+from unmask.storage.schema import accounts, charges, entries, replays
 from unmask.accounts.verification import verify
 
 PRICE = 8_000_000  # nano-dollars per million tokens

@@ -7,7 +7,7 @@ import pytest
 
 from tests.accounts.postgres import Cluster
 from unmask.accounts import Accounts
-from unmask.accounts.database import Database
+from unmask.storage.database import Database
 from unmask.accounts.keys import Peppers
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from unmask.accounts.database import Database
+from unmask.storage.database import Database
 
 
 def server_programs() -> Path | None:

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from unmask.accounts import keys, people
-from unmask.accounts.database import Database
+from unmask.storage.database import Database
 from unmask.accounts.keys import KeySettings, Peppers
-from unmask.accounts.schema import keys as table
+from unmask.storage.schema import keys as table
 from unmask.errors import Forbidden, KeyRefused, StorageError, UsageError
 
 NOW = 1_700_000_000_000

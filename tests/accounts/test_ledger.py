@@ -10,14 +10,14 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from unmask.accounts import keys, ledger, people
-from unmask.accounts.database import Database
+from unmask.storage.database import Database
 from unmask.accounts.keys import KeySettings, Peppers
 from unmask.accounts.ledger import Held, Hold
 from unmask.accounts.money import MAX_AMOUNT
-from unmask.accounts.schema import accounts, charges, entries
-from unmask.accounts.schema import keys as key_table
+from unmask.storage.schema import accounts, charges, entries
+from unmask.storage.schema import keys as key_table
 from unmask.accounts.verification import verify
-from unmask.accounts.writer import Writer
+from unmask.storage.writer import Writer
 from unmask.errors import (
     Forbidden,
     InsufficientCredit,

@@ -31,7 +31,7 @@ from sqlalchemy import Connection, event
 
 from tests.accounts.postgres import Cluster
 from unmask.accounts import keys, ledger, people
-from unmask.accounts.database import Database, Statement
+from unmask.storage.database import Database, Statement
 from unmask.accounts.keys import KeySettings, Peppers
 from unmask.accounts.ledger import Hold
 from unmask.accounts.verification import verify

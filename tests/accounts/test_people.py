@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from unmask.accounts import Accounts, audit, keys, ledger, people
-from unmask.accounts.database import now_ms
+from unmask.storage.database import now_ms
 from unmask.accounts.keys import KeySettings
 from unmask.accounts.ledger import Hold
 from unmask.accounts.limits import LocalLimiter

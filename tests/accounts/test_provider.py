@@ -17,8 +17,8 @@ from tests.api.live import LocalService, running
 from tests.web.html import Page
 from tests.web.people import PASSWORD, do, person
 from unmask.accounts import Accounts, audit, people, provider
-from unmask.accounts.backup import backup, restore
-from unmask.accounts.database import Database, now_ms
+from unmask.storage.backup import backup, restore
+from unmask.storage.database import Database, now_ms
 from unmask.accounts.keys import Peppers
 from unmask.accounts.limits import LocalLimiter
 from unmask.accounts.provider import Identity, Provider, ProviderSettings, Visit

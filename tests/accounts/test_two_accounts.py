@@ -13,9 +13,9 @@ from starlette.routing import Route
 from tests.api.live import LocalService, running, until
 from tests.web.people import PASSWORD, Visitor, do, key_of, person
 from unmask.accounts import Accounts, keys, people, tariff
-from unmask.accounts.database import now_ms
+from unmask.storage.database import now_ms
 from unmask.accounts.people import Person
-from unmask.accounts.schema import metadata
+from unmask.storage.schema import metadata
 from unmask.web import website
 
 # Words that are the first account's alone. What the second one puts into a form or an address is not among them.

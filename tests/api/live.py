@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from unmask.accounts import Accounts
-from unmask.accounts.database import Database
+from unmask.storage.database import Database
 from unmask.api import ServeSettings, create_app
 from unmask.api.server import Server, base_url, listen, open_models, serve_models
 from unmask.api.site import BuildSite

@@ -17,7 +17,7 @@ from sqlalchemy import Connection
 
 from tests.api.live import KEY, LocalService, Reply, running, until
 from unmask.accounts import Accounts, keys, ledger, people, tariff
-from unmask.accounts.database import now_ms
+from unmask.storage.database import now_ms
 from unmask.accounts.keys import KeySettings
 from unmask.accounts.verification import verify
 from unmask.api.charging import go_duration

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.api.live import LocalService, running, until
-from unmask.accounts.database import Database
+from unmask.storage.database import Database
 from unmask.api.server import open_models
 from unmask.api.settings import ServeSettings
 from unmask.catalogue.canary import Canary

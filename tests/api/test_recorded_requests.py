@@ -27,7 +27,7 @@ from sqlalchemy import Connection
 from tests.api.live import KEY, LocalService, running
 from unmask import __version__
 from unmask.accounts import Accounts, keys, ledger, people, tariff
-from unmask.accounts.database import now_ms
+from unmask.storage.database import now_ms
 from unmask.accounts.keys import KeySettings
 from unmask.web import website
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.accounts.postgres import Cluster
-from unmask.accounts.database import Database
+from unmask.storage.database import Database
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from unmask.accounts.database import Database
+from unmask.storage.database import Database
 from unmask.catalogue import Measurement, shipped_measurements, shipped_records
 from unmask.catalogue.store import (
     Outcome,

@@ -7,7 +7,7 @@ import pytest
 
 from tests.letterbox import Inbox, free_port, mail_server
 from unmask.accounts import people
-from unmask.accounts.database import Database
+from unmask.storage.database import Database
 from unmask.accounts.keys import Peppers
 from unmask.catalogue.mail import MailServer, send_notices
 from unmask.catalogue.requests import MOST_VOTES, want

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from unmask.accounts.database import Database
+from unmask.storage.database import Database
 
 Ended = subprocess.CompletedProcess[str]
 Shell = Callable[..., str]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from unmask.accounts import people
-from unmask.accounts.database import Database
+from unmask.storage.database import Database
 from unmask.catalogue.votes import vote
 
 COMING = "McGill-NLP/LLM2Vec-Sheared-LLaMA-mntp-supervised"

@@ -13,10 +13,10 @@ from tests.accounts.oidc_provider import CLIENT, SECRET, OidcProvider, provided
 from tests.api.live import LocalService, running, until
 from tests.web.people import PASSWORD, do, key_of, person
 from unmask.accounts import Accounts, keys, people, tariff
-from unmask.accounts.database import now_ms
+from unmask.storage.database import now_ms
 from unmask.accounts.provider import ProviderSettings
 from unmask.catalogue import votes
-from unmask.catalogue.onboarding.gates import GATES
+from unmask.onboarding.gates import GATES
 from unmask.catalogue.store import Outcome, add_outcome, put_fields, step
 from unmask.web import website
 

@@ -14,7 +14,7 @@ from playwright.sync_api import Browser, expect
 from tests.api.live import LocalService, running
 from tests.mirror import BASE, FIRST_STAGE, PUBLISHED, published_mirror, small_data
 from unmask.accounts import Accounts, keys, ledger, people
-from unmask.accounts.database import now_ms
+from unmask.storage.database import now_ms
 from unmask.accounts.keys import KeySettings
 from unmask.encoder import Encoder
 from unmask.web import website

@@ -8,7 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from unmask.accounts.schema import audit
+from unmask.storage.schema import audit
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection, RowMapping
 
 from unmask.accounts.ledger import window_start
-from unmask.accounts.schema import accounts, keys
+from unmask.storage.schema import accounts, keys
 from unmask.errors import Forbidden, KeyRefused, StorageError, UsageError
 from unmask.home import home, written_whole
 

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from unmask.accounts.database import Statement, insert
+from unmask.storage.database import Statement, insert
 from unmask.accounts.money import MAX_AMOUNT, format_dollars
-from unmask.accounts.schema import accounts, charges, entries, keys, replays
+from unmask.storage.schema import accounts, charges, entries, keys, replays
 from unmask.errors import (
     Forbidden,
     InsufficientCredit,

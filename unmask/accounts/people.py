@@ -15,10 +15,10 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from unmask.accounts import ledger
-from unmask.accounts.database import insert
+from unmask.storage.database import insert
 from unmask.accounts.keys import Peppers
 from unmask.accounts.provider import Identity
-from unmask.accounts.schema import (
+from unmask.storage.schema import (
     DEFAULT_PLAN,
     accounts,
     entries,

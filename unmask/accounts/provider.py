@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from unmask.accounts.database import now_ms
+from unmask.storage.database import now_ms
 from unmask.accounts.keys import Peppers
 from unmask.errors import ProviderUnavailable, SignInRefused, UsageError
 

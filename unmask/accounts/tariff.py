@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from unmask.accounts.database import insert
-from unmask.accounts.schema import accounts, plans, prices
+from unmask.storage.database import insert
+from unmask.storage.schema import accounts, plans, prices
 from unmask.errors import NoPrice, UsageError
 
 TIERS = ("default", "batch")

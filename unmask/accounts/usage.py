@@ -8,7 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from unmask.accounts.schema import charges, entries
+from unmask.storage.schema import charges, entries
 from unmask.errors import UsageError
 
 GROUPS = ("day", "model", "key", "tier")

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from unmask.accounts.money import format_dollars
-from unmask.accounts.schema import accounts, charges, entries, keys
+from unmask.storage.schema import accounts, charges, entries, keys
 
 
 @dataclass(frozen=True)

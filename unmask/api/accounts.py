@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from unmask.accounts import Accounts, Caller, keys, people, usage
-from unmask.accounts.database import now_ms
+from unmask.storage.database import now_ms
 from unmask.accounts.keys import Key
 from unmask.accounts.money import format_dollars
 from unmask.api.download import csv_file, csv_response

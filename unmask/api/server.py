@@ -18,7 +18,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from unmask.accounts import Accounts, people, tariff
-from unmask.accounts.database import Database, now_ms
+from unmask.storage.database import Database, now_ms
 from unmask.accounts.limits import SharedLimiter
 from unmask.api.app import create_app
 from unmask.api.errors import ApiError, error_response

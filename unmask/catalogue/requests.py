@@ -5,7 +5,7 @@ import re
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from unmask.accounts.schema import votes
+from unmask.storage.schema import votes
 from unmask.catalogue.store import put_fields, read_record, step
 from unmask.catalogue.votes import vote
 from unmask.errors import UsageError

@@ -17,8 +17,8 @@ import msgspec
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from unmask.accounts.database import Database, insert, now_ms
-from unmask.accounts.schema import (
+from unmask.storage.database import Database, insert, now_ms
+from unmask.storage.schema import (
     catalogue_events,
     catalogue_gates,
     catalogue_measurements,

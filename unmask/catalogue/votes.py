@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from unmask.accounts.database import insert
-from unmask.accounts.schema import notices, people, votes
+from unmask.storage.database import insert
+from unmask.storage.schema import notices, people, votes
 from unmask.errors import UsageError
 
 LONGEST_NOTE = 500

@@ -41,7 +41,7 @@ def create(
         Limits of the account, see "unmask accounts plan".
     """
     from unmask.accounts import audit, people, tariff
-    from unmask.accounts.database import now_ms
+    from unmask.storage.database import now_ms
     from unmask.accounts.keys import Peppers
 
     peppers = Peppers()
@@ -98,7 +98,7 @@ def close(account: str, *, yes: bool = False, database: DatabaseUrl = None) -> i
         Do it: it cannot be undone.
     """
     from unmask.accounts import audit, people
-    from unmask.accounts.database import now_ms
+    from unmask.storage.database import now_ms
     from unmask.accounts.money import format_dollars
     from unmask.errors import UsageError
 
@@ -135,7 +135,7 @@ def audit(*, lines: int = 100, database: DatabaseUrl = None) -> int:
 @accounts.command
 def backup(file: Path, *, database: DatabaseUrl = None) -> int:
     """Write all of it to FILE, also while a server runs. Keep a copy of the pepper file as well."""
-    from unmask.accounts.backup import backup as write
+    from unmask.storage.backup import backup as write
     from unmask.accounts.keys import Peppers
 
     with closing(opened(database)) as everything:
@@ -147,7 +147,7 @@ def backup(file: Path, *, database: DatabaseUrl = None) -> int:
 @accounts.command
 def restore(file: Path, *, database: DatabaseUrl = None) -> int:
     """Read FILE into an empty database, of either kind, and check the books."""
-    from unmask.accounts.backup import restore as read
+    from unmask.storage.backup import restore as read
 
     with closing(opened(database)) as empty:
         rows = read(empty, file)
@@ -170,7 +170,7 @@ def _password(file: Path | None) -> str:
 
 def _set_frozen(account: str, frozen: bool, database: str | None) -> int:
     from unmask.accounts import audit, people
-    from unmask.accounts.database import now_ms
+    from unmask.storage.database import now_ms
 
     now = now_ms()
     with writing(database) as connection:

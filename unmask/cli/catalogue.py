@@ -15,7 +15,7 @@ from unmask.cli.program import ACTOR, app, say, table, typed_dollars
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-    from unmask.accounts.database import Database
+    from unmask.storage.database import Database
     from unmask.catalogue import Record, Status
 
 catalogue = App(name="catalogue", help="The models on record, and the steps of their lifecycle.")
@@ -96,11 +96,11 @@ def onboard(
 
     from rich.console import Console
 
-    from unmask.catalogue.onboarding import Onboarding
-    from unmask.catalogue.onboarding import onboard as run_onboarding
-    from unmask.catalogue.onboarding.run import output_for
-    from unmask.catalogue.onboarding.sweep import DEFAULT_CALLERS, DEFAULT_LENGTHS
-    from unmask.catalogue.onboarding.terminal import gate_bar, print_result
+    from unmask.onboarding import Onboarding
+    from unmask.onboarding import onboard as run_onboarding
+    from unmask.onboarding.run import output_for
+    from unmask.onboarding.sweep import DEFAULT_CALLERS, DEFAULT_LENGTHS
+    from unmask.onboarding.terminal import gate_bar, print_result
 
     post = named_server(mail_server, mail_from, public_url)  # a mistake in it is said before hours of work
     console = Console(stderr=True)
@@ -143,7 +143,7 @@ def onboard(
 def list_models(*, database: DatabaseUrl = None) -> int:
     """All models on record: where they stand, how many want them, and which gates they have passed."""
     from unmask.catalogue import votes
-    from unmask.catalogue.onboarding.gates import GATES
+    from unmask.onboarding.gates import GATES
     from unmask.catalogue.store import outcomes, read_catalogue
 
     with reading(database) as connection:
@@ -206,7 +206,7 @@ def add(file: Path, *, database: DatabaseUrl = None) -> int:
     import msgspec
 
     from unmask.accounts import audit
-    from unmask.accounts.database import now_ms
+    from unmask.storage.database import now_ms
     from unmask.catalogue import read_record
     from unmask.catalogue.store import put_fields
     from unmask.errors import UsageError
@@ -249,7 +249,7 @@ def live(
     public_url: PublicUrl = "",
 ) -> int:
     """Switch a staged model on, and tell those who wanted it."""
-    from unmask.catalogue.onboarding.run import take_live
+    from unmask.onboarding.run import take_live
 
     post = named_server(mail_server, mail_from, public_url)
     with closing(opened(database)) as chosen:
@@ -315,7 +315,7 @@ def _step(
     new: bool = False,
 ) -> None:
     from unmask.accounts import audit
-    from unmask.accounts.database import now_ms
+    from unmask.storage.database import now_ms
     from unmask.catalogue.requests import check_id
     from unmask.catalogue.store import put_fields, read_record, step
 

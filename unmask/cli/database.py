@@ -9,7 +9,7 @@ from cyclopts import Parameter
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-    from unmask.accounts.database import Database
+    from unmask.storage.database import Database
 
 DatabaseUrl = Annotated[
     str | None,
@@ -27,7 +27,7 @@ def opened(url: str | None) -> "Database":
     Raises:
         UsageError, StorageError: as `Database`.
     """
-    from unmask.accounts.database import Database, default_url
+    from unmask.storage.database import Database, default_url
 
     database = Database(url or default_url())
     database.migrate()

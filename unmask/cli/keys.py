@@ -42,7 +42,7 @@ def key(
         How long it works; left out, until it is revoked.
     """
     from unmask.accounts import audit, keys, people
-    from unmask.accounts.database import now_ms
+    from unmask.storage.database import now_ms
 
     now = now_ms()
     settings = keys.KeySettings(
@@ -70,7 +70,7 @@ def keys(account: str, *, database: DatabaseUrl = None) -> int:
     """The keys of an account, without their secrets."""
     from unmask.accounts import keys as room
     from unmask.accounts import people
-    from unmask.accounts.database import now_ms
+    from unmask.storage.database import now_ms
     from unmask.accounts.money import format_dollars
 
     now = now_ms()
@@ -105,7 +105,7 @@ def rotate(account: str, key: str, *, overlap_hours: float = 24.0, database: Dat
         How long the old one goes on working.
     """
     from unmask.accounts import audit, keys, people
-    from unmask.accounts.database import now_ms
+    from unmask.storage.database import now_ms
 
     now = now_ms()
     peppers = keys.Peppers()
@@ -121,7 +121,7 @@ def rotate(account: str, key: str, *, overlap_hours: float = 24.0, database: Dat
 def revoke(account: str, key: str, *, database: DatabaseUrl = None) -> int:
     """End a key at once. KEY is its id."""
     from unmask.accounts import audit, keys, people
-    from unmask.accounts.database import now_ms
+    from unmask.storage.database import now_ms
 
     now = now_ms()
     with writing(database) as connection:

@@ -30,7 +30,7 @@ def top_up(
         Nobody paid for it.
     """
     from unmask.accounts import audit, ledger, people
-    from unmask.accounts.database import now_ms
+    from unmask.storage.database import now_ms
 
     amount = typed_dollars(dollars)
     now = now_ms()
@@ -57,7 +57,7 @@ def pay_out(account: str, dollars: str, *, reference: str, note: str = "", datab
         Of the payment; each only once.
     """
     from unmask.accounts import audit, ledger, people
-    from unmask.accounts.database import now_ms
+    from unmask.storage.database import now_ms
 
     amount = typed_dollars(dollars)
     now = now_ms()
@@ -74,7 +74,7 @@ def pay_out(account: str, dollars: str, *, reference: str, note: str = "", datab
 def refund(charge: str, *, note: str = "", database: DatabaseUrl = None) -> int:
     """Give back what a request cost. CHARGE is the answer's header x-unmask-charge."""
     from unmask.accounts import audit, ledger
-    from unmask.accounts.database import now_ms
+    from unmask.storage.database import now_ms
 
     now = now_ms()
     with writing(database) as connection:
@@ -120,7 +120,7 @@ def verify(*, database: DatabaseUrl = None) -> int:
 def sweep(*, database: DatabaseUrl = None) -> int:
     """Give back holds whose server died. A running server does it by itself every few seconds."""
     from unmask.accounts import ledger
-    from unmask.accounts.database import now_ms
+    from unmask.storage.database import now_ms
 
     now = now_ms()
     count = 0

@@ -7,7 +7,7 @@ from cyclopts import Group, Parameter
 from unmask.cli.program import say
 
 if TYPE_CHECKING:
-    from unmask.accounts.database import Database
+    from unmask.storage.database import Database
     from unmask.catalogue.mail import MailServer
 
 _MAIL = Group("Mail to those who wanted the model")

@@ -23,7 +23,7 @@ def price(model: str, dollars: str, *, tier: Tier = "default", database: Databas
         The batch tier costs the same as the default one where it has no price.
     """
     from unmask.accounts import audit, tariff
-    from unmask.accounts.database import now_ms
+    from unmask.storage.database import now_ms
 
     amount = typed_dollars(dollars, zero=True)
     now = now_ms()
@@ -64,7 +64,7 @@ def plan(
         Only put this account on the plan.
     """
     from unmask.accounts import audit, people, tariff
-    from unmask.accounts.database import now_ms
+    from unmask.storage.database import now_ms
 
     now = now_ms()
     with writing(database) as connection:

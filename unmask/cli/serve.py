@@ -115,7 +115,7 @@ def serve(
     log_level
         What is logged to stderr.
     """
-    from unmask.accounts.database import default_url
+    from unmask.storage.database import default_url
     from unmask.accounts.money import parse_dollars
     from unmask.api.server import serve as run_server
     from unmask.api.settings import ServeSettings

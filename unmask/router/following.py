@@ -5,7 +5,7 @@ import logging
 from collections.abc import Coroutine
 from typing import Any
 
-from unmask.accounts.database import Database
+from unmask.storage.database import Database
 from unmask.catalogue import Catalogue
 from unmask.catalogue.lifecycle import Status
 from unmask.catalogue.mail import MailServer, send_notices

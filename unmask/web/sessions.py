@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from unmask.accounts import Accounts, people
-from unmask.accounts.database import now_ms
+from unmask.storage.database import now_ms
 from unmask.accounts.people import Person
 from unmask.accounts.provider import VISIT_MS, Visit
 from unmask.api.errors import ApiError

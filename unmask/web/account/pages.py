@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from unmask.accounts import Accounts, audit, keys, people, tariff, usage
-from unmask.accounts.database import now_ms
+from unmask.storage.database import now_ms
 from unmask.accounts.keys import Key
 from unmask.accounts.money import format_dollars
 from unmask.accounts.people import Person

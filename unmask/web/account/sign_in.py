@@ -9,7 +9,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from unmask.accounts import Accounts, audit, people
-from unmask.accounts.database import now_ms
+from unmask.storage.database import now_ms
 from unmask.accounts.people import Person
 from unmask.accounts.provider import Provider, Visit
 from unmask.errors import AccountError, AddressTaken, SignInRefused, UnmaskError, UsageError

@@ -9,7 +9,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from unmask.accounts import Accounts
-from unmask.accounts.database import now_ms
+from unmask.storage.database import now_ms
 from unmask.accounts.people import Person
 from unmask.catalogue import Catalogue, Record, votes
 from unmask.catalogue.requests import want

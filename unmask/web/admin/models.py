@@ -11,12 +11,12 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from unmask.accounts import Accounts, audit
-from unmask.accounts.database import now_ms
+from unmask.storage.database import now_ms
 from unmask.accounts.people import Person
 from unmask.catalogue import Record, Status, votes
 from unmask.catalogue.lifecycle import ALLOWED
-from unmask.catalogue.onboarding.gates import GATES
-from unmask.catalogue.onboarding.run import take_live
+from unmask.onboarding.gates import GATES
+from unmask.onboarding.run import take_live
 from unmask.catalogue.requests import check_id
 from unmask.catalogue.store import Outcome, outcomes, put_fields, read_catalogue, read_record, step
 from unmask.errors import UsageError

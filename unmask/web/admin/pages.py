@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from unmask.accounts import Accounts, audit, keys, ledger, people, tariff, usage
-from unmask.accounts.database import now_ms
+from unmask.storage.database import now_ms
 from unmask.accounts.people import Account, Person
 from unmask.accounts.tariff import Plan, Price
 from unmask.api.errors import ApiError

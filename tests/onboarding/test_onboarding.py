@@ -15,13 +15,13 @@ import pytest
 
 from tests.mirror import BASE, FIRST_STAGE, PUBLISHED, published_mirror, small_data
 from unmask.accounts import people, tariff
-from unmask.accounts.database import Database
+from unmask.storage.database import Database
 from unmask.catalogue import Record
 from unmask.catalogue.canary import cosine
 from unmask.catalogue.measurement import LOCAL
-from unmask.catalogue.onboarding import Onboarding, Result, onboard
-from unmask.catalogue.onboarding.gates import GATES
-from unmask.catalogue.onboarding.run import output_for, take_live
+from unmask.onboarding import Onboarding, Result, onboard
+from unmask.onboarding.gates import GATES
+from unmask.onboarding.run import output_for, take_live
 from unmask.catalogue.speed import points_of
 from unmask.catalogue.store import add_measurements, outcomes, put_fields, read_catalogue, read_record, step
 from unmask.catalogue.votes import notices_of, vote

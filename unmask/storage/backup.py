@@ -14,8 +14,8 @@ from typing import IO, Any
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from unmask.accounts.database import Database
-from unmask.accounts.schema import DEFAULT_PLAN, catalogue_version, metadata, plans
+from unmask.storage.database import Database
+from unmask.storage.schema import DEFAULT_PLAN, catalogue_version, metadata, plans
 from unmask.accounts.verification import verify
 from unmask.errors import StorageError
 from unmask.home import written_whole

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection
 
-from unmask.accounts.database import Database, Kept, TransientError
+from unmask.storage.database import Database, Kept, TransientError
 from unmask.errors import StorageError
 
 log = logging.getLogger("unmask")

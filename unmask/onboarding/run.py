@@ -13,12 +13,12 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from unmask.accounts import audit, tariff
-from unmask.accounts.database import Database, now_ms
-from unmask.accounts.schema import accounts
+from unmask.storage.database import Database, now_ms
+from unmask.storage.schema import accounts
 from unmask.catalogue.catalogue import named_record
 from unmask.catalogue.lifecycle import Status
 from unmask.catalogue.measurement import SPEED
-from unmask.catalogue.onboarding.gates import GATES, Bench, Found, Gate, Onboarding, Tell
+from unmask.onboarding.gates import GATES, Bench, Found, Gate, Onboarding, Tell
 from unmask.catalogue.record import Record
 from unmask.catalogue.store import (
     Outcome,

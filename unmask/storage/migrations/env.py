@@ -1,8 +1,8 @@
-"""Alembic's entry point. It is only ever run by `unmask.accounts.database`, which brings the connection."""
+"""Alembic's entry point. It is only ever run by `unmask.storage.database`, which brings the connection."""
 
 from alembic import context
 
-from unmask.accounts.schema import metadata
+from unmask.storage.schema import metadata
 
 context.configure(
     connection=context.config.attributes["connection"],

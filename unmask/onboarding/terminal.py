@@ -10,8 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from unmask.catalogue.onboarding.gates import Tell
-from unmask.catalogue.onboarding.run import Result
+from unmask.onboarding.gates import Tell
+from unmask.onboarding.run import Result
 
 
 @contextmanager

@@ -7,8 +7,8 @@ import pytest
 
 from tests.accounts.postgres import Cluster
 from unmask.accounts import keys, ledger, people, tariff, usage
-from unmask.accounts.backup import backup, restore
-from unmask.accounts.database import Database
+from unmask.storage.backup import backup, restore
+from unmask.storage.database import Database
 from unmask.accounts.keys import KeySettings, Peppers
 from unmask.accounts.ledger import Hold
 from unmask.accounts.verification import verify

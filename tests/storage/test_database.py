@@ -15,10 +15,10 @@ from alembic.script import ScriptDirectory
 
 from tests.accounts.postgres import Cluster
 from unmask.accounts import ledger, people, usage
-from unmask.accounts.database import Database, Statement, is_transient, migration_config
-from unmask.accounts.schema import APPEND_ONLY, accounts, metadata
+from unmask.storage.database import Database, Statement, is_transient, migration_config
+from unmask.storage.schema import APPEND_ONLY, accounts, metadata
 from unmask.accounts.verification import verify
-from unmask.accounts.writer import Writer
+from unmask.storage.writer import Writer
 from unmask.errors import StorageError, UsageError
 
 
@@ -57,7 +57,7 @@ def test_processes_that_start_together_migrate_once(kind: str, tmp_path: Path, r
     else:
         postgres: Cluster = request.getfixturevalue("postgres")
         url = postgres.empty()
-    program = f"from unmask.accounts.database import Database; Database({url!r}).migrate()"
+    program = f"from unmask.storage.database import Database; Database({url!r}).migrate()"
     running = [subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True) for _ in range(3)]
     for process in running:
         complaint = process.communicate(timeout=120)[1]

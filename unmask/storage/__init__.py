@@ -1,0 +1,1 @@
+"""The database, its one writer, the tables with their migrations, and backups."""
