@@ -26,9 +26,9 @@ from open_loop import Answer, Client, load
 from stub_server import MODEL
 
 from unmask.accounts import keys, ledger, people, tariff
-from unmask.storage.database import Database, now_ms
 from unmask.accounts.keys import KeySettings, Peppers
 from unmask.accounts.verification import verify
+from unmask.storage.database import Database, now_ms
 
 TARGET_MEDIAN_MS, TARGET_P99_MS = 2.0, 8.0
 BODY = json.dumps({"model": MODEL, "input": "a short text of some words", "encoding_format": "base64"}).encode()

@@ -27,10 +27,10 @@ import sqlalchemy as sa
 from stub_server import MODEL, serve
 
 from unmask.accounts import keys, ledger, people, tariff
-from unmask.storage.database import Database, now_ms
 from unmask.accounts.keys import KeySettings, Peppers
-from unmask.storage.schema import accounts, charges, entries, replays
 from unmask.accounts.verification import verify
+from unmask.storage.database import Database, now_ms
+from unmask.storage.schema import accounts, charges, entries, replays
 
 PRICE = 8_000_000  # nano-dollars per million tokens
 ALL_TIME = 10**6 * 24 * 3600 * 1000

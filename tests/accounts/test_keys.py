@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from unmask.accounts import keys, people
-from unmask.storage.database import Database
 from unmask.accounts.keys import KeySettings, Peppers
-from unmask.storage.schema import keys as table
 from unmask.errors import Forbidden, KeyRefused, StorageError, UsageError
+from unmask.storage.database import Database
+from unmask.storage.schema import keys as table
 
 NOW = 1_700_000_000_000
 

@@ -10,14 +10,10 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from unmask.accounts import keys, ledger, people
-from unmask.storage.database import Database
 from unmask.accounts.keys import KeySettings, Peppers
 from unmask.accounts.ledger import Held, Hold
 from unmask.accounts.money import MAX_AMOUNT
-from unmask.storage.schema import accounts, charges, entries
-from unmask.storage.schema import keys as key_table
 from unmask.accounts.verification import verify
-from unmask.storage.writer import Writer
 from unmask.errors import (
     Forbidden,
     InsufficientCredit,
@@ -27,6 +23,10 @@ from unmask.errors import (
     RequestInProgress,
     SpendLimitReached,
 )
+from unmask.storage.database import Database
+from unmask.storage.schema import accounts, charges, entries
+from unmask.storage.schema import keys as key_table
+from unmask.storage.writer import Writer
 
 DAY = 24 * 3600 * 1000
 NOON = 20_000 * DAY + DAY // 2

@@ -31,11 +31,11 @@ from sqlalchemy import Connection, event
 
 from tests.accounts.postgres import Cluster
 from unmask.accounts import keys, ledger, people
-from unmask.storage.database import Database, Statement
 from unmask.accounts.keys import KeySettings, Peppers
 from unmask.accounts.ledger import Hold
 from unmask.accounts.verification import verify
 from unmask.errors import AccountError, Forbidden, InsufficientCredit, LedgerRefused, SpendLimitReached
+from unmask.storage.database import Database, Statement
 
 DAY = 24 * 3600 * 1000
 KEY_LIMIT = 600

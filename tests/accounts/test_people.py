@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from unmask.accounts import Accounts, audit, keys, ledger, people
-from unmask.storage.database import now_ms
 from unmask.accounts.keys import KeySettings
 from unmask.accounts.ledger import Hold
 from unmask.accounts.limits import LocalLimiter
 from unmask.accounts.verification import verify
 from unmask.errors import AccountError, Forbidden, LedgerRefused, RateLimited, SignInRefused, UsageError
+from unmask.storage.database import now_ms
 
 PASSWORD = "correct horse battery"
 FREE = 1_000_000_000

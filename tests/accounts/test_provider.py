@@ -17,14 +17,14 @@ from tests.api.live import LocalService, running
 from tests.web.html import Page
 from tests.web.people import PASSWORD, do, person
 from unmask.accounts import Accounts, audit, people, provider
-from unmask.storage.backup import backup, restore
-from unmask.storage.database import Database, now_ms
 from unmask.accounts.keys import Peppers
 from unmask.accounts.limits import LocalLimiter
 from unmask.accounts.provider import Identity, Provider, ProviderSettings, Visit
-from unmask.accounts.verification import verify
+from unmask.accounts.verification import discrepancies, verify
 from unmask.api import ServeSettings
 from unmask.errors import UsageError
+from unmask.storage.backup import backup, restore
+from unmask.storage.database import Database, now_ms
 from unmask.web import website
 
 FREE = 1_000_000_000
@@ -455,7 +455,7 @@ def test_a_backup_has_the_identities(accounts: Accounts, elsewhere: OidcProvider
     do(accounts, lambda c: people.add_identity(c, owner.id, identity, now_ms()))
     backup(accounts.database, tmp_path / "backup.gz")
     other = Database(str(tmp_path / "other.sqlite"))
-    restore(other, tmp_path / "backup.gz")
+    restore(other, tmp_path / "backup.gz", check=discrepancies)
     with other.read() as connection:
         assert people.of_identity(connection, identity) == owner
     other.close()

@@ -13,8 +13,8 @@ from starlette.routing import Route
 from tests.api.live import LocalService, running, until
 from tests.web.people import PASSWORD, Visitor, do, key_of, person
 from unmask.accounts import Accounts, keys, people, tariff
-from unmask.storage.database import now_ms
 from unmask.accounts.people import Person
+from unmask.storage.database import now_ms
 from unmask.storage.schema import metadata
 from unmask.web import website
 

@@ -18,11 +18,11 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from unmask.accounts import Accounts
-from unmask.storage.database import Database
 from unmask.api import ServeSettings, create_app
 from unmask.api.server import Server, base_url, listen, open_models, serve_models
 from unmask.api.site import BuildSite
 from unmask.router import Models
+from unmask.storage.database import Database
 
 _FRESH = itertools.count()
 KEY = "sk-test-0123456789abcdef0123456789"

@@ -17,12 +17,12 @@ from sqlalchemy import Connection
 
 from tests.api.live import KEY, LocalService, Reply, running, until
 from unmask.accounts import Accounts, keys, ledger, people, tariff
-from unmask.storage.database import now_ms
 from unmask.accounts.keys import KeySettings
 from unmask.accounts.verification import verify
 from unmask.api.charging import go_duration
 from unmask.engine import Engine
 from unmask.errors import EngineError, StorageError, UsageError
+from unmask.storage.database import now_ms
 
 PRICE = 8_000_000  # nano-dollars per million tokens: eight per token
 BATCH = 3_500_000

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from tests.api.live import LocalService, running, until
-from unmask.storage.database import Database
 from unmask.api.server import open_models
 from unmask.api.settings import ServeSettings
 from unmask.catalogue.canary import Canary
@@ -19,6 +18,7 @@ from unmask.catalogue.store import put_fields, step
 from unmask.encoder import Encoder
 from unmask.router import Models
 from unmask.router.following import Follower
+from unmask.storage.database import Database
 
 MODEL = "org/gemma"
 

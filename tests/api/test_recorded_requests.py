@@ -27,8 +27,8 @@ from sqlalchemy import Connection
 from tests.api.live import KEY, LocalService, running
 from unmask import __version__
 from unmask.accounts import Accounts, keys, ledger, people, tariff
-from unmask.storage.database import now_ms
 from unmask.accounts.keys import KeySettings
+from unmask.storage.database import now_ms
 from unmask.web import website
 
 FOLDER = Path(__file__).parent.parent / "golden" / "http"

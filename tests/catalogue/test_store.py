@@ -6,7 +6,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from unmask.storage.database import Database
 from unmask.catalogue import Measurement, shipped_measurements, shipped_records
 from unmask.catalogue.store import (
     Outcome,
@@ -21,6 +20,7 @@ from unmask.catalogue.store import (
     version,
 )
 from unmask.errors import StorageError, UsageError
+from unmask.storage.database import Database
 
 COMING = "McGill-NLP/LLM2Vec-Sheared-LLaMA-mntp-supervised"
 
@@ -89,20 +89,20 @@ def test_a_model_of_the_operators_own(database: Database) -> None:
         ({"compat": "both"}, "Invalid enum value"),
     ],
 )
-def test_a_wrong_field_changes_nothing(own: Database, fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError, match=message), own.begin() as connection:
+def test_a_wrong_field_changes_nothing(sqlite: Database, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message), sqlite.begin() as connection:
         put_fields(connection, COMING, fields)
-    with own.read() as connection:
+    with sqlite.read() as connection:
         assert version(connection) == 0 and read_record(connection, COMING) == shipped_records()[COMING]
 
 
-def test_only_steps_that_follow_are_taken(own: Database) -> None:
+def test_only_steps_that_follow_are_taken(sqlite: Database) -> None:
     tomorrow = date.today() + timedelta(days=1)
-    with pytest.raises(UsageError, match="'live' cannot follow 'coming soon'"), own.begin() as connection:
+    with pytest.raises(UsageError, match="'live' cannot follow 'coming soon'"), sqlite.begin() as connection:
         step(connection, COMING, "live", actor="me")
-    with pytest.raises(UsageError, match="'until' belongs to a deprecation"), own.begin() as connection:
+    with pytest.raises(UsageError, match="'until' belongs to a deprecation"), sqlite.begin() as connection:
         step(connection, COMING, "benchmarking", actor="me", until=tomorrow)
-    with own.begin() as connection:
+    with sqlite.begin() as connection:
         for status in ("benchmarking", "staged", "live"):
             step(connection, COMING, status, actor="me", on=date(2020, 1, 1))
         record = step(connection, COMING, "deprecated", actor="me", until=tomorrow)
@@ -131,11 +131,11 @@ def test_of_a_gate_the_last_outcome_counts(database: Database) -> None:
         assert outcomes(connection, "org/other") == {}
 
 
-def test_a_row_that_cannot_be_read_is_named(own: Database) -> None:
-    with own.begin() as connection:
+def test_a_row_that_cannot_be_read_is_named(sqlite: Database) -> None:
+    with sqlite.begin() as connection:
         row = msgspec.json.encode({"model": COMING}).decode()
         connection.exec_driver_sql(
             f"INSERT INTO catalogue_measurements (at, model, measurement) VALUES (1, 'org/x', '{row}')"
         )
-    with pytest.raises(UsageError, match="catalogue_measurements about org/x"), own.read() as connection:
+    with pytest.raises(UsageError, match="catalogue_measurements about org/x"), sqlite.read() as connection:
         read_catalogue(connection)

@@ -7,7 +7,6 @@ import pytest
 
 from tests.letterbox import Inbox, free_port, mail_server
 from unmask.accounts import people
-from unmask.storage.database import Database
 from unmask.accounts.keys import Peppers
 from unmask.catalogue.mail import MailServer, send_notices
 from unmask.catalogue.requests import MOST_VOTES, want
@@ -26,6 +25,7 @@ from unmask.catalogue.votes import (
     withdraw,
 )
 from unmask.errors import UsageError
+from unmask.storage.database import Database
 
 COMING = "McGill-NLP/LLM2Vec-Sheared-LLaMA-mntp-supervised"
 OTHER = "McGill-NLP/LLM2Vec-Sheared-LLaMA-mntp-unsup-simcse"

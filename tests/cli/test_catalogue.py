@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from unmask.accounts import people
-from unmask.storage.database import Database
 from unmask.catalogue.votes import vote
+from unmask.storage.database import Database
 
 COMING = "McGill-NLP/LLM2Vec-Sheared-LLaMA-mntp-supervised"
 Ended = subprocess.CompletedProcess[str]

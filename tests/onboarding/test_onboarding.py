@@ -15,18 +15,18 @@ import pytest
 
 from tests.mirror import BASE, FIRST_STAGE, PUBLISHED, published_mirror, small_data
 from unmask.accounts import people, tariff
-from unmask.storage.database import Database
 from unmask.catalogue import Record
 from unmask.catalogue.canary import cosine
 from unmask.catalogue.measurement import LOCAL
-from unmask.onboarding import Onboarding, Result, onboard
-from unmask.onboarding.gates import GATES
-from unmask.onboarding.run import output_for, take_live
 from unmask.catalogue.speed import points_of
 from unmask.catalogue.store import add_measurements, outcomes, put_fields, read_catalogue, read_record, step
 from unmask.catalogue.votes import notices_of, vote
 from unmask.encoder import Encoder
 from unmask.errors import CheckpointError, UsageError
+from unmask.onboarding import Onboarding, Result, onboard
+from unmask.onboarding.gates import GATES
+from unmask.onboarding.run import output_for, take_live
+from unmask.storage.database import Database
 
 NAMES = [gate.name for gate in GATES]
 
@@ -71,17 +71,17 @@ def run(database: Database, wanted: Onboarding) -> Result:
     return onboard(database, wanted, unseen)
 
 
-def test_all_gates(own: Database, wanted: Onboarding, fresh_home: Path) -> None:
-    result = run(own, wanted)
+def test_all_gates(sqlite: Database, wanted: Onboarding, fresh_home: Path) -> None:
+    result = run(sqlite, wanted)
     assert [(gate.gate, gate.passed, gate.kept) for gate in result.gates] == [(name, True, False) for name in NAMES]
     assert result.status == "live" and result.passed
-    record = record_of(own, "tiny_llama")
+    record = record_of(sqlite, "tiny_llama")
     assert [event.status for event in record.history] == ["coming soon", "benchmarking", "staged", "live"]
     encoder = Encoder.load(wanted.source)
     assert (record.revision, record.dimensions, record.licence) == (encoder.checkpoint.revision, 64, "MIT")
     assert record.canary and cosine(encoder.encode(record.canary.text)[0], record.canary.expected()) > 0.99999
     assert record.prices[0].estimated and record.prices[0].nanodollars_per_million_tokens > 0
-    with own.read() as connection:
+    with sqlite.read() as connection:
         entry = read_catalogue(connection).catalogue.get("tiny_llama")
     assert entry is not None
     # Each gate left a measurement that says how to find it again, and the raw file that it names is there.
@@ -99,20 +99,20 @@ def test_all_gates(own: Database, wanted: Onboarding, fresh_home: Path) -> None:
     assert price["proposed_nanodollars"] == pytest.approx(2 * price["cost_nanodollars"], abs=1)
 
 
-def test_what_was_passed_is_not_run_again(own: Database, wanted: Onboarding) -> None:
-    failed = run(own, replace(wanted, cost_per_hour=None))
+def test_what_was_passed_is_not_run_again(sqlite: Database, wanted: Onboarding) -> None:
+    failed = run(sqlite, replace(wanted, cost_per_hour=None))
     assert [gate.gate for gate in failed.gates if gate.passed] == NAMES[:6]
     assert "--cost-per-hour" in failed.gates[-1].finding and not failed.passed
     assert failed.status == "coming soon"
-    assert record_of(own, "tiny_llama").history[-1].note == "It did not pass the gate 'price', and waits."
-    again = run(own, wanted)
+    assert record_of(sqlite, "tiny_llama").history[-1].note == "It did not pass the gate 'price', and waits."
+    again = run(sqlite, wanted)
     assert [gate.gate for gate in again.gates if not gate.kept] == ["price", "canary"] and again.status == "live"
     # Another question is another gate.
-    third = run(own, replace(wanted, callers=(8,), lengths=(64,)))
+    third = run(sqlite, replace(wanted, callers=(8,), lengths=(64,)))
     # A higher speed is a lower price.
     assert [gate.gate for gate in third.gates if not gate.kept] == ["speed", "price"]
     assert third.status == "live"  # it answered all the while
-    statuses = [event.status for event in record_of(own, "tiny_llama").history]
+    statuses = [event.status for event in record_of(sqlite, "tiny_llama").history]
     assert statuses == ["coming soon", "benchmarking", "coming soon", "benchmarking", "staged", "live"]
 
 
@@ -126,117 +126,128 @@ def test_what_was_passed_is_not_run_again(own: Database, wanted: Onboarding) -> 
     ],
 )
 def test_a_gate_that_is_not_passed_says_why(
-    own: Database, wanted: Onboarding, change: dict[str, object], gate: str, finding: str
+    sqlite: Database, wanted: Onboarding, change: dict[str, object], gate: str, finding: str
 ) -> None:
-    result = run(own, replace(wanted, **change))  # pyright: ignore[reportArgumentType] - fields by name
+    result = run(sqlite, replace(wanted, **change))  # pyright: ignore[reportArgumentType] - fields by name
     assert result.gates[-1].gate == gate and not result.gates[-1].passed
     import re
 
     assert re.search(finding, result.gates[-1].finding), result.gates[-1].finding
-    assert record_of(own, "tiny_llama").status == result.status == "coming soon"
-    with own.read() as connection:
+    assert record_of(sqlite, "tiny_llama").status == result.status == "coming soon"
+    with sqlite.read() as connection:
         assert not outcomes(connection, "tiny_llama")[gate].passed
         assert "tiny_llama" in read_catalogue(connection).sources
 
 
-def test_wrong_weights_do_not_pass(own: Database, wanted: Onboarding) -> None:
-    with own.begin() as connection:
+def test_wrong_weights_do_not_pass(sqlite: Database, wanted: Onboarding) -> None:
+    with sqlite.begin() as connection:
         put_fields(connection, "tiny_llama", {"dimensions": 2048, "pooling": "mean"})
-    failed = run(own, wanted)
+    failed = run(sqlite, wanted)
     assert failed.gates[-1].gate == "load" and "dimensions 64 instead of 2048" in failed.gates[-1].finding
-    assert run(own, replace(wanted, replace_specification=True)).status == "live"
-    record = record_of(own, "tiny_llama")
+    assert run(sqlite, replace(wanted, replace_specification=True)).status == "live"
+    record = record_of(sqlite, "tiny_llama")
     assert record.dimensions == 64 and "dimensions 2048 -> 64" in record.changes[-1].note
 
 
 def test_parity_with_the_vectors_of_the_reference(
-    own: Database, wanted: Onboarding, golden_dir: Path, tmp_path: Path
+    sqlite: Database, wanted: Onboarding, golden_dir: Path, tmp_path: Path
 ) -> None:
-    """The published package's own vectors, and then the same ones in the wrong order."""
+    """The published package's sqlite vectors, and then the same ones in the wrong order."""
     pairs = json.loads((golden_dir / "tiny_llama" / "golden.json").read_text(encoding="utf-8"))["pairs"]
     vectors = np.load(golden_dir / "tiny_llama" / "golden.npz")["mean__skip_True"]
     texts, instructions = [text for _, text in pairs], [instruction for instruction, _ in pairs]
     right, wrong = tmp_path / "right.npz", tmp_path / "wrong.npz"
     np.savez(right, texts=texts, instructions=instructions, vectors=vectors)
     np.savez(wrong, texts=texts, instructions=instructions, vectors=vectors[::-1])
-    failed = run(own, replace(wanted, compat="reference", reference=wrong))
+    failed = run(sqlite, replace(wanted, compat="reference", reference=wrong))
     assert failed.gates[-1].gate == "parity" and "has cosine" in failed.gates[-1].finding
-    passed = run(own, replace(wanted, compat="reference", reference=right))
+    passed = run(sqlite, replace(wanted, compat="reference", reference=right))
     assert passed.status == "live"
     assert next(gate for gate in passed.gates if gate.gate == "parity").finding.endswith("48 given vectors")
-    assert record_of(own, "tiny_llama").compat == "reference"
+    assert record_of(sqlite, "tiny_llama").compat == "reference"
 
 
 @pytest.mark.parametrize("content", [b"no numpy", None])
-def test_a_broken_reference_is_named(own: Database, wanted: Onboarding, tmp_path: Path, content: bytes | None) -> None:
+def test_a_broken_reference_is_named(
+    sqlite: Database, wanted: Onboarding, tmp_path: Path, content: bytes | None
+) -> None:
     file = tmp_path / "reference.npz"
     if content is None:
         np.savez(file, texts=["a"], vectors=np.zeros((1, 3), dtype=np.float32))
     else:
         file.write_bytes(content)
-    failed = run(own, replace(wanted, reference=file))
+    failed = run(sqlite, replace(wanted, reference=file))
     assert failed.gates[-1].gate == "parity" and str(file) in failed.gates[-1].finding
 
 
-def test_live_weights_are_not_exchanged_under_their_name(own: Database, wanted: Onboarding, copied) -> None:
-    assert run(own, wanted).status == "live"
+def test_live_weights_are_not_exchanged_under_their_name(sqlite: Database, wanted: Onboarding, copied) -> None:
+    assert run(sqlite, wanted).status == "live"
     other = copied("tiny_llama")
     file = other / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "rope_theta": 5000.0}))
-    result = run(own, replace(wanted, source=str(other)))
+    result = run(sqlite, replace(wanted, source=str(other)))
     assert result.gates[-1].gate == "digests" and "vectors of the two do not mix" in result.gates[-1].finding
     assert result.status == "live"
-    with own.read() as connection:
+    with sqlite.read() as connection:
         assert read_catalogue(connection).sources["tiny_llama"] == wanted.source
     with pytest.raises(UsageError, match="answers in the mode 'default'"):
-        run(own, replace(wanted, compat="reference"))
+        run(sqlite, replace(wanted, compat="reference"))
     # Once it is retired the name is free: everything is measured anew, and the old canary is let go.
-    with own.begin() as connection:
-        step(connection, "tiny_llama", "deprecated", actor="me", until=record_of(own, "tiny_llama").history[-1].on)
+    with sqlite.begin() as connection:
+        step(
+            connection,
+            "tiny_llama",
+            "deprecated",
+            actor="me",
+            until=record_of(sqlite, "tiny_llama").history[-1].on,
+        )
         step(connection, "tiny_llama", "retired", actor="me")
-    anew = run(own, replace(wanted, source=str(other)))
+    anew = run(sqlite, replace(wanted, source=str(other)))
     assert anew.status == "live"
     assert [gate.gate for gate in anew.gates if gate.kept] == ["licence"]  # which these weights had passed above
 
 
-def test_a_reference_is_not_onboarded(own: Database, wanted: Onboarding) -> None:
+def test_a_reference_is_not_onboarded(sqlite: Database, wanted: Onboarding) -> None:
     with pytest.raises(UsageError, match="others to be measured against"):
-        run(own, replace(wanted, model="sentence-transformers/all-MiniLM-L6-v2"))
+        run(sqlite, replace(wanted, model="sentence-transformers/all-MiniLM-L6-v2"))
 
 
-def test_a_folder_that_holds_no_model(own: Database, wanted: Onboarding, tmp_path: Path) -> None:
+def test_a_folder_that_holds_no_model(sqlite: Database, wanted: Onboarding, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="is not a model"):
-        run(own, replace(wanted, source=str(tmp_path / "empty")))
-    with own.read() as connection:
+        run(sqlite, replace(wanted, source=str(tmp_path / "empty")))
+    with sqlite.read() as connection:
         assert read_record(connection, "tiny_llama") is None
 
 
-def test_staged_and_then_live_with_a_price_and_notices(own: Database, wanted: Onboarding, tmp_path: Path) -> None:
-    with own.begin() as connection:
+def test_staged_and_then_live_with_a_price_and_notices(sqlite: Database, wanted: Onboarding, tmp_path: Path) -> None:
+    with sqlite.begin() as connection:
         account = people.open_account(connection, "somebody", 1)
         vote(connection, account, "tiny_llama", "", 1)
-    staged = run(own, replace(wanted, stage=True))
-    assert staged.status == "staged" and staged.told == 0 and record_of(own, "tiny_llama").prices[0].estimated
-    with own.begin() as connection:
+    staged = run(sqlite, replace(wanted, stage=True))
+    assert staged.status == "staged" and staged.told == 0 and record_of(sqlite, "tiny_llama").prices[0].estimated
+    with sqlite.begin() as connection:
         assert take_live(connection, "tiny_llama", actor="me") == (1, True)
-    record = record_of(own, "tiny_llama")
+    record = record_of(sqlite, "tiny_llama")
     assert record.status == "live" and not record.prices[0].estimated
-    with own.read() as connection:
+    with sqlite.read() as connection:
         price = tariff.price(connection, "tiny_llama", "default")
         assert price == record.prices[0].nanodollars_per_million_tokens
         assert [notice.model for notice in notices_of(connection, account)] == ["tiny_llama"]
 
 
-def test_nothing_goes_live_past_its_gates(own: Database) -> None:
-    with own.begin() as connection:
+def test_nothing_goes_live_past_its_gates(sqlite: Database) -> None:
+    with sqlite.begin() as connection:
         put_fields(connection, "org/m", {})
         for status in ("coming soon", "benchmarking", "staged"):
             step(connection, "org/m", status, actor="me")
         add_measurements(connection, [])
-    with pytest.raises(UsageError, match="has not passed licence, digests, load"), own.begin() as connection:
+    with (
+        pytest.raises(UsageError, match="has not passed licence, digests, load"),
+        sqlite.begin() as connection,
+    ):
         take_live(connection, "org/m", actor="me")
-    with pytest.raises(UsageError, match="only a staged model"), own.begin() as connection:
+    with pytest.raises(UsageError, match="only a staged model"), sqlite.begin() as connection:
         take_live(connection, PUBLISHED, actor="me")
 
 

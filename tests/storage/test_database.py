@@ -15,11 +15,11 @@ from alembic.script import ScriptDirectory
 
 from tests.accounts.postgres import Cluster
 from unmask.accounts import ledger, people, usage
+from unmask.accounts.verification import verify
+from unmask.errors import StorageError, UsageError
 from unmask.storage.database import Database, Statement, is_transient, migration_config
 from unmask.storage.schema import APPEND_ONLY, accounts, metadata
-from unmask.accounts.verification import verify
 from unmask.storage.writer import Writer
-from unmask.errors import StorageError, UsageError
 
 
 def test_the_migrations_leave_what_the_schema_says(database: Database):
@@ -35,10 +35,10 @@ def test_migrating_again_changes_nothing(database: Database):
         assert len(people.all_accounts(connection)) == 1
 
 
-def test_migrating_from_the_first_version_keeps_what_is_there(url_of_nothing: str):
+def test_migrating_from_the_first_version_keeps_what_is_there(empty_url: str):
     from alembic import command
 
-    database = Database(url_of_nothing)
+    database = Database(empty_url)
     with database.begin() as connection:
         command.upgrade(migration_config(connection), "0001")
         account = people.open_account(connection, "somebody", 1)

@@ -10,9 +10,9 @@ from tests.api.live import LocalService, Reply
 from tests.web.conftest import HTML
 from tests.web.html import Page
 from unmask.accounts import Accounts, keys, ledger, people
-from unmask.storage.database import now_ms
 from unmask.accounts.keys import KeySettings
 from unmask.accounts.people import Person
+from unmask.storage.database import now_ms
 
 T = TypeVar("T")
 

@@ -13,11 +13,11 @@ from tests.accounts.oidc_provider import CLIENT, SECRET, OidcProvider, provided
 from tests.api.live import LocalService, running, until
 from tests.web.people import PASSWORD, do, key_of, person
 from unmask.accounts import Accounts, keys, people, tariff
-from unmask.storage.database import now_ms
 from unmask.accounts.provider import ProviderSettings
 from unmask.catalogue import votes
-from unmask.onboarding.gates import GATES
 from unmask.catalogue.store import Outcome, add_outcome, put_fields, step
+from unmask.onboarding.gates import GATES
+from unmask.storage.database import now_ms
 from unmask.web import website
 
 ACCOUNT = ["/account", "/account/keys", "/account/usage", "/account/requests", "/account/ledger", "/account/settings"]

@@ -16,10 +16,10 @@ from tests.web.conftest import HTML
 from tests.web.html import Page
 from tests.web.people import PASSWORD, Visitor, do, key_of, person
 from unmask.accounts import Accounts, audit, keys, ledger, people, tariff, usage
-from unmask.storage.database import now_ms
 from unmask.accounts.limits import Draw, LocalLimiter
 from unmask.accounts.verification import verify
 from unmask.api.server import invite
+from unmask.storage.database import now_ms
 from unmask.web import website
 
 FREE = 1_000_000_000

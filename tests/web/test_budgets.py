@@ -11,9 +11,9 @@ import pytest
 from tests.api.live import LocalService, running
 from tests.web.conftest import COMING, DEFAULT, HTML, REFERENCE
 from unmask.accounts import Accounts, people
-from unmask.storage.database import now_ms
 from unmask.catalogue import Catalogue, shipped_measurements, shipped_records, votes
 from unmask.catalogue.store import add_measurements, put_fields
+from unmask.storage.database import now_ms
 from unmask.web import website
 
 SERVER_TIME_MS = 20

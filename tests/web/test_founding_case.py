@@ -14,9 +14,9 @@ from playwright.sync_api import Browser, expect
 from tests.api.live import LocalService, running
 from tests.mirror import BASE, FIRST_STAGE, PUBLISHED, published_mirror, small_data
 from unmask.accounts import Accounts, keys, ledger, people
-from unmask.storage.database import now_ms
 from unmask.accounts.keys import KeySettings
 from unmask.encoder import Encoder
+from unmask.storage.database import now_ms
 from unmask.web import website
 
 

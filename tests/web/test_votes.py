@@ -15,10 +15,10 @@ from tests.web.html import Page
 from tests.web.people import do, person
 from tests.web.test_escaping import POISON
 from unmask.accounts import Accounts, audit, people
-from unmask.storage.database import now_ms
 from unmask.catalogue import votes
-from unmask.onboarding.gates import GATES
 from unmask.catalogue.store import Outcome, add_outcome, put_fields, read_record, step
+from unmask.onboarding.gates import GATES
+from unmask.storage.database import now_ms
 from unmask.web import website
 
 Visit = Callable[..., Reply]

@@ -14,14 +14,14 @@ from typing import TypeVar
 from sqlalchemy import Connection
 
 from unmask.accounts import audit, keys, ledger, money, people, tariff
-from unmask.storage.database import Database, default_url, now_ms
 from unmask.accounts.keys import Caller, Peppers
 from unmask.accounts.ledger import Held, Hold
 from unmask.accounts.limits import Draw, Level, Limiter, LocalLimiter
 from unmask.accounts.people import Person
 from unmask.accounts.provider import Identity, Provider, ProviderSettings
-from unmask.storage.writer import Writer
 from unmask.errors import AddressTaken, RateLimited, SignInRefused, UnmaskError
+from unmask.storage.database import Database, default_url, now_ms
+from unmask.storage.writer import Writer
 
 log = logging.getLogger("unmask")
 

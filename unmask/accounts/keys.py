@@ -21,9 +21,9 @@ import sqlalchemy as sa
 from sqlalchemy import Connection, RowMapping
 
 from unmask.accounts.ledger import window_start
-from unmask.storage.schema import accounts, keys
 from unmask.errors import Forbidden, KeyRefused, StorageError, UsageError
 from unmask.home import home, written_whole
+from unmask.storage.schema import accounts, keys
 
 SCOPES = ("embeddings", "account")  # calling models; reading balance, usage and keys
 WINDOWS = ("day", "week", "month")

@@ -16,9 +16,7 @@ from typing import NamedTuple
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from unmask.storage.database import Statement, insert
 from unmask.accounts.money import MAX_AMOUNT, format_dollars
-from unmask.storage.schema import accounts, charges, entries, keys, replays
 from unmask.errors import (
     Forbidden,
     InsufficientCredit,
@@ -28,6 +26,8 @@ from unmask.errors import (
     RequestInProgress,
     SpendLimitReached,
 )
+from unmask.storage.database import Statement, insert
+from unmask.storage.schema import accounts, charges, entries, keys, replays
 
 CASH, REVENUE, PROMOTION, FORFEITED = "@cash", "@revenue", "@promotion", "@forfeited"
 

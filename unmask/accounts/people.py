@@ -15,9 +15,10 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from unmask.accounts import ledger
-from unmask.storage.database import insert
 from unmask.accounts.keys import Peppers
 from unmask.accounts.provider import Identity
+from unmask.errors import AddressTaken, LedgerRefused, SignInRefused, UsageError
+from unmask.storage.database import insert
 from unmask.storage.schema import (
     DEFAULT_PLAN,
     accounts,
@@ -30,7 +31,6 @@ from unmask.storage.schema import (
     sessions,
     votes,
 )
-from unmask.errors import AddressTaken, LedgerRefused, SignInRefused, UsageError
 
 if TYPE_CHECKING:
     from argon2 import PasswordHasher

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from unmask.storage.database import now_ms
 from unmask.accounts.keys import Peppers
 from unmask.errors import ProviderUnavailable, SignInRefused, UsageError
+from unmask.storage.database import now_ms
 
 log = logging.getLogger("unmask")
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
+from unmask.errors import NoPrice, UsageError
 from unmask.storage.database import insert
 from unmask.storage.schema import accounts, plans, prices
-from unmask.errors import NoPrice, UsageError
 
 TIERS = ("default", "batch")
 ANY_MODEL = "*"

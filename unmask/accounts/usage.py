@@ -8,8 +8,8 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from unmask.storage.schema import charges, entries
 from unmask.errors import UsageError
+from unmask.storage.schema import charges, entries
 
 GROUPS = ("day", "model", "key", "tier")
 _DAY_MS = 24 * 3600 * 1000

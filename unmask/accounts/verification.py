@@ -76,6 +76,11 @@ def verify(connection: Connection) -> Verification:
     )
 
 
+def discrepancies(connection: Connection) -> tuple[Drift, ...]:
+    """List what `verify` finds wrong. Empty if the books balance."""
+    return verify(connection).drift
+
+
 def _balances(connection: Connection) -> Iterable[Drift]:
     moved = sa.union_all(
         sa.select(entries.c.credit.label("book"), entries.c.amount.label("amount")),

@@ -9,13 +9,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from unmask.accounts import Accounts, Caller, keys, people, usage
-from unmask.storage.database import now_ms
 from unmask.accounts.keys import Key
 from unmask.accounts.money import format_dollars
 from unmask.api.download import csv_file, csv_response
 from unmask.api.errors import ApiError
 from unmask.api.schema import AccountInfo, KeyInfo, KeyList, Minute, UsageReport, UsageRow
 from unmask.errors import UsageError
+from unmask.storage.database import now_ms
 
 _DEFAULT_DAYS = 30
 

@@ -18,7 +18,6 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from unmask.accounts import Accounts, people, tariff
-from unmask.storage.database import Database, now_ms
 from unmask.accounts.limits import SharedLimiter
 from unmask.api.app import create_app
 from unmask.api.errors import ApiError, error_response
@@ -29,6 +28,7 @@ from unmask.api.site import BuildSite
 from unmask.catalogue.store import opened, read_catalogue
 from unmask.errors import NoPrice
 from unmask.router import Follower, Models, answering, retired
+from unmask.storage.database import Database, now_ms
 
 log = logging.getLogger("unmask")
 

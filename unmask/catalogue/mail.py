@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from email.message import EmailMessage
 from urllib.parse import quote, unquote, urlsplit
 
-from unmask.storage.database import Database, now_ms
 from unmask.catalogue.votes import Letter, claim_letters, return_letter
 from unmask.errors import UsageError
+from unmask.storage.database import Database, now_ms
 
 _SECONDS = 20.0
 

@@ -5,10 +5,10 @@ import re
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from unmask.storage.schema import votes
 from unmask.catalogue.store import put_fields, read_record, step
 from unmask.catalogue.votes import vote
 from unmask.errors import UsageError
+from unmask.storage.schema import votes
 
 # The hub's own rule for the names of repositories.
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}", re.ASCII)

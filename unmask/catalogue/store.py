@@ -17,6 +17,11 @@ import msgspec
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
+from unmask.catalogue.catalogue import Catalogue, named_record, shipped_measurements, shipped_records, with_embed_alias
+from unmask.catalogue.lifecycle import Event, Status
+from unmask.catalogue.measurement import Measurement
+from unmask.catalogue.record import Record
+from unmask.errors import UsageError
 from unmask.storage.database import Database, insert, now_ms
 from unmask.storage.schema import (
     catalogue_events,
@@ -25,11 +30,6 @@ from unmask.storage.schema import (
     catalogue_records,
     catalogue_version,
 )
-from unmask.catalogue.catalogue import Catalogue, named_record, shipped_measurements, shipped_records, with_embed_alias
-from unmask.catalogue.lifecycle import Event, Status
-from unmask.catalogue.measurement import Measurement
-from unmask.catalogue.record import Record
-from unmask.errors import UsageError
 
 _EVENT = msgspec.json.Decoder(Event)
 _MEASUREMENT = msgspec.json.Decoder(Measurement)

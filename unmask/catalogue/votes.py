@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
+from unmask.errors import UsageError
 from unmask.storage.database import insert
 from unmask.storage.schema import notices, people, votes
-from unmask.errors import UsageError
 
 LONGEST_NOTE = 500
 

@@ -41,8 +41,8 @@ def create(
         Limits of the account, see "unmask accounts plan".
     """
     from unmask.accounts import audit, people, tariff
-    from unmask.storage.database import now_ms
     from unmask.accounts.keys import Peppers
+    from unmask.storage.database import now_ms
 
     peppers = Peppers()
     hashed = people.hash_password(_password(password_file)) if email else ""
@@ -98,9 +98,9 @@ def close(account: str, *, yes: bool = False, database: DatabaseUrl = None) -> i
         Do it: it cannot be undone.
     """
     from unmask.accounts import audit, people
-    from unmask.storage.database import now_ms
     from unmask.accounts.money import format_dollars
     from unmask.errors import UsageError
+    from unmask.storage.database import now_ms
 
     now = now_ms()
     with writing(database) as connection:
@@ -135,8 +135,8 @@ def audit(*, lines: int = 100, database: DatabaseUrl = None) -> int:
 @accounts.command
 def backup(file: Path, *, database: DatabaseUrl = None) -> int:
     """Write all of it to FILE, also while a server runs. Keep a copy of the pepper file as well."""
-    from unmask.storage.backup import backup as write
     from unmask.accounts.keys import Peppers
+    from unmask.storage.backup import backup as write
 
     with closing(opened(database)) as everything:
         rows = write(everything, file)
@@ -147,10 +147,11 @@ def backup(file: Path, *, database: DatabaseUrl = None) -> int:
 @accounts.command
 def restore(file: Path, *, database: DatabaseUrl = None) -> int:
     """Read FILE into an empty database, of either kind, and check the books."""
+    from unmask.accounts.verification import discrepancies
     from unmask.storage.backup import restore as read
 
     with closing(opened(database)) as empty:
-        rows = read(empty, file)
+        rows = read(empty, file, check=discrepancies)
     say(f"{rows} rows restored, and the books balance")
     return 0
 

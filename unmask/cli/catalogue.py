@@ -15,8 +15,8 @@ from unmask.cli.program import ACTOR, app, say, table, typed_dollars
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-    from unmask.storage.database import Database
     from unmask.catalogue import Record, Status
+    from unmask.storage.database import Database
 
 catalogue = App(name="catalogue", help="The models on record, and the steps of their lifecycle.")
 app.command(catalogue)
@@ -143,8 +143,8 @@ def onboard(
 def list_models(*, database: DatabaseUrl = None) -> int:
     """All models on record: where they stand, how many want them, and which gates they have passed."""
     from unmask.catalogue import votes
-    from unmask.onboarding.gates import GATES
     from unmask.catalogue.store import outcomes, read_catalogue
+    from unmask.onboarding.gates import GATES
 
     with reading(database) as connection:
         stored = read_catalogue(connection)
@@ -206,10 +206,10 @@ def add(file: Path, *, database: DatabaseUrl = None) -> int:
     import msgspec
 
     from unmask.accounts import audit
-    from unmask.storage.database import now_ms
     from unmask.catalogue import read_record
     from unmask.catalogue.store import put_fields
     from unmask.errors import UsageError
+    from unmask.storage.database import now_ms
 
     try:
         text = file.read_text(encoding="utf-8")
@@ -315,9 +315,9 @@ def _step(
     new: bool = False,
 ) -> None:
     from unmask.accounts import audit
-    from unmask.storage.database import now_ms
     from unmask.catalogue.requests import check_id
     from unmask.catalogue.store import put_fields, read_record, step
+    from unmask.storage.database import now_ms
 
     with writing(database) as connection:
         if new and read_record(connection, model) is None:

@@ -70,8 +70,8 @@ def keys(account: str, *, database: DatabaseUrl = None) -> int:
     """The keys of an account, without their secrets."""
     from unmask.accounts import keys as room
     from unmask.accounts import people
-    from unmask.storage.database import now_ms
     from unmask.accounts.money import format_dollars
+    from unmask.storage.database import now_ms
 
     now = now_ms()
     with reading(database) as connection:

@@ -7,8 +7,8 @@ from cyclopts import Group, Parameter
 from unmask.cli.program import say
 
 if TYPE_CHECKING:
-    from unmask.storage.database import Database
     from unmask.catalogue.mail import MailServer
+    from unmask.storage.database import Database
 
 _MAIL = Group("Mail to those who wanted the model")
 

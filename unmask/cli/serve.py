@@ -115,12 +115,12 @@ def serve(
     log_level
         What is logged to stderr.
     """
-    from unmask.storage.database import default_url
     from unmask.accounts.money import parse_dollars
     from unmask.api.server import serve as run_server
     from unmask.api.settings import ServeSettings
     from unmask.checkpoint.resolve import DEFAULT_MODEL
     from unmask.errors import UsageError
+    from unmask.storage.database import default_url
 
     models = model or (DEFAULT_MODEL,)
     try:

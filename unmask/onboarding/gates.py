@@ -21,8 +21,6 @@ import numpy as np
 from unmask.accounts.money import format_dollars
 from unmask.catalogue.canary import CANARY_TEXT, Canary, compare, cosine
 from unmask.catalogue.measurement import COST, ONBOARDING, PEAK_MEMORY, Measurement, measurements_of
-from unmask.onboarding.parity import Parity, against_file, against_transformers, require
-from unmask.onboarding.sweep import DEFAULT_CALLERS, DEFAULT_LENGTHS, sweep
 from unmask.catalogue.record import Record
 from unmask.catalogue.speed import Point, measurements_of_sweep, points_of
 from unmask.checkpoint import Checkpoint
@@ -31,6 +29,8 @@ from unmask.errors import GateFailed, UsageError
 from unmask.evaluate.cost import load_model, sample_texts
 from unmask.evaluate.results import Results
 from unmask.evaluate.run import Evaluation, evaluate, machine
+from unmask.onboarding.parity import Parity, against_file, against_transformers, require
+from unmask.onboarding.sweep import DEFAULT_CALLERS, DEFAULT_LENGTHS, sweep
 
 Tell = Callable[[int, int], None]
 

@@ -13,12 +13,9 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from unmask.accounts import audit, tariff
-from unmask.storage.database import Database, now_ms
-from unmask.storage.schema import accounts
 from unmask.catalogue.catalogue import named_record
 from unmask.catalogue.lifecycle import Status
 from unmask.catalogue.measurement import SPEED
-from unmask.onboarding.gates import GATES, Bench, Found, Gate, Onboarding, Tell
 from unmask.catalogue.record import Record
 from unmask.catalogue.store import (
     Outcome,
@@ -36,6 +33,9 @@ from unmask.encoder.files import lock
 from unmask.errors import StorageError, UnmaskError, UsageError
 from unmask.evaluate.run import machine
 from unmask.home import home, written_whole
+from unmask.onboarding.gates import GATES, Bench, Found, Gate, Onboarding, Tell
+from unmask.storage.database import Database, now_ms
+from unmask.storage.schema import accounts
 
 __all__ = ["Onboarding", "Result", "onboard", "output_for", "take_live"]
 

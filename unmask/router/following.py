@@ -5,13 +5,13 @@ import logging
 from collections.abc import Coroutine
 from typing import Any
 
-from unmask.storage.database import Database
 from unmask.catalogue import Catalogue
 from unmask.catalogue.lifecycle import Status
 from unmask.catalogue.mail import MailServer, send_notices
 from unmask.catalogue.store import Stored, read_catalogue, version
 from unmask.errors import UnmaskError
 from unmask.router.models import Models
+from unmask.storage.database import Database
 
 log = logging.getLogger("unmask")
 

@@ -6,7 +6,7 @@ restore. The pepper is not in it: a copy of the file alone must not let anybody 
 
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -14,11 +14,10 @@ from typing import IO, Any
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from unmask.storage.database import Database
-from unmask.storage.schema import DEFAULT_PLAN, catalogue_version, metadata, plans
-from unmask.accounts.verification import verify
 from unmask.errors import StorageError
 from unmask.home import written_whole
+from unmask.storage.database import Database
+from unmask.storage.schema import DEFAULT_PLAN, catalogue_version, metadata, plans
 
 _FORMAT = "unmask accounts 1"
 _ROWS = 500
@@ -49,8 +48,12 @@ def backup(database: Database, target: Path) -> int:
     return count
 
 
-def restore(database: Database, source: Path) -> int:
-    """Read everything from `source` into an empty database, and check the books before it counts.
+def restore(database: Database, source: Path, *, check: Callable[[Connection], Sequence[object]]) -> int:
+    """Read everything from `source` into an empty database, in one transaction.
+
+    Args:
+        check: lists the discrepancies in the restored books, such as `accounts.verification.discrepancies`. Any of
+            them undoes the restore.
 
     Returns:
         The number of rows.
@@ -72,9 +75,8 @@ def restore(database: Database, source: Path) -> int:
         except (OSError, EOFError, ValueError, KeyError) as error:
             raise StorageError(f"{source} is not a whole backup: {error}") from error
         _continue_numbers(connection)
-        found = verify(connection)
-        if found.drift:
-            raise StorageError(f"{source} does not add up ({found.drift[0]}): nothing was restored")
+        if discrepancies := check(connection):
+            raise StorageError(f"{source} does not add up ({discrepancies[0]}): nothing was restored")
     return count
 
 

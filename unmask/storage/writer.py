@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection
 
-from unmask.storage.database import Database, Kept, TransientError
 from unmask.errors import StorageError
+from unmask.storage.database import Database, Kept, TransientError
 
 log = logging.getLogger("unmask")
 

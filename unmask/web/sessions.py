@@ -15,13 +15,13 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from unmask.accounts import Accounts, people
-from unmask.storage.database import now_ms
 from unmask.accounts.people import Person
 from unmask.accounts.provider import VISIT_MS, Visit
 from unmask.api.errors import ApiError
 from unmask.api.exchange import read_body
 from unmask.api.settings import ServeSettings
 from unmask.errors import SignInRefused
+from unmask.storage.database import now_ms
 from unmask.web.rendering import HEADERS
 
 Handler = Callable[[Request], Awaitable[Response]]

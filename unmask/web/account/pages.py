@@ -15,7 +15,6 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from unmask.accounts import Accounts, audit, keys, people, tariff, usage
-from unmask.storage.database import now_ms
 from unmask.accounts.keys import Key
 from unmask.accounts.money import format_dollars
 from unmask.accounts.people import Person
@@ -26,6 +25,7 @@ from unmask.api.errors import ApiError
 from unmask.catalogue import votes
 from unmask.errors import AccountError, KeyRefused, UnmaskError, UsageError
 from unmask.router import Models
+from unmask.storage.database import now_ms
 from unmask.web.account.usage_chart import usage_chart
 from unmask.web.forms import KeyFields, sentence
 from unmask.web.page_shell import Render, show

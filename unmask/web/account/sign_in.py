@@ -9,10 +9,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from unmask.accounts import Accounts, audit, people
-from unmask.storage.database import now_ms
 from unmask.accounts.people import Person
 from unmask.accounts.provider import Provider, Visit
 from unmask.errors import AccountError, AddressTaken, SignInRefused, UnmaskError, UsageError
+from unmask.storage.database import now_ms
 from unmask.web.page_shell import Render, show
 from unmask.web.sessions import (
     Form,

@@ -9,11 +9,11 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from unmask.accounts import Accounts
-from unmask.storage.database import now_ms
 from unmask.accounts.people import Person
 from unmask.catalogue import Catalogue, Record, votes
 from unmask.catalogue.requests import want
 from unmask.errors import UsageError
+from unmask.storage.database import now_ms
 from unmask.web.account_hooks import Seams, WantIt
 from unmask.web.page_shell import Render, show
 from unmask.web.rendering import HEADERS

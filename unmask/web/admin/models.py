@@ -11,15 +11,15 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from unmask.accounts import Accounts, audit
-from unmask.storage.database import now_ms
 from unmask.accounts.people import Person
 from unmask.catalogue import Record, Status, votes
 from unmask.catalogue.lifecycle import ALLOWED
-from unmask.onboarding.gates import GATES
-from unmask.onboarding.run import take_live
 from unmask.catalogue.requests import check_id
 from unmask.catalogue.store import Outcome, outcomes, put_fields, read_catalogue, read_record, step
 from unmask.errors import UsageError
+from unmask.onboarding.gates import GATES
+from unmask.onboarding.run import take_live
+from unmask.storage.database import now_ms
 from unmask.web.page_shell import Render, show
 from unmask.web.rendering import HEADERS
 from unmask.web.sessions import Form, address_of, for_form, for_person

@@ -10,12 +10,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from unmask.accounts import Accounts, audit, keys, ledger, people, tariff, usage
-from unmask.storage.database import now_ms
 from unmask.accounts.people import Account, Person
 from unmask.accounts.tariff import Plan, Price
 from unmask.api.errors import ApiError
 from unmask.errors import AccountError, LedgerRefused, UnmaskError, UsageError
 from unmask.router import Models
+from unmask.storage.database import now_ms
 from unmask.web.account.pages import PER_PAGE
 from unmask.web.forms import dollars, whole
 from unmask.web.page_shell import Render, show
