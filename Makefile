@@ -6,7 +6,7 @@ HOST   ?= 127.0.0.1
 PORT   ?= 8080
 ARGS   ?=
 
-.PHONY: serve test lint format bench bench-training clean
+.PHONY: serve test lint format bench bench-training docs clean
 
 serve: $(VENV)/.serve  ## install, fetch the default model once, answer on http://$(HOST):$(PORT)/v1
 	$(BIN)/unmask serve --host $(HOST) --port $(PORT) $(ARGS)
@@ -29,6 +29,9 @@ bench: $(VENV)/.bench  ## measure against the peers, interleaved in one run
 bench-training: $(VENV)/.dev  ## measure a training step against sentence-transformers' trainer
 	$(BIN)/python benchmarks/training.py $(ARGS)
 
+docs: $(VENV)/.docs  ## build the documentation into site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("unmask needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +44,10 @@ $(VENV)/.serve: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.dev: $(VENV)/.serve
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[evaluate,oidc,postgres,redis,train]' --group dev
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.serve
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group docs
 	touch $@
 
 # llama-cpp-python compiles for minutes, and infinity-emb cannot live with the transformers that the others use. Where
