@@ -18,9 +18,9 @@ import numpy as np
 from unmask.accounts import Accounts
 from unmask.api import ServeSettings, create_app
 from unmask.api.logs import configure_logging
-from unmask.api.server import Server, base_url, listen, serve_models
 from unmask.catalogue import Record
 from unmask.router import Models
+from unmask.server.http_server import Server, base_url, listen, serve_models
 
 MODEL = "stub/embed"
 

@@ -22,6 +22,7 @@ ROOMS = (
     "router",
     "api",
     "web",
+    "server",
     "cli",
 )
 OPEN_TO_ALL = ("errors", "home", "__init__")

@@ -498,7 +498,9 @@ def test_the_missing_library_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 
 def test_the_library_is_not_loaded_without_need() -> None:
-    script = "import unmask.web, unmask.api.server, sys; print('authlib' in sys.modules, 'httpx' in sys.modules)"
+    script = (
+        "import unmask.web, unmask.server.http_server, sys; print('authlib' in sys.modules, 'httpx' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split()[0] == "False"
 

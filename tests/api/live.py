@@ -19,9 +19,9 @@ import numpy as np
 
 from unmask.accounts import Accounts
 from unmask.api import ServeSettings, create_app
-from unmask.api.server import Server, base_url, listen, open_models, serve_models
-from unmask.api.site import BuildSite
+from unmask.api.web_pages import BuildSite
 from unmask.router import Models
+from unmask.server.http_server import Server, base_url, listen, open_models, serve_models
 from unmask.storage.database import Database
 
 _FRESH = itertools.count()

@@ -18,7 +18,7 @@ from tests.web.people import PASSWORD, Visitor, do, key_of, person
 from unmask.accounts import Accounts, audit, keys, ledger, people, tariff, usage
 from unmask.accounts.limits import Draw, LocalLimiter
 from unmask.accounts.verification import verify
-from unmask.api.server import invite
+from unmask.server.http_server import invite
 from unmask.storage.database import now_ms
 from unmask.web import website
 

@@ -14,17 +14,17 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from unmask import __version__
 from unmask.accounts import Accounts
 from unmask.accounts.tariff import Price
-from unmask.api.access import Gate
-from unmask.api.accounts import AccountRoutes
+from unmask.api.account_routes import AccountRoutes
+from unmask.api.authentication import Gate
 from unmask.api.charging import Charging
 from unmask.api.embeddings import Embeddings, deprecation, find_model
 from unmask.api.errors import ApiError
-from unmask.api.exchange import Exchange
 from unmask.api.metrics import CONTENT_TYPE, Metrics
+from unmask.api.middleware import Exchange
 from unmask.api.openapi import document
 from unmask.api.schema import Health, Index, Model, ModelList, Readiness
 from unmask.api.settings import ServeSettings
-from unmask.api.site import BuildSite, Site, asks_for_html
+from unmask.api.web_pages import BuildSite, Site, asks_for_html
 from unmask.catalogue import Specification
 from unmask.catalogue.pricing import prices_here
 from unmask.router import Models, ServedModel

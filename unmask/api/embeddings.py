@@ -20,8 +20,8 @@ from unmask.accounts.money import format_dollars
 from unmask.api import tokens
 from unmask.api.charging import Charging, tier
 from unmask.api.errors import ApiError
-from unmask.api.exchange import read_body, unless_gone
 from unmask.api.metrics import Metrics
+from unmask.api.middleware import read_body, unless_gone
 from unmask.api.schema import EmbeddingRequest, TokenEncoding, read_input, read_request
 from unmask.api.settings import ServeSettings
 from unmask.catalogue import Record

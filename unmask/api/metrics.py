@@ -3,7 +3,7 @@
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from unmask.api.history import History, Stretch
+from unmask.api.traffic import History, Stretch
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 

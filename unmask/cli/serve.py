@@ -9,7 +9,7 @@ from unmask.cli.program import app, say
 
 if TYPE_CHECKING:
     from unmask.accounts.provider import ProviderSettings
-    from unmask.api.site import Site
+    from unmask.api.web_pages import Site
 
 _LIMITS = Group("Limits")
 _ACCOUNTS = Group("Accounts")
@@ -116,10 +116,10 @@ def serve(
         What is logged to stderr.
     """
     from unmask.accounts.money import parse_dollars
-    from unmask.api.server import serve as run_server
     from unmask.api.settings import ServeSettings
     from unmask.checkpoint.resolve import DEFAULT_MODEL
     from unmask.errors import UsageError
+    from unmask.server.http_server import serve as run_server
     from unmask.storage.database import default_url
 
     models = model or (DEFAULT_MODEL,)

@@ -16,7 +16,7 @@ from unmask.encoder.packing import deal, pack_budget, packs_at_once
 from unmask.encoder.prompt import DefaultPrompts
 from unmask.engine import queue
 from unmask.engine.queue import FairQueue
-from unmask.engine.recent import RecentVectors, key_of
+from unmask.engine.recent_vectors import RecentVectors, key_of
 from unmask.errors import DeadlineExceeded, EngineError, EngineStopped, InputError, Overloaded
 
 log = logging.getLogger("unmask")

@@ -18,7 +18,7 @@ from unmask.accounts import Accounts, people
 from unmask.accounts.people import Person
 from unmask.accounts.provider import VISIT_MS, Visit
 from unmask.api.errors import ApiError
-from unmask.api.exchange import read_body
+from unmask.api.middleware import read_body
 from unmask.api.settings import ServeSettings
 from unmask.errors import SignInRefused
 from unmask.storage.database import now_ms

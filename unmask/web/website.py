@@ -20,10 +20,10 @@ from starlette.types import Scope
 from unmask.accounts import Accounts
 from unmask.accounts.tariff import Price
 from unmask.api.errors import ApiError, api_error
-from unmask.api.exchange import read_body
 from unmask.api.metrics import Metrics
+from unmask.api.middleware import read_body
 from unmask.api.settings import ServeSettings
-from unmask.api.site import Site, asks_for_html
+from unmask.api.web_pages import Site, asks_for_html
 from unmask.catalogue import Catalogue, Measurement, Record
 from unmask.catalogue.figures import SUITES, CategoryScores, SuiteScores
 from unmask.catalogue.measurement import LOCAL, MTEB

@@ -19,7 +19,7 @@ from unmask.accounts.keys import Key
 from unmask.accounts.money import format_dollars
 from unmask.accounts.people import Person
 from unmask.accounts.usage import Line, Used
-from unmask.api.accounts import asked_days
+from unmask.api.account_routes import asked_days
 from unmask.api.download import csv_file, csv_response
 from unmask.api.errors import ApiError
 from unmask.catalogue import votes

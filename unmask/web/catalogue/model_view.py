@@ -13,7 +13,7 @@ from unmask.catalogue.figures import Figures
 from unmask.catalogue.lifecycle import MEANING
 from unmask.catalogue.pricing import prices_here
 from unmask.router import Models, ServedModel
-from unmask.router.models import LOADED
+from unmask.router.registry import LOADED
 
 Standing = Status | Literal["reference"]
 

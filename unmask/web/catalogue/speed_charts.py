@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from unmask.api.history import STRETCH_S, Stretch
+from unmask.api.traffic import STRETCH_S, Stretch
 from unmask.catalogue.speed import Point
 from unmask.evaluate.report import formatting
 

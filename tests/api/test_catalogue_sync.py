@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from tests.api.live import LocalService, running, until
-from unmask.api.server import open_models
 from unmask.api.settings import ServeSettings
 from unmask.catalogue.canary import Canary
 from unmask.catalogue.store import put_fields, step
 from unmask.encoder import Encoder
 from unmask.router import Models
-from unmask.router.following import Follower
+from unmask.router.catalogue_sync import Follower
+from unmask.server.http_server import open_models
 from unmask.storage.database import Database
 
 MODEL = "org/gemma"
@@ -147,7 +147,7 @@ def test_a_model_that_ships_as_live_elsewhere_passes_no_gate_here(database: Data
 async def test_a_database_that_is_gone_changes_nothing(
     tmp_path: Path, tiny_llama: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unmask.router.following._EVERY_S", 0.01)
+    monkeypatch.setattr("unmask.router.catalogue_sync._EVERY_S", 0.01)
     broken = Database(f"sqlite:///{tmp_path / 'empty.sqlite'}")  # without tables
     models = Models([str(tiny_llama)])
     task = asyncio.create_task(Follower(models, broken, 0).run())

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from tests.api.live import KEY, LocalService, Service, until
-from tests.api.test_exchange import status_of
+from tests.api.test_middleware import status_of
 from unmask.api import ServeSettings
-from unmask.api.server import HEADER_LIMIT_BYTES
 from unmask.catalogue.mail import MailServer
 from unmask.errors import UsageError
+from unmask.server.http_server import HEADER_LIMIT_BYTES
 
 
 def test_headers_that_do_not_arrive_end_the_connection(start: Callable[..., Service]):
@@ -68,7 +68,8 @@ def test_pipelined_requests_are_answered_in_order(service: Service):
 
 PROGRAM = """
 import sys
-from unmask.api import ServeSettings, serve
+from unmask.api import ServeSettings
+from unmask.server import serve
 model, port, key = sys.argv[1:]
 sys.exit(serve(ServeSettings(port=int(port), models=(model,), warm=(model,), api_keys=(key,))))
 """

@@ -21,10 +21,10 @@ from unmask.accounts import Accounts, people, tariff
 from unmask.accounts.limits import SharedLimiter
 from unmask.api.app import create_app
 from unmask.api.errors import ApiError, error_response
-from unmask.api.exchange import new_request_id
 from unmask.api.logs import configure_logging
+from unmask.api.middleware import new_request_id
 from unmask.api.settings import ServeSettings
-from unmask.api.site import BuildSite
+from unmask.api.web_pages import BuildSite
 from unmask.catalogue.store import opened, read_catalogue
 from unmask.errors import NoPrice
 from unmask.router import Follower, Models, answering, retired

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from unmask import Encoder
 from unmask.encoder import Prompt
 from unmask.engine import Engine
-from unmask.engine.recent import RecentVectors, key_of
+from unmask.engine.recent_vectors import RecentVectors, key_of
 from unmask.errors import Overloaded
 
 LIMIT = 10 * (16 + 300)  # ten vectors of four numbers

@@ -10,7 +10,7 @@ from unmask.catalogue.lifecycle import Status
 from unmask.catalogue.mail import MailServer, send_notices
 from unmask.catalogue.store import Stored, read_catalogue, version
 from unmask.errors import UnmaskError
-from unmask.router.models import Models
+from unmask.router.registry import Models
 from unmask.storage.database import Database
 
 log = logging.getLogger("unmask")

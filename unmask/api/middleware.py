@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from unmask.api.access import Gate
+from unmask.api.authentication import Gate
 from unmask.api.errors import ApiError, api_error, error_response, internal_error
 from unmask.api.metrics import Metrics
 from unmask.errors import AccountError, EngineError, EngineStopped, InputError, UnmaskError
