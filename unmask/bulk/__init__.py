@@ -1,0 +1,1 @@
+"""Bulk encoding: files of texts to files of vectors."""
