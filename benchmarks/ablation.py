@@ -21,10 +21,10 @@ from urllib.parse import urlencode
 
 from rich.console import Console
 
+from unmask.disk import atomic_write
 from unmask.errors import UnmaskError, UsageError
 from unmask.evaluate.results import ModelResult, Results
 from unmask.evaluate.run import Evaluation, evaluate
-from unmask.home import written_whole
 from unmask.recipe.recipe import read_recipe
 from unmask.recipe.terminal import training_bar
 from unmask.recipe.train import train
@@ -151,7 +151,7 @@ def write_table(folder: Path, results: Results, rows: Sequence[Row]) -> None:
         f"Measured {made.started}, {made.machine}, {made.seconds / 60:.0f} minutes. Intervals: evaluation/report.html.",
         "",
     ]
-    with written_whole(folder / "ablation.md") as partial:
+    with atomic_write(folder / "ablation.md") as partial:
         partial.write_text("\n".join(lines), encoding="utf-8")
     content = {
         "rows": [
@@ -166,7 +166,7 @@ def write_table(folder: Path, results: Results, rows: Sequence[Row]) -> None:
         ],
         "provenance": {"started": made.started, "machine": made.machine, "versions": made.versions, "data": made.data},
     }
-    with written_whole(folder / "ablation.json") as partial:
+    with atomic_write(folder / "ablation.json") as partial:
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

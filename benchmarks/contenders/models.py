@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from contenders import LONGEST
 from unmask.checkpoint import open_checkpoint
-from unmask.encoder.architectures import shape_of
+from unmask.encoder.model.architectures import shape_of
 from unmask.errors import UsageError
 from unmask.recipe.model_folder import Settings, write_folder
 

@@ -14,20 +14,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from unmask.encoder import files
-from unmask.encoder.files import (
+from unmask.bulk import files
+from unmask.bulk.files import (
     INPUT_FORMATS,
     chunks,
     format_of,
     jsonl_lines,
-    lock,
     npy_header,
     open_texts,
     row_count,
     write_jsonl,
     write_parquet,
 )
-from unmask.errors import StorageError, UsageError
+from unmask.errors import UsageError
 
 any_text = st.text(st.characters(exclude_categories=["Cs"]))
 line_text = any_text.filter(lambda text: "\n" not in text and not text.endswith("\r"))
@@ -329,19 +328,3 @@ def test_npy_header_has_room_for_any_size() -> None:
 
 def test_jsonl_lines_count_on() -> None:
     assert jsonl_lines(np.array([[0.1, 2]], np.float32), first=7) == b'{"index":7,"embedding":[0.1,2.0]}\n'
-
-
-def test_lock_is_for_one_and_knows_a_removed_file(tmp_path: Path) -> None:
-    path = tmp_path / "lock"
-    with path.open("wb") as first, path.open("wb") as second:
-        assert lock(first)
-        assert not lock(second)
-        path.unlink()
-        first.close()
-        assert not lock(second), "nobody else can see the file any more, so it keeps nobody out"
-
-
-def test_storage_errors_say_what_to_do() -> None:
-    with pytest.raises(StorageError) as caught, files.explained("out.npy", "make room"):
-        raise OSError(28, "No space left on device")
-    assert str(caught.value) == "cannot write out.npy: No space left on device; make room"

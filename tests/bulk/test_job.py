@@ -20,11 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from unmask.encoder import job as job_module
+from unmask.bulk import job as job_module
+from unmask.bulk.files import INPUT_FORMATS, NPY_HEADER_BYTES, OUTPUT_FORMATS
+from unmask.bulk.job import EncodeJob, EncodeReport, Progress, run
+from unmask.bulk.spool import Spool
 from unmask.encoder.encoder import Encoder
-from unmask.encoder.files import INPUT_FORMATS, NPY_HEADER_BYTES, OUTPUT_FORMATS
-from unmask.encoder.job import EncodeJob, EncodeReport, Progress, run
-from unmask.encoder.spool import Spool
 from unmask.errors import CheckpointError, EmptyText, StorageError, TextTooLong, UsageError
 
 ROOT = Path(__file__).parent.parent.parent

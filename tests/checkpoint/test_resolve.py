@@ -199,11 +199,11 @@ def test_a_full_disk_leaves_no_partial_file(tmp_path: Path, stand_in: Path, monk
 import resource, signal, sys
 from pathlib import Path
 from unmask.errors import StorageError
-from unmask.home import written_whole
+from unmask.disk import atomic_write
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
-    with written_whole(Path(sys.argv[1])) as partial, partial.open("wb", buffering=0) as file:
+    with atomic_write(Path(sys.argv[1])) as partial, partial.open("wb", buffering=0) as file:
         for _ in range(100):
             file.write(b"x" * 1000)
 except StorageError as error:

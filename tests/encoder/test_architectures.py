@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from unmask.encoder.architectures import ARCHITECTURES, Rope, shape_of
-from unmask.encoder.decoder import Decoder, runs_of
-from unmask.encoder.transformers_decoder import TransformersDecoder
+from unmask.encoder.model.architectures import ARCHITECTURES, Rope, shape_of
+from unmask.encoder.model.decoder import Decoder, runs_of
+from unmask.encoder.model.transformers_decoder import TransformersDecoder
 from unmask.errors import CheckpointError, UnsupportedArchitecture
 
 SMALL: dict[str, Any] = {

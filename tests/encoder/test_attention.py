@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from unmask import Encoder
-from unmask.encoder import packed
+from unmask.encoder.model import attention as packed
 
 TEXTS = ["one", "two words", "three short words", "the river " * 9, "one", "a market in winter, and then " * 12]
 

@@ -23,10 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from unmask import Encoder
-from unmask.encoder import gpu, packed
-from unmask.encoder.ahead import ahead
-from unmask.encoder.gpu import Gpu, Inputs, Size, in_flight, numbers_in, numbers_of
+from unmask.encoder.model import attention as packed
 from unmask.encoder.pooling import POOLINGS, bags_of, pool, pool_bags
+from unmask.encoder.prefetch import ahead
+from unmask.encoder.runtime import cuda as gpu
+from unmask.encoder.runtime.cuda import Gpu, Inputs, Size, in_flight, numbers_in, numbers_of
 from unmask.errors import EmptyText
 
 WORDS = ["river", "market", "winter", "stone", "the", "a", "of", "and", "letter", "morning"]

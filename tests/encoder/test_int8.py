@@ -12,9 +12,9 @@ from torch import nn
 
 from unmask import Encoder
 from unmask.checkpoint import DEFAULT_MODEL
-from unmask.encoder import int8
-from unmask.encoder.cores import Linear
-from unmask.encoder.int8 import Int8Linear, quantise
+from unmask.encoder.runtime import int8
+from unmask.encoder.runtime.int8 import Int8Linear, quantise
+from unmask.encoder.runtime.linear import Linear
 from unmask.errors import UsageError
 
 # Very short texts are the worst ones: no other token evens out what rounding did to one.

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from unmask import Encoder
-from unmask.encoder import cores
-from unmask.encoder.cores import Linear
+from unmask.encoder.runtime import linear as cores
+from unmask.encoder.runtime.linear import Linear
 
 # [in, out] of every product of SmolLM2-135M, Gemma 3 270M, TinyLlama 1.1B and Qwen2.5 1.5B, and odd ones.
 SHAPES = [

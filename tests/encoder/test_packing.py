@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unmask import Encoder
-from unmask.encoder.cores import each_on_a_core
 from unmask.encoder.packing import CORE_TOKENS, deal, pack, pack_budget, packs_at_once, packs_of
+from unmask.encoder.runtime.linear import each_on_a_core
 
 
 @given(lengths=st.lists(st.integers(1, 600), max_size=80), budget=st.integers(1, 1000))

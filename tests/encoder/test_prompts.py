@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unmask.checkpoint.tokenizer import TextTokenizer, read_tokenizer
-from unmask.encoder.prompt import DefaultPrompts
-from unmask.encoder.reference import SEPARATOR, ReferencePrompts
+from unmask.encoder.prompts import DefaultPrompts
+from unmask.encoder.reference_prompts import SEPARATOR, ReferencePrompts
 from unmask.encoder.templates import Template, template_for
 from unmask.errors import EmptyText, InputError, InstructionTooLong, TextTooLong
 

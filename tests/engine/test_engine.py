@@ -11,7 +11,7 @@ import pytest
 
 from unmask import Encoder
 from unmask.encoder import Prompt
-from unmask.encoder.cores import cores
+from unmask.encoder.runtime.linear import cores
 from unmask.engine import Engine
 from unmask.errors import (
     DeadlineExceeded,

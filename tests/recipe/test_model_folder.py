@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from unmask import Encoder
 from unmask.checkpoint import open_checkpoint
-from unmask.encoder.architectures import Rope
+from unmask.encoder.model.architectures import Rope
 from unmask.errors import StorageError, UsageError
 from unmask.recipe.merging import write_model
 

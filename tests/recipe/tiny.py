@@ -16,8 +16,8 @@ import msgspec
 import torch
 from safetensors.torch import save_file
 
-from unmask.encoder.architectures import shape_of
-from unmask.encoder.decoder import Decoder
+from unmask.encoder.model.architectures import shape_of
+from unmask.encoder.model.decoder import Decoder
 from unmask.errors import UnmaskError
 from unmask.recipe import curves
 from unmask.recipe.loop import Progress

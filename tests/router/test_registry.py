@@ -7,7 +7,7 @@ import pytest
 
 from unmask.checkpoint import DEFAULT_MODEL
 from unmask.encoder import Encoder
-from unmask.encoder.int8 import Int8Linear
+from unmask.encoder.runtime.int8 import Int8Linear
 from unmask.errors import CheckpointError, ModelLoading, UsageError
 from unmask.router import Models
 

@@ -21,8 +21,9 @@ import sqlalchemy as sa
 from sqlalchemy import Connection, RowMapping
 
 from unmask.accounts.ledger import window_start
+from unmask.disk import atomic_write
 from unmask.errors import Forbidden, KeyRefused, StorageError, UsageError
-from unmask.home import home, written_whole
+from unmask.home import home
 from unmask.storage.schema import accounts, keys
 
 SCOPES = ("embeddings", "account")  # calling models; reading balance, usage and keys
@@ -47,7 +48,7 @@ class Peppers:
         self.path = path or home() / "accounts" / "pepper"
         if not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with written_whole(self.path) as partial:
+            with atomic_write(self.path) as partial:
                 partial.touch(mode=0o600)
                 partial.write_text(f"1 {secrets.token_hex(32)}\n", encoding="utf-8")
         try:

@@ -11,7 +11,6 @@ import csv
 import io
 import itertools
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from typing import IO, TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
+from unmask.disk import storage_errors
 from unmask.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
@@ -394,42 +394,9 @@ def write_out(content: bytes | BinaryIO) -> None:
     Raises:
         StorageError: it was closed, or leads to a full disk.
     """
-    with explained("standard output"):
+    with storage_errors("standard output"):
         if isinstance(content, bytes):
             sys.stdout.buffer.write(content)
         else:
             shutil.copyfileobj(content, sys.stdout.buffer)
         sys.stdout.buffer.flush()
-
-
-@contextmanager
-def explained(what: str, advice: str = "") -> Iterator[None]:
-    """Turn an OSError of the block into a StorageError: `what` could not be written, and what to do."""
-    try:
-        yield
-    except OSError as error:
-        reason = f"cannot write {what}: {error.strerror or error}"
-        raise StorageError(f"{reason}; {advice}" if advice else reason) from error
-
-
-def lock(file: BinaryIO) -> bool:
-    """Lock an open file without waiting; True if it is ours. The lock ends with the process, however that ends."""
-    if sys.platform == "win32":
-        return True  # an open file cannot be replaced or removed there, so a second run fails by itself
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # A run that finished meanwhile may have removed the very file that was opened.
-        return os.path.samestat(os.fstat(file.fileno()), Path(file.name).stat())
-    except OSError:
-        return False
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -20,9 +20,7 @@ from typing import Any, Literal, TextIO
 
 import numpy as np
 
-from unmask.encoder.ahead import ahead
-from unmask.encoder.encoder import Encoder, finish
-from unmask.encoder.files import (
+from unmask.bulk.files import (
     INPUT_FORMATS,
     OUTPUT_FORMATS,
     STANDARD_STREAM,
@@ -34,8 +32,10 @@ from unmask.encoder.files import (
     row_count,
     write_out,
 )
-from unmask.encoder.prompt import Prompt
-from unmask.encoder.spool import Spool, Tally
+from unmask.bulk.spool import Spool, Tally
+from unmask.encoder.encoder import Encoder, finish
+from unmask.encoder.prefetch import ahead
+from unmask.encoder.prompts import Prompt
 from unmask.errors import CheckpointError, EmptyText, InputError, TextTooLong, UsageError
 
 # A chunk ends at the first of these: enough to fill packs well, little enough to lose when killed.

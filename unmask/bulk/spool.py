@@ -12,17 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from unmask.encoder.files import (
+from unmask.bulk.files import (
     NPY_HEADER_BYTES,
-    explained,
-    lock,
     npy_header,
-    sync,
     write_jsonl,
     write_out,
     write_parquet,
 )
-from unmask.encoder.prompt import Prompt
+from unmask.disk import fsync_path, storage_errors, try_lock
+from unmask.encoder.prompts import Prompt
 from unmask.errors import StorageError, UsageError
 
 _FLOAT_BYTES = 4
@@ -92,17 +90,17 @@ class Spool:
         self._dim = 0
         self._options: dict[str, Any] = {}
         self._replaces = False
-        with explained(self._name, self._advice):
+        with storage_errors(self._name, self._advice):
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = (folder / "lock").open("wb")
-        if not lock(self._lock):
+        if not try_lock(self._lock):
             self._lock.close()
             raise UsageError(f"another run is writing {self._name}; wait for it, or choose another --output")
 
     def prepare(self, output: Path, restart: bool) -> None:
         """Raise UsageError if there is an output, unless this run or the one it resumes was told to `restart`."""
         if restart:
-            with explained(self._name, self._advice):
+            with storage_errors(self._name, self._advice):
                 self._state_file.unlink(missing_ok=True)
         exists, saved = output.exists(), self._saved()
         if exists and not restart and not (saved and saved.replaces):
@@ -122,7 +120,7 @@ class Spool:
             tally, self.texts_sha256 = saved.tally, saved.texts_sha256
         self._options, self._dim = options, dim
         kept = NPY_HEADER_BYTES + tally.rows * dim * _FLOAT_BYTES
-        with explained(self._name, self._advice):
+        with storage_errors(self._name, self._advice):
             self._vectors = FileIO(self._vectors_file, "r+" if saved else "w+")
             found = self._vectors.seek(0, os.SEEK_END)
             if saved and found < kept:
@@ -137,7 +135,7 @@ class Spool:
             StorageError: there is no space. The recorded rows are not touched.
         """
         assert self._vectors is not None, "resume comes first"
-        with explained(self._name, self._advice):
+        with storage_errors(self._name, self._advice):
             rest = memoryview(vectors.astype("<f4", copy=False).tobytes())
             while rest:
                 rest = rest[self._vectors.write(rest) :]
@@ -151,10 +149,10 @@ class Spool:
         assert self._vectors is not None, "resume comes first"
         state = State(tally, texts_sha256, self._options, self._replaces)
         new = self.folder / "state.json.new"
-        with explained(self._name, self._advice):
+        with storage_errors(self._name, self._advice):
             os.fsync(self._vectors.fileno())
             new.write_text(json.dumps(asdict(state)), encoding="utf-8")
-            sync(new)
+            fsync_path(new)
             new.replace(self._state_file)
 
     def deliver(self, target: str, rows: int) -> None:
@@ -165,7 +163,7 @@ class Spool:
         """
         assert self._vectors is not None, "resume comes first"
         finished = self._vectors_file if target == "npy" else self._finished_file
-        with explained(self._name, self._advice):
+        with storage_errors(self._name, self._advice):
             if target == "npy":
                 self._vectors.seek(0)
                 self._vectors.write(npy_header(rows, self._dim))
@@ -174,9 +172,9 @@ class Spool:
             else:
                 write_jsonl(finished, self._blocks())
             if self._output is not None:
-                sync(finished)
+                fsync_path(finished)
                 finished.replace(self._output)
-                sync(self._output.parent)
+                fsync_path(self._output.parent)
         if self._output is None:
             with finished.open("rb") as content:
                 write_out(content)

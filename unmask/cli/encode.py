@@ -71,8 +71,8 @@ def encode(
     restart
         Discard an unfinished run and replace a finished output.
     """
+    from unmask.bulk.job import EncodeJob, Progress, run
     from unmask.checkpoint.resolve import DEFAULT_MODEL
-    from unmask.encoder.job import EncodeJob, Progress, run
 
     job = EncodeJob(
         input=input,

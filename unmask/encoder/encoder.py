@@ -12,18 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from unmask.checkpoint import Checkpoint, open_checkpoint
-from unmask.encoder.ahead import ahead
-from unmask.encoder.architectures import shape_of
-from unmask.encoder.cores import each_on_a_core, seal, size, unseal
-from unmask.encoder.decoder import Decoder
-from unmask.encoder.gpu import Gpu, in_flight
-from unmask.encoder.int8 import METHOD, quantise
+from unmask.encoder.model.architectures import shape_of
+from unmask.encoder.model.decoder import Decoder
+from unmask.encoder.model.transformers_decoder import TransformersDecoder
 from unmask.encoder.packing import packs_of
 from unmask.encoder.pooling import POOLINGS, pool
-from unmask.encoder.prompt import DefaultPrompts, Prompt
-from unmask.encoder.reference import ReferencePrompts
+from unmask.encoder.prefetch import ahead
+from unmask.encoder.prompts import DefaultPrompts, Prompt
+from unmask.encoder.reference_prompts import ReferencePrompts
+from unmask.encoder.runtime.cuda import Gpu, in_flight
+from unmask.encoder.runtime.int8 import METHOD, quantise
+from unmask.encoder.runtime.linear import each_on_a_core, seal, size, unseal
 from unmask.encoder.templates import template_for
-from unmask.encoder.transformers_decoder import TransformersDecoder
 from unmask.errors import CheckpointError, InputError, UsageError
 
 Compat = Literal["default", "reference"]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from unmask.encoder.cores import cores
+from unmask.encoder.runtime.linear import cores
 
 # Tokens of one forward on one core: enough that the matrix products run at full speed, few enough that the
 # activations between them stay in its cache. An accelerator wants more.

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unmask.encoder.prompt import Prompt
+from unmask.encoder.prompts import Prompt
 
 
 def _mean(states: Tensor) -> Tensor:

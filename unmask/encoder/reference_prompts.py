@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from unmask.checkpoint.tokenizer import TextTokenizer
-from unmask.encoder.prompt import Prompt
+from unmask.encoder.prompts import Prompt
 from unmask.encoder.templates import Template
 from unmask.errors import EmptyText, TextTooLong
 

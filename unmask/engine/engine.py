@@ -13,7 +13,7 @@ import torch
 
 from unmask.encoder import Encoder, Prompt
 from unmask.encoder.packing import deal, pack_budget, packs_at_once
-from unmask.encoder.prompt import DefaultPrompts
+from unmask.encoder.prompts import DefaultPrompts
 from unmask.engine import queue
 from unmask.engine.queue import FairQueue
 from unmask.engine.recent_vectors import RecentVectors, key_of

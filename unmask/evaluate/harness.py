@@ -31,11 +31,11 @@ from mteb.results import TaskResult
 from mteb.types import PromptType
 from threadpoolctl import threadpool_limits
 
+from unmask.disk import atomic_write
 from unmask.evaluate.cache import VectorCache
 from unmask.evaluate.instructions import REFERENCE_FAMILY, Side, instruction_for
 from unmask.evaluate.models.embedding_model import EmbeddingModel, uncut
 from unmask.evaluate.results import Category, Statistic, TaskScore
-from unmask.home import written_whole
 
 # Vectors that a kill loses at most, and the step in which progress is told.
 _CHUNK = 256
@@ -268,9 +268,9 @@ def _per_query(task: AbsTask) -> Iterator[dict[str, dict[str, float]]]:
 def _write(result: TaskResult, meta: ModelMeta | None, folder: Path) -> None:
     assert meta is not None
     place = folder / meta.model_name_as_path() / (meta.revision or "no_revision_available")
-    with written_whole(place / f"{result.task_name}.json") as partial:
+    with atomic_write(place / f"{result.task_name}.json") as partial:
         result.to_disk(partial)
-    with written_whole(place / "model_meta.json") as partial:
+    with atomic_write(place / "model_meta.json") as partial:
         partial.write_text(json.dumps(meta.to_dict(), default=str, indent=4), encoding="utf-8")
 
 

@@ -13,8 +13,8 @@ from typing import Literal
 import msgspec
 import numpy as np
 
+from unmask.disk import atomic_write
 from unmask.errors import UsageError
-from unmask.home import written_whole
 
 Category = Literal[
     "STS",
@@ -119,7 +119,7 @@ class Results(msgspec.Struct, kw_only=True):
 
 def write_results(folder: Path, results: Results) -> None:
     """Write `results.json`, whole or not at all."""
-    with written_whole(folder / "results.json") as partial:
+    with atomic_write(folder / "results.json") as partial:
         partial.write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=1))
 
 
@@ -145,7 +145,7 @@ def examples_file(folder: Path, model: ModelResult, task: str) -> Path:
 
 def write_example_values(folder: Path, model: ModelResult, task: str, values: np.ndarray) -> None:
     """Keep per-example values: [n] for statistic "mean", [n, 2] for "spearman"."""
-    with written_whole(examples_file(folder, model, task)) as partial, partial.open("wb") as file:
+    with atomic_write(examples_file(folder, model, task)) as partial, partial.open("wb") as file:
         np.savez_compressed(file, values=values)
 
 

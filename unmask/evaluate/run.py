@@ -20,6 +20,7 @@ import msgspec
 import numpy as np
 
 from unmask import __version__
+from unmask.disk import atomic_write
 from unmask.errors import StorageError, UsageError
 from unmask.evaluate.cache import VectorCache
 from unmask.evaluate.cost import LoadedModel, load_model, measure_cost, sample_texts
@@ -30,7 +31,7 @@ from unmask.evaluate.published_scores import published_score
 from unmask.evaluate.results import ModelResult, Provenance, Results, TaskScore, write_example_values, write_results
 from unmask.evaluate.statistics import bootstrap_interval
 from unmask.evaluate.suites import Job, plan_jobs
-from unmask.home import home, written_whole
+from unmask.home import home
 
 _PACKAGES = ("mteb", "torch", "numpy", "scikit-learn", "scipy", "datasets", "sentence-transformers", "transformers")
 
@@ -143,7 +144,7 @@ def _run_or_recall(
             if values is not None:
                 write_example_values(wanted.output, model, job.name, values)
                 score.interval = bootstrap_interval(values, score.statistic, seed=0)
-            with written_whole(file) as partial_file:
+            with atomic_write(file) as partial_file:
                 partial_file.write_bytes(msgspec.json.encode(_Kept(contender.revision, settings, score)))
     # Looked up every time: the folder of published scores is not part of what was measured.
     found = published and published_score(published, model.name, job.name, data_from_mteb=job.data is None)

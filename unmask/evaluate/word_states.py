@@ -20,10 +20,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from unmask.checkpoint.tokenizer import TextTokenizer
+from unmask.disk import atomic_write
 from unmask.encoder import Encoder
 from unmask.encoder.packing import packs_of
 from unmask.errors import StorageError, UsageError
-from unmask.home import written_whole
 
 States = Literal["same_token", "next_token"]
 STATES: tuple[States, ...] = ("same_token", "next_token")
@@ -249,7 +249,7 @@ class _Store:
                 out.write(rows.tobytes())
                 out.flush()
                 os.fsync(out.fileno())
-        with written_whole(self._done) as partial:
+        with atomic_write(self._done) as partial:
             partial.write_bytes(msgspec.json.encode(_Done(row + len(states["same_token"]))))
 
     def read(self, words: int) -> dict[States, np.ndarray]:

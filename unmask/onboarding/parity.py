@@ -9,8 +9,8 @@ import torch
 
 from unmask.catalogue.canary import CANARY_COSINE
 from unmask.encoder import Encoder
-from unmask.encoder.architectures import shape_of
-from unmask.encoder.transformers_decoder import TransformersDecoder
+from unmask.encoder.model.architectures import shape_of
+from unmask.encoder.model.transformers_decoder import TransformersDecoder
 from unmask.errors import GateFailed, UsageError
 from unmask.evaluate.cost import sample_texts
 

@@ -29,10 +29,10 @@ from unmask.catalogue.store import (
 )
 from unmask.catalogue.votes import tell_voters
 from unmask.checkpoint import Checkpoint, open_checkpoint
-from unmask.encoder.files import lock
+from unmask.disk import atomic_write, try_lock
 from unmask.errors import StorageError, UnmaskError, UsageError
 from unmask.evaluate.run import machine
-from unmask.home import home, written_whole
+from unmask.home import home
 from unmask.onboarding.gates import GATES, Bench, Found, Gate, Onboarding, Tell
 from unmask.storage.database import Database, now_ms
 from unmask.storage.schema import accounts
@@ -205,7 +205,7 @@ def _alone(wanted: Onboarding) -> Iterator[None]:
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror or error}; set UNMASK_HOME elsewhere") from error
     with file:
-        if not lock(file):
+        if not try_lock(file):
             file.seek(0)
             owner = file.read().decode() or "another process"
             raise UsageError(
@@ -255,7 +255,7 @@ def _write_raw(bench: Bench, gate: Gate, found: Found, began: datetime) -> None:
         **found.raw,
         "measurements": found.measurements,
     }
-    with written_whole(bench.wanted.output / f"{gate.name}.json") as partial:
+    with atomic_write(bench.wanted.output / f"{gate.name}.json") as partial:
         partial.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=1))
 
 

@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unmask.checkpoint.adapter import Adapter
-from unmask.encoder.architectures import Shape
-from unmask.encoder.decoder import Decoder
+from unmask.disk import atomic_write
+from unmask.encoder.model.architectures import Shape
+from unmask.encoder.model.decoder import Decoder
 from unmask.errors import AdapterMismatch
-from unmask.home import written_whole
 from unmask.recipe.recipe import Lora
 from unmask.recipe.sharding import whole
 
@@ -234,10 +234,10 @@ def write_adapter(folder: Path, halves: Mapping[str, Tensor], lora: Lora, base: 
         "inference_mode": True,
     }
     tensors = {name: tensor.to(dtype).contiguous().cpu() for name, tensor in halves.items()}
-    with written_whole(folder / "adapter_model.safetensors") as partial:
+    with atomic_write(folder / "adapter_model.safetensors") as partial:
         try:
             save_file(tensors, partial, metadata={"format": "pt"})
         except SafetensorError as error:  # its writer's own, when the disk is full
             raise OSError(str(error)) from error
-    with written_whole(folder / "adapter_config.json") as partial:
+    with atomic_write(folder / "adapter_config.json") as partial:
         partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

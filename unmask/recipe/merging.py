@@ -24,9 +24,9 @@ from unmask.checkpoint import Checkpoint, open_checkpoint
 from unmask.checkpoint.adapter import Adapter
 from unmask.checkpoint.resolve import local_path
 from unmask.checkpoint.tensors import TensorSource
-from unmask.encoder.architectures import shape_of
+from unmask.disk import atomic_write
+from unmask.encoder.model.architectures import shape_of
 from unmask.errors import AdapterMismatch, CheckpointError, UsageError
-from unmask.home import written_whole
 from unmask.recipe.lora import parts_of
 from unmask.recipe.model_folder import DTYPES, Settings, require_new, write_folder, write_model
 from unmask.recipe.recipe import Recipe
@@ -275,12 +275,12 @@ def write_factors(folder: Path, factors: Factors, encoder_config: Mapping[str, A
     for module, (a, b) in factors.halves.items():
         tensors[f"base_model.model.{module}.lora_A.weight"] = a.contiguous()
         tensors[f"base_model.model.{module}.lora_B.weight"] = b.contiguous()
-    with written_whole(folder / "adapter_model.safetensors") as partial:
+    with atomic_write(folder / "adapter_model.safetensors") as partial:
         save_file(tensors, partial, metadata={"format": "pt"})
     if encoder_config:
-        with written_whole(folder / "llm2vec_config.json") as partial:
+        with atomic_write(folder / "llm2vec_config.json") as partial:
             partial.write_text(json.dumps(encoder_config, indent=2) + "\n", encoding="utf-8")
-    with written_whole(folder / "adapter_config.json") as partial:  # last: without it the folder is no adapter
+    with atomic_write(folder / "adapter_config.json") as partial:  # last: without it the folder is no adapter
         partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from unmask.disk import atomic_write
 from unmask.errors import UsageError
 from unmask.evaluate.cache import VectorCache
 from unmask.evaluate.models.embedding_model import EmbeddingModel
-from unmask.home import home, written_whole
+from unmask.home import home
 from unmask.recipe.rows import BadRows, read_rows
 
 # Similarities of one block of queries with one block of texts: 32 MB.
@@ -130,7 +131,7 @@ def mine(
     never = _never(pairs, corpus)
     counts = [0] * (mining.count + 1)
     refused = 0
-    with written_whole(output) as partial, partial.open("w", encoding="utf-8") as file:
+    with atomic_write(output) as partial, partial.open("w", encoding="utf-8") as file:
         for start in range(0, len(pairs), _QUERIES):
             part = pairs[start : start + _QUERIES]
             q = query_vectors[[query_row[query] for query, _ in part]]  # [b, W]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unmask.encoder.decoder import Decoder
+from unmask.encoder.model.decoder import Decoder
 from unmask.errors import UsageError
 from unmask.recipe.recipe import Mntp
 from unmask.recipe.trainee import Trainee

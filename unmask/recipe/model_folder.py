@@ -21,10 +21,10 @@ from unmask.checkpoint import Checkpoint
 from unmask.checkpoint.tensors import TensorSource
 from unmask.checkpoint.tokenizer import TextTokenizer
 from unmask.encoder import Encoder
-from unmask.encoder.architectures import Rope, shape_of
-from unmask.encoder.decoder import Decoder
+from unmask.encoder.model.architectures import Rope, shape_of
+from unmask.encoder.model.decoder import Decoder
+from unmask.encoder.model.transformers_decoder import TransformersDecoder
 from unmask.encoder.templates import template_for
-from unmask.encoder.transformers_decoder import TransformersDecoder
 from unmask.errors import StorageError, UsageError
 
 HEAD = "lm_head.weight"

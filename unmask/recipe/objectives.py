@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unmask.encoder.prompt import Prompt
+from unmask.encoder.prompts import Prompt
 from unmask.recipe.losses import distil, false_negatives, info_nce, matryoshka, same_text
 from unmask.recipe.mixture import TextBatch
 from unmask.recipe.mntp import Gaps, Head, blocks, head_of, mask, mask_id_of, prediction_loss

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 
 from unmask.checkpoint import open_checkpoint
-from unmask.encoder.architectures import Shape, shape_of
+from unmask.encoder.model.architectures import Shape, shape_of
 from unmask.errors import UnsupportedArchitecture
 from unmask.recipe.examples import Example, Examples
 from unmask.recipe.recipe import Recipe, Source
@@ -63,7 +63,9 @@ def plan(recipe: Recipe, data: Path, say: Callable[[str], None]) -> Plan:
     checkpoint = open_checkpoint(recipe.base, recipe.adapters)
     shape = shape_of(checkpoint.config)
     if shape is None:
-        raise UnsupportedArchitecture(f"{recipe.base} has no row in unmask.encoder.architectures; it cannot be trained")
+        raise UnsupportedArchitecture(
+            f"{recipe.base} has no row in unmask.encoder.model.architectures; it cannot be trained"
+        )
     sets, _ = load_data(recipe, data, say)
     found = {examples.source.name: examples for examples in sets}
     weights = np.array([s.weight or len(found[s.name].train) for s in recipe.data], dtype=float)

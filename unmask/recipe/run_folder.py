@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from unmask import __version__
+from unmask.disk import atomic_write
 from unmask.errors import StorageError, UsageError
-from unmask.home import written_whole
 
 _STEP = "step-"
 
@@ -74,7 +74,7 @@ class RunFolder:
             if not resume:
                 raise UsageError(f"{self.path} holds this run already; continue it with --resume, or remove it")
             return
-        with written_whole(file) as partial:
+        with atomic_write(file) as partial:
             partial.write_text(text, encoding="utf-8")
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
@@ -141,7 +141,7 @@ class RunFolder:
     def forget_after(self, step: int) -> None:
         """Drop the metrics of steps that a resumed run will do again."""
         kept = [line for line in self.metrics() if line.get("step", 0) <= step]
-        with written_whole(self.path / "metrics.jsonl") as partial:
+        with atomic_write(self.path / "metrics.jsonl") as partial:
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 

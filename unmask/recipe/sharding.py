@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from unmask.encoder.decoder import Decoder
+from unmask.encoder.model.decoder import Decoder
 from unmask.recipe.distributed import Processes
 
 

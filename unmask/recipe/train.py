@@ -20,10 +20,11 @@ import msgspec
 import numpy as np
 import torch
 
+from unmask.disk import atomic_write
 from unmask.errors import UsageError
 from unmask.evaluate.cache import VectorCache
 from unmask.evaluate.models import open_model
-from unmask.home import home, written_whole
+from unmask.home import home
 from unmask.recipe.decontamination import Held, read_held
 from unmask.recipe.dev import DevSets
 from unmask.recipe.distributed import Processes, processes
@@ -164,7 +165,7 @@ def _write_result(folder: Path, trainee: Trainee, recipe: Recipe, base: str) -> 
         write_adapter(partial, weights, recipe.lora, base, torch.float32)
         # The vectors are those of this pooling. The length is not written: one may train short and encode long.
         said = {**trainee.encoder.checkpoint.encoder_config, "pooling_mode": recipe.pooling}
-        with written_whole(partial / "llm2vec_config.json") as file:
+        with atomic_write(partial / "llm2vec_config.json") as file:
             file.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
     else:
         from unmask.recipe.merging import write_model

@@ -14,9 +14,9 @@ from unmask.checkpoint.adapter import Adapter
 from unmask.checkpoint.resolve import resolve
 from unmask.checkpoint.shipped import SHIPPED
 from unmask.encoder import Encoder
-from unmask.encoder.decoder import Decoder, Layer
+from unmask.encoder.model.decoder import Decoder, Layer
 from unmask.encoder.pooling import pool
-from unmask.encoder.prompt import DefaultPrompts, Prompt
+from unmask.encoder.prompts import DefaultPrompts, Prompt
 from unmask.errors import UnsupportedArchitecture, UsageError
 from unmask.recipe.distributed import Processes
 from unmask.recipe.lora import LoraLinear, add_lora, start_from
@@ -49,7 +49,8 @@ class Trainee:
         if not isinstance(decoder, Decoder):
             kind = self.encoder.checkpoint.config.get("model_type")
             raise UnsupportedArchitecture(
-                f"{recipe.base} is a {kind}, which has no row in unmask.encoder.architectures; it cannot be trained"
+                f"{recipe.base} is a {kind}, which has no row in unmask.encoder.model.architectures; "
+                "it cannot be trained"
             )
         self.decoder, self.device = decoder, device
         self.dtype = compute_dtype(recipe.precision, device)

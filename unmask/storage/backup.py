@@ -14,8 +14,8 @@ from typing import IO, Any
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
+from unmask.disk import atomic_write
 from unmask.errors import StorageError
-from unmask.home import written_whole
 from unmask.storage.database import Database
 from unmask.storage.schema import DEFAULT_PLAN, catalogue_version, metadata, plans
 
@@ -34,7 +34,7 @@ def backup(database: Database, target: Path) -> int:
         StorageError: the database or the file fails.
     """
     count = 0
-    with database.read() as connection, written_whole(target) as partial:
+    with database.read() as connection, atomic_write(target) as partial:
         partial.touch(mode=0o600)
         with gzip.open(partial, "wt", encoding="utf-8", compresslevel=6) as file:
             head = {"format": _FORMAT, "schema": _revision(connection), "made": datetime.now(UTC).isoformat()}

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from unmask.checkpoint.tensors import TensorSource
-from unmask.encoder import packed
-from unmask.encoder.architectures import Rope, Shape
-from unmask.encoder.cores import Linear
+from unmask.encoder.model import attention as packed
+from unmask.encoder.model.architectures import Rope, Shape
+from unmask.encoder.runtime.linear import Linear
 from unmask.errors import CheckpointError
 
 Run = tuple[int, int, int]  # first token, number of sequences, their common length

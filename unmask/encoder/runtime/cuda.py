@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from unmask.encoder import packed
-from unmask.encoder.cores import size
-from unmask.encoder.decoder import Decoder, Spans, runs_of
+from unmask.encoder.model import attention as packed
+from unmask.encoder.model.decoder import Decoder, Spans, runs_of
 from unmask.encoder.pooling import bags_of, pool_bags
-from unmask.encoder.prompt import Prompt
+from unmask.encoder.prompts import Prompt
+from unmask.encoder.runtime.linear import size
 
 log = logging.getLogger("unmask")
 

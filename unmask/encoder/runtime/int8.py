@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from unmask.encoder.cores import Linear, keeps_rows, product, sealed_weight
+from unmask.encoder.runtime.linear import Linear, keeps_rows, product, sealed_weight
 from unmask.errors import UsageError
 
 # To be changed with anything that changes a vector: finished vectors are kept and gone on with by these words.

@@ -4,11 +4,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from unmask.disk import atomic_write
 from unmask.evaluate.published_scores import published_models
 from unmask.evaluate.report import charts, formatting
 from unmask.evaluate.report.report_model import CATEGORY_NAMES, ReportModel, build_report_model, comparable_tasks
 from unmask.evaluate.results import Results
-from unmask.home import written_whole
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -44,7 +44,7 @@ def render(template: str, **values: object) -> str:
 
 
 def write_text(file: Path, text: str) -> None:
-    with written_whole(file) as partial:
+    with atomic_write(file) as partial:
         partial.write_text(text, encoding="utf-8")
 
 

@@ -1,0 +1,61 @@
+"""Atomic writes, locks and the error for a disk that refuses."""
+
+import errno
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from unmask.disk import atomic_write, locked, storage_errors, try_lock
+from unmask.errors import StorageError
+
+
+def test_a_failed_block_leaves_the_old_file_and_no_partial_one(tmp_path: Path) -> None:
+    target = tmp_path / "folder" / "out"
+    with atomic_write(target) as partial:
+        partial.write_text("old")
+    with pytest.raises(ValueError), atomic_write(target) as partial:
+        partial.write_text("half")
+        raise ValueError
+    assert target.read_text() == "old"
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_a_full_disk_is_a_storage_error_that_names_the_target(tmp_path: Path) -> None:
+    with pytest.raises(StorageError) as caught, atomic_write(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    said = f"cannot write {tmp_path / 'out'}: No space left on device; free some space or set UNMASK_HOME elsewhere"
+    assert str(caught.value) == said
+
+
+def test_try_lock_is_for_one_and_knows_a_removed_file(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with path.open("wb") as first, path.open("wb") as second:
+        assert try_lock(first)
+        assert not try_lock(second)
+        path.unlink()
+        first.close()
+        assert not try_lock(second), "nobody else can see the file any more, so it keeps nobody out"
+
+
+def test_storage_errors_say_what_to_do() -> None:
+    with pytest.raises(StorageError) as caught, storage_errors("out.npy", "make room"):
+        raise OSError(28, "No space left on device")
+    assert str(caught.value) == "cannot write out.npy: No space left on device; make room"
+
+
+def test_locked_waits_for_the_process_that_holds_the_lock(tmp_path: Path) -> None:
+    order, lock = tmp_path / "order", tmp_path / "lock"
+    script = (
+        "import sys; from pathlib import Path; from unmask.disk import locked\n"
+        "with locked(Path(sys.argv[1])), Path(sys.argv[2]).open('a') as file: file.write('other\\n')"
+    )
+    with locked(lock):
+        other = subprocess.Popen([sys.executable, "-c", script, str(lock), str(order)])
+        with pytest.raises(subprocess.TimeoutExpired):
+            other.wait(2)
+        with order.open("a") as file:
+            file.write("first\n")
+    assert other.wait(60) == 0
+    assert order.read_text().split() == ["first", "other"]

@@ -1,0 +1,89 @@
+"""Writes that survive a crash: atomic replacement, file locks, fsync, and one error for a disk that refuses."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from unmask.errors import StorageError
+
+
+@contextmanager
+def atomic_write(target: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `target`; it replaces `target` only if the block ends without an error.
+
+    Readers see the old file, or none, until the new one is complete and on the disk.
+
+    Raises:
+        StorageError: the folder cannot be written, or the disk is full.
+    """
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        with storage_errors(str(target), "free some space or set UNMASK_HOME elsewhere"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            fsync_path(partial)
+            partial.replace(target)
+    finally:
+        with suppress(OSError):  # an error of the block counts, not one of the clean-up
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def storage_errors(target: str, advice: str = "", *, action: str = "write") -> Iterator[None]:
+    """Turn an OSError of the block into "cannot {action} {target}: {reason}; {advice}".
+
+    Raises:
+        StorageError: instead of the OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        message = f"cannot {action} {target}: {error.strerror or error}"
+        raise StorageError(f"{message}; {advice}" if advice else message) from error
+
+
+def try_lock(file: IO[Any]) -> bool:
+    """Lock an open file without waiting; True on success. The lock ends with the process, even if it is killed."""
+    if sys.platform == "win32":
+        return True  # an open file cannot be replaced or removed there, so a second run fails by itself
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # A run that finished meanwhile may have removed the file after we opened it.
+        return os.path.samestat(os.fstat(file.fileno()), Path(file.name).stat())
+    except OSError:
+        return False
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Wait for the lock file `path`, made if it is missing, and hold it during the block. Raises OSError."""
+    with path.open("a") as file:
+        if sys.platform == "win32":
+            import msvcrt
+
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+            try:
+                yield
+            finally:
+                file.seek(0)
+                msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def fsync_path(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
