@@ -73,7 +73,7 @@ def postgres() -> Iterator[Cluster]:
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
     """The small golden models and vectors that are committed with the tests."""
-    return Path(__file__).parent / "fixtures" / "golden"
+    return Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from unmask.checkpoint import open_checkpoint
 from unmask.checkpoint.tensors import innermost
 from unmask.errors import CheckpointError, UnmaskError
 
-GOLDEN = Path(__file__).parent.parent / "fixtures" / "golden"
+GOLDEN = Path(__file__).parent.parent / "golden"
 
 
 @pytest.fixture(scope="module")

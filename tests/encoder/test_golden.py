@@ -32,7 +32,7 @@ def assert_reproduced(ours: np.ndarray, golden: np.ndarray, tolerance: float) ->
 
 
 def tiny_cases() -> list[tuple[str, str]]:
-    folder = Path(__file__).parent.parent / "fixtures" / "golden"
+    folder = Path(__file__).parent.parent / "golden"
     return [(name, array) for name in TINY for array in np.load(folder / name / "golden.npz").files]
 
 
@@ -47,13 +47,13 @@ def test_tiny_models(golden_dir: Path, name: str, array: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def smollm2(shared_dir: Path, real_model) -> Encoder:
+def smollm2(real_model) -> Encoder:
     return Encoder.load(real_model("smollm2-135m"), compat="reference")
 
 
-def test_smollm2_base(smollm2: Encoder, shared_dir: Path) -> None:
-    described = json.loads((shared_dir / "golden" / "smollm2_base.json").read_text(encoding="utf-8"))
-    golden = np.load(shared_dir / "golden" / "smollm2_base.npz")
+def test_smollm2_base(smollm2: Encoder, golden_dir: Path) -> None:
+    described = json.loads((golden_dir / "smollm2_base.json").read_text(encoding="utf-8"))
+    golden = np.load(golden_dir / "smollm2_base.npz")
     assert_reproduced(encode_pairs(smollm2, described["pairs"]), golden["emb"], 2e-3)
     assert_reproduced(encode_pairs(smollm2, described["long_pairs"]), golden["long"], 2e-3)
 
@@ -65,8 +65,7 @@ def test_smollm2_base(smollm2: Encoder, shared_dir: Path) -> None:
         (["adapter_mntp", "adapter_supervised"], ["supervised", "supervised_merged"]),
     ],
 )
-def test_smollm2_adapters(shared_dir: Path, real_model, adapters: list[str], arrays: list[str]) -> None:
-    golden_dir = shared_dir / "golden"
+def test_smollm2_adapters(golden_dir: Path, real_model, adapters: list[str], arrays: list[str]) -> None:
     encoder = Encoder.load(
         real_model("smollm2-135m"), adapters=[golden_dir / name for name in adapters], compat="reference"
     )

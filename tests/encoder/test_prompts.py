@@ -13,7 +13,7 @@ from unmask.encoder.reference_prompts import SEPARATOR, ReferencePrompts
 from unmask.encoder.templates import Template, template_for
 from unmask.errors import EmptyText, InputError, InstructionTooLong, TextTooLong
 
-GOLDEN = Path(__file__).parent.parent / "fixtures" / "golden"
+GOLDEN = Path(__file__).parent.parent / "golden"
 LLAMA3 = template_for("meta-llama/Meta-Llama-3-8B-Instruct", {})
 MISTRAL = template_for("mistralai/Mistral-7B-Instruct-v0.2", {})
 PLAIN = Template()

@@ -27,7 +27,7 @@ SENTENCES = [
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    return Encoder.load(Path(__file__).parent.parent / "fixtures" / "golden" / "tiny_llama")
+    return Encoder.load(Path(__file__).parent.parent / "golden" / "tiny_llama")
 
 
 def tokenized(encoder: Encoder, sentences: list[list[str]], max_length: int = 512) -> list[WordTokens]:

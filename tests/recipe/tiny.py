@@ -25,7 +25,7 @@ from unmask.recipe.recipe import Recipe
 from unmask.recipe.train import train
 from unmask.recipe.trainee import Trainee
 
-GOLDEN = Path(__file__).parent.parent / "fixtures" / "golden"
+GOLDEN = Path(__file__).parent.parent / "golden"
 CPU = torch.device("cpu")
 WORDS = (
     "river", "stone", "bright", "quick", "lamp", "seven", "green", "table", "often",
