@@ -7,7 +7,7 @@ import pytest
 from unmask.errors import UsageError
 from unmask.evaluate.instructions import instruction_for
 from unmask.evaluate.local import LOCAL_TASKS
-from unmask.evaluate.local.examples import beginning, read_rows, sample
+from unmask.evaluate.local.examples import beginning, read_tsv, sample
 from unmask.evaluate.published_scores import SAME_DATA
 
 # Another digest is another task: its scores compare with no earlier ones, and docs/evaluation.md has to say so.
@@ -92,4 +92,4 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "broken.tsv.gz").write_bytes(b"not gzip")
     for name in ("ragged.tsv", "broken.tsv.gz"):
         with pytest.raises(UsageError, match="cannot be read"):
-            read_rows(tmp_path / name)
+            read_tsv(tmp_path / name)

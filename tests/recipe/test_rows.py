@@ -57,10 +57,10 @@ def test_a_text_file_has_a_text_per_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "places"),
     [
-        ("a.tsv", b"q\tp\n1\t2\nonly one\n1\t2\t3\n1\t2\n\n", ["a.tsv:3: 1 columns", "a.tsv:4: 3 columns"]),
-        ("a.csv", b"q,p\n1,2\nonly one\n1,2,3\n1,2\n", ["a.csv:3: not 2", "a.csv:4: not 2"]),
+        ("a.tsv", b"q\tp\n1\t2\nonly one\n1\t2\t3\n1\t2\n\n", ["a.tsv:3: 1 fields", "a.tsv:4: 3 fields"]),
+        ("a.csv", b"q,p\n1,2\nonly one\n1,2,3\n1,2\n", ["a.csv:3: 1 fields", "a.csv:4: 3 fields"]),
         ("a.csv", b"q,p\n1,2\nlone\rreturn,2\n1,2\n", ["a.csv:3: not CSV"]),
-        ("a.jsonl", b'{"q": 1}\n{"q": \n[1]\n\n{"q": 2}\n', ["a.jsonl:2: not JSON", "a.jsonl:3: a JSON list"]),
+        ("a.jsonl", b'{"q": 1}\n{"q": \n[1]\n\n{"q": 2}\n', ["a.jsonl:2: not JSON", "a.jsonl:3: list found"]),
         ("a.tsv", b"q\tp\n1\t2\nbroken \xff byte\t2\n1\t2\n", ["a.tsv:3: q is not valid UTF-8"]),
         ("a.jsonl", b'{"q": "x"}\n{"q": ["ok", "half \\ud83d"]}\n{"q": "y"}\n', ["a.jsonl:2: q is not valid UTF-8"]),
     ],

@@ -4,8 +4,6 @@ Reads a folder with `mteb_english_wide.tsv` (a row per task, a column per model,
 and `README`, made from github.com/embeddings-benchmark/results.
 """
 
-import csv
-import json
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from unmask.errors import UsageError
+from unmask.tables import read_table
 
 # The offline tasks whose data is MTEB's own, to the last row. Others bear other names or have other data (a different
 # split, or texts that were cleaned differently), and a published score beside them would compare unlike with unlike.
@@ -107,14 +106,13 @@ def _published_name(name: str, table: Collection[str]) -> str | None:
 def _table(folder: Path) -> dict[str, dict[str, float]]:
     """Hub id -> task -> score."""
     try:
-        with (folder / _SCORES).open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file, delimiter="\t"))
+        rows = [row.fields for row in read_table(folder / _SCORES)]
     except OSError as error:
         raise UsageError(f"--published {folder} holds no {_SCORES}: {error.strerror or error}") from error
     table: dict[str, dict[str, float]] = {}
     for row in rows:
         for column, score in row.items():
-            if "__" in (column or "") and score:
+            if "__" in column and score:
                 table.setdefault(column.replace("__", "/", 1), {})[row["task"]] = float(score)
     if not table:
         raise UsageError(f"{folder / _SCORES} has no column named OWNER__MODEL; is it mteb's English results?")
@@ -123,16 +121,11 @@ def _table(folder: Path) -> dict[str, dict[str, float]]:
 
 @cache
 def _parameters(folder: Path) -> dict[str, int]:
-    sizes: dict[str, int] = {}
     try:
-        lines = (folder / "model_meta.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [row.fields for row in read_table(folder / "model_meta.jsonl")]
     except OSError:  # sizes are an extra; scores do not need them
-        return sizes
-    for line in lines:
-        meta = json.loads(line)
-        if meta.get("n_parameters"):
-            sizes[meta["name"]] = int(meta["n_parameters"])
-    return sizes
+        return {}
+    return {row["name"]: int(row["n_parameters"]) for row in rows if row.get("n_parameters")}
 
 
 @cache

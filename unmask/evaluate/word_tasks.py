@@ -5,8 +5,9 @@ of the same length for each kind of label. CoNLL-2003 (Tjong Kim Sang and De Meu
 its release, IOB1; the LLM2Vec paper took the hub's copy, which is IOB2, so spans are converted here.
 """
 
-import gzip
 import hashlib
+import io
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from unmask.errors import UsageError
+from unmask.tables import open_binary, open_table
 
 Split = Literal["train", "dev", "test"]
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")
@@ -100,7 +102,7 @@ def read_word_data(task: WordTask, data: Path) -> WordData:
     digest = hashlib.sha256()
     splits: dict[Split, list[Sentence]] = {}
     for split in SPLITS:
-        file, content = _content(data / task.folder, split)
+        file, content = _corpus_file(data / task.folder, split)
         digest.update(hashlib.sha256(content).digest())
         splits[split] = _sentences(task, file, content)
     return WordData(splits, digest.hexdigest()[:16])
@@ -135,36 +137,37 @@ def iob2(labels: Sequence[str]) -> tuple[str, ...]:
     return tuple(converted)
 
 
-def _content(folder: Path, split: Split) -> tuple[Path, bytes]:
+def _corpus_file(folder: Path, split: Split) -> tuple[Path, bytes]:
+    """Return the file of a split and its decompressed content."""
     plain = folder / f"{split}.jsonl"
-    packed = folder / f"{split}.jsonl.gz"
+    file = plain if plain.is_file() else folder / f"{split}.jsonl.gz"
     try:
-        if plain.is_file():
-            return plain, plain.read_bytes()
-        return packed, gzip.decompress(packed.read_bytes())
+        with open_binary(file) as stream:
+            return file, stream.read()
     except FileNotFoundError as error:
-        raise UsageError(f"{folder} lacks {packed.name}; --data names the folder that holds {folder.name}/") from error
-    except (OSError, EOFError) as error:
-        raise UsageError(f"{packed} cannot be read: {error}") from error
+        raise UsageError(f"{folder} lacks {file.name}; --data names the folder that holds {folder.name}/") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise UsageError(f"{file} cannot be read: {error}") from error
 
 
 def _sentences(task: WordTask, file: Path, content: bytes) -> list[Sentence]:
-    known = set(task.labels)
+    labels_of_task = set(task.labels)
     column = (task.column, tuple[str, ...])
-    rows = msgspec.json.Decoder(msgspec.defstruct("Row", [("tokens", tuple[str, ...]), column]))
+    fields = msgspec.defstruct("fields", [("tokens", tuple[str, ...]), column])
     sentences = []
-    for number, line in enumerate(content.splitlines(), start=1):
+    for row in open_table(io.BytesIO(content), "jsonl", str(file)).rows():
+        place = f"{file}, line {row.number}"
         try:
-            words, labels = msgspec.structs.astuple(rows.decode(line))
-        except msgspec.MsgspecError as error:
-            raise UsageError(f"{file}, line {number}: no tokens and {task.column}: {error}") from error
+            words, labels = msgspec.structs.astuple(msgspec.convert(row.fields, fields))
+        except msgspec.ValidationError as error:
+            raise UsageError(f"{place}: no tokens and {task.column}: {error}") from error
         if task.spans:
             labels = iob2(labels)
         if len(words) != len(labels):
-            raise UsageError(f"{file}, line {number}: {len(words)} tokens, but {len(labels)} of {task.column}")
-        unknown = next((label for label in labels if label not in known), None)
-        if unknown is not None:
-            raise UsageError(f"{file}, line {number}: {unknown!r} is not a label of {task.name}")
+            raise UsageError(f"{place}: {len(words)} tokens, but {len(labels)} of {task.column}")
+        unknown_label = next((label for label in labels if label not in labels_of_task), None)
+        if unknown_label is not None:
+            raise UsageError(f"{place}: {unknown_label!r} is not a label of {task.name}")
         if words:
             sentences.append(Sentence(words, labels))
     if not sentences:

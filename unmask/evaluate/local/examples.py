@@ -11,7 +11,6 @@ Nothing is drawn at random: a sample is the rows whose text has the smallest has
 with every version of every library, and a larger sample holds the smaller one.
 """
 
-import gzip
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,10 +20,11 @@ from typing import Any, TypeVar
 import msgspec
 
 from unmask.errors import UsageError
+from unmask.tables import read_table
 
 Table = dict[str, list[Any]]
 Tables = dict[str, Table]
-Row = dict[str, str]
+TextRow = dict[str, str]
 T = TypeVar("T")
 
 
@@ -33,20 +33,17 @@ def digest(tables: Tables) -> str:
     return hashlib.sha256(msgspec.json.encode(tables, order="sorted")).hexdigest()[:16]
 
 
-def read_rows(file: Path) -> list[Row]:
-    """Rows of a tab-separated file with a header and no quoting, gzipped or not.
+def read_tsv(file: Path) -> list[TextRow]:
+    """Read a tab-separated file with a header and no quoting, gzipped or not.
 
     Raises:
         UsageError: the file is missing or damaged.
     """
     try:
-        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-        header, *lines = content.decode("utf-8").rstrip("\n").split("\n")
-        columns = header.split("\t")
-        return [dict(zip(columns, line.split("\t"), strict=True)) for line in lines]
+        return [row.fields for row in read_table(file)]
     except FileNotFoundError as error:
         raise UsageError(f"{file} is missing; --data names the folder that holds {file.parent.name}/") from error
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, UsageError) as error:
         raise UsageError(f"{file} cannot be read: {error}") from error
 
 
@@ -58,7 +55,7 @@ def sample(items: Sequence[T], count: int, text: Callable[[T], str]) -> list[T]:
 
 def pairs(data: Path, file: str, source: str | None = None) -> Tables:
     """Sentence pairs with a gold score; those whose `source` ends in the one given, where one is."""
-    rows = [row for row in read_rows(data / file) if source is None or row["source"].endswith(source)]
+    rows = [row for row in read_tsv(data / file) if source is None or row["source"].endswith(source)]
     return {
         "test": {
             "sentence1": [row["sentence1"] for row in rows],
@@ -71,7 +68,7 @@ def pairs(data: Path, file: str, source: str | None = None) -> Tables:
 def banking(data: Path) -> Tables:
     """Banking77 whole: mteb's own protocol, then, gives mteb's own score."""
     files = {split: data / "banking77" / f"{split}.tsv" for split in ("train", "test")}
-    return {split: _columns(read_rows(file), text="text", label="label") for split, file in files.items()}
+    return {split: _columns(read_tsv(file), text="text", label="label") for split, file in files.items()}
 
 
 def slurp(data: Path, label: str, per_intent: int, tested: int) -> Tables:
@@ -79,7 +76,7 @@ def slurp(data: Path, label: str, per_intent: int, tested: int) -> Tables:
 
     The texts are the same whichever label is asked for.
     """
-    rows = read_rows(data / "slurp/devtest.tsv")
+    rows = read_tsv(data / "slurp/devtest.tsv")
     by_intent = _grouped((row for row in rows if row["split"] == "devel"), "intent")
     known = {intent: group for intent, group in by_intent.items() if len(group) >= _SAMPLES_PER_LABEL}
     train = [row for group in known.values() for row in sample(group, per_intent, _text)]
@@ -91,8 +88,8 @@ def clusters(
     data: Path, file: str, text: str, label: str, per_label: int, group: Callable[[str], str] = str, at_least: int = 1
 ) -> Tables:
     """`per_label` different texts of every label that has `at_least` so many; `group` coarsens labels first."""
-    seen: dict[str, Row] = {}
-    for row in read_rows(data / file):
+    seen: dict[str, TextRow] = {}
+    for row in read_tsv(data / file):
         if row[text].strip():
             seen.setdefault(row[text], {"text": row[text], "label": group(row[label])})
     large = [rows for rows in _grouped(seen.values(), "label").values() if len(rows) >= at_least]
@@ -102,7 +99,7 @@ def clusters(
 
 def arxiv_abstracts(data: Path, queries: int, documents: int, characters: int) -> Tables:
     """Titles ask for their abstracts, of which the beginning is kept."""
-    rows = sample(read_rows(data / "arxiv/titles_abstracts.tsv.gz"), documents, lambda row: row["arxiv_id"])
+    rows = sample(read_tsv(data / "arxiv/titles_abstracts.tsv.gz"), documents, lambda row: row["arxiv_id"])
     asked = sample(rows, queries, lambda row: row["title"])
     return _search(
         corpus={row["arxiv_id"]: ("", beginning(row["abstract"], characters)) for row in rows},
@@ -113,7 +110,7 @@ def arxiv_abstracts(data: Path, queries: int, documents: int, characters: int) -
 
 def qa_passages(data: Path, queries: int, documents: int) -> Tables:
     """Questions ask for the passage that answers them, among the passages of other questions."""
-    rows = read_rows(data / "qa_passages/pairs.tsv.gz")
+    rows = read_tsv(data / "qa_passages/pairs.tsv.gz")
     # A few questions stand twice, with two passages: both answer.
     answers: dict[str, dict[str, int]] = defaultdict(dict)
     for row in rows:
@@ -136,14 +133,14 @@ def cisi(data: Path, queries: int, documents: int, characters: int) -> Tables:
     Documents are a title and the beginning of the text.
     """
     relevant: dict[str, dict[str, int]] = defaultdict(dict)
-    for row in read_rows(data / "ir_cisi/qrels.tsv"):
+    for row in read_tsv(data / "ir_cisi/qrels.tsv"):
         relevant[row["qid"]][row["docid"]] = int(row["rel"])
     asked = sorted(relevant, key=lambda query: (len(relevant[query]), int(query)))[:queries]
-    rows = read_rows(data / "ir_cisi/corpus.tsv.gz")
+    rows = read_tsv(data / "ir_cisi/corpus.tsv.gz")
     needed = {document for query in asked for document in relevant[query]}
     others = [row for row in rows if row["id"] not in needed]
     kept = needed | {row["id"] for row in sample(others, max(0, documents - len(needed)), _text)}
-    texts = {row["id"]: row["query"] for row in read_rows(data / "ir_cisi/queries.tsv")}
+    texts = {row["id"]: row["query"] for row in read_tsv(data / "ir_cisi/queries.tsv")}
     return _search(
         corpus={row["id"]: (row["title"], beginning(row["text"], characters)) for row in rows if row["id"] in kept},
         queries={query: texts[query] for query in asked},
@@ -153,7 +150,7 @@ def cisi(data: Path, queries: int, documents: int, characters: int) -> Tables:
 
 def wikiqa(data: Path, queries: int) -> Tables:
     """Questions of the test split that have a right and a wrong candidate, to be told apart."""
-    rows = [row for row in read_rows(data / "wikiqa/all.tsv.gz") if row["split"] == "test"]
+    rows = [row for row in read_tsv(data / "wikiqa/all.tsv.gz") if row["split"] == "test"]
     mixed = {
         question: group
         for question, group in _grouped(rows, "question").items()
@@ -198,13 +195,13 @@ def _search(
     }
 
 
-def _columns(rows: Iterable[Row], **columns: str) -> Table:
+def _columns(rows: Iterable[TextRow], **columns: str) -> Table:
     rows = list(rows)
     return {name: [row[column] for row in rows] for name, column in columns.items()}
 
 
-def _grouped(rows: Iterable[Row], column: str) -> dict[str, list[Row]]:
-    groups: dict[str, list[Row]] = defaultdict(list)
+def _grouped(rows: Iterable[TextRow], column: str) -> dict[str, list[TextRow]]:
+    groups: dict[str, list[TextRow]] = defaultdict(list)
     for row in rows:
         groups[row[column]].append(row)
     return groups
@@ -215,5 +212,5 @@ def _name(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _text(row: Row) -> str:
+def _text(row: TextRow) -> str:
     return row["text"]
