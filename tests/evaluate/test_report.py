@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from tests.evaluate.synthetic_results import FAILED, FAILURE, LONG, MINILM, MODELS, MPNET, SUBJECT, TASKS, invent
+from unmask.charts import formatting
 from unmask.errors import UsageError
 from unmask.evaluate.published_scores import SAME_DATA, PublishedModel
-from unmask.evaluate.report import formatting, write_report
+from unmask.evaluate.report import write_report
 from unmask.evaluate.report.charts import size_scatter, speed_scatter, task_bars
 from unmask.evaluate.report.report_model import build_report_model
 from unmask.evaluate.results import (

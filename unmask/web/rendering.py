@@ -17,7 +17,7 @@ from starlette.responses import Response
 from unmask import __version__
 from unmask.accounts.money import format_dollars
 from unmask.catalogue.record import Price, is_web_address
-from unmask.evaluate.report import formatting
+from unmask.charts import formatting
 from unmask.evaluate.report.report_model import CATEGORY_NAMES
 
 HEADERS = {
@@ -105,7 +105,7 @@ def assets() -> dict[str, tuple[bytes, str, str]]:
 def environment() -> Environment:
     """All templates of this room, and the report's charts."""
     made = Environment(
-        loader=ChoiceLoader([PackageLoader("unmask.web"), PackageLoader("unmask.evaluate.report")]),
+        loader=ChoiceLoader([PackageLoader("unmask.web"), PackageLoader("unmask.charts")]),
         # Markdown is the one format that has an escaping of its own.
         autoescape=lambda name: not (name or "").endswith((".md.j2", ".txt.j2")),
         undefined=StrictUndefined,

@@ -371,7 +371,7 @@ class Website:
             want=await self.seams.want(request, shown.record) if self.seams.want and not shown.answers else None,
             points=points,
             sweep=speed_charts.sweep_charts(points) if shown.answers else [],
-            recent=speed_charts.history_charts(recent),
+            recent=speed_charts.traffic_charts(recent),
             answered=sum(stretch.requests for stretch in recent),
             linked_data=alternates.linked_data(shown, self.base(request)),
             tokens=self.metrics.encoded().get(shown.record.id, 0),

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from unmask.charts import formatting
 from unmask.errors import UsageError
 from unmask.evaluate.compare import Comparison, TaskComparison, VectorDrift
-from unmask.evaluate.report import formatting
 from unmask.evaluate.report.page import render, write_text
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def _test_cells(row: TaskComparison) -> tuple[str, str, str, str]:
     """Difference, interval, p, verdict."""
     test = row.test
     if test is None:
-        return formatting.signed(row.delta), formatting.NO_FIGURE, formatting.NO_FIGURE, formatting.verdict(None)
+        return formatting.signed(row.delta), formatting.NO_FIGURE, formatting.NO_FIGURE, "not tested"
     low, high = test.interval
     bounds = f"{formatting.signed(low)} to {formatting.signed(high)}"
     words = {"better": "A better", "worse": "B better", "noise": "noise"}

@@ -4,11 +4,13 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from unmask.charts import TEMPLATES, formatting
 from unmask.disk import atomic_write
 from unmask.evaluate.published_scores import published_models
-from unmask.evaluate.report import charts, formatting
+from unmask.evaluate.report import charts
 from unmask.evaluate.report.report_model import CATEGORY_NAMES, ReportModel, build_report_model, comparable_tasks
 from unmask.evaluate.results import Results
+from unmask.evaluate.statistics import Paired
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -48,6 +50,11 @@ def write_text(file: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def verdict(test: Paired | None) -> str:
+    """better"""
+    return "not tested" if test is None else "within noise" if test.verdict == "noise" else test.verdict
+
+
 def _drawn(story: ReportModel) -> dict[str, object]:
     size = charts.size_scatter(story)
     return {
@@ -64,7 +71,7 @@ def _environment() -> "Environment":
     from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
     environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
+        loader=FileSystemLoader([_TEMPLATES, TEMPLATES]),
         autoescape=select_autoescape(enabled_extensions=("html.j2", "svg.j2"), default=False),
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -80,7 +87,7 @@ def _environment() -> "Environment":
         magnitude=formatting.magnitude,
         duration=formatting.duration,
         probability=formatting.probability,
-        verdict=formatting.verdict,
+        verdict=verdict,
         listed=formatting.listed,
         breakable=formatting.breakable,
         md=formatting.markdown,

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
+from unmask.charts import formatting
 from unmask.errors import UsageError
 from unmask.evaluate.compare import Comparison, MeasuredModel, TaskComparison, compare_results
 from unmask.evaluate.published_scores import SAME_DATA, PublishedModel
-from unmask.evaluate.report import formatting
 from unmask.evaluate.results import Category, ModelResult, Results, TaskScore
 from unmask.evaluate.statistics import Paired, holm
 

@@ -9,7 +9,7 @@ from starlette.datastructures import QueryParams
 from unmask.api.errors import ApiError
 from unmask.catalogue.figures import SUITES, Figures
 from unmask.catalogue.measurement import LOCAL, MTEB, Measurement, Origin
-from unmask.evaluate.report import formatting
+from unmask.charts import formatting
 from unmask.evaluate.report.report_model import CATEGORY_NAMES
 from unmask.web.catalogue.model_view import Shown
 from unmask.web.rendering import day, price

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from unmask.catalogue.measurement import Measurement
-from unmask.evaluate.report.charts import Scatter, ScatterPoint, scatters
+from unmask.charts.scatter import Scatter, ScatterPoint, scatters
 from unmask.web.catalogue.model_view import Shown, source_key
 
 # Colours by what a visitor can do with the model.

@@ -3,8 +3,6 @@
 import re
 from collections.abc import Sequence
 
-from unmask.evaluate.statistics import Paired
-
 MINUS = "\N{MINUS SIGN}"
 NO_FIGURE = "\N{EN DASH}"
 
@@ -76,11 +74,6 @@ def duration(seconds: float) -> str:
 def probability(value: float) -> str:
     """0.03; the smallest that resampling can tell apart from zero is a bound"""
     return "< 0.001" if value < 0.001 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
-
-
-def verdict(test: Paired | None) -> str:
-    """better"""
-    return "not tested" if test is None else "within noise" if test.verdict == "noise" else test.verdict
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
