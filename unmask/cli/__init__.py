@@ -1,48 +1,52 @@
-"""The command line: parses, calls the rooms, prints. Nothing is decided here; one module per group of commands."""
+"""The command line: parses arguments, calls the packages and prints. One module per command or group of commands."""
 
 import os
 import sys
 from collections.abc import Sequence
 
-from unmask.cli import (  # noqa: F401 - each adds its commands to the program
-    accounts,
-    catalogue,
-    encode,
-    evaluate,
-    keys,
-    ledger,
-    prices,
-    serve,
-    train,
-)
-from unmask.cli.program import app, say
+from unmask.cli.program import build_app
+from unmask.cli.terminal import say
 from unmask.errors import UnmaskError
 
-__all__ = ["app", "keep_few_products", "main"]
+__all__ = ["build_app", "keep_few_products", "main"]
 
-# A product that oneDNN compiled for one weight and number of rows takes half a megabyte, and torch keeps it once more.
-# Each keeps a thousand, a gigabyte in the end, where a forward needs four at a time and has no use for the last one's.
-_PRODUCTS_KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "LRU_CACHE_CAPACITY": "16"}
+# oneDNN compiles a primitive for each weight and number of rows. It takes half a megabyte, and torch keeps
+# a second copy. Both caches hold a thousand by default, in the end a gigabyte. A forward needs four at a time and
+# reuses none.
+_PRIMITIVE_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "LRU_CACHE_CAPACITY": "16"}
+
+# Old spellings of options. They work for one release, with a warning.
+RENAMED_OPTIONS = {"--limits-without": "--on-redis-failure"}
 
 
 def keep_few_products() -> None:
-    """Keep this process's memory flat, unless its environment says otherwise. To be called before the first forward."""
-    for name, number in _PRODUCTS_KEPT.items():
-        os.environ.setdefault(name, number)
+    """Limit oneDNN's caches, so that the memory of this process stays flat. Call it before the first forward.
+
+    The environment takes precedence.
+    """
+    for name, capacity in _PRIMITIVE_CACHES.items():
+        os.environ.setdefault(name, capacity)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: a user's own mistake is one line on stderr and exit code 1, never a traceback.
+    """Run a command. A user's mistake is one line on stderr and exit code 1, never a traceback.
 
     Args:
-        arguments: what follows `unmask`; None for what the process was started with.
+        arguments: the words after `unmask`; None for those of the process.
 
     Raises:
         SystemExit: always, with the exit code.
     """
+    from cyclopts import CycloptsError
+
     keep_few_products()
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        sys.exit(app(sys.argv[1:] if arguments is None else arguments))
+        app = build_app(words[0] if words else None)
+        app(_current_spelling(words), print_error=False, exit_on_error=False)
+    except CycloptsError as error:
+        say(f"unmask: {' '.join(str(error).split())}")
+        sys.exit(1)
     except UnmaskError as error:
         say(f"unmask: {error}")
         sys.exit(1)
@@ -50,6 +54,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         say("unmask: interrupted; run the same command again to continue")
         sys.exit(130)
     except BrokenPipeError:
-        # The reader of our pipe has gone, as in `unmask encode ... --output - | head`.
+        # The reader of the pipe has ended, as in `unmask encode ... --output - | head`.
         sys.stderr.close()
         sys.exit(141)
+
+
+def _current_spelling(words: list[str]) -> list[str]:
+    """Replace old spellings of options, with a warning."""
+    current = []
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name in RENAMED_OPTIONS:
+            say(f"unmask: {name} is now called {RENAMED_OPTIONS[name]}; the old name will go with the next release")
+            name = RENAMED_OPTIONS[name]
+        current.append(name + equals + value)
+    return current

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from cyclopts import App
 
-from unmask.cli.database import DatabaseUrl, opened, reading, writing
-from unmask.cli.program import ACTOR, app, moment, say, table
+from unmask.cli.database import DatabaseUrl, open_database, read_transaction, write_transaction
+from unmask.cli.options import ACTOR
+from unmask.cli.terminal import format_time, print_result, print_table, say
 
 accounts = App(name="accounts", help="People, keys, prices and credit. ACCOUNT is an id or a mail address.")
-app.command(accounts)
 
 
 @accounts.command
@@ -47,7 +47,7 @@ def create(
     peppers = Peppers()
     hashed = people.hash_password(_password(password_file)) if email else ""
     now = now_ms()
-    with writing(database) as connection:
+    with write_transaction(database) as connection:
         if email:
             id = people.sign_up(connection, peppers, email, hashed, now, admin=admin).account_id
         else:
@@ -55,7 +55,7 @@ def create(
         if plan != "default":
             tariff.assign_plan(connection, id, plan)
         audit.note(connection, now, ACTOR, "account.create", id, plan=plan, admin=admin)
-    print(id)  # noqa: T201 - the result
+    print_result(id)
     return 0
 
 
@@ -65,14 +65,14 @@ def list_accounts(*, database: DatabaseUrl = None) -> int:
     from unmask.accounts import people
     from unmask.accounts.money import format_dollars
 
-    with reading(database) as connection:
+    with read_transaction(database) as connection:
         found = people.all_accounts(connection, limit=1_000_000)
         owners = {person.account_id: person.email for person in people.everybody(connection)}
     rows = (
         (a.id, owners.get(a.id, a.name), a.state, a.plan, format_dollars(a.balance), format_dollars(a.held))
         for a in found
     )
-    table(("account", "who", "state", "plan", "balance", "held"), rows)
+    print_table(("account", "who", "state", "plan", "balance", "held"), rows)
     return 0
 
 
@@ -103,7 +103,7 @@ def close(account: str, *, yes: bool = False, database: DatabaseUrl = None) -> i
     from unmask.storage.database import now_ms
 
     now = now_ms()
-    with writing(database) as connection:
+    with write_transaction(database) as connection:
         found = people.find_account(connection, account)
         if not yes:
             raise UsageError(
@@ -122,13 +122,13 @@ def audit(*, lines: int = 100, database: DatabaseUrl = None) -> int:
 
     from unmask.accounts import audit as room
 
-    with reading(database) as connection:
+    with read_transaction(database) as connection:
         found = room.events(connection, limit=lines)
     rows = [
-        (str(number), moment(e.at), e.actor, e.action, e.subject, json.dumps(e.detail), e.address)
+        (str(number), format_time(e.at), e.actor, e.action, e.subject, json.dumps(e.detail), e.address)
         for number, e in found
     ]
-    table(("line", "when", "who", "what", "whom", "how", "from"), rows)
+    print_table(("line", "when", "who", "what", "whom", "how", "from"), rows)
     return 0
 
 
@@ -138,7 +138,7 @@ def backup(file: Path, *, database: DatabaseUrl = None) -> int:
     from unmask.accounts.keys import Peppers
     from unmask.storage.backup import backup as write
 
-    with closing(opened(database)) as everything:
+    with closing(open_database(database)) as everything:
         rows = write(everything, file)
     say(f"{rows} rows -> {file}. API keys also need {Peppers().path}, which is not in it: keep a copy elsewhere")
     return 0
@@ -150,7 +150,7 @@ def restore(file: Path, *, database: DatabaseUrl = None) -> int:
     from unmask.accounts.verification import discrepancies
     from unmask.storage.backup import restore as read
 
-    with closing(opened(database)) as empty:
+    with closing(open_database(database)) as empty:
         rows = read(empty, file, check=discrepancies)
     say(f"{rows} rows restored, and the books balance")
     return 0
@@ -174,7 +174,7 @@ def _set_frozen(account: str, frozen: bool, database: str | None) -> int:
     from unmask.storage.database import now_ms
 
     now = now_ms()
-    with writing(database) as connection:
+    with write_transaction(database) as connection:
         id = people.find_account(connection, account).id
         changed = people.freeze(connection, id, frozen=frozen)
         if changed:

@@ -21,7 +21,7 @@ DatabaseUrl = Annotated[
 ]
 
 
-def opened(url: str | None) -> "Database":
+def open_database(url: str | None) -> "Database":
     """The database of this URL, by default the one in UNMASK_HOME, with its tables brought up to date.
 
     Raises:
@@ -35,14 +35,14 @@ def opened(url: str | None) -> "Database":
 
 
 @contextmanager
-def writing(url: str | None) -> "Iterator[Connection]":
+def write_transaction(url: str | None) -> "Iterator[Connection]":
     """A transaction that writes, see `Database.begin`."""
-    with closing(opened(url)) as database, database.begin() as connection:
+    with closing(open_database(url)) as database, database.begin() as connection:
         yield connection
 
 
 @contextmanager
-def reading(url: str | None) -> "Iterator[Connection]":
+def read_transaction(url: str | None) -> "Iterator[Connection]":
     """A transaction that reads, see `Database.read`."""
-    with closing(opened(url)) as database, database.read() as connection:
+    with closing(open_database(url)) as database, database.read() as connection:
         yield connection

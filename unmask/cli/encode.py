@@ -4,10 +4,9 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from unmask.cli.program import app, say
+from unmask.cli.terminal import say
 
 
-@app.command
 def encode(
     input: Annotated[str, Parameter(allow_leading_hyphen=True)],  # for "-"
     /,

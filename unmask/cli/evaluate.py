@@ -5,10 +5,9 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from unmask.cli.program import app, say
+from unmask.cli.terminal import say
 
 
-@app.command
 def evaluate(
     *models: str,
     suite: Annotated[tuple[str, ...], Parameter(negative=())] = (),
@@ -74,7 +73,6 @@ def evaluate(
     return 1 if failed else 0
 
 
-@app.command
 def report(folder: str, /, *, published: str | None = None) -> int:
     """Write report.html and report.md again from the results in a folder; no model is needed.
 
@@ -96,7 +94,6 @@ def report(folder: str, /, *, published: str | None = None) -> int:
     return 0
 
 
-@app.command
 def compare(
     a: str,
     b: str,

@@ -5,8 +5,9 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from unmask.cli.accounts import accounts
-from unmask.cli.database import DatabaseUrl, reading, writing
-from unmask.cli.program import ACTOR, moment, say, table, typed_dollars
+from unmask.cli.database import DatabaseUrl, read_transaction, write_transaction
+from unmask.cli.options import ACTOR, parse_amount
+from unmask.cli.terminal import format_time, print_result, print_table, say
 
 
 @accounts.command
@@ -52,16 +53,16 @@ def key(
         networks=network or None,
         requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute,
-        spend_limit=None if spend_limit is None else typed_dollars(spend_limit, zero=True),
+        spend_limit=None if spend_limit is None else parse_amount(spend_limit, zero=True),
         spend_window=spend_window,
         expires_at=None if days is None else now + int(days * 24 * 3600 * 1000),
     )
     peppers = keys.Peppers()
-    with writing(database) as connection:
+    with write_transaction(database) as connection:
         id = people.find_account(connection, account).id
         made = keys.create(connection, peppers, id, settings, now)
         audit.note(connection, now, ACTOR, "key.create", id, key=keys.key_id(made))
-    print(made)  # noqa: T201 - the result
+    print_result(made)
     return 0
 
 
@@ -74,7 +75,7 @@ def keys(account: str, *, database: DatabaseUrl = None) -> int:
     from unmask.storage.database import now_ms
 
     now = now_ms()
-    with reading(database) as connection:
+    with read_transaction(database) as connection:
         found = room.of_account(connection, people.find_account(connection, account).id, now)
     rows = [
         (
@@ -84,12 +85,12 @@ def keys(account: str, *, database: DatabaseUrl = None) -> int:
             ",".join(key.settings.scopes),
             format_dollars(key.spent),
             "" if key.settings.spend_limit is None else format_dollars(key.settings.spend_limit),
-            moment(key.settings.expires_at),
-            moment(key.used_at),
+            format_time(key.settings.expires_at),
+            format_time(key.used_at),
         )
         for key in found
     ]
-    table(("key", "name", "state", "scopes", "spent", "of", "until", "last used"), rows)
+    print_table(("key", "name", "state", "scopes", "spent", "of", "until", "last used"), rows)
     return 0
 
 
@@ -109,11 +110,11 @@ def rotate(account: str, key: str, *, overlap_hours: float = 24.0, database: Dat
 
     now = now_ms()
     peppers = keys.Peppers()
-    with writing(database) as connection:
+    with write_transaction(database) as connection:
         id = people.find_account(connection, account).id
         made = keys.rotate(connection, peppers, id, key, now, overlap_ms=int(overlap_hours * 3_600_000))
         audit.note(connection, now, ACTOR, "key.rotate", id, key=key, by=keys.key_id(made))
-    print(made)  # noqa: T201 - the result
+    print_result(made)
     return 0
 
 
@@ -124,7 +125,7 @@ def revoke(account: str, key: str, *, database: DatabaseUrl = None) -> int:
     from unmask.storage.database import now_ms
 
     now = now_ms()
-    with writing(database) as connection:
+    with write_transaction(database) as connection:
         id = people.find_account(connection, account).id
         done = keys.revoke(connection, id, key, now)
         if done:

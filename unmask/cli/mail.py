@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Group, Parameter
 
-from unmask.cli.program import say
+from unmask.cli.terminal import say
 
 if TYPE_CHECKING:
     from unmask.catalogue.mail import MailServer

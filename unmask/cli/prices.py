@@ -3,8 +3,9 @@
 from typing import Literal
 
 from unmask.cli.accounts import accounts
-from unmask.cli.database import DatabaseUrl, reading, writing
-from unmask.cli.program import ACTOR, table, typed_dollars
+from unmask.cli.database import DatabaseUrl, read_transaction, write_transaction
+from unmask.cli.options import ACTOR, parse_amount
+from unmask.cli.terminal import print_table
 
 Tier = Literal["default", "batch"]
 
@@ -25,9 +26,9 @@ def price(model: str, dollars: str, *, tier: Tier = "default", database: Databas
     from unmask.accounts import audit, tariff
     from unmask.storage.database import now_ms
 
-    amount = typed_dollars(dollars, zero=True)
+    amount = parse_amount(dollars, zero=True)
     now = now_ms()
-    with writing(database) as connection:
+    with write_transaction(database) as connection:
         tariff.set_price(connection, tariff.Price(model, tier, amount), now)
         audit.note(connection, now, ACTOR, "price.set", model, tier=tier, nano_per_million=amount)
     return 0
@@ -39,9 +40,9 @@ def prices(*, database: DatabaseUrl = None) -> int:
     from unmask.accounts import tariff
     from unmask.accounts.money import format_dollars
 
-    with reading(database) as connection:
+    with read_transaction(database) as connection:
         found = tariff.all_prices(connection)
-    table(("model", "tier", "dollars"), ((p.model, p.tier, format_dollars(p.nano_per_million)) for p in found))
+    print_table(("model", "tier", "dollars"), ((p.model, p.tier, format_dollars(p.nano_per_million)) for p in found))
     return 0
 
 
@@ -67,7 +68,7 @@ def plan(
     from unmask.storage.database import now_ms
 
     now = now_ms()
-    with writing(database) as connection:
+    with write_transaction(database) as connection:
         if account is not None:
             id = people.find_account(connection, account).id
             tariff.assign_plan(connection, id, name)

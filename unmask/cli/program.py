@@ -1,66 +1,87 @@
-"""The program that commands are added to; how it reads what is typed, and how it talks."""
+"""The table of commands. `unmask --help` reads only this table; a command's module is imported when it is called."""
 
-import sys
-from collections.abc import Iterable, Sequence
-from typing import Any
+from importlib import import_module
+from typing import NamedTuple
 
-from cyclopts import App
+from cyclopts import App, Group
 
 from unmask import __version__
+from unmask.cli.help import HelpPage
 
-app = App(
-    name="unmask",
-    help="Turn a decoder-only LLM into a text encoder, and serve its vectors behind an OpenAI-compatible API.",
-    version=f"unmask {__version__}",
-    version_flags=["--version", "-V"],
+_HELP = """Turn a decoder-only LLM into a text encoder, and serve its vectors behind an OpenAI-compatible API.
+
+Each command explains its options: unmask COMMAND --help
+"""
+
+_START = Group.create_ordered("Start here")
+_TRAINING = Group.create_ordered("Train an encoder")
+_EVALUATION = Group.create_ordered("Measure and compare")
+_OPERATION = Group.create_ordered("Operate a server")
+_OPTIONS = Group.create_ordered("Options")
+
+
+class Command(NamedTuple):
+    """A command of the first level.
+
+    Attributes:
+        name: what the user types after `unmask`. The first module has a function or an `App` of this name.
+        group: heading of `unmask --help` under which the command stands.
+        summary: its line there: the first line of its docstring, or the help of its `App`.
+        modules: modules of `unmask.cli` to import, each of which adds subcommands.
+    """
+
+    name: str
+    group: Group
+    summary: str
+    modules: tuple[str, ...]
+
+
+COMMANDS = (
+    Command("encode", _START, "Encode a file of texts into a file of vectors.", ("encode",)),
+    Command("serve", _START, "Serve models behind an OpenAI-compatible API, with pages for people.", ("serve",)),
+    Command("models", _START, "List the models that ship with unmask.", ("models",)),
+    Command("train", _TRAINING, "Train an encoder from a decoder, as a recipe says.", ("train",)),
+    Command("mine", _TRAINING, "Find hard negatives for training data.", ("mine",)),
+    Command("merge", _TRAINING, "Make one model or adapter out of several.", ("merge",)),
+    Command("evaluate", _EVALUATION, "Measure models on benchmarks and write a report.", ("evaluate",)),
+    Command("compare", _EVALUATION, "Compare two models, with a test of significance.", ("evaluate",)),
+    Command("report", _EVALUATION, "Write the report again from stored results.", ("evaluate",)),
+    Command(
+        "accounts",
+        _OPERATION,
+        "Manage people, API keys, prices and credit.",
+        ("accounts", "keys", "credit", "prices"),
+    ),
+    Command("ledger", _OPERATION, "Check the books.", ("ledger",)),
+    Command("catalogue", _OPERATION, "Manage the models on record and their lifecycle.", ("catalogue",)),
+    Command("onboard", _OPERATION, "Measure a model and take it live.", ("onboard",)),
 )
 
 
-# Who did it, in the audit log and in the steps of a model.
-ACTOR = "command line"
+def build_app(called: str | None = None) -> App:
+    """Build the command line.
 
-
-def say(line: str) -> None:
-    """Tell the user, on stderr: stdout is for results."""
-    print(line, file=sys.stderr)  # noqa: T201 - talking to the user is this module's work
-
-
-def table(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Print rows as a result. Columns that somebody copies from are not broken."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    made = Table(box=box.SIMPLE, pad_edge=False)
-    for heading in headings:
-        made.add_column(heading, no_wrap=heading in ("account", "key", "entry", "when"))
-    for row in rows:
-        made.add_row(*(str(value) for value in row))
-    Console().print(made)
-
-
-def moment(milliseconds: int | None) -> str:
-    """Unix milliseconds as a time in UTC; "" for none."""
-    from datetime import UTC, datetime
-
-    if milliseconds is None:
-        return ""
-    return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
-
-
-def typed_dollars(text: str, *, zero: bool = False) -> int:
-    """Nano-dollars of an amount that somebody typed.
-
-    Raises:
-        UsageError: it is none, or it is 0 and must not be.
+    Args:
+        called: the word after `unmask`. Of other commands only name and summary are known. "*" imports all commands.
     """
-    from unmask.accounts.money import parse_dollars
-    from unmask.errors import UsageError
-
-    try:
-        amount = parse_dollars(text)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    if amount == 0 and not zero:
-        raise UsageError(f"{text} dollars: it must be more than 0")
-    return amount
+    app = App(
+        name="unmask",
+        help=_HELP,
+        version=f"unmask {__version__}",
+        version_flags=["--version", "-V"],
+        help_formatter=HelpPage(),
+    )
+    app["--help"].group = app["--version"].group = (_OPTIONS,)
+    for position, command in enumerate(COMMANDS):
+        if called in ("*", command.name):
+            modules = [import_module(f"unmask.cli.{name}") for name in command.modules]
+            target = getattr(modules[0], command.name)
+            if isinstance(target, App):
+                target.group, target.sort_key = (command.group,), position
+                app.command(target)
+            else:
+                app.command(target, name=command.name, group=command.group, sort_key=position)
+        else:
+            place = f"unmask.cli.{command.modules[0]}:{command.name}"
+            app.command(place, name=command.name, help=command.summary, group=command.group, sort_key=position)
+    return app

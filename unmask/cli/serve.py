@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Group, Parameter
 
 from unmask.cli.mail import MailFrom, MailUrl, named_server
-from unmask.cli.program import app, say
 
 if TYPE_CHECKING:
     from unmask.accounts.provider import ProviderSettings
@@ -15,7 +14,6 @@ _LIMITS = Group("Limits")
 _ACCOUNTS = Group("Accounts")
 
 
-@app.command
 def serve(
     *,
     host: str = "127.0.0.1",
@@ -162,28 +160,6 @@ def _pages(*parts: Any) -> "Site":
     from unmask.web import website  # imported while the first model is being loaded
 
     return website(*parts)
-
-
-@app.command
-def models() -> int:
-    """List the models that ship, and what is already stored on this machine."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from unmask.catalogue import shipped_records
-    from unmask.home import home
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column("model", no_wrap=True)
-    for heading in ("dimensions", "tokens", "licence", "stored", "summary"):
-        table.add_column(heading)
-    for record in shipped_records().values():
-        stored = any((home() / "models" / record.id).glob("*.gguf"))
-        row = (record.id, record.dimensions, record.max_tokens, record.licence, "yes" if stored else "no")
-        table.add_row(*("?" if value is None else str(value) for value in row), record.summary)
-    Console().print(table)
-    say("Any hub id, folder in the hub's layout or .gguf file can be named as well.")
-    return 0
 
 
 def _provider(
