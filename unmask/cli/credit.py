@@ -86,8 +86,8 @@ def statement(account: str, *, lines: int = 100, database: DatabaseUrl = None) -
     from unmask.accounts.money import format_dollars
 
     with read_transaction(database) as connection:
-        found = usage.statement(connection, people.find_account(connection, account).id, limit=lines)
-    rows = [(str(e.number), format_time(e.at), e.kind, format_dollars(e.amount), e.reference, e.note) for e in found]
+        entries = usage.statement(connection, people.find_account(connection, account).id, limit=lines)
+    rows = [(str(e.number), format_time(e.at), e.kind, format_dollars(e.amount), e.reference, e.note) for e in entries]
     print_table(("entry", "when", "what", "dollars", "reference", "note"), rows)
     return 0
 

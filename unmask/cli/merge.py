@@ -95,7 +95,7 @@ def average(*models: str, output: _Output, rank: int | None = None, dtype: _Dtyp
     from unmask.recipe.merging import average as run
 
     done = run(models, Path(output), rank, dtype)
-    say(f"the mean of {' '.join(models)} -> {output}{_told(done.rank, done.error)}")
+    say(f"the mean of {' '.join(models)} -> {output}{_rank_note(done.rank, done.error)}")
     return 0
 
 
@@ -117,7 +117,7 @@ def stack(*adapters: str, output: _Output, rank: int | None = None) -> int:
     from unmask.recipe.merging import stack as run
 
     done = run(adapters, Path(output), rank)
-    say(f"{' + '.join(adapters)} -> {output}{_told(done.rank, done.error)}")
+    say(f"{' + '.join(adapters)} -> {output}{_rank_note(done.rank, done.error)}")
     return 0
 
 
@@ -131,7 +131,7 @@ def _interpolate(a: str, b: str, output: str, weight: float, method: Literal["li
     return 0
 
 
-def _told(rank: int, error: float) -> str:
+def _rank_note(rank: int, error: float) -> str:
     if not rank:
         return ""
     return f", rank {rank}" + (f"; {error:.2%} of the update's norm is lost" if error else ", exact")

@@ -81,8 +81,8 @@ def mine(
         symmetric=symmetric,
         max_bad_rows=max_bad_rows,
     )
-    with mining_bar(Console(stderr=True)) as told:
-        done = run_mining(mining, open_model(model), Path(output), told)
+    with mining_bar(Console(stderr=True)) as report_progress:
+        done = run_mining(mining, open_model(model), Path(output), report_progress)
     got = ", ".join(f"{rows} got {negatives}" for negatives, rows in enumerate(done.found) if rows)
     say(f"{done.rows} rows over {done.texts} texts -> {output}: {got}; the margin refused {done.refused} candidates")
     return 0

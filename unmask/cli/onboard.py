@@ -141,12 +141,12 @@ def _named(database: "Database", model: str, weights: Path | None) -> tuple[str,
     if weights is not None and not weights.expanduser().exists():
         raise UsageError(f"--weights {weights} does not exist")
     with database.read() as connection:
-        known = read_catalogue(connection).catalogue
+        records = read_catalogue(connection).catalogue
         path = Path(model).expanduser()
-        entry = known.get(model)
+        entry = records.get(model)
         if entry is None and path.exists():
             # A mirror of the hub has the organisation's name above the model's.
-            entry = known.get("/".join(path.absolute().parts[-2:]))
+            entry = records.get("/".join(path.absolute().parts[-2:]))
         id = entry.record.id if entry else record_for(model).id
         before = source_of(connection, id)
     if entry is None and not path.exists():
