@@ -276,7 +276,10 @@ PENDING: dict[str, dict[str, str]] = {
         "cli/serve.py": "serve",
     },
     "import_cycles": {
-        "evaluate/models/__init__.py": ("unmask.evaluate.models.decoder unmask.evaluate.models.endpoint " "unmask.evaluate.models.sentence_transformers unmask.evaluate.models.static"),
+        "evaluate/models/__init__.py": (
+            "unmask.evaluate.models.decoder unmask.evaluate.models.endpoint "
+            "unmask.evaluate.models.sentence_transformers unmask.evaluate.models.static"
+        ),
         "evaluate/models/decoder.py": "unmask.evaluate.models",
         "evaluate/models/endpoint.py": "unmask.evaluate.models",
         "evaluate/models/sentence_transformers.py": "unmask.evaluate.models",
@@ -289,7 +292,10 @@ PENDING: dict[str, dict[str, str]] = {
         "accounts/ledger.py": "Hold _claim",
         "accounts/limits.py": "Draw Limiter",
         "accounts/people.py": "Account.free check_password has_password of_identity session_started signed_in totals",
-        "accounts/provider.py": ("Identity Provider._asked Provider._claims Provider.address Provider.identity " "ProviderSettings Visit.read _is_safe is_this_machine"),
+        "accounts/provider.py": (
+            "Identity Provider._asked Provider._claims Provider.address Provider.identity "
+            "ProviderSettings Visit.read _is_safe is_this_machine"
+        ),
         "accounts/tariff.py": "charged_for",
         "accounts/usage.py": "account_of module",
         "accounts/verification.py": "Verification",
