@@ -16,7 +16,9 @@ import pytest
 from tests.mirror import BASE, FIRST_STAGE, PUBLISHED, published_mirror, small_data
 from unmask.accounts import people, tariff
 from unmask.catalogue import Record
+from unmask.catalogue.actions import go_live
 from unmask.catalogue.canary import cosine
+from unmask.catalogue.lifecycle import GATE_NAMES
 from unmask.catalogue.measurement import LOCAL
 from unmask.catalogue.speed import points_of
 from unmask.catalogue.store import add_measurements, outcomes, put_fields, read_catalogue, read_record, step
@@ -25,10 +27,10 @@ from unmask.encoder import Encoder
 from unmask.errors import CheckpointError, UsageError
 from unmask.onboarding import Onboarding, Result, onboard
 from unmask.onboarding.gates import GATES
-from unmask.onboarding.run import output_for, take_live
+from unmask.onboarding.run import output_for
 from unmask.storage.database import Database
 
-NAMES = [gate.name for gate in GATES]
+NAMES = list(GATE_NAMES)
 
 
 @contextmanager
@@ -227,7 +229,7 @@ def test_staged_and_then_live_with_a_price_and_notices(sqlite: Database, wanted:
     staged = run(sqlite, replace(wanted, stage=True))
     assert staged.status == "staged" and staged.told == 0 and record_of(sqlite, "tiny_llama").prices[0].estimated
     with sqlite.begin() as connection:
-        assert take_live(connection, "tiny_llama", actor="me") == (1, True)
+        assert go_live(connection, "tiny_llama", actor="me") == (1, True)
     record = record_of(sqlite, "tiny_llama")
     assert record.status == "live" and not record.prices[0].estimated
     with sqlite.read() as connection:
@@ -246,9 +248,9 @@ def test_nothing_goes_live_past_its_gates(sqlite: Database) -> None:
         pytest.raises(UsageError, match="has not passed licence, digests, load"),
         sqlite.begin() as connection,
     ):
-        take_live(connection, "org/m", actor="me")
+        go_live(connection, "org/m", actor="me")
     with pytest.raises(UsageError, match="only a staged model"), sqlite.begin() as connection:
-        take_live(connection, PUBLISHED, actor="me")
+        go_live(connection, PUBLISHED, actor="me")
 
 
 def test_one_run_at_a_time_and_killed_in_the_middle_it_continues(
@@ -297,3 +299,7 @@ def test_one_run_at_a_time_and_killed_in_the_middle_it_continues(
     )
     assert record.canary and cosine(by_hand.encode(record.canary.text)[0], record.canary.expected()) > 0.99999
     database.close()
+
+
+def test_the_gates_run_in_the_order_that_the_catalogue_names() -> None:
+    assert tuple(gate.name for gate in GATES) == GATE_NAMES

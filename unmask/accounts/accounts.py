@@ -13,7 +13,8 @@ from typing import TypeVar
 
 from sqlalchemy import Connection
 
-from unmask.accounts import audit, keys, ledger, money, people, tariff
+from unmask.accounts import actions, keys, ledger, money, people, tariff
+from unmask.accounts.audit import Actor
 from unmask.accounts.keys import Caller, Peppers
 from unmask.accounts.ledger import Held, Hold
 from unmask.accounts.limits import Draw, Level, Limiter, LocalLimiter
@@ -253,19 +254,16 @@ class Accounts:
         now = now_ms()
 
         def make(connection: Connection) -> Person:
-            if invitation is not None:
-                people.accept_invitation(connection, invitation, now)
-            person = people.sign_up(
+            return actions.sign_up(
                 connection,
+                address,
                 self.peppers,
                 email,
                 hashed,
                 now,
                 free_credit=self.free_credit,
-                admin=invitation is not None,
+                invitation=invitation,
             )
-            audit.note(connection, now, person.id, "person.sign_up", person.account_id, address=address)
-            return person
 
         return await self.write(make)
 
@@ -286,14 +284,10 @@ class Accounts:
         person, hashed = found
         now = now_ms()
 
-        def start(connection: Connection) -> str:
-            # The password may have been changed while this one was being checked.
-            if people.password_of(connection, email) != (person, hashed):
-                raise SignInRefused("this address and this password do not fit")
-            audit.note(connection, now, person, "person.sign_in", person, address=address)
-            return people.start_session(connection, person, now)
-
-        return await self.write(start)
+        actor = Actor(person, address)
+        return await self.write(
+            lambda connection: actions.start_session(connection, actor, now, credentials=(email, hashed))
+        )
 
     async def sign_in_as(self, identity: Identity, *, address: str) -> str:
         """A new session's token for whomever a provider vouches for, who gets an account if this is the first time.
@@ -316,13 +310,15 @@ class Accounts:
                 if identity.verified is False:
                     raise SignInRefused(f"your mail address is not verified at {name}: verify it there, and try again")
                 try:
-                    person = people.sign_up(
+                    person = actions.sign_up(
                         connection,
+                        address,
                         self.peppers,
                         identity.email,
                         people.NO_PASSWORD,
                         now,
                         free_credit=self.free_credit,
+                        issuer=identity.issuer,
                     )
                 except AddressTaken:
                     raise AddressTaken(
@@ -330,10 +326,7 @@ class Accounts:
                         f"and link {name} on the page 'Settings'"
                     ) from None
                 people.add_identity(connection, person.id, identity, now)
-                detail = {"issuer": identity.issuer}
-                audit.note(connection, now, person.id, "person.sign_up", person.account_id, address=address, **detail)
-            audit.note(connection, now, person.id, "person.sign_in", person.id, address=address, issuer=identity.issuer)
-            return people.start_session(connection, person.id, now)
+            return actions.start_session(connection, Actor(person.id, address), now, issuer=identity.issuer)
 
         return await self.write(start)
 
@@ -366,13 +359,8 @@ class Accounts:
         Raises:
             AddressTaken: the identity is another account's.
         """
-        now = now_ms()
-
-        def write(connection: Connection) -> None:
-            people.add_identity(connection, person.id, identity, now)
-            audit.note(connection, now, person.id, "person.link", person.id, address=address, issuer=identity.issuer)
-
-        await self.write(write)
+        actor, now = Actor(person.id, address), now_ms()
+        await self.write(lambda connection: actions.link_identity(connection, actor, identity, now))
 
     async def unlink(self, person: Person, issuer: str, password: str, *, address: str, session: str = "") -> None:
         """End signing in with an issuer's identity, and every session of the person.
@@ -381,13 +369,8 @@ class Accounts:
             UsageError, SignInRefused, RateLimited.
         """
         await self.confirm(person, password, address=address, session=session)
-        now = now_ms()
-
-        def write(connection: Connection) -> None:
-            people.remove_identity(connection, person.id, issuer)
-            audit.note(connection, now, person.id, "person.unlink", person.id, address=address, issuer=issuer)
-
-        await self.write(write)
+        actor, now = Actor(person.id, address), now_ms()
+        await self.write(lambda connection: actions.unlink_identity(connection, actor, issuer, now))
 
     async def throttle_place(self, address: str) -> None:
         """Count a try to sign in that names nobody yet.
@@ -405,13 +388,8 @@ class Accounts:
         """
         await self.confirm(person, old, address=address, session=session)
         hashed = await asyncio.to_thread(people.hash_password, new)
-        now = now_ms()
-
-        def write(connection: Connection) -> None:
-            people.set_password(connection, person.id, hashed)
-            audit.note(connection, now, person.id, "person.password", person.id, address=address)
-
-        await self.write(write)
+        actor, now = Actor(person.id, address), now_ms()
+        await self.write(lambda connection: actions.set_password(connection, actor, hashed, now))
 
     async def close_account(self, person: Person, password: str, *, address: str, session: str = "") -> int:
         """Delete a person's account, see `people.close_account`. Returns the nano-dollars given up.
@@ -420,15 +398,8 @@ class Accounts:
             SignInRefused, RateLimited, LedgerRefused.
         """
         await self.confirm(person, password, address=address, session=session)
-        now = now_ms()
-
-        def close(connection: Connection) -> int:
-            given_up = people.close_account(connection, person.account_id, now)
-            # Without the address it came from: of a closed account nothing says who it was.
-            audit.note(connection, now, person.id, "account.close", person.account_id, given_up_nano=given_up)
-            return given_up
-
-        return await self.write(close)
+        actor, now = Actor(person.id, address), now_ms()
+        return await self.write(lambda connection: actions.close_account(connection, actor, person.account_id, now))
 
     async def _throttle(self, address: str, email: str) -> None:
         """Ten tries a minute for one mail address, thirty from one place."""

@@ -1,7 +1,11 @@
-"""Who did what to accounts, keys, prices and money. Append-only, and never a secret in it."""
+"""The audit log: who did what to accounts, keys, prices, money and models. Append-only, without secrets.
+
+Only this package appends to the log. `unmask.accounts.actions` makes a change and its audit row in one transaction;
+for changes of the catalogue, whose tables stand above this package, there are the `append_model_...` functions.
+"""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +16,24 @@ from unmask.storage.schema import audit
 
 
 @dataclass(frozen=True)
-class Event:
-    """One line. `at` is in Unix milliseconds; `detail` depends on the action."""
+class Actor:
+    """The author of an action.
+
+    Attributes:
+        id: a person's id, a key's id as "key:...", or "command line".
+        address: IP address of the request, or "" where there is none.
+    """
+
+    id: str
+    address: str = ""
+
+
+COMMAND_LINE = Actor("command line")
+
+
+@dataclass(frozen=True)
+class AuditEvent:
+    """One row of the audit log. `at` is in Unix milliseconds; `detail` depends on the action."""
 
     at: int
     actor: str
@@ -23,38 +43,53 @@ class Event:
     address: str
 
 
-def note(
-    connection: Connection, now: int, actor: str, action: str, subject: str, *, address: str = "", **detail: Any
-) -> None:
-    """Write a line, in the transaction of what it tells about.
+def append(connection: Connection, actor: Actor, action: str, subject: str, now: int, **detail: Any) -> None:
+    """Append a row, in the transaction of the change that it describes. Not to be called outside this package.
 
     Args:
-        actor: a person's id, a key's id as "key:...", or "command line".
         action: noun.verb, such as "key.create".
-        subject: the id of what it was done to.
-        address: where it came from.
+        subject: id of the changed account, key, model or person.
+        now: Unix milliseconds.
+        detail: JSON values, never a secret.
     """
     connection.execute(
         audit.insert(),
         {
             "at": now,
-            "actor": actor,
+            "actor": actor.id,
             "action": action,
             "subject": subject,
             "detail": json.dumps(detail, sort_keys=True),
-            "address": address,
+            "address": actor.address,
         },
     )
 
 
+def append_model_step(connection: Connection, actor: Actor, model: str, status: str, now: int) -> None:
+    """Record that a model took a step of its lifecycle."""
+    append(connection, actor, "model.step", model, now, status=status)
+
+
+def append_model_fields(connection: Connection, actor: Actor, model: str, fields: Iterable[str], now: int) -> None:
+    """Record which fields of a model's record were set, by name."""
+    append(connection, actor, "model.fields", model, now, fields=sorted(fields))
+
+
+def append_model_live(
+    connection: Connection, actor: Actor, model: str, now: int, *, revision: str | None, notified: int
+) -> None:
+    """Record that a model went live with the weights of a revision, and how many accounts were notified."""
+    append(connection, actor, "model.live", model, now, revision=revision, told=notified)
+
+
 def events(
     connection: Connection, *, subjects: Sequence[str] | None = None, limit: int = 100, before: int | None = None
-) -> list[tuple[int, Event]]:
-    """Lines with their numbers, newest first.
+) -> list[tuple[int, AuditEvent]]:
+    """List rows with their numbers, newest first.
 
     Args:
-        subjects: only of these.
-        before: only with lower numbers, for the next page.
+        subjects: only rows about these ids.
+        before: only rows with lower numbers, for the next page.
     """
     statement = sa.select(audit).order_by(audit.c.id.desc()).limit(limit)
     if subjects is not None:
@@ -62,6 +97,6 @@ def events(
     if before is not None:
         statement = statement.where(audit.c.id < before)
     return [
-        (row.id, Event(row.at, row.actor, row.action, row.subject, json.loads(row.detail), row.address))
+        (row.id, AuditEvent(row.at, row.actor, row.action, row.subject, json.loads(row.detail), row.address))
         for row in connection.execute(statement)
     ]

@@ -14,6 +14,9 @@ Status = Literal["requested", "coming soon", "benchmarking", "staged", "live", "
 
 STATUSES: tuple[Status, ...] = get_args(Status)
 
+# The gates between "benchmarking" and "staged", in their order; `unmask.onboarding.gates` runs them.
+GATE_NAMES = ("licence", "digests", "load", "parity", "quality", "speed", "price", "canary")
+
 # A failed gate sends a model back to where it waits, a deprecation can be taken back, and what was retired can be
 # wanted again. Nothing else goes backwards, and nothing is live that was not staged.
 ALLOWED: dict[Status, frozenset[Status]] = {

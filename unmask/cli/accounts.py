@@ -9,7 +9,6 @@ from pathlib import Path
 from cyclopts import App
 
 from unmask.cli.database import DatabaseUrl, open_database, read_transaction, write_transaction
-from unmask.cli.options import ACTOR
 from unmask.cli.terminal import format_time, print_result, print_table, say
 
 accounts = App(name="accounts", help="People, keys, prices and credit. ACCOUNT is an id or a mail address.")
@@ -40,7 +39,8 @@ def create(
     plan
         Limits of the account, see "unmask accounts plan".
     """
-    from unmask.accounts import audit, people, tariff
+    from unmask.accounts import actions, people
+    from unmask.accounts.audit import COMMAND_LINE
     from unmask.accounts.keys import Peppers
     from unmask.storage.database import now_ms
 
@@ -48,13 +48,17 @@ def create(
     hashed = people.hash_password(_password(password_file)) if email else ""
     now = now_ms()
     with write_transaction(database) as connection:
-        if email:
-            id = people.sign_up(connection, peppers, email, hashed, now, admin=admin).account_id
-        else:
-            id = people.open_account(connection, name, now)
-        if plan != "default":
-            tariff.assign_plan(connection, id, plan)
-        audit.note(connection, now, ACTOR, "account.create", id, plan=plan, admin=admin)
+        id = actions.create_account(
+            connection,
+            COMMAND_LINE,
+            peppers,
+            name,
+            now,
+            email=email,
+            password_hash=hashed,
+            admin=admin,
+            plan=plan,
+        )
     print_result(id)
     return 0
 
@@ -97,7 +101,8 @@ def close(account: str, *, yes: bool = False, database: DatabaseUrl = None) -> i
     yes
         Do it: it cannot be undone.
     """
-    from unmask.accounts import audit, people
+    from unmask.accounts import actions, people
+    from unmask.accounts.audit import COMMAND_LINE
     from unmask.accounts.money import format_dollars
     from unmask.errors import UsageError
     from unmask.storage.database import now_ms
@@ -109,8 +114,7 @@ def close(account: str, *, yes: bool = False, database: DatabaseUrl = None) -> i
             raise UsageError(
                 f"{found.id} has {format_dollars(found.balance)} dollars, and closing cannot be undone: add --yes"
             )
-        given_up = people.close_account(connection, found.id, now)
-        audit.note(connection, now, ACTOR, "account.close", found.id, given_up_nano=given_up)
+        given_up = actions.close_account(connection, COMMAND_LINE, found.id, now)
     say(f"{found.id} is closed; {format_dollars(given_up)} dollars were given up")
     return 0
 
@@ -170,15 +174,14 @@ def _password(file: Path | None) -> str:
 
 
 def _set_frozen(account: str, frozen: bool, database: str | None) -> int:
-    from unmask.accounts import audit, people
+    from unmask.accounts import actions, people
+    from unmask.accounts.audit import COMMAND_LINE
     from unmask.storage.database import now_ms
 
     now = now_ms()
     with write_transaction(database) as connection:
         id = people.find_account(connection, account).id
-        changed = people.freeze(connection, id, frozen=frozen)
-        if changed:
-            audit.note(connection, now, ACTOR, "account.freeze" if frozen else "account.thaw", id)
+        changed = actions.freeze_account(connection, COMMAND_LINE, id, now, frozen=frozen)
         state = people.account(connection, id).state
     say(f"{id} is {state}{'' if changed else ', as before'}")
     return 0

@@ -26,8 +26,8 @@ _GATES = Group("What the gates ask")
 def list_models(*, database: DatabaseUrl = None) -> int:
     """All models on record: where they stand, how many want them, and which gates they have passed."""
     from unmask.catalogue import votes
+    from unmask.catalogue.lifecycle import GATE_NAMES
     from unmask.catalogue.store import outcomes, read_catalogue
-    from unmask.onboarding.gates import GATES
 
     with read_transaction(database) as connection:
         stored = read_catalogue(connection)
@@ -37,7 +37,7 @@ def list_models(*, database: DatabaseUrl = None) -> int:
     for entry in stored.catalogue.entries():
         record = entry.record
         gates = passed.get(record.id, {})
-        count = sum(gate.name in gates and gates[gate.name].passed for gate in GATES)
+        count = sum(gate in gates and gates[gate].passed for gate in GATE_NAMES)
         status = record.status or record.role
         until = record.history[-1].until if record.history else None
         rows.append(
@@ -45,7 +45,7 @@ def list_models(*, database: DatabaseUrl = None) -> int:
                 record.id,
                 f"{status} until {until}" if until else status,
                 wanted.get(record.id, 0),
-                f"{count} of {len(GATES)}" if gates else "",
+                f"{count} of {len(GATE_NAMES)}" if gates else "",
                 len(entry.measurements),
             )
         )
@@ -88,11 +88,10 @@ def add(file: Path, *, database: DatabaseUrl = None) -> int:
     """Add a record from a TOML file, or lay its fields over the one that is there. Its history is not taken over."""
     import msgspec
 
-    from unmask.accounts import audit
+    from unmask.accounts.audit import COMMAND_LINE
     from unmask.catalogue import read_record
-    from unmask.catalogue.store import put_fields
+    from unmask.catalogue.actions import set_fields
     from unmask.errors import UsageError
-    from unmask.storage.database import now_ms
 
     try:
         text = file.read_text(encoding="utf-8")
@@ -102,8 +101,7 @@ def add(file: Path, *, database: DatabaseUrl = None) -> int:
     given = msgspec.toml.decode(text)
     fields = {name: value for name, value in given.items() if name not in ("id", "history")}
     with write_transaction(database) as connection:
-        put_fields(connection, record.id, msgspec.to_builtins(fields))
-        audit.note(connection, now_ms(), ACTOR, "model.fields", record.id, fields=sorted(fields))
+        set_fields(connection, COMMAND_LINE, record.id, msgspec.to_builtins(fields))
     say(f"{record.id}: {len(fields)} fields")
     return 0
 
@@ -132,13 +130,13 @@ def live(
     public_url: PublicUrl = "",
 ) -> int:
     """Switch a staged model on, and tell those who wanted it."""
-    from unmask.onboarding.run import take_live
+    from unmask.catalogue.actions import go_live
 
     post = named_server(mail_server, mail_from, public_url)
     with closing(open_database(database)) as chosen:
         with chosen.begin() as connection:
             id = _known(connection, model).id
-            told, charged = take_live(connection, id, actor=ACTOR)
+            told, charged = go_live(connection, id, actor=ACTOR)
         say(f"{id} is live; {told} who wanted it were told{', and the proposed price is charged' if charged else ''}")
         if told:
             send(chosen, post)
@@ -197,20 +195,12 @@ def _step(
     until: date | None = None,
     new: bool = False,
 ) -> None:
-    from unmask.accounts import audit
-    from unmask.catalogue.requests import check_id
-    from unmask.catalogue.store import put_fields, read_record, step
-    from unmask.storage.database import now_ms
+    from unmask.accounts.audit import COMMAND_LINE
+    from unmask.catalogue.actions import add_unknown, take_step
 
     with write_transaction(database) as connection:
-        if new and read_record(connection, model) is None:
-            check_id(model)
-            put_fields(connection, model, {})
-            id = model
-        else:
-            id = _known(connection, model).id
-        step(connection, id, status, actor=ACTOR, note=note, until=until)
-        audit.note(connection, now_ms(), ACTOR, "model.step", id, status=status)
+        id = model if new and add_unknown(connection, model) else _known(connection, model).id
+        take_step(connection, COMMAND_LINE, id, status, note=note, until=until)
     say(f"{id} is {status}{f' until {until}' if until else ''}")
 
 

@@ -2,7 +2,7 @@
 
 from unmask.cli.accounts import accounts
 from unmask.cli.database import DatabaseUrl, read_transaction, write_transaction
-from unmask.cli.options import ACTOR, parse_amount
+from unmask.cli.options import parse_amount
 from unmask.cli.terminal import format_time, print_table, say
 
 
@@ -23,17 +23,15 @@ def top_up(
     gift
         Nobody paid for it.
     """
-    from unmask.accounts import audit, ledger, people
+    from unmask.accounts import actions, people
+    from unmask.accounts.audit import COMMAND_LINE
     from unmask.storage.database import now_ms
 
     amount = parse_amount(dollars)
     now = now_ms()
     with write_transaction(database) as connection:
         id = people.find_account(connection, account).id
-        source = ledger.PROMOTION if gift else ledger.CASH
-        done = ledger.top_up(connection, id, amount, reference, now, note=note, source=source)
-        if done:
-            audit.note(connection, now, ACTOR, "credit.top_up", id, nano=amount, reference=reference, gift=gift)
+        done = actions.top_up(connection, COMMAND_LINE, id, amount, reference, now, note=note, gift=gift)
         balance = people.account(connection, id).balance
     _say_balance(
         id, balance, "" if done else f"the reference {reference!r} is in the books already: nothing was added; "
@@ -50,15 +48,15 @@ def pay_out(account: str, dollars: str, *, reference: str, note: str = "", datab
     reference
         Of the payment; each only once.
     """
-    from unmask.accounts import audit, ledger, people
+    from unmask.accounts import actions, people
+    from unmask.accounts.audit import COMMAND_LINE
     from unmask.storage.database import now_ms
 
     amount = parse_amount(dollars)
     now = now_ms()
     with write_transaction(database) as connection:
         id = people.find_account(connection, account).id
-        ledger.pay_out(connection, id, amount, reference, now, note=note)
-        audit.note(connection, now, ACTOR, "credit.pay_out", id, nano=amount, reference=reference)
+        actions.pay_out(connection, COMMAND_LINE, id, amount, reference, now, note=note)
         balance = people.account(connection, id).balance
     _say_balance(id, balance)
     return 0
@@ -67,14 +65,13 @@ def pay_out(account: str, dollars: str, *, reference: str, note: str = "", datab
 @accounts.command
 def refund(charge: str, *, note: str = "", database: DatabaseUrl = None) -> int:
     """Give back what a request cost. CHARGE is the answer's header x-unmask-charge."""
-    from unmask.accounts import audit, ledger
+    from unmask.accounts import actions
+    from unmask.accounts.audit import COMMAND_LINE
     from unmask.storage.database import now_ms
 
     now = now_ms()
     with write_transaction(database) as connection:
-        done = ledger.refund(connection, charge, now, note=note)
-        if done:
-            audit.note(connection, now, ACTOR, "credit.refund", charge)
+        done = actions.refund(connection, COMMAND_LINE, charge, now, note=note)
     say(f"{charge} was refunded" if done else f"{charge} was refunded before, or cost nothing")
     return 0
 

@@ -6,7 +6,7 @@ from cyclopts import Parameter
 
 from unmask.cli.accounts import accounts
 from unmask.cli.database import DatabaseUrl, read_transaction, write_transaction
-from unmask.cli.options import ACTOR, parse_amount
+from unmask.cli.options import parse_amount
 from unmask.cli.terminal import format_time, print_result, print_table, say
 
 
@@ -42,7 +42,8 @@ def key(
     days
         How long it works; left out, until it is revoked.
     """
-    from unmask.accounts import audit, keys, people
+    from unmask.accounts import actions, keys, people
+    from unmask.accounts.audit import COMMAND_LINE
     from unmask.storage.database import now_ms
 
     now = now_ms()
@@ -60,8 +61,7 @@ def key(
     peppers = keys.Peppers()
     with write_transaction(database) as connection:
         id = people.find_account(connection, account).id
-        made = keys.create(connection, peppers, id, settings, now)
-        audit.note(connection, now, ACTOR, "key.create", id, key=keys.key_id(made))
+        made = actions.create_key(connection, COMMAND_LINE, peppers, id, settings, now)
     print_result(made)
     return 0
 
@@ -105,15 +105,16 @@ def rotate(account: str, key: str, *, overlap_hours: float = 24.0, database: Dat
     overlap_hours
         How long the old one goes on working.
     """
-    from unmask.accounts import audit, keys, people
+    from unmask.accounts import actions, keys, people
+    from unmask.accounts.audit import COMMAND_LINE
     from unmask.storage.database import now_ms
 
     now = now_ms()
     peppers = keys.Peppers()
     with write_transaction(database) as connection:
         id = people.find_account(connection, account).id
-        made = keys.rotate(connection, peppers, id, key, now, overlap_ms=int(overlap_hours * 3_600_000))
-        audit.note(connection, now, ACTOR, "key.rotate", id, key=key, by=keys.key_id(made))
+        overlap_ms = int(overlap_hours * 3_600_000)
+        made = actions.rotate_key(connection, COMMAND_LINE, peppers, id, key, now, overlap_ms=overlap_ms)
     print_result(made)
     return 0
 
@@ -121,14 +122,13 @@ def rotate(account: str, key: str, *, overlap_hours: float = 24.0, database: Dat
 @accounts.command
 def revoke(account: str, key: str, *, database: DatabaseUrl = None) -> int:
     """End a key at once. KEY is its id."""
-    from unmask.accounts import audit, keys, people
+    from unmask.accounts import actions, people
+    from unmask.accounts.audit import COMMAND_LINE
     from unmask.storage.database import now_ms
 
     now = now_ms()
     with write_transaction(database) as connection:
         id = people.find_account(connection, account).id
-        done = keys.revoke(connection, id, key, now)
-        if done:
-            audit.note(connection, now, ACTOR, "key.revoke", id, key=key)
+        done = actions.revoke_key(connection, COMMAND_LINE, id, key, now)
     say(f"{key} {'is revoked' if done else 'was revoked before'}")
     return 0

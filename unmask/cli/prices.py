@@ -4,7 +4,7 @@ from typing import Literal
 
 from unmask.cli.accounts import accounts
 from unmask.cli.database import DatabaseUrl, read_transaction, write_transaction
-from unmask.cli.options import ACTOR, parse_amount
+from unmask.cli.options import parse_amount
 from unmask.cli.terminal import print_table
 
 Tier = Literal["default", "batch"]
@@ -23,14 +23,14 @@ def price(model: str, dollars: str, *, tier: Tier = "default", database: Databas
     tier
         The batch tier costs the same as the default one where it has no price.
     """
-    from unmask.accounts import audit, tariff
+    from unmask.accounts import actions, tariff
+    from unmask.accounts.audit import COMMAND_LINE
     from unmask.storage.database import now_ms
 
     amount = parse_amount(dollars, zero=True)
     now = now_ms()
     with write_transaction(database) as connection:
-        tariff.set_price(connection, tariff.Price(model, tier, amount), now)
-        audit.note(connection, now, ACTOR, "price.set", model, tier=tier, nano_per_million=amount)
+        actions.set_price(connection, COMMAND_LINE, tariff.Price(model, tier, amount), now)
     return 0
 
 
@@ -64,17 +64,16 @@ def plan(
     account
         Only put this account on the plan.
     """
-    from unmask.accounts import audit, people, tariff
+    from unmask.accounts import actions, people, tariff
+    from unmask.accounts.audit import COMMAND_LINE
     from unmask.storage.database import now_ms
 
     now = now_ms()
     with write_transaction(database) as connection:
         if account is not None:
             id = people.find_account(connection, account).id
-            tariff.assign_plan(connection, id, name)
-            audit.note(connection, now, ACTOR, "plan.assign", id, plan=name)
+            actions.assign_plan(connection, COMMAND_LINE, id, name, now)
         else:
-            tariff.set_plan(connection, tariff.Plan(name, requests_per_minute, tokens_per_minute))
-            limits = {"requests_per_minute": requests_per_minute, "tokens_per_minute": tokens_per_minute}
-            audit.note(connection, now, ACTOR, "plan.set", name, limits=limits)
+            limits = tariff.Plan(name, requests_per_minute, tokens_per_minute)
+            actions.set_plan(connection, COMMAND_LINE, limits, now)
     return 0

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from unmask.accounts import audit, tariff
+from unmask.catalogue.actions import go_live
 from unmask.catalogue.catalogue import named_record
 from unmask.catalogue.lifecycle import Status
 from unmask.catalogue.measurement import SPEED
@@ -27,17 +26,15 @@ from unmask.catalogue.store import (
     read_record,
     step,
 )
-from unmask.catalogue.votes import tell_voters
 from unmask.checkpoint import Checkpoint, open_checkpoint
 from unmask.disk import atomic_write, try_lock
 from unmask.errors import StorageError, UnmaskError, UsageError
 from unmask.evaluate.run import machine
 from unmask.home import home
 from unmask.onboarding.gates import GATES, Bench, Found, Gate, Onboarding, Tell
-from unmask.storage.database import Database, now_ms
-from unmask.storage.schema import accounts
+from unmask.storage.database import Database
 
-__all__ = ["Onboarding", "Result", "onboard", "output_for", "take_live"]
+__all__ = ["Onboarding", "Result", "onboard", "output_for"]
 
 # What a visitor may read; what exactly failed may name files of this machine.
 _FAILED = "It did not pass the gate '{gate}', and waits."
@@ -159,35 +156,9 @@ def _onboard(database: Database, wanted: Onboarding, checkpoint: Checkpoint, sho
             step(connection, wanted.model, "staged", actor=actor, note="It passed its gates.")
         result.status = _status(connection, wanted.model)
         if result.passed and result.status == "staged" and not wanted.stage:
-            result.told, result.charged = take_live(connection, wanted.model, actor=actor)
+            result.told, result.charged = go_live(connection, wanted.model, actor=actor)
             result.status = _status(connection, wanted.model)
     return result
-
-
-def take_live(connection: Connection, model: str, *, actor: str) -> tuple[int, bool]:
-    """The last step of a staged model whose gates are passed, in one transaction with all that hangs on it.
-
-    Those who wanted it get a notice. Where there are accounts and the model has no price, the proposed one is
-    charged, since without a price it would answer nobody.
-
-    Returns:
-        How many accounts were told, and whether the price is a new one.
-
-    Raises:
-        UsageError: it is not staged, or has not passed every gate with the weights on record.
-    """
-    record = read_record(connection, model)
-    if record is None or record.status != "staged":
-        raise UsageError(f"{model} is {record.status if record else 'unknown'}, and only a staged model can go live")
-    past = outcomes(connection, model)
-    if missing := [gate.name for gate in GATES if gate.name not in past or not past[gate.name].passed]:
-        raise UsageError(f"{model} has not passed {', '.join(missing)}: run 'unmask onboard {model}'")
-    charged = _set_price(connection, record, actor)
-    step(connection, model, "live", actor=actor)
-    now = now_ms()
-    told = tell_voters(connection, model, now)
-    audit.note(connection, now, actor, "model.live", model, revision=record.revision, told=told)
-    return told, charged
 
 
 @contextmanager
@@ -271,27 +242,6 @@ def _to_benchmarking(connection: Connection, record: Record, actor: str) -> Reco
     for status in way.get(record.status, ()):
         record = step(connection, record.id, status, actor=actor)
     return record
-
-
-def _set_price(connection: Connection, record: Record, actor: str) -> bool:
-    """Charge the proposed price where nothing is set. Whether that was done."""
-    prices = tariff.all_prices(connection)
-    own = next((p for p in prices if p.model == record.id and p.tier == "default"), None)
-    if own is not None:
-        _show_price(connection, record, own.nano_per_million)
-        return False
-    charging = connection.scalar(sa.select(accounts.c.id).limit(1)) is not None
-    if not charging or not record.prices:
-        return False
-    proposed = tariff.Price(record.id, "default", record.prices[0].nanodollars_per_million_tokens)
-    tariff.set_price(connection, proposed, now_ms())
-    audit.note(connection, now_ms(), actor, "price.set", record.id, nano_per_million=proposed.nano_per_million)
-    _show_price(connection, record, proposed.nano_per_million)
-    return True
-
-
-def _show_price(connection: Connection, record: Record, nano: int) -> None:
-    put_fields(connection, record.id, {"prices": [{"nanodollars_per_million_tokens": nano, "estimated": False}]})
 
 
 def _status(connection: Connection, model: str) -> Status | None:

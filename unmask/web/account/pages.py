@@ -14,7 +14,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from unmask.accounts import Accounts, audit, keys, people, tariff, usage
+from unmask.accounts import Accounts, actions, audit, keys, people, tariff, usage
+from unmask.accounts.audit import Actor
 from unmask.accounts.keys import Key
 from unmask.accounts.money import format_dollars
 from unmask.accounts.people import Person
@@ -108,13 +109,10 @@ class AccountPages:
         return await self._keys_page(request, person)
 
     async def make_key(self, request: Request, person: Person, form: Form) -> Response:
-        fields, now, address = KeyFields.read(form), now_ms(), address_of(request)
+        fields, now, actor = KeyFields.read(form), now_ms(), Actor(person.id, address_of(request))
 
         def make(connection: Connection) -> str:
-            made = keys.create(connection, self.accounts.peppers, person.account_id, settings, now)
-            id = keys.key_id(made)
-            audit.note(connection, now, person.id, "key.create", person.account_id, address=address, key=id)
-            return made
+            return actions.create_key(connection, actor, self.accounts.peppers, person.account_id, settings, now)
 
         try:
             settings = fields.settings(now, self._models())
@@ -128,11 +126,10 @@ class AccountPages:
 
     async def change_key(self, request: Request, person: Person, form: Form) -> Response:
         key = await self._own_key(request, person)
-        fields, now, address = KeyFields.read(form), now_ms(), address_of(request)
+        fields, now, actor = KeyFields.read(form), now_ms(), Actor(person.id, address_of(request))
 
         def change(connection: Connection) -> None:
-            keys.change(connection, person.account_id, key.id, settings, now)
-            audit.note(connection, now, person.id, "key.change", person.account_id, address=address, key=key.id)
+            actions.change_key(connection, actor, person.account_id, key.id, settings, now)
 
         try:
             settings = fields.settings(now, self._models(key), key.settings)
@@ -143,14 +140,13 @@ class AccountPages:
 
     async def rotate_key(self, request: Request, person: Person, form: Form) -> Response:
         key = await self._own_key(request, person)
-        now, address = now_ms(), address_of(request)
+        now, actor = now_ms(), Actor(person.id, address_of(request))
 
         def rotate(connection: Connection) -> str:
-            overlap = int(hours) * 3_600_000
-            made = keys.rotate(connection, self.accounts.peppers, person.account_id, key.id, now, overlap_ms=overlap)
-            by = keys.key_id(made)
-            audit.note(connection, now, person.id, "key.rotate", person.account_id, address=address, key=key.id, by=by)
-            return made
+            account, overlap = person.account_id, int(hours) * 3_600_000
+            return actions.rotate_key(
+                connection, actor, self.accounts.peppers, account, key.id, now, overlap_ms=overlap
+            )
 
         hours = form.get("hours")
         try:
@@ -163,11 +159,10 @@ class AccountPages:
 
     async def revoke_key(self, request: Request, person: Person, form: Form) -> Response:
         key = await self._own_key(request, person)
-        now, address = now_ms(), address_of(request)
+        now, actor = now_ms(), Actor(person.id, address_of(request))
 
         def revoke(connection: Connection) -> None:
-            if keys.revoke(connection, person.account_id, key.id, now):
-                audit.note(connection, now, person.id, "key.revoke", person.account_id, address=address, key=key.id)
+            actions.revoke_key(connection, actor, person.account_id, key.id, now)
 
         await self.accounts.write(revoke)
         return go(f"/account/keys/{key.id}?done=revoked")

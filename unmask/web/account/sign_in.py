@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sqlalchemy import Connection
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from unmask.accounts import Accounts, audit, people
+from unmask.accounts import Accounts, actions, people
+from unmask.accounts.audit import Actor
 from unmask.accounts.people import Person
 from unmask.accounts.provider import Provider, Visit
 from unmask.errors import AccountError, AddressTaken, SignInRefused, UnmaskError, UsageError
@@ -154,13 +154,8 @@ class Entrance:
         return await self._signed_in(request, token, "/admin")
 
     async def sign_out(self, request: Request, person: Person, form: Form) -> Response:
-        token, address, now = session_token(request), address_of(request), now_ms()
-
-        def end(connection: Connection) -> None:
-            people.end_session(connection, token)
-            audit.note(connection, now, person.id, "person.sign_out", person.id, address=address)
-
-        await self.accounts.write(end)
+        token, actor, now = session_token(request), Actor(person.id, address_of(request)), now_ms()
+        await self.accounts.write(lambda connection: actions.end_session(connection, actor, token, now))
         answer = go("/sign-in?done=signed-out")
         end_session(request, answer)
         return answer

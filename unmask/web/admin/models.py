@@ -10,16 +10,14 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from unmask.accounts import Accounts, audit
+from unmask.accounts import Accounts
+from unmask.accounts.audit import Actor
 from unmask.accounts.people import Person
 from unmask.catalogue import Record, Status, votes
-from unmask.catalogue.lifecycle import ALLOWED
-from unmask.catalogue.requests import check_id
-from unmask.catalogue.store import Outcome, outcomes, put_fields, read_catalogue, read_record, step
+from unmask.catalogue.actions import decide
+from unmask.catalogue.lifecycle import ALLOWED, GATE_NAMES
+from unmask.catalogue.store import Outcome, outcomes, read_catalogue
 from unmask.errors import UsageError
-from unmask.onboarding.gates import GATES
-from unmask.onboarding.run import take_live
-from unmask.storage.database import now_ms
 from unmask.web.page_shell import Render, show
 from unmask.web.rendering import HEADERS
 from unmask.web.sessions import Form, address_of, for_form, for_person
@@ -67,14 +65,13 @@ class Operating:
     async def decide(self, request: Request, person: Person, form: Form) -> Response:
         """A step of a model's lifecycle; then the page again."""
         model, status, until = form.get("model"), form.get("status"), form.get("until")
-        address = address_of(request)
+        actor = Actor(person.id, address_of(request))
 
         def take(connection: Connection) -> None:
             chosen: Status | None = next((known for known in _DECISIONS if known == status), None)
             if chosen is None:
                 raise UsageError(f"{status[:40]!r} is no step that can be taken here")
-            _take(connection, model, chosen, _day(until) if chosen == "deprecated" else None, person.id)
-            audit.note(connection, now_ms(), person.id, "model.step", model, address=address, status=chosen)
+            decide(connection, actor, model, chosen, until=_day(until) if chosen == "deprecated" else None)
 
         try:
             await self.accounts.write(take)
@@ -95,7 +92,7 @@ class Operating:
             queue=sorted((m for m in managed if m.wanted), key=lambda m: -m.wanted.votes if m.wanted else 0),
             managed=[m for m in managed if m.gates or m.record.status not in (None, "coming soon")],
             others=[m for m in managed if not m.gates and m.record.status == "coming soon"],
-            gate_count=len(GATES),
+            gate_count=len(GATE_NAMES),
             waiting=waiting,
             action=PAGE,
             today=datetime.now(UTC).date().isoformat(),
@@ -110,17 +107,6 @@ def _day(text: str) -> date:
     if day < datetime.now(UTC).date():
         raise UsageError(f"{day} is over: a deprecation announces a day that is to come")
     return day
-
-
-def _take(connection: Connection, model: str, status: Status, until: date | None, actor: str) -> None:
-    record = read_record(connection, model)
-    if record is None:
-        check_id(model)
-        put_fields(connection, model, {})
-    if status == "live" and record is not None and record.status == "staged":
-        take_live(connection, model, actor=actor)
-    else:
-        step(connection, model, status, actor=actor, until=until)
 
 
 def _managed(connection: Connection) -> list[Managed]:

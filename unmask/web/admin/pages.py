@@ -9,7 +9,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from unmask.accounts import Accounts, audit, keys, ledger, people, tariff, usage
+from unmask.accounts import Accounts, actions, audit, keys, people, tariff, usage
+from unmask.accounts.audit import Actor
 from unmask.accounts.people import Account, Person
 from unmask.accounts.tariff import Plan, Price
 from unmask.api.errors import ApiError
@@ -88,48 +89,41 @@ class AdminPages:
         return await self._account_page(request, person)
 
     async def set_state(self, request: Request, person: Person, form: Form) -> Response:
-        id, now, address = request.path_params["id"], now_ms(), address_of(request)
+        id, now, actor = request.path_params["id"], now_ms(), Actor(person.id, address_of(request))
         frozen = form.get("state") == "frozen"
 
         def set_it(connection: Connection) -> None:
-            if people.freeze(connection, id, frozen=frozen):
-                action = "account.freeze" if frozen else "account.thaw"
-                audit.note(connection, now, person.id, action, id, address=address)
+            actions.freeze_account(connection, actor, id, now, frozen=frozen)
 
         return await self._done(request, person, set_it, "frozen" if frozen else "thawed")
 
     async def top_up(self, request: Request, person: Person, form: Form) -> Response:
-        id, now, address = request.path_params["id"], now_ms(), address_of(request)
-        reference, gift = form.get("reference"), form.get("gift") == "yes"
+        id, now, actor = request.path_params["id"], now_ms(), Actor(person.id, address_of(request))
+        reference, gift, note = form.get("reference"), form.get("gift") == "yes", form.get("note")[:200]
 
         def add(connection: Connection) -> None:
             amount = dollars(form.get("dollars"))
-            source = ledger.PROMOTION if gift else ledger.CASH
-            if not ledger.top_up(connection, id, amount, reference, now, note=form.get("note")[:200], source=source):
+            if not actions.top_up(connection, actor, id, amount, reference, now, note=note, gift=gift):
                 raise LedgerRefused(f"the reference {reference!r} is in the books already: nothing was added")
-            what = {"nano": amount, "reference": reference, "gift": gift}
-            audit.note(connection, now, person.id, "credit.top_up", id, address=address, **what)
 
         return await self._done(request, person, add, "topped-up", form)
 
     async def assign_plan(self, request: Request, person: Person, form: Form) -> Response:
-        id, now, address, plan = request.path_params["id"], now_ms(), address_of(request), form.get("plan")
+        id, now, plan = request.path_params["id"], now_ms(), form.get("plan")
+        actor = Actor(person.id, address_of(request))
 
         def assign(connection: Connection) -> None:
-            tariff.assign_plan(connection, id, plan)
-            audit.note(connection, now, person.id, "plan.assign", id, address=address, plan=plan)
+            actions.assign_plan(connection, actor, id, plan, now)
 
         return await self._done(request, person, assign, "plan")
 
     async def refund(self, request: Request, person: Person, form: Form) -> Response:
-        id, now, address, charge = request.path_params["id"], now_ms(), address_of(request), form.get("charge")
+        id, now, charge = request.path_params["id"], now_ms(), form.get("charge")
+        actor, note = Actor(person.id, address_of(request)), form.get("note")[:200]
 
         def give_back(connection: Connection) -> None:
-            if usage.account_of(connection, charge) != id:
-                raise LedgerRefused(f"there is no charge {charge[:60]!r} of this account")
-            if not ledger.refund(connection, charge, now, note=form.get("note")[:200]):
+            if not actions.refund(connection, actor, charge, now, note=note, account=id):
                 raise LedgerRefused(f"{charge} was refunded before, or cost nothing")
-            audit.note(connection, now, person.id, "credit.refund", id, address=address, charge=charge)
 
         return await self._done(request, person, give_back, "refunded", form)
 
@@ -137,18 +131,14 @@ class AdminPages:
         return await self._prices_page(request, person)
 
     async def set_price(self, request: Request, person: Person, form: Form) -> Response:
-        model, tier, now, address = form.get("model"), form.get("tier"), now_ms(), address_of(request)
-        remove = form.get("remove") == "yes"
+        model, tier, now = form.get("model"), form.get("tier"), now_ms()
+        actor, remove = Actor(person.id, address_of(request)), form.get("remove") == "yes"
 
         def set_it(connection: Connection) -> None:
             if remove:
-                if tariff.remove_price(connection, model, tier):
-                    audit.note(connection, now, person.id, "price.remove", model, address=address, tier=tier)
-                return
-            amount = dollars(form.get("dollars"))
-            tariff.set_price(connection, Price(model, tier, amount), now)
-            what = {"tier": tier, "nano_per_million": amount}
-            audit.note(connection, now, person.id, "price.set", model, address=address, **what)
+                actions.remove_price(connection, actor, model, tier, now)
+            else:
+                actions.set_price(connection, actor, Price(model, tier, dollars(form.get("dollars"))), now)
 
         try:
             if not remove and model not in await self._priceable():
@@ -162,7 +152,7 @@ class AdminPages:
         return await self._plans_page(request, person)
 
     async def set_plan(self, request: Request, person: Person, form: Form) -> Response:
-        name, now, address = form.get("name"), now_ms(), address_of(request)
+        name, now, actor = form.get("name"), now_ms(), Actor(person.id, address_of(request))
 
         def set_it(connection: Connection) -> None:
             if len(name) > 60:
@@ -171,8 +161,7 @@ class AdminPages:
                 "requests_per_minute": whole(form.get("requests_per_minute"), "requests per minute"),
                 "tokens_per_minute": whole(form.get("tokens_per_minute"), "tokens per minute"),
             }
-            tariff.set_plan(connection, Plan(name, **limits))
-            audit.note(connection, now, person.id, "plan.set", name, address=address, limits=limits)
+            actions.set_plan(connection, actor, Plan(name, **limits), now)
 
         try:
             await self.accounts.write(set_it)
