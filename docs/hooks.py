@@ -30,9 +30,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
     """Fill in the command-line reference, and turn links that leave docs/ into pages of the site or plain text."""
     if CLI_MARK in markdown:
-        from unmask.cli import app
+        from unmask.cli import build_app
 
-        pages = app.generate_docs(output_format="markdown", include_hidden=False)
+        pages = build_app("*").generate_docs(output_format="markdown", include_hidden=False)
         markdown = markdown.replace(CLI_MARK, pages.partition("\n")[2])
     return _LINK.sub(lambda link: _inside(link, page.file.src_uri), markdown)
 
