@@ -22,7 +22,7 @@ import pytest
 
 from unmask.bulk import job as job_module
 from unmask.bulk.files import INPUT_FORMATS, NPY_HEADER_BYTES, OUTPUT_FORMATS
-from unmask.bulk.job import EncodeJob, EncodeReport, Progress, run
+from unmask.bulk.job import EncodeJob, EncodeProgress, EncodeReport, run
 from unmask.bulk.spool import Spool
 from unmask.encoder.encoder import Encoder
 from unmask.errors import CheckpointError, EmptyText, StorageError, TextTooLong, UsageError
@@ -52,20 +52,21 @@ def job(tmp_path: Path) -> EncodeJob:
 
 @pytest.fixture
 def launch(encoder: Encoder) -> Launch:
-    def start(job: EncodeJob, progress: Progress | None = None) -> EncodeReport:
+    def start(job: EncodeJob, progress: Callable[[EncodeProgress], None] | None = None) -> EncodeReport:
         return run(job, lambda: encoder, progress)
 
     return start
 
 
-class StopAfter(Progress):
+class StopAfter:
     """Interrupts the run once so many chunks are recorded."""
 
     def __init__(self, chunks: int) -> None:
-        super().__init__(io.StringIO())
         self._chunks = chunks
 
-    def advance(self, rows: int, tokens: int) -> None:
+    def __call__(self, progress: EncodeProgress) -> None:
+        if progress.seconds == 0.0:
+            return  # the call before the first chunk
         self._chunks -= 1
         if self._chunks == 0:
             raise KeyboardInterrupt
@@ -387,29 +388,14 @@ def test_full_disk_is_said_and_loses_nothing(
     assert Path(job.output).read_bytes() == (tmp_path / f"whole.{target}").read_bytes()
 
 
-def test_progress_writes_lines_where_there_is_no_terminal(
-    job: EncodeJob, launch: Launch, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(job_module, "_SECONDS_BETWEEN_LINES", 0)
+def test_progress_is_reported_before_the_first_chunk_and_after_each(job: EncodeJob, launch: Launch) -> None:
     interrupt(launch, job)
-    stream = io.StringIO()
-    launch(job, Progress(stream))
-    lines = stream.getvalue().splitlines()
-    assert [line.split(",")[0] for line in lines] == ["32 of 45 rows", "40 of 45 rows", "45 of 45 rows"]
-    assert lines[-1].endswith("tokens/s, 0:00:00 left")
-
-
-def test_progress_shows_a_bar_on_a_terminal(job: EncodeJob, launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setenv("TERM", "xterm")
-    stream = Terminal()
-    launch(job, Progress(stream))
-    assert "━" in stream.getvalue()
-    assert "45 of 45 rows" in stream.getvalue()
+    states: list[EncodeProgress] = []
+    report = launch(job, states.append)
+    assert [state.rows for state in states] == [24, 32, 40, 45]
+    assert {state.total for state in states} == {len(TEXTS)}
+    assert states[0].tokens == 0 and states[0].seconds == 0.0
+    assert 0 < states[-1].tokens < report.tokens  # the tokens of this run alone
 
 
 CHILD = """

@@ -7,16 +7,14 @@ compares, and goes on. On the same machine, with as many threads, the output is 
 """
 
 import hashlib
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
-from datetime import timedelta
+from dataclasses import KW_ONLY, asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 import numpy as np
 
@@ -44,27 +42,30 @@ CHUNK_CHARACTERS = 128 * 1024
 # A longer text is cut to the model's length, so no more of it than this counts towards a chunk.
 _CHARACTERS_PER_TOKEN = 4
 
-_SECONDS_BETWEEN_LINES = 10.0
-
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """What `unmask encode` was asked for.
+    """A file of texts to encode, and how. These fields are the options of `unmask encode`.
 
     Attributes:
-        input, output: paths, or `-` for the standard streams.
-        input_format, output_format: one of INPUT_FORMATS and OUTPUT_FORMATS; None to go by the name.
-        column: column or field that holds the text.
-        instruction, normalize, dimensions: as for `Encoder.encode`.
-        on_empty: what an empty text is: an error, or a row without a vector (NaN in npy, null elsewhere).
-        on_long: what happens to a text that does not fit the model.
-        restart: discard an unfinished run and replace a finished output.
+        input: txt (one text per line), jsonl, csv, tsv or parquet file; "-" for standard input.
+        output: npy, parquet or jsonl file; "-" for standard output.
+        input_format: Format of the input, if the name does not show it.
+        output_format: Format of the output, if the name does not show it.
+        column: Column or field that holds the text (jsonl, csv, tsv, parquet).
+        instruction: Task description. The model reads it before each text; its tokens are not pooled.
+        normalize: Scale each vector to length 1.
+        dimensions: Keep only the first N dimensions of each vector.
+        on_empty: An empty text stops the run, or becomes a row without a vector (NaN in npy, null elsewhere).
+        on_long: A text that does not fit the model is cut and counted, or stops the run.
+        restart: Discard an unfinished run and replace a finished output.
     """
 
     input: str
     output: str
-    input_format: str | None = None
-    output_format: str | None = None
+    _: KW_ONLY
+    input_format: Literal["txt", "jsonl", "csv", "tsv", "parquet"] | None = None
+    output_format: Literal["npy", "parquet", "jsonl"] | None = None
     column: str = "text"
     instruction: str = ""
     normalize: bool = False
@@ -72,6 +73,23 @@ class EncodeJob:
     on_empty: Literal["error", "null"] = "error"
     on_long: Literal["truncate", "error"] = "truncate"
     restart: bool = False
+
+
+@dataclass(frozen=True)
+class EncodeProgress:
+    """State of a running job.
+
+    Attributes:
+        rows: rows of the output that are done.
+        total: rows of the input; None if it is a stream.
+        tokens: tokens encoded by this run.
+        seconds: time since the first text was read.
+    """
+
+    rows: int
+    total: int | None
+    tokens: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -87,12 +105,14 @@ class EncodeReport(Tally):
     resumed_at: int = 0
 
 
-def run(job: EncodeJob, load_encoder: Callable[[], Encoder], progress: "Progress | None" = None) -> EncodeReport:
+def run(
+    job: EncodeJob, load_encoder: Callable[[], Encoder], progress: Callable[[EncodeProgress], None] | None = None
+) -> EncodeReport:
     """Encode a file, going on where an earlier run of the same job was interrupted.
 
     Args:
         load_encoder: called once, after everything that can be wrong without a model has been checked.
-        progress: where to show how far it is; None shows nothing.
+        progress: called before the first text and after every chunk.
 
     Raises:
         UsageError: the input cannot be read, the output exists or another run is writing it, or the input or the
@@ -114,9 +134,10 @@ def run(job: EncodeJob, load_encoder: Callable[[], Encoder], progress: "Progress
             done = spool.resume(_options(job, encoder, target), job.dimensions or encoder.dim)
             _require_same_texts(job, texts, done.rows, digest, spool)
         resumed_at = done.rows
+        resumed_tokens, total = done.tokens, row_count(job.input, source) if progress is not None else None
+        began = time.monotonic()
         if progress is not None:
-            progress.begin(done.rows, row_count(job.input, source))
-            stack.callback(progress.end)
+            progress(EncodeProgress(done.rows, total, 0, 0.0))
         longest = _CHARACTERS_PER_TOKEN * encoder.max_length
         made = _tokenised(encoder, job, chunks(texts, CHUNK_ROWS, CHUNK_CHARACTERS, longest), done.rows)
         # A GPU need not wait for the next chunk. On a CPU tokenising takes a core, and a pipe may have none yet.
@@ -135,7 +156,7 @@ def run(job: EncodeJob, load_encoder: Callable[[], Encoder], progress: "Progress
                 if full:
                     spool.record(done, digest.hexdigest())
             if progress is not None:
-                progress.advance(done.rows - before.rows, done.tokens - before.tokens)
+                progress(EncodeProgress(done.rows, total, done.tokens - resumed_tokens, time.monotonic() - began))
         if spool is not None:
             spool.deliver(target, done.rows)
     return EncodeReport(**asdict(done), seconds=time.perf_counter() - started, resumed_at=resumed_at)
@@ -250,52 +271,3 @@ def _vectors(encoder: Encoder, job: EncodeJob, prompts: list[Prompt | None], fir
     padded = np.full((len(prompts), vectors.shape[1]), np.nan, dtype=np.float32)
     padded[kept] = vectors
     return padded
-
-
-class Progress:
-    """How far a run is, on standard error or `stream`: a bar on a terminal, else a line about every ten seconds."""
-
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stderr
-        self._bar: Any = None
-        self._rows = self._first = self._tokens = 0
-        self._total: int | None = None
-        self._started = self._shown = 0.0
-
-    def begin(self, rows: int, total: int | None) -> None:
-        """Start the clock at `rows` done of `total`, None if that is not known."""
-        self._rows = self._first = rows
-        self._total = total
-        self._started = self._shown = time.monotonic()
-        if self._stream.isatty():
-            from rich import console, progress
-
-            columns = (progress.BarColumn(), progress.TextColumn("{task.description}"))
-            self._bar = progress.Progress(*columns, console=console.Console(file=self._stream))
-            self._bar.add_task(self._status(), total=total, completed=rows)
-            self._bar.start()
-
-    def advance(self, rows: int, tokens: int) -> None:
-        """Count rows and tokens that were encoded since the last call."""
-        self._rows += rows
-        self._tokens += tokens
-        now = time.monotonic()
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=self._rows, description=self._status())
-        elif now - self._shown >= _SECONDS_BETWEEN_LINES:
-            self._shown = now
-            print(self._status(), file=self._stream, flush=True)
-
-    def end(self) -> None:
-        """Leave the terminal as it was."""
-        if self._bar is not None:
-            self._bar.stop()
-
-    def _status(self) -> str:
-        elapsed = max(time.monotonic() - self._started, 1e-9)
-        of_total = "" if self._total is None else f" of {self._total:,}"
-        parts = [f"{self._rows:,}{of_total} rows", f"{self._tokens / elapsed:,.0f} tokens/s"]
-        if self._total is not None and self._rows > self._first:
-            left = max(self._total - self._rows, 0) * elapsed / (self._rows - self._first)
-            parts.append(f"{timedelta(seconds=round(left))} left")
-        return ", ".join(parts)

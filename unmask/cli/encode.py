@@ -1,107 +1,72 @@
 """`unmask encode`."""
 
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 
-from unmask.cli.terminal import say
+from unmask.bulk.job import EncodeJob, EncodeProgress, run
+from unmask.checkpoint.resolve import DEFAULT_MODEL
+from unmask.cli.options import DeviceOption, DtypeOption
+from unmask.cli.terminal import Progress, Step, say
+from unmask.encoder import Encoder
+
+_FILES = Group.create_ordered("Files and texts")
+_MODEL = Group.create_ordered("Model")
+
+
+@dataclass(frozen=True)
+class EncodeOptions(EncodeJob):
+    """`EncodeJob` as options. Here are the fields whose option differs from the field."""
+
+    input: Annotated[str, Parameter(name="INPUT", allow_leading_hyphen=True)]  # for "-"
+    output: Annotated[str, Parameter(name=["--output", "-o"], allow_leading_hyphen=True)] = field(kw_only=True)
+
+
+@Parameter(name="*", group=_MODEL)
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """The model to encode with.
+
+    Attributes:
+        model: Shipped id, hub id, folder or .gguf file.
+        adapter: LoRA adapter to merge into the model. Repeat it to merge several, in this order.
+        pooling: mean, weighted_mean, eos_token, last_token or bos_token. Default: the model's own, else mean.
+        max_length: Most tokens of a text, special tokens included. Default: the model's own, else 512.
+        compat: "reference" gives the published LLM2Vec vectors, quirks included.
+    """
+
+    model: str = DEFAULT_MODEL
+    adapter: tuple[str, ...] = ()
+    pooling: str | None = None
+    max_length: int | None = None
+    compat: Literal["default", "reference"] = "default"
+    dtype: DtypeOption = "float32"
+    device: DeviceOption = "cpu"
+
+    def load(self) -> Encoder:
+        """Load the encoder."""
+        return Encoder.load(
+            self.model,
+            adapters=self.adapter,
+            compat=self.compat,
+            pooling=self.pooling,
+            max_length=self.max_length,
+            dtype=self.dtype,
+            device=self.device,
+        )
 
 
 def encode(
-    input: Annotated[str, Parameter(allow_leading_hyphen=True)],  # for "-"
-    /,
-    *,
-    output: Annotated[str, Parameter(name=["--output", "-o"], allow_leading_hyphen=True)],
-    model: str | None = None,
-    adapter: Annotated[tuple[str, ...], Parameter(negative=())] = (),
-    instruction: str = "",
-    column: str = "text",
-    normalize: Annotated[bool, Parameter(negative=())] = False,
-    dimensions: int | None = None,
-    pooling: str | None = None,
-    max_length: int | None = None,
-    compat: Literal["default", "reference"] = "default",
-    dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32",
-    device: str = "cpu",
-    input_format: Literal["txt", "jsonl", "csv", "tsv", "parquet"] | None = None,
-    output_format: Literal["npy", "parquet", "jsonl"] | None = None,
-    on_empty: Literal["error", "null"] = "error",
-    on_long: Literal["truncate", "error"] = "truncate",
-    restart: Annotated[bool, Parameter(negative=())] = False,
+    job: Annotated[EncodeOptions, Parameter(name="*", group=_FILES)], *, model: ModelOptions = ModelOptions()
 ) -> int:
-    """Encode a file of texts. Interrupted and run again, it continues, and the result is the same to the byte.
+    """Encode a file of texts into a file of vectors.
 
-    Parameters
-    ----------
-    input
-        txt (one text per line), jsonl, csv, tsv or parquet; "-" for standard input.
-    output
-        npy, parquet or jsonl; "-" for standard output.
-    model
-        A shipped id, a hub id, a folder or a .gguf file. Left out: unmask/smollm2-135m-embed.
-    adapter
-        LoRA adapter to merge into the model. May be repeated; merged in this order.
-    instruction
-        What to look for; read by the model, never averaged into the vectors.
-    column
-        Column or field that holds the text (jsonl, csv, tsv, parquet).
-    normalize
-        Scale each vector to length 1.
-    dimensions
-        Keep only the first so many numbers of each vector.
-    pooling
-        mean, weighted_mean, eos_token, last_token or bos_token. Left out: as the model says, else mean.
-    max_length
-        Tokens per text, everything counted. Left out: as the model says, else 512.
-    compat
-        "reference" gives the published LLM2Vec vectors, quirks included.
-    dtype
-        Precision of the weights.
-    device
-        A torch device, such as cpu or cuda.
-    input_format
-        Needed when it does not show in the file's name.
-    output_format
-        Needed when it does not show in the file's name.
-    on_empty
-        An empty text stops the run, or becomes a row without a vector.
-    on_long
-        A text that does not fit is cut and counted, or stops the run.
-    restart
-        Discard an unfinished run and replace a finished output.
+    An interrupted run continues when you repeat the command. The output is the same to the byte.
     """
-    from unmask.bulk.job import EncodeJob, Progress, run
-    from unmask.checkpoint.resolve import DEFAULT_MODEL
-
-    job = EncodeJob(
-        input=input,
-        output=output,
-        input_format=input_format,
-        output_format=output_format,
-        column=column,
-        instruction=instruction,
-        normalize=normalize,
-        dimensions=dimensions,
-        on_empty=on_empty,
-        on_long=on_long,
-        restart=restart,
-    )
-
-    def load():
-        from unmask.encoder import Encoder
-
-        return Encoder.load(
-            model or DEFAULT_MODEL,
-            adapters=adapter,
-            compat=compat,
-            pooling=pooling,
-            max_length=max_length,
-            dtype=dtype,
-            device=device,
-        )
-
-    report = run(job, load, Progress())
-    say(f"{report.rows} texts, {report.tokens} tokens, {report.seconds:.1f} s -> {output}")
+    with Progress() as progress:
+        report = run(job, model.load, lambda state: progress.show(_step(state)))
+    say(f"{report.rows} texts, {report.tokens} tokens, {report.seconds:.1f} s -> {job.output}")
     if report.resumed_at:
         say(f"continued an earlier run at text {report.resumed_at}")
     if report.truncated:
@@ -109,3 +74,8 @@ def encode(
     if report.empty:
         say(f"{report.empty} empty texts have no vector")
     return 0
+
+
+def _step(state: EncodeProgress) -> Step:
+    speed = f"{state.tokens / state.seconds:,.0f} tokens/s" if state.seconds else ""
+    return Step("encode", state.rows, state.total, "rows", (speed,))

@@ -59,8 +59,9 @@ def _entry_lines(labels: str, text: str, column: int, width: int) -> list[str]:
 
 
 def _labels(entry: "HelpEntry", kind: str) -> str:
-    labels = entry.display_labels_with_metavar if kind == "parameter" else entry.display_labels
-    return ", ".join(labels)
+    if entry.positional_label:
+        return entry.positional_label
+    return ", ".join(entry.display_labels_with_metavar if kind == "parameter" else entry.display_labels)
 
 
 def _description(entry: "HelpEntry") -> str:

@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import NamedTuple
 
-from cyclopts import App, Group
+from cyclopts import App, Group, Parameter
 
 from unmask import __version__
 from unmask.cli.help import HelpPage
@@ -70,6 +70,7 @@ def build_app(called: str | None = None) -> App:
         version=f"unmask {__version__}",
         version_flags=["--version", "-V"],
         help_formatter=HelpPage(),
+        default_parameter=Parameter(negative=()),  # no --no-restart; an option that needs one says so
     )
     app["--help"].group = app["--version"].group = (_OPTIONS,)
     for position, command in enumerate(COMMANDS):

@@ -5,11 +5,19 @@ import os
 import shutil
 import sys
 import textwrap
+import time
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
-from typing import Any, TextIO
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.live import Live
 
 _GAP = 2  # blanks between columns
+_SECONDS_BETWEEN_LINES = 10.0  # progress in a pipe or file
+_BAR = (8, 28)  # narrowest and widest progress bar
 _NARROWEST = 24  # a column of prose is not made narrower than this; the rows become blocks instead
 
 
@@ -130,3 +138,112 @@ def format_time(milliseconds: int | None) -> str:
     if milliseconds is None:
         return ""
     return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A piece of work and how far it is.
+
+    Attributes:
+        name: of the work. A new name starts a new clock.
+        done, total: counts of `unit`; `total` is None while it is not known.
+        details: further texts, the most important first. The last ones are left out where the terminal is narrow.
+    """
+
+    name: str
+    done: int = 0
+    total: int | None = None
+    unit: str = ""
+    details: tuple[str, ...] = ()
+
+
+class Progress:
+    """Shows progress on stderr: one line that is redrawn on a terminal, else a line every ten seconds.
+
+    Args:
+        stream: another place to write to.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._live: Live | None = None
+        self._step = Step("")
+        self._first = 0
+        self._started = self._printed = 0.0
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def show(self, step: Step) -> None:
+        """Show how far the work is."""
+        now = time.monotonic()
+        if step.name != self._step.name or not self._started:
+            self._first, self._started, self._printed = step.done, now, now
+        self._step = step
+        if self._stream.isatty():
+            self._draw()
+        elif now - self._printed >= _SECONDS_BETWEEN_LINES:
+            self._printed = now
+            print(self._line(None), file=self._stream, flush=True)
+
+    def log(self, line: str) -> None:
+        """Print a line that stays; in a pipe or file with the time of day."""
+        stamp = "" if self._stream.isatty() else time.strftime("%H:%M:%S ")
+        print(stamp + line, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Remove the line that is redrawn."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _draw(self) -> None:
+        if self._live is not None:
+            return  # it redraws itself
+        from rich.console import Console
+        from rich.live import Live
+        from rich.text import Text
+
+        console = Console(file=self._stream)
+        self._live = Live(
+            get_renderable=lambda: Text(self._line(console.width - 1), no_wrap=True),
+            console=console,
+            refresh_per_second=8,
+            transient=True,
+        )
+        self._live.start()
+
+    def _line(self, width: int | None) -> str:
+        step, elapsed = self._step, time.monotonic() - self._started
+        advanced = step.done - self._first
+        left = None if step.total is None or advanced <= 0 else max(step.total - step.done, 0) * elapsed / advanced
+        return progress_line(step, left, width)
+
+
+def progress_line(step: Step, seconds_left: float | None, width: int | None) -> str:
+    """Lay out a line of progress. No word is cut: parts that do not fit are left out.
+
+    Args:
+        seconds_left: estimate, None if there is none.
+        width: columns of the terminal; None for a line without a bar and of any length.
+    """
+    total = "" if step.total is None else f" of {step.total:,}"
+    counts = f"{step.done:,}{total} {step.unit}".rstrip() if step.done or step.total else ""
+    left = "" if seconds_left is None else f"{timedelta(seconds=round(seconds_left))} left"
+    parts = [part for part in (step.name, counts, *step.details, left) if part]
+    if width is None:
+        return ", ".join(parts)
+    while len(parts) > 1 and len("  ".join(parts)) > width:
+        # The name and the counts go last, the time left before them, the details first.
+        parts.pop(-2 if left and parts[-1] == left and len(parts) > 3 else -1)
+    line = "  ".join(parts)
+    room = min(width - len(line) - 4, _BAR[1])
+    if step.total and room >= _BAR[0]:
+        filled = round(room * min(step.done / step.total, 1.0))
+        line = f"[{'#' * filled}{'.' * (room - filled)}]  {line}"
+    return line
