@@ -19,8 +19,9 @@ from unmask.accounts import Accounts
 from unmask.api import ServeSettings, create_app
 from unmask.api.logs import configure_logging
 from unmask.catalogue import Record
-from unmask.router import Models
-from unmask.server.http_server import Server, base_url, listen, serve_models
+from unmask.router import ModelRegistry
+from unmask.server.http_server import HttpServer, base_url, listen
+from unmask.server.process import serve_models
 
 MODEL = "stub/embed"
 
@@ -71,7 +72,7 @@ class Stub:
     def find(self, id: str) -> Served | None:
         return self._served if id == MODEL else None
 
-    async def start(self) -> None: ...
+    async def start_loading(self) -> None: ...
 
     async def close(self, grace: float) -> None: ...
 
@@ -84,12 +85,12 @@ def serve(slowest_ms: float, database: str | None, pepper: Path | None, tell: Ca
     """Serve until SIGTERM, and `tell` the address once connections are accepted."""
     configure_logging("error")  # a line per request would be half the work
     settings = ServeSettings(port=0, database=database)
-    models = cast(Models, Stub(slowest_ms))
+    models = cast(ModelRegistry, Stub(slowest_ms))
     stopping = threading.Event()
     with listen(settings.host, settings.port) as listener:
         service = Accounts(database, pepper=pepper) if database is not None else None
-        app = create_app(models, settings, stopping, service)
-        server = Server(app, settings, stopping, lambda: tell(base_url(listener)))
+        app = create_app(models, settings, stopping=stopping, accounts=service)
+        server = HttpServer(app, settings, stopping, lambda: tell(base_url(listener)))
         with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
             runner.run(serve_models(models, server, listener))
         if service is not None:

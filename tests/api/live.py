@@ -19,13 +19,18 @@ import numpy as np
 
 from unmask.accounts import Accounts
 from unmask.api import ServeSettings, create_app
-from unmask.api.web_pages import BuildSite
-from unmask.router import Models
-from unmask.server.http_server import Server, base_url, listen, open_models, serve_models
+from unmask.api.metrics import Metrics
+from unmask.api.web_pages import WebPages
+from unmask.router import ModelRegistry
+from unmask.server.composition import open_models
+from unmask.server.http_server import HttpServer, base_url, listen
+from unmask.server.process import serve_models
 from unmask.storage.database import Database
 
 _FRESH = itertools.count()
 KEY = "sk-test-0123456789abcdef0123456789"
+
+BuildPages = Callable[[ModelRegistry, ServeSettings, Metrics, Accounts | None], WebPages]
 
 
 def until(condition: Callable[[], bool], seconds: float = 20) -> None:
@@ -146,36 +151,38 @@ class Service:
 class LocalService(Service):
     """A server in a thread of this process, with its models for tests that look or reach behind the counter."""
 
-    models: Models
-    server: Server
+    models: ModelRegistry
+    server: HttpServer
 
 
 @contextmanager
 def running(
     model: Path,
     accounts: Accounts | None = None,
-    build_site: BuildSite | None = None,
-    follow: Database | None = None,
+    build_pages: BuildPages | None = None,
+    catalogue: Database | None = None,
     **changes: Any,
 ) -> Iterator[LocalService]:
     """A server in a thread, by default with a key and without pages, over one warmed model.
 
     With `accounts`, theirs are the keys, and their database has the operator's side of the catalogue; without accounts
-    that of `follow`, if there is one.
+    that of `catalogue`, if there is one.
     """
     defaults: dict[str, Any] = {"port": 0, "models": (str(model),), "warm": (str(model),), "api_keys": (KEY,)}
     settings = ServeSettings(**defaults | changes)
     with ExitStack() as stack:
         listener = stack.enter_context(listen(settings.host, settings.port))
         settings = replace(settings, cache_bytes=0)  # each request is work
-        models, follower = open_models(settings, accounts.database if accounts else follow)
+        models, sync = open_models(settings, accounts.database if accounts else catalogue)
         stopping, ready = threading.Event(), threading.Event()
-        app = create_app(models, settings, stopping, accounts, build_site)
-        server = Server(app, settings, stopping, ready.set)
+        metrics = Metrics()
+        pages = build_pages(models, settings, metrics, accounts) if build_pages else None
+        app = create_app(models, settings, metrics=metrics, stopping=stopping, accounts=accounts, pages=pages)
+        server = HttpServer(app, settings, stopping, ready.set)
 
         def run() -> None:
             with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
-                runner.run(serve_models(models, server, listener, follower))
+                runner.run(serve_models(models, server, listener, sync))
 
         thread = threading.Thread(target=run)
         thread.start()

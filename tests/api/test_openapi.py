@@ -14,7 +14,7 @@ from schemathesis.specs.openapi.checks import negative_data_rejection, positive_
 from tests.api.live import KEY, Service, running
 from unmask.accounts import Accounts, keys, ledger, people, tariff
 from unmask.accounts.keys import KeySettings
-from unmask.api.openapi import document as make_document
+from unmask.api.openapi import openapi_document as make_document
 
 load_all_checks()
 

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from unmask.encoder import Prompt
 from unmask.encoder.packing import deal
-from unmask.engine.queue import FairQueue, Request
+from unmask.engine.queue import FairQueue, QueuedRequest
 
 
-def request(lengths: list[int], caller: str, arrived: float = 0.0, deadline: float = 1e9) -> Request:
+def request(lengths: list[int], caller: str, arrived: float = 0.0, deadline: float = 1e9) -> QueuedRequest:
     prompts = [Prompt(np.zeros(length, dtype=np.int64), (0, length), length) for length in lengths]
-    return Request(
+    return QueuedRequest(
         prompts, np.empty((len(prompts), 1)), caller, arrived, deadline, lambda error: None, unfinished=len(prompts)
     )
 
@@ -128,7 +128,7 @@ class Clock:
     def __init__(self, rate: float, budget: int) -> None:
         self.queue, self.rate, self.budget = FairQueue(), rate, budget
         self.now, self.free, self.running = 0.0, 0.0, 0
-        self.late: list[Request] = []
+        self.late: list[QueuedRequest] = []
 
     def until(self, moment: float) -> None:
         """Run packs until `moment`; the one under way then goes on."""
@@ -143,7 +143,7 @@ class Clock:
                     self.late.append(sequence.request)
         self.now = max(self.now, moment)
 
-    def offer(self, one: Request) -> bool:
+    def offer(self, one: QueuedRequest) -> bool:
         """Let a request in if the queue says that nobody would be late for it."""
         running = self.running if self.free > self.now else 0
         own = sum(len(prompt.ids) for prompt in one.prompts)

@@ -93,10 +93,10 @@ async def test_repeated_texts_are_computed_once_and_right(encoder: Encoder) -> N
     texts = ["one", "two words", "one", "three words here", "two words"]
     expected = encoder.encode(texts)
     np.testing.assert_array_equal(await engine.run(await engine.prepare(texts)), expected)
-    assert (counting.computed, engine.reused) == (3, 2)
+    assert (counting.computed, engine.reused_prompts) == (3, 2)
     again = [*texts, "new"]
     np.testing.assert_array_equal(await engine.run(await engine.prepare(again)), encoder.encode(again))
-    assert (counting.computed, engine.reused) == (4, 7)
+    assert (counting.computed, engine.reused_prompts) == (4, 7)
     instructed = await engine.run(await engine.prepare(["one"], instruction="Find this:"))
     np.testing.assert_array_equal(instructed, encoder.encode(["one"], instruction="Find this:"))
     assert counting.computed == 5
@@ -108,7 +108,7 @@ async def test_asked_for_afresh_nothing_is_taken_from_memory(encoder: Encoder) -
     engine = Engine(counting, cache_bytes=1_000_000)
     prompts = await engine.prepare(["one"])
     for _ in range(3):
-        await engine.run(prompts, afresh=True)
+        await engine.run(prompts, use_cache=False)
     assert counting.computed == 3
     engine.close()
 

@@ -15,9 +15,8 @@ from unmask.api.settings import ServeSettings
 from unmask.catalogue.canary import Canary
 from unmask.catalogue.store import put_fields, step
 from unmask.encoder import Encoder
-from unmask.router import Models
-from unmask.router.catalogue_sync import Follower
-from unmask.server.http_server import open_models
+from unmask.router import CatalogueSync, ModelRegistry
+from unmask.server.composition import open_models
 from unmask.storage.database import Database
 
 MODEL = "org/gemma"
@@ -33,7 +32,7 @@ def database(tmp_path: Path) -> Iterator[Database]:
 
 @pytest.fixture
 def service(tiny_llama: Path, database: Database) -> Iterator[LocalService]:
-    with running(tiny_llama, follow=database) as started:
+    with running(tiny_llama, catalogue=database) as started:
         yield started
 
 
@@ -129,8 +128,8 @@ def test_a_restart_serves_what_is_live_and_not_what_is_retired(
         step(connection, "org/old", "deprecated", actor="test", until=date(2100, 1, 1))
         step(connection, "org/old", "retired", actor="test")
     settings = ServeSettings(models=("org/old", str(tiny_llama)), warm=("org/old", str(tiny_llama)))
-    models, follower = open_models(settings, database)
-    assert [model.record.id for model in models.list()] == ["tiny_llama", MODEL] and follower is not None
+    models, sync = open_models(settings, database)
+    assert [model.record.id for model in models.list()] == ["tiny_llama", MODEL] and sync is not None
     assert models.list()[1].source == str(golden_dir / "tiny_gemma")
     assert "org/old is retired and answers nobody" in caplog.text
 
@@ -147,10 +146,10 @@ def test_a_model_that_ships_as_live_elsewhere_passes_no_gate_here(database: Data
 async def test_a_database_that_is_gone_changes_nothing(
     tmp_path: Path, tiny_llama: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unmask.router.catalogue_sync._EVERY_S", 0.01)
+    monkeypatch.setattr("unmask.router.catalogue_sync._POLL_INTERVAL_S", 0.01)
     broken = Database(f"sqlite:///{tmp_path / 'empty.sqlite'}")  # without tables
-    models = Models([str(tiny_llama)])
-    task = asyncio.create_task(Follower(models, broken, 0).run())
+    models = ModelRegistry([str(tiny_llama)])
+    task = asyncio.create_task(CatalogueSync(models, broken, 0).run())
     await asyncio.sleep(0.5)
     assert caplog.text.count("cannot be read") == 1 and not task.done()
     task.cancel()

@@ -9,12 +9,12 @@ from unmask.checkpoint import DEFAULT_MODEL
 from unmask.encoder import Encoder
 from unmask.encoder.runtime.int8 import Int8Linear
 from unmask.errors import CheckpointError, ModelLoading, UsageError
-from unmask.router import Models
+from unmask.router import ModelOptions, ModelRegistry
 
 
 async def test_models_load_on_first_use_and_check_their_canary(golden_dir: Path) -> None:
-    models = Models([str(golden_dir / "tiny_llama"), str(golden_dir / "tiny_gemma")])
-    await models.start()
+    models = ModelRegistry([str(golden_dir / "tiny_llama"), str(golden_dir / "tiny_gemma")])
+    await models.start_loading()
     llama = models.find("tiny_llama-embed")
     assert llama is not None and llama.state == "cold"
     with pytest.raises(ModelLoading) as loading:
@@ -27,7 +27,7 @@ async def test_models_load_on_first_use_and_check_their_canary(golden_dir: Path)
 
 
 async def test_a_changed_weight_is_caught_by_the_canary(golden_dir: Path) -> None:
-    models = Models([str(golden_dir / "tiny_llama")], warm=["tiny_llama"])
+    models = ModelRegistry([str(golden_dir / "tiny_llama")], warm=["tiny_llama"])
     model = models.list()[0]
     engine = await model.engine(wait=60)
     engine.encoder.decoder.get_parameter("embedding.weight").data.mul_(-3).add_(0.1)
@@ -39,8 +39,8 @@ async def test_a_changed_weight_is_caught_by_the_canary(golden_dir: Path) -> Non
 async def test_a_model_that_cannot_be_loaded_says_why(copied) -> None:
     folder = copied("tiny_llama")
     (folder / "tokenizer.json").unlink()
-    models = Models([str(folder)], warm=["tiny_llama"])
-    await models.start()
+    models = ModelRegistry([str(folder)], warm=["tiny_llama"])
+    await models.start_loading()
     model = models.list()[0]
     with pytest.raises(CheckpointError, match="no tokenizer"):
         await model.engine(wait=60)
@@ -54,11 +54,11 @@ def test_loading_may_begin_before_there_is_an_event_loop(copied, monkeypatch: py
     monkeypatch.setattr(Encoder, "load", lambda source, **given: (loads.append(source), load(source, **given))[1])
     good, bad = str(copied("tiny_llama")), copied("tiny_gemma")
     (bad / "tokenizer.json").unlink()
-    models = Models([good, str(bad)], warm=[good, str(bad)])
-    models.begin()
+    models = ModelRegistry([good, str(bad)], warm=[good, str(bad)])
+    models.preload()
 
     async def serve() -> None:
-        await models.start()
+        await models.start_loading()
         assert (await models.list()[0].engine(wait=60)).encoder.dim == 64
         with pytest.raises(CheckpointError, match="no tokenizer"):
             await models.list()[1].engine(wait=60)
@@ -72,18 +72,18 @@ def test_a_device_that_is_not_here_is_said_at_the_start(golden_dir: Path, monkey
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     for device, why in (("cuda", "sees no GPU here"), ("nowhere", "name a device of torch")):
         with pytest.raises(UsageError, match=why):
-            Models([str(golden_dir / "tiny_llama")], device=device)
+            ModelRegistry([str(golden_dir / "tiny_llama")], options=ModelOptions(device=device))
 
 
 def test_two_models_of_one_name(golden_dir: Path, copied) -> None:
     with pytest.raises(UsageError, match="both be called 'tiny_llama'"):
-        Models([str(golden_dir / "tiny_llama"), str(copied("tiny_llama"))])
+        ModelRegistry([str(golden_dir / "tiny_llama"), str(copied("tiny_llama"))])
     with pytest.raises(UsageError, match="not among the served"):
-        Models([str(golden_dir / "tiny_llama")], warm=["other"])
+        ModelRegistry([str(golden_dir / "tiny_llama")], warm=["other"])
 
 
 async def test_eight_bits_are_served_and_their_canary_holds() -> None:
-    models = Models([DEFAULT_MODEL], warm=[DEFAULT_MODEL], dtype="int8")
+    models = ModelRegistry([DEFAULT_MODEL], warm=[DEFAULT_MODEL], options=ModelOptions(dtype="int8"))
     engine = await models.list()[0].engine(wait=60)
     assert any(isinstance(module, Int8Linear) for module in engine.encoder.decoder.modules())
     assert await models.canaries() == {DEFAULT_MODEL: "ok"}

@@ -28,7 +28,7 @@ def tiny_llama(golden_dir: Path) -> Path:
 def service(tiny_llama: Path, golden_dir: Path) -> Iterator[LocalService]:
     """A server with pages over two models, the second one cold. No key is needed."""
     both = (str(tiny_llama), str(golden_dir / "tiny_gemma"))
-    with running(tiny_llama, build_site=website, api_keys=(), models=both) as started:
+    with running(tiny_llama, build_pages=website, api_keys=(), models=both) as started:
         yield started
 
 
@@ -41,7 +41,7 @@ def start(tiny_llama: Path) -> Iterator[Callable[..., LocalService]]:
             build = lambda models, settings, metrics, accounts: Website(  # noqa: E731 - as short as the thing it is
                 catalogue or Catalogue.shipped(), models, settings, metrics, seams or Seams()
             ).site()
-            return stack.enter_context(running(tiny_llama, build_site=build, **{"api_keys": (), **changes}))
+            return stack.enter_context(running(tiny_llama, build_pages=build, **{"api_keys": (), **changes}))
 
         yield begin
 

@@ -18,7 +18,7 @@ from tests.web.people import PASSWORD, Visitor, do, key_of, person
 from unmask.accounts import Accounts, audit, keys, ledger, people, tariff, usage
 from unmask.accounts.limits import Draw, LocalLimiter
 from unmask.accounts.verification import verify
-from unmask.server.http_server import invite
+from unmask.server.announcement import create_invitation
 from unmask.storage.database import now_ms
 from unmask.web import website
 
@@ -251,7 +251,7 @@ def test_the_first_admin(site: LocalService, accounts: Accounts, tmp_path: Path,
     fresh = Accounts(f"sqlite:///{tmp_path / 'a.sqlite'}", pepper=tmp_path / "pepper")
     try:
         with running(tiny_llama, fresh, website, api_keys=(), database="kept") as service:
-            link = invite(fresh, service.url)
+            link = create_invitation(fresh, service.url)
             assert link and link.startswith(f"{service.url}/first-admin?invitation=")
             path = link.removeprefix(service.url)
             invitation = path.partition("=")[2]
@@ -266,7 +266,7 @@ def test_the_first_admin(site: LocalService, accounts: Accounts, tmp_path: Path,
             again = {"email": "second@example.org", "password": PASSWORD, "invitation": invitation}
             assert second.fill(path, "/first-admin", **again).status == 401
             assert [one.admin for one in do(fresh, people.everybody)] == [True]
-            assert invite(fresh, service.url) is None
+            assert create_invitation(fresh, service.url) is None
             assert second.get(path).headers["referrer-policy"] == "same-origin"
     finally:
         fresh.close()

@@ -11,7 +11,7 @@ from tests.web.html import Page
 from tests.web.test_budgets import many
 from unmask.api.errors import ApiError
 from unmask.catalogue import Catalogue
-from unmask.router import Models
+from unmask.router import ModelRegistry
 from unmask.web.catalogue.comparison import MOST, chosen_ids, compare
 from unmask.web.catalogue.listing import Listing, browse, choices_of, read_query
 from unmask.web.catalogue.model_view import Shown, all_shown
@@ -19,7 +19,7 @@ from unmask.web.catalogue.model_view import Shown, all_shown
 
 @pytest.fixture(scope="module")
 def models() -> list[Shown]:
-    return all_shown(Catalogue.shipped(), Models([]))
+    return all_shown(Catalogue.shipped(), ModelRegistry([]))
 
 
 def listing(models: list[Shown], query: str) -> Listing:

@@ -1,4 +1,4 @@
-"""`GET /v1/account`, `/v1/usage` and `/v1/keys`: an account as one of its own keys sees it."""
+"""`GET /v1/account`, `/v1/usage` and `/v1/keys`: an account, read with one of its own keys."""
 
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
@@ -11,6 +11,7 @@ from starlette.responses import Response
 from unmask.accounts import Accounts, Caller, keys, people, usage
 from unmask.accounts.keys import Key
 from unmask.accounts.money import format_dollars
+from unmask.api.context import context_of
 from unmask.api.download import csv_file, csv_response
 from unmask.api.errors import ApiError
 from unmask.api.schema import AccountInfo, KeyInfo, KeyList, Minute, UsageReport, UsageRow
@@ -22,13 +23,13 @@ _DEFAULT_DAYS = 30
 
 @dataclass(frozen=True, eq=False)
 class AccountRoutes:
-    """The routes. What each may see hangs on the caller's account, never on anything in the request."""
+    """The routes. Each reads the account of the key that calls, never an account that the request names."""
 
     accounts: Accounts
 
     async def account(self, request: Request) -> Response:
-        """Balance, limits and the key itself."""
-        caller = _allowed(request)
+        """Return the balance, the limits and the calling key."""
+        caller = _require_caller(request)
         account = await self.accounts.read(lambda connection: people.account(connection, caller.account_id))
         info = AccountInfo(
             id=account.id,
@@ -39,36 +40,36 @@ class AccountRoutes:
             balance=format_dollars(account.balance),
             held=format_dollars(account.held),
             available=format_dollars(account.free),
-            key=_info(caller.key),
+            key=_key_info(caller.key),
         )
         return _json(info)
 
     async def keys(self, request: Request) -> Response:
-        """All keys of the account."""
-        caller = _allowed(request)
+        """Return all keys of the account."""
+        caller = _require_caller(request)
         now = now_ms()
-        found = await self.accounts.read(lambda connection: keys.of_account(connection, caller.account_id, now))
-        return _json(KeyList(data=[_info(key) for key in found]))
+        own_keys = await self.accounts.read(lambda connection: keys.of_account(connection, caller.account_id, now))
+        return _json(KeyList(data=[_key_info(key) for key in own_keys]))
 
     async def usage(self, request: Request) -> Response:
-        """Usage of some days, grouped, as JSON or CSV.
+        """Return the usage of a range of days, grouped, as JSON or CSV.
 
         Raises:
-            ApiError: 400, a parameter is wrong.
+            ApiError: 400 for a wrong parameter.
         """
-        caller = _allowed(request)
-        start, end = asked_days(request)
-        given = request.query_params.get("group_by")
-        groups = usage.GROUPS if given is None else tuple(name for name in given.split(",") if name)
-        form = request.query_params.get("format", "json")
-        if form not in ("json", "csv"):
+        caller = _require_caller(request)
+        start, end = date_range(request)
+        group_by = request.query_params.get("group_by")
+        groups = usage.GROUPS if group_by is None else tuple(name for name in group_by.split(",") if name)
+        format = request.query_params.get("format", "json")
+        if format not in ("json", "csv"):
             raise ApiError(400, "The parameter 'format' must be json or csv.", param="format")
 
-        def ask(connection: Connection) -> list[usage.Used]:
+        def read_usage(connection: Connection) -> list[usage.Used]:
             return usage.used(connection, caller.account_id, start, end, groups)
 
         try:
-            found = await self.accounts.read(ask)
+            groups_used = await self.accounts.read(read_usage)
         except UsageError as error:
             raise ApiError(400, f"{str(error)[:200]}.") from None
         rows = [
@@ -81,42 +82,42 @@ class AccountRoutes:
                 tokens=row.tokens,
                 cost=format_dollars(row.cost),
             )
-            for row in found
+            for row in groups_used
         ]
-        if form == "csv":
+        if format == "csv":
             file = csv_file(UsageRow.__struct_fields__, map(msgspec.structs.astuple, rows))
             return csv_response("usage.csv", iter([file]))
         return _json(UsageReport(start=start.isoformat(), end=end.isoformat(), data=rows))
 
 
-def _allowed(request: Request) -> Caller:
-    caller: Caller | None = request.state.admitted.caller
-    assert caller is not None, "these routes exist only behind the gate of accounts"
+def _require_caller(request: Request) -> Caller:
+    caller = context_of(request).caller
+    assert caller is not None, "these routes exist only on servers with accounts"
     caller.require("account")
     return caller
 
 
-def asked_days(request: Request) -> tuple[date, date]:
-    """The first and the last day that `start` and `end` in the query string name: the last thirty if they do not.
+def date_range(request: Request) -> tuple[date, date]:
+    """Return the first and the last day, as named by `start` and `end` in the query string. Default: the last 30 days.
 
     Raises:
-        ApiError: 400, one of them is no day.
+        ApiError: 400 if one of them is not a day.
     """
     end = _day(request, "end", datetime.now(UTC).date())
     return _day(request, "start", max(date.min + timedelta(_DEFAULT_DAYS), end) - timedelta(_DEFAULT_DAYS - 1)), end
 
 
 def _day(request: Request, name: str, default: date) -> date:
-    given = request.query_params.get(name)
-    if given is None:
+    text = request.query_params.get(name)
+    if text is None:
         return default
     try:
-        return datetime.strptime(given, "%Y-%m-%d").replace(tzinfo=UTC).date()
+        return datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC).date()
     except ValueError:
         raise ApiError(400, f"The parameter '{name}' must be a day like 2026-01-31.", param=name) from None
 
 
-def _info(key: Key) -> KeyInfo:
+def _key_info(key: Key) -> KeyInfo:
     settings = key.settings
     return KeyInfo(
         id=key.id,

@@ -1,11 +1,12 @@
-"""The routes, and the app that holds them."""
+"""`create_app`: the routes, and the middlewares around them."""
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match, Route, Router
@@ -15,115 +16,129 @@ from unmask import __version__
 from unmask.accounts import Accounts
 from unmask.accounts.tariff import Price
 from unmask.api.account_routes import AccountRoutes
-from unmask.api.authentication import Gate
+from unmask.api.authentication import Authenticator
 from unmask.api.charging import Charging
-from unmask.api.embeddings import Embeddings, deprecation, find_model
+from unmask.api.context import context_of
+from unmask.api.embeddings import EmbeddingsRoute, deprecation_headers, find_model
 from unmask.api.errors import ApiError
 from unmask.api.metrics import CONTENT_TYPE, Metrics
-from unmask.api.middleware import Exchange
-from unmask.api.openapi import document
+from unmask.api.middleware import (
+    AccessLogMiddleware,
+    AuthenticationMiddleware,
+    ErrorMiddleware,
+    RequestContextMiddleware,
+    ResponseHeadersMiddleware,
+)
+from unmask.api.openapi import openapi_document
 from unmask.api.schema import Health, Index, Model, ModelList, Readiness
 from unmask.api.settings import ServeSettings
-from unmask.api.web_pages import BuildSite, Site, asks_for_html
+from unmask.api.web_pages import WebPages, accepts_html
 from unmask.catalogue import Specification
 from unmask.catalogue.pricing import prices_here
-from unmask.router import Models, ServedModel
+from unmask.router import ModelRegistry, ServedModel
 
-# A canary that takes longer stands behind a stuck engine; a load balancer asks again in any case.
+# A canary that takes longer stands behind a stuck engine. A load balancer asks again in any case.
 _CANARY_TIMEOUT_S = 10
 
 
 def create_app(
-    models: Models,
+    models: ModelRegistry,
     settings: ServeSettings,
+    *,
+    metrics: Metrics | None = None,
     stopping: threading.Event | None = None,
     accounts: Accounts | None = None,
-    build_site: BuildSite | None = None,
+    pages: WebPages | None = None,
 ) -> ASGIApp:
-    """The ASGI app over `models` and `accounts`, which the caller starts and closes.
+    """Build the ASGI app over `models` and `accounts`, which the caller starts and closes.
 
     Args:
-        models: what to serve.
-        settings: limits and keys; its host and port do not matter here.
-        stopping: to be set when the server begins to shut down.
-        accounts: whose keys are asked for and whose credit pays; without, `settings.api_keys` decide.
-        build_site: makes the pages for people; without it there is only the API.
+        models: the models to serve.
+        settings: limits and keys; host and port are not used here.
+        metrics: the counters, where the pages show them as well.
+        stopping: set when the server begins to shut down.
+        accounts: accounts whose keys are accepted and whose credit pays; without them `settings.api_keys` decide.
+        pages: pages beside the API.
     """
-    metrics = Metrics()
+    metrics = metrics or Metrics()
     stopping = stopping or threading.Event()
-    embeddings = Embeddings(models, settings, metrics, Charging(accounts, settings.credit_status))
-    site = build_site(models, settings, metrics, accounts) if build_site else None
-    pages = _Pages(models, metrics, stopping, site, accounts)
-    openapi = document(
+    embeddings = EmbeddingsRoute(models, settings, metrics, Charging(accounts, settings.credit_status))
+    service = _ServiceRoutes(models, metrics, stopping, pages, accounts)
+    openapi = openapi_document(
         secured=bool(settings.api_keys), body_limit=settings.body_limit_bytes, accounts=accounts is not None
     )
 
     async def describe(request: Request) -> Response:
         return _json(openapi)
 
-    routes = [
+    api_routes = [
         Route("/v1/embeddings", embeddings.answer, methods=["POST"]),
-        Route("/v1/models", pages.models_list),
-        Route("/v1/models/{id:path}", pages.model),
-        Route("/health", pages.health),
-        Route("/ready", pages.ready),
-        Route("/metrics", pages.metrics_text),
+        Route("/v1/models", service.list_models),
+        Route("/v1/models/{id:path}", service.model),
+        Route("/health", service.health),
+        Route("/ready", service.ready),
+        Route("/metrics", service.metrics_text),
         Route("/openapi.json", describe),
-        Route("/", pages.index),
+        Route("/", service.index),
     ]
     if accounts is not None:
-        about_account = AccountRoutes(accounts)
-        routes += [
-            Route("/v1/account", about_account.account),
-            Route("/v1/usage", about_account.usage),
-            Route("/v1/keys", about_account.keys),
+        account = AccountRoutes(accounts)
+        api_routes += [
+            Route("/v1/account", account.account),
+            Route("/v1/usage", account.usage),
+            Route("/v1/keys", account.keys),
         ]
-    own = list(routes)
-    if site is not None:
-        routes += site.routes
-
-    def public(scope: Scope) -> bool:
-        """Whether a page for people is asked for, or one that is not there: neither needs a key."""
-        if site is None or scope["path"] == "/":
-            return site is not None and asks_for_html(scope)
-        if any(route.matches(scope)[0] is not Match.NONE for route in own):
-            return False
-        return asks_for_html(scope) or any(route.matches(scope)[0] is Match.FULL for route in site.routes)
-
-    # Starlette's redirects of trailing slashes would be built from the Host header, which anybody can set.
-    router = Router(routes, redirect_slashes=False, default=_not_found)
-    return Exchange(
-        router,
-        {route.endpoint: route.path for route in routes},
-        Gate(settings.api_keys, accounts, public),
-        metrics,
-        stopping,
-        site.error if site else None,
+    routes = [*api_routes, *(pages.routes if pages else ())]
+    authenticator = Authenticator(settings.api_keys, accounts, _public_pages(api_routes, pages))
+    middlewares = (  # outermost first
+        Middleware(RequestContextMiddleware),
+        Middleware(AccessLogMiddleware, metrics, {route.endpoint: route.path for route in routes}),
+        Middleware(ResponseHeadersMiddleware),
+        Middleware(ErrorMiddleware, stopping, pages.error if pages else None),
+        Middleware(AuthenticationMiddleware, authenticator),
     )
+    # Starlette's redirects of trailing slashes would be built from the Host header, which anybody can set.
+    app: ASGIApp = Router(routes, redirect_slashes=False, default=_not_found)
+    for middleware, arguments, options in reversed(middlewares):
+        app = middleware(app, *arguments, **options)
+    return app
+
+
+def _public_pages(api_routes: Sequence[Route], pages: WebPages | None) -> Callable[[Scope], bool]:
+    """Return a test for scopes that ask for a page, or for a page that does not exist: neither needs a key."""
+
+    def is_public(scope: Scope) -> bool:
+        if pages is None or scope["path"] == "/":
+            return pages is not None and accepts_html(scope)
+        if any(route.matches(scope)[0] is not Match.NONE for route in api_routes):
+            return False
+        return accepts_html(scope) or any(route.matches(scope)[0] is Match.FULL for route in pages.routes)
+
+    return is_public
 
 
 @dataclass(frozen=True, eq=False)
-class _Pages:
-    """The routes that only read."""
+class _ServiceRoutes:
+    """The read-only routes: models, health, readiness, counters, index."""
 
-    models: Models
+    models: ModelRegistry
     metrics: Metrics
     stopping: threading.Event
-    site: Site | None
+    pages: WebPages | None
     accounts: Accounts | None
 
-    async def models_list(self, request: Request) -> Response:
-        charged = await self._charged()
-        entries = [_entry(served, id, charged) for served in self.models.list() for id in _listed_ids(served)]
+    async def list_models(self, request: Request) -> Response:
+        prices = await self._prices()
+        entries = [_model_info(served, id, prices) for served in self.models.list() for id in _listed_ids(served)]
         return _json(ModelList(data=entries))
 
     async def model(self, request: Request) -> Response:
         served = find_model(self.models, request.path_params["id"])
-        request.state.headers |= deprecation(served.record)
-        return _json(_entry(served, served.record.id, await self._charged()))
+        context_of(request).response_headers |= deprecation_headers(served.record)
+        return _json(_model_info(served, served.record.id, await self._prices()))
 
-    async def _charged(self) -> Sequence[Price] | None:
-        """The operator's prices; None where nobody is charged."""
+    async def _prices(self) -> Sequence[Price] | None:
+        """Return the operator's prices; None where nobody is charged."""
         return await self.accounts.prices() if self.accounts is not None else None
 
     async def health(self, request: Request) -> Response:
@@ -134,26 +149,26 @@ class _Pages:
             return _json(Readiness(status="stopping", models={}), 503)
         try:
             async with asyncio.timeout(_CANARY_TIMEOUT_S):
-                findings = await self.models.canaries()
+                verdicts = await self.models.canaries()
         except TimeoutError:
-            findings = {"canary": f"no vector within {_CANARY_TIMEOUT_S} seconds"}
+            verdicts = {"canary": f"no vector within {_CANARY_TIMEOUT_S} seconds"}
         for served in self.models.list():
             if served.state == "failed":  # its reason names files, and this page is public
-                findings[served.record.id] = "failed to load, see the server's log"
-        ready = all(finding == "ok" for finding in findings.values())
-        return _json(Readiness(status="ready" if ready else "not ready", models=findings), 200 if ready else 503)
+                verdicts[served.record.id] = "failed to load, see the server's log"
+        ready = all(verdict == "ok" for verdict in verdicts.values())
+        return _json(Readiness(status="ready" if ready else "not ready", models=verdicts), 200 if ready else 503)
 
     async def metrics_text(self, request: Request) -> Response:
         for served in self.models.list():
             if served.state == "ready":
                 engine = await served.engine()
-                self.metrics.waiting(served.record.id, engine.waiting_tokens())
-                self.metrics.reused(served.record.id, engine.reused)
+                self.metrics.set_waiting_tokens(served.record.id, engine.waiting_tokens())
+                self.metrics.set_reused_inputs(served.record.id, engine.reused_prompts)
         return Response(self.metrics.exposition(), headers={"content-type": CONTENT_TYPE})
 
     async def index(self, request: Request) -> Response:
-        if self.site is not None and asks_for_html(request.scope):
-            return await self.site.home(request)
+        if self.pages is not None and accepts_html(request.scope):
+            return await self.pages.home(request)
         return _json(
             Index(
                 name="unmask",
@@ -173,22 +188,22 @@ async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 def _listed_ids(served: ServedModel) -> list[str]:
-    """The id, and aliases with "embed" in them where it has not: n8n shows only such ids."""
+    """Return the id, and aliases that contain "embed" if it does not: n8n shows only such ids."""
     record = served.record
     if "embed" in record.id.lower():
         return [record.id]
     return [record.id, *(alias for alias in record.aliases if "embed" in alias)]
 
 
-def _entry(served: ServedModel, id: str, charged: Sequence[Price] | None) -> Model:
+def _model_info(served: ServedModel, id: str, prices: Sequence[Price] | None) -> Model:
     record = served.record
     until = record.history[-1].until if record.history else None
     fields: dict[str, object] = {name: getattr(record, name) for name in Specification.__struct_fields__}
     fields |= {
         "id": id,
         "status": served.state,
-        "precision": served.dtype,
-        "prices": msgspec.to_builtins(record.prices if charged is None else prices_here(record, charged)),
+        "precision": served.options.dtype,
+        "prices": msgspec.to_builtins(record.prices if prices is None else prices_here(record, prices)),
         "lifecycle": record.status,
         "shutdown_date": until.isoformat() if until else None,
     }

@@ -1,77 +1,56 @@
-"""Who may call: API keys in the Authorization header, and nowhere else."""
+"""Authenticate requests by API keys in the Authorization header, and nowhere else."""
 
 import hashlib
 import hmac
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from starlette.datastructures import Headers, QueryParams
 from starlette.types import Scope
 
-from unmask.accounts import Accounts, Caller
+from unmask.accounts import Accounts
+from unmask.api.context import Principal
 from unmask.api.errors import ApiError
 from unmask.errors import KeyRefused
 
-# What a load balancer must be able to ask without a key.
+# Paths that a load balancer must be able to ask for without a key.
 PUBLIC_PATHS = frozenset({"/health", "/ready"})
 
 _KEY_PARAMETERS = frozenset({"key", "api_key", "apikey", "api-key", "access_token"})
 
 
-@dataclass(frozen=True)
-class Admitted:
-    """Somebody who was let through.
-
-    Attributes:
-        share: whose fair share of an engine the work takes: an account's, a key's or an address's.
-        caller: the account and key, where there are accounts and the path asks for a key.
-    """
-
-    share: str
-    caller: Caller | None = None
-
-
-class Gate:
-    """Lets a request through, or raises.
+class Authenticator:
+    """Find the principal of a request, or refuse the request.
 
     Args:
-        api_keys: the keys that open it; with none, and without accounts, it is open.
-        accounts: whose keys open it.
-        public: whether a request needs no key in any case.
+        api_keys: accepted keys. With none of them and without accounts, every request is accepted.
+        accounts: the accounts whose keys are accepted.
+        is_public: tells for a scope that its path needs no key.
     """
 
     def __init__(
         self,
         api_keys: Sequence[str],
         accounts: Accounts | None = None,
-        public: Callable[[Scope], bool] = lambda scope: False,
+        is_public: Callable[[Scope], bool] = lambda scope: False,
     ) -> None:
-        self._public = public
+        self._is_public = is_public
         self._digests = [_digest(key) for key in api_keys]
         self._accounts = accounts
 
-    async def admit(self, scope: Scope) -> Admitted:
-        """Who calls.
+    async def authenticate(self, scope: Scope) -> Principal:
+        """Return the principal of a request.
 
         Raises:
             ApiError: 400 for a key in the URL, 401 for a missing or unknown key.
-            Forbidden: the account is frozen, or the key may not come from here.
+            Forbidden: the account is frozen, or the key may not come from this address.
             StorageError: the accounts cannot be reached.
         """
-        in_url = _KEY_PARAMETERS.intersection(QueryParams(scope.get("query_string", b"")))
-        if in_url:
-            raise ApiError(
-                400,
-                f"'{min(in_url)}' in the URL is refused, because URLs end up in logs: "
-                "send the key as 'Authorization: Bearer <key>', and replace it if it was a real one.",
-                param=min(in_url),
-                code="key_in_url",
-            )
+        _refuse_key_in_url(scope)
         peer = scope.get("client")
         address = peer[0] if peer else ""
-        keyless = scope["path"] in PUBLIC_PATHS or self._public(scope)
-        if keyless or not (self._digests or self._accounts):
-            return Admitted(address)
+        needs_no_key = scope["path"] in PUBLIC_PATHS or self._is_public(scope)
+        if needs_no_key or not (self._digests or self._accounts):
+            return Principal(address)
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
         key = key.strip()
         if scheme.lower() != "bearer" or not key:
@@ -79,17 +58,29 @@ class Gate:
         if self._accounts is not None:
             try:
                 caller = await self._accounts.authenticate(key, address)
-            except KeyRefused as refused:
-                raise _unauthorised(f"Incorrect API key provided: {_redacted(key)}: {refused}.") from None
-            return Admitted(caller.account_id, caller)
+            except KeyRefused as refusal:
+                raise _unauthorised(f"Incorrect API key provided: {_redacted(key)}: {refusal}.") from None
+            return Principal(caller.account_id, caller)
         digest = _digest(key)
-        # Every key is compared, and digests are of one length, so the time taken tells nothing.
-        known = False
+        # Compares every key, by digests of one length, so that the time taken reveals nothing.
+        accepted = False
         for expected in self._digests:
-            known |= hmac.compare_digest(digest, expected)
-        if not known:
+            accepted |= hmac.compare_digest(digest, expected)
+        if not accepted:
             raise _unauthorised(f"Incorrect API key provided: {_redacted(key)}.")
-        return Admitted(digest.hex()[:16])
+        return Principal(digest.hex()[:16])
+
+
+def _refuse_key_in_url(scope: Scope) -> None:
+    names = _KEY_PARAMETERS.intersection(QueryParams(scope.get("query_string", b"")))
+    if names:
+        raise ApiError(
+            400,
+            f"'{min(names)}' in the URL is refused, because URLs end up in logs: "
+            "send the key as 'Authorization: Bearer <key>', and replace it if it was a real one.",
+            param=min(names),
+            code="key_in_url",
+        )
 
 
 def _digest(key: str) -> bytes:

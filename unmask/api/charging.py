@@ -1,7 +1,4 @@
-"""Between a request and the accounts: its limits, its cost, and that it is charged once or not at all.
-
-Without accounts each function here does nothing.
-"""
+"""Check access and rate limits of a request, and charge it once or not at all. Without accounts, do nothing."""
 
 import asyncio
 import hashlib
@@ -17,13 +14,14 @@ from starlette.requests import Request
 from unmask.accounts import Accounts, Caller, Held, Work
 from unmask.accounts.limits import Level
 from unmask.accounts.tariff import TIERS
+from unmask.api.context import RequestContext, context_of
 from unmask.api.errors import QUOTA, ApiError
 from unmask.errors import DeadlineExceeded, InsufficientCredit, RateLimited, SpendLimitReached
 
 
 @dataclass(eq=False)
 class Charge:
-    """What a request costs, set aside."""
+    """The cost of one request: held first, then settled or released."""
 
     accounts: Accounts | None = None
     held: Held | None = None
@@ -35,10 +33,10 @@ class Charge:
         return None if self.held is None else self.held.amount
 
     async def settle(self) -> None:
-        """Make it final, before the answer goes out.
+        """Book the charge, before the answer goes out.
 
         Raises:
-            StorageError, InsufficientCredit: it was not charged, so there may be no answer.
+            StorageError, InsufficientCredit: it was not booked, so there must be no answer.
         """
         if self.accounts is not None and self.held is not None and not self.held.replayed:
             await self.accounts.settle(self.held.id)
@@ -47,39 +45,38 @@ class Charge:
 
 @dataclass(frozen=True, eq=False)
 class Charging:
-    """The API's way into the accounts.
+    """Checks and charges requests against the accounts.
 
     Args:
-        accounts: None where there are none.
+        accounts: None for a server without them.
         credit_status: HTTP status of a request that the credit does not cover.
     """
 
     accounts: Accounts | None
     credit_status: int = 429
 
-    async def enter(self, request: Request, model: str) -> None:
-        """Let a request in that is to use a model: by its key's scope and models, and by requests per minute.
+    async def check_access(self, request: Request, model: str, tier: str) -> None:
+        """Check that the key may use the model, and count the request against requests per minute.
 
         Raises:
             Forbidden, RateLimited.
-            ApiError: the tier is unknown.
         """
-        tier(request.headers)
-        accounts, caller = self.accounts, _caller(request)
+        context = context_of(request)
+        accounts, caller = self.accounts, context.caller
         if accounts is None or caller is None:
             return
         caller.require("embeddings", model)
-        _tell(request, "tokens", await accounts.limit(caller, "tokens", 0))
-        await self._draw(request, caller, "requests", 1)
+        _add_limit_headers(context, "tokens", await accounts.limit(caller, "tokens", 0))
+        await self._take(context, caller, "requests", 1)
 
     @asynccontextmanager
     async def charge(
-        self, request: Request, model: str, tokens: int, body: bytes, deadline: float
+        self, request: Request, model: str, tier: str, tokens: int, body: bytes, deadline: float
     ) -> AsyncIterator[Charge]:
-        """Set aside what the tokens cost while the block works. A block that does not settle gives it back.
+        """Hold the price of `tokens` while the block runs. A block that does not settle releases it.
 
         Args:
-            body: of the request, to tell a repetition from another request.
+            body: body of the request, to tell a repetition from another request.
             deadline: `time.monotonic()` by which the caller wants its answer.
 
         Raises:
@@ -88,100 +85,97 @@ class Charging:
             NoPrice, Forbidden, RequestInProgress, KeyReused, StorageError: as `Accounts.hold`.
             DeadlineExceeded: the ledger did not answer in time.
         """
-        accounts, caller = self.accounts, _caller(request)
+        context = context_of(request)
+        accounts, caller = self.accounts, context.caller
         if accounts is None or caller is None:
             yield Charge()
             return
-        chosen = tier(request.headers)
-        await self._draw(request, caller, "tokens", tokens)
+        await self._take(context, caller, "tokens", tokens)
         seconds = max(0.0, deadline - time.monotonic())
         key = _idempotency_key(request.headers)
         work = Work(
-            request=request.state.request_id,
+            request=context.request_id,
             model=model,
-            tier=chosen,
+            tier=tier,
             tokens=tokens,
             seconds=seconds,
             idempotency_key=key,
-            body=hashlib.sha256(f"{chosen}\n".encode() + body).hexdigest() if key else "",
+            body=hashlib.sha256(f"{tier}\n".encode() + body).hexdigest() if key else "",
         )
         try:
             async with asyncio.timeout(seconds):
                 held = await accounts.hold(caller, work)
-        except (InsufficientCredit, SpendLimitReached) as refused:
-            raise self._unpaid(refused) from None
+        except (InsufficientCredit, SpendLimitReached) as refusal:
+            raise self._not_covered(refusal) from None
         except TimeoutError:
             raise DeadlineExceeded("the deadline passed before the cost could be set aside") from None
         charge = Charge(accounts, held)
-        request.state.headers["x-unmask-charge"] = held.id
-        request.state.headers["x-unmask-tier"] = chosen
+        context.response_headers["x-unmask-charge"] = held.id
+        context.response_headers["x-unmask-tier"] = tier
         try:
             yield charge
-        except InsufficientCredit as refused:
-            raise self._unpaid(refused) from None
+        except InsufficientCredit as refusal:
+            raise self._not_covered(refusal) from None
         finally:
-            # If the caller left during the settlement, or the database did, this changes nothing after a settlement.
+            # Safe if the client or the database went away during the settlement: releasing a settled charge is a no-op.
             if not charge.settled and not held.replayed:
                 accounts.release(held.id)
-        request.state.headers["x-unmask-cost-nanodollars"] = str(held.amount)
+        context.response_headers["x-unmask-cost-nanodollars"] = str(held.amount)
         if held.replayed:
-            request.state.headers["idempotent-replayed"] = "true"
+            context.response_headers["idempotent-replayed"] = "true"
 
-    async def _draw(self, request: Request, caller: Caller, kind: str, amount: int) -> None:
+    async def _take(self, context: RequestContext, caller: Caller, kind: str, amount: int) -> None:
+        """Take an amount from the caller's rate limit of one kind, and add the limit's headers."""
         accounts = self.accounts
         assert accounts is not None
         try:
-            level = await accounts.limit(caller, kind, amount)
+            status = await accounts.limit(caller, kind, amount)
         except RateLimited:
-            _tell(request, kind, await accounts.limit(caller, kind, 0))
+            _add_limit_headers(context, kind, await accounts.limit(caller, kind, 0))
             raise
-        _tell(request, kind, level)
+        _add_limit_headers(context, kind, status)
 
-    def _unpaid(self, refused: InsufficientCredit | SpendLimitReached) -> ApiError:
-        return ApiError(self.credit_status, str(refused), type=QUOTA, code=QUOTA)
+    def _not_covered(self, refusal: InsufficientCredit | SpendLimitReached) -> ApiError:
+        return ApiError(self.credit_status, str(refusal), type=QUOTA, code=QUOTA)
 
 
-def tier(headers: Headers) -> str:
-    """The tier that `X-Tier` asks for.
+def read_tier(headers: Headers) -> str:
+    """Return the price tier that the header `X-Tier` names.
 
     Raises:
         ApiError: there is no such tier.
     """
-    given = headers.get("x-tier", "").strip().lower() or "default"
-    if given not in TIERS:
+    tier = headers.get("x-tier", "").strip().lower() or "default"
+    if tier not in TIERS:
         raise ApiError(400, f"The header X-Tier must be one of {', '.join(TIERS)}.", param="X-Tier")
-    return given
+    return tier
 
 
 def go_duration(seconds: float) -> str:
-    """Seconds in the way of OpenAI's headers, which is Go's: "20ms", "1s", "6m0s"."""
+    """Format seconds as OpenAI's headers do, which is Go's format: "20ms", "1s", "6m0s"."""
     milliseconds = round(seconds * 1000)
     if milliseconds < 1000:
         return f"{milliseconds}ms" if milliseconds else "0s"
     minutes, rest = divmod(milliseconds, 60_000)
-    shown = f"{rest / 1000:.3f}".rstrip("0").rstrip(".")
-    return f"{minutes}m{shown}s" if minutes else f"{shown}s"
+    seconds_text = f"{rest / 1000:.3f}".rstrip("0").rstrip(".")
+    return f"{minutes}m{seconds_text}s" if minutes else f"{seconds_text}s"
 
 
-def _tell(request: Request, kind: str, level: Level | None) -> None:
-    if level is None:
+def _add_limit_headers(context: RequestContext, kind: str, status: Level | None) -> None:
+    if status is None:
         return
-    request.state.headers |= {
-        f"x-ratelimit-limit-{kind}": str(level.limit),
-        f"x-ratelimit-remaining-{kind}": str(level.remaining),
-        f"x-ratelimit-reset-{kind}": go_duration(level.reset_s),
+    context.response_headers |= {
+        f"x-ratelimit-limit-{kind}": str(status.limit),
+        f"x-ratelimit-remaining-{kind}": str(status.remaining),
+        f"x-ratelimit-reset-{kind}": go_duration(status.reset_s),
     }
 
 
-def _caller(request: Request) -> Caller | None:
-    return request.state.admitted.caller
-
-
 def _idempotency_key(headers: Headers) -> str | None:
-    given = headers.get("idempotency-key")
-    if given is None:
+    key = headers.get("idempotency-key")
+    if key is None:
         return None
-    if not re.fullmatch(r"[\x21-\x7e]{1,255}", given):
+    if not re.fullmatch(r"[\x21-\x7e]{1,255}", key):
         message = "The header Idempotency-Key must have 1 to 255 printable ASCII characters and no blanks."
         raise ApiError(400, message, param="Idempotency-Key")
-    return hashlib.sha256(given.encode()).hexdigest()
+    return hashlib.sha256(key.encode()).hexdigest()

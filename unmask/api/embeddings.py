@@ -1,4 +1,4 @@
-"""`POST /v1/embeddings`: from the body's bytes to the answer's bytes."""
+"""`POST /v1/embeddings`: from the bytes of the body to the bytes of the answer."""
 
 import asyncio
 import base64
@@ -18,75 +18,79 @@ from starlette.responses import Response
 
 from unmask.accounts.money import format_dollars
 from unmask.api import tokens
-from unmask.api.charging import Charging, tier
+from unmask.api.body import read_body
+from unmask.api.charging import Charging, read_tier
+from unmask.api.context import context_of
+from unmask.api.disconnect import cancel_on_disconnect
 from unmask.api.errors import ApiError
 from unmask.api.metrics import Metrics
-from unmask.api.middleware import read_body, unless_gone
 from unmask.api.schema import EmbeddingRequest, TokenEncoding, read_input, read_request
 from unmask.api.settings import ServeSettings
 from unmask.catalogue import Record
 from unmask.encoder.encoder import finish
-from unmask.router import Models, ServedModel
+from unmask.router import ModelRegistry, ServedModel
 
-LONGEST_WAIT_S = 60  # for a cold model, by `Prefer: wait`
-LONGEST_DEADLINE_S = 3600
+MAX_WAIT_S = 60  # for a cold model, by `Prefer: wait`
+MAX_DEADLINE_S = 3600
 
-# All batch work together has the share of one caller: it never holds up those who pay for being quick.
+# All requests of the batch tier together have the share of one caller, so that they never hold up the default tier.
 _BATCH_SHARE = "tier batch"
 
-# Numbers below which an answer is written in about a millisecond, so that a thread is not worth its start.
+# Answers of at most so many floats are written in about a millisecond: less than it takes to start a thread.
 _SMALL_ANSWER = 65_536
 
 
 @dataclass(frozen=True, eq=False)
-class Embeddings:
-    """The route. Its state is only what it was made with."""
+class EmbeddingsRoute:
+    """The route. Immutable: all data of a request is in local variables and in its `RequestContext`."""
 
-    models: Models
+    models: ModelRegistry
     settings: ServeSettings
     metrics: Metrics
     charging: Charging
 
     async def answer(self, request: Request) -> Response:
-        """Vectors for a request; the work stops when the caller leaves.
+        """Answer one request; its work is cancelled if the client disconnects.
 
         Raises:
-            ApiError, InputError, EngineError, CheckpointError, AccountError, StorageError: each becomes an answer in
-                `unmask.api.errors`.
+            ApiError, InputError, EngineError, CheckpointError, AccountError, StorageError: `unmask.api.errors` has the
+                status of each.
         """
         arrived = time.monotonic()
         _require_json(request.headers)
         timeout = _timeout(request.headers, self.settings.request_timeout_s)
         body = await read_body(request, self.settings.body_limit_bytes, self.settings.receive_timeout_s)
-        return await unless_gone(self._embed(request, body, arrived, arrived + timeout), request)
+        return await cancel_on_disconnect(self._embed(request, body, arrived, arrived + timeout), request)
 
     async def _embed(self, request: Request, body: bytes, arrived: float, deadline: float) -> Response:
-        asked, ignored = read_request(body)
-        inputs = read_input(asked.input)
-        served = find_model(self.models, asked.model)
+        context = context_of(request)
+        parsed, ignored = read_request(body)
+        inputs = read_input(parsed.input)
+        served = find_model(self.models, parsed.model)
         model = served.record.id
-        request.state.headers |= deprecation(served.record)
-        await self.charging.enter(request, model)
-        instruction = _instruction(asked, served.record)
+        context.response_headers |= deprecation_headers(served.record)
+        tier = read_tier(request.headers)
+        await self.charging.check_access(request, model, tier)
+        instruction = _instruction(parsed, served.record)
         wait = min(_preferred_wait(request.headers), deadline - time.monotonic())
         engine = await served.engine(max(wait, 0.0))
-        if asked.dimensions and asked.dimensions > engine.encoder.dim:
-            message = f"dimensions={asked.dimensions}: this model's vectors have {engine.encoder.dim} numbers."
+        if parsed.dimensions and parsed.dimensions > engine.encoder.dim:
+            message = f"dimensions={parsed.dimensions}: this model's vectors have {engine.encoder.dim} numbers."
             raise ApiError(400, message, param="dimensions")
-        texts, encoding = await self._texts(inputs, asked)
-        prompts = await engine.prepare(texts, instruction=instruction, truncate=bool(asked.truncate))
-        used = sum(len(prompt.ids) for prompt in prompts)
-        self._limit_tokens(used)
-        share = request.state.admitted.share if tier(request.headers) == "default" else _BATCH_SHARE
-        async with self.charging.charge(request, model, used, body, deadline) as charge:
+        texts, encoding = await self._decode_inputs(inputs, parsed)
+        prompts = await engine.prepare(texts, instruction=instruction, truncate=bool(parsed.truncate))
+        num_tokens = sum(len(prompt.ids) for prompt in prompts)
+        self._check_tokens(num_tokens)
+        share = context.share if tier == "default" else _BATCH_SHARE
+        async with self.charging.charge(request, model, tier, num_tokens, body, deadline) as charge:
             vectors = await engine.run(prompts, deadline=deadline, caller=share)
             if vectors.size > _SMALL_ANSWER:
-                content = await asyncio.to_thread(_write, vectors, asked, model, used, charge.cost)
+                content = await asyncio.to_thread(_write, vectors, parsed, model, num_tokens, charge.cost)
             else:
-                content = _write(vectors, asked, model, used, charge.cost)
+                content = _write(vectors, parsed, model, num_tokens, charge.cost)
             await charge.settle()
-        request.state.tokens = used
-        self.metrics.embedded(model, used, time.monotonic() - arrived)
+        context.tokens = num_tokens
+        self.metrics.count_embedding(model, num_tokens, time.monotonic() - arrived)
         headers = {}
         if encoding:
             headers["x-unmask-token-encoding"] = encoding
@@ -96,17 +100,17 @@ class Embeddings:
             headers["x-unmask-ignored-fields"] = _names(ignored)
         return Response(content, headers=headers, media_type="application/json")
 
-    async def _texts(
-        self, inputs: list[str] | list[list[int]], asked: EmbeddingRequest
+    async def _decode_inputs(
+        self, inputs: list[str] | list[list[int]], parsed: EmbeddingRequest
     ) -> tuple[Sequence[str] | Sequence[Sequence[int]], TokenEncoding | None]:
-        """What to encode, and for token arrays how they were read."""
+        """Return the inputs to encode, and for token arrays the encoding by which their ids were decoded."""
         if isinstance(inputs[0], str):
             texts: list[str] = inputs  # pyright: ignore[reportAssignmentType] - all items are of the first one's type
             encoding = None
         else:
             sequences: list[list[int]] = inputs  # pyright: ignore[reportAssignmentType]
-            encoding = asked.token_encoding or "cl100k_base"
-            self._limit_tokens(sum(map(len, sequences)))
+            encoding = parsed.token_encoding or "cl100k_base"
+            self._check_tokens(sum(map(len, sequences)))
             if encoding == "native":
                 return sequences, encoding
             texts = await asyncio.to_thread(tokens.decode, sequences, encoding)
@@ -120,7 +124,7 @@ class Embeddings:
             )
         return texts, encoding
 
-    def _limit_tokens(self, count: int) -> None:
+    def _check_tokens(self, count: int) -> None:
         if count > self.settings.max_request_tokens:
             raise ApiError(
                 400,
@@ -130,11 +134,11 @@ class Embeddings:
             )
 
 
-def find_model(models: Models, name: str) -> ServedModel:
-    """The model with this id or alias.
+def find_model(models: ModelRegistry, name: str) -> ServedModel:
+    """Return the served model with this id or alias.
 
     Raises:
-        ApiError: 404, in OpenAI's words; 410 if it did answer once.
+        ApiError: 404, in OpenAI's words; 410 for a retired model.
     """
     served = models.find(name)
     if served is None:
@@ -143,16 +147,16 @@ def find_model(models: Models, name: str) -> ServedModel:
             day = entry.record.history[-1].on
             message = f"The model '{entry.record.id}' was retired on {day} and answers no more. See /v1/models."
             raise ApiError(410, message, param="model", code="model_retired")
-        shown = name if len(name) <= 200 else name[:200] + "…"
-        message = f"The model '{shown}' does not exist or you do not have access to it. See /v1/models."
+        short = name if len(name) <= 200 else name[:200] + "…"
+        message = f"The model '{short}' does not exist or you do not have access to it. See /v1/models."
         raise ApiError(404, message, code="model_not_found")
     return served
 
 
-def deprecation(record: Record) -> dict[str, str]:
-    """Headers that tell of a model's end: since when it is deprecated (RFC 9745), when it stops answering (RFC 8594).
+def deprecation_headers(record: Record) -> dict[str, str]:
+    """Return the headers Deprecation (RFC 9745) and Sunset (RFC 8594) of a deprecated model; none for others.
 
-    Days are UTC's, and it still answers on the last one.
+    Days are in UTC. The model still answers on its last day.
     """
     step = record.history[-1] if record.history else None
     if step is None or step.until is None:
@@ -173,49 +177,49 @@ def _require_json(headers: Headers) -> None:
 
 
 def _timeout(headers: Headers, default: float) -> float:
-    """Seconds until the caller stops waiting: as it says, or as openai-python's read timeout tells."""
-    given = headers.get("request-deadline-ms")
-    if given is not None:
-        # Nine digits are eleven days; more would only be there to be slow to parse.
-        if not re.fullmatch(r"0*[1-9][0-9]{0,8}", given, re.ASCII):
+    """Return the seconds that the caller waits: from its own header, or from openai-python's read timeout."""
+    milliseconds = headers.get("request-deadline-ms")
+    if milliseconds is not None:
+        # Nine digits are eleven days. More digits could only be meant to be slow to parse.
+        if not re.fullmatch(r"0*[1-9][0-9]{0,8}", milliseconds, re.ASCII):
             message = "The header Request-Deadline-Ms must be a whole number of milliseconds greater than 0."
             raise ApiError(400, message, param="Request-Deadline-Ms")
-        return min(int(given) / 1000, LONGEST_DEADLINE_S)
+        return min(int(milliseconds) / 1000, MAX_DEADLINE_S)
     stainless = headers.get("x-stainless-read-timeout", "")
     if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", stainless, re.ASCII) and float(stainless) > 0:
-        return min(float(stainless), LONGEST_DEADLINE_S)
+        return min(float(stainless), MAX_DEADLINE_S)
     return default
 
 
 def _preferred_wait(headers: Headers) -> float:
-    """Seconds of `Prefer: wait=N` (RFC 7240)."""
-    found = re.search(r"(?i)(?:^|[,;\s])wait\s*=\s*\"?([0-9]{1,9})", headers.get("prefer", ""))
-    return min(float(found[1]), LONGEST_WAIT_S) if found else 0.0
+    """Return the seconds of `Prefer: wait=N` (RFC 7240)."""
+    wait = re.search(r"(?i)(?:^|[,;\s])wait\s*=\s*\"?([0-9]{1,9})", headers.get("prefer", ""))
+    return min(float(wait[1]), MAX_WAIT_S) if wait else 0.0
 
 
-def _instruction(asked: EmbeddingRequest, record: Record) -> str:
-    if asked.instruction:
-        return asked.instruction
-    return {"query": record.query_instruction, "document": record.document_instruction}.get(asked.input_type or "", "")
+def _instruction(parsed: EmbeddingRequest, record: Record) -> str:
+    if parsed.instruction:
+        return parsed.instruction
+    return {"query": record.query_instruction, "document": record.document_instruction}.get(parsed.input_type or "", "")
 
 
 def _names(fields: Sequence[str]) -> str:
-    """Field names that a caller made up, fit for a header."""
-    shown = [re.sub(r"[^A-Za-z0-9_.-]", "?", name[:40]) for name in fields[:16]]
-    return ", ".join(shown + ["..."] * (len(fields) > 16))
+    """Join field names that a caller made up, fit for a header."""
+    names = [re.sub(r"[^A-Za-z0-9_.-]", "?", name[:40]) for name in fields[:16]]
+    return ", ".join(names + ["..."] * (len(fields) > 16))
 
 
-def _write(vectors: np.ndarray, asked: EmbeddingRequest, model: str, used: int, cost: int | None) -> bytes:
-    """The answer's JSON, row by row: each is one call into C, and between two others get their turn."""
-    normalize = asked.normalize is not False
-    rows = np.ascontiguousarray(finish(vectors, normalize=normalize, dimensions=asked.dimensions or None), dtype="<f4")
-    write = _base64_row if asked.encoding_format == "base64" else _float_row
+def _write(vectors: np.ndarray, parsed: EmbeddingRequest, model: str, num_tokens: int, cost: int | None) -> bytes:
+    """Write the answer's JSON row by row: each row is one call into C, and other threads run between two rows."""
+    normalize = parsed.normalize is not False
+    rows = np.ascontiguousarray(finish(vectors, normalize=normalize, dimensions=parsed.dimensions or None), dtype="<f4")
+    write = _base64_row if parsed.encoding_format == "base64" else _float_row
     data = b",".join(
         [b'{"object":"embedding","index":%d,"embedding":%b}' % (index, write(row)) for index, row in enumerate(rows)]
     )
     # Dollars in full decimals: a float would round them.
     price = b"" if cost is None else b',"cost":%b' % format_dollars(cost).encode()
-    usage = b'{"prompt_tokens":%d,"total_tokens":%d%b}' % (used, used, price)
+    usage = b'{"prompt_tokens":%d,"total_tokens":%d%b}' % (num_tokens, num_tokens, price)
     return b'{"object":"list","data":[%b],"model":%b,"usage":%b}' % (data, orjson.dumps(model), usage)
 
 

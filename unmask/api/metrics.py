@@ -1,9 +1,9 @@
-"""What Prometheus may know. Labels come from our own tables, never from a caller."""
+"""The counters that Prometheus reads. Labels come from our own tables, never from a caller."""
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from unmask.api.traffic import History, Stretch
+from unmask.api.traffic import TrafficHistory, TrafficInterval
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 
@@ -12,11 +12,11 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
 class Metrics:
-    """The counters of one app, in a registry of their own."""
+    """The counters of one app, in their own registry."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._history = History()
+        self._traffic = TrafficHistory()
         self._requests = Counter(
             "unmask_requests", "Requests by route and status", ["route", "status"], registry=self._registry
         )
@@ -42,34 +42,34 @@ class Metrics:
         )
         prometheus_client.ProcessCollector(registry=self._registry)
 
-    def request(self, route: str, status: int, seconds: float) -> None:
-        """Count a request that was answered, or left by its caller (status 499)."""
+    def count_request(self, route: str, status: int, seconds: float) -> None:
+        """Count a request by route and status; status 499 if its client disconnected."""
         self._requests.labels(route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
-    def tokens(self, model: str, count: int) -> None:
+    def count_tokens(self, model: str, count: int) -> None:
         """Count tokens that a model turned into vectors."""
         self._tokens.labels(model).inc(count)
 
-    def embedded(self, model: str, tokens: int, seconds: float) -> None:
-        """Count a request of the API that a model has answered."""
-        self.tokens(model, tokens)
-        self._history.add(model, tokens, seconds)
+    def count_embedding(self, model: str, tokens: int, seconds: float) -> None:
+        """Count a request of the embeddings route that a model has answered."""
+        self.count_tokens(model, tokens)
+        self._traffic.add(model, tokens, seconds)
 
-    def lately(self, model: str) -> list[Stretch]:
-        """What a model has answered through the API in the last day, as far as this process knows."""
-        return self._history.of(model)
+    def recent_traffic(self, model: str) -> list[TrafficInterval]:
+        """Return the requests that a model answered through the API of this process in the last day."""
+        return self._traffic.of(model)
 
-    def waiting(self, model: str, count: int) -> None:
-        """Set how many tokens wait for a model."""
+    def set_waiting_tokens(self, model: str, count: int) -> None:
+        """Set the number of tokens in the queue of a model."""
         self._waiting.labels(model).set(count)
 
-    def reused(self, model: str, count: int) -> None:
-        """Set how many inputs a model has answered from what it computed before."""
+    def set_reused_inputs(self, model: str, count: int) -> None:
+        """Set the number of inputs of a model that were answered from its cache."""
         self._reused.labels(model).set(count)
 
-    def answered(self, route: str) -> dict[int, int]:
-        """How many requests a route answered since the start, by status."""
+    def requests_by_status(self, route: str) -> dict[int, int]:
+        """Return the number of requests of a route since the start, by status."""
         return {
             int(sample.labels["status"]): int(sample.value)
             for metric in self._requests.collect()
@@ -77,8 +77,8 @@ class Metrics:
             if sample.name.endswith("_total") and sample.labels["route"] == route
         }
 
-    def within(self, route: str) -> list[tuple[float, int]]:
-        """How many requests of a route took no longer than so many seconds: (seconds, count), rising to infinity."""
+    def latency_buckets(self, route: str) -> list[tuple[float, int]]:
+        """Return the cumulative latency histogram of a route: (seconds, requests within them), up to infinity."""
         return [
             (float(sample.labels["le"]), int(sample.value))
             for metric in self._seconds.collect()
@@ -86,8 +86,8 @@ class Metrics:
             if sample.name.endswith("_bucket") and sample.labels["route"] == route
         ]
 
-    def encoded(self) -> dict[str, int]:
-        """Tokens turned into vectors since the start, by model."""
+    def tokens_by_model(self) -> dict[str, int]:
+        """Return the number of tokens encoded since the start, by model."""
         return {
             sample.labels["model"]: int(sample.value)
             for metric in self._tokens.collect()
@@ -96,5 +96,5 @@ class Metrics:
         }
 
     def exposition(self) -> bytes:
-        """All of it in Prometheus' text format."""
+        """Return all counters in Prometheus' text format."""
         return prometheus_client.generate_latest(self._registry)

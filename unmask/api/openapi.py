@@ -108,7 +108,7 @@ _REQUEST_HEADERS = {
 }
 
 
-def document(*, secured: bool, body_limit: int, accounts: bool = False) -> dict[str, Any]:
+def openapi_document(*, secured: bool, body_limit: int, accounts: bool = False) -> dict[str, Any]:
     """The document of one app.
 
     Args:

@@ -2,6 +2,7 @@
 
 import ipaddress
 import re
+import warnings
 from dataclasses import dataclass, field
 
 from unmask.accounts.money import MAX_AMOUNT
@@ -29,7 +30,7 @@ class ServeSettings:
         free_credit: nano-dollars for whoever signs up.
         flush_charges: on SQLite, whether a request waits until its charge is on the disk, see `Accounts`.
         limits: URL of a Redis that counts requests and tokens per minute for several servers; None for this process.
-        limits_without: what happens while it does not answer, see `SharedLimiter`.
+        on_redis_failure: share or refuse, while it does not answer; see `SharedLimiter`.
         provider: whose people may sign in to an account here; None for passwords alone.
         credit_status: the HTTP status of a request that the credit does not cover: 429 as OpenAI says, or 402.
         body_limit_bytes: largest request body.
@@ -63,7 +64,7 @@ class ServeSettings:
     free_credit: int = 0
     flush_charges: bool = False
     limits: str | None = field(default=None, repr=False)
-    limits_without: str = "share"
+    on_redis_failure: str = "share"
     provider: ProviderSettings | None = None
     credit_status: int = 429
     body_limit_bytes: int = 32 * 2**20
@@ -83,8 +84,17 @@ class ServeSettings:
     trusted_proxies: tuple[str, ...] = ()
     playground: bool | None = None
     mail: MailServer | None = None
+    limits_without: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        if self.limits_without is not None:
+            warnings.warn(
+                "limits_without is now called on_redis_failure, and the old name is not read after the next release",
+                DeprecationWarning,
+                stacklevel=3,
+            )
+            object.__setattr__(self, "on_redis_failure", self.limits_without)
+            object.__setattr__(self, "limits_without", None)
         if not 0 <= self.port <= 65535:
             raise UsageError(f"port {self.port}: choose 0 to 65535")
         for name, value in vars(self).items():

@@ -1,4 +1,4 @@
-"""What each model has answered lately: requests, tokens and latencies by stretches of time, since the start."""
+"""Requests, tokens and latencies of each model by intervals of five minutes, for the last day."""
 
 import math
 import time
@@ -6,60 +6,60 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-STRETCH_S = 300
-KEPT = 288  # stretches: a day
+INTERVAL_S = 300
+MAX_INTERVALS = 288  # a day
 
-# Latencies fall into steps of a fifth, from a millisecond to beyond a minute; an estimate is off by a tenth.
-_STEP = math.log(1.2)
-_STEPS = 62
+# Buckets of latencies grow by a fifth, from a millisecond to beyond a minute; an estimate is off by at most a tenth.
+_LOG_GROWTH = math.log(1.2)
+_NUM_BUCKETS = 62
 
 
 @dataclass
-class Stretch:
-    """One stretch of time of one model. `began` is in Unix seconds, a multiple of the stretch's length."""
+class TrafficInterval:
+    """Counters of one model in one interval. `start` is in Unix seconds, a multiple of `INTERVAL_S`."""
 
-    began: int
+    start: int
     requests: int = 0
     tokens: int = 0
-    _latencies: list[int] = field(default_factory=lambda: [0] * (_STEPS + 1))
+    _latencies: list[int] = field(default_factory=lambda: [0] * (_NUM_BUCKETS + 1))
 
     def add(self, tokens: int, seconds: float) -> None:
         self.requests += 1
         self.tokens += tokens
-        step = round(math.log(max(seconds, 0.001) / 0.001) / _STEP)
-        self._latencies[min(step, _STEPS)] += 1
+        bucket = round(math.log(max(seconds, 0.001) / 0.001) / _LOG_GROWTH)
+        self._latencies[min(bucket, _NUM_BUCKETS)] += 1
 
-    def latency_ms(self, share: float) -> float:
-        """The latency that this share of the requests did not exceed, in milliseconds, to about a tenth."""
-        wanted, seen = share * self.requests, 0
-        for step, count in enumerate(self._latencies):
-            seen += count
-            if seen >= wanted and count:
-                return math.exp(step * _STEP)
+    def latency_ms(self, quantile: float) -> float:
+        """Return a quantile of the latencies in milliseconds, accurate to about a tenth."""
+        rank, total = quantile * self.requests, 0
+        for bucket, count in enumerate(self._latencies):
+            total += count
+            if total >= rank and count:
+                return math.exp(bucket * _LOG_GROWTH)
         return 0.0
 
 
-class History:
-    """The last day of every model, within bounds: a stretch with no request takes no room.
+class TrafficHistory:
+    """The last day of every model, in bounded memory. Intervals without a request are not stored.
 
     Args:
-        clock: Unix seconds; for tests.
+        clock: returns Unix seconds; replaced in tests.
     """
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        self._models: dict[str, deque[Stretch]] = {}
+        self._models: dict[str, deque[TrafficInterval]] = {}
 
     def add(self, model: str, tokens: int, seconds: float) -> None:
-        """A request that a model has answered."""
-        began = int(self._clock()) // STRETCH_S * STRETCH_S
-        known = self._models.setdefault(model, deque(maxlen=KEPT))
-        # A clock that was set back goes on in the stretch it had come to.
-        if not known or known[-1].began < began:
-            known.append(Stretch(began))
-        known[-1].add(tokens, seconds)
+        """Add a request that a model has answered."""
+        start = int(self._clock()) // INTERVAL_S * INTERVAL_S
+        intervals = self._models.setdefault(model, deque(maxlen=MAX_INTERVALS))
+        # After a clock was set back, requests still count in the newest interval.
+        if not intervals or intervals[-1].start < start:
+            intervals.append(TrafficInterval(start))
+        intervals[-1].add(tokens, seconds)
 
-    def of(self, model: str) -> list[Stretch]:
-        """The stretches of the last day in which the model answered anything, oldest first."""
-        since = self._clock() - KEPT * STRETCH_S
-        return [stretch for stretch in self._models.get(model, ()) if stretch.began > since]
+    def of(self, model: str) -> list[TrafficInterval]:
+        """Return the intervals of the last day in which the model answered a request, oldest first."""
+        since = self._clock() - MAX_INTERVALS * INTERVAL_S
+        return [interval for interval in self._models.get(model, ()) if interval.start > since]

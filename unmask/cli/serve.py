@@ -1,6 +1,6 @@
 """`unmask serve` and the models that it can serve."""
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Group, Parameter
 
@@ -8,7 +8,6 @@ from unmask.cli.mail import MailFrom, MailUrl, named_server
 
 if TYPE_CHECKING:
     from unmask.accounts.provider import ProviderSettings
-    from unmask.api.web_pages import Site
 
 _LIMITS = Group("Limits")
 _ACCOUNTS = Group("Accounts")
@@ -117,7 +116,7 @@ def serve(
     from unmask.api.settings import ServeSettings
     from unmask.checkpoint.resolve import DEFAULT_MODEL
     from unmask.errors import UsageError
-    from unmask.server.http_server import serve as run_server
+    from unmask.server import serve as run_server
     from unmask.storage.database import default_url
 
     models = model or (DEFAULT_MODEL,)
@@ -143,7 +142,7 @@ def serve(
             credit_status=credit_status,
             flush_charges=flush_charges,
             limits=limits,
-            limits_without=limits_without,
+            on_redis_failure=limits_without,
             request_timeout_s=request_timeout,
             body_limit_bytes=int(body_limit_mb * 1_000_000),
             queue_tokens=queue_tokens,
@@ -151,15 +150,8 @@ def serve(
             device=device,
             cache_bytes=int(cache_mb * 1_000_000),
             log_level=log_level,
-        ),
-        _pages,
+        )
     )
-
-
-def _pages(*parts: Any) -> "Site":
-    from unmask.web import website  # imported while the first model is being loaded
-
-    return website(*parts)
 
 
 def _provider(

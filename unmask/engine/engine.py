@@ -14,8 +14,7 @@ import torch
 from unmask.encoder import Encoder, Prompt
 from unmask.encoder.packing import deal, pack_budget, packs_at_once
 from unmask.encoder.prompts import DefaultPrompts
-from unmask.engine import queue
-from unmask.engine.queue import FairQueue
+from unmask.engine.queue import FairQueue, QueuedPrompt, QueuedRequest
 from unmask.engine.recent_vectors import RecentVectors, key_of
 from unmask.errors import DeadlineExceeded, EngineError, EngineStopped, InputError, Overloaded
 
@@ -28,14 +27,14 @@ _INLINE_CHARACTERS = 2000
 _MEASURED_TOKENS = 256
 
 # Of the measured speed, what deadlines are promised on: the next texts may be longer, the machine busier.
-_PROMISED = 0.75
+_SAFE_SHARE = 0.75
 
 # Of what can be done before a deadline, what the callers that wait already may fill between them; the rest is for
 # whoever has nothing in line yet.
-_SHARED_OUT = 0.75
+_QUEUED_SHARE = 0.75
 
 # Two models on the same processor would only slow each other down by sharing it within a forward.
-_PROCESSOR = threading.Lock()
+_COMPUTE_LOCK = threading.Lock()
 
 
 class Engine:
@@ -48,7 +47,7 @@ class Engine:
         cache_bytes: memory for vectors of prompts that were asked for before; 0 for none.
 
     Attributes:
-        reused: prompts that were answered without a forward.
+        reused_prompts: prompts that were answered without a forward.
     """
 
     def __init__(
@@ -56,7 +55,7 @@ class Engine:
     ) -> None:
         self.encoder = encoder
         self.tokens_per_second: float | None = None
-        self.reused = 0
+        self.reused_prompts = 0
         self._recent = RecentVectors(cache_bytes) if cache_bytes else None
         self._queue_tokens, self._pack_tokens = queue_tokens, pack_tokens
         self._queue = FairQueue()
@@ -100,7 +99,7 @@ class Engine:
         *,
         deadline: float | None = None,
         caller: str = "",
-        afresh: bool = False,
+        use_cache: bool = True,
     ) -> np.ndarray:
         """Vectors of prompts, float32 [n, dim], in their order. All or nothing.
 
@@ -109,7 +108,7 @@ class Engine:
         Args:
             deadline: `time.monotonic()` by which the caller wants them.
             caller: whose work this is; callers share the model equally. Empty: this request alone.
-            afresh: compute all of them, whatever is known.
+            use_cache: answer prompts that were computed a moment ago from the cache.
 
         Raises:
             Overloaded: admitting it would overfill the queue, or miss its deadline or that of somebody admitted
@@ -117,7 +116,7 @@ class Engine:
             DeadlineExceeded: the deadline passed while it waited.
             EngineStopped: the engine is closing.
         """
-        if self._recent is None or afresh:
+        if self._recent is None or not use_cache:
             return await self._compute(prompts, deadline, caller)
         vectors = np.empty((len(prompts), self.encoder.dim), dtype=np.float32)
         missing: dict[bytes, list[int]] = {}
@@ -128,7 +127,7 @@ class Engine:
                 missing.setdefault(key, []).append(place)
             else:
                 vectors[place] = known
-        self.reused += len(prompts) - len(missing)
+        self.reused_prompts += len(prompts) - len(missing)
         if missing:
             computed = await self._compute([prompts[places[0]] for places in missing.values()], deadline, caller)
             for (key, places), vector in zip(missing.items(), computed, strict=True):
@@ -148,7 +147,7 @@ class Engine:
             else:
                 future.set_exception(error)
 
-        request = queue.Request(
+        request = QueuedRequest(
             prompts=list(prompts),
             vectors=np.empty((len(prompts), self.encoder.dim), dtype=np.float32),
             caller=caller or f"request {next(self._anonymous)}",
@@ -174,7 +173,7 @@ class Engine:
                     self._queue.drop(request)
         return request.vectors
 
-    def _admit(self, request: queue.Request) -> None:
+    def _admit(self, request: QueuedRequest) -> None:
         if self._stopping:
             raise EngineStopped("the server is shutting down; send the request to another one")
         own = sum(len(prompt.ids) for prompt in request.prompts)
@@ -182,9 +181,9 @@ class Engine:
         if waiting and waiting + own > self._queue_tokens:
             raise Overloaded(
                 f"{waiting} tokens are waiting and {self._queue_tokens} may; try again shortly",
-                retry_after=(waiting + own - self._queue_tokens) / (self._promised() or self._queue_tokens),
+                retry_after=(waiting + own - self._queue_tokens) / (self._safe_rate() or self._queue_tokens),
             )
-        rate = self._promised()
+        rate = self._safe_rate()
         if rate is None or not waiting + self._in_flight:
             return
         now = time.monotonic()
@@ -194,18 +193,18 @@ class Engine:
                 f"{waiting + self._in_flight} tokens are ahead, too many for all to be done by their deadlines",
                 retry_after=late,
             )
-        held = self._queue.holds(request.caller)
+        held = self._queue.queued_tokens(request.caller)
         if held:
-            share = _SHARED_OUT * rate * (request.deadline - now) / self._queue.callers()
+            share = _QUEUED_SHARE * rate * (request.deadline - now) / self._queue.num_callers()
             if held + own > share:
                 raise Overloaded(
                     f"{held} tokens of this caller are in line already, and {share:.0f} may be: others wait as well",
-                    retry_after=(held + own - share) * self._queue.callers() / rate,
+                    retry_after=(held + own - share) * self._queue.num_callers() / rate,
                 )
 
-    def _promised(self) -> float | None:
+    def _safe_rate(self) -> float | None:
         """Tokens per second that deadlines can count on, once something was measured."""
-        return None if self.tokens_per_second is None else _PROMISED * self.tokens_per_second
+        return None if self.tokens_per_second is None else _SAFE_SHARE * self.tokens_per_second
 
     def waiting_tokens(self) -> int:
         """Tokens in line and in the forward that is running."""
@@ -244,7 +243,7 @@ class Engine:
             for request in late:
                 request.done(DeadlineExceeded("the deadline passed before the vectors were ready"))
             if packs:
-                with _PROCESSOR:
+                with _COMPUTE_LOCK:
                     self.encoder.each_pack(self._run_pack, packs)
                 # From the end of the forward before: what lies between two of them delays whoever waits as well.
                 began, ended = ended, time.perf_counter()
@@ -252,7 +251,7 @@ class Engine:
             with self._changed:
                 self._in_flight = 0
 
-    def _take_packs(self, now: float) -> list[list[queue.Sequence]]:
+    def _take_packs(self, now: float) -> list[list[QueuedPrompt]]:
         """What is computed next, in packs that end at about the same time.
 
         A forward ends with its longest pack, and what was promised to those in it counts on the speed of all cores.
@@ -260,10 +259,10 @@ class Engine:
         waiting, device = self._queue.tokens, self.encoder.device
         count = packs_at_once(waiting, device)
         budget = min(self._pack_tokens, pack_budget(waiting, device))
-        chosen = self._queue.take(count * budget, now, rate=self._promised())
+        chosen = self._queue.take(count * budget, now, rate=self._safe_rate())
         return [[chosen[i] for i in dealt] for dealt in deal([sequence.length for sequence in chosen], count)]
 
-    def _run_pack(self, sequences: list[queue.Sequence]) -> None:
+    def _run_pack(self, sequences: list[QueuedPrompt]) -> None:
         """One forward, and its vectors to those who asked. Never raises: the thread must live on for the others."""
         try:
             vectors = self.encoder.forward_pack([sequence.prompt for sequence in sequences])
@@ -287,7 +286,7 @@ class Engine:
             if good:
                 self._deliver(sequence, vector)
 
-    def _deliver(self, sequence: queue.Sequence, vector: np.ndarray) -> None:
+    def _deliver(self, sequence: QueuedPrompt, vector: np.ndarray) -> None:
         request = sequence.request
         request.vectors[sequence.index] = vector
         with self._changed:
@@ -297,7 +296,7 @@ class Engine:
         if complete:
             request.done(None)
 
-    def _fail(self, sequences: Sequence[queue.Sequence], error: BaseException) -> None:
+    def _fail(self, sequences: Sequence[QueuedPrompt], error: BaseException) -> None:
         for request in {id(sequence.request): sequence.request for sequence in sequences}.values():
             with self._changed:
                 wanted = not request.ended

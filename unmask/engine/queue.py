@@ -24,7 +24,7 @@ from unmask.encoder import Prompt
 
 
 @dataclass(eq=False, slots=True)
-class Request:
+class QueuedRequest:
     """One caller's prompts and the vectors they become.
 
     Attributes:
@@ -47,12 +47,12 @@ class Request:
 
 
 @dataclass(order=True, slots=True)
-class Sequence:
+class QueuedPrompt:
     """One prompt in line. Sorted by its fair tag among its caller's requests, then by arrival."""
 
     tag: float
     order: int
-    request: Request = field(compare=False)
+    request: QueuedRequest = field(compare=False)
     index: int = field(compare=False)
 
     @property
@@ -65,7 +65,7 @@ class Sequence:
 
 
 @dataclass(eq=False, slots=True)
-class _Caller:
+class _CallerQueue:
     """One caller's own line.
 
     Attributes:
@@ -75,7 +75,7 @@ class _Caller:
 
     served: float
     clock: float = 0.0
-    line: list[Sequence] = field(default_factory=list)
+    line: list[QueuedPrompt] = field(default_factory=list)
 
 
 class FairQueue:
@@ -89,22 +89,22 @@ class FairQueue:
     def __init__(self, horizon: int = 4, max_age: float = 0.5) -> None:
         self.tokens = 0
         self._horizon, self._max_age = horizon, max_age
-        self._callers: dict[str, _Caller] = {}
-        self._due: list[Request] = []  # by deadline; those that wait for nothing any more are swept out on the way
+        self._callers: dict[str, _CallerQueue] = {}
+        self._due: list[QueuedRequest] = []  # by deadline; `take` removes those without waiting prompts
         self._clock = 0.0
         self._order = itertools.count()
 
     def __len__(self) -> int:
         return sum(len(caller.line) for caller in self._callers.values())
 
-    def add(self, request: Request) -> None:
+    def add(self, request: QueuedRequest) -> None:
         """Put all prompts of a request in line."""
-        caller = self._callers.setdefault(request.caller, _Caller(self._clock))
+        caller = self._callers.setdefault(request.caller, _CallerQueue(self._clock))
         if not caller.line:
             caller.served = max(caller.served, self._clock)  # time spent away earns nothing
         tag = caller.clock
         for index, prompt in enumerate(request.prompts):
-            heapq.heappush(caller.line, Sequence(tag, next(self._order), request, index))
+            heapq.heappush(caller.line, QueuedPrompt(tag, next(self._order), request, index))
             tag += len(prompt.ids)
         request.waiting = sum(len(prompt.ids) for prompt in request.prompts)
         self.tokens += request.waiting
@@ -119,11 +119,11 @@ class FairQueue:
         """
         return max(self._lateness(now, rate, running, own=(own, deadline)), default=(-float("inf"), 0))[0]
 
-    def holds(self, caller: str) -> int:
+    def queued_tokens(self, caller: str) -> int:
         """A caller's tokens in line."""
         return sum(request.waiting for request in self._due if request.caller == caller)
 
-    def callers(self) -> int:
+    def num_callers(self) -> int:
         """How many callers wait for something."""
         return len({request.caller for request in self.requests()})
 
@@ -162,7 +162,7 @@ class FairQueue:
             found.append(((tokens + extra) / rate - (own[1] - now), len(self._due)))
         return found
 
-    def take(self, budget: int, now: float, *, rate: float | None = None) -> list[Sequence]:
+    def take(self, budget: int, now: float, *, rate: float | None = None) -> list[QueuedPrompt]:
         """Remove and return what the next forward computes: at most `budget` tokens, or one sequence that is longer.
 
         Sequences of requests that have ended are dropped on the way. Longest first, equal lengths adjacent.
@@ -186,7 +186,7 @@ class FairQueue:
         self._forget_idle()
         return sorted(chosen, key=lambda sequence: -sequence.length)
 
-    def _pressed(self, chosen: list[Sequence], now: float, rate: float) -> list[Request]:
+    def _pressed(self, chosen: list[QueuedPrompt], now: float, rate: float) -> list[QueuedRequest]:
         """Who must go before `chosen` because somebody would be late after it: all up to the first of those."""
         taken: dict[int, int] = {}
         for sequence in chosen:
@@ -194,12 +194,12 @@ class FairQueue:
         after = self._lateness(now, rate, sum(taken.values()), taken=taken)
         return next((self._due[: place + 1] for late, place in after if late > 0), [])
 
-    def _earliest(self, requests: list[Request], budget: int, now: float, rate: float) -> list[Sequence]:
+    def _earliest(self, requests: list[QueuedRequest], budget: int, now: float, rate: float) -> list[QueuedPrompt]:
         """A forward of theirs, strictly by deadline, and over before the first of them."""
         theirs = {id(request) for request in requests}
         lines = [caller.line for caller in self._callers.values()]
         waiting = [s for line in lines for s in line if id(s.request) in theirs and not s.request.ended]
-        chosen: list[Sequence] = []
+        chosen: list[QueuedPrompt] = []
         filled = 0
         for sequence in sorted(waiting, key=lambda s: (s.request.deadline, s)):
             if chosen:
@@ -217,19 +217,19 @@ class FairQueue:
             self._callers[sequence.request.caller].served += sequence.length
         return chosen
 
-    def _put_back(self, sequence: Sequence) -> None:
+    def _put_back(self, sequence: QueuedPrompt) -> None:
         caller = self._callers[sequence.request.caller]
         caller.served -= sequence.length
         heapq.heappush(caller.line, sequence)
 
-    def _fair_choice(self, budget: int, now: float) -> list[Sequence]:
+    def _fair_choice(self, budget: int, now: float) -> list[QueuedPrompt]:
         """What goes next as fairness has it, taken out and counted as served."""
         candidates = self._candidates(budget * self._horizon)
         if not candidates:
             return []
         head = candidates[0]
 
-        def urgency(sequence: Sequence) -> tuple[bool, float]:
+        def urgency(sequence: QueuedPrompt) -> tuple[bool, float]:
             aged = now - sequence.request.arrived > self._max_age
             return (not aged, sequence.request.arrived if aged else abs(sequence.length - head.length))
 
@@ -242,13 +242,13 @@ class FairQueue:
                 self._put_back(sequence)
         return chosen
 
-    def _candidates(self, tokens: int) -> list[Sequence]:
+    def _candidates(self, tokens: int) -> list[QueuedPrompt]:
         """The next sequences in fair order, about `tokens` of them, taken out and counted as served."""
         turns = [(caller.served, number, caller) for number, caller in enumerate(self._callers.values()) if caller.line]
         heapq.heapify(turns)
         if turns:
             self._clock = max(self._clock, turns[0][0])
-        found: list[Sequence] = []
+        found: list[QueuedPrompt] = []
         seen = 0
         while turns and seen < tokens:
             _, number, caller = heapq.heappop(turns)
@@ -269,20 +269,20 @@ class FairQueue:
         for name in idle:
             del self._callers[name]
 
-    def drop(self, request: Request) -> None:
+    def drop(self, request: QueuedRequest) -> None:
         """A request is no longer wanted: its tokens stop counting now, its sequences leave when they come up."""
         self.tokens -= request.waiting
         request.waiting = 0
         request.ended = True
 
-    def expired(self, now: float) -> list[Request]:
+    def expired(self, now: float) -> list[QueuedRequest]:
         """Requests in line whose deadline has passed."""
         return [request for request in self.requests() if request.deadline <= now]
 
-    def requests(self) -> list[Request]:
+    def requests(self) -> list[QueuedRequest]:
         """Every request with a sequence in line that is still wanted, the earliest deadline first."""
         return [request for request in self._due if request.waiting]
 
 
-def _deadline(request: Request) -> float:
+def _deadline(request: QueuedRequest) -> float:
     return request.deadline

@@ -1,6 +1,14 @@
-"""Which engine answers for a model id, and whether its vectors are right."""
+"""Find the engine that answers for a model id, and check that its vectors are right."""
 
-from unmask.router.catalogue_sync import Follower, answering, retired
-from unmask.router.registry import Models, ServedModel
+from unmask.router.catalogue_sync import CatalogueSync, retired_models, sources_of_answering_models
+from unmask.router.registry import ModelRegistry
+from unmask.router.served_model import ModelOptions, ServedModel
 
-__all__ = ["Follower", "Models", "ServedModel", "answering", "retired"]
+__all__ = [
+    "CatalogueSync",
+    "ModelOptions",
+    "ModelRegistry",
+    "ServedModel",
+    "retired_models",
+    "sources_of_answering_models",
+]

@@ -1,5 +1,5 @@
-"""Build the whole server from its settings and run it: models, accounts, API and pages."""
+"""Build a whole server from its settings, and run it."""
 
-from unmask.server.http_server import serve
+from unmask.server.process import serve
 
 __all__ = ["serve"]

@@ -17,8 +17,9 @@ from starlette.responses import RedirectResponse, Response
 from unmask.accounts import Accounts, people
 from unmask.accounts.people import Person
 from unmask.accounts.provider import VISIT_MS, Visit
+from unmask.api.body import read_body
+from unmask.api.context import context_of
 from unmask.api.errors import ApiError
-from unmask.api.middleware import read_body
 from unmask.api.settings import ServeSettings
 from unmask.errors import SignInRefused
 from unmask.storage.database import now_ms
@@ -167,7 +168,7 @@ def form_token(request: Request) -> str:
         bound = secrets.token_urlsafe(24)
         # Kept for this request too: a page may have several forms.
         request.state.form_cookie = bound
-        request.state.headers["set-cookie"] = _set_cookie(request, _FORM, bound)
+        context_of(request).response_headers["set-cookie"] = _set_cookie(request, _FORM, bound)
     return reception.accounts.peppers.mark(f"form {bound}")
 
 

@@ -19,17 +19,18 @@ from starlette.types import Scope
 
 from unmask.accounts import Accounts
 from unmask.accounts.tariff import Price
+from unmask.api.body import read_body
+from unmask.api.context import context_of
 from unmask.api.errors import ApiError, api_error
 from unmask.api.metrics import Metrics
-from unmask.api.middleware import read_body
 from unmask.api.settings import ServeSettings
-from unmask.api.web_pages import Site, asks_for_html
+from unmask.api.web_pages import WebPages, accepts_html
 from unmask.catalogue import Catalogue, Measurement, Record
 from unmask.catalogue.figures import SUITES, CategoryScores, SuiteScores
 from unmask.catalogue.measurement import LOCAL, MTEB
 from unmask.catalogue.speed import points_of
 from unmask.errors import StorageError, UnmaskError
-from unmask.router import Models
+from unmask.router import ModelRegistry
 from unmask.web.account.pages import AccountPages
 from unmask.web.account.sign_in import Entrance
 from unmask.web.account.votes import Wanting, account_seams
@@ -66,7 +67,7 @@ class Website:
     """All pages of one server."""
 
     catalogue: Catalogue
-    models: Models
+    models: ModelRegistry
     settings: ServeSettings
     metrics: Metrics
     seams: Seams = field(default_factory=Seams)
@@ -85,7 +86,7 @@ class Website:
             if self.catalogue.get(served.record.id) is None:
                 self.catalogue.put(served.record)
 
-    def site(self) -> Site:
+    def site(self) -> WebPages:
         """The pages as the API takes them in."""
         pages: list[tuple[str, Handler]] = [
             ("/models", self.list_models),
@@ -112,7 +113,7 @@ class Website:
             ):
                 own = room.routes()
                 routes += [Route(r.path, self._known(r.endpoint), methods=list(r.methods or ())) for r in own]
-        return Site(routes, self._known(self.home), self.error)
+        return WebPages(routes, self._known(self.home), self.error)
 
     async def home(self, request: Request) -> Response:
         models = self._all()
@@ -211,11 +212,11 @@ class Website:
         )
 
     async def status(self, request: Request) -> Response:
-        answered = self.metrics.answered(_EMBEDDINGS)
-        within = self.metrics.within(_EMBEDDINGS)
+        answered = self.metrics.requests_by_status(_EMBEDDINGS)
+        within = self.metrics.latency_buckets(_EMBEDDINGS)
         steps = [(0.0, 0), *within]
         spans = [(low, high, n - before) for (low, before), (high, n) in pairwise(steps)]
-        tokens = self.metrics.encoded()
+        tokens = self.metrics.tokens_by_model()
         return self.render(
             request,
             "status.html.j2",
@@ -272,7 +273,7 @@ class Website:
 
     def error(self, scope: Scope, error: ApiError) -> Response | None:
         """An error as a page, for a browser that was not talking to the API."""
-        if scope["path"].startswith("/v1") or not asks_for_html(scope):
+        if scope["path"].startswith("/v1") or not accepts_html(scope):
             return None
         request = Request(scope)
         sent = dict(error.headers)
@@ -360,7 +361,7 @@ class Website:
         }
 
     async def _model_page(self, request: Request, shown: Shown) -> Response:
-        recent = self.metrics.lately(shown.record.id) if shown.answers else []
+        recent = self.metrics.recent_traffic(shown.record.id) if shown.answers else []
         points = points_of(shown.figures.sweep)
         return self.render(
             request,
@@ -374,7 +375,7 @@ class Website:
             recent=speed_charts.traffic_charts(recent),
             answered=sum(stretch.requests for stretch in recent),
             linked_data=alternates.linked_data(shown, self.base(request)),
-            tokens=self.metrics.encoded().get(shown.record.id, 0),
+            tokens=self.metrics.tokens_by_model().get(shown.record.id, 0),
         )
 
     def _model_json(self, request: Request, shown: Shown) -> Response:
@@ -411,7 +412,7 @@ class Website:
         assert served
         if wrong := check_trial(trial):
             return self._playground_page(request, shown, trial, wrong=wrong, status=400)
-        caller = f"playground {request.state.admitted.share}"
+        caller = f"playground {context_of(request).share}"
         self._allowance.take(caller)
         try:
             outcome = await run_trial(served, trial, caller)
@@ -420,8 +421,8 @@ class Website:
         except UnmaskError as error:
             told = api_error(error)
             return self._playground_page(request, shown, trial, wrong=str(told), status=told.status)
-        self.metrics.tokens(shown.record.id, outcome.tokens)
-        request.state.tokens = outcome.tokens
+        self.metrics.count_tokens(shown.record.id, outcome.tokens)
+        context_of(request).tokens = outcome.tokens
         return self._playground_page(request, shown, trial, outcome=outcome)
 
     def _playground_page(
@@ -454,7 +455,7 @@ class Website:
         return (await shown.served.engine()).waiting_tokens()
 
 
-def website(models: Models, settings: ServeSettings, metrics: Metrics, accounts: Accounts | None) -> Site:
+def website(models: ModelRegistry, settings: ServeSettings, metrics: Metrics, accounts: Accounts | None) -> WebPages:
     """The pages over the catalogue and whatever is served, and with accounts, theirs."""
     seams = account_seams(accounts) if accounts else Seams()
     return Website(models.catalogue, models, settings, metrics, seams, accounts=accounts).site()

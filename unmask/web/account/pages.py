@@ -20,12 +20,12 @@ from unmask.accounts.keys import Key
 from unmask.accounts.money import format_dollars
 from unmask.accounts.people import Person
 from unmask.accounts.usage import Line, Used
-from unmask.api.account_routes import asked_days
+from unmask.api.account_routes import date_range
 from unmask.api.download import csv_file, csv_response
 from unmask.api.errors import ApiError
 from unmask.catalogue import votes
 from unmask.errors import AccountError, KeyRefused, UnmaskError, UsageError
-from unmask.router import Models
+from unmask.router import ModelRegistry
 from unmask.storage.database import now_ms
 from unmask.web.account.usage_chart import usage_chart
 from unmask.web.forms import KeyFields, sentence
@@ -47,7 +47,7 @@ class AccountPages:
     """The pages. `render` is `Website.render`."""
 
     accounts: Accounts
-    models: Models
+    models: ModelRegistry
     render: Render
 
     def routes(self) -> list[Route]:
@@ -168,7 +168,7 @@ class AccountPages:
         return go(f"/account/keys/{key.id}?done=revoked")
 
     async def usage(self, request: Request, person: Person) -> Response:
-        first, last = asked_days(request)
+        first, last = date_range(request)
         what, by = asked_choice(request, "what", _FIGURES), asked_choice(request, "by", _SERIES)
         now = now_ms()
 
@@ -202,7 +202,7 @@ class AccountPages:
         )
 
     async def usage_csv(self, request: Request, person: Person) -> Response:
-        first, last = asked_days(request)
+        first, last = date_range(request)
         found = await self._read(lambda connection: usage.used(connection, person.account_id, first, last))
         columns = ("day", "model", "key", "tier", "requests", "tokens", "cost")
         rows = ((u.day, u.model, u.key, u.tier, u.requests, u.tokens, format_dollars(u.cost)) for u in found)

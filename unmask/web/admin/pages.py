@@ -15,7 +15,7 @@ from unmask.accounts.people import Account, Person
 from unmask.accounts.tariff import Plan, Price
 from unmask.api.errors import ApiError
 from unmask.errors import AccountError, LedgerRefused, UnmaskError, UsageError
-from unmask.router import Models
+from unmask.router import ModelRegistry
 from unmask.storage.database import now_ms
 from unmask.web.account.pages import PER_PAGE
 from unmask.web.forms import dollars, whole
@@ -29,7 +29,7 @@ class AdminPages:
     """The pages. `render` is `Website.render`."""
 
     accounts: Accounts
-    models: Models
+    models: ModelRegistry
     render: Render
 
     def routes(self) -> list[Route]:

@@ -12,8 +12,8 @@ from unmask.catalogue import STATUSES, Catalogue, Entry, Measurement, Record, St
 from unmask.catalogue.figures import Figures
 from unmask.catalogue.lifecycle import MEANING
 from unmask.catalogue.pricing import prices_here
-from unmask.router import Models, ServedModel
-from unmask.router.registry import LOADED
+from unmask.router import ModelRegistry, ServedModel
+from unmask.router.served_model import FIELDS_OF_WEIGHTS
 
 Standing = Status | Literal["reference"]
 
@@ -44,7 +44,7 @@ class Shown:
     def record(self) -> Record:
         if self.served is None:
             return self.entry.record
-        known = {name: value for name in LOADED if (value := getattr(self.served.record, name)) is not None}
+        known = {name: value for name in FIELDS_OF_WEIGHTS if (value := getattr(self.served.record, name)) is not None}
         if self.charged is not None:
             known["prices"] = prices_here(self.entry.record, self.charged)
         return msgspec.structs.replace(self.entry.record, **known)
@@ -68,14 +68,16 @@ class Shown:
         return self.served is not None
 
 
-def all_shown(catalogue: Catalogue, models: Models, charged: Sequence[tariff.Price] | None = None) -> list[Shown]:
+def all_shown(
+    catalogue: Catalogue, models: ModelRegistry, charged: Sequence[tariff.Price] | None = None
+) -> list[Shown]:
     """Every entry, those that this server answers for with their engines and what they cost."""
     served = {model.record.id: model for model in models.list()}
     return [Shown(entry, served.get(entry.record.id), charged) for entry in catalogue.entries()]
 
 
 def one_shown(
-    catalogue: Catalogue, models: Models, id: str, charged: Sequence[tariff.Price] | None = None
+    catalogue: Catalogue, models: ModelRegistry, id: str, charged: Sequence[tariff.Price] | None = None
 ) -> Shown | None:
     """The entry of an id or alias."""
     entry = catalogue.get(id)

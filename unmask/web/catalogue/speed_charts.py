@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 
-from unmask.api.traffic import STRETCH_S, Stretch
+from unmask.api.traffic import INTERVAL_S, TrafficInterval
 from unmask.catalogue.speed import Point
 from unmask.charts import formatting
 from unmask.charts.line_chart import LineChart, LineSeries, line_chart, x_of_category, x_of_share
@@ -39,29 +39,29 @@ def sweep_charts(points: Sequence[Point]) -> list[LineChart]:
     ]
 
 
-def traffic_charts(stretches: Sequence[Stretch]) -> list[LineChart]:
+def traffic_charts(stretches: Sequence[TrafficInterval]) -> list[LineChart]:
     """Throughput and latency of the requests that a model has answered here over the last day."""
     if not stretches:
         return []
-    first, last = stretches[0].began, stretches[-1].began
-    span = max(last - first, STRETCH_S)
+    first, last = stretches[0].start, stretches[-1].start
+    span = max(last - first, INTERVAL_S)
 
     def x_of(began: int) -> float:
         return x_of_share(0.5 if first == last else (began - first) / span)
 
     ends = [stretches[0]] if first == last else [stretches[0], stretches[-1]]
-    ticks = [(x_of(stretch.began), _clock(stretch.began)) for stretch in ends]
+    ticks = [(x_of(stretch.start), _clock(stretch.start)) for stretch in ends]
 
-    def chart(title: str, unit: str, values: Mapping[str, Callable[[Stretch], float]]) -> LineChart:
+    def chart(title: str, unit: str, values: Mapping[str, Callable[[TrafficInterval], float]]) -> LineChart:
         series = [
-            LineSeries(name, [(x_of(s.began), value(s), f"{_clock(s.began)}, {name}") for s in stretches])
+            LineSeries(name, [(x_of(s.start), value(s), f"{_clock(s.start)}, {name}") for s in stretches])
             for name, value in values.items()
         ]
         label = f"{title}, over the last day"
         return line_chart(title, label, series, unit, x_name="UTC, by five minutes", x_ticks=ticks)
 
     return [
-        chart("Tokens answered per second", "tokens/s", {"tokens": lambda stretch: stretch.tokens / STRETCH_S}),
+        chart("Tokens answered per second", "tokens/s", {"tokens": lambda stretch: stretch.tokens / INTERVAL_S}),
         chart(
             "Latency, milliseconds",
             "ms",

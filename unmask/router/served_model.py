@@ -1,0 +1,194 @@
+"""`ServedModel`: one model of the server, loaded on first use and checked by its canary."""
+
+import asyncio
+import gc
+import logging
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+
+from unmask.catalogue import Record, record_for
+from unmask.catalogue.canary import CANARY_TEXT, compare
+from unmask.encoder import Dtype, Encoder
+from unmask.engine import Engine
+from unmask.errors import CheckpointError, EngineError, ModelLoading, UnmaskError
+
+log = logging.getLogger("unmask")
+
+State = Literal["cold", "loading", "ready", "failed"]
+
+# Fields of a record that the loaded weights decide, whatever the catalogue says.
+FIELDS_OF_WEIGHTS = ("architecture", "base", "parameters", "dimensions", "max_tokens", "pooling", "revision")
+
+_CANARY_VALID_S = 30.0  # time for which a passed canary is not computed again
+_RETRY_FAILED_S = 60.0
+
+# The encoder, the fields of `FIELDS_OF_WEIGHTS`, and the encoder's vector of the canary text.
+_LoadedModel = tuple[Encoder, dict[str, Any], np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Options that all models of a server are loaded with.
+
+    Attributes:
+        queue_tokens: tokens that may wait in each model's engine.
+        cache_bytes: memory of each model for vectors of recent inputs; 0 for none.
+        dtype, device: precision and device of the weights, as for `Encoder.load`.
+    """
+
+    queue_tokens: int = 262_144
+    cache_bytes: int = 0
+    dtype: Dtype = "float32"
+    device: str = "cpu"
+
+
+class ServedModel:
+    """One model, from cold to ready.
+
+    Args:
+        source: id, folder or file to load the weights from.
+        record: its catalogue record; None for the shipped one, or one made from its name.
+        options: precision, device, queue and cache.
+
+    Attributes:
+        state: cold, loading, ready or failed.
+        reason: why loading failed; empty otherwise. May name files of this machine.
+    """
+
+    def __init__(self, source: str, record: Record | None = None, options: ModelOptions | None = None) -> None:
+        self.source = source
+        self.options = options or ModelOptions()
+        self.record: Record = record or record_for(source)
+        self.state: State = "cold"
+        self.reason = ""
+        self._engine: Engine | None = None
+        self._load_task: asyncio.Task[None] | None = None
+        self._preload: Future[_LoadedModel] | None = None
+        self._canary_vector: np.ndarray | None = None
+        self._canary_check: tuple[float, str] = (0.0, "not checked yet")  # time and verdict
+        self._changed_at = time.monotonic()
+        self._load_seconds = 5.0
+
+    def preload(self) -> None:
+        """Begin to load in a thread, before there is an event loop. `engine` then waits for that thread."""
+        thread = ThreadPoolExecutor(1, thread_name_prefix="unmask-load")
+        self._preload = thread.submit(self._load_weights)
+        thread.shutdown(wait=False)
+
+    async def engine(self, wait: float = 0.0) -> Engine:
+        """Return the running engine. The first use loads the model.
+
+        Args:
+            wait: seconds that the caller waits for a model that is being loaded.
+
+        Raises:
+            ModelLoading: not ready within `wait`; carries `retry_after`.
+            CheckpointError: it could not be loaded. Loading is tried again at most once a minute.
+        """
+        if self._engine is not None:
+            return self._engine
+        now = time.monotonic()
+        if self.state == "failed" and now - self._changed_at < _RETRY_FAILED_S:
+            raise CheckpointError(self.reason)
+        if self._load_task is None or self._load_task.done():
+            self._set_state("loading")
+            self._load_task = asyncio.create_task(self._load())
+        # `asyncio.wait` leaves the task running: one caller giving up must not stop the load for the others.
+        await asyncio.wait([self._load_task], timeout=wait)
+        if self._engine is not None:
+            return self._engine
+        if self.state == "failed":
+            raise CheckpointError(self.reason)
+        seconds_left = self._load_seconds - (time.monotonic() - self._changed_at)
+        raise ModelLoading(f"{self.record.id} is being loaded; try again shortly", retry_after=max(1.0, seconds_left))
+
+    async def canary(self) -> str:
+        """Compute the canary's vector with the running engine. Return "ok", or what is wrong."""
+        if self._engine is None or self._canary_vector is None:
+            return self.reason or self.state
+        checked_at, verdict = self._canary_check
+        if verdict == "ok" and time.monotonic() - checked_at < _CANARY_VALID_S:
+            return verdict
+        try:
+            prompts = await self._engine.prepare([self._canary_text()])
+            deadline = time.monotonic() + 60.0
+            vectors = await self._engine.run(prompts, deadline=deadline, caller="canary", use_cache=False)
+            verdict = compare(vectors[0], self._canary_vector)
+        except EngineError as error:
+            verdict = str(error)
+        self._canary_check = (time.monotonic(), verdict)
+        return verdict
+
+    def update_record(self, record: Record) -> None:
+        """Replace the record by a newer one. Fields that the loaded weights decide stay."""
+        if self._engine is not None:
+            own_fields = {name: getattr(self.record, name) for name in FIELDS_OF_WEIGHTS}
+            record = msgspec.structs.replace(record, **own_fields)
+        self.record = record
+
+    async def close(self, grace: float) -> None:
+        """Finish accepted requests within `grace` seconds, and stop."""
+        if self._load_task is not None:
+            await asyncio.wait([self._load_task], timeout=grace)
+        if self._engine is not None:
+            await asyncio.to_thread(self._engine.close, grace)
+
+    async def _load(self) -> None:
+        started = time.monotonic()
+        try:
+            preload, self._preload = self._preload, None
+            loading = asyncio.wrap_future(preload) if preload is not None else asyncio.to_thread(self._load_weights)
+            encoder, fields, canary_vector = await loading
+        except UnmaskError as error:
+            self._set_state("failed", str(error))
+            log.error("%s could not be loaded: %s", self.record.id, error)
+            return
+        except Exception:
+            # Any other exception is a bug of ours. This model is out of service, the others are not.
+            self._set_state("failed", f"{self.record.id} could not be loaded because of an internal error")
+            log.exception("%s could not be loaded", self.record.id)
+            return
+        # The record may have changed while the weights were loaded; the fields of the weights have not.
+        self.record, self._canary_vector = msgspec.structs.replace(self.record, **fields), canary_vector
+        self._engine = Engine(encoder, queue_tokens=self.options.queue_tokens, cache_bytes=self.options.cache_bytes)
+        self._load_seconds = time.monotonic() - started
+        self._set_state("ready")
+        log.info("%s is ready after %.1f s", self.record.id, self._load_seconds)
+
+    def _load_weights(self) -> _LoadedModel:
+        record, dtype = self.record, self.options.dtype
+        encoder = Encoder.load(self.source, compat=record.compat, dtype=dtype, device=self.options.device)
+        if record.revision is not None and encoder.checkpoint.revision != record.revision:
+            raise CheckpointError(
+                f"{record.id} went live with the weights {record.revision}, and {self.source} holds "
+                f"{encoder.checkpoint.revision}: put the files back, or run 'unmask onboard {record.id}' again"
+            )
+        canary_vector = encoder.encode([self._canary_text()])[0]
+        # The model and its libraries stay for good. Searching them for garbage would stop all requests again and again.
+        gc.collect()
+        gc.freeze()
+        if record.canary is not None and (verdict := compare(canary_vector, record.canary.expected(), dtype)) != "ok":
+            raise CheckpointError(f"{record.id} loaded, but its weights are not the published ones: {verdict}")
+        config = encoder.checkpoint.config
+        trained_as = encoder.checkpoint.trained_as
+        fields = {
+            "architecture": record.architecture or str(config.get("model_type")),
+            "base": record.base or (trained_as if "/" in trained_as else None),
+            "parameters": encoder.parameters,
+            "dimensions": encoder.dim,
+            "max_tokens": encoder.max_length,
+            "pooling": encoder.pooling,
+            "revision": encoder.checkpoint.revision,
+        }
+        return encoder, fields, canary_vector
+
+    def _canary_text(self) -> str:
+        return self.record.canary.text if self.record.canary is not None else CANARY_TEXT
+
+    def _set_state(self, state: State, reason: str = "") -> None:
+        self.state, self.reason, self._changed_at = state, reason, time.monotonic()

@@ -1,0 +1,126 @@
+"""`build_application`: every part of a server, built in one place from its settings."""
+
+import logging
+import threading
+from dataclasses import dataclass
+
+from starlette.types import ASGIApp
+
+from unmask.accounts import Accounts
+from unmask.accounts.limits import SharedLimiter
+from unmask.api import ServeSettings, create_app
+from unmask.api.metrics import Metrics
+from unmask.catalogue.store import opened, read_catalogue
+from unmask.router import CatalogueSync, ModelOptions, ModelRegistry, retired_models, sources_of_answering_models
+from unmask.server.notices import NoticeMailer
+from unmask.storage.database import Database
+
+log = logging.getLogger("unmask")
+
+
+@dataclass(frozen=True, eq=False)
+class Application:
+    """The parts of one server.
+
+    Attributes:
+        app: the ASGI app: API and pages.
+        models: the served models.
+        sync: keeps the models in step with the catalogue; None without a database.
+        accounts: None for a server without them.
+        database: holds the catalogue, and the accounts if there are any.
+        stopping: to be set when the server begins to shut down.
+    """
+
+    app: ASGIApp
+    models: ModelRegistry
+    sync: CatalogueSync | None
+    accounts: Accounts | None
+    database: Database | None
+    stopping: threading.Event
+
+    def close(self) -> None:
+        """Close the accounts and the database. The models are closed by `serve_models`."""
+        if self.accounts is not None:
+            self.accounts.close()
+        elif self.database is not None:
+            self.database.close()
+
+
+def build_application(settings: ServeSettings) -> Application:
+    """Build all parts of a server, and begin to load its warm models.
+
+    Raises:
+        UsageError, CheckpointError: the name or the files of a model are wrong.
+        UsageError, StorageError: the database, the pepper or the Redis of the accounts is.
+    """
+    accounts = open_accounts(settings)
+    database = accounts.database if accounts is not None else None
+    if database is None and settings.catalogue is not None:
+        database = opened(settings.catalogue)
+    models, sync = open_models(settings, database)
+    models.preload()
+    from unmask.web import website  # takes a while to import, and the first model is being loaded meanwhile
+
+    metrics = Metrics()
+    stopping = threading.Event()
+    pages = website(models, settings, metrics, accounts)
+    app = create_app(models, settings, metrics=metrics, stopping=stopping, accounts=accounts, pages=pages)
+    return Application(app, models, sync, accounts, database, stopping)
+
+
+def open_accounts(settings: ServeSettings) -> Accounts | None:
+    """Open the accounts; None if the settings name no database for them.
+
+    Raises:
+        UsageError, StorageError: the database, the pepper or the Redis is wrong or cannot be reached.
+    """
+    if settings.database is None:
+        return None
+    return Accounts(
+        settings.database,
+        limiter=SharedLimiter(settings.limits, without=settings.on_redis_failure) if settings.limits else None,
+        free_credit=settings.free_credit,
+        flush_charges=settings.flush_charges,
+        provider=settings.provider,
+    )
+
+
+def open_models(settings: ServeSettings, database: Database | None) -> tuple[ModelRegistry, CatalogueSync | None]:
+    """Open the models that the settings name and those that the operator took live.
+
+    Args:
+        settings: names, and the options of every model.
+        database: holds the operator's side of the catalogue; without it, only the shipped records are known.
+
+    Returns:
+        The models, and the sync that keeps them in step with the database.
+
+    Raises:
+        UsageError: the name of a model is wrong, or the catalogue cannot be read.
+    """
+    options = ModelOptions(
+        queue_tokens=settings.queue_tokens,
+        cache_bytes=settings.cache_bytes,
+        dtype=settings.dtype,
+        device=settings.device,
+    )
+    if database is None:
+        return ModelRegistry(settings.models, warm=settings.warm, options=options), None
+    with database.read() as connection:
+        stored = read_catalogue(connection)
+    retired = retired_models(stored)
+    for name in retired.intersection(settings.models):
+        log.warning("%s is retired and answers nobody: 'unmask catalogue announce %s' takes it up again", name, name)
+    models = ModelRegistry(
+        [name for name in settings.models if name not in retired],
+        warm=[name for name in settings.warm if name not in retired],
+        options=options,
+        catalogue=stored.catalogue,
+        sources=stored.sources,
+    )
+    for id, source in sources_of_answering_models(stored).items():
+        entry = stored.catalogue.get(id)
+        if models.find(id) is None and entry is not None:
+            models.add(source, entry.record)
+    on_live = NoticeMailer(database, settings.mail).send if settings.mail is not None else lambda: None
+    return models, CatalogueSync(models, database, stored.version, grace=settings.shutdown_grace_s, on_live=on_live)

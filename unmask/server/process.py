@@ -1,0 +1,62 @@
+"""`serve`: run a server in this process until a signal ends it."""
+
+import asyncio
+import os
+import socket
+import sys
+
+from unmask.api.logs import configure_logging
+from unmask.api.settings import ServeSettings
+from unmask.router import CatalogueSync, ModelRegistry
+from unmask.server.announcement import announce, create_invitation
+from unmask.server.composition import build_application
+from unmask.server.http_server import HttpServer, base_url, listen
+
+
+def serve(settings: ServeSettings) -> int:
+    """Serve until SIGTERM or SIGINT.
+
+    Returns:
+        Exit code of the process: 0 after an orderly end, 1 if the address cannot be listened on.
+
+    Raises:
+        UsageError, CheckpointError, StorageError: see `build_application`.
+    """
+    secrets = (settings.provider.client_secret,) if settings.provider else ()
+    configure_logging(settings.log_level, (*settings.api_keys, *secrets))
+    try:
+        listener = listen(settings.host, settings.port)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+        sys.stderr.write(f"cannot listen on {settings.host} port {settings.port}: {reason}. Choose another port.\n")
+        return 1
+    with listener:
+        url = base_url(listener)
+        built = build_application(settings)
+        accounts = built.accounts
+        invitation = create_invitation(accounts, settings.public_url or url) if accounts is not None else None
+
+        def ready() -> None:
+            announce(url, built.models, settings, accounts, invitation)
+
+        server = HttpServer(built.app, settings, built.stopping, ready)
+        try:
+            with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+                runner.run(serve_models(built.models, server, listener, built.sync))
+        finally:
+            built.close()
+    return 0
+
+
+async def serve_models(
+    models: ModelRegistry, server: HttpServer, listener: socket.socket, sync: CatalogueSync | None = None
+) -> None:
+    """Start the models, serve until the server stops, and close the models after their last request."""
+    await models.start_loading()
+    sync_task = asyncio.create_task(sync.run()) if sync else None
+    try:
+        await server.serve([listener])
+    finally:
+        if sync_task is not None:
+            sync_task.cancel()
+        await models.close(server.grace_left())
