@@ -1,9 +1,11 @@
 """`ServeSettings`: everything that can be set about the HTTP service, checked when it is made."""
 
+import functools
 import ipaddress
 import re
 import warnings
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from unmask.accounts.money import MAX_AMOUNT
 from unmask.accounts.provider import ProviderSettings, is_this_machine
@@ -16,6 +18,30 @@ _ADDRESS = re.compile(r"https?://[A-Za-z0-9.:\[\]-]+(/[\w./-]*)?")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
+# Old name -> new name of settings that were renamed; each is read for one release.
+_RENAMED = {"limits_without": "on_redis_failure"}
+
+T = TypeVar("T")
+
+
+def _accept_old_names(settings: type[T]) -> type[T]:
+    """Let a dataclass take its settings by their old names as well, with a warning that says the new name."""
+    init = settings.__init__
+
+    @functools.wraps(init)
+    def init_by_any_name(self: T, **values: Any) -> None:
+        for old, new in _RENAMED.items():
+            if old in values:
+                message = f"the setting {old} is now called {new}; the old name will not be read in the next release"
+                warnings.warn(message, DeprecationWarning, stacklevel=2)
+                values[new] = values.pop(old)
+        init(self, **values)
+
+    settings.__init__ = init_by_any_name
+    return settings
+
+
+@_accept_old_names
 @dataclass(frozen=True, kw_only=True)
 class ServeSettings:
     """How to serve.
@@ -84,17 +110,8 @@ class ServeSettings:
     trusted_proxies: tuple[str, ...] = ()
     playground: bool | None = None
     mail: MailServer | None = None
-    limits_without: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if self.limits_without is not None:
-            warnings.warn(
-                "limits_without is now called on_redis_failure, and the old name is not read after the next release",
-                DeprecationWarning,
-                stacklevel=3,
-            )
-            object.__setattr__(self, "on_redis_failure", self.limits_without)
-            object.__setattr__(self, "limits_without", None)
         if not 0 <= self.port <= 65535:
             raise UsageError(f"port {self.port}: choose 0 to 65535")
         for name, value in vars(self).items():
