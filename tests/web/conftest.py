@@ -1,4 +1,4 @@
-"""Servers with pages; what a server is is in `tests/api/live.py`."""
+"""Servers with pages, and a browser. `tests/api/live.py` starts the servers."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,8 +9,12 @@ import pytest
 from playwright.sync_api import Browser, sync_playwright
 
 from tests.api.live import LocalService, running
+from unmask.api.metrics import Metrics
+from unmask.api.settings import ServeSettings
+from unmask.api.web_pages import WebPages
 from unmask.catalogue import Catalogue
-from unmask.web import Seams, Website, website
+from unmask.router import ModelRegistry
+from unmask.web import AccountHooks, Site, build_pages, website
 
 HTML = {"accept": "text/html,application/xhtml+xml;q=0.9,*/*;q=0.8"}
 
@@ -34,25 +38,28 @@ def service(tiny_llama: Path, golden_dir: Path) -> Iterator[LocalService]:
 
 @pytest.fixture
 def start(tiny_llama: Path) -> Iterator[Callable[..., LocalService]]:
-    """`start(catalogue, seams, **settings)` is a server of the test's own."""
+    """`start(catalogue, hooks, **settings)` starts a server for one test."""
     with ExitStack() as stack:
 
-        def begin(catalogue: Catalogue | None = None, seams: Seams | None = None, **changes: object) -> LocalService:
-            build = lambda models, settings, metrics, accounts: Website(  # noqa: E731 - as short as the thing it is
-                catalogue or Catalogue.shipped(), models, settings, metrics, seams or Seams()
-            ).site()
+        def start_server(
+            catalogue: Catalogue | None = None, hooks: AccountHooks | None = None, **changes: object
+        ) -> LocalService:
+            def build(models: ModelRegistry, settings: ServeSettings, metrics: Metrics, accounts: object) -> WebPages:
+                own_catalogue = catalogue or Catalogue.shipped()
+                return build_pages(Site(own_catalogue, models, settings, metrics, hooks or AccountHooks()))
+
             return stack.enter_context(running(tiny_llama, build_pages=build, **{"api_keys": (), **changes}))
 
-        yield begin
+        yield start_server
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """The system's Chromium. Each test opens a context of its own in it."""
-    found = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
-    if not found:
+    """The system's Chromium. Each test opens its own context."""
+    program = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
+    if not program:
         pytest.skip("no browser to look at the pages with; get one with: apt-get install chromium")
     with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        started = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-dev-shm-usage"])
         yield started
         started.close()

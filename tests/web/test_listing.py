@@ -12,26 +12,27 @@ from tests.web.test_budgets import many
 from unmask.api.errors import ApiError
 from unmask.catalogue import Catalogue
 from unmask.router import ModelRegistry
-from unmask.web.catalogue.comparison import MOST, chosen_ids, compare
-from unmask.web.catalogue.listing import Listing, browse, choices_of, read_query
-from unmask.web.catalogue.model_view import Shown, all_shown
+from unmask.web.catalogue.comparison import MAX_MODELS, compare_models
+from unmask.web.catalogue.listing import Listing, filter_choices, list_models
+from unmask.web.catalogue.model_view import ModelView, model_views
+from unmask.web.query import parse_comparison_query, parse_listing_query
 
 
 @pytest.fixture(scope="module")
-def models() -> list[Shown]:
-    return all_shown(Catalogue.shipped(), ModelRegistry([]))
+def models() -> list[ModelView]:
+    return model_views(Catalogue.shipped(), ModelRegistry([]))
 
 
-def listing(models: list[Shown], query: str) -> Listing:
-    choices = choices_of(models)
-    return browse(models, read_query(QueryParams(query), choices), choices, {})
+def listing(models: list[ModelView], query: str) -> Listing:
+    choices = filter_choices(models)
+    return list_models(models, parse_listing_query(QueryParams(query), choices), choices, {})
 
 
-def ids(models: list[Shown], query: str) -> list[str]:
-    return [shown.record.id for shown in listing(models, query).rows]
+def ids(models: list[ModelView], query: str) -> list[str]:
+    return [view.record.id for view in listing(models, query).rows]
 
 
-def test_each_filter(models: list[Shown]) -> None:
+def test_each_filter(models: list[ModelView]) -> None:
     assert len(ids(models, "")) == len(models)
     assert len(ids(models, "status=coming+soon")) == 8
     assert len(ids(models, "status=reference")) == 2
@@ -45,7 +46,7 @@ def test_each_filter(models: list[Shown]) -> None:
     assert ids(models, "price=set") == [] and len(ids(models, "price=unset")) == len(models)
 
 
-def test_each_order_puts_what_is_not_known_last(models: list[Shown]) -> None:
+def test_each_order_puts_what_is_not_known_last(models: list[ModelView]) -> None:
     best = ids(models, "sort=mteb")
     assert best[0].endswith("Llama-3-8B-Instruct-mntp-supervised")
     assert {best[-1], best[-2]} == {DEFAULT, "sentence-transformers/all-mpnet-base-v2"}
@@ -62,13 +63,13 @@ def test_each_order_puts_what_is_not_known_last(models: list[Shown]) -> None:
     [("sort=best", "sort='best'"), ("status=popular", "coming soon"), ("page=0", "page='0'"),
      ("page=x", "count from 1"), ("licence=<b>", "licence"), ("sort=wanted", "wanted"), ("page=" + "9" * 5000, "page")],
 )  # fmt: skip
-def test_a_wrong_choice_is_named(models: list[Shown], query: str, told: str) -> None:
+def test_a_wrong_choice_is_named(models: list[ModelView], query: str, told: str) -> None:
     with pytest.raises(ApiError, match=told) as error:
         listing(models, query)
     assert error.value.status == 400
 
 
-def test_addresses_keep_what_was_asked(models: list[Shown]) -> None:
+def test_addresses_keep_what_was_asked(models: list[ModelView]) -> None:
     query = listing(models, "q=a%26b&sort=mteb").query
     assert query.address(page=2) == "/models?q=a%26b&sort=mteb&page=2"
     assert query.address(q="", sort="availability") == "/models"
@@ -93,9 +94,9 @@ def test_the_form_works_by_its_address(service: LocalService) -> None:
     assert wrong.status == 400 and "choices" in Page(wrong.body.decode()).text
 
 
-def test_comparison_marks_what_differs_and_what_is_best(models: list[Shown]) -> None:
-    chosen = [next(shown for shown in models if shown.record.id == id) for id in (DEFAULT, REFERENCE, COMING)]
-    rows = {(section.title, row.label): row for section in compare(chosen) for row in section.rows}
+def test_comparison_marks_what_differs_and_what_is_best(models: list[ModelView]) -> None:
+    chosen = [next(view for view in models if view.record.id == id) for id in (DEFAULT, REFERENCE, COMING)]
+    rows = {(section.title, row.label): row for section in compare_models(chosen) for row in section.rows}
     licence = rows["What they are", "Licence"]
     assert licence.differs and [cell.text for cell in licence.cells] == ["Apache-2.0", "Apache-2.0", "MIT"]
     assert not rows["What they are", "Pooling"].differs
@@ -116,8 +117,8 @@ def test_comparison_by_address(service: LocalService) -> None:
     assert form.status == 303 and form.headers["location"] == path
     fewer = Page(service.call("GET", f"{path}&only=differences", headers=HTML).body.decode())
     assert "Pooling" in page.text and "Pooling" not in fewer.text and "Dimensions" in fewer.text
-    assert chosen_ids(QueryParams("models=a,b,a&models=c")) == ["a", "b", "c"]
-    with pytest.raises(ApiError, match=f"at most {MOST}"):
-        chosen_ids(QueryParams("models=a,b,c,d,e,f,g"))
+    assert parse_comparison_query(QueryParams("models=a,b,a&models=c")).ids == ["a", "b", "c"]
+    with pytest.raises(ApiError, match=f"at most {MAX_MODELS}"):
+        parse_comparison_query(QueryParams("models=a,b,c,d,e,f,g"))
     assert service.call("GET", "/compare", headers=HTML).status == 200
     assert service.call("GET", f"/compare?models={DEFAULT}", headers=HTML).status == 200

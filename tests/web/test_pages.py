@@ -15,7 +15,7 @@ from tests.web.conftest import COMING, DEFAULT, HTML, REFERENCE
 from tests.web.html import Page
 from unmask.catalogue import Catalogue, Event, Record, shipped_records
 from unmask.catalogue.record import Price
-from unmask.web import Seams, WantIt
+from unmask.web import AccountHooks, VoteButton
 
 PAGES = ["/", "/models", f"/models/{COMING}", f"/models/{REFERENCE}", "/models/tiny_llama", "/compare",
          f"/compare?models={DEFAULT},{REFERENCE}", "/docs", "/status", "/playground"]  # fmt: skip
@@ -167,15 +167,17 @@ def test_with_keys_the_pages_are_open_and_nothing_else_is(start: Callable[..., L
     assert service.call("GET", "/models?key=abc", headers=HTML, key=None).status == 400
 
 
-def test_the_accounts_seam(start: Callable[..., LocalService]) -> None:
-    async def want(request: Request, record: Record) -> WantIt:
-        return WantIt(votes=3, action="/account/want", token="t")
+def test_hooks_put_votes_and_links_on_pages(start: Callable[..., LocalService]) -> None:
+    async def vote_button(request: Request, record: Record) -> VoteButton:
+        return VoteButton(votes=3, action="/account/want", token="t")
 
-    async def votes() -> dict[str, int]:
+    async def vote_counts() -> dict[str, int]:
         return {REFERENCE: 9}
 
-    seams = Seams(links=lambda request: [("Sign in", "/account")], want=want, votes=votes)
-    service = start(None, seams)
+    hooks = AccountHooks(
+        visitor_links=lambda request: [("Sign in", "/account")], vote_button=vote_button, vote_counts=vote_counts
+    )
+    service = start(None, hooks)
     page = get(service, f"/models/{COMING}")
     assert "/account" in page.links() and "3 accounts want this model" in " ".join(page.text.split())
     assert [form["action"] for form in page.all("form")] == ["/account/want"]

@@ -11,7 +11,7 @@ from tests.web.conftest import HTML
 from tests.web.html import Page
 from unmask import Encoder
 from unmask.api.errors import ApiError
-from unmask.web.catalogue.playground import Allowance
+from unmask.web.catalogue.playground import TrialLimit
 
 
 def post(service: LocalService, texts: str, query: str = "", model: str = "tiny_llama", **headers: str) -> Reply:
@@ -68,14 +68,14 @@ def test_a_form_from_another_site_and_a_form_that_is_none(service: LocalService)
 
 
 def test_a_visitor_may_try_so_often() -> None:
-    allowance = Allowance(per_minute=3)
+    limit = TrialLimit(per_minute=3)
     for _ in range(3):
-        allowance.take("a", now=0)
+        limit.take("a", now=0)
     with pytest.raises(ApiError, match="wait 20 seconds") as error:
-        allowance.take("a", now=0)
+        limit.take("a", now=0)
     assert error.value.status == 429 and error.value.retry_after == pytest.approx(20)
-    allowance.take("b", now=0)
-    allowance.take("a", now=20.5)
+    limit.take("b", now=0)
+    limit.take("a", now=20.5)
 
 
 def test_keys_close_it_unless_the_operator_opens_it(start: Callable[..., LocalService]) -> None:

@@ -1,7 +1,7 @@
-"""The pages: what this server has, how good it is, and how to call it. Written on the server, read without a script."""
+"""The pages for people: catalogue, accounts and administration. Rendered on the server; they work without a script."""
 
-from unmask.web.account_hooks import Seams, WantIt
-from unmask.web.rendering import page
-from unmask.web.website import Website, website
+from unmask.web.account_hooks import AccountHooks, VoteButton
+from unmask.web.site import Site
+from unmask.web.website import build_pages, website
 
-__all__ = ["Seams", "WantIt", "Website", "page", "website"]
+__all__ = ["AccountHooks", "Site", "VoteButton", "build_pages", "website"]

@@ -1,4 +1,4 @@
-"""Where accounts join the pages. Without accounts there is nothing to show, and nothing is shown."""
+"""`AccountHooks`: the functions by which the catalogue's pages read accounts. Without accounts all are absent."""
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -9,16 +9,16 @@ from unmask.catalogue import Record
 
 
 @dataclass(frozen=True)
-class WantIt:
-    """The button on the page of a model that is not live.
+class VoteButton:
+    """The form with which a visitor votes for a model that is not live.
 
     Attributes:
-        votes: accounts that want the model.
-        action: where the form goes.
-        voted: whether this visitor has asked for it.
-        note: what for, as this visitor has said.
-        token: proves that the form is from this page; empty for a visitor who is not signed in.
-        sign_in: where such a visitor goes first.
+        votes: number of accounts that want the model.
+        action: address to which the form is sent.
+        voted: this visitor has voted for the model.
+        note: the visitor's own note on the purpose.
+        token: form token; empty for a visitor who is not signed in.
+        sign_in: address of the sign-in page, for a visitor who is not signed in.
     """
 
     votes: int
@@ -30,17 +30,17 @@ class WantIt:
 
 
 @dataclass(frozen=True)
-class Seams:
-    """What the pages ask of the accounts.
+class AccountHooks:
+    """Functions that read accounts for a page.
 
     Attributes:
-        links: for a visitor, what stands at the right of every page's head: (title, address).
-        want: the button for a model, or None.
-        ask: the form for a model that is not in the catalogue.
-        votes: how many want each model, for the order "most wanted"; None for no such order.
+        visitor_links: links at the right of every page's head, as (title, address).
+        vote_button: the form for a model; None for a model that cannot be voted for.
+        request_form: the form that asks for a model that is not in the catalogue.
+        vote_counts: votes by model id, for the order "most wanted".
     """
 
-    links: Callable[[Request], list[tuple[str, str]]] = lambda request: []
-    want: Callable[[Request, Record], Awaitable[WantIt | None]] | None = None
-    ask: Callable[[Request], Awaitable[WantIt]] | None = None
-    votes: Callable[[], Awaitable[Mapping[str, int]]] | None = None
+    visitor_links: Callable[[Request], list[tuple[str, str]]] = lambda request: []
+    vote_button: Callable[[Request, Record], Awaitable[VoteButton | None]] | None = None
+    request_form: Callable[[Request], Awaitable[VoteButton]] | None = None
+    vote_counts: Callable[[], Awaitable[Mapping[str, int]]] | None = None

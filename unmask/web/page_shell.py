@@ -1,4 +1,4 @@
-"""How every page looks that is for one person: kept by no cache, with a token for its forms, saying what went wrong."""
+"""The shell of pages for one person: no caching, a form token, the result or the error of the last form."""
 
 from typing import Protocol
 
@@ -10,7 +10,7 @@ from unmask.errors import RateLimited, UnmaskError, UsageError
 from unmask.web.forms import sentence
 from unmask.web.sessions import form_token
 
-# What a page says after a form has done its work; only these words, never any out of the address.
+# Messages after a form, by the parameter `done`. No text out of the address is ever shown.
 _NOTICES = {
     "signed-up": "If nobody had this address yet, its account is there now. Sign in with the password you chose.",
     "signed-out": "You are signed out.",
@@ -30,8 +30,8 @@ _NOTICES = {
 }
 
 
-class Render(Protocol):
-    """`Website.render`."""
+class RenderPage(Protocol):
+    """Signature of `Site.render`."""
 
     def __call__(
         self,
@@ -44,27 +44,35 @@ class Render(Protocol):
     ) -> Response: ...
 
 
-def show(
-    render: Render,
+def render_private_page(
+    render: RenderPage,
     request: Request,
     template: str,
     *,
-    wrong: UnmaskError | None = None,
+    error: UnmaskError | None = None,
     **values: object,
 ) -> Response:
-    """A page that no cache keeps, with a token for its forms and what went wrong with the last one."""
+    """Render a page for one person.
+
+    Args:
+        render: `Site.render`.
+        request: has the visitor's cookies, and in `done` the result of the last form.
+        template: file name, `NAME.html.j2`.
+        error: error of the form that was sent; decides the HTTP status.
+        values: for the template.
+    """
     status, headers = 200, {"cache-control": "private, no-store", "referrer-policy": "same-origin"}
-    if wrong is not None:
-        status = 400 if isinstance(wrong, UsageError) else api_error(wrong).status
-        if isinstance(wrong, RateLimited) and wrong.retry_after is not None:
-            headers["retry-after"] = str(max(1, round(wrong.retry_after)))
+    if error is not None:
+        status = 400 if isinstance(error, UsageError) else api_error(error).status
+        if isinstance(error, RateLimited) and error.retry_after is not None:
+            headers["retry-after"] = str(max(1, round(error.retry_after)))
     return render(
         request,
         template,
         status=status,
         headers=headers,
         form_token=form_token(request),
-        wrong=sentence(wrong) if wrong else "",
+        error=sentence(error) if error else "",
         notice=_NOTICES.get(request.query_params.get("done", ""), ""),
         **values,
     )

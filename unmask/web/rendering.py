@@ -1,4 +1,4 @@
-"""From a template to a response: one environment, one set of headers, for every page of every room."""
+"""From a template to a response: the template environment and the HTTP headers of all pages."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from unmask.charts import formatting
 from unmask.evaluate.report.report_model import CATEGORY_NAMES
 
 HEADERS = {
-    # Nothing runs in a page but our own file, nothing frames it, and no form leaves for elsewhere.
+    # Only our own script file runs, no other site may frame a page, and forms go to this site only.
     "content-security-policy": (
         "default-src 'none'; style-src 'self'; img-src 'self'; script-src 'self'; "
         "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
@@ -35,11 +35,11 @@ HEADERS = {
 }
 _MEDIA = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml", "png": "image/png"}
 _HOST = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]{0,252})|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?")
-# What XML 1.0 cannot carry, however it is escaped.
+# Characters that XML 1.0 cannot carry, however they are escaped.
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
-def page(
+def render_template(
     request: Request,
     template: str,
     *,
@@ -48,24 +48,24 @@ def page(
     headers: Mapping[str, str] | None = None,
     **values: Any,
 ) -> Response:
-    """A template as the answer to a request.
+    """Render a template as the response to a request.
 
     Args:
-        request: tells what the visitor's browser has already.
+        request: names the version of the page that the browser has already.
         template: `NAME.html.j2`, which extends `layout.html.j2` and fills its blocks.
         base: address of this server.
-        status: of the answer.
-        headers: further ones.
-        values: for the template; every one is escaped there.
+        status: HTTP status.
+        headers: further headers.
+        values: for the template, which escapes them.
     """
     text = environment().get_template(template).render(base=base, path=request.url.path, **values)
-    return answer(request, text, "text/html", status=status, headers=headers)
+    return text_response(request, text, "text/html", status=status, headers=headers)
 
 
-def answer(
+def text_response(
     request: Request, text: str, media_type: str, *, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """A text with the headers of a page; nothing but them if the visitor has it already."""
+    """Respond with a text and the headers of a page; with 304 and the headers alone if the browser has this version."""
     content = text.encode()
     tag = f'"{hashlib.blake2b(content, digest_size=12).hexdigest()}"'
     sent = HEADERS | {"cache-control": "no-cache", "etag": tag, "vary": "accept, host"} | dict(headers or {})
@@ -74,14 +74,14 @@ def answer(
     return Response(content, status, sent, media_type=f"{media_type}; charset=utf-8")
 
 
-def base_url(request: Request, public: str | None) -> str:
-    """The address under which the visitor sees this server, without a slash at its end.
+def site_url(request: Request, public_url: str | None) -> str:
+    """Return the address at which the visitor sees this server, without a slash at its end.
 
-    The operator's own word comes first. A Host header is the visitor's, so it is believed only as far as it can
-    be nothing but a host, and shown to nobody else.
+    The operator's setting comes first. The Host header comes from the visitor: it is used only if it has the form of
+    a host name, and only on pages for this visitor.
     """
-    if public:
-        return public.rstrip("/")
+    if public_url:
+        return public_url.rstrip("/")
     host = request.headers.get("host", "")
     if not _HOST.fullmatch(host):
         name, port = request.scope.get("server") or ("127.0.0.1", None)
@@ -91,22 +91,22 @@ def base_url(request: Request, public: str | None) -> str:
 
 @cache
 def assets() -> dict[str, tuple[bytes, str, str]]:
-    """The files that pages refer to: name -> (content, media type, digest)."""
-    found = {}
+    """Return the static files: name -> (content, media type, digest)."""
+    contents = {}
     for file in files("unmask.web").joinpath("static").iterdir():
         content = file.read_bytes()
         media = _MEDIA.get(file.name.rpartition(".")[2])
         if media:
-            found[file.name] = (content, media, hashlib.blake2b(content, digest_size=6).hexdigest())
-    return found
+            contents[file.name] = (content, media, hashlib.blake2b(content, digest_size=6).hexdigest())
+    return contents
 
 
 @cache
 def environment() -> Environment:
-    """All templates of this room, and the report's charts."""
-    made = Environment(
+    """Return the template environment of the pages and the charts."""
+    templates = Environment(
         loader=ChoiceLoader([PackageLoader("unmask.web"), PackageLoader("unmask.charts")]),
-        # Markdown is the one format that has an escaping of its own.
+        # Markdown has an escaping of its own, by the filter `md`.
         autoescape=lambda name: not (name or "").endswith((".md.j2", ".txt.j2")),
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -114,8 +114,8 @@ def environment() -> Environment:
         keep_trailing_newline=True,
         auto_reload=False,
     )
-    made.globals.update(version=__version__, asset=_asset)
-    made.filters.update(
+    templates.globals.update(version=__version__, asset=_asset)
+    templates.filters.update(
         score=formatting.score,
         interval=formatting.interval,
         metric=formatting.metric,
@@ -128,54 +128,54 @@ def environment() -> Environment:
         plural=formatting.plural,
         shortened=formatting.shortened,
         category=lambda name: CATEGORY_NAMES.get(name, name),
-        day=day,
-        day_of=lambda milliseconds: day(datetime.fromtimestamp(milliseconds / 1000, UTC).date()),
-        price=price,
-        dollars=dollars,
-        moment=moment,
+        day=format_day,
+        day_of=lambda milliseconds: format_day(datetime.fromtimestamp(milliseconds / 1000, UTC).date()),
+        price=format_price,
+        dollars=format_amount,
+        moment=format_moment,
         iso=lambda milliseconds: datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="seconds"),
-        paragraphs=paragraphs,
+        paragraphs=split_paragraphs,
         short=lambda id: id.rpartition("/")[2],
         xml=lambda text: _NOT_XML.sub("", str(text)),
         linked=is_web_address,
-        embedded=embedded,
+        embedded=json_for_script,
     )
-    return made
+    return templates
 
 
-def embedded(value: object) -> Markup:
-    """JSON inside a `script` element of a kind that does not run: nothing in it can end the element."""
+def json_for_script(value: object) -> Markup:
+    """Write JSON for a `script` element that does not run; it cannot contain anything that ends the element."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return Markup(text)
 
 
-def day(value: date | None) -> str:
+def format_day(value: date | None) -> str:
     """25 November 2026"""
     return f"{value.day} {value:%B} {value.year}" if value else formatting.NO_FIGURE
 
 
-def dollars(nano: int) -> str:
-    """$0.000000008 and −$12.50: exactly, with as many digits as it takes"""
+def format_amount(nano: int) -> str:
+    """$0.000000008 and −$12.50: exact, with as many digits as needed"""
     return f"{'−' if nano < 0 else ''}${format_dollars(abs(nano))}"
 
 
-def moment(milliseconds: int) -> str:
+def format_moment(milliseconds: int) -> str:
     """25 Nov 2026, 09:15 UTC"""
     at = datetime.fromtimestamp(milliseconds / 1000, UTC)
     return f"{at.day} {at:%b %Y, %H:%M} UTC"
 
 
-def price(value: Price) -> str:
-    """$0.008, exactly, with as many digits as it takes"""
+def format_price(value: Price) -> str:
+    """$0.008, exact, with as many digits as needed"""
     dollars, rest = divmod(value.nanodollars_per_million_tokens, 10**9)
     digits = f"{rest:09d}".rstrip("0").ljust(2, "0")
     return f"{'~' if value.estimated else ''}${dollars:,}.{digits}"
 
 
-def paragraphs(text: str) -> list[str]:
-    """A text's paragraphs, which blank lines part."""
+def split_paragraphs(text: str) -> list[str]:
+    """Split a text at its blank lines; blanks inside a paragraph become single spaces."""
     return [" ".join(part.split()) for part in re.split(r"\n\s*\n", text) if part.strip()]
 
 

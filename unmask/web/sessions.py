@@ -1,13 +1,13 @@
-"""Who looks at a page, and whether a form came from a page of ours.
+"""Sessions, cookies and form tokens: who looks at a page, and whether a form is from a page of ours.
 
-A session is a cookie that no script can read. A form's token is a digest of that cookie, so it is worth nothing to
-anybody without it; visitors who are not signed in get a cookie for their forms alone.
+A session is a cookie that no script can read. The token of a form is a digest of that cookie, so it is useless to
+anybody without the cookie. Visitors who are not signed in get a cookie for form tokens only.
 """
 
 import hmac
 import re
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from urllib.parse import parse_qs, quote
 
@@ -23,168 +23,202 @@ from unmask.api.errors import ApiError
 from unmask.api.settings import ServeSettings
 from unmask.errors import SignInRefused
 from unmask.storage.database import now_ms
+from unmask.web.forms import Form
 from unmask.web.rendering import HEADERS
 
-Handler = Callable[[Request], Awaitable[Response]]
+PageHandler = Callable[[Request], Awaitable[Response]]
 
-TOKEN = "token"  # the form's field
+TOKEN_FIELD = "token"
 
 _SESSION, _FORM, _VISIT = "unmask_session", "unmask_form", "unmask_visit"
-# A path without anything that a browser might take for another host.
-_OWN_ADDRESS = re.compile(r"/(?:[A-Za-z0-9_~.%-][A-Za-z0-9_~.%/-]*)?(?:\?[A-Za-z0-9_~.%/=&+-]*)?")
-_BODY_LIMIT = 64 * 1024
-_MOST_FIELDS = 500
+# A path without characters that a browser could read as another host.
+_LOCAL_PATH = re.compile(r"/(?:[A-Za-z0-9_~.%-][A-Za-z0-9_~.%/-]*)?(?:\?[A-Za-z0-9_~.%/=&+-]*)?")
+_BODY_LIMIT_BYTES = 64 * 1024
+_MAX_FIELDS = 500
 
 
 @dataclass(frozen=True)
-class Reception:
-    """What the functions here must know of the server. They find it in the request, where `receive` puts it."""
+class SessionMiddleware:
+    """Resolves the visitor before a page is made. The functions of this module find it in `request.state`."""
 
     accounts: Accounts
     settings: ServeSettings
 
-    def receive(self, handler: Handler) -> Handler:
-        """The same page, which knows who looks at it."""
+    def wrap(self, handler: PageHandler) -> PageHandler:
+        """Return the handler with the visitor resolved before it runs."""
 
         async def page(request: Request) -> Response:
-            request.state.reception = self
-            await visitor(request)
+            request.state.sessions = self
+            await current_visitor(request)
             return await handler(request)
 
         return page
 
 
-class Form:
-    """The fields of a form that was sent, each a text or several."""
-
-    def __init__(self, fields: Mapping[str, list[str]]) -> None:
-        self._fields = fields
-
-    def get(self, name: str) -> str:
-        """The field without blanks around it, or nothing."""
-        return self.raw(name).strip()
-
-    def raw(self, name: str) -> str:
-        """The field as it was typed; what is for passwords."""
-        return self._fields.get(name, [""])[0]
-
-    def all(self, name: str) -> list[str]:
-        """Every value of a field, such as ticked boxes."""
-        return [value.strip() for value in self._fields.get(name, ()) if value.strip()]
-
-
-def for_person(page: Callable[[Request, Person], Awaitable[Response]], *, admin: bool = False) -> Handler:
-    """A page for somebody who is signed in; others are sent to sign in first.
+def require_person(page: Callable[[Request, Person], Awaitable[Response]], *, admin: bool = False) -> PageHandler:
+    """Return a handler for visitors who are signed in; others are sent to the sign-in page first.
 
     Args:
+        page: makes the page for the visitor.
         admin: only for admins.
 
-    Raises (the page):
-        ApiError: 403, only an admin may see it.
+    Raises (the handler):
+        ApiError: 403, the page is for admins.
     """
 
-    async def handle(request: Request) -> Response:
-        person = await visitor(request)
+    async def handler(request: Request) -> Response:
+        person = await current_visitor(request)
         if person is None:
             here = request.url.path + (f"?{request.url.query}" if request.url.query else "")
-            return go(f"/sign-in?next={quote(here, safe='')}")
+            return redirect(f"/sign-in?next={quote(here, safe='')}")
         _require_admin(person, admin)
         return await page(request, person)
 
-    return handle
+    return handler
 
 
-def for_form(act: Callable[[Request, Person, Form], Awaitable[Response]], *, admin: bool = False) -> Handler:
-    """What a form does, for somebody who is signed in and sent it from its own page.
+def require_form(act: Callable[[Request, Person, Form], Awaitable[Response]], *, admin: bool = False) -> PageHandler:
+    """Return a handler for a form that a signed-in visitor sent from its own page.
+
+    Args:
+        act: carries out the form.
+        admin: only for admins.
 
     Raises (the handler):
-        ApiError: 403 for another's form, or one for admins; 400, 408 or 413 for one that cannot be read.
+        ApiError: 403 for a wrong form token or a form for admins; 400, 408 or 413 for a form that cannot be read.
     """
 
-    async def handle(request: Request) -> Response:
-        person = await visitor(request)
+    async def handler(request: Request) -> Response:
+        person = await current_visitor(request)
         if person is None:
-            return go("/sign-in")
+            return redirect("/sign-in")
         form = await read_form(request)
-        check_form(request, form)
         _require_admin(person, admin)
         return await act(request, person, form)
 
-    return handle
+    return handler
 
 
-def go(address: str) -> Response:
-    """The answer that sends a browser on to another page of ours."""
-    return RedirectResponse(address, 303, HEADERS | {"cache-control": "private, no-store"})
+def redirect(path: str) -> Response:
+    """Send the browser to another page of ours, with GET."""
+    return RedirectResponse(path, 303, HEADERS | {"cache-control": "private, no-store"})
 
 
-def own_address(text: str) -> str:
-    """An address to go on to, if it is one of this site; nothing otherwise."""
-    return text if _OWN_ADDRESS.fullmatch(text) else ""
+def local_path(text: str) -> str:
+    """Return the text if it is a path on this site; otherwise an empty text. Prevents open redirects."""
+    return text if _LOCAL_PATH.fullmatch(text) else ""
 
 
-async def visitor(request: Request) -> Person | None:
-    """Who is signed in. None for everybody else, and on a server without accounts.
+async def current_visitor(request: Request) -> Person | None:
+    """Return the person who is signed in. None for everybody else, and on a server without accounts.
 
     Raises:
         StorageError: the accounts cannot be reached.
     """
-    reception = _reception(request)
+    sessions = _middleware(request)
     token = _cookie(request, _SESSION)
-    if reception is None or not token:
+    if sessions is None or not token:
         return None
     if not hasattr(request.state, "visitor"):
         now = now_ms()
         try:
-            found = await reception.accounts.read(lambda connection: people.signed_in(connection, token, now))
+            person = await sessions.accounts.read(lambda connection: people.signed_in(connection, token, now))
         except SignInRefused:
-            found = None
-        request.state.visitor = found
+            person = None
+        request.state.visitor = person
     return request.state.visitor
 
 
-def seen(request: Request) -> Person | None:
-    """The visitor, for what cannot wait: None where nobody has asked for `visitor` yet."""
+def cached_visitor(request: Request) -> Person | None:
+    """Return the visitor without a database query; None if `current_visitor` has not been called before."""
     return getattr(request.state, "visitor", None)
 
 
 def visitor_links(request: Request) -> list[tuple[str, str]]:
-    """What stands in every page's head for whoever looks at it, as `Seams.links` wants it."""
-    person = seen(request)
+    """Return the visitor's links in the head of every page; see `AccountHooks.visitor_links`."""
+    person = cached_visitor(request)
     if person is None:
         return [("Sign in", "/sign-in")]
     return [("Account", "/account"), *([("Admin", "/admin")] if person.admin else [])]
 
 
 def form_token(request: Request) -> str:
-    """What a form on this page carries in its field `token`. Gives the visitor a cookie for it where there is none.
+    """Return the token for the forms of this page. Sets the form cookie if the visitor has neither it nor a session.
 
-    `visitor` must have been asked before, as it is on every page that `Reception.receive` wraps.
+    Needs the visitor, which `SessionMiddleware` resolves before every page.
     """
-    reception = _reception(request)
-    assert reception is not None, "forms with a token are for servers with accounts"
-    bound = _bound(request)
-    if not bound:
-        bound = secrets.token_urlsafe(24)
-        # Kept for this request too: a page may have several forms.
-        request.state.form_cookie = bound
-        context_of(request).response_headers["set-cookie"] = _set_cookie(request, _FORM, bound)
-    return reception.accounts.peppers.mark(f"form {bound}")
+    sessions = _middleware(request)
+    assert sessions is not None, "forms with a token are for servers with accounts"
+    secret = _token_secret(request)
+    if not secret:
+        secret = secrets.token_urlsafe(24)
+        # Kept for the other forms of this page, which are to have the same token.
+        request.state.form_cookie = secret
+        context_of(request).response_headers["set-cookie"] = _set_cookie(request, _FORM, secret)
+    return sessions.accounts.peppers.mark(f"form {secret}")
 
 
-def check_form(request: Request, form: Form) -> None:
-    """Whether the form came from a page that this very visitor was shown.
+async def read_form(request: Request) -> Form:
+    """Read the form in the body of a request, and check that it is from a page that this visitor was shown.
 
     Raises:
-        ApiError: 403, it did not.
+        ApiError: 400, 408 or 413 if it cannot be read; 403 if its token is not this visitor's.
     """
-    reception = _reception(request)
-    bound = _bound(request)
-    given = form.raw(TOKEN)
-    good = reception is not None and hmac.compare_digest(
-        reception.accounts.peppers.mark(f"form {bound}").encode(), given.encode()
+    sessions = _middleware(request)
+    body = await read_body(request, _BODY_LIMIT_BYTES, sessions.settings.receive_timeout_s if sessions else 30)
+    try:
+        text = body.decode("utf-8")
+        fields = parse_qs(text, keep_blank_values=True, max_num_fields=_MAX_FIELDS, errors="strict")
+    except ValueError as error:
+        raise ApiError(400, "The form could not be read: send it as the page has it.", code="bad_form") from error
+    form = Form({name: [value.replace("\x00", "") for value in values] for name, values in fields.items()})
+    _check_token(request, form)
+    return form
+
+
+def client_address(request: Request) -> str:
+    """Return the IP address of the client."""
+    return request.client.host if request.client else ""
+
+
+def session_token(request: Request) -> str:
+    """Return the token of the session; an empty text without one."""
+    return _cookie(request, _SESSION)
+
+
+def set_session_cookie(request: Request, response: Response, token: str) -> None:
+    """Sign the visitor's browser in with a token of `Accounts.sign_in`."""
+    max_age = f"; Max-Age={people.SESSION_MS // 1000}"
+    response.headers.append("set-cookie", _set_cookie(request, _SESSION, token) + max_age)
+
+
+def clear_session_cookie(request: Request, response: Response) -> None:
+    """Delete the session cookie in the browser. The session itself is ended in the database."""
+    response.headers.append("set-cookie", _set_cookie(request, _SESSION, "") + "; Max-Age=0")
+
+
+def set_visit_cookie(request: Request, response: Response, visit: Visit) -> None:
+    """Store in the browser the state with which it comes back from the OpenID Connect provider."""
+    response.headers.append("set-cookie", _set_cookie(request, _VISIT, str(visit)) + f"; Max-Age={VISIT_MS // 1000}")
+
+
+def read_visit_cookie(request: Request) -> Visit | None:
+    """Return the visit to the provider from which the browser comes back; None if it has begun none."""
+    return Visit.read(_cookie(request, _VISIT))
+
+
+def clear_visit_cookie(request: Request, response: Response) -> None:
+    """Delete the visit cookie in the browser, after the visit."""
+    response.headers.append("set-cookie", _set_cookie(request, _VISIT, "") + "; Max-Age=0")
+
+
+def _check_token(request: Request, form: Form) -> None:
+    sessions = _middleware(request)
+    secret = _token_secret(request)
+    valid = sessions is not None and hmac.compare_digest(
+        sessions.accounts.peppers.mark(f"form {secret}").encode(), form.raw(TOKEN_FIELD).encode()
     )
-    if not bound or not good:
+    if not secret or not valid:
         raise ApiError(
             403,
             "This form is too old, or was not sent from its own page: go back, load the page again, and send it "
@@ -193,89 +227,37 @@ def check_form(request: Request, form: Form) -> None:
         )
 
 
-async def read_form(request: Request) -> Form:
-    """The form in a request's body. To be given to `check_form` before anything is done.
-
-    Raises:
-        ApiError: 400, 408 or 413.
-    """
-    reception = _reception(request)
-    body = await read_body(request, _BODY_LIMIT, reception.settings.receive_timeout_s if reception else 30)
-    try:
-        text = body.decode("utf-8")
-        fields = parse_qs(text, keep_blank_values=True, max_num_fields=_MOST_FIELDS, errors="strict")
-    except ValueError as error:
-        raise ApiError(400, "The form could not be read: send it as the page has it.", code="bad_form") from error
-    return Form({name: [value.replace("\x00", "") for value in values] for name, values in fields.items()})
-
-
-def address_of(request: Request) -> str:
-    """Where a request comes from."""
-    return request.client.host if request.client else ""
-
-
-def session_token(request: Request) -> str:
-    """The token of the session, or nothing."""
-    return _cookie(request, _SESSION)
-
-
-def start_session(request: Request, response: Response, token: str) -> None:
-    """Sign the visitor's browser in with a token of `Accounts.sign_in`."""
-    kept = f"; Max-Age={people.SESSION_MS // 1000}"
-    response.headers.append("set-cookie", _set_cookie(request, _SESSION, token) + kept)
-
-
-def end_session(request: Request, response: Response) -> None:
-    """Make the visitor's browser forget the session. The session itself is ended by `people.end_session`."""
-    response.headers.append("set-cookie", _set_cookie(request, _SESSION, "") + "; Max-Age=0")
-
-
-def keep_visit(request: Request, response: Response, visit: Visit) -> None:
-    """Let the visitor's browser keep what it needs to come back from the provider."""
-    response.headers.append("set-cookie", _set_cookie(request, _VISIT, str(visit)) + f"; Max-Age={VISIT_MS // 1000}")
-
-
-def visit_of(request: Request) -> Visit | None:
-    """The visit to the provider from which a browser comes back, if it has begun one."""
-    return Visit.read(_cookie(request, _VISIT))
-
-
-def forget_visit(request: Request, response: Response) -> None:
-    """Make the visitor's browser forget the visit, which is over."""
-    response.headers.append("set-cookie", _set_cookie(request, _VISIT, "") + "; Max-Age=0")
-
-
 def _require_admin(person: Person, admin: bool) -> None:
     if admin and not person.admin:
         raise ApiError(403, "These pages are for the admins of this server.", code="permission_denied")
 
 
-def _reception(request: Request) -> Reception | None:
-    return getattr(request.state, "reception", None)
+def _middleware(request: Request) -> SessionMiddleware | None:
+    return getattr(request.state, "sessions", None)
 
 
-def _bound(request: Request) -> str:
-    """What a form's token is made from: the session, or else the cookie for forms."""
-    if seen(request) is not None:
+def _token_secret(request: Request) -> str:
+    """Return the cookie that form tokens are made from: that of the session, else the form cookie."""
+    if cached_visitor(request) is not None:
         return _cookie(request, _SESSION)
     return getattr(request.state, "form_cookie", "") or _cookie(request, _FORM)
 
 
-def _secure(request: Request) -> bool:
-    reception = _reception(request)
-    public = reception.settings.public_url if reception else None
+def _is_https(request: Request) -> bool:
+    sessions = _middleware(request)
+    public = sessions.settings.public_url if sessions else None
     return (public or str(request.url)).startswith("https://")
 
 
-def _name(request: Request, name: str) -> str:
-    # Browsers take a cookie of this name only from this very host, by https: no neighbour can plant one.
-    return f"__Host-{name}" if _secure(request) else name
+def _cookie_name(request: Request, name: str) -> str:
+    # Browsers accept a cookie with this prefix only from this host over https: no other host can plant one.
+    return f"__Host-{name}" if _is_https(request) else name
 
 
 def _cookie(request: Request, name: str) -> str:
-    return request.cookies.get(_name(request, name), "")
+    return request.cookies.get(_cookie_name(request, name), "")
 
 
 def _set_cookie(request: Request, name: str, value: str) -> str:
-    secure = "; Secure" if _secure(request) else ""
-    return f"{_name(request, name)}={value}; Path=/; HttpOnly; SameSite=Lax{secure}"
+    secure = "; Secure" if _is_https(request) else ""
+    return f"{_cookie_name(request, name)}={value}; Path=/; HttpOnly; SameSite=Lax{secure}"

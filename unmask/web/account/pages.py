@@ -1,7 +1,6 @@
-"""`/account`: what people see and do of their own.
+"""`/account`: overview, usage, requests, ledger and settings of the visitor's own account.
 
-Whose things are shown hangs on who is signed in and on nothing in the request: an id in an address is looked for
-among the visitor's own.
+The account is always that of the session, never one that the request names.
 """
 
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
@@ -14,62 +13,58 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from unmask.accounts import Accounts, actions, audit, keys, people, tariff, usage
-from unmask.accounts.audit import Actor
+from unmask.accounts import Accounts, audit, keys, people, tariff, usage
 from unmask.accounts.keys import Key
 from unmask.accounts.money import format_dollars
 from unmask.accounts.people import Person
-from unmask.accounts.usage import Line, Used
+from unmask.accounts.usage import Used
 from unmask.api.account_routes import date_range
 from unmask.api.download import csv_file, csv_response
 from unmask.api.errors import ApiError
 from unmask.catalogue import votes
-from unmask.errors import AccountError, KeyRefused, UnmaskError, UsageError
-from unmask.router import ModelRegistry
+from unmask.errors import AccountError, UnmaskError, UsageError
 from unmask.storage.database import now_ms
 from unmask.web.account.usage_chart import usage_chart
-from unmask.web.forms import KeyFields, sentence
-from unmask.web.page_shell import Render, show
-from unmask.web.query import asked_choice, asked_number, asked_place
-from unmask.web.sessions import Form, address_of, end_session, for_form, for_person, go, session_token
+from unmask.web.forms import Form, sentence
+from unmask.web.page_shell import RenderPage, render_private_page
+from unmask.web.query import format_cursor, parse_choice, parse_cursor, parse_number
+from unmask.web.sessions import (
+    clear_session_cookie,
+    client_address,
+    redirect,
+    require_form,
+    require_person,
+    session_token,
+)
 
 PER_PAGE = 50
-OVERLAPS = {"0": "at once", "1": "in an hour", "24": "in a day", "168": "in a week"}  # by hours
 
-_CSV_PAGE = 2_000
+_CSV_PAGE = 2_000  # rows read at a time
 _OVERVIEW_DAYS = 30
-_FIGURES = ("cost", "tokens", "requests")
-_SERIES = ("model", "key", "tier")
+_MEASURES = ("cost", "tokens", "requests")
+_GROUPS = ("model", "key", "tier")
 
 
 @dataclass(frozen=True, eq=False)
 class AccountPages:
-    """The pages. `render` is `Website.render`."""
+    """The pages. `render` is `Site.render`."""
 
     accounts: Accounts
-    models: ModelRegistry
-    render: Render
+    render: RenderPage
 
     def routes(self) -> list[Route]:
-        """All of them."""
         return [
-            Route("/account", for_person(self.overview)),
-            Route("/account/keys", for_person(self.keys)),
-            Route("/account/keys", for_form(self.make_key), methods=["POST"]),
-            Route("/account/keys/{id}", for_person(self.key)),
-            Route("/account/keys/{id}", for_form(self.change_key), methods=["POST"]),
-            Route("/account/keys/{id}/rotate", for_form(self.rotate_key), methods=["POST"]),
-            Route("/account/keys/{id}/revoke", for_form(self.revoke_key), methods=["POST"]),
-            Route("/account/usage", for_person(self.usage)),
-            Route("/account/usage.csv", for_person(self.usage_csv)),
-            Route("/account/requests", for_person(self.requests)),
-            Route("/account/requests.csv", for_person(self.requests_csv)),
-            Route("/account/ledger", for_person(self.ledger)),
-            Route("/account/ledger.csv", for_person(self.ledger_csv)),
-            Route("/account/settings", for_person(self.settings)),
-            Route("/account/password", for_form(self.change_password), methods=["POST"]),
-            Route("/account/unlink", for_form(self.unlink), methods=["POST"]),
-            Route("/account/delete", for_form(self.delete), methods=["POST"]),
+            Route("/account", require_person(self.overview)),
+            Route("/account/usage", require_person(self.usage)),
+            Route("/account/usage.csv", require_person(self.usage_csv)),
+            Route("/account/requests", require_person(self.requests)),
+            Route("/account/requests.csv", require_person(self.requests_csv)),
+            Route("/account/ledger", require_person(self.ledger)),
+            Route("/account/ledger.csv", require_person(self.ledger_csv)),
+            Route("/account/settings", require_person(self.settings)),
+            Route("/account/password", require_form(self.change_password), methods=["POST"]),
+            Route("/account/unlink", require_form(self.unlink), methods=["POST"]),
+            Route("/account/delete", require_form(self.delete), methods=["POST"]),
         ]
 
     async def overview(self, request: Request, person: Person) -> Response:
@@ -77,7 +72,7 @@ class AccountPages:
         last = datetime.now(UTC).date()
         first = last - timedelta(_OVERVIEW_DAYS - 1)
 
-        def ask(connection: Connection) -> dict[str, Any]:
+        def read(connection: Connection) -> dict[str, Any]:
             account = people.account(connection, person.account_id)
             return {
                 "account": account,
@@ -88,147 +83,82 @@ class AccountPages:
                 "notices": [notice for notice in votes.notices_of(connection, account.id) if not notice.seen],
             }
 
-        found = await self._read(ask)
-        used: list[Used] = found["used"]
-        return self._show(
+        values = await self._read(read)
+        used: list[Used] = values["used"]
+        return self._render(
             request,
             person,
             "account/overview.html.j2",
-            **found,
+            **values,
             span=_OVERVIEW_DAYS,
             spent=sum(row.cost for row in used),
             tokens=sum(row.tokens for row in used),
             answered=sum(row.requests for row in used),
             chart=usage_chart(used, first, last, "cost", lambda row: row.model or ""),
-            working=[key for key in found["keys"] if key.state(now) == "active"],
-            names=_names(found["keys"]),
-            model=self._model(),
+            active_keys=[key for key in values["keys"] if key.state(now) == "active"],
+            key_names=_key_names(values["keys"]),
         )
-
-    async def keys(self, request: Request, person: Person) -> Response:
-        return await self._keys_page(request, person)
-
-    async def make_key(self, request: Request, person: Person, form: Form) -> Response:
-        fields, now, actor = KeyFields.read(form), now_ms(), Actor(person.id, address_of(request))
-
-        def make(connection: Connection) -> str:
-            return actions.create_key(connection, actor, self.accounts.peppers, person.account_id, settings, now)
-
-        try:
-            settings = fields.settings(now, self._models())
-            made = await self.accounts.write(make)
-        except (UsageError, AccountError) as wrong:
-            return await self._keys_page(request, person, fields, wrong)
-        return self._key_made(request, person, made, settings.name)
-
-    async def key(self, request: Request, person: Person) -> Response:
-        return self._key_page(request, person, await self._own_key(request, person))
-
-    async def change_key(self, request: Request, person: Person, form: Form) -> Response:
-        key = await self._own_key(request, person)
-        fields, now, actor = KeyFields.read(form), now_ms(), Actor(person.id, address_of(request))
-
-        def change(connection: Connection) -> None:
-            actions.change_key(connection, actor, person.account_id, key.id, settings, now)
-
-        try:
-            settings = fields.settings(now, self._models(key), key.settings)
-            await self.accounts.write(change)
-        except (UsageError, AccountError) as wrong:
-            return self._key_page(request, person, key, fields, wrong)
-        return go(f"/account/keys/{key.id}?done=changed")
-
-    async def rotate_key(self, request: Request, person: Person, form: Form) -> Response:
-        key = await self._own_key(request, person)
-        now, actor = now_ms(), Actor(person.id, address_of(request))
-
-        def rotate(connection: Connection) -> str:
-            account, overlap = person.account_id, int(hours) * 3_600_000
-            return actions.rotate_key(
-                connection, actor, self.accounts.peppers, account, key.id, now, overlap_ms=overlap
-            )
-
-        hours = form.get("hours")
-        try:
-            if hours not in OVERLAPS:
-                raise UsageError("choose when the old key ends out of the list")
-            made = await self.accounts.write(rotate)
-        except (UsageError, AccountError) as wrong:
-            return self._key_page(request, person, key, wrong=wrong)
-        return self._key_made(request, person, made, key.settings.name, ends=OVERLAPS[hours])
-
-    async def revoke_key(self, request: Request, person: Person, form: Form) -> Response:
-        key = await self._own_key(request, person)
-        now, actor = now_ms(), Actor(person.id, address_of(request))
-
-        def revoke(connection: Connection) -> None:
-            actions.revoke_key(connection, actor, person.account_id, key.id, now)
-
-        await self.accounts.write(revoke)
-        return go(f"/account/keys/{key.id}?done=revoked")
 
     async def usage(self, request: Request, person: Person) -> Response:
         first, last = date_range(request)
-        what, by = asked_choice(request, "what", _FIGURES), asked_choice(request, "by", _SERIES)
+        measure = parse_choice(request.query_params, "what", _MEASURES)
+        group = parse_choice(request.query_params, "by", _GROUPS)
         now = now_ms()
 
-        def ask(connection: Connection) -> dict[str, Any]:
-            return {
-                "used": usage.used(connection, person.account_id, first, last, ("day", by)),
-                "keys": keys.of_account(connection, person.account_id, now),
-            }
+        def read(connection: Connection) -> tuple[list[Used], list[Key]]:
+            account = person.account_id
+            return (
+                usage.used(connection, account, first, last, ("day", group)),
+                keys.of_account(connection, account, now),
+            )
 
-        found = await self._read(ask)
-        used: list[Used] = found["used"]
-        names = _names(found["keys"])
+        used, own_keys = await self._read(read)
+        names = _key_names(own_keys)
 
-        def series(row: Used) -> str:
-            value: str = getattr(row, by) or "no key"
-            return names.get(value, value) if by == "key" else value
+        def label(row: Used) -> str:
+            value: str = getattr(row, group) or "no key"
+            return names.get(value, value) if group == "key" else value
 
-        return self._show(
+        return self._render(
             request,
             person,
             "account/usage.html.j2",
             first=first,
             last=last,
-            what=what,
-            by=by,
-            figures=_FIGURES,
-            choices=_SERIES,
-            totals=_totals(used, by, series),
+            measure=measure,
+            group=group,
+            totals=_totals(used, group, label),
             days=_by_day(used),
-            chart=usage_chart(used, first, last, what, series),
+            chart=usage_chart(used, first, last, measure, label),
         )
 
     async def usage_csv(self, request: Request, person: Person) -> Response:
         first, last = date_range(request)
-        found = await self._read(lambda connection: usage.used(connection, person.account_id, first, last))
+        used = await self._read(lambda connection: usage.used(connection, person.account_id, first, last))
         columns = ("day", "model", "key", "tier", "requests", "tokens", "cost")
-        rows = ((u.day, u.model, u.key, u.tier, u.requests, u.tokens, format_dollars(u.cost)) for u in found)
+        rows = ((u.day, u.model, u.key, u.tier, u.requests, u.tokens, format_dollars(u.cost)) for u in used)
         return csv_response("usage.csv", iter([csv_file(columns, rows)]))
 
     async def requests(self, request: Request, person: Person) -> Response:
-        before, now = asked_place(request), now_ms()
+        before, now = parse_cursor(request.query_params), now_ms()
 
-        def ask(connection: Connection) -> dict[str, Any]:
+        def read(connection: Connection) -> dict[str, Any]:
             account = person.account_id
             return {
                 "requests": usage.requests(connection, account, limit=PER_PAGE + 1, before=before),
                 "keys": keys.of_account(connection, account, now),
             }
 
-        found = await self._read(ask)
-        rows = found["requests"]
-        more = f"{rows[PER_PAGE - 1].at}.{rows[PER_PAGE - 1].id}" if len(rows) > PER_PAGE else ""
-        return self._show(
+        values = await self._read(read)
+        rows = values["requests"]
+        return self._render(
             request,
             person,
             "account/requests.html.j2",
-            rows=rows[:PER_PAGE],
-            more=more,
-            later=before is not None,
-            names=_names(found["keys"]),
+            requests=rows[:PER_PAGE],
+            older=format_cursor(rows[PER_PAGE - 1].at, rows[PER_PAGE - 1].id) if len(rows) > PER_PAGE else "",
+            is_first_page=before is None,
+            key_names=_key_names(values["keys"]),
         )
 
     async def requests_csv(self, request: Request, person: Person) -> Response:
@@ -255,23 +185,23 @@ class AccountPages:
         return csv_response("requests.csv", parts())
 
     async def ledger(self, request: Request, person: Person) -> Response:
-        before = asked_number(request, "before")
+        before = parse_number(request.query_params, "before")
 
-        def ask(connection: Connection) -> dict[str, Any]:
+        def read(connection: Connection) -> dict[str, Any]:
             account = people.account(connection, person.account_id)
             lines = usage.statement(connection, account.id, limit=PER_PAGE + 1, before=before)
             return {"account": account, "lines": lines}
 
-        found = await self._read(ask)
-        lines: list[Line] = found["lines"]
-        return self._show(
+        values = await self._read(read)
+        lines = values["lines"]
+        return self._render(
             request,
             person,
             "account/ledger.html.j2",
-            account=found["account"],
+            account=values["account"],
             lines=lines[:PER_PAGE],
-            more=lines[PER_PAGE - 1].number if len(lines) > PER_PAGE else None,
-            later=before is not None,
+            older=lines[PER_PAGE - 1].number if len(lines) > PER_PAGE else None,
+            is_first_page=before is None,
         )
 
     async def ledger_csv(self, request: Request, person: Person) -> Response:
@@ -297,13 +227,11 @@ class AccountPages:
         old, new = form.raw("old"), form.raw("new")
         try:
             await self.accounts.change_password(
-                person, old, new, address=address_of(request), session=session_token(request)
+                person, old, new, address=client_address(request), session=session_token(request)
             )
-        except (UsageError, AccountError) as wrong:
-            return await self._settings_page(request, person, wrong)
-        answer = go("/sign-in?done=password")
-        end_session(request, answer)
-        return answer
+        except (UsageError, AccountError) as error:
+            return await self._settings_page(request, person, error)
+        return _signed_out(request, "password")
 
     async def unlink(self, request: Request, person: Person, form: Form) -> Response:
         try:
@@ -311,84 +239,43 @@ class AccountPages:
                 person,
                 form.get("issuer"),
                 form.raw("unlink_password"),
-                address=address_of(request),
+                address=client_address(request),
                 session=session_token(request),
             )
-        except (UsageError, AccountError) as wrong:
-            return await self._settings_page(request, person, wrong)
-        answer = go("/sign-in?done=unlinked")
-        end_session(request, answer)
-        return answer
+        except (UsageError, AccountError) as error:
+            return await self._settings_page(request, person, error)
+        return _signed_out(request, "unlinked")
 
     async def delete(self, request: Request, person: Person, form: Form) -> Response:
         try:
             if form.get("sure") != "yes":
                 raise UsageError("tick the box to delete the account: it cannot be undone")
             await self.accounts.close_account(
-                person, form.raw("password"), address=address_of(request), session=session_token(request)
+                person, form.raw("password"), address=client_address(request), session=session_token(request)
             )
-        except (UsageError, AccountError) as wrong:
-            return await self._settings_page(request, person, wrong)
-        answer = go("/sign-in?done=deleted")
-        end_session(request, answer)
-        return answer
+        except (UsageError, AccountError) as error:
+            return await self._settings_page(request, person, error)
+        return _signed_out(request, "deleted")
 
-    def _show(
-        self, request: Request, person: Person, template: str, wrong: UnmaskError | None = None, **values: object
+    def _render(
+        self, request: Request, person: Person, template: str, error: UnmaskError | None = None, **values: object
     ) -> Response:
-        return show(self.render, request, template, wrong=wrong, person=person, area="account", now=now_ms(), **values)
+        values |= {"person": person, "area": "account", "now": now_ms()}
+        return render_private_page(self.render, request, template, error=error, **values)
 
-    async def _read(self, question: Callable[[Connection], Any]) -> Any:
-        """As `Accounts.read`; a parameter that cannot be answered is the visitor's mistake."""
+    async def _read(self, query: Callable[[Connection], Any]) -> Any:
+        """Run a query as `Accounts.read` does.
+
+        Raises:
+            ApiError: 400, a parameter of the address cannot be used in the query.
+        """
         try:
-            return await self.accounts.read(question)
+            return await self.accounts.read(query)
         except UsageError as error:
             raise ApiError(400, sentence(error)) from None
 
-    async def _keys_page(
-        self, request: Request, person: Person, fields: KeyFields | None = None, wrong: UnmaskError | None = None
-    ) -> Response:
-        now = now_ms()
-        found = await self._read(lambda connection: keys.of_account(connection, person.account_id, now))
-        return self._show(
-            request,
-            person,
-            "account/keys.html.j2",
-            wrong,
-            keys=[key for key in found if key.state(now) == "active"],
-            ended=[key for key in found if key.state(now) != "active"],
-            fields=fields or KeyFields(),
-            typed=fields is not None,
-            models=self._models(),
-        )
-
-    def _key_page(
-        self,
-        request: Request,
-        person: Person,
-        key: Key,
-        fields: KeyFields | None = None,
-        wrong: UnmaskError | None = None,
-    ) -> Response:
-        return self._show(
-            request,
-            person,
-            "account/key.html.j2",
-            wrong,
-            key=key,
-            fields=fields or KeyFields.of(key.settings),
-            models=self._models(key),
-            overlaps=OVERLAPS,
-        )
-
-    def _key_made(self, request: Request, person: Person, made: str, name: str, ends: str = "") -> Response:
-        id = keys.key_id(made)
-        return self._show(
-            request, person, "account/key-made.html.j2", made=made, id=id, name=name, ends=ends, model=self._model()
-        )
-
-    async def _settings_page(self, request: Request, person: Person, wrong: UnmaskError | None = None) -> Response:
-        def ask(connection: Connection) -> dict[str, Any]:
+    async def _settings_page(self, request: Request, person: Person, error: UnmaskError | None = None) -> Response:
+        def read(connection: Connection) -> dict[str, Any]:
             own = (person.id, person.account_id)
             return {
                 "account": people.account(connection, person.account_id),
@@ -397,83 +284,72 @@ class AccountPages:
                 "issuers": people.identities_of(connection, person.id),
             }
 
-        found, provider = await self._read(ask), self.accounts.provider
-        return self._show(
+        values, provider = await self._read(read), self.accounts.provider
+        return self._render(
             request,
             person,
             "account/settings.html.j2",
-            wrong,
-            **found,
+            error,
+            **values,
             provider=provider.name if provider else "",
-            linked_by=[(issuer, issuer) for issuer in found["issuers"]],
-            linked=provider is not None and provider.settings.issuer in found["issuers"],
+            issuer_choices=[(issuer, issuer) for issuer in values["issuers"]],
+            linked=provider is not None and provider.settings.issuer in values["issuers"],
             shortest=people.SHORTEST_PASSWORD,
         )
 
-    async def _own_key(self, request: Request, person: Person) -> Key:
-        """The key that the address names, if it is the visitor's.
-
-        Raises:
-            ApiError: 404, the visitor has no such key.
-        """
-        id, now = request.path_params["id"], now_ms()
-        try:
-            return await self.accounts.read(lambda connection: keys.one(connection, person.account_id, id, now))
-        except KeyRefused:
-            raise ApiError(404, f"You have no key {id[:40]!r}: see your keys.", code="not_found") from None
-
-    def _model(self) -> str:
-        served = self.models.list()
-        return served[0].record.id if served else "MODEL"
-
-    def _models(self, key: Key | None = None) -> list[str]:
-        """Ids that a key may be narrowed to: those served here, and those it has already."""
-        served = [served.record.id for served in self.models.list()]
-        return list(dict.fromkeys([*served, *((key.settings.models if key else None) or ())]))
-
 
 @dataclass(frozen=True)
-class Total:
-    """Usage of one model, key or tier, or of one day."""
+class UsageTotal:
+    """Usage of one model, key or tier, or of one day. `key` is the id of the key, for a link to its page."""
 
-    what: str
+    label: str
     requests: int
     tokens: int
     cost: int
     key: str = ""
 
 
-def _totals(used: Iterable[Used], by: str, name: Callable[[Used], str]) -> list[Total]:
-    sums: dict[str, Total] = {}
+def _totals(used: Iterable[Used], group: str, label: Callable[[Used], str]) -> list[UsageTotal]:
+    sums: dict[str, UsageTotal] = {}
     for row in used:
-        id = getattr(row, by) or ""
-        before = sums.get(id) or Total(name(row), 0, 0, 0, id if by == "key" else "")
-        sums[id] = Total(
-            before.what, before.requests + row.requests, before.tokens + row.tokens, before.cost + row.cost, before.key
-        )
-    return sorted(sums.values(), key=lambda total: (-total.cost, -total.tokens, total.what))
+        id = getattr(row, group) or ""
+        total = sums.get(id) or UsageTotal(label(row), 0, 0, 0, id if group == "key" else "")
+        sums[id] = _add(total, row)
+    return sorted(sums.values(), key=lambda total: (-total.cost, -total.tokens, total.label))
 
 
-def _by_day(used: Iterable[Used]) -> list[tuple[date, Total]]:
-    sums: dict[date, Total] = {}
+def _by_day(used: Iterable[Used]) -> list[tuple[date, UsageTotal]]:
+    sums: dict[date, UsageTotal] = {}
     for row in used:
-        assert row.day is not None, "asked for by day"
-        before = sums.get(row.day) or Total("", 0, 0, 0)
-        sums[row.day] = Total("", before.requests + row.requests, before.tokens + row.tokens, before.cost + row.cost)
+        assert row.day is not None, "the query groups by day"
+        sums[row.day] = _add(sums.get(row.day) or UsageTotal("", 0, 0, 0), row)
     return sorted(sums.items(), reverse=True)
 
 
-def _names(found: Sequence[Key]) -> dict[str, str]:
-    """What to call each key: its name, with its id where two have the same or it has none."""
+def _add(total: UsageTotal, row: Used) -> UsageTotal:
+    return UsageTotal(
+        total.label, total.requests + row.requests, total.tokens + row.tokens, total.cost + row.cost, total.key
+    )
+
+
+def _key_names(own_keys: Sequence[Key]) -> dict[str, str]:
+    """Name each key by id: its name, followed by its id if it has no name or another key has the same."""
     counts: dict[str, int] = {}
-    for key in found:
+    for key in own_keys:
         counts[key.settings.name] = counts.get(key.settings.name, 0) + 1
     return {
         key.id: key.settings.name
         if key.settings.name and counts[key.settings.name] == 1
         else f"{key.settings.name} um_{key.id}".strip()
-        for key in found
+        for key in own_keys
     }
+
+
+def _signed_out(request: Request, notice: str) -> Response:
+    """Send the browser to the sign-in page with a notice, and delete its session cookie."""
+    response = redirect(f"/sign-in?done={notice}")
+    clear_session_cookie(request, response)
+    return response
 
 
 def _utc(milliseconds: int) -> str:

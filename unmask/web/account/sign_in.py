@@ -1,4 +1,4 @@
-"""Signing up, in and out, here or with an account elsewhere, and the first admin."""
+"""Sign-up, sign-in and sign-out, by password or by an OpenID Connect provider, and the first admin's page."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,207 +13,201 @@ from unmask.accounts.people import Person
 from unmask.accounts.provider import Provider, Visit
 from unmask.errors import AccountError, AddressTaken, SignInRefused, UnmaskError, UsageError
 from unmask.storage.database import now_ms
-from unmask.web.page_shell import Render, show
+from unmask.web.forms import Form
+from unmask.web.page_shell import RenderPage, render_private_page
 from unmask.web.sessions import (
-    Form,
-    address_of,
-    check_form,
-    end_session,
-    for_form,
-    forget_visit,
-    go,
-    keep_visit,
-    own_address,
+    clear_session_cookie,
+    clear_visit_cookie,
+    client_address,
+    current_visitor,
+    local_path,
     read_form,
+    read_visit_cookie,
+    redirect,
+    require_form,
     session_token,
-    start_session,
-    visit_of,
-    visitor,
+    set_session_cookie,
+    set_visit_cookie,
 )
 
 TO_PROVIDER = "/sign-in/provider"
-_BACK = "/sign-in/provider/return"
+_RETURN = "/sign-in/provider/return"
 
 
 @dataclass(frozen=True, eq=False)
-class Entrance:
-    """The pages. `render` is `Website.render`, `base` is `Website.base`."""
+class SignInPages:
+    """The pages. `render` is `Site.render`, `url` is `Site.url`."""
 
     accounts: Accounts
-    render: Render
-    base: Callable[[Request], str]
+    render: RenderPage
+    url: Callable[[Request], str]
 
     def routes(self) -> list[Route]:
-        """All of them."""
-        elsewhere = [
+        provider_routes = [
             Route(TO_PROVIDER, self.to_provider),
-            Route(_BACK, self.from_provider),
-            Route("/account/link", for_form(self.link), methods=["POST"]),
+            Route(_RETURN, self.from_provider),
+            Route("/account/link", require_form(self.link), methods=["POST"]),
         ]
         return [
-            *(elsewhere if self.accounts.provider else []),
+            *(provider_routes if self.accounts.provider else []),
             Route("/sign-up", self.sign_up_page),
             Route("/sign-up", self.sign_up, methods=["POST"]),
             Route("/sign-in", self.sign_in_page),
             Route("/sign-in", self.sign_in, methods=["POST"]),
             Route("/first-admin", self.first_admin_page),
             Route("/first-admin", self.first_admin, methods=["POST"]),
-            Route("/sign-out", for_form(self.sign_out), methods=["POST"]),
+            Route("/sign-out", require_form(self.sign_out), methods=["POST"]),
         ]
 
     async def sign_up_page(self, request: Request) -> Response:
-        return await self._welcome(request, "sign-up")
+        return await self._entry_page(request, "sign-up")
 
     async def sign_up(self, request: Request) -> Response:
-        """The answer is the same whether the address was free or taken, and so is the work."""
-        form = await self._form(request)
+        """Create an account. Response and work are the same for a new and a known address, so neither is disclosed."""
+        form = await read_form(request)
         email = form.get("email")
         try:
-            await self.accounts.sign_up(email, form.raw("password"), address=address_of(request))
+            await self.accounts.sign_up(email, form.raw("password"), address=client_address(request))
         except AddressTaken:
             pass
-        except (UsageError, AccountError) as wrong:
-            return await self._welcome(request, "sign-up", wrong, email)
-        return go("/sign-in?done=signed-up")
+        except (UsageError, AccountError) as error:
+            return await self._entry_page(request, "sign-up", error, email)
+        return redirect("/sign-in?done=signed-up")
 
     async def sign_in_page(self, request: Request) -> Response:
-        return await self._welcome(request, "sign-in", next=request.query_params.get("next", ""))
+        return await self._entry_page(request, "sign-in", next=request.query_params.get("next", ""))
 
     async def sign_in(self, request: Request) -> Response:
-        form = await self._form(request)
+        form = await read_form(request)
         email, next = form.get("email"), form.get("next")
         try:
-            token = await self.accounts.sign_in(email, form.raw("password"), address=address_of(request))
-        except AccountError as wrong:
-            return await self._welcome(request, "sign-in", wrong, email, next)
-        return await self._signed_in(request, token, own_address(next) or "/account")
+            token = await self.accounts.sign_in(email, form.raw("password"), address=client_address(request))
+        except AccountError as error:
+            return await self._entry_page(request, "sign-in", error, email, next)
+        return await self._sign_in(request, token, local_path(next) or "/account")
 
     async def to_provider(self, request: Request) -> Response:
-        """On to the provider; nothing has happened yet that would need a form's token."""
-        next = own_address(request.query_params.get("next", ""))
+        """Send the browser to the provider. Changes nothing here, so it needs no form token."""
+        next = local_path(request.query_params.get("next", ""))
         visit = Visit.begin(next=next)
         try:
-            await self.accounts.throttle_place(address_of(request))
-            answer = go(await self._provider.address(visit, self._back(request)))
-        except AccountError as wrong:
-            return await self._welcome(request, "sign-in", wrong, next=next)
-        keep_visit(request, answer, visit)
-        return answer
+            await self.accounts.throttle_place(client_address(request))
+            response = redirect(await self._provider.address(visit, self._return_address(request)))
+        except AccountError as error:
+            return await self._entry_page(request, "sign-in", error, next=next)
+        set_visit_cookie(request, response, visit)
+        return response
 
     async def from_provider(self, request: Request) -> Response:
-        """Back again, signed in or with an identity to link."""
-        visit, address, person = visit_of(request), address_of(request), await visitor(request)
+        """Take the browser back from the provider: sign it in, or link the identity to the visitor's account."""
+        visit, address, person = read_visit_cookie(request), client_address(request), await current_visitor(request)
         try:
             await self.accounts.throttle_place(address)
-            identity = await self._provider.identity(visit, request.query_params, self._back(request))
-            assert visit is not None, "without one, nobody came back"
+            identity = await self._provider.identity(visit, request.query_params, self._return_address(request))
+            assert visit is not None, "the provider returns no identity without a visit"
             if not visit.person:
                 token = await self.accounts.sign_in_as(identity, address=address)
-                answer = await self._signed_in(request, token, own_address(visit.next) or "/account")
+                response = await self._sign_in(request, token, local_path(visit.next) or "/account")
             elif person is None or person.id != visit.person:
                 raise SignInRefused("you have signed out, or in as somebody else, in between: begin again")
             else:
                 await self.accounts.link(person, identity, address=address)
-                answer = go("/account/settings?done=linked")
-        except (UsageError, AccountError) as wrong:
+                response = redirect("/account/settings?done=linked")
+        except (UsageError, AccountError) as error:
             if person is not None:
-                answer = self._linking(request, person, wrong)
+                response = self._link_page(request, person, error)
             else:
-                answer = await self._welcome(request, "sign-in", wrong)
-        forget_visit(request, answer)
-        return answer
+                response = await self._entry_page(request, "sign-in", error)
+        clear_visit_cookie(request, response)
+        return response
 
     async def link(self, request: Request, person: Person, form: Form) -> Response:
-        """The way to the provider, for an account that somebody has already.
+        """Show the link to the provider, with which a signed-in visitor links an identity.
 
-        It is a page with a link: browsers follow no redirect to another site from a form that may only go to ours.
+        A link and not a redirect: the content security policy forbids forms to lead to another site.
         """
         visit = Visit.begin(person=person.id)
-        session, address = session_token(request), address_of(request)
+        session, address = session_token(request), client_address(request)
         try:
             await self.accounts.confirm(person, form.raw("own_password"), address=address, session=session)
-            on = await self._provider.address(visit, self._back(request))
-        except AccountError as wrong:
-            return self._linking(request, person, wrong)
-        answer = self._linking(request, person, on=on)
-        keep_visit(request, answer, visit)
-        return answer
+            provider_address = await self._provider.address(visit, self._return_address(request))
+        except AccountError as error:
+            return self._link_page(request, person, error)
+        response = self._link_page(request, person, provider_address=provider_address)
+        set_visit_cookie(request, response, visit)
+        return response
 
     async def first_admin_page(self, request: Request) -> Response:
-        return self._first_admin(request, request.query_params.get("invitation", ""))
+        return self._first_admin_page(request, request.query_params.get("invitation", ""))
 
     async def first_admin(self, request: Request) -> Response:
-        form = await self._form(request)
+        form = await read_form(request)
         email, password, invitation = form.get("email"), form.raw("password"), form.get("invitation")
-        address = address_of(request)
+        address = client_address(request)
         try:
             await self.accounts.sign_up(email, password, address=address, invitation=invitation)
             token = await self.accounts.sign_in(email, password, address=address)
-        except (UsageError, AccountError) as wrong:
-            return self._first_admin(request, invitation, wrong, email)
-        return await self._signed_in(request, token, "/admin")
+        except (UsageError, AccountError) as error:
+            return self._first_admin_page(request, invitation, error, email)
+        return await self._sign_in(request, token, "/admin")
 
     async def sign_out(self, request: Request, person: Person, form: Form) -> Response:
-        token, actor, now = session_token(request), Actor(person.id, address_of(request)), now_ms()
+        token, actor, now = session_token(request), Actor(person.id, client_address(request)), now_ms()
         await self.accounts.write(lambda connection: actions.end_session(connection, actor, token, now))
-        answer = go("/sign-in?done=signed-out")
-        end_session(request, answer)
-        return answer
+        response = redirect("/sign-in?done=signed-out")
+        clear_session_cookie(request, response)
+        return response
 
-    async def _form(self, request: Request) -> Form:
-        """A form of somebody who need not be signed in."""
-        form = await read_form(request)
-        check_form(request, form)
-        return form
-
-    async def _welcome(
-        self, request: Request, which: str, wrong: UnmaskError | None = None, email: str = "", next: str = ""
+    async def _entry_page(
+        self, request: Request, template: str, error: UnmaskError | None = None, email: str = "", next: str = ""
     ) -> Response:
-        if wrong is None and await visitor(request) is not None:
-            return go(own_address(next) or "/account")
-        return show(
+        if error is None and await current_visitor(request) is not None:
+            return redirect(local_path(next) or "/account")
+        return render_private_page(
             self.render,
             request,
-            f"account/{which}.html.j2",
-            wrong=wrong,
+            f"account/{template}.html.j2",
+            error=error,
             email=email,
-            next=own_address(next),
+            next=local_path(next),
             free_credit=self.accounts.free_credit,
             provider=self.accounts.provider.name if self.accounts.provider else "",
             shortest=people.SHORTEST_PASSWORD,
         )
 
-    def _first_admin(
-        self, request: Request, invitation: str, wrong: UnmaskError | None = None, email: str = ""
+    def _first_admin_page(
+        self, request: Request, invitation: str, error: UnmaskError | None = None, email: str = ""
     ) -> Response:
-        return show(
+        return render_private_page(
             self.render,
             request,
             "account/first-admin.html.j2",
-            wrong=wrong,
+            error=error,
             email=email,
             invitation=invitation[:100],
             shortest=people.SHORTEST_PASSWORD,
         )
 
-    def _linking(self, request: Request, person: Person, wrong: UnmaskError | None = None, on: str = "") -> Response:
+    def _link_page(
+        self, request: Request, person: Person, error: UnmaskError | None = None, provider_address: str = ""
+    ) -> Response:
         name = self._provider.name
-        values = {"person": person, "area": "account", "on": on, "provider": name}
-        return show(self.render, request, "account/linking.html.j2", wrong=wrong, **values)
+        values = {"person": person, "area": "account", "provider_address": provider_address, "provider": name}
+        return render_private_page(self.render, request, "account/linking.html.j2", error=error, **values)
 
     @property
     def _provider(self) -> Provider:
-        assert self.accounts.provider is not None, "these routes are there with a provider alone"
+        assert self.accounts.provider is not None, "without a provider these routes do not exist"
         return self.accounts.provider
 
-    def _back(self, request: Request) -> str:
-        return self.base(request) + _BACK
+    def _return_address(self, request: Request) -> str:
+        return self.url(request) + _RETURN
 
-    async def _signed_in(self, request: Request, token: str, address: str) -> Response:
-        """The answer that signs the browser in. A session that it had before ends."""
-        if await visitor(request) is not None:
+    async def _sign_in(self, request: Request, token: str, path: str) -> Response:
+        """Sign the browser in and send it to a page. A session that it had before ends."""
+        if await current_visitor(request) is not None:
             old = session_token(request)
             await self.accounts.write(lambda connection: people.end_session(connection, old))
-        answer = go(address)
-        start_session(request, answer, token)
-        return answer
+        response = redirect(path)
+        set_session_cookie(request, response, token)
+        return response

@@ -1,4 +1,4 @@
-"""Asking for models: the button, the form it sends, and a visitor's own page of what was asked for."""
+"""Votes for models: the button, the form that it sends, and the page of a visitor's own votes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,57 +14,60 @@ from unmask.catalogue import Catalogue, Record, votes
 from unmask.catalogue.requests import want
 from unmask.errors import UsageError
 from unmask.storage.database import now_ms
-from unmask.web.account_hooks import Seams, WantIt
-from unmask.web.page_shell import Render, show
+from unmask.web.account_hooks import AccountHooks, VoteButton
+from unmask.web.forms import Form
+from unmask.web.page_shell import RenderPage, render_private_page
 from unmask.web.rendering import HEADERS
-from unmask.web.sessions import Form, for_form, for_person, form_token, visitor, visitor_links
+from unmask.web.sessions import current_visitor, form_token, require_form, require_person, visitor_links
 
 ACTION, PAGE, SIGN_IN = "/want", "/wanted", "/sign-in"
 
 
-def account_seams(accounts: Accounts) -> Seams:
-    """What the pages of the catalogue ask of the accounts.
+def account_hooks(accounts: Accounts) -> AccountHooks:
+    """Return the functions by which the catalogue's pages read accounts.
 
-    How many want a model, everybody sees. A visitor's own vote and note are read by the account of that visitor's
-    session and by nothing that an address or a form says.
+    The number of votes for a model is public. A visitor's own vote and note are read by the account of the visitor's
+    session only, never by anything in the address or in a form.
     """
 
-    async def counts() -> Mapping[str, int]:
+    async def vote_counts() -> Mapping[str, int]:
         return await accounts.read(votes.counts)
 
-    async def button(request: Request, record: Record) -> WantIt | None:
+    async def vote_button(request: Request, record: Record) -> VoteButton | None:
         if record.role == "reference":
             return None
-        person = await visitor(request)
-        count = (await counts()).get(record.id, 0)
+        person = await current_visitor(request)
+        count = (await vote_counts()).get(record.id, 0)
         if person is None:
-            return WantIt(count, ACTION, sign_in=_sign_in(f"/models/{quote(record.id)}"))
+            return VoteButton(count, ACTION, sign_in=_sign_in(f"/models/{quote(record.id)}"))
         account = person.account_id
-        own = (await accounts.read(lambda connection: votes.votes_of(connection, account))).get(record.id)
-        return WantIt(count, ACTION, own is not None, own.note if own else "", form_token(request))
+        vote = (await accounts.read(lambda connection: votes.votes_of(connection, account))).get(record.id)
+        return VoteButton(count, ACTION, vote is not None, vote.note if vote else "", form_token(request))
 
-    async def form(request: Request) -> WantIt:
-        if await visitor(request) is None:
-            return WantIt(0, ACTION, sign_in=_sign_in("/models"))
-        return WantIt(0, ACTION, token=form_token(request))
+    async def request_form(request: Request) -> VoteButton:
+        if await current_visitor(request) is None:
+            return VoteButton(0, ACTION, sign_in=_sign_in("/models"))
+        return VoteButton(0, ACTION, token=form_token(request))
 
-    return Seams(links=visitor_links, want=button, ask=form, votes=counts)
+    return AccountHooks(visitor_links, vote_button, request_form, vote_counts)
 
 
 @dataclass(frozen=True, eq=False)
-class Wanting:
-    """The form that takes votes, and a visitor's own page of them. `render` is `Website.render`."""
+class VotePages:
+    """The form that takes votes, and the page of a visitor's own votes. `render` is `Site.render`."""
 
     accounts: Accounts
     catalogue: Catalogue
-    render: Render
+    render: RenderPage
 
     def routes(self) -> list[Route]:
-        """All of them."""
-        return [Route(ACTION, for_form(self.take), methods=["POST"]), Route(PAGE, for_person(self.wanted))]
+        return [
+            Route(ACTION, require_form(self.vote), methods=["POST"]),
+            Route(PAGE, require_person(self.own_votes)),
+        ]
 
-    async def take(self, request: Request, person: Person, form: Form) -> Response:
-        """A vote, a changed note, or a vote taken back; then the page of the model again."""
+    async def vote(self, request: Request, person: Person, form: Form) -> Response:
+        """Add a vote, change its note, or withdraw it; then show the model's page again."""
         entry = self.catalogue.get(form.get("model"))
         model = entry.record.id if entry else form.get("model")
         account = person.account_id
@@ -76,24 +79,24 @@ class Wanting:
                 await self.accounts.write(lambda connection: want(connection, account, model, note, now))
             except UsageError as error:
                 return await self._page(request, person, error)
-        known = self.catalogue.get(model) is not None
-        return RedirectResponse(f"/models/{quote(model)}#way" if known else PAGE, 303, HEADERS)
+        in_catalogue = self.catalogue.get(model) is not None
+        return RedirectResponse(f"/models/{quote(model)}#way" if in_catalogue else PAGE, 303, HEADERS)
 
-    async def wanted(self, request: Request, person: Person) -> Response:
-        """What the visitor's account has asked for, and what of it is live."""
+    async def own_votes(self, request: Request, person: Person) -> Response:
+        """Show the models that the visitor's account voted for, and which of them have gone live."""
         return await self._page(request, person)
 
-    async def _page(self, request: Request, person: Person, wrong: UsageError | None = None) -> Response:
+    async def _page(self, request: Request, person: Person, error: UsageError | None = None) -> Response:
         account = person.account_id
         own = await self.accounts.read(lambda connection: votes.votes_of(connection, account))
         notices = await self.accounts.read(lambda connection: votes.notices_of(connection, account))
         if any(not notice.seen for notice in notices):
             await self.accounts.write(lambda connection: votes.mark_seen(connection, account, now_ms()))
-        return show(
+        return render_private_page(
             self.render,
             request,
-            "account/wanted.html.j2",
-            wrong=wrong,
+            "account/votes.html.j2",
+            error=error,
             area="account",
             person=person,
             votes=[(vote, self.catalogue.get(vote.model)) for vote in own.values()],
@@ -103,5 +106,5 @@ class Wanting:
         )
 
 
-def _sign_in(after: str) -> str:
-    return f"{SIGN_IN}?next={quote(after, safe='')}"
+def _sign_in(next_path: str) -> str:
+    return f"{SIGN_IN}?next={quote(next_path, safe='')}"

@@ -1,4 +1,4 @@
-"""The operator's page of models: who wants what, what came of the gates, and the steps that are a decision."""
+"""`/admin/models`: votes for models, results of the onboarding gates, and the operator's decisions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,13 +18,14 @@ from unmask.catalogue.actions import decide
 from unmask.catalogue.lifecycle import ALLOWED, GATE_NAMES
 from unmask.catalogue.store import Outcome, outcomes, read_catalogue
 from unmask.errors import UsageError
-from unmask.web.page_shell import Render, show
+from unmask.web.forms import Form
+from unmask.web.page_shell import RenderPage, render_private_page
 from unmask.web.rendering import HEADERS
-from unmask.web.sessions import Form, address_of, for_form, for_person
+from unmask.web.sessions import client_address, require_form, require_person
 
 PAGE = "/admin/models"
 
-# What an operator may decide on the page, and what the button says. The steps in between belong to the gates.
+# Status -> label of the button that sets it. The gates set the statuses in between.
 _DECISIONS: dict[Status, str] = {
     "coming soon": "Announce",
     "live": "Switch on",
@@ -34,62 +35,61 @@ _DECISIONS: dict[Status, str] = {
 
 
 @dataclass(frozen=True)
-class Managed:
-    """A model as its operator sees it."""
+class ManagedModel:
+    """A model on the operator's page. `decisions` are the statuses that may follow, each with its button's label."""
 
     record: Record
-    wanted: votes.Wanted | None
+    demand: votes.Wanted | None
     gates: list[Outcome]
     decisions: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True, eq=False)
-class Operating:
-    """The page, for people who are admins. `render` is `Website.render`, `mails` whether this server sends mail."""
+class ModelAdminPages:
+    """The page, for admins. `render` is `Site.render`; `sends_mail` is true if this server has a mail server."""
 
     accounts: Accounts
-    render: Render
-    mails: bool
+    render: RenderPage
+    sends_mail: bool
 
     def routes(self) -> list[Route]:
-        """All of them."""
         return [
-            Route(PAGE, for_person(self.models, admin=True)),
-            Route(PAGE, for_form(self.decide, admin=True), methods=["POST"]),
+            Route(PAGE, require_person(self.models, admin=True)),
+            Route(PAGE, require_form(self.decide, admin=True), methods=["POST"]),
         ]
 
     async def models(self, request: Request, person: Person) -> Response:
-        """What is wanted, most votes first, and where every model stands."""
+        """Show the models with votes, most votes first, and the status of every model."""
         return await self._page(request, person)
 
     async def decide(self, request: Request, person: Person, form: Form) -> Response:
-        """A step of a model's lifecycle; then the page again."""
+        """Set the status of a model; then show the page again."""
         model, status, until = form.get("model"), form.get("status"), form.get("until")
-        actor = Actor(person.id, address_of(request))
+        actor = Actor(person.id, client_address(request))
 
-        def take(connection: Connection) -> None:
-            chosen: Status | None = next((known for known in _DECISIONS if known == status), None)
-            if chosen is None:
+        def set_status(connection: Connection) -> None:
+            decision: Status | None = next((allowed for allowed in _DECISIONS if allowed == status), None)
+            if decision is None:
                 raise UsageError(f"{status[:40]!r} is no step that can be taken here")
-            decide(connection, actor, model, chosen, until=_day(until) if chosen == "deprecated" else None)
+            decide(connection, actor, model, decision, until=_future_day(until) if decision == "deprecated" else None)
 
         try:
-            await self.accounts.write(take)
+            await self.accounts.write(set_status)
         except UsageError as error:
             return await self._page(request, person, error)
         return RedirectResponse(f"{PAGE}#{quote(model)}", 303, HEADERS)
 
-    async def _page(self, request: Request, person: Person, wrong: UsageError | None = None) -> Response:
-        managed = await self.accounts.read(_managed)
-        waiting = await self.accounts.read(votes.letters_waiting) if self.mails else 0
-        return show(
+    async def _page(self, request: Request, person: Person, error: UsageError | None = None) -> Response:
+        managed = await self.accounts.read(_managed_models)
+        waiting = await self.accounts.read(votes.letters_waiting) if self.sends_mail else 0
+        return render_private_page(
             self.render,
             request,
             "admin/models.html.j2",
-            wrong=wrong,
+            error=error,
             area="admin",
             person=person,
-            queue=sorted((m for m in managed if m.wanted), key=lambda m: -m.wanted.votes if m.wanted else 0),
+            queue=sorted((m for m in managed if m.demand), key=lambda m: -m.demand.votes if m.demand else 0),
             managed=[m for m in managed if m.gates or m.record.status not in (None, "coming soon")],
             others=[m for m in managed if not m.gates and m.record.status == "coming soon"],
             gate_count=len(GATE_NAMES),
@@ -99,7 +99,7 @@ class Operating:
         )
 
 
-def _day(text: str) -> date:
+def _future_day(text: str) -> date:
     try:
         day = date.fromisoformat(text)
     except ValueError:
@@ -109,18 +109,18 @@ def _day(text: str) -> date:
     return day
 
 
-def _managed(connection: Connection) -> list[Managed]:
+def _managed_models(connection: Connection) -> list[ManagedModel]:
     stored = read_catalogue(connection)
-    wanted = {one.model: one for one in votes.queue(connection)}
-    found = []
+    demand = {row.model: row for row in votes.queue(connection)}
+    managed = []
     for entry in stored.catalogue.entries():
         record = entry.record
         if record.role == "reference":
             continue
-        after = ALLOWED[record.status] if record.status else frozenset(("coming soon",))
-        decisions = [(status, label) for status, label in _DECISIONS.items() if status in after]
+        next_statuses = ALLOWED[record.status] if record.status else frozenset(("coming soon",))
+        decisions = [(status, label) for status, label in _DECISIONS.items() if status in next_statuses]
         if record.status == "benchmarking":
-            decisions = []  # the gates' own business
+            decisions = []  # the gates decide
         gates = list(outcomes(connection, record.id).values()) if record.id in stored.sources else []
-        found.append(Managed(record, wanted.get(record.id), gates, decisions))
-    return found
+        managed.append(ManagedModel(record, demand.get(record.id), gates, decisions))
+    return managed

@@ -1,4 +1,4 @@
-"""`/admin`: what the operator's people see and do. Everything that they do is in the audit log."""
+"""`/admin`: accounts, prices, plans and the audit log. Every change made here is in the audit log."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,22 +18,21 @@ from unmask.errors import AccountError, LedgerRefused, UnmaskError, UsageError
 from unmask.router import ModelRegistry
 from unmask.storage.database import now_ms
 from unmask.web.account.pages import PER_PAGE
-from unmask.web.forms import dollars, whole
-from unmask.web.page_shell import Render, show
-from unmask.web.query import asked_number, asked_place
-from unmask.web.sessions import Form, address_of, for_form, for_person, go
+from unmask.web.forms import Form, parse_amount, parse_whole_number
+from unmask.web.page_shell import RenderPage, render_private_page
+from unmask.web.query import format_cursor, parse_cursor, parse_number
+from unmask.web.sessions import client_address, redirect, require_form, require_person
 
 
 @dataclass(frozen=True, eq=False)
 class AdminPages:
-    """The pages. `render` is `Website.render`."""
+    """The pages, for admins. `render` is `Site.render`."""
 
     accounts: Accounts
     models: ModelRegistry
-    render: Render
+    render: RenderPage
 
     def routes(self) -> list[Route]:
-        """All of them."""
         pages: dict[str, Callable[[Request, Person], Any]] = {
             "/admin": self.overview,
             "/admin/accounts/{id}": self.account,
@@ -50,171 +49,173 @@ class AdminPages:
             "/admin/plans": self.set_plan,
         }
         return [
-            *(Route(path, for_person(page, admin=True)) for path, page in pages.items()),
-            *(Route(path, for_form(act, admin=True), methods=["POST"]) for path, act in forms.items()),
+            *(Route(path, require_person(page, admin=True)) for path, page in pages.items()),
+            *(Route(path, require_form(act, admin=True), methods=["POST"]) for path, act in forms.items()),
         ]
 
     async def overview(self, request: Request, person: Person) -> Response:
-        asked, before = request.query_params.get("find", "").strip(), asked_place(request)
-        wrong: UnmaskError | None = None
-        if asked:
+        search, before = request.query_params.get("find", "").strip(), parse_cursor(request.query_params)
+        error: UnmaskError | None = None
+        if search:
             try:
-                found = await self.accounts.read(lambda connection: people.find_account(connection, asked))
-                return go(f"/admin/accounts/{found.id}")
+                account = await self.accounts.read(lambda connection: people.find_account(connection, search))
+                return redirect(f"/admin/accounts/{account.id}")
             except UsageError:
-                wrong = UsageError(f"no account has the id or the mail address {asked[:120]!r}")
+                error = UsageError(f"no account has the id or the mail address {search[:120]!r}")
 
-        def ask(connection: Connection) -> dict[str, Any]:
+        def read(connection: Connection) -> dict[str, Any]:
             return {
-                "found": people.newest_accounts(connection, limit=PER_PAGE + 1, before=before),
+                "accounts": people.newest_accounts(connection, limit=PER_PAGE + 1, before=before),
                 "totals": people.totals(connection),
             }
 
-        values = await self.accounts.read(ask)
-        rows: list[Account] = values["found"]
-        more = f"{rows[PER_PAGE - 1].created_at}.{rows[PER_PAGE - 1].id}" if len(rows) > PER_PAGE else ""
-        return self._show(
+        values = await self.accounts.read(read)
+        rows: list[Account] = values["accounts"]
+        end = rows[PER_PAGE - 1] if len(rows) > PER_PAGE else None
+        return self._render(
             request,
             person,
             "admin/overview.html.j2",
-            wrong,
+            error,
             rows=rows[:PER_PAGE],
-            more=more,
-            later=before is not None,
+            older=format_cursor(end.created_at, end.id) if end else "",
+            is_first_page=before is None,
             totals=values["totals"],
-            asked=asked,
+            search=search,
         )
 
     async def account(self, request: Request, person: Person) -> Response:
         return await self._account_page(request, person)
 
     async def set_state(self, request: Request, person: Person, form: Form) -> Response:
-        id, now, actor = request.path_params["id"], now_ms(), Actor(person.id, address_of(request))
+        id, now, actor = request.path_params["id"], now_ms(), Actor(person.id, client_address(request))
         frozen = form.get("state") == "frozen"
 
-        def set_it(connection: Connection) -> None:
+        def set_state(connection: Connection) -> None:
             actions.freeze_account(connection, actor, id, now, frozen=frozen)
 
-        return await self._done(request, person, set_it, "frozen" if frozen else "thawed")
+        return await self._write_account(request, person, set_state, "frozen" if frozen else "thawed")
 
     async def top_up(self, request: Request, person: Person, form: Form) -> Response:
-        id, now, actor = request.path_params["id"], now_ms(), Actor(person.id, address_of(request))
+        id, now, actor = request.path_params["id"], now_ms(), Actor(person.id, client_address(request))
         reference, gift, note = form.get("reference"), form.get("gift") == "yes", form.get("note")[:200]
 
         def add(connection: Connection) -> None:
-            amount = dollars(form.get("dollars"))
+            amount = parse_amount(form.get("dollars"))
             if not actions.top_up(connection, actor, id, amount, reference, now, note=note, gift=gift):
                 raise LedgerRefused(f"the reference {reference!r} is in the books already: nothing was added")
 
-        return await self._done(request, person, add, "topped-up", form)
+        return await self._write_account(request, person, add, "topped-up", form)
 
     async def assign_plan(self, request: Request, person: Person, form: Form) -> Response:
         id, now, plan = request.path_params["id"], now_ms(), form.get("plan")
-        actor = Actor(person.id, address_of(request))
+        actor = Actor(person.id, client_address(request))
 
         def assign(connection: Connection) -> None:
             actions.assign_plan(connection, actor, id, plan, now)
 
-        return await self._done(request, person, assign, "plan")
+        return await self._write_account(request, person, assign, "plan")
 
     async def refund(self, request: Request, person: Person, form: Form) -> Response:
         id, now, charge = request.path_params["id"], now_ms(), form.get("charge")
-        actor, note = Actor(person.id, address_of(request)), form.get("note")[:200]
+        actor, note = Actor(person.id, client_address(request)), form.get("note")[:200]
 
         def give_back(connection: Connection) -> None:
             if not actions.refund(connection, actor, charge, now, note=note, account=id):
                 raise LedgerRefused(f"{charge} was refunded before, or cost nothing")
 
-        return await self._done(request, person, give_back, "refunded", form)
+        return await self._write_account(request, person, give_back, "refunded", form)
 
     async def prices(self, request: Request, person: Person) -> Response:
         return await self._prices_page(request, person)
 
     async def set_price(self, request: Request, person: Person, form: Form) -> Response:
         model, tier, now = form.get("model"), form.get("tier"), now_ms()
-        actor, remove = Actor(person.id, address_of(request)), form.get("remove") == "yes"
+        actor, remove = Actor(person.id, client_address(request)), form.get("remove") == "yes"
 
-        def set_it(connection: Connection) -> None:
+        def set_price(connection: Connection) -> None:
             if remove:
                 actions.remove_price(connection, actor, model, tier, now)
             else:
-                actions.set_price(connection, actor, Price(model, tier, dollars(form.get("dollars"))), now)
+                actions.set_price(connection, actor, Price(model, tier, parse_amount(form.get("dollars"))), now)
 
         try:
             if not remove and model not in await self._priceable():
                 raise UsageError(f"there is no model {model[:100]!r}: choose out of the list")
-            await self.accounts.write(set_it)
-        except (UsageError, AccountError) as wrong:
-            return await self._prices_page(request, person, wrong, form)
-        return go("/admin/prices?done=price")
+            await self.accounts.write(set_price)
+        except (UsageError, AccountError) as error:
+            return await self._prices_page(request, person, error, form)
+        return redirect("/admin/prices?done=price")
 
     async def plans(self, request: Request, person: Person) -> Response:
         return await self._plans_page(request, person)
 
     async def set_plan(self, request: Request, person: Person, form: Form) -> Response:
-        name, now, actor = form.get("name"), now_ms(), Actor(person.id, address_of(request))
+        name, now, actor = form.get("name"), now_ms(), Actor(person.id, client_address(request))
 
-        def set_it(connection: Connection) -> None:
+        def set_plan(connection: Connection) -> None:
             if len(name) > 60:
                 raise UsageError("a plan's name has at most 60 characters")
             limits = {
-                "requests_per_minute": whole(form.get("requests_per_minute"), "requests per minute"),
-                "tokens_per_minute": whole(form.get("tokens_per_minute"), "tokens per minute"),
+                "requests_per_minute": parse_whole_number(form.get("requests_per_minute"), "requests per minute"),
+                "tokens_per_minute": parse_whole_number(form.get("tokens_per_minute"), "tokens per minute"),
             }
             actions.set_plan(connection, actor, Plan(name, **limits), now)
 
         try:
-            await self.accounts.write(set_it)
-        except (UsageError, AccountError) as wrong:
-            return await self._plans_page(request, person, wrong, form)
-        return go("/admin/plans?done=plans")
+            await self.accounts.write(set_plan)
+        except (UsageError, AccountError) as error:
+            return await self._plans_page(request, person, error, form)
+        return redirect("/admin/plans?done=plans")
 
     async def log(self, request: Request, person: Person) -> Response:
-        before = asked_number(request, "before")
+        before = parse_number(request.query_params, "before")
         events = await self.accounts.read(lambda c: audit.events(c, limit=PER_PAGE + 1, before=before))
-        return self._show(
+        return self._render(
             request,
             person,
             "admin/audit.html.j2",
             events=events[:PER_PAGE],
-            more=events[PER_PAGE - 1][0] if len(events) > PER_PAGE else None,
-            later=before is not None,
+            older=events[PER_PAGE - 1][0] if len(events) > PER_PAGE else None,
+            is_first_page=before is None,
         )
 
-    def _show(
-        self, request: Request, person: Person, template: str, wrong: UnmaskError | None = None, **values: object
+    def _render(
+        self, request: Request, person: Person, template: str, error: UnmaskError | None = None, **values: object
     ) -> Response:
-        return show(self.render, request, template, wrong=wrong, person=person, area="admin", now=now_ms(), **values)
+        return render_private_page(
+            self.render, request, template, error=error, person=person, area="admin", now=now_ms(), **values
+        )
 
-    async def _done(
+    async def _write_account(
         self,
         request: Request,
         person: Person,
-        piece: Callable[[Connection], None],
-        done: str,
+        change: Callable[[Connection], None],
+        notice: str,
         form: Form | None = None,
     ) -> Response:
-        """Write something about the account that the address names, and show that account again."""
+        """Make a change to the account that the address names, and show the account again with a notice."""
         id: str = request.path_params["id"]
-        await self._known(id)
+        await self._account(id)
         try:
-            await self.accounts.write(piece)
-        except (UsageError, AccountError) as wrong:
-            return await self._account_page(request, person, wrong, form)
-        return go(f"/admin/accounts/{id}?done={done}")
+            await self.accounts.write(change)
+        except (UsageError, AccountError) as error:
+            return await self._account_page(request, person, error, form)
+        return redirect(f"/admin/accounts/{id}?done={notice}")
 
-    async def _known(self, id: str) -> Account:
+    async def _account(self, id: str) -> Account:
         try:
             return await self.accounts.read(lambda connection: people.account(connection, id))
         except UsageError:
             raise ApiError(404, f"There is no account {id[:40]!r}.", code="not_found") from None
 
     async def _account_page(
-        self, request: Request, person: Person, wrong: UnmaskError | None = None, form: Form | None = None
+        self, request: Request, person: Person, error: UnmaskError | None = None, form: Form | None = None
     ) -> Response:
-        account, now = await self._known(request.path_params["id"]), now_ms()
+        account, now = await self._account(request.path_params["id"]), now_ms()
 
-        def ask(connection: Connection) -> dict[str, Any]:
+        def read(connection: Connection) -> dict[str, Any]:
             owners = people.everybody(connection, account.id)
             return {
                 "account": people.account(connection, account.id),
@@ -226,36 +227,36 @@ class AdminPages:
                 "events": audit.events(connection, subjects=[account.id, *(owner.id for owner in owners)], limit=20),
             }
 
-        values = await self.accounts.read(ask)
-        return self._show(request, person, "admin/account.html.j2", wrong, typed=form or Form({}), **values)
+        values = await self.accounts.read(read)
+        return self._render(request, person, "admin/account.html.j2", error, typed=form or Form({}), **values)
 
     async def _prices_page(
-        self, request: Request, person: Person, wrong: UnmaskError | None = None, form: Form | None = None
+        self, request: Request, person: Person, error: UnmaskError | None = None, form: Form | None = None
     ) -> Response:
         prices = await self.accounts.read(tariff.all_prices)
-        known = {price.model for price in prices if price.tier == "default"}
+        priced = {price.model for price in prices if price.tier == "default"}
         served = [served.record.id for served in self.models.list()]
-        return self._show(
+        return self._render(
             request,
             person,
             "admin/prices.html.j2",
-            wrong,
+            error,
             prices=prices,
             models=await self._priceable(),
             tiers=tariff.TIERS,
             any=tariff.ANY_MODEL,
-            missing=[] if tariff.ANY_MODEL in known else [model for model in served if model not in known],
+            missing=[] if tariff.ANY_MODEL in priced else [model for model in served if model not in priced],
             typed=form or Form({}),
         )
 
     async def _plans_page(
-        self, request: Request, person: Person, wrong: UnmaskError | None = None, form: Form | None = None
+        self, request: Request, person: Person, error: UnmaskError | None = None, form: Form | None = None
     ) -> Response:
         plans = await self.accounts.read(tariff.all_plans)
-        return self._show(request, person, "admin/plans.html.j2", wrong, plans=plans, typed=form or Form({}))
+        return self._render(request, person, "admin/plans.html.j2", error, plans=plans, typed=form or Form({}))
 
     async def _priceable(self) -> list[str]:
-        """Every model that can have a price: those served, those that have one, and `*` for all others."""
+        """Return the models that can have a price: the served ones, those with a price, and `*` for all others."""
         prices = await self.accounts.read(tariff.all_prices)
         served = [served.record.id for served in self.models.list()]
         return list(dict.fromkeys([*served, *(price.model for price in prices), tariff.ANY_MODEL]))

@@ -1,4 +1,4 @@
-"""What programs read instead of a page: JSON, JSON-LD, and the feeds' items."""
+"""Formats for programs: a model as JSON and as JSON-LD, and the items of the RSS feed."""
 
 from dataclasses import dataclass
 from datetime import date
@@ -8,17 +8,17 @@ from urllib.parse import quote
 import msgspec
 
 from unmask.catalogue.record import Price
-from unmask.web.catalogue.model_view import Shown
-from unmask.web.rendering import price
+from unmask.web.catalogue.model_view import ModelView
+from unmask.web.rendering import format_price
 
 
-def as_json(shown: Shown) -> dict[str, Any]:
-    """Everything that a model's page says, under the names that the record has for it."""
-    figures = shown.figures
+def model_json(view: ModelView) -> dict[str, Any]:
+    """Return everything that a model's page says, under the field names of the record."""
+    figures = view.figures
     return {
-        **msgspec.to_builtins(shown.record),
-        "standing": shown.standing,
-        "state": shown.served.state if shown.served else None,
+        **msgspec.to_builtins(view.record),
+        "standing": view.display_status,
+        "state": view.served.state if view.served else None,
         "means": {
             f"{suite}, {origin}": {
                 "mean": scores.mean,
@@ -28,13 +28,13 @@ def as_json(shown: Shown) -> dict[str, Any]:
             }
             for (suite, origin), scores in figures.suites.items()
         },
-        "measurements": msgspec.to_builtins(shown.entry.measurements),
+        "measurements": msgspec.to_builtins(view.entry.measurements),
     }
 
 
-def linked_data(shown: Shown, base: str) -> dict[str, Any]:
-    """schema.org's view of a model: what it is, its questions, and where its page lies."""
-    record = shown.record
+def linked_data(view: ModelView, base: str) -> dict[str, Any]:
+    """Return a model in the vocabulary of schema.org: application, breadcrumb and questions, for search engines."""
+    record = view.record
     address = f"{base}/models/{quote(record.id)}"
     application = {
         "@type": "SoftwareApplication",
@@ -51,7 +51,7 @@ def linked_data(shown: Shown, base: str) -> dict[str, Any]:
         "datePublished": record.published.isoformat() if record.published else None,
         "dateModified": record.updated.isoformat() if record.updated else None,
         "sameAs": [link.url for link in record.links] or None,
-        "offers": [_offer(offer, available=shown.answers) for offer in record.prices] or None,
+        "offers": [_offer(offer, available=view.is_served) for offer in record.prices] or None,
     }
     graph: list[dict[str, Any]] = [
         {name: value for name, value in application.items() if value is not None},
@@ -64,48 +64,44 @@ def linked_data(shown: Shown, base: str) -> dict[str, Any]:
         },
     ]
     if record.faq:
-        graph.append(
+        questions = [
             {
-                "@type": "FAQPage",
-                "mainEntity": [
-                    {
-                        "@type": "Question",
-                        "name": item.question,
-                        "acceptedAnswer": {"@type": "Answer", "text": item.answer},
-                    }
-                    for item in record.faq
-                ],
+                "@type": "Question",
+                "name": item.question,
+                "acceptedAnswer": {"@type": "Answer", "text": item.answer},
             }
-        )
+            for item in record.faq
+        ]
+        graph.append({"@type": "FAQPage", "mainEntity": questions})
     return {"@context": "https://schema.org", "@graph": graph}
 
 
 @dataclass(frozen=True)
-class News:
-    """A model that is new here or has changed."""
+class FeedItem:
+    """An event in the life of a model, or a change of its record."""
 
-    shown: Shown
+    view: ModelView
     on: date
     title: str
     text: str
 
 
-def news(models: list[Shown], most: int = 50) -> list[News]:
-    """What happened to the models, newest first."""
+def feed_items(models: list[ModelView], most: int = 50) -> list[FeedItem]:
+    """List the events and changes of all models, newest first."""
     items = []
-    for shown in models:
-        name = shown.record.name or shown.record.id
-        items += [News(shown, event.on, f"{name}: {event.status}", event.note) for event in shown.record.history]
-        items += [News(shown, change.on, f"{name}: changed", change.note) for change in shown.record.changes]
+    for view in models:
+        name = view.record.name or view.record.id
+        items += [FeedItem(view, event.on, f"{name}: {event.status}", event.note) for event in view.record.history]
+        items += [FeedItem(view, change.on, f"{name}: changed", change.note) for change in view.record.changes]
     items.sort(key=lambda item: item.on, reverse=True)
     return items[:most]
 
 
-def changed_on(shown: Shown) -> date | None:
-    """The last day on which anything about a record became different."""
-    record = shown.record
+def last_change(view: ModelView) -> date | None:
+    """Return the last day on which an event, a change or a measurement of ours was added."""
+    record = view.record
     days = [event.on for event in record.history] + [change.on for change in record.changes]
-    days += [m.on for m in shown.entry.measurements if m.on and m.origin == "measured"]
+    days += [m.on for m in view.entry.measurements if m.on and m.origin == "measured"]
     return max(days, default=None)
 
 
@@ -113,7 +109,7 @@ def _offer(offer: Price, *, available: bool) -> dict[str, Any]:
     return {
         "@type": "Offer",
         "name": offer.tier,
-        "price": price(offer).lstrip("~$").replace(",", ""),
+        "price": format_price(offer).lstrip("~$").replace(",", ""),
         "priceCurrency": "USD",
         "availability": "https://schema.org/InStock" if available else "https://schema.org/PreOrder",
     }

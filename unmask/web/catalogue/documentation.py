@@ -1,4 +1,4 @@
-"""The tables of the documentation page, from the same settings and tables that the server acts by."""
+"""Tables of the documentation page, made from the settings and tables that the server itself uses."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ from unmask.api.openapi import ERRORS
 from unmask.api.schema import MAX_INPUTS
 from unmask.api.settings import ServeSettings
 
-# What a caller can do; the status says when, in the API's own words.
+# Status -> (codes, advice to the caller). The API's own table says when a status is sent.
 _ADVICE: dict[int, tuple[str, str]] = {
     400: (
         "max_tokens_per_request, key_in_url",
@@ -40,7 +40,7 @@ _ADVICE: dict[int, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class ErrorRow:
-    """One status: when it comes, which codes it has, and what to do."""
+    """One HTTP status: when it is sent, its codes, and advice to the caller."""
 
     status: int
     when: str
@@ -48,8 +48,8 @@ class ErrorRow:
     advice: str
 
 
-def errors(settings: ServeSettings) -> list[ErrorRow]:
-    """Every status that the API answers with, besides 200."""
+def error_rows(settings: ServeSettings) -> list[ErrorRow]:
+    """List every status that the API sends, besides 200."""
     rows = []
     for status, when in ERRORS.items():
         codes, advice = _ADVICE[status]
@@ -57,8 +57,8 @@ def errors(settings: ServeSettings) -> list[ErrorRow]:
     return rows
 
 
-def limits(settings: ServeSettings) -> list[tuple[str, str]]:
-    """What fits into a request."""
+def limit_rows(settings: ServeSettings) -> list[tuple[str, str]]:
+    """List the limits of a request as (limit, value)."""
     return [
         ("Texts per request", f"{MAX_INPUTS:,}"),
         ("Tokens per request, all texts together", f"{settings.max_request_tokens:,}"),

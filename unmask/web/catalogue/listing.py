@@ -1,14 +1,11 @@
-"""Searching, filtering and sorting the catalogue by what stands in the address."""
+"""The list of models: filters, order and pages."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from urllib.parse import urlencode
 
-from starlette.datastructures import QueryParams
-
-from unmask.api.errors import ApiError
-from unmask.web.catalogue.model_view import ORDER, Shown
+from unmask.web.catalogue.model_view import STATUS_ORDER, ModelView
 
 PER_PAGE = 50
 
@@ -33,12 +30,14 @@ SORTS = {
     "size": "Smallest",
     "name": "Name",
 }
-WANTED = {"wanted": "Most wanted"}
+VOTE_SORTS = {"wanted": "Most wanted"}
+
+SortKey = tuple[bool, float | str]
 
 
 @dataclass(frozen=True)
-class Query:
-    """What a visitor asked for. Empty means everything."""
+class ListingQuery:
+    """Filters, order and page of the list. An empty filter lets every model through."""
 
     q: str = ""
     task: str = ""
@@ -55,7 +54,7 @@ class Query:
         return any((self.q, self.task, self.licence, self.size, self.dimensions, self.status, self.price))
 
     def address(self, **changes: object) -> str:
-        """Of the same list, but for some changes."""
+        """Return the address of the same list with some fields changed."""
         fields = {name: value for name, value in vars(replace(self, **changes)).items() if value}  # pyright: ignore[reportArgumentType]
         if fields.get("sort") == "availability":
             del fields["sort"]
@@ -65,8 +64,8 @@ class Query:
 
 
 @dataclass(frozen=True)
-class Choices:
-    """What each filter can be set to: value -> what it says."""
+class FilterChoices:
+    """Choices of each filter: value -> label."""
 
     task: Mapping[str, str]
     licence: Mapping[str, str]
@@ -79,91 +78,70 @@ class Choices:
 
 @dataclass(frozen=True)
 class Listing:
-    """The answer to a query: one page of what was found."""
+    """One page of the models that match a query. `total` counts all models of the catalogue."""
 
-    query: Query
-    choices: Choices
-    found: list[Shown]
+    query: ListingQuery
+    choices: FilterChoices
+    matches: list[ModelView]
     total: int
 
     @property
     def pages(self) -> int:
-        return max(1, math.ceil(len(self.found) / PER_PAGE))
+        return max(1, math.ceil(len(self.matches) / PER_PAGE))
 
     @property
-    def rows(self) -> list[Shown]:
+    def rows(self) -> list[ModelView]:
         start = (self.query.page - 1) * PER_PAGE
-        return self.found[start : start + PER_PAGE]
+        return self.matches[start : start + PER_PAGE]
 
 
-def choices_of(models: Sequence[Shown], *, wanted: bool = False) -> Choices:
-    """What these models can be filtered by."""
-    standings = {shown.standing for shown in models}
-    return Choices(
-        task=_same(sorted({shown.record.task for shown in models})),
-        licence=_same(sorted({shown.record.licence for shown in models if shown.record.licence})),
+def filter_choices(models: Sequence[ModelView], *, by_votes: bool = False) -> FilterChoices:
+    """List the choices that fit these models; `by_votes` adds the order by number of votes."""
+    statuses = {view.display_status for view in models}
+    return FilterChoices(
+        task=_unlabelled(sorted({view.record.task for view in models})),
+        licence=_unlabelled(sorted({view.record.licence for view in models if view.record.licence})),
         size={key: label for key, (label, _, _) in SIZES.items()},
         dimensions={key: label for key, (label, _, _) in DIMENSIONS.items()},
-        status=_same([standing for standing in ORDER if standing in standings]),
+        status=_unlabelled([status for status in STATUS_ORDER if status in statuses]),
         price=PRICES,
-        sort=SORTS | (WANTED if wanted else {}),
+        sort=SORTS | (VOTE_SORTS if by_votes else {}),
     )
 
 
-def read_query(params: QueryParams, choices: Choices) -> Query:
-    """The query of an address.
-
-    Raises:
-        ApiError: 400, a filter is set to what there is not.
-    """
-    given = {name: params.get(name, "").strip() for name in Choices.__dataclass_fields__}
-    for name, value in given.items():
-        options: Mapping[str, str] = getattr(choices, name)
-        if value and value not in options:
-            raise ApiError(
-                400,
-                f"{name}={value[:80]!r} is none of the choices: {', '.join(options)}.",
-                param=name,
-                code="no_such_choice",
-            )
-    page = params.get("page", "") or "1"
-    if not (page.isascii() and page.isdigit() and 1 <= int(page[:6]) <= 99_999):
-        raise ApiError(400, f"page={page[:80]!r} is no page: count from 1.", param="page", code="no_such_choice")
-    given["sort"] = given["sort"] or "availability"
-    return Query(q=params.get("q", "").strip()[:200], page=int(page), **given)
-
-
-def browse(models: Sequence[Shown], query: Query, choices: Choices, votes: Mapping[str, int]) -> Listing:
-    """Those models that a query asks for, in its order."""
+def list_models(
+    models: Sequence[ModelView], query: ListingQuery, choices: FilterChoices, votes: Mapping[str, int]
+) -> Listing:
+    """Filter and sort the models; a page after the last one becomes the last one."""
     words = query.q.lower().split()
-    found = [shown for shown in models if _fits(shown, query, words)]
-    # Every order falls back on availability, then on quality, so that equals stand where a visitor expects them.
-    found.sort(key=lambda shown: shown.record.id.lower())
-    found.sort(key=_descending(lambda shown: shown.figures.mteb))
-    found.sort(key=lambda shown: ORDER.index(shown.standing))
-    order = _orders(votes).get(query.sort)
-    if order is not None:
-        found.sort(key=order)
-    listing = Listing(query, choices, found, len(models))
+    matches = [view for view in models if _matches(view, query, words)]
+    # Ties are broken by status, then by MTEB, then by id: sorts are stable, so the last key is sorted first.
+    matches.sort(key=lambda view: view.record.id.lower())
+    matches.sort(key=_descending(lambda view: view.figures.mteb))
+    matches.sort(key=lambda view: STATUS_ORDER.index(view.display_status))
+    sort_key = _sort_keys(votes).get(query.sort)
+    if sort_key is not None:
+        matches.sort(key=sort_key)
+    listing = Listing(query, choices, matches, len(models))
     return replace(listing, query=replace(query, page=min(query.page, listing.pages)))
 
 
-def _orders(votes: Mapping[str, int]) -> dict[str, Callable[[Shown], tuple[bool, float | str]]]:
+def _sort_keys(votes: Mapping[str, int]) -> dict[str, Callable[[ModelView], SortKey]]:
     return {
-        "mteb": _descending(lambda shown: shown.figures.mteb),
-        "local": _descending(lambda shown: shown.figures.local),
-        "speed": _descending(lambda shown: m.value if (m := shown.figures.texts_per_second) else None),
-        "price": lambda shown: _last_if_none(_price(shown)),
-        "newest": _descending(lambda shown: d.toordinal() if (d := shown.record.published) else None),
-        "size": lambda shown: _last_if_none(shown.record.parameters),
-        "name": lambda shown: (False, (shown.record.name or shown.record.id).lower()),
-        "wanted": _descending(lambda shown: votes.get(shown.record.id)),
+        "mteb": _descending(lambda view: view.figures.mteb),
+        "local": _descending(lambda view: view.figures.local),
+        "speed": _descending(lambda view: m.value if (m := view.figures.texts_per_second) else None),
+        "price": lambda view: _ascending(_lowest_price(view)),
+        "newest": _descending(lambda view: day.toordinal() if (day := view.record.published) else None),
+        "size": lambda view: _ascending(view.record.parameters),
+        "name": lambda view: (False, (view.record.name or view.record.id).lower()),
+        "wanted": _descending(lambda view: votes.get(view.record.id)),
     }
 
 
-def _fits(shown: Shown, query: Query, words: Sequence[str]) -> bool:
-    record = shown.record
-    if query.status and shown.standing != query.status:
+def _matches(view: ModelView, query: ListingQuery, words: Sequence[str]) -> bool:
+    record = view.record
+    if query.status and view.display_status != query.status:
         return False
     if query.task and record.task != query.task:
         return False
@@ -171,9 +149,9 @@ def _fits(shown: Shown, query: Query, words: Sequence[str]) -> bool:
         return False
     if query.price and (query.price == "set") != bool(record.prices):
         return False
-    if query.size and not _within(record.parameters, SIZES[query.size]):
+    if query.size and not _in_range(record.parameters, SIZES[query.size]):
         return False
-    if query.dimensions and not _within(record.dimensions, DIMENSIONS[query.dimensions]):
+    if query.dimensions and not _in_range(record.dimensions, DIMENSIONS[query.dimensions]):
         return False
     if not words:
         return True
@@ -182,27 +160,27 @@ def _fits(shown: Shown, query: Query, words: Sequence[str]) -> bool:
     return all(word in text for word in words)
 
 
-def _within(value: int | None, bounds: tuple[str, float, float]) -> bool:
-    return value is not None and bounds[1] < value <= bounds[2]
+def _in_range(value: int | None, choice: tuple[str, float, float]) -> bool:
+    return value is not None and choice[1] < value <= choice[2]
 
 
-def _descending(value: Callable[[Shown], float | None]) -> Callable[[Shown], tuple[bool, float | str]]:
-    """Highest first; what is not known comes last."""
+def _descending(value_of: Callable[[ModelView], float | None]) -> Callable[[ModelView], SortKey]:
+    """Return a sort key: highest value first, unknown values last."""
 
-    def key(shown: Shown) -> tuple[bool, float | str]:
-        found = value(shown)
-        return found is None, -(found or 0)
+    def key(view: ModelView) -> SortKey:
+        value = value_of(view)
+        return value is None, -(value or 0)
 
     return key
 
 
-def _last_if_none(value: float | None) -> tuple[bool, float | str]:
+def _ascending(value: float | None) -> SortKey:
     return value is None, value or 0
 
 
-def _price(shown: Shown) -> int | None:
-    return min((price.nanodollars_per_million_tokens for price in shown.record.prices), default=None)
+def _lowest_price(view: ModelView) -> int | None:
+    return min((price.nanodollars_per_million_tokens for price in view.record.prices), default=None)
 
 
-def _same(values: Sequence[str]) -> dict[str, str]:
+def _unlabelled(values: Sequence[str]) -> dict[str, str]:
     return {value: value for value in values}

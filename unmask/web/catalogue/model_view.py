@@ -1,4 +1,4 @@
-"""A model as visitors see it: its record, its measurements, and whether this server answers for it."""
+"""`ModelView`: a model as pages show it: its record, its measurements, and the engine of this server, if it has one."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,121 +15,130 @@ from unmask.catalogue.pricing import prices_here
 from unmask.router import ModelRegistry, ServedModel
 from unmask.router.served_model import FIELDS_OF_WEIGHTS
 
-Standing = Status | Literal["reference"]
+DisplayStatus = Status | Literal["reference"]
 
-# As a visitor looks for them: what answers, what will, what others are measured against, what is over.
-ORDER: tuple[Standing, ...] = (
+# Order of lists: models that answer, models that will, references, models that no longer answer.
+STATUS_ORDER: tuple[DisplayStatus, ...] = (
     "live", "deprecated", "staged", "benchmarking", "coming soon", "requested", "reference", "retired",
 )  # fmt: skip
-MEANINGS: dict[Standing, str] = {
+STATUS_MEANINGS: dict[DisplayStatus, str] = {
     **MEANING,
     "reference": "Others are measured against it. This project does not serve it.",
 }
 
 
 @dataclass(frozen=True)
-class Shown:
+class ModelView:
     """One model on the pages.
 
     Attributes:
-        served: its engine, where this server answers for it.
-        charged: the operator's prices; None for a server that charges nobody.
+        entry: record and measurements in the catalogue.
+        served: the model's engine; None if this server does not serve it.
+        prices: the operator's prices; None on a server that charges nobody.
     """
 
     entry: Entry
     served: ServedModel | None
-    charged: Sequence[tariff.Price] | None = None
+    prices: Sequence[tariff.Price] | None = None
 
     @cached_property
     def record(self) -> Record:
+        """The catalogue's record; for a served model with the fields read from its weights and the prices charged."""
         if self.served is None:
             return self.entry.record
-        known = {name: value for name in FIELDS_OF_WEIGHTS if (value := getattr(self.served.record, name)) is not None}
-        if self.charged is not None:
-            known["prices"] = prices_here(self.entry.record, self.charged)
-        return msgspec.structs.replace(self.entry.record, **known)
+        changes = {
+            name: value for name in FIELDS_OF_WEIGHTS if (value := getattr(self.served.record, name)) is not None
+        }
+        if self.prices is not None:
+            changes["prices"] = prices_here(self.entry.record, self.prices)
+        return msgspec.structs.replace(self.entry.record, **changes)
 
     @property
     def figures(self) -> Figures:
         return self.entry.figures
 
     @property
-    def standing(self) -> Standing:
-        """Where it stands here: a model that this server answers for is live, whatever its record was shipped with."""
+    def display_status(self) -> DisplayStatus:
+        """Status on this server: a served model is live or deprecated, whatever status its record was shipped with."""
         status = self.entry.record.status
         if self.served is not None:
             return "deprecated" if status == "deprecated" else "live"
-        if status == "live":  # elsewhere, perhaps
+        if status == "live":  # on another server, perhaps
             return "staged"
         return status or ("reference" if self.entry.record.role == "reference" else "requested")
 
     @property
-    def answers(self) -> bool:
+    def is_served(self) -> bool:
         return self.served is not None
 
 
-def all_shown(
-    catalogue: Catalogue, models: ModelRegistry, charged: Sequence[tariff.Price] | None = None
-) -> list[Shown]:
-    """Every entry, those that this server answers for with their engines and what they cost."""
+def model_views(
+    catalogue: Catalogue, models: ModelRegistry, prices: Sequence[tariff.Price] | None = None
+) -> list[ModelView]:
+    """Return a view of every entry of the catalogue."""
     served = {model.record.id: model for model in models.list()}
-    return [Shown(entry, served.get(entry.record.id), charged) for entry in catalogue.entries()]
+    return [ModelView(entry, served.get(entry.record.id), prices) for entry in catalogue.entries()]
 
 
-def one_shown(
-    catalogue: Catalogue, models: ModelRegistry, id: str, charged: Sequence[tariff.Price] | None = None
-) -> Shown | None:
-    """The entry of an id or alias."""
+def find_model_view(
+    catalogue: Catalogue, models: ModelRegistry, id: str, prices: Sequence[tariff.Price] | None = None
+) -> ModelView | None:
+    """Return the view of the entry with this id or alias."""
     entry = catalogue.get(id)
-    return Shown(entry, models.find(entry.record.id), charged) if entry else None
+    return ModelView(entry, models.find(entry.record.id), prices) if entry else None
 
 
 @dataclass(frozen=True)
-class Step:
-    """One stage of the way to live. `place` is where it lies from where the model stands."""
+class PipelineStep:
+    """One stage on the way to live. `place` is its place relative to the model's current stage."""
 
     status: Status
     place: Literal["past", "here", "ahead"]
     meaning: str
 
 
-def pipeline(shown: Shown) -> list[Step]:
-    """The stages from the first one on record up to live, and those after it only if the model has got there."""
-    standing = shown.standing
-    if standing == "reference":
+def pipeline(view: ModelView) -> list[PipelineStep]:
+    """List the stages from the first one on record up to live; later stages only if the model has reached them."""
+    status = view.display_status
+    if status == "reference":
         return []
-    here = STATUSES.index(standing)
-    history = shown.record.history
+    here = STATUSES.index(status)
+    history = view.record.history
     first = min([here, *(STATUSES.index(event.status) for event in history)])
     last = max(here, STATUSES.index("live"))
     return [
-        Step(status, "past" if at < here else "here" if at == here else "ahead", MEANING[status])
-        for at, status in enumerate(STATUSES[: last + 1])
+        PipelineStep(stage, "past" if at < here else "here" if at == here else "ahead", MEANING[stage])
+        for at, stage in enumerate(STATUSES[: last + 1])
         if at >= first
     ]
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where values come from; those that share all of this share a number."""
+class MeasurementSource:
+    """Source of one or more values: same origin, author, day, revision, machine and command.
+
+    Attributes:
+        number: stands beside each value on the page.
+        example: one of the measurements.
+        count: number of measurements from this source.
+    """
 
     number: int
     example: Measurement
     count: int
 
-    @property
-    def key(self) -> tuple[object, ...]:
-        return source_key(self.example)
-
 
 def source_key(m: Measurement) -> tuple[object, ...]:
-    """What two measurements have in common if they came the same way."""
+    """Return a key that two measurements share if they are from the same source."""
     return (m.origin, m.by, m.on, m.revision, m.hardware, m.command, m.raw, m.note)
 
 
-def sources(measurements: Iterable[Measurement]) -> dict[tuple[object, ...], Source]:
-    """Numbered in the order of their first value."""
-    found: dict[tuple[object, ...], list[Measurement]] = {}
+def number_sources(measurements: Iterable[Measurement]) -> dict[tuple[object, ...], MeasurementSource]:
+    """Group measurements by source; sources are numbered in the order of their first value."""
+    groups: dict[tuple[object, ...], list[Measurement]] = {}
     for measurement in measurements:
-        found.setdefault(source_key(measurement), []).append(measurement)
-    return {key: Source(number, group[0], len(group)) for number, (key, group) in enumerate(found.items(), start=1)}
+        groups.setdefault(source_key(measurement), []).append(measurement)
+    return {
+        key: MeasurementSource(number, group[0], len(group))
+        for number, (key, group) in enumerate(groups.items(), start=1)
+    }

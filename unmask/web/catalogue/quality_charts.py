@@ -1,4 +1,4 @@
-"""The two charts of the list: quality against speed, and quality against size."""
+"""The two charts of the list of models: quality against speed, and quality against size."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -7,19 +7,27 @@ from functools import lru_cache
 
 from unmask.catalogue.measurement import Measurement
 from unmask.charts.scatter import Scatter, ScatterPoint, scatters
-from unmask.web.catalogue.model_view import Shown, source_key
+from unmask.web.catalogue.model_view import ModelView
 
-# Colours by what a visitor can do with the model.
+# Colour numbers by display status; all other statuses have _SOON.
 _COLOURS = {"live": 0, "deprecated": 0, "reference": 2}
 _SOON = 1
 
-# Beyond these a chart says nothing more: the best are drawn, and the best of those have their names.
-_DRAWN, _NAMED = 60, 10
+# A chart shows the best models only, and names the best of those: with more it cannot be read.
+_MAX_POINTS, _MAX_NAMES = 60, 10
 
 
 @dataclass(frozen=True)
-class Plot:
-    """A chart. `missing` models lack a value for it; `beyond` have one, but are not among the best."""
+class QualityChart:
+    """A scatter chart of models.
+
+    Attributes:
+        drawings: for wide and for narrow screens; empty if fewer than two models have both values.
+        drawn: number of models in the chart.
+        missing: number of models that lack a value.
+        beyond: number of models that have both values and are not among the best.
+        example: a measurement of the run whose speeds are drawn.
+    """
 
     drawings: list[Scatter]
     drawn: int
@@ -28,61 +36,63 @@ class Plot:
     example: Measurement | None = None
 
 
-def quality_and_speed(models: Sequence[Shown]) -> Plot:
-    """The mean of the suite local against texts per second, of models that were timed in one run.
+def quality_and_speed(models: Sequence[ModelView]) -> QualityChart:
+    """Draw the mean of the suite local against texts per second.
 
-    Speeds of two machines do not belong on one axis, so the run with the most models is drawn.
+    Speeds of two machines do not belong on one axis. Only the run that measured the most models is drawn.
     """
-    timed = [shown for shown in models if shown.figures.local is not None and shown.figures.texts_per_second]
-    runs = Counter(_run(shown) for shown in timed)
-    best = max(runs, key=lambda run: runs[run], default=None)
-    chosen = [shown for shown in timed if _run(shown) == best]
+    timed = [view for view in models if view.figures.local is not None and view.figures.texts_per_second]
+    runs = Counter(_run(view) for view in timed)
+    largest_run = max(runs, key=lambda run: runs[run], default=None)
+    selected = [view for view in timed if _run(view) == largest_run]
     points = [
         ScatterPoint(
-            shown.record.id, m.value, shown.figures.local or 0, colour(shown), shown.record.name or shown.record.id
+            view.record.id, m.value, view.figures.local or 0, _colour(view), view.record.name or view.record.id
         )
-        for shown in chosen
-        if (m := shown.figures.texts_per_second)
+        for view in selected
+        if (m := view.figures.texts_per_second)
     ]
-    example = chosen[0].figures.texts_per_second if chosen else None
-    return _plot(points, "texts per second, one run", "mean of 14 tasks, measured here", len(models), example)
+    example = selected[0].figures.texts_per_second if selected else None
+    return _chart(points, "texts per second, one run", "mean of 14 tasks, measured here", len(models), example)
 
 
-def quality_and_size(models: Sequence[Shown]) -> Plot:
-    """The mean of MTEB's 56 English tasks against the number of parameters."""
+def quality_and_size(models: Sequence[ModelView]) -> QualityChart:
+    """Draw the mean of MTEB's 56 English tasks against the number of parameters."""
     points = [
-        ScatterPoint(shown.record.id, shown.record.parameters, shown.figures.mteb, colour(shown), _brief(shown))
-        for shown in models
-        if shown.figures.mteb is not None and shown.record.parameters
+        ScatterPoint(view.record.id, view.record.parameters, view.figures.mteb, _colour(view), _short_name(view))
+        for view in models
+        if view.figures.mteb is not None and view.record.parameters
     ]
-    return _plot(points, "parameters", "mean of MTEB's 56 tasks", len(models), None)
+    return _chart(points, "parameters", "mean of MTEB's 56 tasks", len(models), None)
 
 
-def colour(shown: Shown) -> int:
-    return _COLOURS.get(shown.standing, _SOON)
+def _colour(view: ModelView) -> int:
+    return _COLOURS.get(view.display_status, _SOON)
 
 
-def _plot(points: list[ScatterPoint], x: str, y: str, total: int, example: Measurement | None) -> Plot:
-    best = sorted(points, key=lambda point: -point.y)[:_DRAWN]
-    # Those without a name are dots: keeping names clear of sixty coloured points takes longer than a page may.
-    named = tuple(p if at < _NAMED else replace(p, label="", index=None) for at, p in enumerate(best))
-    drawings = _laid_out(named, x, y) if len(named) > 1 else []
-    return Plot(drawings, len(named), total - len(points), len(points) - len(named), example)
+def _chart(
+    points: list[ScatterPoint], x_label: str, y_label: str, total: int, example: Measurement | None
+) -> QualityChart:
+    best = sorted(points, key=lambda point: -point.y)[:_MAX_POINTS]
+    # Points without a name become grey dots: placing names clear of 60 coloured points would be too slow for a page.
+    drawn = tuple(p if rank < _MAX_NAMES else replace(p, label="", index=None) for rank, p in enumerate(best))
+    drawings = _drawings(drawn, x_label, y_label) if len(drawn) > 1 else []
+    return QualityChart(drawings, len(drawn), total - len(points), len(points) - len(drawn), example)
 
 
 @lru_cache(maxsize=64)
-def _laid_out(points: tuple[ScatterPoint, ...], x: str, y: str) -> list[Scatter]:
-    return scatters(points, x, y, beside=True)
+def _drawings(points: tuple[ScatterPoint, ...], x_label: str, y_label: str) -> list[Scatter]:
+    return scatters(points, x_label, y_label, beside=True)
 
 
-def _run(shown: Shown) -> tuple[object, ...]:
-    measurement = shown.figures.texts_per_second
+def _run(view: ModelView) -> tuple[object, ...]:
+    """Return a key of the run that measured the model's speed: machine, command, day and author."""
+    measurement = view.figures.texts_per_second
     assert measurement
-    hardware, command, on = measurement.hardware, measurement.command, measurement.on
-    return (hardware, command, on, source_key(measurement)[1])
+    return measurement.hardware, measurement.command, measurement.on, measurement.by
 
 
-def _brief(shown: Shown) -> str:
-    """A name short enough to stand beside a point."""
-    name = (shown.record.name or shown.record.id).removeprefix("LLM2Vec ")
+def _short_name(view: ModelView) -> str:
+    """Shorten the name so that it fits beside a point."""
+    name = (view.record.name or view.record.id).removeprefix("LLM2Vec ")
     return name.replace("Instruct ", "").replace(" Instruct", "").replace(", supervised", ", sup.")

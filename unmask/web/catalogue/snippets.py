@@ -1,4 +1,4 @@
-"""The call, ready to be copied: in four languages, with the visitor's own address and the model's own name."""
+"""Example calls to copy: curl, Python, JavaScript and LangChain, with this server's address and the model's id."""
 
 import json
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from unmask.catalogue import Record
 
 @dataclass(frozen=True)
 class Snippet:
-    """One way to call a model."""
+    """An example call. `key` is its id in the page."""
 
     key: str
     title: str
@@ -16,20 +16,20 @@ class Snippet:
 
 
 def snippets(record: Record, base: str, *, secured: bool) -> list[Snippet]:
-    """Examples for one model.
+    """Return example calls of one model.
 
     Args:
-        record: of the model.
+        record: the model's record.
         base: address of the server.
-        secured: whether it asks for a key.
+        secured: the server asks for an API key.
     """
     model, address = json.dumps(record.id), json.dumps(f"{base}/v1")
-    asked = bool(record.query_instruction)
+    instructed = bool(record.query_instruction)
     return [
         Snippet("curl", "curl", _curl(record, base, secured=secured)),
-        Snippet("python", "Python", _python(model, address, asked=asked, secured=secured)),
-        Snippet("javascript", "JavaScript", _javascript(model, address, asked=asked, secured=secured)),
-        Snippet("langchain", "LangChain", _langchain(model, address, asked=asked, secured=secured)),
+        Snippet("python", "Python", _python(model, address, instructed=instructed, secured=secured)),
+        Snippet("javascript", "JavaScript", _javascript(model, address, instructed=instructed, secured=secured)),
+        Snippet("langchain", "LangChain", _langchain(model, address, instructed=instructed, secured=secured)),
     ]
 
 
@@ -44,7 +44,7 @@ def _curl(record: Record, base: str, *, secured: bool) -> str:
     return " \\\n  ".join(lines)
 
 
-def _python(model: str, address: str, *, asked: bool, secured: bool) -> str:
+def _python(model: str, address: str, *, instructed: bool, secured: bool) -> str:
     key = 'os.environ["UNMASK_API_KEY"]' if secured else '"unused"'
     lines = ["import os", ""] if secured else []
     lines += [
@@ -54,7 +54,7 @@ def _python(model: str, address: str, *, asked: bool, secured: bool) -> str:
         f'reply = client.embeddings.create(model={model}, input=["a first text", "a second text"])',
         "vectors = [item.embedding for item in reply.data]",
     ]
-    if asked:
+    if instructed:
         lines += [
             "",
             "# The model reads an instruction with queries, and none with documents.",
@@ -65,7 +65,7 @@ def _python(model: str, address: str, *, asked: bool, secured: bool) -> str:
     return "\n".join(lines)
 
 
-def _javascript(model: str, address: str, *, asked: bool, secured: bool) -> str:
+def _javascript(model: str, address: str, *, instructed: bool, secured: bool) -> str:
     key = "process.env.UNMASK_API_KEY" if secured else '"unused"'
     lines = [
         'import OpenAI from "openai";',
@@ -77,7 +77,7 @@ def _javascript(model: str, address: str, *, asked: bool, secured: bool) -> str:
         "});",
         "const vectors = reply.data.map((item) => item.embedding);",
     ]
-    if asked:
+    if instructed:
         lines += [
             "",
             "// Queries carry an instruction: add the field input_type.",
@@ -88,7 +88,7 @@ def _javascript(model: str, address: str, *, asked: bool, secured: bool) -> str:
     return "\n".join(lines)
 
 
-def _langchain(model: str, address: str, *, asked: bool, secured: bool) -> str:
+def _langchain(model: str, address: str, *, instructed: bool, secured: bool) -> str:
     key = 'os.environ["UNMASK_API_KEY"]' if secured else '"unused"'
     lines = ["import os", ""] if secured else []
     lines += [
@@ -102,7 +102,7 @@ def _langchain(model: str, address: str, *, asked: bool, secured: bool) -> str:
         ")",
         'vectors = embeddings.embed_documents(["a first text", "a second text"])',
     ]
-    if asked:
+    if instructed:
         lines += [
             "",
             "# For queries, a second object with the model's own instruction.",
