@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import pytest
 from starlette.datastructures import QueryParams
+from web_pages import large_catalogue
 
 from tests.api.live import LocalService
 from tests.web.conftest import COMING, DEFAULT, HTML, REFERENCE
 from tests.web.html import Page
-from tests.web.test_budgets import many
 from unmask.api.errors import ApiError
 from unmask.catalogue import Catalogue
 from unmask.router import ModelRegistry
@@ -76,7 +76,7 @@ def test_addresses_keep_what_was_asked(models: list[ModelView]) -> None:
 
 
 def test_pages_of_a_long_list(start: Callable[..., LocalService]) -> None:
-    service = start(many(120))
+    service = start(large_catalogue(120))
     pages = [Page(service.call("GET", f"/models?page={n}", headers=HTML).body.decode()) for n in (1, 2, 3, 99)]
     found = [[a["value"] for a in page.all("input") if a.get("type") == "checkbox"] for page in pages]
     assert [len(page) for page in found] == [50, 50, 21, 21]  # 120 and the model that is served
