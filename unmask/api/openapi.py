@@ -1,6 +1,6 @@
-"""The OpenAPI 3.1 document: schemas from the msgspec types, the rest from the tables below."""
+"""Build the OpenAPI 3.1 document: schemas from the msgspec types, the rest from the tables below."""
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -109,112 +109,22 @@ _REQUEST_HEADERS = {
 
 
 def openapi_document(*, secured: bool, body_limit: int, accounts: bool = False) -> dict[str, Any]:
-    """The document of one app.
+    """Build the OpenAPI document of one app.
 
     Args:
-        secured: whether it asks for API keys.
-        body_limit: its largest body, in bytes.
-        accounts: whether it has accounts, whose keys it then asks for.
+        secured: the app asks for API keys.
+        body_limit: size of its largest body, in bytes.
+        accounts: the app has accounts, and asks for their keys.
     """
-    secured = secured or accounts
+    app = _AppTraits(secured or accounts, body_limit, accounts)
     types = [EmbeddingRequest, EmbeddingResponse, Model, ModelList, Readiness, Health, Index, ErrorEnvelope]
     types += [AccountInfo, UsageReport, KeyList] if accounts else []
     _, schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
-
-    def operation(id: str, summary: str, answer: dict[str, Any], errors: tuple[int, ...] = (), **more: Any) -> Any:
-        public = id in ("health", "ready")
-        statuses = {400, 405, 500, *errors} | ({401} if secured and not public else set())
-        statuses |= {403, 503} if accounts and not public else set()
-        responses = {"200": answer} | {
-            str(status): _response(
-                ERRORS[status].format(body_limit=body_limit),
-                _json("ErrorEnvelope"),
-                (*_ON_ALL, "x-should-retry", *_ON_ERROR.get(status, ())),
-            )
-            for status in sorted(statuses)
-        }
-        security = {"security": []} if secured and public else {}
-        more["responses"] = responses | more.get("responses", {})
-        return {"operationId": id, "summary": summary, **security, **more}
-
-    def page(summary: str, schema: str) -> dict[str, Any]:
-        return _response(summary, _json(schema), _ON_ALL)
-
-    more_headers = (*_LIMITS, *_CHARGE) if accounts else ()
-    request_headers = _REQUEST_HEADERS | (_ACCOUNT_REQUEST_HEADERS if accounts else {})
-    vectors = _response(
-        "One vector per input, in order.",
-        _json("EmbeddingResponse"),
-        (
-            *_ON_ALL,
-            "x-unmask-token-encoding",
-            "x-unmask-truncated-inputs",
-            "x-unmask-ignored-fields",
-            *_END,
-            *more_headers,
-        ),
-    )
-    paths = {
-        "/v1/embeddings": {
-            "post": operation(
-                "createEmbedding",
-                "Vectors of texts",
-                vectors,
-                (404, 408, 410, 413, 415, 429, 503, 504, *((409, 422) if accounts else ())),
-                parameters=[
-                    {"name": name, "in": "header", "description": text, "schema": schema}
-                    for name, (text, schema) in request_headers.items()
-                ],
-                requestBody={"required": True, "content": _json("EmbeddingRequest")},
-            )
-        },
-        "/v1/models": {"get": operation("listModels", "The models served", page("All of them.", "ModelList"))},
-        "/v1/models/{id}": {
-            "get": operation(
-                "retrieveModel",
-                "One model",
-                _response("Its catalogue record and status.", _json("Model"), (*_ON_ALL, *_END)),
-                (404, 410),
-                parameters=[
-                    {
-                        "name": "id",
-                        "in": "path",
-                        "required": True,
-                        "description": "An id or alias; slashes are part of it.",
-                        "schema": {"type": "string", "minLength": 1},
-                    }
-                ],
-            )
-        },
-        "/health": {"get": operation("health", "Whether the process lives", page("It does.", "Health"))},
-        "/ready": {
-            "get": operation(
-                "ready",
-                "Whether to send requests here",
-                page("Every warmed model gives its canary's vector.", "Readiness"),
-                responses={"503": page("Not yet, not any more, or not rightly.", "Readiness")},
-            )
-        },
-        "/metrics": {
-            "get": operation(
-                "metrics",
-                "Counters for Prometheus",
-                _response("Prometheus' text format.", {"text/plain": {"schema": _STRING}}, _ON_ALL),
-            )
-        },
-        "/openapi.json": {
-            "get": operation(
-                "openapi",
-                "This document",
-                _response("OpenAPI 3.1.", {"application/json": {"schema": {"type": "object"}}}, _ON_ALL),
-            )
-        },
-        "/": {"get": operation("index", "Where things are", page("Paths by purpose.", "Index"))},
-    }
+    paths = _embedding_paths(app) | _model_paths(app) | _service_paths(app)
     if accounts:
-        paths |= _account_paths(operation, page)
-    security: dict[str, Any] = {"security": [{"key": []}]} if secured else {}
-    scheme = {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}} if secured else {}
+        paths |= _account_paths(app)
+    security: dict[str, Any] = {"security": [{"key": []}]} if app.secured else {}
+    scheme = {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}} if app.secured else {}
     headers = {
         name: {"description": text, "schema": schema} for name, (text, schema) in (_HEADERS | _LIMITS | _CHARGE).items()
     }
@@ -231,7 +141,125 @@ def openapi_document(*, secured: bool, body_limit: int, accounts: bool = False) 
     }
 
 
-def _account_paths(operation: Callable[..., Any], page: Callable[[str, str], dict[str, Any]]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _AppTraits:
+    """The traits of an app that decide which statuses its operations can have."""
+
+    secured: bool
+    body_limit: int
+    accounts: bool
+
+    def operation(
+        self, id: str, summary: str, answer: dict[str, Any], errors: tuple[int, ...] = (), **more: Any
+    ) -> Any:
+        """Build an operation object.
+
+        Args:
+            id, summary: as in the document.
+            answer: the response with status 200.
+            errors: statuses besides those that every operation can have.
+            more: further fields of the operation; `responses` are added to the others.
+        """
+        public = id in ("health", "ready")
+        statuses = {400, 405, 500, *errors} | ({401} if self.secured and not public else set())
+        statuses |= {403, 503} if self.accounts and not public else set()
+        responses = {"200": answer} | {
+            str(status): _response(
+                ERRORS[status].format(body_limit=self.body_limit),
+                _json("ErrorEnvelope"),
+                (*_ON_ALL, "x-should-retry", *_ON_ERROR.get(status, ())),
+            )
+            for status in sorted(statuses)
+        }
+        security = {"security": []} if self.secured and public else {}
+        more["responses"] = responses | more.get("responses", {})
+        return {"operationId": id, "summary": summary, **security, **more}
+
+
+def _embedding_paths(app: _AppTraits) -> dict[str, Any]:
+    account_headers = (*_LIMITS, *_CHARGE) if app.accounts else ()
+    request_headers = _REQUEST_HEADERS | (_ACCOUNT_REQUEST_HEADERS if app.accounts else {})
+    vectors = _response(
+        "One vector per input, in order.",
+        _json("EmbeddingResponse"),
+        (
+            *_ON_ALL,
+            "x-unmask-token-encoding",
+            "x-unmask-truncated-inputs",
+            "x-unmask-ignored-fields",
+            *_END,
+            *account_headers,
+        ),
+    )
+    return {
+        "/v1/embeddings": {
+            "post": app.operation(
+                "createEmbedding",
+                "Vectors of texts",
+                vectors,
+                (404, 408, 410, 413, 415, 429, 503, 504, *((409, 422) if app.accounts else ())),
+                parameters=_parameters("header", request_headers),
+                requestBody={"required": True, "content": _json("EmbeddingRequest")},
+            )
+        }
+    }
+
+
+def _model_paths(app: _AppTraits) -> dict[str, Any]:
+    return {
+        "/v1/models": {
+            "get": app.operation("listModels", "The models served", _json_response("All of them.", "ModelList"))
+        },
+        "/v1/models/{id}": {
+            "get": app.operation(
+                "retrieveModel",
+                "One model",
+                _response("Its catalogue record and status.", _json("Model"), (*_ON_ALL, *_END)),
+                (404, 410),
+                parameters=[
+                    {
+                        "name": "id",
+                        "in": "path",
+                        "required": True,
+                        "description": "An id or alias; slashes are part of it.",
+                        "schema": {"type": "string", "minLength": 1},
+                    }
+                ],
+            )
+        },
+    }
+
+
+def _service_paths(app: _AppTraits) -> dict[str, Any]:
+    return {
+        "/health": {"get": app.operation("health", "Whether the process lives", _json_response("It does.", "Health"))},
+        "/ready": {
+            "get": app.operation(
+                "ready",
+                "Whether to send requests here",
+                _json_response("Every warmed model gives its canary's vector.", "Readiness"),
+                responses={"503": _json_response("Not yet, not any more, or not rightly.", "Readiness")},
+            )
+        },
+        "/metrics": {
+            "get": app.operation(
+                "metrics",
+                "Counters for Prometheus",
+                _response("Prometheus' text format.", {"text/plain": {"schema": _STRING}}, _ON_ALL),
+            )
+        },
+        "/openapi.json": {
+            "get": app.operation(
+                "openapi",
+                "This document",
+                _response("OpenAPI 3.1.", {"application/json": {"schema": {"type": "object"}}}, _ON_ALL),
+            )
+        },
+        "/": {"get": app.operation("index", "Where things are", _json_response("Paths by purpose.", "Index"))},
+    }
+
+
+def _account_paths(app: _AppTraits) -> dict[str, Any]:
     day = {"type": "string", "format": "date"}
     query = {
         "start": (f"First day, UTC. 30 days by default, {LONGEST_DAYS} at most.", day),
@@ -239,25 +267,31 @@ def _account_paths(operation: Callable[..., Any], page: Callable[[str, str], dic
         "group_by": (f"Out of {', '.join(GROUPS)}, joined by commas. All by default.", _STRING),
         "format": ("", {"enum": ["json", "csv"]}),
     }
-    report = page("One row per group.", "UsageReport")
+    report = _json_response("One row per group.", "UsageReport")
     report["content"]["text/csv"] = {"schema": _STRING}
     return {
         "/v1/account": {
-            "get": operation("account", "Balance and limits", page("Of this key's account.", "AccountInfo"))
-        },
-        "/v1/usage": {
-            "get": operation(
-                "usage",
-                "What was used, and what it cost",
-                report,
-                parameters=[
-                    {"name": name, "in": "query", "description": text, "schema": schema}
-                    for name, (text, schema) in query.items()
-                ],
+            "get": app.operation(
+                "account", "Balance and limits", _json_response("Of this key's account.", "AccountInfo")
             )
         },
-        "/v1/keys": {"get": operation("keys", "The account's keys", page("Newest first.", "KeyList"))},
+        "/v1/usage": {
+            "get": app.operation(
+                "usage", "What was used, and what it cost", report, parameters=_parameters("query", query)
+            )
+        },
+        "/v1/keys": {"get": app.operation("keys", "The account's keys", _json_response("Newest first.", "KeyList"))},
     }
+
+
+def _parameters(place: str, table: dict[str, tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "in": place, "description": text, "schema": schema} for name, (text, schema) in table.items()
+    ]
+
+
+def _json_response(text: str, schema: str) -> dict[str, Any]:
+    return _response(text, _json(schema), _ON_ALL)
 
 
 def _json(schema: str) -> dict[str, Any]:
