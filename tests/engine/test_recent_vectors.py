@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from unmask import Encoder
 from unmask.encoder import Prompt
 from unmask.engine import Engine
-from unmask.engine.recent_vectors import RecentVectors, key_of
+from unmask.engine.recent_vectors import RecentVectors, cache_key
 from unmask.errors import Overloaded
 
 LIMIT = 10 * (16 + 300)  # ten vectors of four numbers
@@ -80,11 +80,11 @@ def test_tokens_and_pooled_positions_make_the_key(encoder: Encoder) -> None:
     plain, other = encoder.prompts.build(["one two", "one two three"])
     asked, _ = encoder.prompts.build(["one two", "x"], "Find this:")
     again = encoder.prompts.build(["one two"])[0]
-    keys = [key_of(prompt) for prompt in (plain, other, asked)]
+    keys = [cache_key(prompt) for prompt in (plain, other, asked)]
     assert len(set(keys)) == 3
-    assert key_of(again) == keys[0]
+    assert cache_key(again) == keys[0]
     moved = Prompt(plain.ids, (plain.pooled[0], plain.pooled[1] - 1), plain.full_length)
-    assert key_of(moved) != keys[0]
+    assert cache_key(moved) != keys[0]
 
 
 async def test_repeated_texts_are_computed_once_and_right(encoder: Encoder) -> None:

@@ -1,4 +1,4 @@
-"""Many callers, one model: queue, token-budget packs, deadlines, back-pressure."""
+"""Serve many callers with one model: fair queue, packs by token budget, deadlines, back-pressure."""
 
 from unmask.engine.engine import Engine
 

@@ -1,11 +1,11 @@
-"""`Engine`: one loaded model shared by many callers."""
+"""`Engine`: batches the requests of many callers through one loaded model."""
 
 import asyncio
 import itertools
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -15,39 +15,40 @@ from unmask.encoder import Encoder, Prompt
 from unmask.encoder.packing import deal, pack_budget, packs_at_once
 from unmask.encoder.prompts import DefaultPrompts
 from unmask.engine.queue import FairQueue, QueuedPrompt, QueuedRequest
-from unmask.engine.recent_vectors import RecentVectors, key_of
+from unmask.engine.recent_vectors import RecentVectors, cache_key
 from unmask.errors import DeadlineExceeded, EngineError, EngineStopped, InputError, Overloaded
 
 log = logging.getLogger("unmask")
 
-# Below this many characters tokenising costs less than handing it to a thread.
+# Texts of fewer characters are tokenised faster than they are handed to a thread.
 _INLINE_CHARACTERS = 2000
 
-# Less than this says more about overhead than about speed; until then no deadline is held against anybody.
-_MEASURED_TOKENS = 256
+# Smaller forwards measure overhead rather than speed. Until a larger one has run, no request is refused by deadline.
+_MIN_MEASURED_TOKENS = 256
 
-# Of the measured speed, what deadlines are promised on: the next texts may be longer, the machine busier.
+# Share of the measured speed that admission counts on: the next texts may be longer, and the machine busier.
 _SAFE_SHARE = 0.75
 
-# Of what can be done before a deadline, what the callers that wait already may fill between them; the rest is for
-# whoever has nothing in line yet.
+# Share of the tokens computable before a deadline that callers with queued tokens may fill. The rest is reserved for
+# callers with an empty queue.
 _QUEUED_SHARE = 0.75
 
-# Two models on the same processor would only slow each other down by sharing it within a forward.
+# One forward at a time in this process, whatever the number of models: two at once would slow each other down.
 _COMPUTE_LOCK = threading.Lock()
 
 
 class Engine:
-    """Batches the work of many callers through one encoder, in a thread of its own.
+    """Batches the requests of many callers through one encoder, in its own thread.
 
     Args:
         encoder: the loaded model.
-        queue_tokens: tokens that may wait; beyond it requests are refused, not queued.
+        queue_tokens: most tokens in the queue; requests beyond it are refused.
         pack_tokens: most tokens of one forward; halved when memory runs out.
-        cache_bytes: memory for vectors of prompts that were asked for before; 0 for none.
+        cache_bytes: memory for vectors of recent prompts; 0 for no cache.
 
     Attributes:
-        reused_prompts: prompts that were answered without a forward.
+        reused_prompts: number of prompts answered without a forward.
+        tokens_per_second: measured speed, a moving average; None until a large forward has run.
     """
 
     def __init__(
@@ -70,25 +71,27 @@ class Engine:
     async def prepare(
         self, texts: Sequence[str] | Sequence[Sequence[int]], *, instruction: str = "", truncate: bool = False
     ) -> list[Prompt]:
-        """Tokenise, off the event loop unless it is too little to matter.
+        """Tokenise texts, in a thread if there are many characters.
 
         Args:
             texts: texts, or sequences of the model's own token ids.
+            instruction: read by the model before each text, and not pooled.
+            truncate: cut the end of texts that are too long, instead of raising.
 
         Raises:
-            InputError and its kinds, with the index of the input at fault.
+            InputError and its subclasses, with the index of the input.
         """
-        size = sum(len(text) for text in texts)
-        if size <= _INLINE_CHARACTERS:
+        num_characters = sum(len(text) for text in texts)
+        if num_characters <= _INLINE_CHARACTERS:
             return self._build(texts, instruction, truncate)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._tokenisers, self._build, texts, instruction, truncate)
 
     def _build(self, texts: Sequence[str] | Sequence[Sequence[int]], instruction: str, truncate: bool) -> list[Prompt]:
         prompts = self.encoder.prompts
-        words = [text for text in texts if isinstance(text, str)]
-        if len(words) == len(texts):
-            return prompts.build(words, instruction, truncate)
+        plain_texts = [text for text in texts if isinstance(text, str)]
+        if len(plain_texts) == len(texts):
+            return prompts.build(plain_texts, instruction, truncate)
         if not isinstance(prompts, DefaultPrompts):
             raise InputError("token ids cannot be given in reference mode, which reads text only")
         return prompts.build_from_ids([ids for ids in texts if not isinstance(ids, str)], instruction, truncate)
@@ -101,37 +104,38 @@ class Engine:
         caller: str = "",
         use_cache: bool = True,
     ) -> np.ndarray:
-        """Vectors of prompts, float32 [n, dim], in their order. All or nothing.
+        """Compute the vectors of prompts, float32 [n, dim], in their order. All or nothing.
 
-        A prompt that was asked for before, or comes twice, is computed once; a text has one vector.
+        Prompts in the cache are not computed again, and equal prompts are computed once: a text has one vector.
 
         Args:
-            deadline: `time.monotonic()` by which the caller wants them.
-            caller: whose work this is; callers share the model equally. Empty: this request alone.
-            use_cache: answer prompts that were computed a moment ago from the cache.
+            deadline: `time.monotonic()` by which the caller needs them.
+            caller: identifies a fair share of the model; all callers have equal shares. Empty: a share for this
+                request alone.
+            use_cache: take vectors from the cache, and put new ones into it.
 
         Raises:
-            Overloaded: admitting it would overfill the queue, or miss its deadline or that of somebody admitted
-                before; carries `retry_after`.
-            DeadlineExceeded: the deadline passed while it waited.
+            Overloaded: the queue is full, or this request or an admitted one would miss its deadline; carries
+                `retry_after`.
+            DeadlineExceeded: the deadline passed while the request waited.
             EngineStopped: the engine is closing.
         """
         if self._recent is None or not use_cache:
             return await self._compute(prompts, deadline, caller)
         vectors = np.empty((len(prompts), self.encoder.dim), dtype=np.float32)
-        missing: dict[bytes, list[int]] = {}
-        for place, prompt in enumerate(prompts):
-            key = key_of(prompt)
-            known = self._recent.get(key)
-            if known is None:
-                missing.setdefault(key, []).append(place)
+        misses: dict[bytes, list[int]] = {}  # key -> rows
+        for row, prompt in enumerate(prompts):
+            key = cache_key(prompt)
+            cached = self._recent.get(key)
+            if cached is None:
+                misses.setdefault(key, []).append(row)
             else:
-                vectors[place] = known
-        self.reused_prompts += len(prompts) - len(missing)
-        if missing:
-            computed = await self._compute([prompts[places[0]] for places in missing.values()], deadline, caller)
-            for (key, places), vector in zip(missing.items(), computed, strict=True):
-                vectors[places] = vector
+                vectors[row] = cached
+        self.reused_prompts += len(prompts) - len(misses)
+        if misses:
+            computed = await self._compute([prompts[rows[0]] for rows in misses.values()], deadline, caller)
+            for (key, rows), vector in zip(misses.items(), computed, strict=True):
+                vectors[rows] = vector
                 self._recent.put(key, vector)
         return vectors
 
@@ -139,7 +143,7 @@ class Engine:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
 
-        def settle(error: BaseException | None) -> None:
+        def resolve(error: BaseException | None) -> None:
             if future.done():
                 return
             if error is None:
@@ -153,7 +157,7 @@ class Engine:
             caller=caller or f"request {next(self._anonymous)}",
             arrived=time.monotonic(),
             deadline=deadline if deadline is not None else float("inf"),
-            done=lambda error: _call_soon(loop, settle, error),
+            done=lambda error: _call_soon(loop, resolve, error),
             unfinished=len(prompts),
         )
         if not request.prompts:
@@ -167,52 +171,53 @@ class Engine:
         except TimeoutError as error:
             raise DeadlineExceeded("the deadline passed before the vectors were ready") from error
         finally:
-            # Cancelled, timed out or refused: nobody waits any more, so nothing of it may run.
+            # Cancelled, timed out or refused: the caller is gone, so none of its prompts may run.
             with self._changed:
                 if not request.ended:
                     self._queue.drop(request)
         return request.vectors
 
     def _admit(self, request: QueuedRequest) -> None:
+        """Raise if the request cannot be served in time, or would make an admitted one late."""
         if self._stopping:
             raise EngineStopped("the server is shutting down; send the request to another one")
-        own = sum(len(prompt.ids) for prompt in request.prompts)
+        new_tokens = sum(len(prompt.ids) for prompt in request.prompts)
         waiting = self._queue.tokens
-        if waiting and waiting + own > self._queue_tokens:
+        if waiting and waiting + new_tokens > self._queue_tokens:
             raise Overloaded(
                 f"{waiting} tokens are waiting and {self._queue_tokens} may; try again shortly",
-                retry_after=(waiting + own - self._queue_tokens) / (self._safe_rate() or self._queue_tokens),
+                retry_after=(waiting + new_tokens - self._queue_tokens) / (self._safe_rate() or self._queue_tokens),
             )
         rate = self._safe_rate()
         if rate is None or not waiting + self._in_flight:
             return
         now = time.monotonic()
-        late = self._queue.lateness(own, request.deadline, now=now, rate=rate, running=self._in_flight)
+        late = self._queue.lateness(new_tokens, request.deadline, now=now, rate=rate, running=self._in_flight)
         if late > 0:
             raise Overloaded(
                 f"{waiting + self._in_flight} tokens are ahead, too many for all to be done by their deadlines",
                 retry_after=late,
             )
-        held = self._queue.queued_tokens(request.caller)
-        if held:
+        queued = self._queue.queued_tokens(request.caller)
+        if queued:
             share = _QUEUED_SHARE * rate * (request.deadline - now) / self._queue.num_callers()
-            if held + own > share:
+            if queued + new_tokens > share:
                 raise Overloaded(
-                    f"{held} tokens of this caller are in line already, and {share:.0f} may be: others wait as well",
-                    retry_after=(held + own - share) * self._queue.num_callers() / rate,
+                    f"{queued} tokens of this caller are in line already, and {share:.0f} may be: others wait as well",
+                    retry_after=(queued + new_tokens - share) * self._queue.num_callers() / rate,
                 )
 
     def _safe_rate(self) -> float | None:
-        """Tokens per second that deadlines can count on, once something was measured."""
+        """Return the tokens per second that admission counts on; None until the speed was measured."""
         return None if self.tokens_per_second is None else _SAFE_SHARE * self.tokens_per_second
 
     def waiting_tokens(self) -> int:
-        """Tokens in line and in the forward that is running."""
+        """Return the number of tokens in the queue and in the running forward."""
         with self._changed:
             return self._queue.tokens + self._in_flight
 
     def close(self, grace: float = 30.0) -> None:
-        """Refuse new work, finish what was accepted (for up to `grace` seconds), end the thread."""
+        """Refuse new requests, finish accepted ones for up to `grace` seconds, and end the thread."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -226,69 +231,69 @@ class Engine:
         self._tokenisers.shutdown(wait=False, cancel_futures=True)
 
     def _work(self) -> None:
-        ended = time.perf_counter()
+        last_end = time.perf_counter()
         while True:
             with self._changed:
                 while not len(self._queue) and not self._stopping:
                     self._changed.wait()
-                    ended = time.perf_counter()
+                    last_end = time.perf_counter()
                 if not len(self._queue):
                     return
                 now = time.monotonic()
-                late = self._queue.expired(now)
-                for request in late:
+                expired = self._queue.expired(now)
+                for request in expired:
                     self._queue.drop(request)
                 packs = self._take_packs(now)
-                self._in_flight = sum(sequence.length for sequences in packs for sequence in sequences)
-            for request in late:
+                self._in_flight = sum(prompt.length for pack in packs for prompt in pack)
+            for request in expired:
                 request.done(DeadlineExceeded("the deadline passed before the vectors were ready"))
             if packs:
                 with _COMPUTE_LOCK:
                     self.encoder.each_pack(self._run_pack, packs)
-                # From the end of the forward before: what lies between two of them delays whoever waits as well.
-                began, ended = ended, time.perf_counter()
-                self._measure(self._in_flight, ended - began)
+                # Measured from the end of the last forward: the gap between two forwards delays callers as well.
+                start, last_end = last_end, time.perf_counter()
+                self._measure(self._in_flight, last_end - start)
             with self._changed:
                 self._in_flight = 0
 
     def _take_packs(self, now: float) -> list[list[QueuedPrompt]]:
-        """What is computed next, in packs that end at about the same time.
+        """Take the next prompts from the queue, as packs that end at about the same time.
 
-        A forward ends with its longest pack, and what was promised to those in it counts on the speed of all cores.
+        A forward ends with its longest pack, and admission counts on the speed of all cores.
         """
         waiting, device = self._queue.tokens, self.encoder.device
         count = packs_at_once(waiting, device)
         budget = min(self._pack_tokens, pack_budget(waiting, device))
-        chosen = self._queue.take(count * budget, now, rate=self._safe_rate())
-        return [[chosen[i] for i in dealt] for dealt in deal([sequence.length for sequence in chosen], count)]
+        prompts = self._queue.take(count * budget, now, rate=self._safe_rate())
+        return [[prompts[i] for i in rows] for rows in deal([prompt.length for prompt in prompts], count)]
 
-    def _run_pack(self, sequences: list[QueuedPrompt]) -> None:
-        """One forward, and its vectors to those who asked. Never raises: the thread must live on for the others."""
+    def _run_pack(self, pack: list[QueuedPrompt]) -> None:
+        """Run one forward and deliver its vectors. Never raises: the thread must live on for other requests."""
         try:
-            vectors = self.encoder.forward_pack([sequence.prompt for sequence in sequences])
+            vectors = self.encoder.forward_pack([queued.prompt for queued in pack])
         except Exception as error:
-            if not _out_of_memory(error) or len(sequences) == 1:
-                log.exception("a forward of %d sequences failed", len(sequences))
-                self._fail(sequences, EngineError("the model failed on this request"))
+            if not _out_of_memory(error) or len(pack) == 1:
+                log.exception("a forward of %d sequences failed", len(pack))
+                self._fail(pack, EngineError("the model failed on this request"))
                 return
-            self._pack_tokens = max(256, min(self._pack_tokens, sum(s.length for s in sequences)) // 2)
+            self._pack_tokens = max(256, min(self._pack_tokens, sum(queued.length for queued in pack)) // 2)
             log.warning("out of memory: packs are now at most %d tokens", self._pack_tokens)
-            half = len(sequences) // 2
-            self._run_pack(sequences[:half])
-            self._run_pack(sequences[half:])
+            half = len(pack) // 2
+            self._run_pack(pack[:half])
+            self._run_pack(pack[half:])
             return
         finite = [bool(np.isfinite(vector).all()) for vector in vectors]
         self._fail(
-            [sequence for sequence, good in zip(sequences, finite, strict=True) if not good],
+            [queued for queued, is_finite in zip(pack, finite, strict=True) if not is_finite],
             EngineError("the model produced a vector that is not finite; its precision may be too low"),
         )
-        for sequence, vector, good in zip(sequences, vectors, finite, strict=True):
-            if good:
-                self._deliver(sequence, vector)
+        for queued, vector, is_finite in zip(pack, vectors, finite, strict=True):
+            if is_finite:
+                self._deliver(queued, vector)
 
-    def _deliver(self, sequence: QueuedPrompt, vector: np.ndarray) -> None:
-        request = sequence.request
-        request.vectors[sequence.index] = vector
+    def _deliver(self, queued: QueuedPrompt, vector: np.ndarray) -> None:
+        request = queued.request
+        request.vectors[queued.index] = vector
         with self._changed:
             request.unfinished -= 1
             complete = request.unfinished == 0 and not request.ended
@@ -296,26 +301,28 @@ class Engine:
         if complete:
             request.done(None)
 
-    def _fail(self, sequences: Sequence[QueuedPrompt], error: BaseException) -> None:
-        for request in {id(sequence.request): sequence.request for sequence in sequences}.values():
+    def _fail(self, prompts: Sequence[QueuedPrompt], error: BaseException) -> None:
+        for request in {id(queued.request): queued.request for queued in prompts}.values():
             with self._changed:
-                wanted = not request.ended
+                is_awaited = not request.ended
                 self._queue.drop(request)
-            if wanted:
+            if is_awaited:
                 request.done(error)
 
     def _measure(self, tokens: int, seconds: float) -> None:
-        if tokens < _MEASURED_TOKENS:
+        if tokens < _MIN_MEASURED_TOKENS:
             return
         rate = tokens / max(seconds, 1e-6)
-        known = self.tokens_per_second
-        self.tokens_per_second = rate if known is None else 0.8 * known + 0.2 * rate
+        average = self.tokens_per_second
+        self.tokens_per_second = rate if average is None else 0.8 * average + 0.2 * rate
 
 
-def _call_soon(loop: asyncio.AbstractEventLoop, settle, error: BaseException | None) -> None:
-    # The caller's loop may have closed while its work was running; then there is nobody to tell.
+def _call_soon(
+    loop: asyncio.AbstractEventLoop, resolve: Callable[[BaseException | None], None], error: BaseException | None
+) -> None:
+    # The caller's event loop may have closed while its prompts were running.
     if not loop.is_closed():
-        loop.call_soon_threadsafe(settle, error)
+        loop.call_soon_threadsafe(resolve, error)
 
 
 def _out_of_memory(error: BaseException) -> bool:

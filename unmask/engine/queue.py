@@ -1,15 +1,16 @@
-"""The waiting line of an engine: fair between callers, and quick to give a well-filled pack.
+"""`FairQueue`: the queue of an engine, fair between callers, and able to fill a forward with texts of like length.
 
-Order is start-time fair queueing (Goyal, Vin, Cheng 1996) over tokens, on two levels: callers share the model
-equally, and so do the requests of one caller among themselves. A request of 2,048 texts and a single text overtake
-each other in small steps, whoever sent them, and neither starves.
+The order is start-time fair queueing (Goyal, Vin, Cheng 1996) over tokens, on two levels: callers share the model
+equally, and so do the requests of one caller. A request of 2,048 texts and a request of one text proceed in turns,
+and neither starves.
 
-What goes together is then chosen from a short horizon of that order: first what has waited too long, then what is
-nearest in length to the head of the line. Equal lengths share an attention kernel.
+A forward is then filled from a short horizon of that order: first prompts that have waited too long, then prompts
+nearest in length to the head of the queue. Equal lengths share an attention kernel.
 
-Fairness lets the late overtake the early, so it must not break a promise: who was let in with a deadline keeps it.
-Before a forward starts, the line asks whether everybody else could still be served in time after it, earliest deadline
-first (if that order is late, every order is: Jackson 1955). If not, the earliest deadlines go instead.
+Fairness lets later requests overtake earlier ones, but must not break the deadline of an admitted request. Before a
+forward starts, the queue tests whether all other requests could still meet their deadlines after it, in order of
+earliest deadline first (if that order is late, every order is: Jackson 1955). If not, the requests with the earliest
+deadlines go instead.
 """
 
 import bisect
@@ -25,14 +26,15 @@ from unmask.encoder import Prompt
 
 @dataclass(eq=False, slots=True)
 class QueuedRequest:
-    """One caller's prompts and the vectors they become.
+    """The prompts of one request, and their vectors.
 
     Attributes:
-        deadline: `time.monotonic()` after which nobody wants the result.
-        waiting: its tokens still in line.
-        unfinished: its prompts without a vector yet.
-        ended: it has its result, or will get none.
+        caller: identifies the fair share that the request takes.
+        arrived, deadline: `time.monotonic()`; after the deadline the result is not needed.
         done: called once, from the worker's thread, with None or the error that ended the request.
+        waiting: number of its tokens in the queue.
+        unfinished: number of its prompts without a vector.
+        ended: True once it has its result, or will get none.
     """
 
     prompts: list[Prompt]
@@ -48,7 +50,7 @@ class QueuedRequest:
 
 @dataclass(order=True, slots=True)
 class QueuedPrompt:
-    """One prompt in line. Sorted by its fair tag among its caller's requests, then by arrival."""
+    """One prompt in the queue. Sorts by its fair tag among its caller's requests, then by arrival."""
 
     tag: float
     order: int
@@ -66,65 +68,73 @@ class QueuedPrompt:
 
 @dataclass(eq=False, slots=True)
 class _CallerQueue:
-    """One caller's own line.
+    """The queue of one caller.
 
     Attributes:
-        served: tokens it was given, on the queue's clock.
-        clock: tag of its last sequence that went; where its next request begins.
+        served: tokens computed for it, on the queue's clock.
+        clock: tag of its last prompt that was taken; its next request starts there.
+        heap: its waiting prompts, a heap by tag.
     """
 
     served: float
     clock: float = 0.0
-    line: list[QueuedPrompt] = field(default_factory=list)
+    heap: list[QueuedPrompt] = field(default_factory=list)
 
 
 class FairQueue:
-    """Not locked: the engine holds its lock around every call. `tokens` is what waits for requests still wanted.
+    """A fair queue without a lock: the engine holds its lock around every call.
 
     Args:
-        horizon: how many forwards' worth of tokens to look over when choosing neighbours by length.
-        max_age: seconds after which a sequence goes with the next forward, whatever its length.
+        horizon: size of the choice of neighbours in length, in forwards.
+        max_age: seconds after which a prompt goes with the next forward, whatever its length.
+
+    Attributes:
+        tokens: waiting tokens of all requests that have not ended.
     """
 
     def __init__(self, horizon: int = 4, max_age: float = 0.5) -> None:
         self.tokens = 0
         self._horizon, self._max_age = horizon, max_age
         self._callers: dict[str, _CallerQueue] = {}
-        self._due: list[QueuedRequest] = []  # by deadline; `take` removes those without waiting prompts
+        self._by_deadline: list[QueuedRequest] = []  # by deadline; `take` removes those without waiting prompts
         self._clock = 0.0
         self._order = itertools.count()
 
     def __len__(self) -> int:
-        return sum(len(caller.line) for caller in self._callers.values())
+        return sum(len(caller.heap) for caller in self._callers.values())
 
     def add(self, request: QueuedRequest) -> None:
-        """Put all prompts of a request in line."""
+        """Queue all prompts of a request."""
         caller = self._callers.setdefault(request.caller, _CallerQueue(self._clock))
-        if not caller.line:
-            caller.served = max(caller.served, self._clock)  # time spent away earns nothing
+        if not caller.heap:
+            caller.served = max(caller.served, self._clock)  # an idle caller gains no credit
         tag = caller.clock
         for index, prompt in enumerate(request.prompts):
-            heapq.heappush(caller.line, QueuedPrompt(tag, next(self._order), request, index))
+            heapq.heappush(caller.heap, QueuedPrompt(tag, next(self._order), request, index))
             tag += len(prompt.ids)
         request.waiting = sum(len(prompt.ids) for prompt in request.prompts)
         self.tokens += request.waiting
-        bisect.insort(self._due, request, key=_deadline)
+        bisect.insort(self._by_deadline, request, key=_deadline)
 
-    def lateness(self, own: int, deadline: float, *, now: float, rate: float, running: int = 0) -> float:
-        """Seconds by which somebody would be late if `own` more tokens came, due by `deadline`; at most 0 if nobody.
+    def lateness(self, new_tokens: int, deadline: float, *, now: float, rate: float, running: int = 0) -> float:
+        """Return the greatest lateness of any request if a new one were admitted; 0 or less if none would be late.
 
         Args:
-            rate: tokens per second that can be counted on.
-            running: tokens of the forward that is under way.
+            new_tokens, deadline: size and deadline of the new request.
+            rate: tokens per second that the engine is sure to compute.
+            running: tokens of the running forward.
+
+        Returns:
+            Seconds.
         """
-        return max(self._lateness(now, rate, running, own=(own, deadline)), default=(-float("inf"), 0))[0]
+        return max(self._lateness(now, rate, running, new=(new_tokens, deadline)), default=(-float("inf"), 0))[0]
 
     def queued_tokens(self, caller: str) -> int:
-        """A caller's tokens in line."""
-        return sum(request.waiting for request in self._due if request.caller == caller)
+        """Return the number of a caller's waiting tokens."""
+        return sum(request.waiting for request in self._by_deadline if request.caller == caller)
 
     def num_callers(self) -> int:
-        """How many callers wait for something."""
+        """Return the number of callers with waiting tokens."""
         return len({request.caller for request in self.requests()})
 
     def _lateness(
@@ -133,155 +143,167 @@ class FairQueue:
         rate: float,
         running: int,
         *,
-        own: tuple[int, float] = (0, float("inf")),
+        new: tuple[int, float] = (0, float("inf")),
         taken: Mapping[int, int] | None = None,
     ) -> list[tuple[float, int]]:
-        """(seconds late, place in the line of deadlines) of each who waits, served by earliest deadline.
+        """Return (seconds late, position by deadline) of the waiting requests, served by earliest deadline first.
 
-        Those before `own` in that order are left out: it does not touch them. So is whoever could not be served in
-        time if the whole model were theirs: nothing is owed to them that could still be given.
+        Requests with earlier deadlines than the new one are skipped: it does not delay them. Also skipped are requests
+        that would miss their deadline even if they had the model alone.
+
+        Args:
+            new: tokens and deadline of a request that might be admitted.
+            taken: id of a request -> its tokens in the forward about to start, which are not waiting any more.
         """
-        found: list[tuple[float, int]] = []
-        tokens, extra = running, own[0]
-        for place, request in enumerate(self._due):
+        latenesses: list[tuple[float, int]] = []
+        new_tokens, new_deadline = new
+        tokens = running
+        for position, request in enumerate(self._by_deadline):
             waiting = request.waiting - (taken.get(id(request), 0) if taken else 0)
             left = request.deadline - now
             if not request.waiting or waiting > left * rate:
                 continue
-            if not waiting:  # all of it is taken, and has its vectors when that forward ends
-                found.append((running / rate - left, place))
+            if not waiting:  # all its prompts are taken, and have their vectors when that forward ends
+                latenesses.append((running / rate - left, position))
                 continue
-            if extra and request.deadline > own[1]:
-                tokens += extra
-                found.append((tokens / rate - (own[1] - now), place))
-                extra = 0
+            if new_tokens and request.deadline > new_deadline:
+                tokens += new_tokens
+                latenesses.append((tokens / rate - (new_deadline - now), position))
+                new_tokens = 0
             tokens += waiting
-            if not extra:
-                found.append((tokens / rate - left, place))
-        if extra:
-            found.append(((tokens + extra) / rate - (own[1] - now), len(self._due)))
-        return found
+            if not new_tokens:
+                latenesses.append((tokens / rate - left, position))
+        if new_tokens:
+            latenesses.append(((tokens + new_tokens) / rate - (new_deadline - now), len(self._by_deadline)))
+        return latenesses
 
     def take(self, budget: int, now: float, *, rate: float | None = None) -> list[QueuedPrompt]:
-        """Remove and return what the next forward computes: at most `budget` tokens, or one sequence that is longer.
+        """Remove and return the prompts of the next forward, longest first.
 
-        Sequences of requests that have ended are dropped on the way. Longest first, equal lengths adjacent.
+        They have at most `budget` tokens; a single prompt may have more. Prompts of ended requests are removed on the
+        way.
 
         Args:
-            rate: tokens per second that can be counted on; None: not known, and no deadline is looked at.
+            budget: most tokens of the forward.
+            now: `time.monotonic()`.
+            rate: tokens per second that the engine is sure to compute; None if unknown: deadlines are then ignored.
         """
-        self._due = [request for request in self._due if request.waiting]
+        self._by_deadline = [request for request in self._by_deadline if request.waiting]
         chosen = self._fair_choice(budget, now)
         if chosen and rate:
-            pressed = self._pressed(chosen, now, rate)
-            if pressed:
-                for sequence in chosen:
-                    self._put_back(sequence)
-                chosen = self._earliest(pressed, budget, now, rate)
-        for sequence in chosen:
-            caller = self._callers[sequence.request.caller]
-            caller.clock = max(caller.clock, sequence.tag)
-            sequence.request.waiting -= sequence.length
-            self.tokens -= sequence.length
+            urgent = self._urgent_requests(chosen, now, rate)
+            if urgent:
+                for prompt in chosen:
+                    self._put_back(prompt)
+                chosen = self._take_by_deadline(urgent, budget, now, rate)
+        for prompt in chosen:
+            caller = self._callers[prompt.request.caller]
+            caller.clock = max(caller.clock, prompt.tag)
+            prompt.request.waiting -= prompt.length
+            self.tokens -= prompt.length
         self._forget_idle()
-        return sorted(chosen, key=lambda sequence: -sequence.length)
+        return sorted(chosen, key=lambda prompt: -prompt.length)
 
-    def _pressed(self, chosen: list[QueuedPrompt], now: float, rate: float) -> list[QueuedRequest]:
-        """Who must go before `chosen` because somebody would be late after it: all up to the first of those."""
+    def _urgent_requests(self, chosen: list[QueuedPrompt], now: float, rate: float) -> list[QueuedRequest]:
+        """Return the requests that must go before `chosen`: all up to the first that would be late after it."""
         taken: dict[int, int] = {}
-        for sequence in chosen:
-            taken[id(sequence.request)] = taken.get(id(sequence.request), 0) + sequence.length
-        after = self._lateness(now, rate, sum(taken.values()), taken=taken)
-        return next((self._due[: place + 1] for late, place in after if late > 0), [])
+        for prompt in chosen:
+            taken[id(prompt.request)] = taken.get(id(prompt.request), 0) + prompt.length
+        latenesses = self._lateness(now, rate, sum(taken.values()), taken=taken)
+        return next((self._by_deadline[: position + 1] for late, position in latenesses if late > 0), [])
 
-    def _earliest(self, requests: list[QueuedRequest], budget: int, now: float, rate: float) -> list[QueuedPrompt]:
-        """A forward of theirs, strictly by deadline, and over before the first of them."""
-        theirs = {id(request) for request in requests}
-        lines = [caller.line for caller in self._callers.values()]
-        waiting = [s for line in lines for s in line if id(s.request) in theirs and not s.request.ended]
+    def _take_by_deadline(
+        self, requests: list[QueuedRequest], budget: int, now: float, rate: float
+    ) -> list[QueuedPrompt]:
+        """Take a forward of these requests, strictly by deadline, that ends before the first deadline."""
+        ids = {id(request) for request in requests}
+        heaps = [caller.heap for caller in self._callers.values()]
+        waiting = [
+            prompt for heap in heaps for prompt in heap if id(prompt.request) in ids and not prompt.request.ended
+        ]
         chosen: list[QueuedPrompt] = []
-        filled = 0
-        for sequence in sorted(waiting, key=lambda s: (s.request.deadline, s)):
+        tokens = 0
+        for prompt in sorted(waiting, key=lambda prompt: (prompt.request.deadline, prompt)):
             if chosen:
-                seconds = (filled + sequence.length) / rate
-                if filled + sequence.length > budget or seconds > chosen[0].request.deadline - now:
+                seconds = (tokens + prompt.length) / rate
+                if tokens + prompt.length > budget or seconds > chosen[0].request.deadline - now:
                     break
-            chosen.append(sequence)
-            filled += sequence.length
-        gone = {id(sequence) for sequence in chosen}
-        for name in {sequence.request.caller for sequence in chosen}:
+            chosen.append(prompt)
+            tokens += prompt.length
+        chosen_ids = {id(prompt) for prompt in chosen}
+        for name in {prompt.request.caller for prompt in chosen}:
             caller = self._callers[name]
-            caller.line = [sequence for sequence in caller.line if id(sequence) not in gone]
-            heapq.heapify(caller.line)
-        for sequence in chosen:
-            self._callers[sequence.request.caller].served += sequence.length
+            caller.heap = [prompt for prompt in caller.heap if id(prompt) not in chosen_ids]
+            heapq.heapify(caller.heap)
+        for prompt in chosen:
+            self._callers[prompt.request.caller].served += prompt.length
         return chosen
 
-    def _put_back(self, sequence: QueuedPrompt) -> None:
-        caller = self._callers[sequence.request.caller]
-        caller.served -= sequence.length
-        heapq.heappush(caller.line, sequence)
+    def _put_back(self, prompt: QueuedPrompt) -> None:
+        caller = self._callers[prompt.request.caller]
+        caller.served -= prompt.length
+        heapq.heappush(caller.heap, prompt)
 
     def _fair_choice(self, budget: int, now: float) -> list[QueuedPrompt]:
-        """What goes next as fairness has it, taken out and counted as served."""
+        """Take the prompts of the next forward in fair order, and count them as served."""
         candidates = self._candidates(budget * self._horizon)
         if not candidates:
             return []
         head = candidates[0]
 
-        def urgency(sequence: QueuedPrompt) -> tuple[bool, float]:
-            aged = now - sequence.request.arrived > self._max_age
-            return (not aged, sequence.request.arrived if aged else abs(sequence.length - head.length))
+        def by_age_and_length(prompt: QueuedPrompt) -> tuple[bool, float]:
+            aged = now - prompt.request.arrived > self._max_age
+            return (not aged, prompt.request.arrived if aged else abs(prompt.length - head.length))
 
-        chosen, filled = [head], head.length
-        for sequence in sorted(candidates[1:], key=urgency):
-            if filled + sequence.length <= budget:
-                chosen.append(sequence)
-                filled += sequence.length
+        chosen, tokens = [head], head.length
+        for prompt in sorted(candidates[1:], key=by_age_and_length):
+            if tokens + prompt.length <= budget:
+                chosen.append(prompt)
+                tokens += prompt.length
             else:
-                self._put_back(sequence)
+                self._put_back(prompt)
         return chosen
 
     def _candidates(self, tokens: int) -> list[QueuedPrompt]:
-        """The next sequences in fair order, about `tokens` of them, taken out and counted as served."""
-        turns = [(caller.served, number, caller) for number, caller in enumerate(self._callers.values()) if caller.line]
+        """Take the next prompts in fair order, with about `tokens` tokens, and count them as served."""
+        turns = [(caller.served, number, caller) for number, caller in enumerate(self._callers.values()) if caller.heap]
         heapq.heapify(turns)
         if turns:
             self._clock = max(self._clock, turns[0][0])
-        found: list[QueuedPrompt] = []
-        seen = 0
-        while turns and seen < tokens:
+        candidates: list[QueuedPrompt] = []
+        total = 0
+        while turns and total < tokens:
             _, number, caller = heapq.heappop(turns)
-            sequence = heapq.heappop(caller.line)
-            if not sequence.request.ended:
-                found.append(sequence)
-                seen += sequence.length
-                caller.served += sequence.length
-            if caller.line:
+            prompt = heapq.heappop(caller.heap)
+            if not prompt.request.ended:
+                candidates.append(prompt)
+                total += prompt.length
+                caller.served += prompt.length
+            if caller.heap:
                 heapq.heappush(turns, (caller.served, number, caller))
-        return found
+        return candidates
 
     def _forget_idle(self) -> None:
         if not len(self):
-            # Nobody waits: whoever comes next starts level with everybody else.
+            # The queue is empty: the next caller starts level with all others.
             self._clock = max((caller.served for caller in self._callers.values()), default=self._clock)
-        idle = [name for name, one in self._callers.items() if not one.line and one.served <= self._clock]
+        idle = [name for name, caller in self._callers.items() if not caller.heap and caller.served <= self._clock]
         for name in idle:
             del self._callers[name]
 
     def drop(self, request: QueuedRequest) -> None:
-        """A request is no longer wanted: its tokens stop counting now, its sequences leave when they come up."""
+        """End a request. Its tokens stop counting now; its prompts leave the queue when they come up."""
         self.tokens -= request.waiting
         request.waiting = 0
         request.ended = True
 
     def expired(self, now: float) -> list[QueuedRequest]:
-        """Requests in line whose deadline has passed."""
+        """Return the waiting requests whose deadline has passed."""
         return [request for request in self.requests() if request.deadline <= now]
 
     def requests(self) -> list[QueuedRequest]:
-        """Every request with a sequence in line that is still wanted, the earliest deadline first."""
-        return [request for request in self._due if request.waiting]
+        """Return all waiting requests that have not ended, the earliest deadline first."""
+        return [request for request in self._by_deadline if request.waiting]
 
 
 def _deadline(request: QueuedRequest) -> float:

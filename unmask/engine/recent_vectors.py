@@ -1,4 +1,4 @@
-"""Vectors that were computed a moment ago, so that the same text costs nothing the second time."""
+"""`RecentVectors`: a cache of vectors, so that a text that comes again is not computed again."""
 
 import hashlib
 import threading
@@ -8,25 +8,25 @@ import numpy as np
 
 from unmask.encoder import Prompt
 
-# Beside a vector's own bytes: its key, the array object and the dictionary's entry.
+# Memory of an entry beside the vector itself: key, array object and dictionary entry.
 _ENTRY_BYTES = 300
 
 
-def key_of(prompt: Prompt) -> bytes:
-    """What decides a prompt's raw vector, within one model: its tokens, instruction included, and which are pooled.
+def cache_key(prompt: Prompt) -> bytes:
+    """Hash all that decides a prompt's raw vector within one model: its tokens, and the pooled span.
 
-    Dimensions and normalisation come after it, so that one entry serves all of them.
+    Dimensions and normalisation are applied later, so that one entry serves all of them.
     """
-    whole = hashlib.blake2b(prompt.ids.tobytes(), digest_size=16)
-    whole.update(b"%d:%d" % prompt.pooled)
-    return whole.digest()
+    digest = hashlib.blake2b(prompt.ids.tobytes(), digest_size=16)
+    digest.update(b"%d:%d" % prompt.pooled)
+    return digest.digest()
 
 
 class RecentVectors:
-    """Raw vectors by prompt, the least recently asked for leaving first. Safe for several threads.
+    """A thread-safe LRU cache of raw vectors by prompt.
 
     Args:
-        limit_bytes: memory for vectors and bookkeeping; 0 keeps nothing.
+        limit_bytes: memory for vectors and bookkeeping; 0 stores nothing.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -35,7 +35,7 @@ class RecentVectors:
         self._lock = threading.Lock()
 
     def get(self, key: bytes) -> np.ndarray | None:
-        """The vector, read-only, or None."""
+        """Return the vector, read-only, or None."""
         with self._lock:
             vector = self._vectors.get(key)
             if vector is not None:
@@ -43,16 +43,16 @@ class RecentVectors:
             return vector
 
     def put(self, key: bytes, vector: np.ndarray) -> None:
-        """Keep a copy, if there is room for it at all."""
+        """Store a copy, unless it alone is larger than the cache."""
         size = vector.nbytes + _ENTRY_BYTES
         if size > self._limit:
             return
-        kept = vector.copy()
-        kept.flags.writeable = False
+        copy = vector.copy()
+        copy.flags.writeable = False
         with self._lock:
-            before = self._vectors.pop(key, None)
-            self._vectors[key] = kept
-            self._bytes += size - (0 if before is None else before.nbytes + _ENTRY_BYTES)
+            previous = self._vectors.pop(key, None)
+            self._vectors[key] = copy
+            self._bytes += size - (0 if previous is None else previous.nbytes + _ENTRY_BYTES)
             while self._bytes > self._limit:
                 _, oldest = self._vectors.popitem(last=False)
                 self._bytes -= oldest.nbytes + _ENTRY_BYTES
@@ -62,5 +62,5 @@ class RecentVectors:
 
     @property
     def bytes(self) -> int:
-        """Memory in use, by our own count."""
+        """Memory in use, as counted here."""
         return self._bytes
