@@ -1,4 +1,4 @@
-"""Numbers and names as people read them, the same in every format."""
+"""Formatting of numbers and names for people, the same in charts, tables, pages and Markdown."""
 
 import re
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 MINUS = "\N{MINUS SIGN}"
 NO_FIGURE = "\N{EN DASH}"
 
-# What mteb calls its main scores, in words.
+# mteb's names of main scores -> words.
 _METRICS = {
     "cosine_spearman": "Spearman, cosine",
     "accuracy": "accuracy",
@@ -20,14 +20,14 @@ _METRICS = {
 
 
 def score(value: float | None, digits: int = 2) -> str:
-    """72.41"""
+    """Format a score: 72.41"""
     if value is None or value != value:
         return NO_FIGURE
     return f"{value:.{digits}f}".replace("-", MINUS)
 
 
 def signed(value: float | None, digits: int = 2) -> str:
-    """+1.20, with a true minus sign below zero; a difference that rounds to nothing has no sign"""
+    """Format a difference: +1.20. Minus is a true minus sign; a difference that rounds to zero has no sign."""
     if value is None or value != value:
         return NO_FIGURE
     text = f"{value:+.{digits}f}"
@@ -35,24 +35,24 @@ def signed(value: float | None, digits: int = 2) -> str:
 
 
 def interval(bounds: tuple[float, float] | None, digits: int = 1) -> str:
-    """71.0 to 73.8"""
+    """Format an interval: 71.0 to 73.8"""
     return NO_FIGURE if bounds is None else f"{score(bounds[0], digits)} to {score(bounds[1], digits)}"
 
 
 def metric(name: str) -> str:
-    """nDCG@10"""
+    """Translate mteb's name of a metric to words: nDCG@10"""
     return _METRICS.get(name, name)
 
 
 def count(value: float | None) -> str:
-    """3,912; below ten one decimal is kept"""
+    """Format a count: 3,912. Below ten one decimal is kept."""
     if value is None:
         return NO_FIGURE
     return f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:.1f}"
 
 
 def magnitude(value: float | None, unit: str = "") -> str:
-    """135 M, 1.2 GB: three leading digits at most, powers of a thousand"""
+    """Format a large number with a prefix: 135 M, 1.2 GB. Prefixes are powers of 1,000."""
     if value is None:
         return NO_FIGURE
     for limit, prefix in ((1e9, "G" if unit else "B"), (1e6, "M"), (1e3, "k")):
@@ -63,7 +63,7 @@ def magnitude(value: float | None, unit: str = "") -> str:
 
 
 def duration(seconds: float) -> str:
-    """17 min 24 s"""
+    """Format a duration: 17 min 24 s"""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -72,19 +72,19 @@ def duration(seconds: float) -> str:
 
 
 def probability(value: float) -> str:
-    """0.03; the smallest that resampling can tell apart from zero is a bound"""
+    """Format a p value: 0.03. Below the smallest value that resampling resolves, write a bound."""
     return "< 0.001" if value < 0.001 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
-    """Each name without its owner or folder, where that still tells the models apart."""
+    """Map each name to itself without owner or folder, where the short names stay different."""
     last = {name: name.rstrip("/").rpartition("/")[2] or name for name in names}
     taken = list(last.values())
     return {name: short if taken.count(short) == 1 else name for name, short in last.items()}
 
 
 def shortened(name: str, characters: int = 34) -> str:
-    """The name with its middle left out, so that the ends, which tell models apart, remain."""
+    """Shorten a name in its middle, because models usually differ at the ends."""
     if len(name) <= characters:
         return name
     tail = (characters - 1) // 2
@@ -92,27 +92,27 @@ def shortened(name: str, characters: int = 34) -> str:
 
 
 def breakable(name: str) -> list[str]:
-    """The pieces of a long name between which a line may end."""
+    """Split a long name into the pieces between which a line may break."""
     return [piece for piece in re.split(r"(?<=[/_])", name) if piece]
 
 
 def listed(parts: Sequence[str], word: str = "and") -> str:
-    """a, b and c"""
+    """Join words to a list: a, b and c"""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} {word} {parts[-1]}" if parts else ""
 
 
 def plural(number: int, noun: str) -> str:
-    """3 tasks"""
+    """Write a number with its noun: 3 tasks"""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def markdown(text: object) -> str:
-    """Text that is not ours, so that it reads the same in Markdown and cannot break a table or become HTML."""
+    """Escape foreign text for Markdown, so that it stays as it is and cannot break a table or become HTML."""
     return markdown_inline(" ".join(str(text).split()))
 
 
 def markdown_inline(text: str) -> str:
-    """As `markdown`, for a piece of a sentence: the spaces at its ends stay."""
+    """Escape a piece of a sentence as `markdown` does, and keep the spaces at its ends."""
     for mark in "\\`*_[]|":
         text = text.replace(mark, f"\\{mark}")
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

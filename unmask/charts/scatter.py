@@ -26,13 +26,15 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 @dataclass(frozen=True)
 class Tick:
+    """A tick of an axis; `at` is in pixels."""
+
     at: float
     text: str
 
 
 @dataclass(frozen=True)
 class PlacedPoint:
-    """A point with its label, in pixels. `index` is the model's colour, None for other people's models."""
+    """A point with its label, in pixels. `index` is the number of its colour; None makes it a grey dot."""
 
     x: float
     y: float
@@ -46,7 +48,7 @@ class PlacedPoint:
 
 @dataclass(frozen=True)
 class Scatter:
-    """One drawing of a scatter chart, in pixels."""
+    """A scatter chart laid out for one width, in pixels."""
 
     width: int
     height: int
@@ -61,7 +63,7 @@ class Scatter:
 
 @dataclass(frozen=True)
 class ScatterPoint:
-    """What a scatter chart shows, in units of the data."""
+    """A point of the data. Without an `index` it is a grey dot, whose label is left out where there is no room."""
 
     name: str
     x: float
@@ -71,12 +73,12 @@ class ScatterPoint:
 
 
 def scatters(points: Sequence[ScatterPoint], x_label: str, y_label: str, *, beside: bool) -> list[Scatter]:
-    """The points on a logarithmic x axis, laid out for wide and for narrow screens.
+    """Lay out points on a logarithmic x axis, for wide and for narrow screens.
 
     Args:
         points: at least one, with `x` above 0.
-        x_label, y_label: what the axes say; the x axis's unit stands before its first comma.
-        beside: whether the wide drawing shares its row with another one.
+        x_label, y_label: titles of the axes; the text of `x_label` before its first comma is the unit.
+        beside: the wide drawing shares its row with another one.
     """
     wide = (_BESIDE, 380) if beside else (WIDE, 380)
     return [_scatter(points, x_label, y_label, *size) for size in (wide, (NARROW, 360))]
@@ -94,21 +96,20 @@ def _scatter(points: Sequence[ScatterPoint], x_label: str, y_label: str, width: 
         return bottom - (value - y_low) / (y_high - y_low) * (bottom - top)
 
     spots = [(place_x(point.x), place_y(point.y)) for point in points]
-    measured = [index for index, point in enumerate(points) if point.index is not None]
-    taken = [_box(*spots[index], _RADIUS) for index in measured]
-    crowd = [_box(*spot, 3) for index, spot in enumerate(spots) if points[index].index is None]
+    coloured = [index for index, point in enumerate(points) if point.index is not None]
+    taken = [_box(*spots[index], _RADIUS) for index in coloured]
+    grey = [_box(*spot, 3) for index, spot in enumerate(spots) if points[index].index is None]
     marks: dict[int, PlacedPoint] = {}
-    # Ours first: their labels are never left out, the others' only stand where there is room.
-    for index in [*measured, *(i for i, point in enumerate(points) if point.index is None)]:
+    # Coloured points first: their labels are always drawn. Grey points get a label only where there is room.
+    for index in [*coloured, *(i for i, point in enumerate(points) if point.index is None)]:
         point, (x, y) = points[index], spots[index]
         title = f"{point.name}: {formatting.score(point.y)}, {formatting.magnitude(point.x)} {x_label.split(',')[0]}"
         mark = PlacedPoint(x, y, point.index, title)
         if point.label:
             label = formatting.shortened(point.label, 30 if width > NARROW else 22)
-            around = crowd if point.index is None else []
-            mark = _labelled(mark, label, taken, around, (left, top, right, bottom))
+            mark = _place_label(mark, label, taken, grey if point.index is None else [], (left, top, right, bottom))
         marks[index] = mark
-    ordered = sorted(marks.items(), key=lambda item: points[item[0]].index is not None)  # ours on top
+    ordered = sorted(marks.items(), key=lambda item: points[item[0]].index is not None)  # coloured points on top
     return Scatter(
         width=width,
         height=height,
@@ -122,15 +123,23 @@ def _scatter(points: Sequence[ScatterPoint], x_label: str, y_label: str, width: 
     )
 
 
-def _labelled(mark: PlacedPoint, label: str, taken: list[Box], around: list[Box], plot: Box) -> PlacedPoint:
-    """Set the label where it fits best, right, left, above or below, and append its box to `taken`.
+def _place_label(mark: PlacedPoint, label: str, taken: list[Box], others: list[Box], plot: Box) -> PlacedPoint:
+    """Place the label right, left, above or below its point, where it overlaps least.
 
-    `around` is to be kept clear as well. The label of somebody else's model is left out if it fits nowhere.
+    Args:
+        mark: the point.
+        label: its text.
+        taken: boxes of points and labels placed before; the new label's box is appended.
+        others: further boxes to keep clear.
+        plot: area of the plot.
+
+    Returns:
+        The point with its label; without it if the point is grey and the label overlaps everywhere.
     """
     wide = len(label) * _CHARACTER * (0.85 if mark.index is None else 1)
     best: tuple[float, PlacedPoint, Box] | None = None
     gap = _RADIUS + 5
-    # Without a colour to tie a label to its point, it must stand right beside it.
+    # A grey label has no colour that ties it to its point, so it must stand right beside it.
     for distance in (0,) if mark.index is None else (0, _LINE, 2 * _LINE):
         places: list[tuple[float, float, Anchor]] = [
             (mark.x + gap, mark.y - distance, "start"),
@@ -142,13 +151,13 @@ def _labelled(mark: PlacedPoint, label: str, taken: list[Box], around: list[Box]
         ]
         for x, y, anchor in places:
             start = x - {"start": 0.0, "end": wide, "middle": wide / 2}[anchor]
-            # Slid back into the plot rather than cut off at its edge.
+            # A label that would be cut off at the edge is moved back into the plot.
             shift = max(0, plot[0] + 4 - start) - max(0, start + wide - plot[2] + 2)
             if shift and anchor != "middle":
                 continue
             box = (start + shift, y - _LINE / 2, start + shift + wide, y + _LINE / 2)
             outside = max(0, plot[1] - box[1]) + max(0, box[3] - plot[3])
-            cost = sum(_overlap(box, other) for other in (*taken, *around)) + 50 * outside
+            cost = sum(_overlap(box, other) for other in (*taken, *others)) + 50 * outside
             placed = PlacedPoint(mark.x, mark.y, mark.index, mark.title, label, x + shift, y, anchor)
             if best is None or cost < best[0]:
                 best = (cost, placed, box)
@@ -178,7 +187,7 @@ def _linear_ticks(low: float, high: float) -> list[float]:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten, with 2 and 5 between them where the axis is short."""
+    """Return powers of ten, with 2 and 5 times each of them on a short axis."""
     between = (1,) if high - low > 2.2 else (1, 3) if high - low > 1.4 else (1, 2, 5)
     values = [m * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for m in between]
     return [value for value in values if low <= math.log10(value) <= high]

@@ -104,7 +104,7 @@ def redirect(path: str) -> Response:
     return RedirectResponse(path, 303, HEADERS | {"cache-control": "private, no-store"})
 
 
-def local_path(text: str) -> str:
+def same_site_path(text: str) -> str:
     """Return the text if it is a path on this site; otherwise an empty text. Prevents open redirects."""
     return text if _LOCAL_PATH.fullmatch(text) else ""
 

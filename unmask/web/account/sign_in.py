@@ -20,11 +20,11 @@ from unmask.web.sessions import (
     clear_visit_cookie,
     client_address,
     current_visitor,
-    local_path,
     read_form,
     read_visit_cookie,
     redirect,
     require_form,
+    same_site_path,
     session_token,
     set_session_cookie,
     set_visit_cookie,
@@ -84,11 +84,11 @@ class SignInPages:
             token = await self.accounts.sign_in(email, form.raw("password"), address=client_address(request))
         except AccountError as error:
             return await self._entry_page(request, "sign-in", error, email, next)
-        return await self._sign_in(request, token, local_path(next) or "/account")
+        return await self._sign_in(request, token, same_site_path(next) or "/account")
 
     async def to_provider(self, request: Request) -> Response:
         """Send the browser to the provider. Changes nothing here, so it needs no form token."""
-        next = local_path(request.query_params.get("next", ""))
+        next = same_site_path(request.query_params.get("next", ""))
         visit = Visit.begin(next=next)
         try:
             await self.accounts.throttle_place(client_address(request))
@@ -107,7 +107,7 @@ class SignInPages:
             assert visit is not None, "the provider returns no identity without a visit"
             if not visit.person:
                 token = await self.accounts.sign_in_as(identity, address=address)
-                response = await self._sign_in(request, token, local_path(visit.next) or "/account")
+                response = await self._sign_in(request, token, same_site_path(visit.next) or "/account")
             elif person is None or person.id != visit.person:
                 raise SignInRefused("you have signed out, or in as somebody else, in between: begin again")
             else:
@@ -162,14 +162,14 @@ class SignInPages:
         self, request: Request, template: str, error: UnmaskError | None = None, email: str = "", next: str = ""
     ) -> Response:
         if error is None and await current_visitor(request) is not None:
-            return redirect(local_path(next) or "/account")
+            return redirect(same_site_path(next) or "/account")
         return render_private_page(
             self.render,
             request,
             f"account/{template}.html.j2",
             error=error,
             email=email,
-            next=local_path(next),
+            next=same_site_path(next),
             free_credit=self.accounts.free_credit,
             provider=self.accounts.provider.name if self.accounts.provider else "",
             shortest=people.SHORTEST_PASSWORD,
