@@ -1,10 +1,10 @@
-"""A page taken apart, strictly enough that what an attacker puts in shows up as what it became."""
+"""Parser of a page for tests: injected markup shows up as the elements or the text that it became."""
 
 from html.parser import HTMLParser
 
 
 class Page(HTMLParser):
-    """Elements with their attributes, the text that is seen, and the contents of scripts."""
+    """Elements with their attributes, the visible text, and the contents of scripts."""
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -33,6 +33,6 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
     def links(self) -> list[str]:
-        """Addresses on this server, without what stands after `#`."""
+        """Return the addresses of links to this server, without fragments."""
         found = [a["href"].partition("#")[0] for a in self.all("a") if a.get("href", "").startswith("/")]
         return list(dict.fromkeys(found))

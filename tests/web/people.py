@@ -1,4 +1,4 @@
-"""Somebody at a browser, without one: keeps cookies, fills forms in with the token that their page gave."""
+"""A browser without a browser: keeps cookies, and fills in forms with the token of their page."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -21,13 +21,13 @@ HASHED = people.hash_password(PASSWORD)
 
 
 def do(accounts: Accounts, piece: Callable[[Connection], T]) -> T:
-    """Something behind the counter."""
+    """Run a function in a transaction of the accounts' database."""
     with accounts.database.begin() as connection:
         return piece(connection)
 
 
 def person(accounts: Accounts, email: str, *, admin: bool = False, nano: int = 1_000_000_000) -> Person:
-    """Somebody who has signed up, and has some credit."""
+    """Create a person with an account and credit."""
 
     def make(connection: Connection) -> Person:
         made = people.sign_up(connection, accounts.peppers, email, HASHED, now_ms(), admin=admin)
@@ -39,12 +39,12 @@ def person(accounts: Accounts, email: str, *, admin: bool = False, nano: int = 1
 
 
 def key_of(accounts: Accounts, who: Person, **settings: Any) -> str:
-    """A new key, whole."""
+    """Create an API key and return its secret."""
     return do(accounts, lambda c: keys.create(c, accounts.peppers, who.account_id, KeySettings(**settings), now_ms()))
 
 
 class Visitor:
-    """A browser's cookies, and what it does with them."""
+    """A visitor with cookies."""
 
     def __init__(self, service: LocalService, session: str = "") -> None:
         self.service = service
@@ -52,7 +52,7 @@ class Visitor:
 
     @classmethod
     def signed_in(cls, service: LocalService, accounts: Accounts, who: Person) -> "Visitor":
-        """With a session, without asking for the password."""
+        """Return a visitor with a session, without the sign-in form."""
         return cls(service, do(accounts, lambda c: people.start_session(c, who.id, now_ms())))
 
     def get(self, path: str, **headers: str) -> Reply:
@@ -64,12 +64,12 @@ class Visitor:
         return Page(reply.body.decode())
 
     def post(self, path: str, fields: Mapping[str, str | list[str]], **headers: str) -> Reply:
-        """A form as it is, without a token but the one in `fields`."""
+        """Send a form with exactly these fields; no token is added."""
         body = urlencode(fields, doseq=True).encode()
         return self._call("POST", path, body, {"content-type": "application/x-www-form-urlencoded", **headers})
 
     def fill(self, form_on: str, path: str | None = None, **fields: str | list[str]) -> Reply:
-        """The form on a page, sent to where it goes."""
+        """Send the form of the page `form_on`, with its token, to `path` or to the page itself."""
         return self.post(path or form_on, {"token": self.token(form_on), **fields})
 
     def token(self, form_on: str = "/account/keys") -> str:

@@ -1,4 +1,4 @@
-"""Accounts in a real browser: from signing up to the first request's cost, on every page without a fault of axe's."""
+"""Account and admin pages in Chromium: from sign-up to the cost of the first request, and axe on every page."""
 
 import re
 from collections.abc import Iterator
@@ -88,7 +88,7 @@ def test_from_signing_up_to_the_first_requests_cost(
     page.get_by_role("button", name="Make the key").click()
     key = page.locator("#new-key").inner_text()
     assert re.fullmatch(r"um_\w{12}_\w{49}", key)
-    # The command that the page shows is a request that works; its own address is this server's.
+    # The command on the page is a request that works, with this server's address.
     command = page.locator("#first-request").inner_text()
     assert f"{site.url}/v1/embeddings" in command and f'"model": "{site.model}"' in command
     reply = site.call("POST", "/v1/embeddings", {"model": site.model, "input": "some text"}, key=key)
@@ -108,7 +108,7 @@ def test_from_signing_up_to_the_first_requests_cost(
 
 
 def models_at_every_step(accounts: Accounts, who: people.Person, source: Path, name: str) -> None:
-    """All that an operator's page of models can show, each model with a long name, a long note and long findings."""
+    """Add models in every status, each with a long name, a long note and long findings of gates."""
     ways = {
         "wanted": ("requested",),
         "failed": ("coming soon", "benchmarking", "coming soon"),
@@ -163,7 +163,7 @@ def test_axe_finds_nothing_and_nothing_sticks_out(
         assert page.goto(path)
         faultless(page)
     assert not complaints
-    # Pages that answer a form, and those that say what is wrong with one.
+    # Pages that answer a form, and pages with the error of a form.
     page.goto("/account/keys")
     page.get_by_role("button", name="Make the key").click()
     faultless(page)
@@ -194,7 +194,7 @@ def test_axe_finds_nothing_and_nothing_sticks_out(
 def test_signing_in_elsewhere_and_linking_it(
     browser: Browser, site: LocalService, accounts: Accounts, elsewhere: OidcProvider
 ) -> None:
-    """In a real browser, which keeps forms from leaving the site and cookies from coming along from elsewhere."""
+    """Only a real browser enforces form-action and SameSite."""
     person(accounts, "linked@example.org")
     elsewhere.person = {"sub": "linked", "email": "linked@example.org", "email_verified": True}
     page = opened(browser, site)

@@ -1,4 +1,4 @@
-"""The pages in a real browser: nothing sticks out, nothing is refused by the policy, axe finds nothing."""
+"""Pages of the catalogue in Chromium: no overflow, no violation of the content policy, no finding of axe."""
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
@@ -22,7 +22,7 @@ def opened(browser: Browser, service: LocalService, path: str, width: int = 1280
     page.on("console", lambda message: complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.goto(path)
-    # Chromium reports a page's own 404 on its console; everything else would be ours.
+    # Chromium reports a page's own 404 on its console; any other message is a fault of ours.
     assert not [text for text in complaints if "404" not in text], complaints
     return page
 
@@ -43,7 +43,7 @@ def test_axe_finds_nothing_in_a_heat_map(browser: Browser, service: LocalService
     page = opened(browser, service, "/playground", color_scheme=scheme)
     page.get_by_role("button", name="Compare the texts").click()
     expect(page.get_by_role("heading", name="How alike the texts are")).to_be_visible()
-    # Every shade, whatever this model makes of the texts.
+    # Show every shade, whatever similarities the model computes.
     page.evaluate("document.querySelectorAll('.heat td[class]').forEach((cell, at) => cell.className = 'h' + at % 10)")
     results = Axe().run(page)
     assert results.violations_count == 0, results.generate_report()
@@ -66,14 +66,14 @@ def test_everything_works_without_a_script(browser: Browser, service: LocalServi
     assert "status=coming+soon" in page.url and page.locator(".models tbody tr").count() == 2
     for box in page.locator(".models input[type=checkbox]").all():
         box.check()
-    page.get_by_role("button", name="Compare the ticked ones").click()
+    page.get_by_role("button", name="Compare the ticked models").click()
     assert page.url.endswith("mntp-unsup-simcse") and page.locator("tr.differs").count() > 5
     page.goto("/models/tiny_llama")
     expect(page.locator("#call-curl-code")).to_be_visible()
     page.get_by_text("Python", exact=True).click()
     expect(page.locator("#call-python-code")).to_be_visible()
     expect(page.locator("#call-curl-code")).not_to_be_visible()
-    assert page.locator("button.copy:visible").count() == 0  # they could do nothing
+    assert page.locator("button.copy:visible").count() == 0  # without a script they have no function
     page.goto("/playground")
     page.get_by_role("button", name="Compare the texts").click()
     assert page.locator(".heat tbody tr").count() == 5

@@ -1,4 +1,4 @@
-"""Markup put into every field of a record and a measurement comes out as text, in every form of every page."""
+"""Escaping: markup in any field of a record or measurement comes out as text in every format of every page."""
 
 import json
 import types
@@ -20,11 +20,11 @@ from unmask.catalogue import Catalogue, Event, Measurement, Record
 POISON = (
     """"'></script></title></textarea><script>alert(1)</script><img src=x onerror=alert(2)>{{7*7}}\u2028\x01&amp; """
 )
-TAGS = {"img"}  # which no page of ours has
+TAGS = {"img"}  # no page of ours has these
 
 
 def poisoned(kind: Any, name: str = "") -> Any:
-    """A value of a type with poison wherever a text can stand; a link's address has a form of its own."""
+    """Build a value of a type with markup in every text; the address of a link stays an address."""
     origin = get_origin(kind)
     if origin in (typing.Union, types.UnionType):
         return poisoned(next(option for option in get_args(kind) if option is not types.NoneType), name)

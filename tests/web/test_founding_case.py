@@ -1,4 +1,4 @@
-"""What the project was begun for: a page, a vote, an onboarding, and vectors under the published name."""
+"""The project's founding case: a published model from its page and a vote through onboarding to vectors."""
 
 import os
 import subprocess
@@ -28,7 +28,7 @@ def accounts(tmp_path: Path) -> Iterator[Accounts]:
 
 
 def signed_in(accounts: Accounts, service: LocalService) -> tuple[str, dict[str, str]]:
-    """A key with credit, and the cookie of somebody who has signed in."""
+    """Return an API key with credit, and the session cookie of its owner."""
 
     # Not by asyncio: playwright has a loop of its own in this thread.
     now = now_ms()
@@ -48,7 +48,7 @@ def test_from_coming_soon_to_a_vector(
         key, cookie = signed_in(accounts, service)
         page = browser.new_context(base_url=service.url, viewport={"width": 1280, "height": 900}).new_page()
 
-        # The page of the published model, with its true specifications.
+        # The page of the published model has its true specifications.
         page.goto(f"/models/{PUBLISHED}")
         expect(page.locator(".id .badge")).to_have_text("coming soon")
         glance = page.locator(".glance")
@@ -62,14 +62,14 @@ def test_from_coming_soon_to_a_vector(
         refused = service.call("POST", "/v1/embeddings", {"model": PUBLISHED, "input": "a text"}, key=key)
         assert refused.status == 404
 
-        # A vote, signed in.
+        # A signed-in visitor votes.
         page.context.add_cookies([cookie])  # pyright: ignore[reportArgumentType] - playwright's own type is narrower
         page.reload()
         page.get_by_label("What would you use it for?").fill("to reproduce the paper")
         page.get_by_role("button", name="I want it").click()
         expect(page.locator(".callout")).to_contain_text("1 account wants this model. You are one of them")
 
-        # The operator brings it in, from a mirror of the hub on a disk, beside the running server.
+        # The operator onboards it beside the running server, from a mirror of the hub on disk.
         command = [sys.executable, "-m", "unmask", "onboard", PUBLISHED, "--weights", str(folder),
                    "--compat", "reference", "--replace-specification", "--task", "STSBenchmark",
                    "--data", str(small_data(tmp_path / "data")), "--length", "8", "--length", "32",
@@ -80,7 +80,7 @@ def test_from_coming_soon_to_a_vector(
         assert done.returncode == 0, done.stdout + done.stderr
         assert f"{PUBLISHED} is live." in done.stdout and "1 who wanted it were told." in done.stdout
 
-        # The page turns live in the running server, and shows what was measured.
+        # The running server shows it as live, with the measurements.
         page.wait_for_timeout(1500)
         page.goto(f"/models/{PUBLISHED}")
         expect(page.locator(".id .badge")).to_have_text("live")
@@ -88,7 +88,7 @@ def test_from_coming_soon_to_a_vector(
         expect(page.locator("figure.lines")).to_have_count(2)
         expect(page.locator("#history ~ ul")).to_contain_text("benchmarking")
 
-        # Vectors under its id, charged, and those of the reference path.
+        # Its vectors are charged, and equal those of the reference path.
         reply = service.call(
             "POST", "/v1/embeddings", {"model": PUBLISHED, "input": ["a text", "another  one"]},
             {"prefer": "wait=60"}, key,
@@ -100,7 +100,7 @@ def test_from_coming_soon_to_a_vector(
         np.testing.assert_allclose(reply.vectors, expected, atol=1e-6)
         assert reply.json["usage"]["cost"] > 0 and reply.json["model"] == PUBLISHED
 
-        # What it has answered is on its page now, and who asked for it is told.
+        # Its page shows the answered requests, and the voter has a notice.
         page.reload()
         expect(page.locator("figure.lines")).to_have_count(4)
         for details in page.locator("details").all():

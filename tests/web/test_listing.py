@@ -1,4 +1,4 @@
-"""Searching, filtering, sorting and comparing, all by the address alone."""
+"""Search, filters, order and comparison by query parameters."""
 
 from collections.abc import Callable
 
@@ -89,7 +89,7 @@ def test_the_form_works_by_its_address(service: LocalService) -> None:
     chosen = {option["value"] for option in page.all("option") if "selected" in option}
     assert {"coming soon", "mteb"} <= chosen
     nothing = Page(service.call("GET", "/models?q=zebra", headers=HTML).body.decode())
-    assert "No model fits all of this" in nothing.text
+    assert "No model matches all filters" in nothing.text
     wrong = service.call("GET", "/models?status=popular", headers=HTML)
     assert wrong.status == 400 and "choices" in Page(wrong.body.decode()).text
 

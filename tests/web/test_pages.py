@@ -1,4 +1,4 @@
-"""The pages over HTTP: what they say, to whom, and in which form."""
+"""Pages of the catalogue over HTTP: content, visitors and formats."""
 
 import json
 import subprocess
@@ -139,7 +139,7 @@ def test_what_is_not_there_is_a_page_for_people_and_an_envelope_for_programs(ser
     reply = service.call("GET", path, headers=HTML, key=None)
     assert reply.status == 404 and "text/html" in reply.headers["content-type"]
     page = Page(reply.body.decode())
-    assert "Nothing here by that name" in page.text and "/models" in page.links()
+    assert "Not found" in page.text and "/models" in page.links()
     assert reply.headers["content-security-policy"]
     told = service.call("GET", path, key=None)
     assert told.status == 404 and set(told.error) == {"message", "type", "param", "code"}

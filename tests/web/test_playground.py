@@ -1,4 +1,4 @@
-"""Trying a model by a plain form."""
+"""The playground's form over HTTP."""
 
 from collections.abc import Callable
 from urllib.parse import urlencode

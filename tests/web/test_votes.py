@@ -1,4 +1,4 @@
-"""Votes over HTTP: one per account, from its own page, and seen by nobody else."""
+"""Votes over HTTP: one per account and model, and private."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -38,7 +38,7 @@ def service(tiny_llama: Path, accounts: Accounts) -> Iterator[LocalService]:
 
 
 def signed_in(accounts: Accounts, service: LocalService, email: str) -> Visit:
-    """A browser of somebody who is signed in."""
+    """Return a function that requests pages as a signed-in visitor."""
     who = person(accounts, email, nano=0)
     cookie = f"unmask_session={do(accounts, lambda c: people.start_session(c, who.id, now_ms()))}"
 
@@ -81,12 +81,12 @@ def test_a_vote_a_note_and_a_vote_taken_back(accounts: Accounts, service: LocalS
     assert (
         "1 account wants this model. You are one of them" in text_of(page) and "search in books" in page.body.decode()
     )
-    # By its other name it is the same model.
+    # The alias names the same model.
     vote(ben, model=f"{COMING}-embed")
     assert "2 accounts want this model. You are one of them" in text_of(ben(f"/models/{COMING}"))
     assert "2 accounts want it. You said: search in books" in text_of(ada("/wanted"))
     vote(ada, withdraw="1")
-    assert "Nothing at the moment" in text_of(ada("/wanted"))
+    assert "No votes at the moment" in text_of(ada("/wanted"))
     assert "1 account wants this model." in text_of(ada(f"/models/{COMING}"))
 
 
@@ -107,7 +107,7 @@ def test_nobody_sees_anybody_elses_votes(accounts: Accounts, service: LocalServi
             assert "secret" not in reply.body.decode() and "ada@" not in reply.body.decode(), path
     assert "You are one of them" not in text_of(ben(f"/models/{COMING}"))
     assert "private" in ben(f"/models/{COMING}").headers["cache-control"]
-    # Ben's form takes back Ben's vote, of which there is none.
+    # Ben's form can withdraw only Ben's vote, and he has none.
     vote(ben, withdraw="1", account_id="anything")
     with accounts.database.read() as connection:
         assert votes.counts(connection) == {COMING: 1}
@@ -141,7 +141,7 @@ def test_what_cannot_be_wanted_is_said(accounts: Accounts, service: LocalService
 
 def test_a_model_that_is_not_here_is_asked_for(accounts: Accounts, service: LocalService) -> None:
     ada = signed_in(accounts, service, "ada@example.org")
-    assert "Its name on the hub" in text_of(ada("/models"))
+    assert "Name on the Hugging Face hub" in text_of(ada("/models"))
     assert ada("/want", model="org/unheard-of", token=token_of(ada, "/models"), note=POISON[:20]).status == 303
     with accounts.database.read() as connection:
         record = read_record(connection, "org/unheard-of")
@@ -209,11 +209,11 @@ def test_they_are_told_on_their_page(accounts: Accounts, service: LocalService) 
     assert "which you asked for" not in text_of(ada("/account"))
     page = text_of(ada("/wanted"))
     assert COMING in page and "– new" not in page
-    assert "Live by now" not in text_of(ben("/wanted"))
+    assert "Live now" not in text_of(ben("/wanted"))
 
 
 def staged(accounts: Accounts, model: str, source: Path) -> None:
-    """As `unmask onboard --stage` leaves a model."""
+    """Put a model in the state in which `unmask onboard --stage` leaves it."""
     with accounts.database.begin() as connection:
         put_fields(connection, model, {}, source=str(source))
         for status in ("coming soon", "benchmarking", "staged"):
@@ -236,7 +236,7 @@ def test_switching_a_model_on_mails_those_who_wanted_it(
             vote(ada, model=model)
         token = token_of(ben, "/admin/models")
 
-        # The first mail is refused: that is logged and shown, and whose it was is not.
+        # The first mail is refused. That is logged and shown, without the address.
         inbox.refused = 1
         assert ben("/admin/models", model=models[0], status="live", token=token).status == 303
         until(lambda: "waits, and is tried again" in caplog.text)
@@ -244,7 +244,7 @@ def test_switching_a_model_on_mails_those_who_wanted_it(
         until(lambda: "1 mail to those who wanted a model waits" in text_of(ben("/admin/models")))
         assert inbox.letters == []
 
-        # With the next model it goes out, and however long that takes, nobody waits for it.
+        # With the next model it is sent, and however long that takes, no page waits for it.
         inbox.open.clear()
         assert ben("/admin/models", model=models[1], status="live", token=token).status == 303
         until(lambda: service.models.find(models[1]) is not None)
@@ -267,7 +267,7 @@ def test_a_server_that_starts_mails_what_waits(accounts: Accounts, tiny_llama: P
         assert (
             ben("/admin/models", model="org/first", status="live", token=token_of(ben, "/admin/models")).status == 303
         )
-        # A server without a mail server does not speak of mail.
+        # Without a mail server the page does not mention mail.
         assert "to those who wanted a model" not in text_of(ben("/admin/models"))
     with mail_server() as (server, inbox), running(tiny_llama, accounts, website, mail=server, **settings):
         until(lambda: inbox.addresses == ["ada@example.org"])

@@ -99,9 +99,9 @@ def require_form(act: Callable[[Request, Person, Form], Awaitable[Response]], *,
     return handler
 
 
-def redirect(path: str) -> Response:
-    """Send the browser to another page of ours, with GET."""
-    return RedirectResponse(path, 303, HEADERS | {"cache-control": "private, no-store"})
+def redirect(address: str) -> Response:
+    """Send the browser to another page with GET. The response is not cached."""
+    return RedirectResponse(address, 303, HEADERS | {"cache-control": "private, no-store"})
 
 
 def same_site_path(text: str) -> str:

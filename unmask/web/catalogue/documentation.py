@@ -62,8 +62,8 @@ def limit_rows(settings: ServeSettings) -> list[tuple[str, str]]:
     return [
         ("Texts per request", f"{MAX_INPUTS:,}"),
         ("Tokens per request, all texts together", f"{settings.max_request_tokens:,}"),
-        ("Tokens per text", "what the model's page says; longer ones are refused, or cut with truncate"),
+        ("Tokens per text", "see the model's page; longer texts are refused, or cut with truncate"),
         ("Size of a body", f"{settings.body_limit_bytes / 1e6:,.0f} MB, within {settings.receive_timeout_s:g} seconds"),
-        ("Time for an answer", f"{settings.request_timeout_s:g} seconds, unless the request says otherwise"),
-        ("Tokens that may wait per model", f"{settings.queue_tokens:,}; what does not fit is refused at once"),
+        ("Time for an answer", f"{settings.request_timeout_s:g} seconds, unless the request sets its own deadline"),
+        ("Tokens that may wait per model", f"{settings.queue_tokens:,}; further requests are refused at once"),
     ]
