@@ -2,6 +2,7 @@
 
 UnmaskError
 ├── UsageError                 an argument, option or file name is wrong
+│   └── MissingPackages        an optional feature needs packages that are not installed
 ├── CheckpointError            a model's files cannot be used
 │   ├── ModelNotFound
 │   ├── UnsupportedArchitecture
@@ -36,6 +37,9 @@ Each message names the thing, the value seen and what to do. The command line pr
 maps the class to a status in `unmask.api.errors`, and nowhere else.
 """
 
+import re
+from importlib.metadata import PackageNotFoundError, requires
+
 
 class UnmaskError(Exception):
     """Root of the tree. `str(error)` is one sentence meant for a person."""
@@ -43,6 +47,30 @@ class UnmaskError(Exception):
 
 class UsageError(UnmaskError):
     """An argument, an option or a file name is wrong."""
+
+
+class MissingPackages(UsageError):
+    """An optional feature needs packages that are not installed.
+
+    The message names the packages themselves and not `unmask[extra]`, since unmask is on no package index.
+
+    Args:
+        feature: the feature with its verb, such as "limits in Redis need".
+        extra: name of the optional dependencies in pyproject.toml.
+    """
+
+    def __init__(self, feature: str, extra: str) -> None:
+        super().__init__(f"{feature} packages that are not installed: pip install {_requirements(extra)}")
+
+
+def _requirements(extra: str) -> str:
+    """Requirements of one extra as arguments for pip, read from the metadata of the installed package."""
+    try:
+        lines = requires("unmask") or []
+    except PackageNotFoundError:  # imported from a clone that is not installed
+        return f"'.[{extra}]'"
+    marker = re.compile(rf"""^(.+?) *; *extra == ['"]{re.escape(extra)}['"]$""")
+    return " ".join(f"'{match[1]}'" for line in lines if (match := marker.match(line)))
 
 
 class CheckpointError(UnmaskError):

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from unmask.errors import RateLimited, StorageError, UsageError
+from unmask.errors import MissingPackages, RateLimited, StorageError, UsageError
 
 log = logging.getLogger("unmask")
 
@@ -188,7 +188,7 @@ class SharedLimiter:
             from redis.backoff import NoBackoff
             from redis.retry import Retry
         except ImportError as error:
-            raise UsageError("limits in Redis need its client: pip install 'unmask[redis]'") from error
+            raise MissingPackages("limits in Redis need", "redis") from error
         if without not in WITHOUT_REDIS:
             raise UsageError(f"without={without!r}: choose one of {', '.join(WITHOUT_REDIS)}")
         try:

@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from unmask.accounts.keys import Peppers
-from unmask.errors import ProviderUnavailable, SignInRefused, UsageError
+from unmask.errors import MissingPackages, ProviderUnavailable, SignInRefused, UsageError
 from unmask.storage.database import now_ms
 
 log = logging.getLogger("unmask")
@@ -133,7 +133,7 @@ class Provider:
             import authlib.integrations.httpx_client  # noqa: F401
             import joserfc.jwt  # noqa: F401
         except ImportError as error:
-            raise UsageError("signing in by OpenID Connect needs its library: pip install 'unmask[oidc]'") from error
+            raise MissingPackages("signing in by OpenID Connect needs", "oidc") from error
         self.settings = settings
         self.name = settings.name
         self._peppers = peppers

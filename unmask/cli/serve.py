@@ -92,7 +92,7 @@ def serve(
         While that does not answer: each server counts its share of every limit, or requests with limits get a 503.
     oidc_issuer
         An OpenID Connect provider, such as https://login.example.org, whose people may sign in to an account here.
-        Needs pip install 'unmask[oidc]'.
+        Needs the optional dependencies oidc.
     oidc_client_id
         By which it knows this server.
     oidc_client_secret_file

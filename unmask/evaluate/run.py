@@ -21,7 +21,7 @@ import numpy as np
 
 from unmask import __version__
 from unmask.disk import atomic_write
-from unmask.errors import StorageError, UsageError
+from unmask.errors import MissingPackages, StorageError, UsageError
 from unmask.evaluate.cache import VectorCache
 from unmask.evaluate.cost import LoadedModel, load_model, measure_cost, sample_texts
 from unmask.evaluate.models import open_model
@@ -271,7 +271,7 @@ def _require_packages() -> None:
         try:
             metadata.version(package.replace("_", "-"))
         except metadata.PackageNotFoundError as error:
-            raise UsageError("measuring needs more packages: pip install 'unmask[evaluate]'") from error
+            raise MissingPackages("measuring needs", "evaluate") from error
 
 
 def machine() -> str:

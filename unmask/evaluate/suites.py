@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from unmask.errors import UsageError
+from unmask.errors import MissingPackages, UsageError
 from unmask.evaluate.local import LOCAL_TASKS
 from unmask.evaluate.results import Category
 
@@ -138,5 +138,5 @@ def _mteb() -> Any:
     try:
         import mteb
     except ImportError as error:
-        raise UsageError("measuring needs mteb: pip install 'unmask[evaluate]'") from error
+        raise MissingPackages("measuring needs", "evaluate") from error
     return mteb

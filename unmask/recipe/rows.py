@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from unmask.errors import StorageError, UsageError
+from unmask.errors import MissingPackages, StorageError, UsageError
 from unmask.tables import FORMATS, Row, TableError, read_table, table_format
 
 __all__ = ["FORMATS", "BadRows", "Row", "read_rows"]
@@ -92,7 +92,7 @@ def _hub_rows(source: str) -> Iterator[Row]:
         import datasets
         from datasets.exceptions import DatasetsError
     except ImportError as error:
-        raise UsageError(f"{source} is on the hub; install its reader with: pip install 'unmask[train]'") from error
+        raise MissingPackages(f"{source} is on the hub, and its reader needs", "train") from error
     name, config, split = [*source.removeprefix(_HUB).split(":"), "", ""][:3]
     try:
         stream = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)

@@ -14,7 +14,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError, NoSuchModuleError, OperationalError, SQLAlchemyError
 
-from unmask.errors import StorageError, UsageError
+from unmask.errors import MissingPackages, StorageError, UsageError
 from unmask.home import home
 
 # Two processes that start together must not both migrate. Any number does that nobody else takes.
@@ -332,4 +332,4 @@ def _postgres(url: URL) -> Engine:
             connect_args={"prepare_threshold": None, "connect_timeout": _BUSY_SECONDS, "application_name": "unmask"},
         )
     except (ImportError, NoSuchModuleError) as error:
-        raise UsageError("Postgres needs its driver: pip install 'unmask[postgres]'") from error
+        raise MissingPackages("Postgres needs", "postgres") from error

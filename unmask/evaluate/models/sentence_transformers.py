@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from unmask.errors import CheckpointError, UsageError
+from unmask.errors import CheckpointError, MissingPackages
 from unmask.evaluate.models import Options, shown_name
 
 # Everything that can decide a vector; what else lies in such a folder (pictures, read-mes, other formats) cannot.
@@ -58,7 +58,7 @@ def open_folder(options: Options) -> SentenceTransformerModel:
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
-        raise UsageError("a sentence-transformers model needs: pip install 'unmask[evaluate]'") from error
+        raise MissingPackages("a sentence-transformers model needs", "evaluate") from error
     folder = Path(options.target).expanduser()
     if not (folder / "modules.json").is_file():
         raise CheckpointError(f"{folder} is not a sentence-transformers folder: it has no modules.json")

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from unmask.errors import UsageError
+from unmask.errors import MissingPackages, UsageError
 from unmask.evaluate.models import Options
 
 _DEFAULT = "l2_supercat"
@@ -47,7 +47,7 @@ def open_static(options: Options) -> StaticModel:
     try:
         import wordllama
     except ImportError as error:
-        raise UsageError("a wordllama model needs: pip install 'unmask[evaluate]'") from error
+        raise MissingPackages("a wordllama model needs", "evaluate") from error
     dimensions = options.number("dim") or 256
     try:
         if options.target == "default":

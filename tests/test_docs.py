@@ -1,0 +1,82 @@
+"""The pages: links resolve, named files exist, snippets run, and no page prints an install command that fails."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Reports are generated, and the changelog names files as they were called at the time.
+GENERATED = ("docs/evaluation/", "docs/ablation/", "docs/performance/", "tests/")
+
+
+def tracked(*patterns: str) -> list[str]:
+    """Paths of the files that git knows or would take up."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *patterns]
+    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [line for line in lines if (ROOT / line).exists()]
+
+
+PAGES = [ROOT / path for path in tracked("*.md") if not path.startswith(GENERATED)]
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+PATH = re.compile(r"`((?:unmask|tests|docs|recipes|benchmarks|examples)/[\w./-]+)`")
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub and mkdocs make them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_to_files_and_headings(page: Path):
+    for target in LINK.findall(page.read_text(encoding="utf-8")):
+        path, _, anchor = target.partition("#")
+        if "://" in path or path.startswith("mailto:"):
+            continue
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{name(page)} links to {target}"
+        if anchor and file.suffix == ".md":
+            assert anchor in anchors(file), f"{name(page)} links to {target}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=name)
+def test_named_files_exist(page: Path):
+    models = ("unmask/smollm2-135m", "unmask/smollm2-135m-embed")
+    for path in PATH.findall(page.read_text(encoding="utf-8")):
+        if path not in models and not re.search(r"\b[xy]\b", path):
+            assert (ROOT / path).exists(), f"{name(page)} names {path}"
+
+
+def test_the_readme_shows_everything_needed_on_one_screen():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    screen = readme.split("\n## ")[0]
+    assert len(screen.splitlines()) <= 50
+    for part in ("make serve", "make test", "Encoder.load", "curl ", "](docs/performance/", "docs/index.md"):
+        assert part in screen
+
+
+def test_no_text_names_an_install_command_of_the_index():
+    """The package is on no index: `pip install unmask` would fail, or install a stranger's package."""
+    for file in tracked("*.md", "docs", "examples", "unmask"):
+        text = (ROOT / file).read_bytes().decode("utf-8", errors="ignore")
+        assert not re.search(r"pip install ['\"]?unmask(?![\w-]*[/.*])", text), file
+
+
+def test_names_do_not_differ_only_in_case():
+    """Such names collide on macOS and Windows."""
+    lower: dict[str, str] = {}
+    for file in tracked():
+        for parent in [Path(file), *Path(file).parents]:
+            assert lower.setdefault(str(parent).lower(), str(parent)) == str(parent)
+
+
+def test_pictures_stay_small():
+    """The pictures of the docs are at most 3 MB together."""
+    pictures = [file for file in (ROOT / "docs").rglob("*") if file.suffix in (".png", ".webp", ".svg", ".jpg")]
+    assert sum(file.stat().st_size for file in pictures) < 3_000_000
