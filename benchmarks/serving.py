@@ -238,7 +238,7 @@ def start(model: str, rounds: int) -> None:
                 f"listening after {subject.listening_s:.1f} s, first vector after {subject.first_vector_s:.1f} s, "
                 f"processor {subject.processor_s:.1f} s, resident {subject.resident_mb:.0f} MB"
             )
-    weights = Encoder.load(model).parameters * 4 / 1e6
+    weights = Encoder.load(model).num_parameters * 4 / 1e6
     print(f"weights {weights:.0f} MB")
 
 

@@ -67,7 +67,7 @@ def test_not_ready_with_a_wrong_vector(start: Callable[..., LocalService]):
     assert served
 
     async def spoil() -> None:
-        decoder = (await served.engine()).encoder.decoder
+        decoder = (await served.engine()).encoder.trainable_decoder()
         for parameter in decoder.parameters():
             parameter.data = parameter.data.flip(0)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from unmask.encoder.model.architectures import ARCHITECTURES, Rope, shape_of
-from unmask.encoder.model.decoder import Decoder, runs_of
+from unmask.encoder.model.decoder import Decoder, length_groups
 from unmask.encoder.model.transformers_decoder import TransformersDecoder
 from unmask.errors import CheckpointError, UnsupportedArchitecture
 
@@ -227,4 +227,4 @@ def test_wrong_missing_and_left_over_tensors_are_named() -> None:
 
 
 def test_runs_cover_all_tokens_once() -> None:
-    assert runs_of([5, 5, 5, 3, 1, 1]) == [(0, 3, 5), (15, 1, 3), (18, 2, 1)]
+    assert length_groups([5, 5, 5, 3, 1, 1]) == [(0, 3, 5), (15, 1, 3), (18, 2, 1)]

@@ -72,7 +72,7 @@ def test_one_kernel_gives_what_the_runs_give(
 ) -> None:
     encoder = Encoder.load(str(golden_dir / name), dtype="bfloat16", causal=causal)
     with_kernel = encoder.encode(TEXTS)
-    layers = len(encoder.decoder.layers)  # pyright: ignore[reportArgumentType]
+    layers = len(encoder.trainable_decoder().layers)  # pyright: ignore[reportArgumentType]
     assert calls and len(calls) % layers == 0
     monkeypatch.setattr(packed, "on", lambda device: False)
     assert near(with_kernel, encoder.encode(TEXTS))
@@ -81,7 +81,7 @@ def test_one_kernel_gives_what_the_runs_give(
 def test_windows_reach_as_far(golden_dir: Path, monkeypatch: pytest.MonkeyPatch, calls: list[dict]) -> None:
     for causal in (False, True):
         encoder = Encoder.load(str(golden_dir / "tiny_llama"), dtype="bfloat16", causal=causal)
-        for layer in encoder.decoder.layers:  # pyright: ignore[reportGeneralTypeIssues]
+        for layer in encoder.trainable_decoder().layers:  # pyright: ignore[reportGeneralTypeIssues]
             layer.window = 5
         monkeypatch.setattr(packed, "on", lambda device: True)
         narrow = encoder.encode(TEXTS)

@@ -25,9 +25,9 @@ from torch.utils._pytree import tree_map
 from unmask import Encoder
 from unmask.encoder.model import attention as packed
 from unmask.encoder.pooling import POOLINGS, bags_of, pool, pool_bags
-from unmask.encoder.prefetch import ahead
+from unmask.encoder.prefetch import prefetch
 from unmask.encoder.runtime import cuda as gpu
-from unmask.encoder.runtime.cuda import Gpu, Inputs, Size, in_flight, numbers_in, numbers_of
+from unmask.encoder.runtime.cuda import Gpu, Inputs, Size, numbers_in, numbers_of, pipelined_map
 from unmask.errors import EmptyText
 
 WORDS = ["river", "market", "winter", "stone", "the", "a", "of", "and", "letter", "morning"]
@@ -199,11 +199,11 @@ def test_who_asks_for_the_decoder_ends_recording(golden_dir: Path, cuda: list[st
     assert "played" in cuda
     cuda.clear()
     with torch.no_grad():
-        encoder.decoder.get_parameter("norm.weight").mul_(torch.linspace(0.1, 3, encoder.dim))
+        encoder.trainable_decoder().get_parameter("norm.weight").mul_(torch.linspace(0.1, 3, encoder.dim))
     after = encoder.encode(["some words"])
     assert cuda == []
     assert not near(before, after, 0.99)
-    encoder.decoder = Encoder.load(golden_dir / "tiny_llama", dtype="bfloat16").decoder
+    encoder.replace_decoder(Encoder.load(golden_dir / "tiny_llama", dtype="bfloat16").trainable_decoder())
     assert near(before, encoder.encode(["some words"]))
     assert cuda == []
 
@@ -274,9 +274,9 @@ def test_two_packs_are_under_way() -> None:
         both.wait()
         return pack * 2
 
-    assert in_flight(meet, [1, 2, 3, 4]) == [2, 4, 6, 8]
-    assert in_flight(lambda pack: pack, [7]) == [7]
-    assert in_flight(meet, []) == []
+    assert pipelined_map(meet, [1, 2, 3, 4]) == [2, 4, 6, 8]
+    assert pipelined_map(lambda pack: pack, [7]) == [7]
+    assert pipelined_map(meet, []) == []
 
 
 def test_the_next_item_is_made_meanwhile_and_an_error_keeps_its_place() -> None:
@@ -291,7 +291,7 @@ def test_the_next_item_is_made_meanwhile_and_an_error_keeps_its_place() -> None:
 
     found = []
     with pytest.raises(ValueError, match="the third"):
-        for number in ahead(items()):
+        for number in prefetch(items()):
             assert begun[number + 1].wait(10)
             found.append(number)
     assert found == [0, 1]

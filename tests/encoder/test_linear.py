@@ -26,9 +26,9 @@ ROWS = [*range(1, 18), 31, 32, 33, 63, 64, 65, 100, 127, 128, 255, 256, 257, 511
 @pytest.fixture(params=["oneDNN", "OpenBLAS"])
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The product in use."""
-    if request.param == "oneDNN" and not cores.keeps_rows():
+    if request.param == "oneDNN" and not cores.is_batch_invariant():
         pytest.skip("torch has no oneDNN here, or one that does not keep a row's bits")
-    monkeypatch.setattr(cores, "keeps_rows", lambda: request.param == "oneDNN")
+    monkeypatch.setattr(cores, "is_batch_invariant", lambda: request.param == "oneDNN")
     return request.param
 
 
@@ -51,22 +51,22 @@ def test_a_row_has_one_product(library: str, inner: int, outer: int) -> None:
     expected = F.linear(x, linear.weight, linear.bias).detach()
     plain = products_of(linear, x, threads=1)
     torch.testing.assert_close(plain, expected, rtol=1e-4, atol=1e-4)
-    linear.seal()
-    assert (linear.sealed is not None) == (library == "oneDNN")
+    linear.prepack()
+    assert (linear.prepacked is not None) == (library == "oneDNN")
     for rows in ROWS:
         assert torch.equal(products_of(linear, x[:rows], threads=1), plain[:rows])
         assert torch.equal(products_of(linear, x[-rows:], threads=2), plain[-rows:])
 
 
 def test_sealing_gives_up_the_plain_weight_and_unsealing_brings_it_back() -> None:
-    if not cores.keeps_rows():
+    if not cores.is_batch_invariant():
         pytest.skip("no oneDNN")
     module = nn.Sequential(Linear(48, 100), nn.Linear(100, 8))
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    cores.seal(module)
+    cores.prepack(module)
     assert "0.weight" not in dict(module.named_parameters())
-    assert cores.size(module) == sum(value.numel() for value in before.values())
-    cores.unseal(module)
+    assert cores.num_parameters(module) == sum(value.numel() for value in before.values())
+    cores.unpack(module)
     for name, value in module.state_dict().items():
         assert torch.equal(value, before[name])
     module(torch.randn(3, 48)).sum().backward()
@@ -75,11 +75,11 @@ def test_sealing_gives_up_the_plain_weight_and_unsealing_brings_it_back() -> Non
 
 def test_a_weight_changed_behind_our_back_counts(golden_dir: Path) -> None:
     encoder = Encoder.load(golden_dir / "tiny_llama")
-    sealed = encoder.encode("a text")
-    weight = encoder.decoder.get_parameter("layers.0.qkv.weight")
-    np.testing.assert_array_equal(encoder.encode("a text"), sealed)  # the same bits from plain weights
+    prepacked = encoder.encode("a text")
+    weight = encoder.trainable_decoder().get_parameter("layers.0.qkv.weight")
+    np.testing.assert_array_equal(encoder.encode("a text"), prepacked)  # the same bits from plain weights
     weight.data.mul_(1.5)  # leaves no trace in the tensor's version
-    assert np.abs(encoder.encode("a text") - sealed).max() > 1e-4
+    assert np.abs(encoder.encode("a text") - prepacked).max() > 1e-4
 
 
 def test_gradients_flow_and_agree_with_serving(golden_dir: Path) -> None:
@@ -87,7 +87,7 @@ def test_gradients_flow_and_agree_with_serving(golden_dir: Path) -> None:
     ids, lengths = torch.arange(3, 40), [20, 17]
     with torch.inference_mode():
         served = encoder._decoder(ids, lengths)
-    trained = encoder.decoder(ids, lengths)
+    trained = encoder.trainable_decoder()(ids, lengths)
     torch.testing.assert_close(trained, served, rtol=1e-4, atol=1e-4)
     trained.sum().backward()
-    assert all(parameter.grad is not None for parameter in encoder.decoder.parameters())
+    assert all(parameter.grad is not None for parameter in encoder.trainable_decoder().parameters())

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unmask import Encoder
-from unmask.encoder.packing import CORE_TOKENS, deal, pack, pack_budget, packs_at_once, packs_of
-from unmask.encoder.runtime.linear import each_on_a_core
+from unmask.encoder.packing import CORE_TOKENS, balance, pack, pack_budget, packs_of, parallel_packs
+from unmask.encoder.runtime.linear import parallel_map
 
 
 @given(lengths=st.lists(st.integers(1, 600), max_size=80), budget=st.integers(1, 1000))
@@ -26,7 +26,7 @@ def test_every_sequence_is_in_one_pack(lengths: list[int], budget: int) -> None:
 
 @given(tokens=st.integers(0, 1_000_000))
 def test_a_budget_shares_the_work(tokens: int) -> None:
-    at_once, budget = packs_at_once(tokens, "cpu"), pack_budget(tokens, "cpu")
+    at_once, budget = parallel_packs(tokens, "cpu"), pack_budget(tokens, "cpu")
     assert 1 <= budget <= CORE_TOKENS
     assert -(-tokens // budget) % at_once == 0 or tokens < 2 * at_once * CORE_TOKENS
     assert at_once == 1 or budget >= 64
@@ -49,7 +49,7 @@ def test_packs_of_a_call_are_even(lengths: list[int], count: int) -> None:
 
 @given(lengths=st.lists(st.integers(1, 512), max_size=60), count=st.integers(1, 8))
 def test_dealt_packs_are_even(lengths: list[int], count: int) -> None:
-    packs = deal(lengths, count)
+    packs = balance(lengths, count)
     assert len(packs) == min(count, len(lengths)) and all(packs)
     assert sorted(index for members in packs for index in members) == list(range(len(lengths)))
     sizes = [sum(lengths[i] for i in members) for members in packs]
@@ -59,7 +59,7 @@ def test_dealt_packs_are_even(lengths: list[int], count: int) -> None:
 
 def test_few_tokens_stay_together_and_a_gpu_gets_large_packs() -> None:
     assert packs_of([10, 20, 30], "cpu") == [[2, 1, 0]]
-    assert packs_at_once(16_384, "cuda") == 1 and packs_at_once(16_385, "cuda") == 2
+    assert parallel_packs(16_384, "cuda") == 1 and parallel_packs(16_385, "cuda") == 2
     assert [len(members) for members in packs_of([512] * 64, "cuda")] == [32, 32]
 
 
@@ -73,9 +73,9 @@ def test_threads_are_as_before_even_after_an_error() -> None:
             raise ValueError("a fault in one pack")
         return item * 2
 
-    assert each_on_a_core(work, [1, 2]) == [2, 4]
+    assert parallel_map(work, [1, 2]) == [2, 4]
     with pytest.raises(ValueError, match="fault"):
-        each_on_a_core(work, [1, 2, 3, 4])
+        parallel_map(work, [1, 2, 3, 4])
     assert torch.get_num_threads() == before
     assert before == 1 or set(seen) == {1}
 

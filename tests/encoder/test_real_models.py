@@ -26,10 +26,11 @@ def transformers_twin(encoder: Encoder) -> torch.nn.Module:
     config = AutoConfig.for_model(values.pop("model_type"), **values, is_causal=False)
     with torch.device("meta"):
         model = AutoModel.from_config(config, attn_implementation="eager")
-    assert isinstance(encoder.decoder, Decoder)
-    ours = dict(encoder.decoder.named_parameters())
+    decoder = encoder.trainable_decoder()
+    assert isinstance(decoder, Decoder)
+    ours = dict(decoder.named_parameters())
     state = {}
-    for name, hub_names in encoder.decoder.sources().items():
+    for name, hub_names in decoder.sources().items():
         rows = [encoder.checkpoint.tensors.shape(hub_name)[0] for hub_name in hub_names]
         state.update(zip(hub_names, ours[name].detach().split(rows), strict=True))
     model.load_state_dict(state, strict=True, assign=True)
@@ -54,7 +55,9 @@ def test_loads_encodes_and_matches_transformers(real_model, name: str) -> None:
     twin = transformers_twin(encoder)
     prompts = encoder.prompts.build(TEXTS)
     lengths = [len(prompt.ids) for prompt in prompts]
-    together = encoder.decoder(torch.from_numpy(np.concatenate([prompt.ids for prompt in prompts])), lengths)
+    together = encoder.trainable_decoder()(
+        torch.from_numpy(np.concatenate([prompt.ids for prompt in prompts])), lengths
+    )
     ids = [torch.from_numpy(prompt.ids)[None] for prompt in prompts]
     theirs = [twin(input_ids=one, use_cache=False).last_hidden_state[0] for one in ids]
     assert distance(together, torch.cat(theirs)) <= 1e-4

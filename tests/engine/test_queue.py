@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unmask.encoder import Prompt
-from unmask.encoder.packing import deal
+from unmask.encoder.packing import balance
 from unmask.engine.queue import FairQueue, QueuedRequest
 
 
@@ -188,7 +188,7 @@ def test_cores_that_work_side_by_side_keep_the_deadlines(seed: int) -> None:
         running = sum(sequence.length for sequence in chosen)
         tokens += running
         ends = now if chosen else due
-        for members in deal([sequence.length for sequence in chosen], 2):
+        for members in balance([sequence.length for sequence in chosen], 2):
             pack = [chosen[i] for i in members]
             over = now + 2 * sum(sequence.length for sequence in pack) / rate
             ends = max(ends, over)

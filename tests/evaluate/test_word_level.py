@@ -63,7 +63,7 @@ def test_cached_states_serve_all_tasks_of_a_corpus(
     first = run_word_task("CoNLL2003POS", tiny, corpora, tmp_path, revision="tiny", progress=settled.append)
     assert sum(settled) == sum(ROWS.values())
     monkeypatch.setattr(type(tiny), "device", torch.device("cpu"))
-    monkeypatch.setattr(tiny, "decoder", Refusing())
+    monkeypatch.setattr(tiny, "_decoder", Refusing())
     again = run_word_task("CoNLL2003POS", tiny, corpora, tmp_path, revision="tiny")
     np.testing.assert_array_equal(again.values, first.values)
     assert again.details == first.details

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from unmask import Encoder
 from unmask.checkpoint.tokenizer import TextTokenizer
-from unmask.encoder.runtime.linear import each_on_a_core
+from unmask.encoder.runtime.linear import parallel_map
 from unmask.errors import StorageError, UsageError
 from unmask.evaluate import word_states as module
 from unmask.evaluate.word_states import WordTokens, tokenize_words, word_states
@@ -109,7 +109,7 @@ word = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=1
 @torch.inference_mode()
 def hidden_states(encoder: Encoder, sentence: WordTokens) -> np.ndarray:
     """Of one sentence alone, [length, W]."""
-    return encoder.decoder(torch.from_numpy(sentence.ids), [len(sentence.ids)]).numpy()
+    return encoder.trainable_decoder()(torch.from_numpy(sentence.ids), [len(sentence.ids)]).numpy()
 
 
 @given(sentences=st.lists(st.lists(word, min_size=1, max_size=8), min_size=1, max_size=6))
@@ -120,7 +120,7 @@ def test_states_are_means_over_the_words_own_tokens(encoder: Encoder, sentences:
         states = word_states(encoder, tokens, Path(folder), "tiny")
         same, following = (np.array(states[kind], dtype=np.float32) for kind in ("same_token", "next_token"))
     row = 0
-    for sentence, hidden in zip(tokens, each_on_a_core(lambda s: hidden_states(encoder, s), tokens), strict=True):
+    for sentence, hidden in zip(tokens, parallel_map(lambda s: hidden_states(encoder, s), tokens), strict=True):
         for start, count in zip(sentence.starts, sentence.counts, strict=True):
             own = hidden[start : start + count].mean(0)
             before = hidden[start - 1 : start + count - 1].mean(0)
@@ -145,15 +145,17 @@ class Counting(torch.nn.Module):
 
 
 @pytest.fixture
-def counting(encoder: Encoder, monkeypatch: pytest.MonkeyPatch):
+def counting(encoder: Encoder):
     """`counting(dies_at)` puts a fresh counting decoder into the encoder and returns it."""
-    inner = encoder.decoder
+    inner = encoder.trainable_decoder()
 
     def put(dies_at: int | None = None) -> Counting:
-        monkeypatch.setattr(encoder, "decoder", Counting(inner, dies_at))
-        return encoder.decoder  # pyright: ignore[reportReturnType]
+        decoder = Counting(inner, dies_at)
+        encoder.replace_decoder(decoder)
+        return decoder
 
-    return put
+    yield put
+    encoder.replace_decoder(inner)
 
 
 def test_states_are_computed_once(encoder: Encoder, counting, tmp_path: Path) -> None:
@@ -203,15 +205,18 @@ def test_damaged_files_are_computed_again(encoder: Encoder, tmp_path: Path, dama
 
 
 def test_states_beyond_float16_are_held(encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    inner = encoder.decoder
+    inner = encoder.trainable_decoder()
 
     class Loud(torch.nn.Module):
         def forward(self, ids: torch.Tensor, lengths: list[int]) -> torch.Tensor:
             return inner(ids, lengths) * 1e9
 
     monkeypatch.setattr(type(encoder), "device", torch.device("cpu"))
-    monkeypatch.setattr(encoder, "decoder", Loud())
-    states = word_states(encoder, tokenized(encoder, SENTENCES), tmp_path, "r")["same_token"]
+    encoder.replace_decoder(Loud())
+    try:
+        states = word_states(encoder, tokenized(encoder, SENTENCES), tmp_path, "r")["same_token"]
+    finally:
+        encoder.replace_decoder(inner)
     assert np.isfinite(states).all()
     assert np.abs(states).max() == np.finfo(np.float16).max
 

@@ -28,7 +28,7 @@ def assert_transformers_reads_it(folder: Path, encoder: Encoder) -> None:
     ids = torch.tensor(theirs(TEXTS[2]).input_ids)
     model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
-        wanted = encoder.decoder(ids, [len(ids)])
+        wanted = encoder.trainable_decoder()(ids, [len(ids)])
         got = model(input_ids=ids[None]).last_hidden_state[0]
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 

@@ -92,10 +92,10 @@ def write_decoder(folder: Path, head: bool = False, **config: Any) -> Path:
     parameters = dict(decoder.named_parameters())
     for name, hub in decoder.sources().items():
         tensor = torch.randn(parameters[name].shape, generator=generator) * 0.15 + (1.0 if "norm" in name else 0.0)
-        sizes = {3: [query, value, value], 2: [shape.inner] * 2}.get(len(hub), [len(tensor)])
+        sizes = {3: [query, value, value], 2: [shape.intermediate_size] * 2}.get(len(hub), [len(tensor)])
         tensors.update((part, rows.contiguous()) for part, rows in zip(hub, tensor.split(sizes), strict=True))
     if head:
-        tensors["lm_head.weight"] = torch.randn(shape.vocabulary, shape.width, generator=generator) * 0.15
+        tensors["lm_head.weight"] = torch.randn(shape.vocabulary, shape.hidden_size, generator=generator) * 0.15
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 

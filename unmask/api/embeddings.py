@@ -27,7 +27,7 @@ from unmask.api.metrics import Metrics
 from unmask.api.schema import EmbeddingRequest, TokenEncoding, read_input, read_request
 from unmask.api.settings import ServeSettings
 from unmask.catalogue import Record
-from unmask.encoder.encoder import finish
+from unmask.encoder.encoder import postprocess
 from unmask.router import ModelRegistry, ServedModel
 
 MAX_WAIT_S = 60  # for a cold model, by `Prefer: wait`
@@ -212,7 +212,9 @@ def _names(fields: Sequence[str]) -> str:
 def _write(vectors: np.ndarray, parsed: EmbeddingRequest, model: str, num_tokens: int, cost: int | None) -> bytes:
     """Write the answer's JSON row by row: each row is one call into C, and other threads run between two rows."""
     normalize = parsed.normalize is not False
-    rows = np.ascontiguousarray(finish(vectors, normalize=normalize, dimensions=parsed.dimensions or None), dtype="<f4")
+    rows = np.ascontiguousarray(
+        postprocess(vectors, normalize=normalize, dimensions=parsed.dimensions or None), dtype="<f4"
+    )
     write = _base64_row if parsed.encoding_format == "base64" else _float_row
     data = b",".join(
         [b'{"object":"embedding","index":%d,"embedding":%b}' % (index, write(row)) for index, row in enumerate(rows)]

@@ -31,8 +31,8 @@ from unmask.bulk.files import (
     write_out,
 )
 from unmask.bulk.spool import Spool, Tally
-from unmask.encoder.encoder import Encoder, finish
-from unmask.encoder.prefetch import ahead
+from unmask.encoder.encoder import Encoder, postprocess
+from unmask.encoder.prefetch import prefetch
 from unmask.encoder.prompts import Prompt
 from unmask.errors import CheckpointError, EmptyText, InputError, TextTooLong, UsageError
 
@@ -128,7 +128,7 @@ def run(
         texts = stack.enter_context(open_texts(job.input, source, job.column))
         spool = _open_spool(job, target, stack)
         encoder = load_encoder()
-        finish(np.empty((0, encoder.dim), np.float32), normalize=job.normalize, dimensions=job.dimensions)
+        postprocess(np.empty((0, encoder.dim), np.float32), normalize=job.normalize, dimensions=job.dimensions)
         done, digest = Tally(), hashlib.sha256()
         if spool is not None:
             done = spool.resume(_options(job, encoder, target), job.dimensions or encoder.dim)
@@ -142,7 +142,7 @@ def run(
         made = _tokenised(encoder, job, chunks(texts, CHUNK_ROWS, CHUNK_CHARACTERS, longest), done.rows)
         # A GPU need not wait for the next chunk. On a CPU tokenising takes a core, and a pipe may have none yet.
         at_hand = encoder.device.type != "cpu" and Path(job.input).is_file()
-        for chunk, full, prompts in ahead(made) if at_hand else made:
+        for chunk, full, prompts in prefetch(made) if at_hand else made:
             vectors = _vectors(encoder, job, prompts, done.rows)
             before, done = done, done.plus(prompts)
             for text in chunk:
@@ -267,7 +267,7 @@ def _vectors(encoder: Encoder, job: EncodeJob, prompts: list[Prompt | None], fir
             f"{encoder.name} gives row {index + 1:,} of {label_of(job.input)} a vector with NaN or infinity; "
             "load the model in float32, or check its weights"
         )
-    vectors = finish(raw, normalize=job.normalize, dimensions=job.dimensions)
+    vectors = postprocess(raw, normalize=job.normalize, dimensions=job.dimensions)
     padded = np.full((len(prompts), vectors.shape[1]), np.nan, dtype=np.float32)
     padded[kept] = vectors
     return padded

@@ -17,12 +17,12 @@ from unmask.encoder.model.decoder import Decoder
 from unmask.encoder.model.transformers_decoder import TransformersDecoder
 from unmask.encoder.packing import packs_of
 from unmask.encoder.pooling import POOLINGS, pool
-from unmask.encoder.prefetch import ahead
+from unmask.encoder.prefetch import prefetch
 from unmask.encoder.prompts import DefaultPrompts, Prompt
 from unmask.encoder.reference_prompts import ReferencePrompts
-from unmask.encoder.runtime.cuda import Gpu, in_flight
+from unmask.encoder.runtime.cuda import Gpu, pipelined_map
 from unmask.encoder.runtime.int8 import METHOD, quantise
-from unmask.encoder.runtime.linear import each_on_a_core, seal, size, unseal
+from unmask.encoder.runtime.linear import num_parameters, parallel_map, prepack, unpack
 from unmask.encoder.templates import template_for
 from unmask.errors import CheckpointError, InputError, UsageError
 
@@ -66,7 +66,7 @@ class Encoder:
         self.name = checkpoint.name
         self.checkpoint = checkpoint
         self._decoder = decoder
-        self._asking = threading.Lock()
+        self._decoder_lock = threading.Lock()
         self.prompts = prompts
         self.pooling = pooling
         self.max_length = max_length
@@ -75,23 +75,21 @@ class Encoder:
         self.dim = dim
         self._gpu = Gpu(decoder, pooling) if self.device.type == "cuda" else None
 
-    @property
-    def decoder(self) -> nn.Module:
-        """The bidirectional transformer, an `nn.Module` that can be trained; may be replaced.
+    def trainable_decoder(self) -> nn.Module:
+        """Return the bidirectional transformer with ordinary parameters, which can be read, changed and trained.
 
-        While nobody has asked for it, its weights are kept only in the order in which the products read them. Asking
-        makes them plain parameters, for good: they may be changed, and encoding then takes 3 to 6 % longer. On a GPU
-        few texts then take longer as well, as nothing is recorded any more.
+        After loading, weights are stored prepacked for oneDNN. This converts them permanently: encoding on a CPU then
+        takes 3 to 6 % longer. On a GPU no CUDA graph is used any more, so few texts take longer.
         """
-        with self._asking:
-            unseal(self._decoder)
+        with self._decoder_lock:
+            unpack(self._decoder)
             if self._gpu is not None:
                 self._gpu.forget()
         return self._decoder
 
-    @decoder.setter
-    def decoder(self, decoder: nn.Module) -> None:
-        with self._asking:
+    def replace_decoder(self, decoder: nn.Module) -> None:
+        """Encode with another decoder from now on: `decoder(ids [T], lengths)` gives hidden states [T, W]."""
+        with self._decoder_lock:
             self._decoder = decoder
             if self._gpu is not None:
                 self._gpu = Gpu(decoder, self.pooling)
@@ -108,9 +106,14 @@ class Encoder:
         return next(self._decoder.parameters()).dtype
 
     @property
+    def num_parameters(self) -> int:
+        """Number of the decoder's weights, prepacked and 8-bit ones included."""
+        return num_parameters(self._decoder)
+
+    @property
     def parameters(self) -> int:
-        """How many numbers the decoder was trained to."""
-        return size(self._decoder)
+        """Old name of `num_parameters`, kept for one release."""
+        return self.num_parameters
 
     @classmethod
     def load(
@@ -174,7 +177,7 @@ class Encoder:
         decoder, dim = _build(checkpoint, compat, _DTYPES[dtype], device, causal)
         if dtype == "int8":
             quantise(decoder)
-        seal(decoder)
+        prepack(decoder)
         _return_memory()
         return cls(
             checkpoint,
@@ -223,22 +226,22 @@ class Encoder:
                 for first in range(0, len(texts), _BLOCK_TEXTS)
             )
             nothing = np.empty((0, self.dim), dtype=np.float32)
-            vectors = np.concatenate([nothing, *map(self.encode_prompts, ahead(blocks))])
-        return finish(vectors, normalize=normalize, dimensions=dimensions)
+            vectors = np.concatenate([nothing, *map(self.encode_prompts, prefetch(blocks))])
+        return postprocess(vectors, normalize=normalize, dimensions=dimensions)
 
     def encode_prompts(self, prompts: Sequence[Prompt]) -> np.ndarray:
         """Raw vectors of prepared prompts, float32 [n, dim], in their order."""
         lengths = [len(prompt.ids) for prompt in prompts]
         packs = packs_of(lengths, self.device)
         vectors = np.empty((len(prompts), self.dim), dtype=np.float32)
-        results = self.each_pack(lambda members: self.forward_pack([prompts[i] for i in members]), packs)
+        results = self.map_packs(lambda members: self.forward_pack([prompts[i] for i in members]), packs)
         for members, result in zip(packs, results, strict=True):
             vectors[members] = result
         return vectors
 
-    def each_pack(self, function: Callable[[_Pack], _Result], packs: Sequence[_Pack]) -> list[_Result]:
+    def map_packs(self, function: Callable[[_Pack], _Result], packs: Sequence[_Pack]) -> list[_Result]:
         """`function` of every pack, in order, as many of them at once as suits the device."""
-        return each_on_a_core(function, packs) if self._gpu is None else in_flight(function, packs)
+        return parallel_map(function, packs) if self._gpu is None else pipelined_map(function, packs)
 
     @torch.inference_mode()
     def forward_pack(self, prompts: Sequence[Prompt]) -> np.ndarray:
@@ -264,7 +267,7 @@ class Encoder:
         return np.array(self.prompts.lengths(texts, instruction), dtype=np.int64)
 
 
-def finish(vectors: np.ndarray, *, normalize: bool, dimensions: int | None) -> np.ndarray:
+def postprocess(vectors: np.ndarray, *, normalize: bool, dimensions: int | None) -> np.ndarray:
     """Cut and scale raw vectors [n, dim] as a caller asked.
 
     Raises:
@@ -291,7 +294,7 @@ def _build(
         if shape is None:
             decoder = TransformersDecoder.load(config, checkpoint.tensors, dtype, device, causal)
             return decoder, int(config["hidden_size"])
-        return Decoder.load(shape, checkpoint.tensors, dtype, device, causal), shape.width
+        return Decoder.load(shape, checkpoint.tensors, dtype, device, causal), shape.hidden_size
     except CheckpointError as error:
         raise type(error)(f"{checkpoint.name}: {error}") from error
 

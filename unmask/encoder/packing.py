@@ -43,11 +43,11 @@ def packs_of(lengths: Sequence[int], device: torch.device | str) -> list[list[in
     if torch.device(device).type != "cpu":
         return pack(lengths, ACCELERATOR_TOKENS)
     tokens = sum(lengths)
-    at_once = packs_at_once(tokens, device)
+    at_once = parallel_packs(tokens, device)
     packs = pack(lengths, _least_budget(lengths, _rounds(tokens, at_once) * at_once)) if lengths else []
     packs.sort(key=lambda members: -sum(lengths[i] for i in members))
     last = [i for members in packs[-at_once:] for i in members]
-    return packs[:-at_once] + [[last[i] for i in dealt] for dealt in deal([lengths[i] for i in last], at_once)]
+    return packs[:-at_once] + [[last[i] for i in dealt] for dealt in balance([lengths[i] for i in last], at_once)]
 
 
 def _least_budget(lengths: Sequence[int], count: int) -> int:
@@ -63,12 +63,12 @@ def _least_budget(lengths: Sequence[int], count: int) -> int:
     return low
 
 
-def deal(lengths: Sequence[int], count: int) -> list[list[int]]:
+def balance(lengths: Sequence[int], count: int) -> list[list[int]]:
     """Sequences in at most `count` packs that end at about the same time, each longest first.
 
     Each goes to the pack with the fewest tokens so far (Graham 1969: at most a third longer than the best way).
 
-    >>> deal([3, 9, 3, 2], 2)
+    >>> balance([3, 9, 3, 2], 2)
     [[1], [0, 2, 3]]
     """
     packs: list[list[int]] = [[] for _ in range(min(count, len(lengths)))]
@@ -84,7 +84,7 @@ def _longest_first(lengths: Sequence[int]) -> list[int]:
     return sorted(range(len(lengths)), key=lambda i: -lengths[i])
 
 
-def packs_at_once(tokens: int, device: torch.device | str) -> int:
+def parallel_packs(tokens: int, device: torch.device | str) -> int:
     """Into how many packs so many tokens are dealt that are computed together.
 
     On a CPU one for each core. On an accelerator one, or two of the largest: one goes there and comes back while the
@@ -102,7 +102,7 @@ def pack_budget(tokens: int, device: torch.device | str) -> int:
     """
     if torch.device(device).type != "cpu":
         return ACCELERATOR_TOKENS
-    at_once = packs_at_once(tokens, device)
+    at_once = parallel_packs(tokens, device)
     return max(1, -(-tokens // (_rounds(tokens, at_once) * at_once)))
 
 

@@ -7,7 +7,7 @@ from typing import TypeVar
 _Item = TypeVar("_Item")
 
 
-def ahead(items: Iterator[_Item]) -> Iterator[_Item]:
+def prefetch(items: Iterator[_Item]) -> Iterator[_Item]:
     """The same items; each is made in a thread of its own while the one before is used.
 
     What making an item raises comes in its place, after the items before it.

@@ -68,7 +68,7 @@ class DefaultPrompts:
         self._tokenizer = tokenizer.text
         self._highest_id = tokenizer.highest_id
         self._max_length = max_length
-        self._skip_instruction = skip_instruction
+        self.skip_instruction = skip_instruction
         self._templated = bool(template.prefix or template.suffix)
         head, self._plain_head = self._split_specials(template.prefix, plain_last=True)
         tail, self._plain_tail = self._split_specials(template.suffix, plain_last=False)
@@ -180,7 +180,7 @@ class DefaultPrompts:
                 )
             ids = ids[: start + room] + ids[stop:]
         whole = self._head + ids + self._tail
-        first = len(self._head) + start if self._skip_instruction else len(self._bos)
+        first = len(self._head) + start if self.skip_instruction else len(self._bos)
         return Prompt(np.array(whole, dtype=np.int64), (first, len(whole)), full)
 
 

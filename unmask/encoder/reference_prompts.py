@@ -45,7 +45,7 @@ class ReferencePrompts:
         self._template = template
         self._max_length = max_length
         self._doc_max_length = doc_max_length
-        self._skip_instruction = skip_instruction
+        self.skip_instruction = skip_instruction
         appended = template.eos or _EOS_TEXT.get(model_type)
         self._eos_text = appended if close_with_eos and not template.closes else None
 
@@ -86,7 +86,7 @@ class ReferencePrompts:
                 f"{self._max_length} in all). Shorten it, or ask for truncation.",
                 index,
             )
-        start = len(ids) - pooled if self._skip_instruction else 0
+        start = len(ids) - pooled if self.skip_instruction else 0
         return Prompt(np.array(ids, dtype=np.int64), (start, len(ids)), full)
 
     def _ids(self, text: str) -> list[int]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from unmask.encoder import Encoder, Prompt
-from unmask.encoder.packing import deal, pack_budget, packs_at_once
+from unmask.encoder.packing import balance, pack_budget, parallel_packs
 from unmask.encoder.prompts import DefaultPrompts
 from unmask.engine.queue import FairQueue, QueuedPrompt, QueuedRequest
 from unmask.engine.recent_vectors import RecentVectors, cache_key
@@ -249,7 +249,7 @@ class Engine:
                 request.done(DeadlineExceeded("the deadline passed before the vectors were ready"))
             if packs:
                 with _COMPUTE_LOCK:
-                    self.encoder.each_pack(self._run_pack, packs)
+                    self.encoder.map_packs(self._run_pack, packs)
                 # Measured from the end of the last forward: the gap between two forwards delays callers as well.
                 start, last_end = last_end, time.perf_counter()
                 self._measure(self._in_flight, last_end - start)
@@ -262,10 +262,10 @@ class Engine:
         A forward ends with its longest pack, and admission counts on the speed of all cores.
         """
         waiting, device = self._queue.tokens, self.encoder.device
-        count = packs_at_once(waiting, device)
+        count = parallel_packs(waiting, device)
         budget = min(self._pack_tokens, pack_budget(waiting, device))
         prompts = self._queue.take(count * budget, now, rate=self._safe_rate())
-        return [[prompts[i] for i in rows] for rows in deal([prompt.length for prompt in prompts], count)]
+        return [[prompts[i] for i in rows] for rows in balance([prompt.length for prompt in prompts], count)]
 
     def _run_pack(self, pack: list[QueuedPrompt]) -> None:
         """Run one forward and deliver its vectors. Never raises: the thread must live on for other requests."""

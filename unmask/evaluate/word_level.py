@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from unmask.encoder import Encoder
-from unmask.encoder.runtime.linear import each_on_a_core
+from unmask.encoder.runtime.linear import parallel_map
 from unmask.errors import UsageError
 from unmask.evaluate.linear_probe import fit_probe
 from unmask.evaluate.word_states import STATES, States, WordTokens, tokenize_words, word_states
@@ -108,7 +108,7 @@ def run_word_task(
     right: dict[States, np.ndarray] = {}
     kinds: tuple[States, ...] = STATES if states is None else (states,)
     answers = train.labels[train.kept]
-    probes = each_on_a_core(lambda kind: fit_probe(train.states[kind], answers, len(chosen.labels)), kinds)
+    probes = parallel_map(lambda kind: fit_probe(train.states[kind], answers, len(chosen.labels)), kinds)
     for kind, tell in zip(kinds, probes, strict=True):
         details[f"{kind}_dev"] = _accuracy(dev.right(kind, tell))
         right[kind] = test.right(kind, tell)

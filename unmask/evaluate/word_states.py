@@ -178,7 +178,7 @@ def _extract(encoder: Encoder, sentences: Sequence[WordTokens]) -> dict[States, 
     packs = packs_of(lengths, encoder.device)
     ends = np.cumsum([len(sentence.kept) for sentence in sentences])
     states: dict[States, np.ndarray] = {kind: np.empty((ends[-1], encoder.dim), dtype=np.float32) for kind in STATES}
-    results = encoder.each_pack(lambda members: _forward(encoder, [sentences[i] for i in members]), packs)
+    results = encoder.map_packs(lambda members: _forward(encoder, [sentences[i] for i in members]), packs)
     for members, result in zip(packs, results, strict=True):
         start = 0
         for i in members:

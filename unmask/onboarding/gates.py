@@ -231,7 +231,7 @@ def loading(bench: Bench, tell: Tell) -> Found:
     if not np.isfinite(encoder.encode(CANARY_TEXT)).all():
         raise GateFailed("the model gives a vector with numbers that are not finite: its weights are damaged")
     said = {
-        "parameters": encoder.parameters,
+        "parameters": encoder.num_parameters,
         "dimensions": encoder.dim,
         "max_tokens": encoder.max_length,
         "pooling": encoder.pooling,

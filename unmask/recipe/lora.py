@@ -155,9 +155,9 @@ def parts_of(shape: Shape, index: int, targets: list[str]) -> dict[str, list[tup
     query, value = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     sizes = {
         "qkv": {"self_attn.q_proj": query, "self_attn.k_proj": value, "self_attn.v_proj": value},
-        "out": {"self_attn.o_proj": shape.width},
-        "gate_up": {"mlp.gate_proj": shape.inner, "mlp.up_proj": shape.inner},
-        "down": {"mlp.down_proj": shape.width},
+        "out": {"self_attn.o_proj": shape.hidden_size},
+        "gate_up": {"mlp.gate_proj": shape.intermediate_size, "mlp.up_proj": shape.intermediate_size},
+        "down": {"mlp.down_proj": shape.hidden_size},
     }
     found: dict[str, list[tuple[str, int, int]]] = {}
     for field, modules in sizes.items():

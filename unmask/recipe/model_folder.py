@@ -99,7 +99,7 @@ def write_model(folder: Path, encoder: Encoder, parameters: Mapping[str, Tensor]
         UsageError: the folder exists already.
         StorageError: it cannot be written; nothing is left of it then.
     """
-    decoder, checkpoint = encoder.decoder, encoder.checkpoint
+    decoder, checkpoint = encoder.trainable_decoder(), encoder.checkpoint
     if isinstance(decoder, Decoder):
         tensors = hub_tensors(parameters or dict(decoder.named_parameters()), decoder.sources(), checkpoint.tensors)
         causal = decoder.layers[0].causal
@@ -113,7 +113,7 @@ def write_model(folder: Path, encoder: Encoder, parameters: Mapping[str, Tensor]
         pooling=encoder.pooling,
         max_length=encoder.max_length,
         doc_max_length=int(checkpoint.encoder_config.get("doc_max_length") or 400),
-        skip_instruction=encoder.prompts._skip_instruction,
+        skip_instruction=encoder.prompts.skip_instruction,
         causal=bool(causal),
     )
     dtype = next(decoder.parameters()).dtype

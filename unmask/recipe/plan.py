@@ -114,28 +114,30 @@ def _tokens(example: Example, recipe: Recipe, source: Source, tokenizer: Tokeniz
 def _trained(shape: Shape, recipe: Recipe) -> int:
     query, value = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     ends = {
-        "q_proj": (shape.width, query),
-        "k_proj": (shape.width, value),
-        "v_proj": (shape.width, value),
-        "o_proj": (query, shape.width),
-        "gate_proj": (shape.width, shape.inner),
-        "up_proj": (shape.width, shape.inner),
-        "down_proj": (shape.inner, shape.width),
+        "q_proj": (shape.hidden_size, query),
+        "k_proj": (shape.hidden_size, value),
+        "v_proj": (shape.hidden_size, value),
+        "o_proj": (query, shape.hidden_size),
+        "gate_proj": (shape.hidden_size, shape.intermediate_size),
+        "up_proj": (shape.hidden_size, shape.intermediate_size),
+        "down_proj": (shape.intermediate_size, shape.hidden_size),
     }
     if recipe.lora is not None:
         return shape.layers * recipe.lora.rank * sum(sum(ends[target]) for target in recipe.lora.targets)
-    return shape.layers * sum(a * b for a, b in ends.values()) + shape.vocabulary * shape.width
+    return shape.layers * sum(a * b for a, b in ends.values()) + shape.vocabulary * shape.hidden_size
 
 
 def _memory(shape: Shape, recipe: Recipe, dtype: torch.dtype, per_step: float, trained: int) -> int:
-    weights = int(shape.flops_per_token / 2) + shape.vocabulary * shape.width
+    weights = int(shape.flops_per_token / 2) + shape.vocabulary * shape.hidden_size
     # With adapters: W0 in float32 and the sum in the forward's precision. Adam: weight, gradient, two moments.
     held = weights * (4 + dtype.itemsize if recipe.lora is not None else 4) + trained * 16
     # Kept for the backward of one layer, per token: the inputs of its products, norms in float32, heads twice, the MLP.
     heads = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
-    layer = dtype.itemsize * (4 * shape.width + 2 * heads + 4 * shape.inner) + 4 * 2 * shape.width
+    layer = (
+        dtype.itemsize * (4 * shape.hidden_size + 2 * heads + 4 * shape.intermediate_size) + 4 * 2 * shape.hidden_size
+    )
     if recipe.gradient_checkpointing:
-        layer = dtype.itemsize * shape.width
+        layer = dtype.itemsize * shape.hidden_size
     return int(held + min(per_step, recipe.batch.forward_tokens) * layer * shape.layers)
 
 

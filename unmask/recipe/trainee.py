@@ -45,7 +45,7 @@ class Trainee:
             device=str(device),
             causal=recipe.causal,
         )
-        decoder = self.encoder.decoder
+        decoder = self.encoder.trainable_decoder()
         if not isinstance(decoder, Decoder):
             kind = self.encoder.checkpoint.config.get("model_type")
             raise UnsupportedArchitecture(

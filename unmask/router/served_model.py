@@ -179,7 +179,7 @@ class ServedModel:
         fields = {
             "architecture": record.architecture or str(config.get("model_type")),
             "base": record.base or (trained_as if "/" in trained_as else None),
-            "parameters": encoder.parameters,
+            "parameters": encoder.num_parameters,
             "dimensions": encoder.dim,
             "max_tokens": encoder.max_length,
             "pooling": encoder.pooling,

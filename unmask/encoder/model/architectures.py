@@ -25,7 +25,7 @@ class Architecture:
     Attributes:
         source: where the defining code lives.
         norm_offset: RMSNorm multiplies by (norm_offset + weight); Gemma stores its weights around zero.
-        embedding_scaled: token embeddings are multiplied by sqrt(width).
+        embedding_scaled: token embeddings are multiplied by sqrt(hidden_size).
         qkv_bias: biases on query, key and value: always, never, or as `attention_bias` in the config says (None).
         out_bias: a bias on the attention output, read from `attention_bias`.
         qk_norm: an RMSNorm over each query and key head.
@@ -169,11 +169,11 @@ class Shape:
     """
 
     vocabulary: int
-    width: int
+    hidden_size: int
     heads: int
     kv_heads: int
     head_dim: int
-    inner: int
+    intermediate_size: int
     eps: float
     activation: str
     norm_offset: float
@@ -195,8 +195,8 @@ class Shape:
     @property
     def flops_per_token(self) -> int:
         """Multiply-adds of the linear layers, times two; attention itself (quadratic in length) not counted."""
-        attention = self.width * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        return 2 * self.layers * (attention + 3 * self.width * self.inner)
+        attention = self.hidden_size * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        return 2 * self.layers * (attention + 3 * self.hidden_size * self.intermediate_size)
 
 
 def shape_of(config: Mapping[str, Any]) -> Shape | None:
@@ -213,8 +213,8 @@ def shape_of(config: Mapping[str, Any]) -> Shape | None:
         return None
     layers = _number(config, "num_hidden_layers")
     heads = _number(config, "num_attention_heads")
-    width = _number(config, "hidden_size")
-    head_dim = int(config.get("head_dim") or row.default_head_dim or width // heads)
+    hidden_size = _number(config, "hidden_size")
+    head_dim = int(config.get("head_dim") or row.default_head_dim or hidden_size // heads)
     kv_heads = int(config.get("num_key_value_heads") or heads)
     if head_dim % 2 or heads % kv_heads:
         raise CheckpointError(
@@ -229,15 +229,15 @@ def shape_of(config: Mapping[str, Any]) -> Shape | None:
     scalar = float(config.get("query_pre_attn_scalar") or 256) if row.tied_scale else head_dim
     return Shape(
         vocabulary=_number(config, "vocab_size"),
-        width=width,
+        hidden_size=hidden_size,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        inner=_number(config, "intermediate_size"),
+        intermediate_size=_number(config, "intermediate_size"),
         eps=float(config.get("rms_norm_eps", 1e-6)),
         activation=row.activation,
         norm_offset=row.norm_offset,
-        embedding_scale=math.sqrt(width) if row.embedding_scaled else 1.0,
+        embedding_scale=math.sqrt(hidden_size) if row.embedding_scaled else 1.0,
         attention_scale=scalar**-0.5,
         softcap=float(softcap) if softcap else None,
         qkv_bias=biased if row.qkv_bias is None else row.qkv_bias,

@@ -27,7 +27,7 @@ Run = tuple[int, int, int]  # first token, number of sequences, their common len
 
 
 @dataclass(frozen=True)
-class Spans:
+class PackLayout:
     """Where the sequences of a pack lie.
 
     Attributes:
@@ -41,10 +41,10 @@ class Spans:
     longest: int
 
 
-def runs_of(lengths: list[int]) -> list[Run]:
+def length_groups(lengths: list[int]) -> list[Run]:
     """Neighbouring sequences of equal length, to be attended as one batch.
 
-    >>> runs_of([4, 4, 7])
+    >>> length_groups([4, 4, 7])
     [(0, 2, 4), (8, 1, 7)]
     """
     runs: list[Run] = []
@@ -84,25 +84,25 @@ class Layer(nn.Module):
         def norm(size: int) -> Norm:
             return Norm(size, shape.eps, shape.norm_offset)
 
-        self.attention_norm = norm(shape.width)
-        self.qkv = Linear(shape.width, heads * shape.head_dim, bias=shape.qkv_bias)
-        self.out = Linear(shape.heads * shape.head_dim, shape.width, bias=shape.out_bias)
-        self.mlp_norm = norm(shape.width)
-        self.gate_up = Linear(shape.width, 2 * shape.inner, bias=shape.mlp_bias)
-        self.down = Linear(shape.inner, shape.width, bias=shape.mlp_bias)
+        self.attention_norm = norm(shape.hidden_size)
+        self.qkv = Linear(shape.hidden_size, heads * shape.head_dim, bias=shape.qkv_bias)
+        self.out = Linear(shape.heads * shape.head_dim, shape.hidden_size, bias=shape.out_bias)
+        self.mlp_norm = norm(shape.hidden_size)
+        self.gate_up = Linear(shape.hidden_size, 2 * shape.intermediate_size, bias=shape.mlp_bias)
+        self.down = Linear(shape.intermediate_size, shape.hidden_size, bias=shape.mlp_bias)
         self.q_norm = norm(shape.head_dim) if shape.qk_norm else None
         self.k_norm = norm(shape.head_dim) if shape.qk_norm else None
-        self.attention_out_norm = norm(shape.width) if shape.sandwich_norm else None
-        self.mlp_out_norm = norm(shape.width) if shape.sandwich_norm else None
+        self.attention_out_norm = norm(shape.hidden_size) if shape.sandwich_norm else None
+        self.mlp_out_norm = norm(shape.hidden_size) if shape.sandwich_norm else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, spans: Spans) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, spans: PackLayout) -> Tensor:
         """x [T, W]; cos, sin [T, 1, D/2] -> [T, W]."""
         attended = self.attend(self.attention_norm(x), cos, sin, spans)  # [T, W]
         x = added(x, self.attention_out_norm(attended) if self.attention_out_norm else attended)
         mixed = self.mlp(self.mlp_norm(x))  # [T, W]
         return added(x, self.mlp_out_norm(mixed) if self.mlp_out_norm else mixed)
 
-    def attend(self, x: Tensor, cos: Tensor, sin: Tensor, spans: Spans) -> Tensor:
+    def attend(self, x: Tensor, cos: Tensor, sin: Tensor, spans: PackLayout) -> Tensor:
         s = self.shape
         heads = self.qkv(x).view(x.shape[0], s.heads + 2 * s.kv_heads, s.head_dim)  # [T, H+2K, D]
         qk, v = heads.split((s.heads + s.kv_heads, s.kv_heads), dim=1)  # [T, H+K, D], [T, K, D]
@@ -233,9 +233,11 @@ class Decoder(nn.Module):
         super().__init__()
         self.shape = shape
         # Given its weight, it draws no random one, for which torch would import its compiler: 150 MB, and seconds.
-        self.embedding = nn.Embedding(shape.vocabulary, shape.width, _weight=torch.empty(shape.vocabulary, shape.width))
+        self.embedding = nn.Embedding(
+            shape.vocabulary, shape.hidden_size, _weight=torch.empty(shape.vocabulary, shape.hidden_size)
+        )
         self.layers = nn.ModuleList(Layer(shape, window, causal) for window in shape.windows)
-        self.norm = Norm(shape.width, shape.eps, shape.norm_offset)
+        self.norm = Norm(shape.hidden_size, shape.eps, shape.norm_offset)
         self.checkpointing = False  # recompute a layer's activations in the backward instead of keeping them
         self._angles: dict[tuple[Rope, int, torch.device], tuple[Tensor, Tensor]] = {}
 
@@ -249,12 +251,12 @@ class Decoder(nn.Module):
         Returns:
             [T, W], after the final norm, in the weights' precision.
         """
-        runs = runs_of(lengths)
+        runs = length_groups(lengths)
         positions = torch.cat([torch.arange(length, device=ids.device).repeat(n) for _, n, length in runs])  # [T]
         bounds = packed.bounds_of(lengths, ids.device) if packed.on(ids.device) else None
-        return self.through(ids, positions, Spans(runs, bounds, max(lengths)))
+        return self.through(ids, positions, PackLayout(runs, bounds, max(lengths)))
 
-    def through(self, ids: Tensor, positions: Tensor, spans: Spans) -> Tensor:
+    def through(self, ids: Tensor, positions: Tensor, spans: PackLayout) -> Tensor:
         """As `forward`, for a pack whose tokens know their positions, [T]. Asks nothing of the processor.
 
         Tokens behind the last sequence are allowed where a kernel takes the whole pack; their states mean nothing.

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from unmask.encoder.model import attention as packed
-from unmask.encoder.model.decoder import Decoder, Spans, runs_of
+from unmask.encoder.model.decoder import Decoder, PackLayout, length_groups
 from unmask.encoder.pooling import bags_of, pool_bags
 from unmask.encoder.prompts import Prompt
-from unmask.encoder.runtime.linear import size
+from unmask.encoder.runtime.linear import num_parameters
 
 log = logging.getLogger("unmask")
 
@@ -109,7 +109,7 @@ class Gpu:
         first = next(decoder.parameters())
         self._device = first.device
         graphable = isinstance(decoder, Decoder) and _one_kernel(decoder, first)
-        self._graphed_tokens = int(_GRAPHED_WORK / size(decoder)) if graphable else 0
+        self._graphed_tokens = int(_GRAPHED_WORK / num_parameters(decoder)) if graphable else 0
         self._graphs: dict[Size, Recorded] = {}
         self._came: set[Size] = set()
         self._launching = threading.Lock()  # what one pack puts in the GPU's line must not mix with another's
@@ -143,7 +143,7 @@ class Gpu:
         given = Inputs.within(numbers, room)
         if isinstance(self._decoder, Decoder):
             bounds = given.bounds if packed.on(self._device) else None
-            spans = Spans(runs_of(lengths), bounds, room.longest)
+            spans = PackLayout(length_groups(lengths), bounds, room.longest)
             hidden = self._decoder.through(given.ids, given.positions, spans)  # [T, W]
         else:
             hidden = self._decoder(given.ids.long(), lengths)  # [T, W]
@@ -203,7 +203,7 @@ def _one_kernel(decoder: Decoder, parameter: Tensor) -> bool:
     return packed.on(parameter.device) and packed.takes(parameter.dtype, decoder.shape.softcap)
 
 
-def in_flight(function: Callable[[_Pack], _Result], packs: Sequence[_Pack]) -> list[_Result]:
+def pipelined_map(function: Callable[[_Pack], _Result], packs: Sequence[_Pack]) -> list[_Result]:
     """`function` of every pack, in order, with two of them under way."""
     return list(_two().map(function, packs)) if len(packs) > 1 else [function(pack) for pack in packs]
 

@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from unmask.encoder.runtime.linear import Linear, keeps_rows, product, sealed_weight
+from unmask.encoder.runtime.linear import Linear, is_batch_invariant, prepacked_weight, product
 from unmask.errors import UsageError
 
 # To be changed with anything that changes a vector: finished vectors are kept and gone on with by these words.
@@ -39,7 +39,7 @@ class Int8Linear(Linear):
         self.register_parameter("weight", None)
         self.bias = linear.bias
         block = _block(linear.in_features)
-        self.turn = sealed_weight(_turn(block).T.contiguous()) if block > 1 else None
+        self.turn = prepacked_weight(_turn(block).T.contiguous()) if block > 1 else None
         self.block = block
         weight = linear.plain_weight().float()  # [out, in]
         if block > 1:
@@ -51,10 +51,10 @@ class Int8Linear(Linear):
         self.zero = torch.zeros(self.out_features, dtype=torch.int32)
         self.packed = torch.ops.onednn.qlinear_prepack(steps, [_EXPECTED_ROWS, self.in_features])
 
-    def seal(self) -> None:
+    def prepack(self) -> None:
         """Nothing to do: the weight is in its serving form."""
 
-    def unseal(self) -> None:
+    def unpack(self) -> None:
         """Nothing to do: the plain weight is gone."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def quantise(module: nn.Module) -> None:
     exact = {id(part) for layer in layers[: len(layers) // _EXACT] for part in layer.modules()}
     if not found:
         raise UsageError("dtype='int8' needs an architecture of unmask's own table; choose float32 or bfloat16")
-    if not keeps_rows() or not _weight_steps():
+    if not is_batch_invariant() or not _weight_steps():
         raise UsageError("dtype='int8': torch has no exact 8-bit product on this machine; choose float32")
     with torch.inference_mode(False), torch.no_grad():
         for parent, name, linear in found:

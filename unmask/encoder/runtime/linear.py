@@ -36,53 +36,53 @@ _EXPECTED_ROWS = 512
 class Linear(nn.Linear):
     """`nn.Linear` that uses the batch-invariant product where no gradient is wanted: float32 on a CPU.
 
-    Its weight is either a plain parameter or sealed: kept only in oneDNN's order, and `weight` is None. A plain weight
-    is put in that order anew by every product, which takes 3 to 6 % longer and is right whoever changed it since. The
+    Its weight is either a plain parameter or prepacked: kept only in oneDNN's order, and `weight` is None. Each product
+    reorders a plain weight anew, which takes 3 to 6 % longer and is right whoever changed it since. The
     bits of a product are the same either way.
     """
 
-    sealed: Tensor | None = None
+    prepacked: Tensor | None = None
 
-    def seal(self) -> None:
-        """Give up the plain weight for the faster form, where there is one. `unseal` gives it back, bit for bit."""
-        if self.sealed is None and _servable(self.weight) and keeps_rows():
-            self.sealed = sealed_weight(self.weight.detach())
+    def prepack(self) -> None:
+        """Give up the plain weight for the faster form, where there is one. `unpack` gives it back, bit for bit."""
+        if self.prepacked is None and _servable(self.weight) and is_batch_invariant():
+            self.prepacked = prepacked_weight(self.weight.detach())
             self.register_parameter("weight", None)
 
-    def unseal(self) -> None:
+    def unpack(self) -> None:
         """Make the weight a plain parameter again. Products that run meanwhile are not disturbed."""
-        if self.sealed is not None:
+        if self.prepacked is not None:
             with torch.inference_mode(False), torch.no_grad():
                 self.weight = nn.Parameter(self.plain_weight())
-            self.sealed = None
+            self.prepacked = None
 
     def plain_weight(self) -> Tensor:
         """The weight [out, in] as it would be unsealed."""
-        return self.weight.detach() if self.sealed is None else self.sealed.to_dense()
+        return self.weight.detach() if self.prepacked is None else self.prepacked.to_dense()
 
     def forward(self, input: Tensor) -> Tensor:
         """[T, in] -> [T, out]."""
         if torch.is_grad_enabled() or not _servable(input):
             return F.linear(input, self.weight, self.bias)
-        sealed = self.sealed
-        return product(input, self.weight if sealed is None else sealed, self.bias)
+        prepacked = self.prepacked
+        return product(input, self.weight if prepacked is None else prepacked, self.bias)
 
 
-def seal(module: nn.Module) -> None:
+def prepack(module: nn.Module) -> None:
     """Seal every `Linear` in a module, so that its weights serve faster. Nobody may hold them as parameters."""
     for linear in module.modules():
         if isinstance(linear, Linear):
-            linear.seal()
+            linear.prepack()
 
 
-def unseal(module: nn.Module) -> None:
+def unpack(module: nn.Module) -> None:
     """Make every weight in a module a plain parameter."""
     for linear in module.modules():
         if isinstance(linear, Linear):
-            linear.unseal()
+            linear.unpack()
 
 
-def size(module: nn.Module) -> int:
+def num_parameters(module: nn.Module) -> int:
     """Number of weights in a module, also of those that are kept in another form."""
     kept = sum(
         part.in_features * part.out_features
@@ -97,11 +97,11 @@ def _servable(tensor: Tensor) -> bool:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [T, in] times a plain or sealed weight [out, in]: [T, out]. A row's bits do not depend on the other rows."""
-    return (_onednn_product if keeps_rows() else _openblas_product)(x, weight, bias)
+    """x [T, in] times a plain or prepacked weight [out, in]: [T, out]. A row's bits do not depend on the other rows."""
+    return (_onednn_product if is_batch_invariant() else _openblas_product)(x, weight, bias)
 
 
-def sealed_weight(weight: Tensor) -> Tensor:
+def prepacked_weight(weight: Tensor) -> Tensor:
     """A weight [out, in] in the order in which oneDNN reads it."""
     with torch.inference_mode(False), torch.no_grad():
         return torch.ops.mkldnn._reorder_linear_weight(weight, _EXPECTED_ROWS)
@@ -125,7 +125,7 @@ def _padded(x: Tensor, rows: int) -> Tensor:
 
 
 @cache
-def keeps_rows() -> bool:
+def is_batch_invariant() -> bool:
     """Whether torch has oneDNN's product, and it keeps the bits of a row here.
 
     Which kernel oneDNN takes depends on the processor. The tests cover the kernels of x86; this asks the one at hand.
@@ -137,9 +137,9 @@ def keeps_rows() -> bool:
                 x = torch.randn(1280, inner, generator=generator)
                 weight = torch.randn(width, inner, generator=generator)
                 whole = _onednn_product(x, weight, None)
-                sealed = torch.ops.mkldnn._reorder_linear_weight(weight, _EXPECTED_ROWS)
+                prepacked = torch.ops.mkldnn._reorder_linear_weight(weight, _EXPECTED_ROWS)
                 for rows in (_LEAST_ROWS, 15, 64, 257, 600, 1280):
-                    if not torch.equal(_onednn_product(x[-rows:], sealed, None), whole[-rows:]):
+                    if not torch.equal(_onednn_product(x[-rows:], prepacked, None), whole[-rows:]):
                         return False
     except (AttributeError, RuntimeError):
         return False
@@ -151,7 +151,7 @@ def cores() -> int:
     return _before.torch if _users else torch.get_num_threads()
 
 
-def each_on_a_core(function: Callable[[_Pack], _Result], packs: Sequence[_Pack]) -> list[_Result]:
+def parallel_map(function: Callable[[_Pack], _Result], packs: Sequence[_Pack]) -> list[_Result]:
     """`function` of every pack, in order; several run at once, each on one core, and a single one on all."""
 
     def on_one_core(pack: _Pack) -> _Result:
@@ -214,7 +214,7 @@ def _threads(per_product: int) -> Iterator[None]:
             for library in libraries:
                 library.set_num_threads(per_product)
         _users += 1
-        torch.set_num_threads(per_product if keeps_rows() else 1)
+        torch.set_num_threads(per_product if is_batch_invariant() else 1)
     try:
         yield
     finally:

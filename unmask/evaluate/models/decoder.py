@@ -27,7 +27,7 @@ class DecoderModel:
         self.encoder, self.name, self.causal = encoder, name, causal
         self.takes_instructions = takes_instructions
         self.dimensions = encoder.dim
-        self.parameters: int | None = encoder.parameters
+        self.parameters: int | None = encoder.num_parameters
         self.revision = f"{encoder.checkpoint.revision}-{_digest(_deciding(encoder, causal))}"
 
     def encode(self, texts: Sequence[str], instruction: str = "") -> np.ndarray:

@@ -7,7 +7,7 @@ from urllib.parse import parse_qs
 import numpy as np
 
 from unmask.api.errors import ApiError
-from unmask.encoder.encoder import finish
+from unmask.encoder.encoder import postprocess
 from unmask.router import ServedModel
 
 MAX_TEXTS = 12
@@ -122,7 +122,7 @@ async def run_trial(served: ServedModel, trial: Trial, caller: str) -> TrialResu
     if trial.query:
         prompts += await engine.prepare([trial.query], instruction=record.query_instruction, truncate=True)
     raw = await engine.run(prompts, deadline=deadline, caller=caller)
-    vectors = finish(raw, normalize=True, dimensions=None)
+    vectors = postprocess(raw, normalize=True, dimensions=None)
     seconds = time.monotonic() - start
     texts = vectors[: len(trial.texts)]
     similarity = texts @ texts.T
