@@ -61,7 +61,7 @@ def test_nothing_of_one_account_is_shown_to_another_or_changed(accounts: Account
     before = rows_of(accounts, ada)
     assert all(before[table] for table in ("accounts", "people", "sessions", "keys", "charges", "entries", "replays"))
 
-    routes: list[Route] = site.server.config.app._app.routes  # pyright: ignore
+    routes: list[Route] = site.routes
     ids = [ada.account_id, ada.id, keys.key_id(key), charge, site.model, "style.css"]
     numbers = itertools.count()
     seen: set[tuple[str, int]] = set()
@@ -117,7 +117,7 @@ def test_without_a_session_nothing_private_is_shown(accounts: Accounts, site: Lo
     ada = person(accounts, MAIL)
     key_of(accounts, ada, name=NAME)
     before = rows_of(accounts, ada)
-    for route in site.server.config.app._app.routes:  # pyright: ignore
+    for route in site.routes:
         if not route.path.startswith(("/account", "/admin")):
             continue
         path = route.path_format.replace("{id}", ada.account_id)

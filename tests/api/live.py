@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
+from starlette.routing import Route
 
 from unmask.accounts import Accounts
 from unmask.api import ServeSettings, create_app
@@ -153,6 +154,14 @@ class LocalService(Service):
 
     models: ModelRegistry
     server: HttpServer
+
+    @property
+    def routes(self) -> list[Route]:
+        """All routes of the app, which is inside its middlewares."""
+        app: Any = self.server.config.app
+        while not hasattr(app, "routes"):
+            app = app._app
+        return app.routes
 
 
 @contextmanager

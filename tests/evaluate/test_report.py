@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.evaluate.synthetic_results import FAILED, FAILURE, LONG, MINILM, MODELS, MPNET, SUBJECT, TASKS, invent
-from unmask.charts import formatting
+from tests.evaluate.synthetic_results import FAILED, FAILURE, MINILM, MODELS, MPNET, SUBJECT, TASKS, invent
 from unmask.errors import UsageError
 from unmask.evaluate.published_scores import SAME_DATA, PublishedModel
 from unmask.evaluate.report import write_report
@@ -336,17 +335,6 @@ def test_bars_and_points_lie_where_the_numbers_are(tmp_path: Path) -> None:
 def test_without_published_scores_nothing_speaks_of_them(tmp_path: Path) -> None:
     write_report(tmp_path, tiny(("a", {"x": 60.0}), ("b", {"x": 50.0})))
     assert "ublished" not in Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
-
-
-def test_figures_in_words() -> None:
-    assert (
-        formatting.signed(-0.004) == "0.00" and formatting.signed(-1.2, 1) == "−1.2" and formatting.signed(None) == "–"
-    )
-    assert formatting.magnitude(134_515_008) == "135 M" and formatting.magnitude(1_204_000_000, "B") == "1.2 GB"
-    assert formatting.magnitude(7_111_000_000) == "7.1 B" and formatting.count(9.4) == "9.4"
-    assert formatting.duration(3.2) == "3.2 s" and formatting.duration(4000) == "1 h 6 min"
-    assert formatting.short_names(["o/a", "p/a", "q/b"]) == {"o/a": "o/a", "p/a": "p/a", "q/b": "b"}
-    assert len(formatting.shortened(LONG, 30)) == 30 and formatting.shortened("short", 30) == "short"
 
 
 def browser() -> str:

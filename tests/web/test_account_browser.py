@@ -186,7 +186,7 @@ def test_axe_finds_nothing_and_nothing_sticks_out(
     faultless(page)
     page.context.close()
     seen = [path.partition("?")[0] for path in (*ACCOUNT, *ADMIN, *more)]
-    for route in site.server.config.app._app.routes:  # pyright: ignore[reportAttributeAccessIssue, reportFunctionMemberAccess]
+    for route in site.routes:
         if route.path.startswith(("/account", "/admin", "/want")) and "GET" in (route.methods or ()):
             assert route.path.endswith(".csv") or any(route.path_regex.match(path) for path in seen), route.path
 

@@ -246,7 +246,7 @@ def test_every_form_asks_for_its_token(site: LocalService, accounts: Accounts) -
     visitor = Visitor.signed_in(site, accounts, admin)
     made = keys.key_id(key_of(accounts, admin))
     forms = 0
-    for route in site.server.config.app._app.routes:  # pyright: ignore[reportAttributeAccessIssue, reportFunctionMemberAccess]
+    for route in site.routes:
         if "POST" not in (route.methods or ()) or route.path in ("/v1/embeddings", "/playground"):
             continue
         id = admin.account_id if "/admin/" in route.path else made

@@ -204,9 +204,9 @@ def test_they_are_told_on_their_page(accounts: Accounts, service: LocalService) 
     vote(ada)
     with accounts.database.begin() as connection:
         votes.tell_voters(connection, COMING, 1_800_000_000_000)
-    assert f"{COMING} , which you asked for, is live" in text_of(ada("/account")).replace("supervised,", "supervised ,")
+    assert f"{COMING} , which you voted for, is live" in text_of(ada("/account")).replace("supervised,", "supervised ,")
     assert f"{COMING} – new" in text_of(ada("/wanted"))
-    assert "which you asked for" not in text_of(ada("/account"))
+    assert "which you voted for" not in text_of(ada("/account"))
     page = text_of(ada("/wanted"))
     assert COMING in page and "– new" not in page
     assert "Live now" not in text_of(ben("/wanted"))
