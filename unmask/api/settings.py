@@ -44,37 +44,44 @@ def _accept_old_names(settings: type[T]) -> type[T]:
 @_accept_old_names
 @dataclass(frozen=True, kw_only=True)
 class ServeSettings:
-    """How to serve.
+    """Settings of a server. Most fields are options of `unmask serve`.
 
     Attributes:
-        host, port: where to listen; port 0 lets the system choose.
-        models: ids or paths of the models to serve.
-        warm: those of them to load at the start; the others load with their first request.
-        api_keys: keys a caller may present. Without any and without accounts, only this machine may be served.
-        database: URL of the accounts; None for a server without them.
-        catalogue: URL of the database with what the operator added to the catalogue; None for what ships alone.
-        free_credit: nano-dollars for whoever signs up.
-        flush_charges: on SQLite, whether a request waits until its charge is on the disk, see `Accounts`.
-        limits: URL of a Redis that counts requests and tokens per minute for several servers; None for this process.
-        on_redis_failure: share or refuse, while it does not answer; see `SharedLimiter`.
-        provider: whose people may sign in to an account here; None for passwords alone.
-        credit_status: the HTTP status of a request that the credit does not cover: 429 as OpenAI says, or 402.
+        host: Address to listen on. Other addresses than this machine's own need accounts or API keys.
+        port: Port to listen on; 0 lets the system choose one.
+        models: Shipped id, hub id, folder or .gguf file of a model to serve. Repeat it for several.
+        warm: models to load at the start; the others load with their first request.
+        api_keys: keys that a client may present.
+        database: URL of the accounts; None for a server without accounts.
+        catalogue: URL of the database with the operator's records; None for the shipped records alone.
+        free_credit: nano-dollars that each new account gets once.
+        flush_charges: With SQLite, respond only when the charge is on disk, which may take milliseconds. Without it,
+            a power cut may lose the charges of the last moments. A killed server loses nothing in either case.
+        limits: Redis that counts requests and tokens per minute for several servers: redis://host:6379/0. Default:
+            each server counts for itself.
+        on_redis_failure: While Redis does not respond, "share" lets each server apply its share of every limit, and
+            "refuse" answers requests that have limits with 503.
+        provider: OpenID Connect provider for signing in; None for passwords alone.
+        credit_status: HTTP status of a request that the credit does not cover: 429 as OpenAI says, or 402.
         body_limit_bytes: largest request body.
-        receive_timeout_s: time for a request's body to arrive, counted from its headers.
-        header_timeout_s: time for a request's headers to arrive, from the connection or the first byte.
-        keep_alive_s: how long an idle connection stays open.
-        request_timeout_s: deadline of a request that names none.
-        max_request_tokens: tokens of all inputs of a request together.
-        max_request_characters: the same before tokenising, which no single call may make take minutes.
-        queue_tokens: tokens that may wait in each model's engine.
-        dtype, device: precision and place of every model's weights, as for `Encoder.load`.
-        cache_bytes: memory of each model for vectors of inputs that were asked for before; 0 for none.
-        log_level: debug, info, warning or error.
-        shutdown_grace_s: time that accepted requests have left after SIGTERM.
-        public_url: where visitors reach this server, for links and examples; left out, what their browsers say.
-        trusted_proxies: addresses and networks of proxies whose X-Forwarded-For and -Proto say who calls and how.
-        playground: whether visitors may try models on the pages; None for only where no key is needed.
-        mail: where mail to those who wanted a model is handed over when it goes live; None for notices on pages alone.
+        receive_timeout_s: seconds for the body of a request to arrive, counted from its headers.
+        header_timeout_s: seconds for the headers of a request to arrive, from the connection or the first byte.
+        keep_alive_s: seconds that an idle connection stays open.
+        request_timeout_s: Seconds that a request may take if its client names no deadline.
+        max_request_tokens: most tokens of all inputs of a request.
+        max_request_characters: most characters of a request, checked before tokenising, so that no call takes minutes.
+        queue_tokens: Tokens that may wait per model. More requests are refused with 429.
+        dtype: precision of the weights, as for `Encoder.load`.
+        device: torch device, as for `Encoder.load`.
+        cache_bytes: memory of each model for vectors of earlier inputs; 0 turns the cache off.
+        log_level: Least level of messages to log on stderr.
+        shutdown_grace_s: seconds that accepted requests have left after SIGTERM.
+        public_url: Address of this server for links and examples on its pages and in mail. Default: the address that
+            the browser asks for.
+        trusted_proxies: Address or network of a proxy, such as 10.0.0.0/8. Only its X-Forwarded-For and
+            X-Forwarded-Proto are believed. Repeat it for several.
+        playground: Let visitors try models on the pages. Default: only where no key is needed.
+        mail: mail server for notices to people who voted for a model; None for notices on the pages alone.
 
     Raises:
         UsageError: a value is impossible, or the host is open to others and there are neither keys nor accounts.

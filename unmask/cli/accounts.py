@@ -1,17 +1,27 @@
-"""`unmask accounts ...`: the accounts themselves, the audit log, and backups of all of it.
+"""`unmask accounts ...`: people, the audit log and backups. Keys, credit and prices have modules of their own."""
 
-The commands about keys, credit and prices are in `keying`, `crediting` and `pricing`.
-"""
-
+import getpass
 from contextlib import closing
 from pathlib import Path
 
 from cyclopts import App
 
+from unmask.accounts import actions, people
+from unmask.accounts.audit import COMMAND_LINE, events
+from unmask.accounts.keys import Peppers
+from unmask.accounts.money import format_dollars
+from unmask.accounts.verification import discrepancies
 from unmask.cli.database import DatabaseUrl, open_database, read_transaction, write_transaction
+from unmask.cli.options import AsJson
 from unmask.cli.terminal import format_time, print_result, print_table, say
+from unmask.errors import UsageError
+from unmask.storage import backup as backups
+from unmask.storage.database import now_ms
 
-accounts = App(name="accounts", help="People, keys, prices and credit. ACCOUNT is an id or a mail address.")
+accounts = App(
+    name="accounts",
+    help="Manage people, API keys, prices and credit.\n\nACCOUNT is the id of an account or its person's mail address.",
+)
 
 
 @accounts.command
@@ -24,38 +34,32 @@ def create(
     plan: str = "default",
     database: DatabaseUrl = None,
 ) -> int:
-    """Make an account, with --email also somebody who can sign in to it. Prints the account's id.
+    """Create an account and print its id.
 
     Parameters
     ----------
     name
-        What it is called; with --email its person's address is used instead.
+        Name of the account. With --email the address is used instead.
     email
-        Address to sign in with. The password is asked for.
+        Address of a person who can sign in to the account. The password is asked for.
     password_file
         File whose first line is the password, instead of asking.
     admin
-        Let the person see and do everything.
+        Make the person an admin, who sees and changes everything.
     plan
-        Limits of the account, see "unmask accounts plan".
+        Plan with the limits of the account, see "unmask accounts plan".
     """
-    from unmask.accounts import actions, people
-    from unmask.accounts.audit import COMMAND_LINE
-    from unmask.accounts.keys import Peppers
-    from unmask.storage.database import now_ms
-
     peppers = Peppers()
-    hashed = people.hash_password(_password(password_file)) if email else ""
-    now = now_ms()
+    password_hash = people.hash_password(_password(password_file)) if email else ""
     with write_transaction(database) as connection:
         id = actions.create_account(
             connection,
             COMMAND_LINE,
             peppers,
             name,
-            now,
+            now_ms(),
             email=email,
-            password_hash=hashed,
+            password_hash=password_hash,
             admin=admin,
             plan=plan,
         )
@@ -64,107 +68,104 @@ def create(
 
 
 @accounts.command(name="list")
-def list_accounts(*, database: DatabaseUrl = None) -> int:
-    """All accounts with their balances."""
-    from unmask.accounts import people
-    from unmask.accounts.money import format_dollars
-
+def list_accounts(*, as_json: AsJson = False, database: DatabaseUrl = None) -> int:
+    """List all accounts with their balances in dollars."""
     with read_transaction(database) as connection:
-        found = people.all_accounts(connection, limit=1_000_000)
+        rows = people.all_accounts(connection, limit=1_000_000)
         owners = {person.account_id: person.email for person in people.everybody(connection)}
-    rows = (
-        (a.id, owners.get(a.id, a.name), a.state, a.plan, format_dollars(a.balance), format_dollars(a.held))
-        for a in found
+    print_table(
+        ("account", "who", "state", "plan", "balance", "held"),
+        [
+            (row.id, owners.get(row.id, row.name), row.state, row.plan, *map(format_dollars, (row.balance, row.held)))
+            for row in rows
+        ],
+        right=("balance", "held"),
+        as_json=as_json,
     )
-    print_table(("account", "who", "state", "plan", "balance", "held"), rows)
     return 0
 
 
 @accounts.command
 def freeze(account: str, *, database: DatabaseUrl = None) -> int:
-    """Let an account call nothing until "unmask accounts thaw". Requests in flight are settled."""
+    """Refuse all requests of an account until "unmask accounts thaw". Requests in flight are settled."""
     return _set_frozen(account, True, database)
 
 
 @accounts.command
 def thaw(account: str, *, database: DatabaseUrl = None) -> int:
-    """Let a frozen account call again."""
+    """Accept requests of a frozen account again."""
     return _set_frozen(account, False, database)
 
 
 @accounts.command
 def close(account: str, *, yes: bool = False, database: DatabaseUrl = None) -> int:
-    """Delete an account: who it was is forgotten, its keys end, its credit is given up. Pay out first.
+    """Delete an account for good.
+
+    The person's data is erased, the keys end, and the remaining credit is given up. Pay it out first.
 
     Parameters
     ----------
     yes
-        Do it: it cannot be undone.
+        Confirm. Closing cannot be undone.
     """
-    from unmask.accounts import actions, people
-    from unmask.accounts.audit import COMMAND_LINE
-    from unmask.accounts.money import format_dollars
-    from unmask.errors import UsageError
-    from unmask.storage.database import now_ms
-
-    now = now_ms()
     with write_transaction(database) as connection:
-        found = people.find_account(connection, account)
+        row = people.find_account(connection, account)
         if not yes:
             raise UsageError(
-                f"{found.id} has {format_dollars(found.balance)} dollars, and closing cannot be undone: add --yes"
+                f"{row.id} has {format_dollars(row.balance)} dollars, and closing cannot be undone: add --yes"
             )
-        given_up = actions.close_account(connection, COMMAND_LINE, found.id, now)
-    say(f"{found.id} is closed; {format_dollars(given_up)} dollars were given up")
+        given_up = actions.close_account(connection, COMMAND_LINE, row.id, now_ms())
+    say(f"{row.id} is closed; {format_dollars(given_up)} dollars were given up")
     return 0
 
 
-@accounts.command
-def audit(*, lines: int = 100, database: DatabaseUrl = None) -> int:
-    """Who did what, newest first."""
+@accounts.command(name="audit")
+def list_audit_events(*, lines: int = 100, as_json: AsJson = False, database: DatabaseUrl = None) -> int:
+    """List changes with their authors, newest first.
+
+    Parameters
+    ----------
+    lines
+        Most changes to list.
+    """
     import json
 
-    from unmask.accounts import audit as room
-
     with read_transaction(database) as connection:
-        found = room.events(connection, limit=lines)
-    rows = [
-        (str(number), format_time(e.at), e.actor, e.action, e.subject, json.dumps(e.detail), e.address)
-        for number, e in found
-    ]
-    print_table(("line", "when", "who", "what", "whom", "how", "from"), rows)
+        rows = [
+            (
+                number,
+                format_time(event.at),
+                event.actor,
+                event.action,
+                event.subject,
+                event.detail if as_json else json.dumps(event.detail),
+                event.address,
+            )
+            for number, event in events(connection, limit=lines)
+        ]
+    print_table(("line", "when", "who", "what", "whom", "how", "from"), rows, as_json=as_json)
     return 0
 
 
 @accounts.command
 def backup(file: Path, *, database: DatabaseUrl = None) -> int:
-    """Write all of it to FILE, also while a server runs. Keep a copy of the pepper file as well."""
-    from unmask.accounts.keys import Peppers
-    from unmask.storage.backup import backup as write
-
-    with closing(open_database(database)) as everything:
-        rows = write(everything, file)
+    """Write the whole database to FILE, also while a server runs. Keep a copy of the pepper file as well."""
+    with closing(open_database(database)) as source:
+        rows = backups.backup(source, file)
     say(f"{rows} rows -> {file}. API keys also need {Peppers().path}, which is not in it: keep a copy elsewhere")
     return 0
 
 
 @accounts.command
 def restore(file: Path, *, database: DatabaseUrl = None) -> int:
-    """Read FILE into an empty database, of either kind, and check the books."""
-    from unmask.accounts.verification import discrepancies
-    from unmask.storage.backup import restore as read
-
-    with closing(open_database(database)) as empty:
-        rows = read(empty, file, check=discrepancies)
+    """Read FILE into an empty database, SQLite or Postgres, and check the books."""
+    with closing(open_database(database)) as target:
+        rows = backups.restore(target, file, check=discrepancies)
     say(f"{rows} rows restored, and the books balance")
     return 0
 
 
 def _password(file: Path | None) -> str:
-    import getpass
-
-    from unmask.errors import UsageError
-
     if file is None:
         return getpass.getpass("Password: ")
     try:
@@ -174,14 +175,9 @@ def _password(file: Path | None) -> str:
 
 
 def _set_frozen(account: str, frozen: bool, database: str | None) -> int:
-    from unmask.accounts import actions, people
-    from unmask.accounts.audit import COMMAND_LINE
-    from unmask.storage.database import now_ms
-
-    now = now_ms()
     with write_transaction(database) as connection:
         id = people.find_account(connection, account).id
-        changed = actions.freeze_account(connection, COMMAND_LINE, id, now, frozen=frozen)
+        changed = actions.freeze_account(connection, COMMAND_LINE, id, now_ms(), frozen=frozen)
         state = people.account(connection, id).state
     say(f"{id} is {state}{'' if changed else ', as before'}")
     return 0

@@ -1,95 +1,94 @@
-"""`unmask accounts top-up` and what else moves money, and `unmask ledger ...`, which counts it."""
+"""`unmask accounts top-up` and the other commands that move money."""
 
+from unmask.accounts import actions, people, usage
+from unmask.accounts.audit import COMMAND_LINE
+from unmask.accounts.money import format_dollars
 from unmask.cli.accounts import accounts
 from unmask.cli.database import DatabaseUrl, read_transaction, write_transaction
-from unmask.cli.options import parse_amount
+from unmask.cli.options import AsJson, parse_amount
 from unmask.cli.terminal import format_time, print_table, say
+from unmask.storage.database import now_ms
 
 
 @accounts.command
 def top_up(
     account: str, dollars: str, *, reference: str, note: str = "", gift: bool = False, database: DatabaseUrl = None
 ) -> int:
-    """Add credit. The same reference a second time adds nothing.
+    """Add credit to an account. The same reference a second time adds nothing.
 
     Parameters
     ----------
     dollars
-        Such as 12.50.
+        Amount, such as 12.50.
     reference
-        Of the payment; each only once.
+        Reference of the payment. Each is booked once.
     note
-        For the account's owner to read.
+        Text for the account's owner.
     gift
-        Nobody paid for it.
+        Book the amount as a gift: nobody paid for it.
     """
-    from unmask.accounts import actions, people
-    from unmask.accounts.audit import COMMAND_LINE
-    from unmask.storage.database import now_ms
-
     amount = parse_amount(dollars)
-    now = now_ms()
     with write_transaction(database) as connection:
         id = people.find_account(connection, account).id
-        done = actions.top_up(connection, COMMAND_LINE, id, amount, reference, now, note=note, gift=gift)
+        added = actions.top_up(connection, COMMAND_LINE, id, amount, reference, now_ms(), note=note, gift=gift)
         balance = people.account(connection, id).balance
-    _say_balance(
-        id, balance, "" if done else f"the reference {reference!r} is in the books already: nothing was added; "
-    )
+    repetition = "" if added else f"the reference {reference!r} is in the books already: nothing was added; "
+    say(f"{repetition}{id} has {format_dollars(balance)} dollars")
     return 0
 
 
 @accounts.command
 def pay_out(account: str, dollars: str, *, reference: str, note: str = "", database: DatabaseUrl = None) -> int:
-    """Take credit out that was paid back outside of here.
+    """Take credit out of an account after you have paid it back.
 
     Parameters
     ----------
+    dollars
+        Amount, such as 12.50.
     reference
-        Of the payment; each only once.
+        Reference of the payment. Each is booked once.
+    note
+        Text for the account's owner.
     """
-    from unmask.accounts import actions, people
-    from unmask.accounts.audit import COMMAND_LINE
-    from unmask.storage.database import now_ms
-
     amount = parse_amount(dollars)
-    now = now_ms()
     with write_transaction(database) as connection:
         id = people.find_account(connection, account).id
-        actions.pay_out(connection, COMMAND_LINE, id, amount, reference, now, note=note)
+        actions.pay_out(connection, COMMAND_LINE, id, amount, reference, now_ms(), note=note)
         balance = people.account(connection, id).balance
-    _say_balance(id, balance)
+    say(f"{id} has {format_dollars(balance)} dollars")
     return 0
 
 
 @accounts.command
 def refund(charge: str, *, note: str = "", database: DatabaseUrl = None) -> int:
-    """Give back what a request cost. CHARGE is the answer's header x-unmask-charge."""
-    from unmask.accounts import actions
-    from unmask.accounts.audit import COMMAND_LINE
-    from unmask.storage.database import now_ms
+    """Give back the cost of a request. CHARGE is the header x-unmask-charge of its response.
 
-    now = now_ms()
+    Parameters
+    ----------
+    note
+        Text for the account's owner.
+    """
     with write_transaction(database) as connection:
-        done = actions.refund(connection, COMMAND_LINE, charge, now, note=note)
-    say(f"{charge} was refunded" if done else f"{charge} was refunded before, or cost nothing")
+        changed = actions.refund(connection, COMMAND_LINE, charge, now_ms(), note=note)
+    say(f"{charge} was refunded" if changed else f"{charge} was refunded before, or cost nothing")
     return 0
 
 
 @accounts.command
-def statement(account: str, *, lines: int = 100, database: DatabaseUrl = None) -> int:
-    """What moved an account's balance, newest first."""
-    from unmask.accounts import people, usage
-    from unmask.accounts.money import format_dollars
+def statement(account: str, *, lines: int = 100, as_json: AsJson = False, database: DatabaseUrl = None) -> int:
+    """List the entries of an account's balance, newest first.
 
+    Parameters
+    ----------
+    lines
+        Most entries to list.
+    """
     with read_transaction(database) as connection:
         entries = usage.statement(connection, people.find_account(connection, account).id, limit=lines)
-    rows = [(str(e.number), format_time(e.at), e.kind, format_dollars(e.amount), e.reference, e.note) for e in entries]
-    print_table(("entry", "when", "what", "dollars", "reference", "note"), rows)
+    rows = [
+        (entry.number, format_time(entry.at), entry.kind, format_dollars(entry.amount), entry.reference, entry.note)
+        for entry in entries
+    ]
+    headings = ("entry", "when", "what", "dollars", "reference", "note")
+    print_table(headings, rows, right=("dollars",), as_json=as_json)
     return 0
-
-
-def _say_balance(account: str, balance: int, before: str = "") -> None:
-    from unmask.accounts.money import format_dollars
-
-    say(f"{before}{account} has {format_dollars(balance)} dollars")

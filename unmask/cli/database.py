@@ -1,4 +1,4 @@
-"""The database that a command works on."""
+"""The option `--database` and transactions on the database that it names."""
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -16,13 +16,13 @@ DatabaseUrl = Annotated[
     Parameter(
         name="--database",
         env_var="UNMASK_DATABASE",
-        help="sqlite:///path or postgresql://user@host/name. Left out: SQLite in UNMASK_HOME.",
+        help="sqlite:///path or postgresql://user@host/name. Default: SQLite in UNMASK_HOME.",
     ),
 ]
 
 
 def open_database(url: str | None) -> "Database":
-    """The database of this URL, by default the one in UNMASK_HOME, with its tables brought up to date.
+    """Open a database and migrate its tables. None means SQLite in UNMASK_HOME.
 
     Raises:
         UsageError, StorageError: as `Database`.
@@ -36,13 +36,13 @@ def open_database(url: str | None) -> "Database":
 
 @contextmanager
 def write_transaction(url: str | None) -> "Iterator[Connection]":
-    """A transaction that writes, see `Database.begin`."""
+    """Open a transaction that may write, see `Database.begin`."""
     with closing(open_database(url)) as database, database.begin() as connection:
         yield connection
 
 
 @contextmanager
 def read_transaction(url: str | None) -> "Iterator[Connection]":
-    """A transaction that reads, see `Database.read`."""
+    """Open a transaction that only reads, see `Database.read`."""
     with closing(open_database(url)) as database, database.read() as connection:
         yield connection

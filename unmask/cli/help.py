@@ -1,5 +1,6 @@
 """Help pages without boxes: readable at any width, searchable with grep, no escape codes in a pipe."""
 
+import ast
 import io
 import textwrap
 from typing import TYPE_CHECKING, Any
@@ -70,11 +71,16 @@ def _description(entry: "HelpEntry") -> str:
         parts.append(f"[choices: {', '.join(entry.choices)}]")
     if entry.env_var:
         parts.append(f"[environment: {', '.join(entry.env_var)}]")
-    if entry.default not in _UNTOLD_DEFAULTS:
-        parts.append(f"[default: {entry.default}]")
+    if entry.default is not None and entry.default not in _UNTOLD_DEFAULTS:
+        parts.append(f"[default: {_default(entry.default)}]")
     if entry.required:
         parts.append("[required]")
     return " ".join(" ".join(parts).split())
+
+
+def _default(text: str) -> str:
+    """Show a tuple by its elements."""
+    return ", ".join(str(element) for element in ast.literal_eval(text)) if text.startswith("(") else text
 
 
 def _plain(value: Any) -> str:

@@ -1,23 +1,25 @@
-"""`unmask accounts key` and the other commands about API keys."""
+"""`unmask accounts key` and the other commands for API keys."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from cyclopts import Parameter
-
+from unmask.accounts import actions, keys, people
+from unmask.accounts.audit import COMMAND_LINE
+from unmask.accounts.money import format_dollars
 from unmask.cli.accounts import accounts
 from unmask.cli.database import DatabaseUrl, read_transaction, write_transaction
-from unmask.cli.options import parse_amount
+from unmask.cli.options import AsJson, parse_amount
 from unmask.cli.terminal import format_time, print_result, print_table, say
+from unmask.storage.database import now_ms
 
 
-@accounts.command
-def key(
+@accounts.command(name="key")
+def create_key(
     account: str,
     *,
     name: str = "",
-    scope: Annotated[tuple[Literal["embeddings", "account"], ...], Parameter(negative=())] = ("embeddings", "account"),
-    model: Annotated[tuple[str, ...], Parameter(negative=())] = (),
-    network: Annotated[tuple[str, ...], Parameter(negative=())] = (),
+    scope: tuple[Literal["embeddings", "account"], ...] = ("embeddings", "account"),
+    model: tuple[str, ...] = (),
+    network: tuple[str, ...] = (),
     requests_per_minute: int | None = None,
     tokens_per_minute: int | None = None,
     spend_limit: str | None = None,
@@ -25,27 +27,29 @@ def key(
     days: float | None = None,
     database: DatabaseUrl = None,
 ) -> int:
-    """Make an API key and print it. It is shown this once.
+    """Create an API key and print it. It is printed only this once.
 
     Parameters
     ----------
+    name
+        Name of the key in lists.
     scope
-        What it is for. May be repeated; left out, for all.
+        Use of the key. Repeat it for several. Default: all.
     model
-        A model it may call. May be repeated; left out, all.
+        Model that the key may call. Repeat it for several. Default: all.
     network
-        An address or block it may come from, like 203.0.113.0/24. May be repeated; left out, any.
+        Address or block that requests may come from, like 203.0.113.0/24. Repeat it for several. Default: any.
+    requests_per_minute
+        Most requests per minute. Default: the plan's limit alone.
+    tokens_per_minute
+        Most tokens per minute. Default: the plan's limit alone.
     spend_limit
-        Dollars it may spend.
+        Most dollars that the key may spend.
     spend_window
-        When that starts anew, in UTC; left out, never.
+        Period after which the spend limit starts anew, in UTC. Default: never.
     days
-        How long it works; left out, until it is revoked.
+        Days until the key ends. Default: it works until it is revoked.
     """
-    from unmask.accounts import actions, keys, people
-    from unmask.accounts.audit import COMMAND_LINE
-    from unmask.storage.database import now_ms
-
     now = now_ms()
     settings = keys.KeySettings(
         name=name,
@@ -61,22 +65,17 @@ def key(
     peppers = keys.Peppers()
     with write_transaction(database) as connection:
         id = people.find_account(connection, account).id
-        made = actions.create_key(connection, COMMAND_LINE, peppers, id, settings, now)
-    print_result(made)
+        secret = actions.create_key(connection, COMMAND_LINE, peppers, id, settings, now)
+    print_result(secret)
     return 0
 
 
-@accounts.command
-def keys(account: str, *, database: DatabaseUrl = None) -> int:
-    """The keys of an account, without their secrets."""
-    from unmask.accounts import keys as room
-    from unmask.accounts import people
-    from unmask.accounts.money import format_dollars
-    from unmask.storage.database import now_ms
-
+@accounts.command(name="keys")
+def list_keys(account: str, *, as_json: AsJson = False, database: DatabaseUrl = None) -> int:
+    """List the keys of an account, without their secrets."""
     now = now_ms()
     with read_transaction(database) as connection:
-        found = room.of_account(connection, people.find_account(connection, account).id, now)
+        account_keys = keys.of_account(connection, people.find_account(connection, account).id, now)
     rows = [
         (
             key.id,
@@ -88,47 +87,37 @@ def keys(account: str, *, database: DatabaseUrl = None) -> int:
             format_time(key.settings.expires_at),
             format_time(key.used_at),
         )
-        for key in found
+        for key in account_keys
     ]
-    print_table(("key", "name", "state", "scopes", "spent", "of", "until", "last used"), rows)
+    print_table(("key", "name", "state", "scopes", "spent", "of", "until", "last used"), rows, as_json=as_json)
     return 0
 
 
 @accounts.command
 def rotate(account: str, key: str, *, overlap_hours: float = 24.0, database: DatabaseUrl = None) -> int:
-    """Make a new key with the settings of an old one, and print it.
+    """Create a key with the settings of an old one, and print it.
 
     Parameters
     ----------
     key
-        The old one's id: the part between "um_" and the next "_".
+        Id of the old key: the part between "um_" and the next "_".
     overlap_hours
-        How long the old one goes on working.
+        Hours for which the old key still works.
     """
-    from unmask.accounts import actions, keys, people
-    from unmask.accounts.audit import COMMAND_LINE
-    from unmask.storage.database import now_ms
-
-    now = now_ms()
     peppers = keys.Peppers()
     with write_transaction(database) as connection:
         id = people.find_account(connection, account).id
         overlap_ms = int(overlap_hours * 3_600_000)
-        made = actions.rotate_key(connection, COMMAND_LINE, peppers, id, key, now, overlap_ms=overlap_ms)
-    print_result(made)
+        secret = actions.rotate_key(connection, COMMAND_LINE, peppers, id, key, now_ms(), overlap_ms=overlap_ms)
+    print_result(secret)
     return 0
 
 
 @accounts.command
 def revoke(account: str, key: str, *, database: DatabaseUrl = None) -> int:
     """End a key at once. KEY is its id."""
-    from unmask.accounts import actions, people
-    from unmask.accounts.audit import COMMAND_LINE
-    from unmask.storage.database import now_ms
-
-    now = now_ms()
     with write_transaction(database) as connection:
         id = people.find_account(connection, account).id
-        done = actions.revoke_key(connection, COMMAND_LINE, id, key, now)
-    say(f"{key} {'is revoked' if done else 'was revoked before'}")
+        changed = actions.revoke_key(connection, COMMAND_LINE, id, key, now_ms())
+    say(f"{key} {'is revoked' if changed else 'was revoked before'}")
     return 0

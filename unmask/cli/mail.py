@@ -1,5 +1,6 @@
-"""The mail server that a command is told of."""
+"""The options of the mail server, and the sending of notices."""
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Group, Parameter
@@ -10,38 +11,45 @@ if TYPE_CHECKING:
     from unmask.catalogue.mail import MailServer
     from unmask.storage.database import Database
 
-_MAIL = Group("Mail to those who wanted the model")
+MAIL_GROUP = Group("Mail to people who voted for the model", sort_key=90)
 
-MailUrl = Annotated[
-    str | None,
+PublicUrl = Annotated[
+    str,
     Parameter(
-        name="--mail-server",
-        env_var="UNMASK_MAIL_SERVER",
-        group=_MAIL,
-        help="smtp://host:port or smtps://user:password@host:port. Left out: the notice on the account page alone.",
+        name="--public-url", env_var="UNMASK_PUBLIC_URL", group=MAIL_GROUP, help="Address of the server's pages."
     ),
 ]
-MailFrom = Annotated[
-    str, Parameter(name="--mail-from", env_var="UNMASK_MAIL_FROM", group=_MAIL, help="Address that mail is from.")
-]
-PublicUrl = Annotated[
-    str, Parameter(name="--public-url", env_var="UNMASK_PUBLIC_URL", group=_MAIL, help="Address of the pages.")
-]
 
 
-def named_server(url: str | None, sender: str, site: str) -> "MailServer | None":
-    """Where mail is handed over; None where no server was named.
+@Parameter(name="*", group=MAIL_GROUP)
+@dataclass(frozen=True, kw_only=True)
+class MailOptions:
+    """How to send mail.
 
-    Raises:
-        UsageError: an address is none.
+    Attributes:
+        mail_server: smtp://host:port or smtps://user:password@host:port. Default: no mail, only notices on the pages.
+        mail_from: Sender's address.
     """
-    from unmask.catalogue.mail import MailServer
 
-    return None if url is None else MailServer(url, sender, site)
+    mail_server: Annotated[str | None, Parameter(env_var="UNMASK_MAIL_SERVER")] = None
+    mail_from: Annotated[str, Parameter(env_var="UNMASK_MAIL_FROM")] = ""
+
+    def server(self, public_url: str) -> "MailServer | None":
+        """Return the mail server; None if no server is named.
+
+        Raises:
+            UsageError: an address is malformed.
+        """
+        from unmask.catalogue.mail import MailServer
+
+        return None if self.mail_server is None else MailServer(self.mail_server, self.mail_from, public_url)
 
 
-def send(database: "Database", server: "MailServer | None") -> None:
-    """Mail the notices that wait, and say what came of it."""
+NO_MAIL = MailOptions()
+
+
+def send_waiting_notices(database: "Database", server: "MailServer | None") -> None:
+    """Mail the waiting notices and report how many were sent. Do nothing without a server."""
     from unmask.catalogue.mail import send_notices
 
     if server is None:

@@ -1,143 +1,118 @@
 """`unmask onboard`."""
 
+import shlex
 import sys
-from contextlib import closing
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated
 
 from cyclopts import Group, Parameter
 
+from unmask.catalogue import record_for
+from unmask.catalogue.requests import check_id
+from unmask.catalogue.store import read_catalogue, source_of
 from unmask.cli.database import DatabaseUrl, open_database
-from unmask.cli.mail import MailFrom, MailUrl, PublicUrl, named_server, send
-from unmask.cli.options import ACTOR, parse_amount
+from unmask.cli.mail import NO_MAIL, MailOptions, PublicUrl, send_waiting_notices
+from unmask.cli.options import ACTOR, amount_option
+from unmask.cli.terminal import Progress, Step, print_result, print_table
+from unmask.errors import UsageError
+from unmask.onboarding import Onboarding, Result
+from unmask.onboarding import onboard as run_onboarding
+from unmask.onboarding.run import output_for
+from unmask.onboarding.sweep import DEFAULT_LENGTHS
+from unmask.storage.database import Database
 
-if TYPE_CHECKING:
-    from unmask.storage.database import Database
+_INTERNAL = Parameter(parse=False)
 
-_GATES = Group("Gates")
+
+@Parameter(name="*", group=Group("Gates", sort_key=10))
+@dataclass(frozen=True, kw_only=True)
+class OnboardingOptions(Onboarding):
+    """`Onboarding` as options. Here are the fields whose option differs from the field, or that have none."""
+
+    model: Annotated[str, _INTERNAL] = ""
+    source: Annotated[str, _INTERNAL] = ""
+    suites: Annotated[tuple[str, ...], Parameter(name="--suite")] = ()
+    tasks: Annotated[tuple[str, ...], Parameter(name="--task")] = ()
+    lengths: Annotated[tuple[int, ...], Parameter(name="--length")] = DEFAULT_LENGTHS
+    cost_per_hour: Annotated[int | None, amount_option()] = None
+    price: Annotated[int | None, amount_option(zero=True)] = None
+    command: Annotated[str, _INTERNAL] = ""
+    output: Annotated[Path, _INTERNAL] = Path()
 
 
 def onboard(
     model: str,
     *,
     weights: Path | None = None,
-    compat: Annotated[Literal["default", "reference"] | None, Parameter(group=_GATES)] = None,
-    licence: Annotated[str | None, Parameter(group=_GATES)] = None,
-    replace_specification: Annotated[bool, Parameter(group=_GATES, negative=())] = False,
-    reference: Annotated[Path | None, Parameter(group=_GATES)] = None,
-    data: Annotated[Path | None, Parameter(group=_GATES)] = None,
-    suite: Annotated[tuple[str, ...], Parameter(group=_GATES, negative=())] = (),
-    task: Annotated[tuple[str, ...], Parameter(group=_GATES, negative=())] = (),
-    length: Annotated[tuple[int, ...], Parameter(group=_GATES, negative=())] = (),
-    callers: Annotated[tuple[int, ...], Parameter(group=_GATES, negative=())] = (),
-    seconds: Annotated[float, Parameter(group=_GATES)] = 2.0,
-    cost_per_hour: Annotated[str | None, Parameter(group=_GATES)] = None,
-    utilisation: Annotated[float, Parameter(group=_GATES)] = 0.5,
-    price: Annotated[str | None, Parameter(group=_GATES)] = None,
-    stage: Annotated[bool, Parameter(negative=())] = False,
-    by: str = "the operator of this server",
+    options: OnboardingOptions = OnboardingOptions(),
     database: DatabaseUrl = None,
-    mail_server: MailUrl = None,
-    mail_from: MailFrom = "",
+    mail: MailOptions = NO_MAIL,
     public_url: PublicUrl = "",
 ) -> int:
-    """Take a model through its gates: licence, digests, load, parity, quality, speed, price, canary. Then it is live.
+    """Measure a model and take it live.
 
-    Run again, it continues: a gate that was passed with the same weights and the same questions is not run again. A
-    running server answers for the model about a second later. Exit code 2 if a gate was not passed, 1 if it could not
-    begin, as while another run takes the same model through its gates.
+    The model passes these gates: licence, digests, load, parity, quality, speed, price, canary. An interrupted run
+    continues when you repeat the command: a gate is skipped if the same weights passed it with the same settings. A
+    running server answers for the model about a second later.
+
+    Exit code 2: a gate was not passed. Exit code 1: the run could not begin, for example because another run has the
+    same model.
 
     Parameters
     ----------
     model
         Id of a record, a hub id, or a folder in the hub's layout.
     weights
-        Folder with the model's files, for an id whose files are not fetched from the hub.
-    compat
-        "reference" gives the published LLM2Vec vectors, quirks included. Left out: as the record says.
-    licence
-        Of the weights, where the record does not know it.
-    replace_specification
-        Where the weights and the record differ, let the weights be right.
-    reference
-        An .npz with texts and vectors, perhaps instructions, to hold the model against. Left out: transformers.
-    data
-        Folder that offline tasks are read from.
-    suite
-        What quality is measured on, as "unmask evaluate" names it. May be repeated. Left out, with no --task: local.
-    task
-        A task, to measure less than a suite. May be repeated. The record says what was measured.
-    length
-        Tokens per text in the sweep of speeds. May be repeated. Left out: 16, 64 and 256.
-    callers
-        Callers at once in the sweep. May be repeated. Left out: 1, 4 and 16.
-    seconds
-        How long each point of the sweep takes.
-    cost_per_hour
-        Dollars that the machine costs, for the price.
-    utilisation
-        Share of the hours that somebody pays for, for the price.
-    price
-        Dollars per million tokens, instead of the proposed ones.
-    stage
-        Stop before live; "unmask catalogue live" does the rest.
-    by
-        Who measures, as the pages say it.
+        Folder with the model's files, if they are not fetched from the hub.
     """
-    import shlex
-
-    from rich.console import Console
-
-    from unmask.onboarding import Onboarding
-    from unmask.onboarding import onboard as run_onboarding
-    from unmask.onboarding.run import output_for
-    from unmask.onboarding.sweep import DEFAULT_CALLERS, DEFAULT_LENGTHS
-    from unmask.onboarding.terminal import gate_bar, print_result
-
-    post = named_server(mail_server, mail_from, public_url)  # a mistake in it is said before hours of work
-    console = Console(stderr=True)
-    with closing(open_database(database)) as chosen:
-        id, source = _named(chosen, model, weights)
+    server = mail.server(public_url)  # refuse a malformed address before hours of work
+    with closing(open_database(database)) as opened, Progress() as progress:
+        id, source = _record_and_source(opened, model, weights)
+        # The command stands on the model's page, so it names no folder of this machine.
+        command = shlex.join(["unmask", *(_shortened(word) for word in sys.argv[1:])])
         result = run_onboarding(
-            chosen,
-            Onboarding(
-                model=id,
-                source=source,
-                compat=compat,
-                licence=licence,
-                replace_specification=replace_specification,
-                reference=reference,
-                suites=suite,
-                tasks=task,
-                data=data,
-                lengths=length or DEFAULT_LENGTHS,
-                callers=callers or DEFAULT_CALLERS,
-                seconds=seconds,
-                cost_per_hour=None if cost_per_hour is None else parse_amount(cost_per_hour),
-                utilisation=utilisation,
-                price=None if price is None else parse_amount(price, zero=True),
-                stage=stage,
-                # Without the folders of this machine: the command stands on the model's page.
-                command=shlex.join(["unmask", *(_shortened(word) for word in sys.argv[1:])]),
-                by=by,
-                output=output_for(id),
-            ),
-            lambda gate: gate_bar(console, gate),
+            opened,
+            replace(options, model=id, source=source, command=command, output=output_for(id)),
+            lambda gate: _gate_progress(progress, gate),
             ACTOR,
         )
-        print_result(result, Console())
+        progress.close()
+        _print_gates(result)
         if result.told:
-            send(chosen, post)
+            send_waiting_notices(opened, server)
     return 0 if result.passed else 2
 
 
-def _named(database: "Database", model: str, weights: Path | None) -> tuple[str, str]:
-    """The record's id and where its weights are, from what was typed."""
-    from unmask.catalogue import record_for
-    from unmask.catalogue.requests import check_id
-    from unmask.catalogue.store import read_catalogue, source_of
-    from unmask.errors import UsageError
+@contextmanager
+def _gate_progress(progress: Progress, gate: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a gate while it runs and log its duration."""
+    began = time.perf_counter()
+    progress.log(gate)
+    yield lambda done, total: progress.show(Step(gate, done, total))
+    progress.close()
+    progress.log(f"{gate}: {time.perf_counter() - began:.1f} s")
 
+
+def _print_gates(result: Result) -> None:
+    """Print the findings of the gates and the status of the model."""
+    rows = []
+    for gate in result.gates:
+        verdict = "not passed" if not gate.passed else "kept" if gate.kept else "passed"
+        rows.append((gate.gate, verdict, gate.finding))
+    print_table(("gate", "outcome", "finding"), rows)
+    print_result(f"{result.model} is {result.status}.")
+    if result.told:
+        print_result(f"{result.told} who wanted it were told.")
+    if result.charged:
+        print_result("The proposed price is charged from now on; 'unmask accounts price' changes it.")
+
+
+def _record_and_source(database: Database, model: str, weights: Path | None) -> tuple[str, str]:
+    """Return the record's id and the place of its weights, from the user's words."""
     if weights is not None and not weights.expanduser().exists():
         raise UsageError(f"--weights {weights} does not exist")
     with database.read() as connection:
@@ -148,18 +123,18 @@ def _named(database: "Database", model: str, weights: Path | None) -> tuple[str,
             # A mirror of the hub has the organisation's name above the model's.
             entry = records.get("/".join(path.absolute().parts[-2:]))
         id = entry.record.id if entry else record_for(model).id
-        before = source_of(connection, id)
+        earlier_source = source_of(connection, id)
     if entry is None and not path.exists():
         check_id(model)
     if weights is not None:
         return id, str(weights.expanduser().absolute())
     if path.exists():
         return id, str(path.absolute())
-    return id, before or id
+    return id, earlier_source or id
 
 
 def _shortened(word: str) -> str:
-    """A word of the command line, a path by its last part alone."""
+    """Return a word of the command line; of a path only its last part, of a URL only its scheme."""
     if word.startswith(("smtp://", "smtps://", "sqlite:", "postgres")):
         return word.partition(":")[0] + "://..."
     return Path(word).name if word.startswith(("/", "~", "./", "../")) else word

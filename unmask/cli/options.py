@@ -1,8 +1,11 @@
 """Options that several commands share, and the amounts of money in them."""
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from cyclopts import Parameter
+from cyclopts import Parameter, Token
+
+from unmask.errors import UsageError
 
 # Actor of the command line in the audit log and in the history of a model.
 ACTOR = "command line"
@@ -25,6 +28,28 @@ DtypeOption = Annotated[
 AsJson = Annotated[bool, Parameter(name="--json", help="Print JSON, for scripts.")]
 
 
+def amount_option(*, zero: bool = False) -> Parameter:
+    """Return the converter of an option with an amount of dollars, see `parse_amount`."""
+
+    def convert(_: type, tokens: Sequence[Token]) -> int:
+        try:
+            return parse_amount(tokens[0].value, zero=zero)
+        except UsageError as error:
+            raise UsageError(f"{tokens[0].keyword}: {error}") from None
+
+    return Parameter(metavar="DOLLARS", converter=convert, show_default=False)
+
+
+def megabytes_option(name: str) -> Parameter:
+    """Return the converter of an option in megabytes for a field in bytes."""
+    return Parameter(
+        name=name,
+        metavar="MEGABYTES",
+        converter=lambda _, tokens: int(float(tokens[0].value) * 1_000_000),
+        show_default=lambda number: f"{number / 1_000_000:g}",
+    )
+
+
 def parse_amount(text: str, *, zero: bool = False) -> int:
     """Convert a typed amount of dollars to nano-dollars.
 
@@ -35,7 +60,6 @@ def parse_amount(text: str, *, zero: bool = False) -> int:
         UsageError: the text is no amount of dollars, or it is 0 and `zero` is false.
     """
     from unmask.accounts.money import parse_dollars
-    from unmask.errors import UsageError
 
     try:
         amount = parse_dollars(text)

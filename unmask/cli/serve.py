@@ -1,186 +1,151 @@
-"""`unmask serve` and the models that it can serve."""
+"""`unmask serve`."""
 
-from typing import TYPE_CHECKING, Annotated, Literal
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from cyclopts import Group, Parameter
+from cyclopts import Group, Parameter, Token
 
-from unmask.cli.mail import MailFrom, MailUrl, named_server
+from unmask.accounts.provider import ProviderSettings
+from unmask.api.settings import ServeSettings
+from unmask.checkpoint.resolve import DEFAULT_MODEL
+from unmask.cli.mail import NO_MAIL, MailOptions
+from unmask.cli.options import DeviceOption, DtypeOption, amount_option, megabytes_option
+from unmask.errors import UsageError
+from unmask.server import serve as run_server
+from unmask.storage.database import default_url
 
-if TYPE_CHECKING:
-    from unmask.accounts.provider import ProviderSettings
+_LIMITS = Group("Limits", sort_key=10)
+_ACCOUNTS = Group("Accounts", sort_key=20)
+_OIDC = Group("Sign-in with OpenID Connect", sort_key=30)
+_INTERNAL = Parameter(parse=False)
 
-_LIMITS = Group("Limits")
-_ACCOUNTS = Group("Accounts")
+
+def _keys_in_file(_: type, tokens: Sequence[Token]) -> tuple[str, ...]:
+    return _read_keys(tokens[0].value)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(ServeSettings):
+    """`ServeSettings` as options. Here are the fields whose option differs from the field, or that have none.
+
+    Attributes:
+        accounts: Require keys of accounts and charge for requests, see "unmask accounts --help".
+        warm: Further model to load at the start. Others load with their first request. Repeat it for several.
+        api_keys: File with one API key per line. Clients send one as "Authorization: Bearer KEY".
+        database: Database of accounts and catalogue: sqlite:///path or postgresql://user@host/name. Implies
+            --accounts. Default: SQLite in UNMASK_HOME.
+        free_credit: Dollars that each new account gets once. Default: 0.
+        body_limit_bytes: Largest request body, in megabytes.
+        cache_bytes: Memory per model for vectors of earlier inputs, in megabytes; 0 turns the cache off.
+    """
+
+    models: Annotated[tuple[str, ...], Parameter(name="--model")] = (DEFAULT_MODEL,)
+    api_keys: Annotated[
+        tuple[str, ...], Parameter(name="--api-key-file", metavar="FILE", n_tokens=1, converter=_keys_in_file)
+    ] = ()
+    dtype: DtypeOption = "float32"
+    device: DeviceOption = "cpu"
+    public_url: Annotated[str | None, Parameter(env_var="UNMASK_PUBLIC_URL")] = None
+    trusted_proxies: Annotated[tuple[str, ...], Parameter(name="--trusted-proxy")] = ()
+    playground: Annotated[bool | None, Parameter(negative="--no-playground")] = None
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    accounts: Annotated[bool, Parameter(group=_ACCOUNTS)] = False
+    database: Annotated[str | None, Parameter(group=_ACCOUNTS, env_var="UNMASK_DATABASE")] = None
+    free_credit: Annotated[int, Parameter(group=_ACCOUNTS), amount_option(zero=True)] = 0
+    flush_charges: Annotated[bool, Parameter(group=_ACCOUNTS)] = False
+    limits: Annotated[str | None, Parameter(group=_ACCOUNTS, env_var="UNMASK_LIMITS")] = None
+    on_redis_failure: Annotated[Literal["share", "refuse"], Parameter(group=_ACCOUNTS)] = "share"
+    credit_status: Annotated[Literal[429, 402], Parameter(group=_ACCOUNTS)] = 429
+
+    request_timeout_s: Annotated[float, Parameter(name="--request-timeout", group=_LIMITS)] = 60.0
+    body_limit_bytes: Annotated[int, Parameter(group=_LIMITS), megabytes_option("--body-limit-mb")] = 32_000_000
+    queue_tokens: Annotated[int, Parameter(group=_LIMITS)] = 262_144
+    cache_bytes: Annotated[int, Parameter(group=_LIMITS), megabytes_option("--cache-mb")] = 64_000_000
+
+    catalogue: Annotated[str | None, _INTERNAL] = None
+    provider: Annotated[ProviderSettings | None, _INTERNAL] = None
+    mail: Annotated[Any, _INTERNAL] = None
+    receive_timeout_s: Annotated[float, _INTERNAL] = ServeSettings.receive_timeout_s
+    header_timeout_s: Annotated[float, _INTERNAL] = ServeSettings.header_timeout_s
+    keep_alive_s: Annotated[float, _INTERNAL] = ServeSettings.keep_alive_s
+    max_request_tokens: Annotated[int, _INTERNAL] = ServeSettings.max_request_tokens
+    max_request_characters: Annotated[int, _INTERNAL] = ServeSettings.max_request_characters
+    shutdown_grace_s: Annotated[float, _INTERNAL] = ServeSettings.shutdown_grace_s
+
+    def __post_init__(self) -> None:
+        """Check nothing: `settings` completes the values, and `ServeSettings` checks them."""
+
+    def settings(self, **changes: Any) -> ServeSettings:
+        """Return the settings with `changes` and with the values that other options imply.
+
+        Raises:
+            UsageError: as `ServeSettings`.
+        """
+        values = {field.name: getattr(self, field.name) for field in fields(ServeSettings)}
+        implied = {
+            "warm": (self.models[0], *self.warm),
+            "database": self.database or (default_url() if self.accounts else None),
+            "catalogue": self.database or default_url(),
+        }
+        return ServeSettings(**values | implied | changes)
+
+
+@Parameter(name="*", group=_OIDC)
+@dataclass(frozen=True, kw_only=True)
+class OidcOptions:
+    """An OpenID Connect provider.
+
+    Attributes:
+        oidc_issuer: Provider, such as https://login.example.org, whose people may sign in here. Needs the optional
+            dependencies oidc.
+        oidc_client_id: Id of this server at the provider.
+        oidc_client_secret_file: File with the client secret. Default: the variable UNMASK_OIDC_CLIENT_SECRET.
+        oidc_name: Name on the sign-in button. Default: the provider's host.
+    """
+
+    oidc_issuer: Annotated[str | None, Parameter(env_var="UNMASK_OIDC_ISSUER")] = None
+    oidc_client_id: Annotated[str | None, Parameter(env_var="UNMASK_OIDC_CLIENT_ID")] = None
+    oidc_client_secret_file: Annotated[str | None, Parameter(env_var="UNMASK_OIDC_CLIENT_SECRET_FILE")] = None
+    oidc_name: Annotated[str, Parameter(env_var="UNMASK_OIDC_NAME")] = ""
+
+    def provider(self) -> ProviderSettings | None:
+        """Return the provider's settings; None if no provider is named.
+
+        Raises:
+            UsageError: there is no issuer but another option, or a value cannot be used.
+        """
+        if self.oidc_issuer is None:
+            if self.oidc_client_id or self.oidc_client_secret_file:
+                raise UsageError("--oidc-client-id and --oidc-client-secret-file need --oidc-issuer")
+            return None
+        secret = os.environ.get("UNMASK_OIDC_CLIENT_SECRET", "")
+        if self.oidc_client_secret_file:
+            try:
+                secret = Path(self.oidc_client_secret_file).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                path = self.oidc_client_secret_file
+                raise UsageError(f"--oidc-client-secret-file {path} cannot be read: {error}") from error
+        return ProviderSettings(
+            issuer=self.oidc_issuer,
+            client_id=self.oidc_client_id or "",
+            client_secret=secret.strip(),
+            name=self.oidc_name,
+        )
 
 
 def serve(
-    *,
-    host: str = "127.0.0.1",
-    port: int = 8080,
-    model: Annotated[tuple[str, ...], Parameter(negative=())] = (),
-    warm: Annotated[tuple[str, ...], Parameter(negative=())] = (),
-    api_key_file: str | None = None,
-    dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32",
-    device: str = "cpu",
-    public_url: Annotated[str | None, Parameter(env_var="UNMASK_PUBLIC_URL")] = None,
-    trusted_proxy: Annotated[tuple[str, ...], Parameter(negative=())] = (),
-    playground: bool | None = None,
-    accounts: Annotated[bool, Parameter(group=_ACCOUNTS, negative=())] = False,
-    database: Annotated[str | None, Parameter(group=_ACCOUNTS, env_var="UNMASK_DATABASE")] = None,
-    free_credit: Annotated[str, Parameter(group=_ACCOUNTS)] = "0",
-    flush_charges: Annotated[bool, Parameter(group=_ACCOUNTS, negative=())] = False,
-    limits: Annotated[str | None, Parameter(group=_ACCOUNTS, env_var="UNMASK_LIMITS")] = None,
-    limits_without: Annotated[Literal["share", "refuse"], Parameter(group=_ACCOUNTS)] = "share",
-    oidc_issuer: Annotated[str | None, Parameter(group=_ACCOUNTS, env_var="UNMASK_OIDC_ISSUER")] = None,
-    oidc_client_id: Annotated[str | None, Parameter(group=_ACCOUNTS, env_var="UNMASK_OIDC_CLIENT_ID")] = None,
-    oidc_client_secret_file: Annotated[
-        str | None, Parameter(group=_ACCOUNTS, env_var="UNMASK_OIDC_CLIENT_SECRET_FILE")
-    ] = None,
-    oidc_name: Annotated[str, Parameter(group=_ACCOUNTS, env_var="UNMASK_OIDC_NAME")] = "",
-    credit_status: Annotated[Literal[429, 402], Parameter(group=_ACCOUNTS)] = 429,
-    mail_server: MailUrl = None,
-    mail_from: MailFrom = "",
-    request_timeout: Annotated[float, Parameter(group=_LIMITS)] = 60.0,
-    body_limit_mb: Annotated[float, Parameter(group=_LIMITS)] = 32.0,
-    queue_tokens: Annotated[int, Parameter(group=_LIMITS)] = 262_144,
-    cache_mb: Annotated[float, Parameter(group=_LIMITS)] = 64.0,
-    log_level: Literal["debug", "info", "warning", "error"] = "info",
+    *, options: ServeOptions = ServeOptions(), oidc: OidcOptions = OidcOptions(), mail: MailOptions = NO_MAIL
 ) -> int:
-    """Answer POST /v1/embeddings for one or more models, and show them on pages.
-
-    Parameters
-    ----------
-    host
-        Address to listen on. Anything but this machine's own needs --accounts or --api-key-file.
-    port
-        Port to listen on; 0 lets the system choose.
-    model
-        Model to serve: a shipped id, a hub id, a folder or a .gguf file. May be repeated.
-        The first is loaded at start. Left out: unmask/smollm2-135m-embed.
-    warm
-        Another model to load at start rather than on first use. May be repeated.
-    api_key_file
-        File with one API key per line; callers must present one as "Authorization: Bearer KEY".
-    dtype
-        Precision of the weights. int8 answers almost twice as fast; its vectors have a cosine of about 0.9994 to
-        those of float32.
-    device
-        A torch device, such as cpu or cuda. On a GPU choose bfloat16.
-    public_url
-        Address under which visitors reach this server, for the links and examples on its pages and in mail.
-        Left out: what their browsers say.
-    trusted_proxy
-        Address or network of a proxy before this server, such as 10.0.0.0/8: only from there X-Forwarded-For and
-        X-Forwarded-Proto say who calls, and whether by https. May be repeated.
-    playground
-        Whether visitors may try models on the pages. Left out: only where no key is needed.
-    accounts
-        Ask for the keys of accounts, and charge them: see "unmask accounts --help".
-    database
-        Where the accounts are, and what "unmask catalogue" and "unmask onboard" wrote: sqlite:///path or
-        postgresql://user@host/name. Implies --accounts.
-        Left out: SQLite in UNMASK_HOME.
-    free_credit
-        Dollars that everybody who signs up gets once.
-    flush_charges
-        With SQLite, answer only once the charge is on the disk, which may take milliseconds. Without, a power cut
-        may forget the charges of the last moments; killing the server forgets nothing in either case.
-    limits
-        Where requests and tokens per minute are counted for several servers: redis://host:6379/0.
-        Left out: in this process.
-    limits_without
-        While that does not answer: each server counts its share of every limit, or requests with limits get a 503.
-    oidc_issuer
-        An OpenID Connect provider, such as https://login.example.org, whose people may sign in to an account here.
-        Needs the optional dependencies oidc.
-    oidc_client_id
-        By which it knows this server.
-    oidc_client_secret_file
-        File with the secret that goes with it. Left out: what UNMASK_OIDC_CLIENT_SECRET holds.
-    oidc_name
-        What the button on the sign-in page calls it. Left out: its host.
-    credit_status
-        HTTP status of a request that the credit does not cover: 429 as OpenAI says, or 402.
-    request_timeout
-        Seconds a request may take when its client names no deadline.
-    body_limit_mb
-        Largest request body, in megabytes.
-    queue_tokens
-        Tokens that may wait per model before requests are refused with 429.
-    cache_mb
-        Memory per model, in megabytes, for vectors of inputs that were asked for before; 0 for none.
-    log_level
-        What is logged to stderr.
-    """
-    from unmask.accounts.money import parse_dollars
-    from unmask.api.settings import ServeSettings
-    from unmask.checkpoint.resolve import DEFAULT_MODEL
-    from unmask.errors import UsageError
-    from unmask.server import serve as run_server
-    from unmask.storage.database import default_url
-
-    models = model or (DEFAULT_MODEL,)
-    try:
-        credit = parse_dollars(free_credit)
-    except ValueError as error:
-        raise UsageError(f"--free-credit: {error}") from None
-    return run_server(
-        ServeSettings(
-            host=host,
-            port=port,
-            models=models,
-            warm=(models[0], *warm),
-            api_keys=_read_keys(api_key_file) if api_key_file else (),
-            public_url=public_url,
-            trusted_proxies=trusted_proxy,
-            playground=playground,
-            database=database or (default_url() if accounts else None),
-            catalogue=database or default_url(),
-            mail=named_server(mail_server, mail_from, public_url or ""),
-            free_credit=credit,
-            provider=_provider(oidc_issuer, oidc_client_id, oidc_client_secret_file, oidc_name),
-            credit_status=credit_status,
-            flush_charges=flush_charges,
-            limits=limits,
-            on_redis_failure=limits_without,
-            request_timeout_s=request_timeout,
-            body_limit_bytes=int(body_limit_mb * 1_000_000),
-            queue_tokens=queue_tokens,
-            dtype=dtype,
-            device=device,
-            cache_bytes=int(cache_mb * 1_000_000),
-            log_level=log_level,
-        )
-    )
-
-
-def _provider(
-    issuer: str | None, client_id: str | None, secret_file: str | None, name: str
-) -> "ProviderSettings | None":
-    import os
-    from pathlib import Path
-
-    from unmask.accounts.provider import ProviderSettings
-    from unmask.errors import UsageError
-
-    if issuer is None:
-        if client_id or secret_file:
-            raise UsageError("--oidc-client-id and --oidc-client-secret-file need --oidc-issuer")
-        return None
-    secret = os.environ.get("UNMASK_OIDC_CLIENT_SECRET", "")
-    if secret_file:
-        try:
-            secret = Path(secret_file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--oidc-client-secret-file {secret_file} cannot be read: {error}") from error
-    return ProviderSettings(issuer=issuer, client_id=client_id or "", client_secret=secret.strip(), name=name)
+    """Serve models behind an OpenAI-compatible API, with pages for people."""
+    return run_server(options.settings(provider=oidc.provider(), mail=mail.server(options.public_url or "")))
 
 
 def _read_keys(path: str) -> tuple[str, ...]:
-    from pathlib import Path
-
-    from unmask.errors import UsageError
-
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -31,6 +31,11 @@ def print_result(text: str) -> None:
     print(text)  # noqa: T201 - the terminal is this module's work
 
 
+def print_json(value: Any) -> None:
+    """Print a result as JSON."""
+    print_result(json.dumps(value, indent=1, ensure_ascii=False, default=str))
+
+
 def terminal_width(stream: TextIO | None = None) -> int | None:
     """Columns of the terminal that `stream` (by default stdout) writes to; None for a pipe or file.
 
@@ -61,7 +66,7 @@ def print_table(
     """
     if as_json:
         keys = [heading.replace(" ", "_") for heading in headings]
-        print_result(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=1, ensure_ascii=False))
+        print_json([dict(zip(keys, row, strict=True)) for row in rows])
         return
     cells = [[unknown if value is None else str(value) for value in row] for row in rows]
     for line in table_lines(headings, cells, terminal_width(), right):

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from decimal import ROUND_CEILING, Decimal
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -40,30 +40,33 @@ _MILLION = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Onboarding:
-    """What is to be taken live, and what its gates are to ask.
+    """A model to take live, and the settings of its gates. Most fields are options of `unmask onboard`.
 
     Attributes:
         model: id of the record.
-        source: id, folder or file that the weights are loaded from.
-        compat: how texts are read; None for what the record says.
-        licence: of the weights, where the record does not know it.
-        replace_specification: let what the weights say replace what the record says, where the two differ.
-        reference: .npz of vectors to hold ours against; None for `transformers`.
-        suites, tasks: what quality is measured on; none for the whole suite local.
-        data: folder that offline tasks are read from.
-        lengths, callers, seconds: of the sweep, see `sweep`.
-        cost_per_hour: nano-dollars that the machine costs.
-        utilisation: share of the hours that somebody pays for.
-        price: nano-dollars per million tokens, instead of the proposed ones.
-        stage: stop before live.
-        command: what the operator typed.
-        by: who measures.
+        source: id, folder or file to load the weights from.
+        compat: "reference" gives the published LLM2Vec vectors, quirks included. Default: as the record says.
+        licence: Licence of the weights, if the record does not know it.
+        replace_specification: Correct the record where its specification differs from the weights.
+        reference: .npz file with texts and vectors to compare with. Default: compare with transformers.
+        suites: Suite to measure quality on, as "unmask evaluate" names it. Repeat it for several. Default: local.
+        tasks: Task, to measure less than a suite. Repeat it for several.
+        data: Folder with the data of offline tasks.
+        lengths: Tokens per text in the sweep of speeds. Repeat it for several.
+        callers: Concurrent callers in the sweep. Repeat it for several.
+        seconds: Seconds that each point of the sweep takes.
+        cost_per_hour: Dollars that the machine costs per hour, to propose a price (nano-dollars in Python).
+        utilisation: Share of the hours that customers pay for, to propose a price.
+        price: Dollars per million tokens, instead of a proposed price (nano-dollars in Python).
+        stage: Stop before the last step; "unmask catalogue live" takes it.
+        command: command of the operator, for the model's page.
+        by: Author of the measurements, for the model's page.
         output: folder for the raw files.
     """
 
     model: str
     source: str
-    compat: str | None = None
+    compat: Literal["default", "reference"] | None = None
     licence: str | None = None
     replace_specification: bool = False
     reference: Path | None = None
