@@ -11,6 +11,7 @@ import hypothesis
 import pytest
 
 from tests.accounts.postgres import Cluster, cluster, server_programs
+from tests.evaluate.example_data import write_example_data
 from unmask.checkpoint.packaged_models import fetch_packaged
 from unmask.cli import keep_few_products
 
@@ -19,6 +20,14 @@ hypothesis.settings.register_profile("unmask", deadline=None)
 hypothesis.settings.load_profile("unmask")
 
 keep_few_products()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests over public data, which is not ours to commit, unless UNMASK_TEST_DATA names its folder."""
+    if "UNMASK_TEST_DATA" not in os.environ:
+        left_out = [item for item in items if item.get_closest_marker("public_data")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:
@@ -66,12 +75,15 @@ def golden_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
-def shared_dir() -> Path:
-    """The shared folder beside the repository, with real text and the larger golden files."""
-    folder = Path(os.environ.get("UNMASK_SHARED", REPOSITORY.parent / "shared"))
-    if not (folder / "golden").is_dir():
-        pytest.skip(f"no shared folder at {folder}; set UNMASK_SHARED to the one with golden/, data/ and tools/")
-    return folder
+def eval_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for `--data` with rows of our own making for every offline and word-level task."""
+    return write_example_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def public_data() -> Path:
+    """The folder of public data that UNMASK_TEST_DATA names; only tests marked `public_data` may use it."""
+    return Path(os.environ["UNMASK_TEST_DATA"])
 
 
 @pytest.fixture(scope="session")

@@ -69,8 +69,9 @@ def test_a_wrong_folder(tmp_path: Path) -> None:
         published_score(tmp_path, "unique", "STS12")
 
 
-def test_the_real_table(shared_dir: Path) -> None:
-    folder = shared_dir / "data" / "eval" / "mteb_results"
+@pytest.mark.public_data
+def test_the_real_table(public_data: Path) -> None:
+    folder = public_data / "mteb_results"
     figures = {"STSBenchmark": 82.03, "STS16": 78.99, "STS12": 72.37, "STS13": 80.60, "Banking77Classification": 80.04}
     assert set(figures) == SAME_DATA
     for task, figure in figures.items():

@@ -1,4 +1,4 @@
-"""`unmask evaluate` as a user meets it, over real data with real models."""
+"""`unmask evaluate` as a user meets it, with real models."""
 
 import json
 import os
@@ -25,8 +25,8 @@ TASKS = ("STS16", "SlurpScenarioClassification", "ArxivTitleClustering", "Passag
 
 
 @pytest.fixture(scope="module")
-def data(shared_dir: Path) -> Path:
-    return shared_dir / "data" / "eval"
+def data(eval_data: Path) -> Path:
+    return eval_data
 
 
 @pytest.fixture
@@ -173,13 +173,15 @@ def test_the_published_models_have_their_metadata() -> None:
     assert len(known) == 8
 
 
-def test_minilm_scores_what_is_published(real_model, data: Path, tmp_path: Path) -> None:
+@pytest.mark.public_data
+@pytest.mark.weights
+def test_minilm_scores_what_is_published(real_model, public_data: Path, tmp_path: Path) -> None:
     """Two of the five by default, which is a minute of work once; vectors are kept between runs."""
     tasks = {"STSBenchmark": 82.03, "STS16": 78.99}
     if os.environ.get("UNMASK_TEST_ALL"):
         tasks |= {"STS12": 72.37, "STS13": 80.60, "Banking77Classification": 80.04}
     model = str(real_model("all-minilm-l6-v2"))
-    results = evaluate(Evaluation(models=(model,), tasks=tuple(tasks), data=data, output=tmp_path))
+    results = evaluate(Evaluation(models=(model,), tasks=tuple(tasks), data=public_data, output=tmp_path))
     for score in results.models[0].scores:
         assert score.score == pytest.approx(tasks[score.task], abs=0.05)
         assert score.published == tasks[score.task]

@@ -17,13 +17,13 @@ ROWS = {"train": 60, "dev": 10, "test": 20}
 
 
 @pytest.fixture(scope="module")
-def corpora(shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def corpora(eval_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first sentences of both corpora, in their own layout."""
     folder = tmp_path_factory.mktemp("corpora")
     for corpus in ("conll2003", "ud_ewt"):
         (folder / corpus).mkdir()
         for split, count in ROWS.items():
-            with gzip.open(shared_dir / "data" / "eval" / corpus / f"{split}.jsonl.gz", "rt", encoding="utf-8") as rows:
+            with gzip.open(eval_data / corpus / f"{split}.jsonl.gz", "rt", encoding="utf-8") as rows:
                 head = [line for line, _ in zip(rows, range(count), strict=False)]
             (folder / corpus / f"{split}.jsonl").write_text("".join(head), encoding="utf-8")
     return folder

@@ -51,8 +51,15 @@ def test_inventories_are_the_papers() -> None:
 
 
 @pytest.mark.parametrize("name", WORD_TASKS)
-def test_every_label_of_the_data_is_known(shared_dir: Path, name: str) -> None:
-    data = read_word_data(word_task(name), shared_dir / "data" / "eval")  # an unknown label would be an error
+def test_every_label_of_the_data_is_known(eval_data: Path, name: str) -> None:
+    data = read_word_data(word_task(name), eval_data)  # an unknown label would be an error
+    assert [len(data.splits[split]) for split in ("train", "dev", "test")] == [80, 15, 30]
+
+
+@pytest.mark.public_data
+@pytest.mark.parametrize("name", WORD_TASKS)
+def test_every_label_of_the_public_data_is_known(public_data: Path, name: str) -> None:
+    data = read_word_data(word_task(name), public_data)  # an unknown label would be an error
     if name == "CoNLL2003NER":
         for split, sentences in data.splits.items():
             begun = Counter(label[2:] for s in sentences for label in s.labels if label.startswith("B-"))

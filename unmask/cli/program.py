@@ -46,6 +46,7 @@ COMMANDS = (
     Command("evaluate", _EVALUATION, "Measure models on benchmarks and write a report.", ("evaluate",)),
     Command("compare", _EVALUATION, "Compare two models, with a test of significance.", ("evaluate",)),
     Command("report", _EVALUATION, "Write the report again from stored results.", ("evaluate",)),
+    Command("data", _EVALUATION, "Fetch public evaluation data.", ("data",)),
     Command(
         "accounts",
         _OPERATION,

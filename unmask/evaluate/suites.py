@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from unmask.errors import MissingPackages, UsageError
-from unmask.evaluate.local import LOCAL_TASKS
+from unmask.evaluate.local import FETCH_ADVICE, LOCAL_TASKS
 from unmask.evaluate.results import Category
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def _suite(suite: str, data: Path | None) -> list[Job]:
         from unmask.evaluate.word_level import WORD_TASKS
 
         if data is None:
-            raise UsageError("the suite local reads its tasks from a folder: --data FOLDER")
+            raise UsageError(f"the suite local reads its tasks from a folder: --data FOLDER; {FETCH_ADVICE}")
         return [_local(name, data) for name in LOCAL_TASKS] + [_words(name, data) for name in WORD_TASKS]
     mteb = _mteb()
     if suite in _BENCHMARKS:
@@ -96,11 +96,11 @@ def _single(name: str, data: Path | None) -> Job:
 
     if name in WORD_TASKS:
         if data is None:
-            raise UsageError(f"{name} is read from a folder: --data FOLDER")
+            raise UsageError(f"{name} is read from a folder: --data FOLDER; {FETCH_ADVICE}")
         return _words(name, data)
     if name in LOCAL_TASKS and (data is not None or not LOCAL_TASKS[name].mteb_own):
         if data is None:
-            raise UsageError(f"{name} is read from a folder: --data FOLDER")
+            raise UsageError(f"{name} is read from a folder: --data FOLDER; {FETCH_ADVICE}")
         return _local(name, data)
     mteb = _mteb()
     try:

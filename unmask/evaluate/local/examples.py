@@ -27,6 +27,8 @@ Tables = dict[str, Table]
 TextRow = dict[str, str]
 T = TypeVar("T")
 
+FETCH_ADVICE = "to build it from public sources: unmask data fetch local --output FOLDER"
+
 
 def digest(tables: Tables) -> str:
     """16 hex digits over every example, so that a changed file or another cut is another task."""
@@ -42,7 +44,9 @@ def read_tsv(file: Path) -> list[TextRow]:
     try:
         return [row.fields for row in read_table(file)]
     except FileNotFoundError as error:
-        raise UsageError(f"{file} is missing; --data names the folder that holds {file.parent.name}/") from error
+        raise UsageError(
+            f"{file} is missing; --data names the folder that holds {file.parent.name}/. {FETCH_ADVICE}"
+        ) from error
     except (OSError, UsageError) as error:
         raise UsageError(f"{file} cannot be read: {error}") from error
 
