@@ -41,9 +41,9 @@ def make_key(url: str, pepper: Path) -> str:
     now = now_ms()
     with database.begin() as connection:
         if people.all_accounts(connection):
-            raise SystemExit(f"{database.shown} is in use: name a new database")
-        tariff.set_price(connection, tariff.Price(MODEL, "default", 8_000_000), now)
-        tariff.set_plan(connection, tariff.Plan("default", 10**6, 10**9))
+            raise SystemExit(f"{database.display_url} is in use: name a new database")
+        tariff.set_price(connection, tariff.TariffPrice(MODEL, "default", 8_000_000), now)
+        tariff.set_plan(connection, tariff.RatePlan("default", 10**6, 10**9))
         account = people.open_account(connection, "measured", now)
         ledger.top_up(connection, account, 10**14, "payment 1", now)
         limits = KeySettings(

@@ -146,9 +146,9 @@ def prepare(url: str, pepper: Path, number: int) -> list[str]:
     account = ""
     with database.begin() as connection:
         if people.all_accounts(connection):
-            raise SystemExit(f"{database.shown} is in use: name a new database")
-        tariff.set_price(connection, tariff.Price(MODEL, "default", PRICE), now)
-        tariff.set_price(connection, tariff.Price(MODEL, "batch", PRICE // 3), now)
+            raise SystemExit(f"{database.display_url} is in use: name a new database")
+        tariff.set_price(connection, tariff.TariffPrice(MODEL, "default", PRICE), now)
+        tariff.set_price(connection, tariff.TariffPrice(MODEL, "batch", PRICE // 3), now)
         for index in range(number):
             if index % 5 == 0:
                 account = people.open_account(connection, f"account {index}", now)
@@ -165,7 +165,7 @@ def examine(url: str, seen: Seen) -> list[str]:
     database = Database(url)
     with database.read() as connection:
         wrong = [str(drift) for drift in verify(connection).drift]
-        late = ledger.expired(connection, now_ms() + ALL_TIME, limit=10**6)
+        late = ledger.expired_holds(connection, now_ms() + ALL_TIME, limit=10**6)
     for charge in late:  # what the killed servers left behind is given back, and that too must add up
         with database.begin() as connection:
             ledger.expire(connection, charge, now_ms())

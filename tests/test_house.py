@@ -91,7 +91,7 @@ PENDING: dict[str, dict[str, str]] = {
         "accounts/audit.py": "Event",
         "accounts/ledger.py": "Held",
         "accounts/people.py": "end_session start_session",
-        "accounts/provider.py": "Provider",
+        "accounts/identity_provider.py": "Provider",
         "accounts/tariff.py": "Plan Price price",
         "accounts/usage.py": "Request",
         "api/authentication.py": "Gate",
@@ -120,7 +120,7 @@ PENDING: dict[str, dict[str, str]] = {
         "accounts/limits.py": "shown",
         "accounts/money.py": "found",
         "accounts/people.py": "found given wanted",
-        "accounts/provider.py": "asked found given kept",
+        "accounts/identity_provider.py": "asked found given kept",
         "accounts/tariff.py": "found known wanted",
         "accounts/usage.py": "found wanted",
         "accounts/verification.py": "found given known wrong",
@@ -259,18 +259,21 @@ PENDING: dict[str, dict[str, str]] = {
         "evaluate/models/static.py": "unmask.evaluate.models",
     },
     "docstring_clauses": {
-        "accounts/accounts.py": "Accounts.authenticate Accounts.confirm",
+        "accounts/accounts.py": "Accounts.authenticate Accounts.reauthenticate",
         "accounts/audit.py": "module",
         "accounts/keys.py": "Caller Caller.check Caller.require KeySettings authenticate",
         "accounts/ledger.py": "Hold _claim",
-        "accounts/limits.py": "Draw Limiter",
-        "accounts/people.py": "Account.free check_password has_password of_identity session_started signed_in totals",
-        "accounts/provider.py": (
-            "Identity Provider._asked Provider._claims Provider.address Provider.identity "
-            "ProviderSettings Visit.read _is_safe is_this_machine"
+        "accounts/limits.py": "BucketTake Limiter",
+        "accounts/people.py": (
+            "Account.free check_password has_password person_of_identity session_start person_of_session totals"
         ),
-        "accounts/tariff.py": "charged_for",
-        "accounts/usage.py": "account_of module",
+        "accounts/identity_provider.py": (
+            "Identity IdentityProvider._asked IdentityProvider._claims IdentityProvider.address "
+            "IdentityProvider.identity "
+            "IdentityProviderSettings AuthorizationRequest.read _is_safe is_this_machine"
+        ),
+        "accounts/tariff.py": "effective_price",
+        "accounts/usage.py": "account_of_charge module",
         "accounts/verification.py": "Verification",
         "api/app.py": "create_app.public",
         "api/authentication.py": "Gate.admit module",
@@ -290,9 +293,9 @@ PENDING: dict[str, dict[str, str]] = {
         "catalogue/measurement.py": "measurements_of",
         "catalogue/pricing.py": "module",
         "catalogue/record.py": "Price Record.status Specification is_web_address",
-        "catalogue/speed.py": "Point",
-        "catalogue/store.py": "Outcome module source_of",
-        "catalogue/votes.py": "counts letters_waiting module",
+        "catalogue/speed.py": "SpeedPoint",
+        "catalogue/store.py": "GateOutcome module source_of",
+        "catalogue/votes.py": "count_votes count_unsent_letters module",
         "checkpoint/checkpoint.py": "Checkpoint",
         "checkpoint/gguf.py": "_Cursor.count _Family",
         "checkpoint/gguf_tokenizer.py": "_Pre",
@@ -331,9 +334,9 @@ PENDING: dict[str, dict[str, str]] = {
         "evaluate/run.py": "Evaluation",
         "evaluate/suites.py": "module",
         "evaluate/word_states.py": "_space_before",
-        "onboarding/gates.py": "Bench Found Onboarding price speed",
+        "onboarding/gates.py": "OnboardingContext GateResult OnboardingOptions price speed",
         "onboarding/parity.py": "Parity module",
-        "onboarding/run.py": "Result",
+        "onboarding/run.py": "OnboardingResult",
         "onboarding/sweep.py": "module",
         "onboarding/terminal.py": "print_result",
         "recipe/decontamination.py": "Held.touches",
@@ -353,7 +356,7 @@ PENDING: dict[str, dict[str, str]] = {
         "recipe/train.py": "Outcome",
         "recipe/trainee.py": "Trainee Trainee.turns adapter_base",
         "router/__init__.py": "module",
-        "storage/database.py": "Statement.changed Statement.rows _prepare is_transient module",
+        "storage/database.py": "RawStatement.changed RawStatement.rows _prepare is_transient module",
     },
     "audit_calls": {
         "cli/accounts.py": "audit.note",

@@ -10,7 +10,7 @@ import unmask
 from unmask.accounts import actions, audit, keys, people
 from unmask.accounts.audit import COMMAND_LINE, Actor
 from unmask.accounts.keys import KeySettings, Peppers
-from unmask.accounts.tariff import Plan, Price
+from unmask.accounts.tariff import RatePlan, TariffPrice
 from unmask.errors import LedgerRefused
 from unmask.storage.database import Database
 
@@ -21,7 +21,7 @@ NOW = 1_700_000_000_000
 UNAUDITED = {
     "unmask.accounts.people": {
         "open_account", "freeze", "close_account", "sign_up", "add_identity", "remove_identity", "set_password",
-        "start_session", "accept_invitation",  # not end_session: signing in again replaces the session without a row
+        "create_session", "accept_invitation",  # not delete_session, which a second sign-in does silently
     },
     "unmask.accounts.keys": {"create", "change", "rotate", "revoke"},
     "unmask.accounts.ledger": {"top_up", "refund", "pay_out"},
@@ -94,10 +94,10 @@ def test_each_action_appends_its_row(database: Database, peppers: Peppers) -> No
         assert actions.revoke_key(connection, ada, account, key, NOW)
         assert actions.top_up(connection, ada, account, 50, "invoice 1", NOW)
         actions.pay_out(connection, ada, account, 20, "transfer 1", NOW)
-        actions.set_price(connection, ada, Price("m", "default", 5), NOW)
+        actions.set_price(connection, ada, TariffPrice("m", "default", 5), NOW)
         assert actions.remove_price(connection, ada, "m", "default", NOW)
         actions.set_proposed_price(connection, ada, "m", 7, NOW)
-        actions.set_plan(connection, ada, Plan("small", 5, None), NOW)
+        actions.set_plan(connection, ada, RatePlan("small", 5, None), NOW)
         actions.assign_plan(connection, ada, account, "small", NOW)
         assert actions.freeze_account(connection, ada, account, NOW)
         assert actions.close_account(connection, ada, account, NOW) == 30

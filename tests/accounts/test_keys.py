@@ -88,10 +88,10 @@ def test_the_pepper_is_needed(database: Database, peppers: Peppers, account: str
 
 def test_a_new_pepper_leaves_old_keys_working(database: Database, peppers: Peppers, account: str):
     old = make(database, peppers, account)
-    mark = peppers.mark("x")
+    mark = peppers.permanent_digest("x")
     peppers.path.write_text(peppers.path.read_text() + "2 " + "ab" * 32 + "\n")
     both = Peppers(peppers.path)
-    assert both.current == "2" and both.mark("x") == mark
+    assert both.current == "2" and both.permanent_digest("x") == mark
     new = make(database, both, account)
     for key in (old, new):
         assert known(database, both, key).account_id == account
@@ -150,9 +150,9 @@ def test_last_use_only_moves_forward(database: Database, peppers: Peppers, accou
     id = keys.key_id(make(database, peppers, account))
     for at in (NOW + 5, NOW + 3):
         with database.begin() as connection:
-            keys.write_uses(connection, {id: at, "unknown": at})
+            keys.record_uses(connection, {id: at, "unknown": at})
     with database.read() as connection:
-        assert keys.of_account(connection, account, NOW)[0].used_at == NOW + 5
+        assert keys.list_keys(connection, account, NOW)[0].used_at == NOW + 5
 
 
 @pytest.mark.parametrize(

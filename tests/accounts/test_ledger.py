@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 
 from unmask.accounts import keys, ledger, people
 from unmask.accounts.keys import KeySettings, Peppers
-from unmask.accounts.ledger import Held, Hold
+from unmask.accounts.ledger import HeldCredit, Hold
 from unmask.accounts.money import MAX_AMOUNT
 from unmask.accounts.verification import verify
 from unmask.errors import (
@@ -66,7 +66,7 @@ def account(database: Database) -> str:
 
 def test_a_request_that_works(database: Database, account: str):
     with database.begin() as connection:
-        assert ledger.hold(connection, wanted(account, "c1", 300), NOON) == Held("c1", 300)
+        assert ledger.hold(connection, wanted(account, "c1", 300), NOON) == HeldCredit("c1", 300)
     assert balance(database, account) == (1000, 300)
     with database.begin() as connection:
         assert ledger.settle(connection, "c1", NOON)
@@ -120,8 +120,8 @@ def test_more_than_there_is(database: Database, account: str):
 def test_a_dead_servers_hold_is_given_back(database: Database, account: str):
     with database.begin() as connection:
         ledger.hold(connection, wanted(account, "c1", 300), NOON)
-        assert ledger.expired(connection, NOON + 999) == []
-        assert ledger.expired(connection, NOON + 1000) == ["c1"]
+        assert ledger.expired_holds(connection, NOON + 999) == []
+        assert ledger.expired_holds(connection, NOON + 1000) == ["c1"]
         assert ledger.expire(connection, "c1", NOON + 1000)
     assert balance(database, account) == (1000, 0)
 
@@ -385,7 +385,7 @@ class TestReplays:
     """Idempotency-Keys."""
 
     @staticmethod
-    def hold(database: Database, account: str, id: str, now: int = NOON, body: str = "body") -> Held:
+    def hold(database: Database, account: str, id: str, now: int = NOON, body: str = "body") -> HeldCredit:
         with database.begin() as connection:
             return ledger.hold(connection, wanted(account, id, 100, idempotency_key="k", body=body), now)
 
@@ -393,11 +393,11 @@ class TestReplays:
         self.hold(database, account, "c1")
         with database.begin() as connection:
             ledger.settle(connection, "c1", NOON)
-        assert self.hold(database, account, "c2", NOON + DAY - 1) == Held("c1", 100, replayed=True)
+        assert self.hold(database, account, "c2", NOON + DAY - 1) == HeldCredit("c1", 100, replayed=True)
         assert balance(database, account) == (900, 0)
         with pytest.raises(KeyReused):
             self.hold(database, account, "c2", body="another")
-        assert self.hold(database, account, "c2", NOON + DAY) == Held("c2", 100)
+        assert self.hold(database, account, "c2", NOON + DAY) == HeldCredit("c2", 100)
 
     def test_while_the_first_is_worked_on(self, database: Database, account: str):
         self.hold(database, account, "c1")
@@ -410,14 +410,14 @@ class TestReplays:
         self.hold(database, account, "c1")
         with database.begin() as connection:
             end(connection, "c1", NOON)
-        assert self.hold(database, account, "c2") == Held("c2", 100)
+        assert self.hold(database, account, "c2") == HeldCredit("c2", 100)
 
     def test_another_account_has_keys_of_its_own(self, database: Database, account: str):
         self.hold(database, account, "c1")
         with database.begin() as connection:
             other = people.open_account(connection, "other", NOON)
             ledger.top_up(connection, other, 1000, "payment 2", NOON)
-        assert self.hold(database, other, "c2", body="another") == Held("c2", 100)
+        assert self.hold(database, other, "c2", body="another") == HeldCredit("c2", 100)
 
     def test_only_one_of_many_at_once(self, database: Database, account: str):
         start = threading.Barrier(8)

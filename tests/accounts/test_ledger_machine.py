@@ -35,7 +35,7 @@ from unmask.accounts.keys import KeySettings, Peppers
 from unmask.accounts.ledger import Hold
 from unmask.accounts.verification import verify
 from unmask.errors import AccountError, Forbidden, InsufficientCredit, LedgerRefused, SpendLimitReached
-from unmask.storage.database import Database, Statement
+from unmask.storage.database import Database, RawStatement
 
 DAY = 24 * 3600 * 1000
 KEY_LIMIT = 600
@@ -51,19 +51,19 @@ class Crash(Exception):
 def gone_before(connection: Connection, statement: int) -> Iterator[None]:
     """A crash before the statement of this number, from 0, whether it goes by SQLAlchemy or straight to the driver."""
     left = itertools.count(statement, -1)
-    straight = Statement._run
+    straight = RawStatement._run
 
     def gone(*_: Any) -> None:
         if next(left) == 0:
             raise Crash
 
-    def counted(self: Statement, connection: Connection, values: Mapping[str, Any], *, rows: bool) -> Any:
+    def counted(self: RawStatement, connection: Connection, values: Mapping[str, Any], *, rows: bool) -> Any:
         gone()
         return straight(self, connection, values, rows=rows)
 
     event.listen(connection, "before_cursor_execute", gone)
     try:
-        with mock.patch.object(Statement, "_run", counted):
+        with mock.patch.object(RawStatement, "_run", counted):
             yield
     finally:
         event.remove(connection, "before_cursor_execute", gone)
@@ -231,7 +231,7 @@ class Books(RuleBasedStateMachine):
     @rule(milliseconds=st.sampled_from([1, 2, 5, DAY // 2, DAY]))
     def time_passes_and_the_sweeper_comes(self, milliseconds: int) -> None:
         self.now += milliseconds
-        late = self.do(lambda c: ledger.expired(c, self.now))
+        late = self.do(lambda c: ledger.expired_holds(c, self.now))
         due = {id for id, c in self.model.charges.items() if c.state == "held" and c.expires_at <= self.now}
         assert set(late) == due
         for charge in late:
@@ -346,7 +346,7 @@ class Books(RuleBasedStateMachine):
                 found = people.account(connection, id)
                 assert (found.balance, found.held) == (balance, self.model.held(id))
                 assert 0 <= found.held <= found.balance
-                for key in keys.of_account(connection, id, self.now):
+                for key in keys.list_keys(connection, id, self.now):
                     # A settlement after its hold expired may go above: the work was done.
                     assert key.spent >= 0
 

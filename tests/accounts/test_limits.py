@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unmask.accounts.limits import Draw, LocalLimiter
+from unmask.accounts.limits import BucketTake, LocalLimiter
 from unmask.errors import RateLimited
 
 
@@ -33,7 +33,7 @@ def test_it_is_the_algorithm(limits: tuple[int, int], steps: list[tuple[int, int
             max(at, now) + Fraction(60 * amount, limit)
             for at, amount, limit in zip(full_at, amounts, limits, strict=True)
         ]
-        draws = [Draw(str(n), limits[n], amounts[n]) for n in range(2)]
+        draws = [BucketTake(str(n), limits[n], amounts[n]) for n in range(2)]
         if all(at - now <= 60 for at in wanted):
             levels = limiter.take_now(draws, "requests")
             full_at = wanted  # both, or neither
@@ -53,7 +53,7 @@ def test_it_is_the_algorithm(limits: tuple[int, int], steps: list[tuple[int, int
 def test_a_minutes_worth_at_once_and_then_an_even_flow():
     clock = Clock()
     limiter = LocalLimiter(clock)
-    draw = [Draw("a", 60, 1)]
+    draw = [BucketTake("a", 60, 1)]
     for left in range(59, -1, -1):
         assert limiter.take_now(draw, "requests")[0].remaining == left
     with pytest.raises(RateLimited) as refused:
@@ -63,20 +63,20 @@ def test_a_minutes_worth_at_once_and_then_an_even_flow():
     clock.now += 1
     limiter.take_now(draw, "requests")
     clock.now += 1000
-    assert limiter.take_now([Draw("a", 60, 0)], "requests")[0].remaining == 60
+    assert limiter.take_now([BucketTake("a", 60, 0)], "requests")[0].remaining == 60
 
 
 def test_a_full_bucket_is_forgotten():
     clock = Clock()
     limiter = LocalLimiter(clock)
     for n in range(100):
-        limiter.take_now([Draw(str(n), 60, 1)], "requests")
+        limiter.take_now([BucketTake(str(n), 60, 1)], "requests")
     clock.now += 61
-    limiter.take_now([Draw("x", 60, 1)], "requests")
+    limiter.take_now([BucketTake("x", 60, 1)], "requests")
     assert set(limiter._full_at) == {"x"}
 
 
 def test_more_than_a_minute_holds_is_never_let_through():
     with pytest.raises(RateLimited, match="Request too large on tokens per min") as refused:
-        LocalLimiter().take_now([Draw("a", 10, 11)], "tokens")
+        LocalLimiter().take_now([BucketTake("a", 10, 11)], "tokens")
     assert refused.value.retry_after is None

@@ -26,12 +26,12 @@ async def test_sign_up_and_in(accounts: Accounts):
     person = await accounts.sign_up(" Ada@Example.org ", PASSWORD, address="10.0.0.1")
     assert (person.email, person.admin) == ("ada@example.org", False)
     token = await accounts.sign_in("ada@example.org", PASSWORD, address="10.0.0.1")
-    assert do(accounts, lambda c: people.signed_in(c, token, now_ms())) == person
+    assert do(accounts, lambda c: people.person_of_session(c, token, now_ms())) == person
     with pytest.raises(SignInRefused):
-        do(accounts, lambda c: people.signed_in(c, token, now_ms() + people.SESSION_MS + 1000))
-    do(accounts, lambda c: people.end_session(c, token))
+        do(accounts, lambda c: people.person_of_session(c, token, now_ms() + people.SESSION_MS + 1000))
+    do(accounts, lambda c: people.delete_session(c, token))
     with pytest.raises(SignInRefused):
-        do(accounts, lambda c: people.signed_in(c, token, now_ms()))
+        do(accounts, lambda c: people.person_of_session(c, token, now_ms()))
 
 
 async def test_nothing_secret_is_stored(accounts: Accounts):
@@ -40,7 +40,7 @@ async def test_nothing_secret_is_stored(accounts: Accounts):
     for table in ("people", "sessions", "audit"):
         rows = str(do(accounts, lambda c, table=table: c.exec_driver_sql(f"SELECT * FROM {table}").all()))
         assert PASSWORD not in rows and token not in rows
-    hashed = do(accounts, lambda c: people.password_of(c, "ada@example.org"))
+    hashed = do(accounts, lambda c: people.stored_password(c, "ada@example.org"))
     assert hashed and hashed[1].startswith("$argon2id$v=19$m=65536,t=3,p=1$")
 
 
@@ -105,7 +105,7 @@ async def test_another_password_ends_every_session(accounts: Accounts):
         await accounts.change_password(person, "wrong password", "another password", address="")
     await accounts.change_password(person, PASSWORD, "another password", address="")
     with pytest.raises(SignInRefused):
-        do(accounts, lambda c: people.signed_in(c, token, now_ms()))
+        do(accounts, lambda c: people.person_of_session(c, token, now_ms()))
     with pytest.raises(SignInRefused):
         await accounts.sign_in("ada@example.org", PASSWORD, address="")
     assert await accounts.sign_in("ada@example.org", "another password", address="")
@@ -123,7 +123,7 @@ async def test_the_first_admin(accounts: Accounts):
     with pytest.raises(SignInRefused):
         await accounts.sign_up("eve@example.org", PASSWORD, address="", invitation=token)
     assert do(accounts, lambda c: people.invite_first_admin(c, now_ms())) is None
-    assert [person.email for person in do(accounts, people.everybody)] == ["ada@example.org"]
+    assert [person.email for person in do(accounts, people.list_people)] == ["ada@example.org"]
 
 
 async def test_a_closed_account_is_forgotten_and_the_books_stay(accounts: Accounts):
@@ -143,7 +143,7 @@ async def test_a_closed_account_is_forgotten_and_the_books_stay(accounts: Accoun
     with pytest.raises(LedgerRefused, match="closed already"):
         do(accounts, lambda c: people.close_account(c, id, now_ms()))
     with pytest.raises(SignInRefused):
-        do(accounts, lambda c: people.signed_in(c, token, now_ms()))
+        do(accounts, lambda c: people.person_of_session(c, token, now_ms()))
     with pytest.raises(AccountError):
         await accounts.authenticate(key, "")
     with pytest.raises(Forbidden):

@@ -12,7 +12,7 @@ import redis
 from tests.accounts.redis_server import RedisServer, redis_server
 from unmask.accounts import Accounts, Caller
 from unmask.accounts.keys import Key, KeySettings
-from unmask.accounts.limits import Draw, Level, LocalLimiter, SharedLimiter
+from unmask.accounts.limits import BucketTake, LocalLimiter, RateLimitStatus, SharedLimiter
 from unmask.errors import RateLimited, StorageError, UsageError
 
 Make = Callable[..., SharedLimiter]
@@ -37,7 +37,7 @@ def make(server: RedisServer) -> Iterator[Make]:
         limiter.close()
 
 
-def outcome(limiter: SharedLimiter | LocalLimiter, draws: list[Draw]) -> list[Level] | RateLimited:
+def outcome(limiter: SharedLimiter | LocalLimiter, draws: list[BucketTake]) -> list[RateLimitStatus] | RateLimited:
     try:
         return limiter.take_now(draws, "tokens")
     except RateLimited as refused:
@@ -49,7 +49,10 @@ def test_it_decides_as_the_limiter_of_one_server_does(make: Make):
     shared, local, chance = make(), LocalLimiter(), random.Random(1)
     refusals = 0
     for _ in range(300):
-        draws = [Draw("account", 30_000, chance.randint(0, 900)), Draw("key", 20_000, chance.randint(0, 900))]
+        draws = [
+            BucketTake("account", 30_000, chance.randint(0, 900)),
+            BucketTake("key", 20_000, chance.randint(0, 900)),
+        ]
         ours, theirs = outcome(shared, draws), outcome(local, draws)
         if isinstance(ours, RateLimited) and isinstance(theirs, RateLimited):
             refusals += 1
@@ -70,10 +73,10 @@ def test_it_decides_as_the_limiter_of_one_server_does(make: Make):
 
 def test_servers_together_let_through_what_one_would(make: Make):
     servers = [make() for _ in range(3)]
-    outcomes: list[list[Level] | RateLimited] = []
+    outcomes: list[list[RateLimitStatus] | RateLimited] = []
 
     def spend(limiter: SharedLimiter) -> None:
-        outcomes.extend(outcome(limiter, [Draw("key", 100, 1)]) for _ in range(60))
+        outcomes.extend(outcome(limiter, [BucketTake("key", 100, 1)]) for _ in range(60))
 
     began = time.monotonic()
     threads = [threading.Thread(target=spend, args=(limiter,)) for limiter in servers for _ in range(2)]
@@ -89,13 +92,13 @@ def test_servers_together_let_through_what_one_would(make: Make):
 
 def test_all_draws_or_none(make: Make):
     limiter = make()
-    draws = [Draw("account", 60, 10), Draw("key", 60, 61)]
+    draws = [BucketTake("account", 60, 10), BucketTake("key", 60, 61)]
     assert isinstance(outcome(limiter, draws), RateLimited)
-    assert limiter.take_now([Draw("account", 60, 0)], "requests")[0].remaining == 60
+    assert limiter.take_now([BucketTake("account", 60, 0)], "requests")[0].remaining == 60
 
 
 def test_what_is_full_leaves_nothing_behind(make: Make, server: RedisServer):
-    make().take_now([Draw("key", 6_000, 1), Draw("other", 60, 0)], "requests")
+    make().take_now([BucketTake("key", 6_000, 1), BucketTake("other", 60, 0)], "requests")
     with redis.Redis.from_url(server.url, decode_responses=True) as client:
         assert client.get("unmask:other") is None
         assert 0 < client.pttl("unmask:key") <= 11  # pyright: ignore[reportOperatorIssue]
@@ -103,17 +106,17 @@ def test_what_is_full_leaves_nothing_behind(make: Make, server: RedisServer):
 
 def test_without_redis_each_server_counts_its_share(make: Make, server: RedisServer):
     first, second = make(), make()
-    first.tend()
+    first.heartbeat()
     server.kill()
     for limiter in (first, second):
-        answers = [outcome(limiter, [Draw("key", 100, 1)]) for _ in range(60)]
+        answers = [outcome(limiter, [BucketTake("key", 100, 1)]) for _ in range(60)]
         assert sum(isinstance(answer, list) for answer in answers) in (50, 51)
         refused = answers[-1]
         assert isinstance(refused, RateLimited)
         assert "Limit 50" in str(refused)
     # What fits the whole minute is not called too large, and what does not still is.
-    assert isinstance(outcome(first, [Draw("new", 100, 80)]), list)
-    too_large = outcome(first, [Draw("new", 100, 101)])
+    assert isinstance(outcome(first, [BucketTake("new", 100, 80)]), list)
+    too_large = outcome(first, [BucketTake("new", 100, 101)])
     assert isinstance(too_large, RateLimited)
     assert "Limit 100, Requested 101" in str(too_large)
 
@@ -123,31 +126,31 @@ def test_a_lost_redis_costs_callers_no_time_and_comes_back(
 ):
     limiter = make()
     server.kill()
-    limiter.take_now([Draw("key", 60, 1)], "requests")
+    limiter.take_now([BucketTake("key", 60, 1)], "requests")
     began = time.monotonic()
     for _ in range(100):
-        limiter.take_now([Draw("other", 6000, 1)], "requests")
+        limiter.take_now([BucketTake("other", 6000, 1)], "requests")
     assert time.monotonic() - began < 0.2
-    limiter.tend()
+    limiter.heartbeat()
     assert [record.message for record in caplog.records if "does not answer" in record.message] != []
     assert len(caplog.records) == 1, "once, not per request"
     server.start()
-    limiter.tend()
+    limiter.heartbeat()
     assert "is back" in caplog.records[-1].message
-    assert limiter.take_now([Draw("key", 60, 1)], "requests")[0].remaining == 59
+    assert limiter.take_now([BucketTake("key", 60, 1)], "requests")[0].remaining == 59
     with redis.Redis.from_url(server.url) as client:
         assert client.exists("unmask:key")
 
 
 def test_without_redis_nothing_passes_if_so_chosen(make: Make, server: RedisServer):
-    limiter = make(without="refuse")
+    limiter = make(on_redis_failure="refuse")
     server.kill()
     for _ in range(2):
         with pytest.raises(StorageError, match="does not answer"):
-            limiter.take_now([Draw("key", 60, 1)], "requests")
+            limiter.take_now([BucketTake("key", 60, 1)], "requests")
     server.start()
-    limiter.tend()
-    assert len(limiter.take_now([Draw("key", 60, 1)], "requests")) == 1
+    limiter.heartbeat()
+    assert len(limiter.take_now([BucketTake("key", 60, 1)], "requests")) == 1
 
 
 def test_a_redis_that_is_not_there_is_said_at_the_start(tmp_path: Path):

@@ -27,14 +27,14 @@ def site(accounts: Accounts, golden_dir: Path) -> Iterator[LocalService]:
     with running(
         golden_dir / "tiny_llama", accounts, website, api_keys=(), database="kept", playground=True
     ) as service:
-        do(accounts, lambda c: tariff.set_price(c, tariff.Price("*", "default", 8_000_000), now_ms()))
+        do(accounts, lambda c: tariff.set_price(c, tariff.TariffPrice("*", "default", 8_000_000), now_ms()))
         yield service
 
 
 def rows_of(accounts: Accounts, owner: Person) -> dict[str, list[Any]]:
     """Every row of every table in which the account, its person or one of its keys is named."""
     with accounts.database.read() as connection:
-        own = {owner.id, owner.account_id} | {k.id for k in keys.of_account(connection, owner.account_id, now_ms())}
+        own = {owner.id, owner.account_id} | {k.id for k in keys.list_keys(connection, owner.account_id, now_ms())}
         found = {}
         for table in metadata.sorted_tables:
             rows = [tuple(row) for row in connection.execute(table.select())]

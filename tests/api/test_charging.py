@@ -73,8 +73,10 @@ def paid(bank: Bank, tiny_llama: Path) -> Iterator[LocalService]:
     """A server with accounts, whose model has a price."""
     with running(tiny_llama, bank.accounts, api_keys=(), database="kept by the test") as service:
         now = now_ms()
-        bank.do(lambda connection: tariff.set_price(connection, tariff.Price(service.model, "default", PRICE), now))
-        bank.do(lambda connection: tariff.set_price(connection, tariff.Price(service.model, "batch", BATCH), now))
+        bank.do(
+            lambda connection: tariff.set_price(connection, tariff.TariffPrice(service.model, "default", PRICE), now)
+        )
+        bank.do(lambda connection: tariff.set_price(connection, tariff.TariffPrice(service.model, "batch", BATCH), now))
         yield service
 
 
@@ -249,7 +251,7 @@ def test_tokens_per_minute_are_taken_before_the_work(bank: Bank, paid: LocalServ
 def test_a_plan_limits_all_keys_of_an_account_together(bank: Bank, paid: LocalService):
     account, key = bank.customer()
     second = bank.do(lambda c: keys.create(c, bank.accounts.peppers, account, KeySettings(), now_ms()))
-    bank.do(lambda connection: tariff.set_plan(connection, tariff.Plan("small", 3, None)))
+    bank.do(lambda connection: tariff.set_plan(connection, tariff.RatePlan("small", 3, None)))
     bank.do(lambda connection: tariff.assign_plan(connection, account, "small"))
     statuses = [
         embed(paid, key).status,
@@ -353,8 +355,8 @@ def test_a_model_without_a_price(bank: Bank, paid: LocalService):
         reply = embed(paid, key)
         assert (reply.status, reply.error["code"]) == (503, "model_not_priced")
     finally:
-        bank.do(lambda c: tariff.set_price(c, tariff.Price(paid.model, "default", PRICE), 1))
-        bank.do(lambda c: tariff.set_price(c, tariff.Price(paid.model, "batch", BATCH), 1))
+        bank.do(lambda c: tariff.set_price(c, tariff.TariffPrice(paid.model, "default", PRICE), 1))
+        bank.do(lambda c: tariff.set_price(c, tariff.TariffPrice(paid.model, "batch", BATCH), 1))
     assert bank.balance(account) == (1_000_000_000, 0)
 
 
@@ -451,8 +453,8 @@ def test_one_account_cannot_use_what_is_anothers(bank: Bank):
     for attempt in attempts:
         with pytest.raises(Exception, match=f"no key {id}"):
             bank.do(attempt)
-    assert [key.id for key in bank.do(lambda c: keys.of_account(c, first, now))] == [id]
-    assert id not in [key.id for key in bank.do(lambda c: keys.of_account(c, second, now))]
+    assert [key.id for key in bank.do(lambda c: keys.list_keys(c, first, now))] == [id]
+    assert id not in [key.id for key in bank.do(lambda c: keys.list_keys(c, second, now))]
 
 
 def test_uses_are_noted_in_batches(bank: Bank, paid: LocalService):

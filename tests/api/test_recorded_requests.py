@@ -85,7 +85,7 @@ def server(tiny_llama: Path, accounts: Accounts) -> Iterator[Callable[[str], Loc
                 if kind == "accounts":
                     with accounts.database.begin() as connection:
                         for tier, price in (("default", 8_000_000), ("batch", 3_500_000)):
-                            tariff.set_price(connection, tariff.Price("tiny_llama", tier, price), now_ms())
+                            tariff.set_price(connection, tariff.TariffPrice("tiny_llama", tier, price), now_ms())
             return started[kind]
 
         yield start

@@ -2,9 +2,9 @@
 
 import pytest
 
-from unmask.accounts.tariff import Price as Charged
+from unmask.accounts.tariff import TariffPrice
 from unmask.catalogue import Record
-from unmask.catalogue.pricing import prices_here
+from unmask.catalogue.pricing import charged_prices
 from unmask.catalogue.record import Price
 
 ESTIMATE = Price(nanodollars_per_million_tokens=5, estimated=True)
@@ -15,18 +15,18 @@ OLD = Price(nanodollars_per_million_tokens=9)
     ("charged", "expected"),
     [
         ([], [ESTIMATE]),
-        ([Charged("m", "default", 8)], [("standard", 8)]),
-        ([Charged("m", "default", 8), Charged("m", "batch", 4)], [("standard", 8), ("batch", 4)]),
-        ([Charged("m", "default", 8), Charged("m", "batch", 8)], [("standard", 8)]),
-        ([Charged("*", "default", 7), Charged("*", "batch", 3)], [("standard", 7), ("batch", 3)]),
-        ([Charged("m", "default", 8), Charged("*", "batch", 3)], [("standard", 8)]),
-        ([Charged("other", "default", 8)], [ESTIMATE]),
-        ([Charged("m", "default", 0)], [("standard", 0)]),
-        ([Charged("m", "batch", 4)], [("batch", 4)]),
+        ([TariffPrice("m", "default", 8)], [("standard", 8)]),
+        ([TariffPrice("m", "default", 8), TariffPrice("m", "batch", 4)], [("standard", 8), ("batch", 4)]),
+        ([TariffPrice("m", "default", 8), TariffPrice("m", "batch", 8)], [("standard", 8)]),
+        ([TariffPrice("*", "default", 7), TariffPrice("*", "batch", 3)], [("standard", 7), ("batch", 3)]),
+        ([TariffPrice("m", "default", 8), TariffPrice("*", "batch", 3)], [("standard", 8)]),
+        ([TariffPrice("other", "default", 8)], [ESTIMATE]),
+        ([TariffPrice("m", "default", 0)], [("standard", 0)]),
+        ([TariffPrice("m", "batch", 4)], [("batch", 4)]),
     ],
 )
-def test_what_is_charged_is_shown(charged: list[Charged], expected: list[tuple[str, int] | Price]) -> None:
-    prices = prices_here(Record(id="m", prices=(ESTIMATE, OLD)), charged)
+def test_what_is_charged_is_shown(charged: list[TariffPrice], expected: list[tuple[str, int] | Price]) -> None:
+    prices = charged_prices(Record(id="m", prices=(ESTIMATE, OLD)), charged)
     assert [
         price if price.estimated else (price.tier, price.nanodollars_per_million_tokens) for price in prices
     ] == expected

@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from unmask.catalogue import Catalogue, Event, Record, measurements_of, read_record, record_for, shipped_records
+from unmask.catalogue import Catalogue, Event, Record, measurements_of, parse_record, record_for, shipped_records
 from unmask.catalogue.figures import SUITES
 from unmask.catalogue.lifecycle import ALLOWED, STATUSES
 from unmask.catalogue.measurement import MTEB
@@ -120,7 +120,7 @@ def test_a_wrong_record_is_refused_by_name(text: str, reason: str) -> None:
     from unmask.errors import UsageError
 
     with pytest.raises(UsageError, match=reason.replace("(", r"\(")):
-        read_record(text, "m.toml")
+        parse_record(text, "m.toml")
 
 
 def test_the_way_to_live_leads_through_every_stage() -> None:

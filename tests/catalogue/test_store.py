@@ -8,10 +8,10 @@ import pytest
 
 from unmask.catalogue import Measurement, shipped_measurements, shipped_records
 from unmask.catalogue.store import (
-    Outcome,
+    GateOutcome,
+    add_gate_outcome,
     add_measurements,
-    add_outcome,
-    outcomes,
+    gate_outcomes,
     put_fields,
     read_catalogue,
     read_record,
@@ -121,14 +121,14 @@ def test_steps_and_measurements_are_not_taken_back(database: Database) -> None:
 
 
 def test_of_a_gate_the_last_outcome_counts(database: Database) -> None:
-    first = Outcome("load", "f1", False, "no memory", {})
-    second = Outcome("load", "f2", True, "1 s", {"parameters": 3})
+    first = GateOutcome("load", "f1", False, "no memory", {})
+    second = GateOutcome("load", "f2", True, "1 s", {"parameters": 3})
     with database.begin() as connection:
         for outcome in (first, second):
-            add_outcome(connection, COMING, outcome)
+            add_gate_outcome(connection, COMING, outcome)
     with database.read() as connection:
-        assert outcomes(connection, COMING) == {"load": second}
-        assert outcomes(connection, "org/other") == {}
+        assert gate_outcomes(connection, COMING) == {"load": second}
+        assert gate_outcomes(connection, "org/other") == {}
 
 
 def test_a_row_that_cannot_be_read_is_named(sqlite: Database) -> None:

@@ -9,17 +9,17 @@ from tests.letterbox import Inbox, free_port, mail_server
 from unmask.accounts import people
 from unmask.accounts.keys import Peppers
 from unmask.catalogue.mail import MailServer, send_notices
-from unmask.catalogue.requests import MOST_VOTES, want
+from unmask.catalogue.model_requests import MOST_VOTES, request_model
 from unmask.catalogue.store import put_fields, read_record, step
 from unmask.catalogue.votes import (
     claim_letters,
-    counts,
-    letters_waiting,
-    mark_seen,
+    count_unsent_letters,
+    count_votes,
+    mark_notices_read,
     notices_of,
+    notify_voters,
     queue,
-    return_letter,
-    tell_voters,
+    unclaim_letter,
     vote,
     votes_of,
     withdraw,
@@ -49,7 +49,7 @@ def test_one_vote_each(database: Database, voters: list[str]) -> None:
         assert not vote(connection, ada, COMING, "search in books", 11)
         assert vote(connection, ben, COMING, "", 12) and vote(connection, cyd, OTHER, "ranking", 5)
     with database.begin() as connection:
-        assert counts(connection) == {COMING: 2, OTHER: 1}
+        assert count_votes(connection) == {COMING: 2, OTHER: 1}
         assert {model: own.note for model, own in votes_of(connection, ada).items()} == {COMING: "search in books"}
         assert votes_of(connection, "acct_nobody") == {}
         assert [(w.model, w.votes, w.notes) for w in queue(connection)] == [
@@ -63,8 +63,8 @@ def test_one_vote_each(database: Database, voters: list[str]) -> None:
 
 def test_a_model_that_nobody_knows_is_requested(database: Database, voters: list[str]) -> None:
     with database.begin() as connection:
-        assert want(connection, voters[0], "org/unheard-of", "", 1)
-        assert not want(connection, voters[0], "org/unheard-of", "again", 2)
+        assert request_model(connection, voters[0], "org/unheard-of", "", 1)
+        assert not request_model(connection, voters[0], "org/unheard-of", "again", 2)
         record = read_record(connection, "org/unheard-of")
     assert record is not None and record.status == "requested"
 
@@ -82,20 +82,20 @@ def test_what_cannot_be_wanted(database: Database, voters: list[str], model: str
         for status in ("coming soon", "benchmarking", "staged", "live"):
             step(connection, "org/live", status, actor="me")
     with pytest.raises(UsageError, match=message), database.begin() as connection:
-        want(connection, voters[0], model, "", 1)
+        request_model(connection, voters[0], model, "", 1)
     with database.read() as connection:
-        assert counts(connection) == {} and read_record(connection, "<script>") is None
+        assert count_votes(connection) == {} and read_record(connection, "<script>") is None
 
 
 def test_an_account_cannot_want_everything(database: Database, voters: list[str]) -> None:
     with database.begin() as connection:
         for number in range(MOST_VOTES):
-            want(connection, voters[0], f"org/number-{number}", "", 1)
+            request_model(connection, voters[0], f"org/number-{number}", "", 1)
     with pytest.raises(UsageError, match="50 models at a time"), database.begin() as connection:
-        want(connection, voters[0], "org/one-more", "", 1)
+        request_model(connection, voters[0], "org/one-more", "", 1)
     with database.begin() as connection:
-        assert want(connection, voters[1], "org/number-1", "", 1)
-        assert not want(connection, voters[0], "org/number-1", "another note", 1)
+        assert request_model(connection, voters[1], "org/number-1", "", 1)
+        assert not request_model(connection, voters[0], "org/number-1", "another note", 1)
         assert read_record(connection, "org/one-more") is None
 
 
@@ -110,11 +110,11 @@ def test_those_who_wanted_it_are_told_once(database: Database, voters: list[str]
     with database.begin() as connection:
         for account, model in ((ada, COMING), (ben, COMING), (cyd, OTHER)):
             vote(connection, account, model, "", 1)
-        assert tell_voters(connection, COMING, 20) == 2 and tell_voters(connection, COMING, 21) == 0
-        assert counts(connection) == {OTHER: 1}
+        assert notify_voters(connection, COMING, 20) == 2 and notify_voters(connection, COMING, 21) == 0
+        assert count_votes(connection) == {OTHER: 1}
         assert [(n.model, n.at, n.seen) for n in notices_of(connection, ada)] == [(COMING, 20, False)]
         assert notices_of(connection, cyd) == []
-        assert mark_seen(connection, ada, 30) == 1 and mark_seen(connection, ada, 31) == 0
+        assert mark_notices_read(connection, ada, 30) == 1 and mark_notices_read(connection, ada, 31) == 0
         assert notices_of(connection, ada)[0].seen and not notices_of(connection, ben)[0].seen
 
 
@@ -122,9 +122,9 @@ def test_a_closed_account_leaves_nothing(database: Database, voters: list[str]) 
     with database.begin() as connection:
         vote(connection, voters[0], COMING, "a secret plan", 1)
         vote(connection, voters[0], OTHER, "", 1)
-        tell_voters(connection, OTHER, 2)
+        notify_voters(connection, OTHER, 2)
         people.close_account(connection, voters[0], 3)
-        assert counts(connection) == {} and notices_of(connection, voters[0]) == []
+        assert count_votes(connection) == {} and notices_of(connection, voters[0]) == []
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_notices_are_mailed_once(database: Database, voters: list[str], mail: tu
     with database.begin() as connection:
         vote(connection, voters[0], COMING, "a secret plan", 1)
         vote(connection, voters[1], COMING, "", 1)
-        tell_voters(connection, COMING, 2)
+        notify_voters(connection, COMING, 2)
     assert send_notices(database, server) == (2, "")
     assert send_notices(database, server) == (0, "")
     assert inbox.addresses == ["ada@example.org", "ben@example.org"]
@@ -153,7 +153,7 @@ def test_what_could_not_be_mailed_is_tried_again(
     server, inbox = mail
     with database.begin() as connection:
         vote(connection, voters[0], COMING, "", 1)
-        tell_voters(connection, COMING, 2)
+        notify_voters(connection, COMING, 2)
     inbox.refused = 1
     assert send_notices(database, server) == (0, "SMTPRecipientsRefused at 127.0.0.1")
     nowhere = MailServer(f"smtp://127.0.0.1:{free_port()}", "models@example.org", "http://localhost")
@@ -170,20 +170,20 @@ def test_an_address_that_is_refused_holds_nobody_up(
         for account in voters:
             vote(connection, account, COMING, "", 1)
         people.open_account(connection, "without anybody to write to", 1)
-        tell_voters(connection, COMING, 2)
+        notify_voters(connection, COMING, 2)
         letters = claim_letters(connection, 3)
         for letter in letters:
-            return_letter(connection, letter)
-        assert letters_waiting(connection) == 3
+            unclaim_letter(connection, letter)
+        assert count_unsent_letters(connection) == 3
     inbox.unknown = letters[0].to
     assert send_notices(database, server) == (2, "SMTPRecipientsRefused at 127.0.0.1")
     assert inbox.addresses == sorted(letter.to for letter in letters[1:])
     with database.read() as connection:
-        assert letters_waiting(connection) == 1
+        assert count_unsent_letters(connection) == 1
     inbox.unknown = ""
     assert send_notices(database, server) == (1, "")
     with database.read() as connection:
-        assert letters_waiting(connection) == 0
+        assert count_unsent_letters(connection) == 0
 
 
 @pytest.mark.parametrize(

@@ -21,11 +21,11 @@ from unmask.catalogue.canary import cosine
 from unmask.catalogue.lifecycle import GATE_NAMES
 from unmask.catalogue.measurement import LOCAL
 from unmask.catalogue.speed import points_of
-from unmask.catalogue.store import add_measurements, outcomes, put_fields, read_catalogue, read_record, step
+from unmask.catalogue.store import add_measurements, gate_outcomes, put_fields, read_catalogue, read_record, step
 from unmask.catalogue.votes import notices_of, vote
 from unmask.encoder import Encoder
 from unmask.errors import CheckpointError, UsageError
-from unmask.onboarding import Onboarding, Result, onboard
+from unmask.onboarding import OnboardingOptions, OnboardingResult, onboard
 from unmask.onboarding.gates import GATES
 from unmask.onboarding.run import output_for
 from unmask.storage.database import Database
@@ -45,9 +45,9 @@ def fresh_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def wanted(golden_dir: Path, tmp_path: Path) -> Onboarding:
+def wanted(golden_dir: Path, tmp_path: Path) -> OnboardingOptions:
     """A small Llama, with the least that the gates ask for."""
-    return Onboarding(
+    return OnboardingOptions(
         model="tiny_llama",
         source=str(golden_dir / "tiny_llama"),
         licence="MIT",
@@ -69,11 +69,11 @@ def record_of(database: Database, model: str) -> Record:
     return record
 
 
-def run(database: Database, wanted: Onboarding) -> Result:
+def run(database: Database, wanted: OnboardingOptions) -> OnboardingResult:
     return onboard(database, wanted, unseen)
 
 
-def test_all_gates(sqlite: Database, wanted: Onboarding, fresh_home: Path) -> None:
+def test_all_gates(sqlite: Database, wanted: OnboardingOptions, fresh_home: Path) -> None:
     result = run(sqlite, wanted)
     assert [(gate.gate, gate.passed, gate.kept) for gate in result.gates] == [(name, True, False) for name in NAMES]
     assert result.status == "live" and result.passed
@@ -101,7 +101,7 @@ def test_all_gates(sqlite: Database, wanted: Onboarding, fresh_home: Path) -> No
     assert price["proposed_nanodollars"] == pytest.approx(2 * price["cost_nanodollars"], abs=1)
 
 
-def test_what_was_passed_is_not_run_again(sqlite: Database, wanted: Onboarding) -> None:
+def test_what_was_passed_is_not_run_again(sqlite: Database, wanted: OnboardingOptions) -> None:
     failed = run(sqlite, replace(wanted, cost_per_hour=None))
     assert [gate.gate for gate in failed.gates if gate.passed] == NAMES[:6]
     assert "--cost-per-hour" in failed.gates[-1].finding and not failed.passed
@@ -128,7 +128,7 @@ def test_what_was_passed_is_not_run_again(sqlite: Database, wanted: Onboarding) 
     ],
 )
 def test_a_gate_that_is_not_passed_says_why(
-    sqlite: Database, wanted: Onboarding, change: dict[str, object], gate: str, finding: str
+    sqlite: Database, wanted: OnboardingOptions, change: dict[str, object], gate: str, finding: str
 ) -> None:
     result = run(sqlite, replace(wanted, **change))  # pyright: ignore[reportArgumentType] - fields by name
     assert result.gates[-1].gate == gate and not result.gates[-1].passed
@@ -137,11 +137,11 @@ def test_a_gate_that_is_not_passed_says_why(
     assert re.search(finding, result.gates[-1].finding), result.gates[-1].finding
     assert record_of(sqlite, "tiny_llama").status == result.status == "coming soon"
     with sqlite.read() as connection:
-        assert not outcomes(connection, "tiny_llama")[gate].passed
+        assert not gate_outcomes(connection, "tiny_llama")[gate].passed
         assert "tiny_llama" in read_catalogue(connection).sources
 
 
-def test_wrong_weights_do_not_pass(sqlite: Database, wanted: Onboarding) -> None:
+def test_wrong_weights_do_not_pass(sqlite: Database, wanted: OnboardingOptions) -> None:
     with sqlite.begin() as connection:
         put_fields(connection, "tiny_llama", {"dimensions": 2048, "pooling": "mean"})
     failed = run(sqlite, wanted)
@@ -152,7 +152,7 @@ def test_wrong_weights_do_not_pass(sqlite: Database, wanted: Onboarding) -> None
 
 
 def test_parity_with_the_vectors_of_the_reference(
-    sqlite: Database, wanted: Onboarding, golden_dir: Path, tmp_path: Path
+    sqlite: Database, wanted: OnboardingOptions, golden_dir: Path, tmp_path: Path
 ) -> None:
     """The published package's sqlite vectors, and then the same ones in the wrong order."""
     pairs = json.loads((golden_dir / "tiny_llama" / "golden.json").read_text(encoding="utf-8"))["pairs"]
@@ -171,7 +171,7 @@ def test_parity_with_the_vectors_of_the_reference(
 
 @pytest.mark.parametrize("content", [b"no numpy", None])
 def test_a_broken_reference_is_named(
-    sqlite: Database, wanted: Onboarding, tmp_path: Path, content: bytes | None
+    sqlite: Database, wanted: OnboardingOptions, tmp_path: Path, content: bytes | None
 ) -> None:
     file = tmp_path / "reference.npz"
     if content is None:
@@ -182,7 +182,7 @@ def test_a_broken_reference_is_named(
     assert failed.gates[-1].gate == "parity" and str(file) in failed.gates[-1].finding
 
 
-def test_live_weights_are_not_exchanged_under_their_name(sqlite: Database, wanted: Onboarding, copied) -> None:
+def test_live_weights_are_not_exchanged_under_their_name(sqlite: Database, wanted: OnboardingOptions, copied) -> None:
     assert run(sqlite, wanted).status == "live"
     other = copied("tiny_llama")
     file = other / "config.json"
@@ -209,12 +209,12 @@ def test_live_weights_are_not_exchanged_under_their_name(sqlite: Database, wante
     assert [gate.gate for gate in anew.gates if gate.kept] == ["licence"]  # which these weights had passed above
 
 
-def test_a_reference_is_not_onboarded(sqlite: Database, wanted: Onboarding) -> None:
+def test_a_reference_is_not_onboarded(sqlite: Database, wanted: OnboardingOptions) -> None:
     with pytest.raises(UsageError, match="others to be measured against"):
         run(sqlite, replace(wanted, model="sentence-transformers/all-MiniLM-L6-v2"))
 
 
-def test_a_folder_that_holds_no_model(sqlite: Database, wanted: Onboarding, tmp_path: Path) -> None:
+def test_a_folder_that_holds_no_model(sqlite: Database, wanted: OnboardingOptions, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="is not a model"):
         run(sqlite, replace(wanted, source=str(tmp_path / "empty")))
@@ -222,7 +222,9 @@ def test_a_folder_that_holds_no_model(sqlite: Database, wanted: Onboarding, tmp_
         assert read_record(connection, "tiny_llama") is None
 
 
-def test_staged_and_then_live_with_a_price_and_notices(sqlite: Database, wanted: Onboarding, tmp_path: Path) -> None:
+def test_staged_and_then_live_with_a_price_and_notices(
+    sqlite: Database, wanted: OnboardingOptions, tmp_path: Path
+) -> None:
     with sqlite.begin() as connection:
         account = people.open_account(connection, "somebody", 1)
         vote(connection, account, "tiny_llama", "", 1)
@@ -233,7 +235,7 @@ def test_staged_and_then_live_with_a_price_and_notices(sqlite: Database, wanted:
     record = record_of(sqlite, "tiny_llama")
     assert record.status == "live" and not record.prices[0].estimated
     with sqlite.read() as connection:
-        price = tariff.price(connection, "tiny_llama", "default")
+        price = tariff.find_price(connection, "tiny_llama", "default")
         assert price == record.prices[0].nanodollars_per_million_tokens
         assert [notice.model for notice in notices_of(connection, account)] == ["tiny_llama"]
 
@@ -288,7 +290,7 @@ def test_one_run_at_a_time_and_killed_in_the_middle_it_continues(
     # The command stands on the page, without the folders of this machine.
     with database.read() as connection:
         entry = read_catalogue(connection).catalogue.get(PUBLISHED)
-        told = outcomes(connection, PUBLISHED)
+        told = gate_outcomes(connection, PUBLISHED)
     assert entry is not None and str(tmp_path) not in str(entry.measurements) and str(tmp_path) not in str(entry.record)
     ours = [m for m in entry.measurements if m.by == "the operator of this server"]
     assert all(m.command and m.command.startswith(f"unmask onboard {PUBLISHED} --weights LLM2Vec") for m in ours)

@@ -23,9 +23,9 @@ def filled(database: Database, peppers: Peppers) -> tuple[str, str]:
     with database.begin() as connection:
         person = people.sign_up(connection, peppers, "ada@example.org", "hash", NOW, free_credit=1000)
         key = keys.create(connection, peppers, person.account_id, KeySettings(name="Ünïcode"), NOW)
-        tariff.set_price(connection, tariff.Price("m", "default", 5), NOW)
-        tariff.set_plan(connection, tariff.Plan("small", 5, None))
-        people.start_session(connection, person.id, NOW)
+        tariff.set_price(connection, tariff.TariffPrice("m", "default", 5), NOW)
+        tariff.set_plan(connection, tariff.RatePlan("small", 5, None))
+        people.create_session(connection, person.id, NOW)
         for id in ("c1", "c2"):
             hold = Hold(
                 id=id, account_id=person.account_id, key_id=keys.key_id(key), request="r", model="m", tier="default",

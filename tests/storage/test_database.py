@@ -17,7 +17,7 @@ from tests.accounts.postgres import Cluster
 from unmask.accounts import ledger, people, usage
 from unmask.accounts.verification import verify
 from unmask.errors import StorageError, UsageError
-from unmask.storage.database import Database, Statement, is_transient, migration_config
+from unmask.storage.database import Database, RawStatement, is_transient, migration_config
 from unmask.storage.schema import APPEND_ONLY, accounts, metadata
 from unmask.storage.writer import Writer
 
@@ -106,7 +106,7 @@ def test_a_failure_says_nothing_of_what_was_written(database: Database):
 
 
 def test_a_statement_straight_to_the_driver_fails_like_any_other(database: Database):
-    spoil = Statement("UPDATE accounts SET held = :held WHERE id = :id")
+    spoil = RawStatement("UPDATE accounts SET held = :held WHERE id = :id")
     with database.begin() as connection:
         id = people.open_account(connection, "somebody", 1)
         assert spoil.changed(connection, {"held": 0, "id": id}) == 1
@@ -116,7 +116,7 @@ def test_a_statement_straight_to_the_driver_fails_like_any_other(database: Datab
 
 
 def test_a_kept_connection_outlives_what_fails_in_it(database: Database):
-    kept = database.keep()
+    kept = database.writer_connection()
     with kept.begin() as connection:
         people.open_account(connection, "first", 1)
     for spoiled in (KeyError, StorageError):
@@ -261,7 +261,7 @@ def test_a_password_in_the_url_is_not_shown():
     database = Database("postgresql://me:secret@127.0.0.1:1/none")
     with pytest.raises(StorageError) as failure:
         database.migrate()
-    assert "secret" not in str(failure.value) + database.shown
+    assert "secret" not in str(failure.value) + database.display_url
     database.close()
 
 
@@ -321,12 +321,12 @@ def test_tables_of_every_version_become_todays_with_all_that_is_in_them(
         database.close()
 
 
-def test_what_needs_no_waiting_is_written_at_once(tmp_path: Path):
+def test_what_needs_no_waiting_is_written_inline(tmp_path: Path):
     database = Database(f"sqlite:///{tmp_path / 'accounts.sqlite'}")
     database.migrate()
     writer = Writer(database, flushed=False)
     try:
-        made = writer.at_once(lambda connection: people.open_account(connection, "somebody", 1))
+        made = writer.try_inline(lambda connection: people.open_account(connection, "somebody", 1))
         assert made is not None
         with database.read() as connection:
             assert [account.id for account in people.all_accounts(connection)] == [made.result()]
@@ -335,7 +335,7 @@ def test_what_needs_no_waiting_is_written_at_once(tmp_path: Path):
             people.open_account(connection, "nobody", 1)
             raise UsageError("not so")
 
-        failed = writer.at_once(spoil)
+        failed = writer.try_inline(spoil)
         assert failed is not None
         with pytest.raises(UsageError, match="not so"):
             failed.result()
@@ -343,7 +343,7 @@ def test_what_needs_no_waiting_is_written_at_once(tmp_path: Path):
         with database.begin() as connection:
             connection.execute(accounts.update().values(name="changed"))
             began = time.monotonic()
-            assert writer.at_once(lambda connection: people.open_account(connection, "third", 1)) is None
+            assert writer.try_inline(lambda connection: people.open_account(connection, "third", 1)) is None
             assert time.monotonic() - began < 5
             waiting = writer.submit(lambda connection: people.open_account(connection, "third", 1))
         waiting.result(30)
@@ -357,7 +357,7 @@ def test_what_needs_no_waiting_is_written_at_once(tmp_path: Path):
 def test_a_charge_that_must_be_on_the_disk_is_not_written_in_the_event_loops_thread(database: Database):
     writer = Writer(database, flushed=True)
     try:
-        assert writer.at_once(lambda connection: None) is None
+        assert writer.try_inline(lambda connection: None) is None
     finally:
         writer.close()
 
@@ -370,6 +370,6 @@ def test_the_log_is_copied_into_the_file(tmp_path: Path):
         for number in range(200):
             people.open_account(connection, f"account {number} " + "x" * 150, 1)
     before = file.stat().st_size
-    database.tidy()
+    database.checkpoint_wal()
     assert file.stat().st_size > before
     database.close()

@@ -53,7 +53,7 @@ class Visitor:
     @classmethod
     def signed_in(cls, service: LocalService, accounts: Accounts, who: Person) -> "Visitor":
         """Return a visitor with a session, without the sign-in form."""
-        return cls(service, do(accounts, lambda c: people.start_session(c, who.id, now_ms())))
+        return cls(service, do(accounts, lambda c: people.create_session(c, who.id, now_ms())))
 
     def get(self, path: str, **headers: str) -> Reply:
         return self._call("GET", path, None, headers)

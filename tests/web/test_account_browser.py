@@ -13,9 +13,9 @@ from tests.accounts.oidc_provider import CLIENT, SECRET, OidcProvider, provided
 from tests.api.live import LocalService, running, until
 from tests.web.people import PASSWORD, do, key_of, person
 from unmask.accounts import Accounts, keys, people, tariff
-from unmask.accounts.provider import ProviderSettings
+from unmask.accounts.identity_provider import IdentityProviderSettings
 from unmask.catalogue import votes
-from unmask.catalogue.store import Outcome, add_outcome, put_fields, step
+from unmask.catalogue.store import GateOutcome, add_gate_outcome, put_fields, step
 from unmask.onboarding.gates import GATES
 from unmask.storage.database import now_ms
 from unmask.web import website
@@ -37,7 +37,7 @@ def accounts(tmp_path_factory: pytest.TempPathFactory, elsewhere: OidcProvider) 
         f"sqlite:///{folder / 'accounts.sqlite'}",
         pepper=folder / "pepper",
         free_credit=1_000_000_000,
-        provider=ProviderSettings(issuer=elsewhere.url, client_id=CLIENT, client_secret=SECRET, name="Example"),
+        provider=IdentityProviderSettings(issuer=elsewhere.url, client_id=CLIENT, client_secret=SECRET, name="Example"),
     )
     yield made
     made.close()
@@ -46,7 +46,7 @@ def accounts(tmp_path_factory: pytest.TempPathFactory, elsewhere: OidcProvider) 
 @pytest.fixture(scope="module")
 def site(accounts: Accounts, tiny_llama: Path) -> Iterator[LocalService]:
     with running(tiny_llama, accounts, website, api_keys=(), database="kept by the test") as service:
-        do(accounts, lambda c: tariff.set_price(c, tariff.Price(service.model, "default", 8_000_000), now_ms()))
+        do(accounts, lambda c: tariff.set_price(c, tariff.TariffPrice(service.model, "default", 8_000_000), now_ms()))
         yield service
 
 
@@ -127,12 +127,12 @@ def models_at_every_step(accounts: Accounts, who: people.Person, source: Path, n
                 step(connection, model, status, actor=who.id, until=until)
             for at, gate in enumerate(GATES[: 3 if what == "failed" else len(GATES)]):
                 passed = what != "failed" or at < 2
-                add_outcome(
-                    connection, model, Outcome(gate.name, "of the test", passed, "A finding. " * 9 + "y" * 80, {})
+                add_gate_outcome(
+                    connection, model, GateOutcome(gate.name, "of the test", passed, "A finding. " * 9 + "y" * 80, {})
                 )
             votes.vote(connection, who.account_id, model, f"for {what} " + "z" * 90, now_ms())
             if what in ("live", "ending"):
-                votes.tell_voters(connection, model, now_ms())
+                votes.notify_voters(connection, model, now_ms())
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 360)])
@@ -147,7 +147,7 @@ def test_axe_finds_nothing_and_nothing_sticks_out(
     assert site.call("POST", "/v1/embeddings", {"model": site.model, "input": "a"}, key=key).status == 200
     until(lambda: do(accounts, lambda c: people.account(c, who.account_id)).held == 0)
     models_at_every_step(accounts, who, golden_dir / "tiny_gemma", f"org-{scheme}")
-    session = do(accounts, lambda c: people.start_session(c, who.id, now_ms()))
+    session = do(accounts, lambda c: people.create_session(c, who.id, now_ms()))
     size = {"width": width, "height": 900}
     page = opened(browser, site, color_scheme=scheme, viewport=size)
     complaints: list[str] = []

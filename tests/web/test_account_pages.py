@@ -16,7 +16,7 @@ from tests.web.conftest import HTML
 from tests.web.html import Page
 from tests.web.people import PASSWORD, Visitor, do, key_of, person
 from unmask.accounts import Accounts, audit, keys, ledger, people, tariff, usage
-from unmask.accounts.limits import Draw, LocalLimiter
+from unmask.accounts.limits import BucketTake, LocalLimiter
 from unmask.accounts.verification import verify
 from unmask.server.announcement import create_invitation
 from unmask.storage.database import now_ms
@@ -37,7 +37,7 @@ def accounts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Accounts]:
 @pytest.fixture(scope="module")
 def site(accounts: Accounts, tiny_llama: Path) -> Iterator[LocalService]:
     with running(tiny_llama, accounts, website, api_keys=(), database="kept by the test") as service:
-        do(accounts, lambda c: tariff.set_price(c, tariff.Price(service.model, "default", 8_000_000), now_ms()))
+        do(accounts, lambda c: tariff.set_price(c, tariff.TariffPrice(service.model, "default", 8_000_000), now_ms()))
         yield service
 
 
@@ -164,8 +164,8 @@ def test_signing_in_tells_nobody_who_is_here(
 
 def test_tries_are_counted_by_mail_and_by_place(site: LocalService, accounts: Accounts) -> None:
     limiter = accounts._limiter = LocalLimiter(clock=lambda: 0.0)
-    who = accounts.peppers.mark("sign-in guess@example.org")
-    limiter.take_now([Draw(f"sign-in:{who}", 10, 9), Draw("sign-in-from:127.0.0.1", 30, 28)], "requests")
+    who = accounts.peppers.permanent_digest("sign-in guess@example.org")
+    limiter.take_now([BucketTake(f"sign-in:{who}", 10, 9), BucketTake("sign-in-from:127.0.0.1", 30, 28)], "requests")
     visitor = Visitor(site)
     assert visitor.fill("/sign-in", email="guess@example.org", password="x").status == 401
     reply = visitor.fill("/sign-in", email="Guess@example.org", password="x")
@@ -188,7 +188,7 @@ def test_only_a_trusted_proxy_says_who_comes(site: LocalService, accounts: Accou
         return service.call("GET", "/v1/account", headers={"x-forwarded-for": forwarded}, key=key).status
 
     limiter = accounts._limiter = LocalLimiter(clock=lambda: 0.0)
-    limiter.take_now([Draw("sign-in-from:203.0.113.7", 30, 30)], "requests")
+    limiter.take_now([BucketTake("sign-in-from:203.0.113.7", 30, 30)], "requests")
     settings = {"api_keys": (), "database": "kept", "trusted_proxies": ("127.0.0.0/8", "10.1.0.0/16")}
     with running(tiny_llama, accounts, website, **settings) as behind:
         assert tried(behind, "one@example.org", "203.0.113.7") == 429
@@ -211,7 +211,7 @@ def test_only_a_trusted_proxy_says_who_comes(site: LocalService, accounts: Accou
 
 @pytest.mark.parametrize("next", ["//evil.example", "https://evil.example/", "/\\evil.example", "javascript:alert(1)"])
 def test_signing_in_leads_nowhere_else(site: LocalService, accounts: Accounts, next: str) -> None:
-    if not do(accounts, lambda c: people.password_of(c, "lead@example.org")):
+    if not do(accounts, lambda c: people.stored_password(c, "lead@example.org")):
         person(accounts, "lead@example.org")
     reply = Visitor(site).fill("/sign-in", email="lead@example.org", password=PASSWORD, next=next)
     assert reply.headers["location"] == "/account"
@@ -225,7 +225,7 @@ def test_a_form_from_elsewhere_is_refused(site: LocalService, accounts: Accounts
     for token in ("", "x" * 64, other.token("/sign-in"), "é"):
         reply = visitor.post("/account/keys", {"token": token, "name": "forged", "scopes": "account"})
         assert reply.status == 403 and "This form is too old" in text(reply)
-    assert do(accounts, lambda c: keys.of_account(c, who.account_id, now_ms())) == []
+    assert do(accounts, lambda c: keys.list_keys(c, who.account_id, now_ms())) == []
     # Signing a visitor in to the attacker's account is a forgery too.
     attacker = other.token("/sign-in")
     for path in ("/sign-in", "/sign-up", "/first-admin"):
@@ -274,7 +274,7 @@ def test_the_first_admin(site: LocalService, accounts: Accounts, tmp_path: Path,
             second = Visitor(service)
             again = {"email": "second@example.org", "password": PASSWORD, "invitation": invitation}
             assert second.fill(path, "/first-admin", **again).status == 401
-            assert [one.admin for one in do(fresh, people.everybody)] == [True]
+            assert [one.admin for one in do(fresh, people.list_people)] == [True]
             assert create_invitation(fresh, service.url) is None
             assert second.get(path).headers["referrer-policy"] == "same-origin"
     finally:
@@ -299,7 +299,7 @@ def test_a_key_with_every_setting(site: LocalService, accounts: Accounts) -> Non
     assert reply.status == 200 and reply.headers["cache-control"] == "private, no-store"
     made = re.search(r"um_\w{12}_\w{49}", text(reply))
     assert made
-    (key,) = do(accounts, lambda c: keys.of_account(c, who.account_id, now_ms()))
+    (key,) = do(accounts, lambda c: keys.list_keys(c, who.account_id, now_ms()))
     assert key.settings == keys.KeySettings(
         name="nightly",
         scopes=("embeddings",),
@@ -347,7 +347,7 @@ def test_a_wrong_setting_is_named_and_nothing_typed_is_lost(
     page = Page(reply.body.decode())
     assert reply.status == 400 and words in page.text
     assert typed["name"] in [one.get("value") for one in page.all("input") if one.get("name") == "name"]
-    assert do(accounts, lambda c: keys.of_account(c, who.account_id, now_ms())) == []
+    assert do(accounts, lambda c: keys.list_keys(c, who.account_id, now_ms())) == []
 
 
 def test_changing_rotating_and_revoking_a_key(site: LocalService, accounts: Accounts) -> None:
@@ -357,10 +357,10 @@ def test_changing_rotating_and_revoking_a_key(site: LocalService, accounts: Acco
     visitor = Visitor.signed_in(site, accounts, who)
     page = visitor.page(f"/account/keys/{id}")
     (day,) = [one["value"] for one in page.all("input") if one.get("name") == "expires"]
-    before = do(accounts, lambda c: keys.one(c, who.account_id, id, now_ms())).settings.expires_at
+    before = do(accounts, lambda c: keys.get(c, who.account_id, id, now_ms())).settings.expires_at
     form = {"name": "renamed", "scopes": ["embeddings", "account"], "expires": day}
     assert visitor.fill(f"/account/keys/{id}", **form).headers["location"].endswith("done=changed")
-    after = do(accounts, lambda c: keys.one(c, who.account_id, id, now_ms())).settings
+    after = do(accounts, lambda c: keys.get(c, who.account_id, id, now_ms())).settings
     assert after.name == "renamed" and after.expires_at == before  # the form shows only the day, and the hour is kept
     reply = visitor.fill(f"/account/keys/{id}", f"/account/keys/{id}/rotate", hours="0")
     made = re.search(r"um_\w{12}_\w{49}", text(reply))
@@ -556,12 +556,12 @@ def test_everybody_sees_the_prices_that_are_charged(
         texts, prices = shown()
         assert prices == [] and "none set" in texts[1]
         # A price set on the command line arrives by the database alone.
-        do(accounts, lambda c: tariff.set_price(c, tariff.Price("*", "default", 31_250_000), now_ms()))
+        do(accounts, lambda c: tariff.set_price(c, tariff.TariffPrice("*", "default", 31_250_000), now_ms()))
         until(lambda: site.call("GET", f"/v1/models/{site.model}", key=key).json["prices"] != [])
         assert shown()[1] == [("standard", 31_250_000, False)]
     finally:
         do(accounts, lambda c: tariff.remove_price(c, "*", "default"))
-        do(accounts, lambda c: tariff.set_price(c, tariff.Price(site.model, "default", 8_000_000), now_ms()))
+        do(accounts, lambda c: tariff.set_price(c, tariff.TariffPrice(site.model, "default", 8_000_000), now_ms()))
 
 
 def test_only_admins_see_the_admins_pages(site: LocalService, accounts: Accounts) -> None:
@@ -629,5 +629,5 @@ def test_the_playground_is_closed_with_accounts(site: LocalService) -> None:
 
 def test_usage_by_day_is_the_ledgers(accounts: Accounts, site: LocalService) -> None:
     who = person(accounts, "days@example.org")
-    assert do(accounts, lambda c: usage.account_of(c, "chg_unknown")) is None
+    assert do(accounts, lambda c: usage.account_of_charge(c, "chg_unknown")) is None
     assert "No request in the last 30 days" in Visitor.signed_in(site, accounts, who).page("/account").text

@@ -34,7 +34,7 @@ def signed_in(accounts: Accounts, service: LocalService) -> tuple[str, dict[str,
     now = now_ms()
     with accounts.database.begin() as connection:
         person = people.sign_up(connection, accounts.peppers, "ada@example.org", "no password fits", now)
-        token = people.start_session(connection, person.id, now)
+        token = people.create_session(connection, person.id, now)
         ledger.top_up(connection, person.account_id, 10**9, "payment", 1)
         key = keys.create(connection, accounts.peppers, person.account_id, KeySettings(), 1)
     return key, {"name": "unmask_session", "value": token, "url": service.url}

@@ -109,7 +109,7 @@ def test_sql_statements_do_not_grow_with_the_catalogue(tiny_llama: Path, tmp_pat
     now = 1_800_000_000_000
     with accounts.database.begin() as connection:
         person = people.sign_up(connection, accounts.peppers, "ada@example.org", "no password fits", now)
-        session = people.start_session(connection, person.id, now_ms())
+        session = people.create_session(connection, person.id, now_ms())
         for entry in large_catalogue(number).entries():
             record = entry.record
             if record.id not in shipped_records():

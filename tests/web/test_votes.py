@@ -16,7 +16,7 @@ from tests.web.people import do, person
 from tests.web.test_escaping import POISON
 from unmask.accounts import Accounts, audit, people
 from unmask.catalogue import votes
-from unmask.catalogue.store import Outcome, add_outcome, put_fields, read_record, step
+from unmask.catalogue.store import GateOutcome, add_gate_outcome, put_fields, read_record, step
 from unmask.onboarding.gates import GATES
 from unmask.storage.database import now_ms
 from unmask.web import website
@@ -40,7 +40,7 @@ def service(tiny_llama: Path, accounts: Accounts) -> Iterator[LocalService]:
 def signed_in(accounts: Accounts, service: LocalService, email: str) -> Visit:
     """Return a function that requests pages as a signed-in visitor."""
     who = person(accounts, email, nano=0)
-    cookie = f"unmask_session={do(accounts, lambda c: people.start_session(c, who.id, now_ms()))}"
+    cookie = f"unmask_session={do(accounts, lambda c: people.create_session(c, who.id, now_ms()))}"
 
     def visit(path: str, **form: str) -> Reply:
         headers = {**HTML, "cookie": cookie}
@@ -110,7 +110,7 @@ def test_nobody_sees_anybody_elses_votes(accounts: Accounts, service: LocalServi
     # Ben's form can withdraw only Ben's vote, and he has none.
     vote(ben, withdraw="1", account_id="anything")
     with accounts.database.read() as connection:
-        assert votes.counts(connection) == {COMING: 1}
+        assert votes.count_votes(connection) == {COMING: 1}
 
 
 def test_who_is_not_signed_in_is_asked_to(accounts: Accounts, service: LocalService) -> None:
@@ -129,7 +129,7 @@ def test_a_form_from_elsewhere_is_refused(accounts: Accounts, service: LocalServ
     for token in ("", "guessed", token_of(ben)):
         assert ada("/want", model=COMING, token=token).status == 403
     with accounts.database.read() as connection:
-        assert votes.counts(connection) == {}
+        assert votes.count_votes(connection) == {}
 
 
 @pytest.mark.parametrize("model", [REFERENCE, POISON, "", "a/b/c"])
@@ -203,7 +203,7 @@ def test_they_are_told_on_their_page(accounts: Accounts, service: LocalService) 
     ada, ben = (signed_in(accounts, service, f"{name}@example.org") for name in ("ada", "ben"))
     vote(ada)
     with accounts.database.begin() as connection:
-        votes.tell_voters(connection, COMING, 1_800_000_000_000)
+        votes.notify_voters(connection, COMING, 1_800_000_000_000)
     assert f"{COMING} , which you voted for, is live" in text_of(ada("/account")).replace("supervised,", "supervised ,")
     assert f"{COMING} – new" in text_of(ada("/wanted"))
     assert "which you voted for" not in text_of(ada("/account"))
@@ -219,7 +219,7 @@ def staged(accounts: Accounts, model: str, source: Path) -> None:
         for status in ("coming soon", "benchmarking", "staged"):
             step(connection, model, status, actor="test")
         for gate in GATES:
-            add_outcome(connection, model, Outcome(gate.name, "of the test", True, "passed", {}))
+            add_gate_outcome(connection, model, GateOutcome(gate.name, "of the test", True, "passed", {}))
 
 
 def test_switching_a_model_on_mails_those_who_wanted_it(

@@ -4,8 +4,8 @@
 functions of a connection, for the command line and the pages: `Accounts.read` and `Accounts.write` run them.
 """
 
-from unmask.accounts.accounts import Accounts, Work
+from unmask.accounts.accounts import Accounts, BillableRequest
 from unmask.accounts.keys import Caller
-from unmask.accounts.ledger import Held
+from unmask.accounts.ledger import HeldCredit
 
-__all__ = ["Accounts", "Caller", "Held", "Work"]
+__all__ = ["Accounts", "BillableRequest", "Caller", "HeldCredit"]

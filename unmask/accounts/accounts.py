@@ -15,11 +15,11 @@ from sqlalchemy import Connection
 
 from unmask.accounts import actions, keys, ledger, money, people, tariff
 from unmask.accounts.audit import Actor
+from unmask.accounts.identity_provider import Identity, IdentityProvider, IdentityProviderSettings
 from unmask.accounts.keys import Caller, Peppers
-from unmask.accounts.ledger import Held, Hold
-from unmask.accounts.limits import Draw, Level, Limiter, LocalLimiter
+from unmask.accounts.ledger import HeldCredit, Hold
+from unmask.accounts.limits import BucketTake, Limiter, LocalLimiter, RateLimitStatus
 from unmask.accounts.people import Person
-from unmask.accounts.provider import Identity, Provider, ProviderSettings
 from unmask.errors import AddressTaken, RateLimited, SignInRefused, UnmaskError
 from unmask.storage.database import Database, default_url, now_ms
 from unmask.storage.writer import Writer
@@ -48,7 +48,7 @@ _KEY_MS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class BillableRequest:
     """A request that is about to be done.
 
     Attributes:
@@ -92,10 +92,10 @@ class Accounts:
         limiter: Limiter | None = None,
         free_credit: int = 0,
         flush_charges: bool = False,
-        provider: ProviderSettings | None = None,
+        provider: IdentityProviderSettings | None = None,
     ) -> None:
         self.peppers = Peppers(pepper)
-        self.provider = Provider(provider, self.peppers) if provider else None
+        self.provider = IdentityProvider(provider, self.peppers) if provider else None
         self.database = Database(url or default_url())
         self.database.migrate()
         self.free_credit = free_credit
@@ -104,7 +104,7 @@ class Accounts:
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="unmask-accounts")
         self._uses: dict[str, int] = {}
         self._prices: dict[tuple[str, str], tuple[int, int]] = {}
-        self._tariff: tuple[int, list[tariff.Price]] = (0, [])
+        self._tariff: tuple[int, list[tariff.TariffPrice]] = (0, [])
         self._callers: dict[str, tuple[int, Caller]] = {}  # by the key's digest
         self._stop = threading.Event()
         self._sweeper = threading.Thread(target=self._sweep_often, name="unmask-sweeper", daemon=True)
@@ -129,7 +129,7 @@ class Accounts:
 
     async def _book(self, piece: Callable[[Connection], T]) -> T:
         """As `write`, for the short pieces of every request."""
-        future = self._writer.at_once(piece)
+        future = self._writer.try_inline(piece)
         return future.result() if future is not None else await asyncio.wrap_future(self._writer.submit(piece))
 
     async def authenticate(self, key: str, address: str) -> Caller:
@@ -149,7 +149,7 @@ class Accounts:
         self._uses[caller.key.id] = now
         return caller
 
-    async def limit(self, caller: Caller, kind: str, amount: int) -> Level | None:
+    async def limit(self, caller: Caller, kind: str, amount: int) -> RateLimitStatus | None:
         """Take requests or tokens from the account's and the key's minute, both or neither.
 
         Args:
@@ -168,13 +168,15 @@ class Accounts:
         else:
             limits = caller.plan_tokens_per_minute, settings.tokens_per_minute
         owners = f"account:{caller.account_id}", f"key:{caller.key.id}"
-        draws = [Draw(f"{owner}:{kind}", limit, amount) for owner, limit in zip(owners, limits, strict=True) if limit]
+        draws = [
+            BucketTake(f"{owner}:{kind}", limit, amount) for owner, limit in zip(owners, limits, strict=True) if limit
+        ]
         if not draws:
             return None
         levels = await self._limiter.take(draws, kind)
         return min(levels, key=lambda level: level.remaining)
 
-    async def hold(self, caller: Caller, work: Work) -> Held:
+    async def hold(self, caller: Caller, work: BillableRequest) -> HeldCredit:
         """Set aside what a request costs, before it is done.
 
         Raises:
@@ -220,7 +222,7 @@ class Accounts:
         except UnmaskError as error:
             log.warning("charge %s stays held until its time is up: %s", charge, error)
 
-    async def prices(self) -> list[tariff.Price]:
+    async def prices(self) -> list[tariff.TariffPrice]:
         """Every price that was set, as it was at most five seconds ago.
 
         Raises:
@@ -235,7 +237,7 @@ class Accounts:
         now = now_ms()
         seen = self._prices.get((model, tier))
         if seen is None or now - seen[0] > _PRICE_S * 1000:
-            found = await self.read(lambda connection: tariff.price(connection, model, tier))
+            found = await self.read(lambda connection: tariff.find_price(connection, model, tier))
             seen = self._prices[model, tier] = (now, found)
         return seen[1]
 
@@ -277,7 +279,7 @@ class Accounts:
             RateLimited: too many tries for the address or from the place.
         """
         await self._throttle(address, email)
-        found = await self.read(lambda connection: people.password_of(connection, email))
+        found = await self.read(lambda connection: people.stored_password(connection, email))
         good = await asyncio.to_thread(people.check_password, found[1] if found else None, password)
         if found is None or not good:
             raise SignInRefused("this address and this password do not fit")
@@ -285,11 +287,9 @@ class Accounts:
         now = now_ms()
 
         actor = Actor(person, address)
-        return await self.write(
-            lambda connection: actions.start_session(connection, actor, now, credentials=(email, hashed))
-        )
+        return await self.write(lambda connection: actions.sign_in(connection, actor, now, credentials=(email, hashed)))
 
-    async def sign_in_as(self, identity: Identity, *, address: str) -> str:
+    async def sign_in_with_identity(self, identity: Identity, *, address: str) -> str:
         """A new session's token for whomever a provider vouches for, who gets an account if this is the first time.
 
         An account that has the same address already stays its owner's: it is linked by `link` alone.
@@ -303,7 +303,7 @@ class Accounts:
         now = now_ms()
 
         def start(connection: Connection) -> str:
-            person = people.of_identity(connection, identity)
+            person = people.person_of_identity(connection, identity)
             if person is None:
                 if not identity.email:
                     raise SignInRefused(f"no mail address came from {name}: allow it there, or sign up with a password")
@@ -326,11 +326,11 @@ class Accounts:
                         f"and link {name} on the page 'Settings'"
                     ) from None
                 people.add_identity(connection, person.id, identity, now)
-            return actions.start_session(connection, Actor(person.id, address), now, issuer=identity.issuer)
+            return actions.sign_in(connection, Actor(person.id, address), now, issuer=identity.issuer)
 
         return await self.write(start)
 
-    async def confirm(self, person: Person, password: str, *, address: str, session: str = "") -> None:
+    async def reauthenticate(self, person: Person, password: str, *, address: str, session: str = "") -> None:
         """Whether it is still the person who has signed in: they know the password, or have just signed in without.
 
         Args:
@@ -342,8 +342,8 @@ class Accounts:
         await self._throttle(address, person.email)
         found, began = await self.read(
             lambda connection: (
-                people.password_of(connection, person.email),
-                people.session_started(connection, session),
+                people.stored_password(connection, person.email),
+                people.session_start(connection, session),
             )
         )
         stored = found[1] if found else None
@@ -353,7 +353,7 @@ class Accounts:
         elif not await asyncio.to_thread(people.check_password, stored, password):
             raise SignInRefused("the password is not right")
 
-    async def link(self, person: Person, identity: Identity, *, address: str) -> None:
+    async def link_identity(self, person: Person, identity: Identity, *, address: str) -> None:
         """Let a person sign in with an identity as well. `confirm` is to be asked before the way to the provider.
 
         Raises:
@@ -362,17 +362,19 @@ class Accounts:
         actor, now = Actor(person.id, address), now_ms()
         await self.write(lambda connection: actions.link_identity(connection, actor, identity, now))
 
-    async def unlink(self, person: Person, issuer: str, password: str, *, address: str, session: str = "") -> None:
+    async def unlink_identity(
+        self, person: Person, issuer: str, password: str, *, address: str, session: str = ""
+    ) -> None:
         """End signing in with an issuer's identity, and every session of the person.
 
         Raises:
             UsageError, SignInRefused, RateLimited.
         """
-        await self.confirm(person, password, address=address, session=session)
+        await self.reauthenticate(person, password, address=address, session=session)
         actor, now = Actor(person.id, address), now_ms()
         await self.write(lambda connection: actions.unlink_identity(connection, actor, issuer, now))
 
-    async def throttle_place(self, address: str) -> None:
+    async def throttle_address(self, address: str) -> None:
         """Count a try to sign in that names nobody yet.
 
         Raises:
@@ -386,7 +388,7 @@ class Accounts:
         Raises:
             UsageError, SignInRefused, RateLimited.
         """
-        await self.confirm(person, old, address=address, session=session)
+        await self.reauthenticate(person, old, address=address, session=session)
         hashed = await asyncio.to_thread(people.hash_password, new)
         actor, now = Actor(person.id, address), now_ms()
         await self.write(lambda connection: actions.set_password(connection, actor, hashed, now))
@@ -397,16 +399,18 @@ class Accounts:
         Raises:
             SignInRefused, RateLimited, LedgerRefused.
         """
-        await self.confirm(person, password, address=address, session=session)
+        await self.reauthenticate(person, password, address=address, session=session)
         actor, now = Actor(person.id, address), now_ms()
         return await self.write(lambda connection: actions.close_account(connection, actor, person.account_id, now))
 
     async def _throttle(self, address: str, email: str) -> None:
         """Ten tries a minute for one mail address, thirty from one place."""
-        who = self.peppers.mark(f"sign-in {email.strip().lower()[:254]}")  # the buckets may lie outside this process
-        await self._draw([Draw(f"sign-in:{who}", 10, 1), _from_place(address)])
+        who = self.peppers.permanent_digest(
+            f"sign-in {email.strip().lower()[:254]}"
+        )  # the buckets may lie outside this process
+        await self._draw([BucketTake(f"sign-in:{who}", 10, 1), _from_place(address)])
 
-    async def _draw(self, draws: Sequence[Draw]) -> None:
+    async def _draw(self, draws: Sequence[BucketTake]) -> None:
         try:
             await self._limiter.take(draws, "requests")
         except RateLimited as refused:
@@ -422,20 +426,20 @@ class Accounts:
         now = now_ms()
         self._callers = {}
         with self.database.read() as connection:
-            late = ledger.expired(connection, now)
+            late = ledger.expired_holds(connection, now)
         # One transaction each: a sweep that locked many charges could wait for a settlement that waits for it.
         ended = [self._writer.submit(lambda connection, id=id: ledger.expire(connection, id, now)) for id in late]
         count = sum(future.result() for future in ended)
         uses, self._uses = self._uses, {}
         if uses:
-            self._writer.submit(lambda connection: keys.write_uses(connection, uses)).result()
+            self._writer.submit(lambda connection: keys.record_uses(connection, uses)).result()
 
         def forget(connection: Connection) -> None:
             ledger.forget_replays(connection, now)
-            people.end_old_sessions(connection, now)
+            people.delete_expired_sessions(connection, now)
 
         self._writer.submit(forget).result()
-        self._writer.tidy()
+        self._writer.checkpoint_wal()
         return count
 
     def _sweep_often(self) -> None:
@@ -443,10 +447,10 @@ class Accounts:
         while not self._stop.wait(_TIDY_S):
             try:
                 if time.monotonic() - swept < _SWEEP_S:
-                    self._writer.tidy()
+                    self._writer.checkpoint_wal()
                     continue
                 swept = time.monotonic()
-                self._limiter.tend()
+                self._limiter.heartbeat()
                 if count := self.sweep():
                     log.warning("gave back %d holds of requests that nobody ended", count)
             except UnmaskError as error:
@@ -468,5 +472,5 @@ class Accounts:
         self.database.close()
 
 
-def _from_place(address: str) -> Draw:
-    return Draw(f"sign-in-from:{address}", 30, 1)
+def _from_place(address: str) -> BucketTake:
+    return BucketTake(f"sign-in-from:{address}", 30, 1)

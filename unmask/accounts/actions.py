@@ -8,10 +8,10 @@ from sqlalchemy import Connection
 
 from unmask.accounts import audit, keys, ledger, people, tariff, usage
 from unmask.accounts.audit import Actor
+from unmask.accounts.identity_provider import Identity
 from unmask.accounts.keys import KeySettings, Peppers
 from unmask.accounts.people import Person
-from unmask.accounts.provider import Identity
-from unmask.accounts.tariff import Plan, Price
+from unmask.accounts.tariff import RatePlan, TariffPrice
 from unmask.errors import LedgerRefused, SignInRefused
 from unmask.storage.schema import DEFAULT_PLAN
 
@@ -157,7 +157,7 @@ def refund(
     Raises:
         LedgerRefused: it is not settled, is another account's, or its account is closed.
     """
-    if account is not None and usage.account_of(connection, charge) != account:
+    if account is not None and usage.account_of_charge(connection, charge) != account:
         raise LedgerRefused(f"there is no charge {charge[:60]!r} of this account")
     refunded = ledger.refund(connection, charge, now, note=note)
     if refunded:
@@ -166,7 +166,7 @@ def refund(
     return refunded
 
 
-def set_price(connection: Connection, actor: Actor, price: Price, now: int) -> None:
+def set_price(connection: Connection, actor: Actor, price: TariffPrice, now: int) -> None:
     """Set or change a price, see `tariff.set_price`."""
     tariff.set_price(connection, price, now)
     detail = {"tier": price.tier, "nano_per_million": price.nano_per_million}
@@ -175,7 +175,7 @@ def set_price(connection: Connection, actor: Actor, price: Price, now: int) -> N
 
 def set_proposed_price(connection: Connection, actor: Actor, model: str, nano_per_million: int, now: int) -> None:
     """Charge the price that onboarding proposed for a model, in the default tier. Its audit row names no tier."""
-    tariff.set_price(connection, Price(model, "default", nano_per_million), now)
+    tariff.set_price(connection, TariffPrice(model, "default", nano_per_million), now)
     audit.append(connection, actor, "price.set", model, now, nano_per_million=nano_per_million)
 
 
@@ -187,7 +187,7 @@ def remove_price(connection: Connection, actor: Actor, model: str, tier: str, no
     return removed
 
 
-def set_plan(connection: Connection, actor: Actor, plan: Plan, now: int) -> None:
+def set_plan(connection: Connection, actor: Actor, plan: RatePlan, now: int) -> None:
     """Create or change a plan, see `tariff.set_plan`."""
     tariff.set_plan(connection, plan)
     limits = {"requests_per_minute": plan.requests_per_minute, "tokens_per_minute": plan.tokens_per_minute}
@@ -234,7 +234,7 @@ def sign_up(
     return person
 
 
-def start_session(
+def sign_in(
     connection: Connection, actor: Actor, now: int, *, credentials: tuple[str, str] | None = None, issuer: str = ""
 ) -> str:
     """Sign the actor in. Returns the token for the cookie.
@@ -249,16 +249,16 @@ def start_session(
     """
     if credentials is not None:
         email, stored_hash = credentials
-        if people.password_of(connection, email) != (actor.id, stored_hash):
+        if people.stored_password(connection, email) != (actor.id, stored_hash):
             raise SignInRefused("this address and this password do not fit")
     detail = {"issuer": issuer} if issuer else {}
     audit.append(connection, actor, "person.sign_in", actor.id, now, **detail)
-    return people.start_session(connection, actor.id, now)
+    return people.create_session(connection, actor.id, now)
 
 
-def end_session(connection: Connection, actor: Actor, token: str, now: int) -> None:
+def sign_out(connection: Connection, actor: Actor, token: str, now: int) -> None:
     """Sign the actor out of one session."""
-    people.end_session(connection, token)
+    people.delete_session(connection, token)
     audit.append(connection, actor, "person.sign_out", actor.id, now)
 
 

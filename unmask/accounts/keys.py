@@ -66,7 +66,7 @@ class Peppers:
         secret = self._peppers.get(pepper or self.current, b"")
         return hmac.new(secret or b"missing", key.encode(), hashlib.sha256).hexdigest()
 
-    def mark(self, text: str) -> str:
+    def permanent_digest(self, text: str) -> str:
         """A digest of `text` that stays the same for ever, under the first pepper."""
         return hmac.new(next(iter(self._peppers.values())), text.encode(), hashlib.sha256).hexdigest()
 
@@ -268,7 +268,7 @@ def revoke(connection: Connection, account: str, id: str, now: int) -> bool:
     return False
 
 
-def of_account(connection: Connection, account: str, now: int) -> list[Key]:
+def list_keys(connection: Connection, account: str, now: int) -> list[Key]:
     """An account's keys, newest first."""
     rows = connection.execute(
         sa.select(keys).where(keys.c.account_id == account).order_by(keys.c.created_at.desc(), keys.c.id)
@@ -276,7 +276,7 @@ def of_account(connection: Connection, account: str, now: int) -> list[Key]:
     return [_key(row, now) for row in rows.mappings()]
 
 
-def one(connection: Connection, account: str, id: str, now: int) -> Key:
+def get(connection: Connection, account: str, id: str, now: int) -> Key:
     """A key of an account.
 
     Raises:
@@ -319,7 +319,7 @@ def authenticate(connection: Connection, peppers: Peppers, key: str, address: st
     return caller
 
 
-def write_uses(connection: Connection, uses: Mapping[str, int]) -> None:
+def record_uses(connection: Connection, uses: Mapping[str, int]) -> None:
     """Note when keys were last used, Unix milliseconds by key id."""
     for id, at in uses.items():
         connection.execute(

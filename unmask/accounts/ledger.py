@@ -26,7 +26,7 @@ from unmask.errors import (
     RequestInProgress,
     SpendLimitReached,
 )
-from unmask.storage.database import Statement, insert
+from unmask.storage.database import RawStatement, insert
 from unmask.storage.schema import accounts, charges, entries, keys, replays
 
 CASH, REVENUE, PROMOTION, FORFEITED = "@cash", "@revenue", "@promotion", "@forfeited"
@@ -63,7 +63,7 @@ class Hold:
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldCredit:
     """A charge in force.
 
     Attributes:
@@ -75,12 +75,12 @@ class Held:
     replayed: bool = False
 
 
-_TAKE = Statement(
+_TAKE = RawStatement(
     "UPDATE accounts SET held = held + :amount WHERE id = :account AND state = 'active' AND balance - held >= :amount"
 )
-_GIVE_BACK = Statement("UPDATE accounts SET held = held - :amount WHERE id = :account")
-_PAY = Statement("UPDATE accounts SET balance = balance - :amount, held = held - :amount WHERE id = :account")
-_SPEND = Statement(
+_GIVE_BACK = RawStatement("UPDATE accounts SET held = held - :amount WHERE id = :account")
+_PAY = RawStatement("UPDATE accounts SET balance = balance - :amount, held = held - :amount WHERE id = :account")
+_SPEND = RawStatement(
     "UPDATE keys SET "
     "spent = CASE WHEN window_started < :start THEN 0 ELSE spent END + :amount, "
     "carried = CASE WHEN window_started < :start THEN 0 ELSE carried END, "
@@ -89,16 +89,16 @@ _SPEND = Statement(
     "OR CASE WHEN window_started < :start THEN 0 ELSE spent END + :amount <= spend_limit) "
     "RETURNING window_started"
 )
-_HOLD = Statement(
+_HOLD = RawStatement(
     "INSERT INTO charges (id, account_id, key_id, request, model, tier, tokens, amount, state, window_start, "
     "held_at, expires_at) VALUES (:id, :account_id, :key_id, :request, :model, :tier, :tokens, :amount, 'held', "
     ":window_start, :held_at, :expires_at)"
 )
-_END = Statement(
+_END = RawStatement(
     "UPDATE charges SET state = :after, ended_at = :now WHERE id = :charge AND state = :before "
     "RETURNING account_id, key_id, amount, window_start"
 )
-_BOOK = Statement(
+_BOOK = RawStatement(
     "INSERT INTO entries (at, kind, debit, credit, amount, reference, note) "
     "VALUES (:at, :kind, :debit, :credit, :amount, :reference, :note) "
     "ON CONFLICT (kind, reference) DO NOTHING RETURNING id"
@@ -124,7 +124,7 @@ def window_start(window: str | None, now: int) -> int:
     return int(day.timestamp()) * 1000
 
 
-def hold(connection: Connection, wanted: Hold, now: int) -> Held:
+def hold(connection: Connection, wanted: Hold, now: int) -> HeldCredit:
     """Set the cost of a request aside.
 
     Raises:
@@ -158,7 +158,7 @@ def hold(connection: Connection, wanted: Hold, now: int) -> Held:
     )
     if wanted.idempotency_key is not None:
         _remember(connection, wanted, now)
-    return Held(wanted.id, wanted.amount)
+    return HeldCredit(wanted.id, wanted.amount)
 
 
 def settle(connection: Connection, charge: str, now: int) -> bool:
@@ -213,7 +213,7 @@ def release(connection: Connection, charge: str, now: int, *, state: str = "rele
     return True
 
 
-def expired(connection: Connection, now: int, limit: int = 1000) -> list[str]:
+def expired_holds(connection: Connection, now: int, limit: int = 1000) -> list[str]:
     """Charges whose time is up. Each is to be given back in a transaction of its own, by `expire`."""
     return list(
         connection.scalars(
@@ -325,7 +325,7 @@ def pay_out(
         raise LedgerRefused(f"the reference {reference!r} is empty or was used already")
 
 
-def _claim(connection: Connection, wanted: Hold, now: int) -> Held | None:
+def _claim(connection: Connection, wanted: Hold, now: int) -> HeldCredit | None:
     """What an earlier request with the same Idempotency-Key left, or None if there is nothing to repeat."""
     earlier = connection.execute(
         sa.select(replays.c.request, replays.c.charge_id, charges.c.state, charges.c.amount)
@@ -343,7 +343,7 @@ def _claim(connection: Connection, wanted: Hold, now: int) -> Held | None:
     if earlier.state == "held":
         raise RequestInProgress("the request with this Idempotency-Key is still being worked on")
     if earlier.state == "settled":
-        return Held(earlier.charge_id, earlier.amount, replayed=True)
+        return HeldCredit(earlier.charge_id, earlier.amount, replayed=True)
     return None  # it failed and was not charged, so this is the first
 
 

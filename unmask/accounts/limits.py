@@ -25,16 +25,16 @@ log = logging.getLogger("unmask")
 _PERIOD_S = 60.0
 
 # What servers do while Redis does not answer: count by themselves, each its share of a limit, or answer 503.
-WITHOUT_REDIS = ("share", "refuse")
+ON_REDIS_FAILURE = ("share", "refuse")
 
 # A Redis nearby answers in a fraction of a millisecond; a caller should not wait long to be told that it is gone.
 _REDIS_TIMEOUT_S = 0.25
 _REDIS_THREADS = 4
-_SERVER_SEEN_S = 30  # a server that did not tend for so long is no longer one of several
+_SERVER_SEEN_S = 30  # a server that did not heartbeat for so long is no longer one of several
 
 
 @dataclass(frozen=True)
-class Draw:
+class BucketTake:
     """What to take from one bucket.
 
     Attributes:
@@ -49,7 +49,7 @@ class Draw:
 
 
 @dataclass(frozen=True)
-class Level:
+class RateLimitStatus:
     """A bucket after a draw.
 
     Attributes:
@@ -66,7 +66,7 @@ class Level:
 class Limiter(Protocol):
     """Where the buckets are."""
 
-    async def take(self, draws: Sequence[Draw], kind: str) -> list[Level]:
+    async def take(self, draws: Sequence[BucketTake], kind: str) -> list[RateLimitStatus]:
         """Take all draws, or none of them.
 
         Args:
@@ -78,7 +78,7 @@ class Limiter(Protocol):
         """
         ...
 
-    def tend(self) -> None:
+    def heartbeat(self) -> None:
         """To be called every few seconds, in any thread."""
         ...
 
@@ -100,11 +100,11 @@ class LocalLimiter:
         self._lock = threading.Lock()
         self._swept = clock()
 
-    async def take(self, draws: Sequence[Draw], kind: str) -> list[Level]:
+    async def take(self, draws: Sequence[BucketTake], kind: str) -> list[RateLimitStatus]:
         """As `Limiter.take`."""
         return self.take_now(draws, kind)
 
-    def take_now(self, draws: Sequence[Draw], kind: str) -> list[Level]:
+    def take_now(self, draws: Sequence[BucketTake], kind: str) -> list[RateLimitStatus]:
         """As `Limiter.take`, for callers without an event loop."""
         with self._lock:
             now = self._clock()
@@ -121,7 +121,7 @@ class LocalLimiter:
             self._full_at |= after
             return [_level(draw.limit, after[draw.bucket] - now) for draw in draws]
 
-    def tend(self) -> None:
+    def heartbeat(self) -> None:
         """Nothing to do."""
 
     def close(self) -> None:
@@ -167,14 +167,14 @@ return answer
 class SharedLimiter:
     """Buckets in Redis, so that several servers count together.
 
-    When Redis does not answer, requests stop asking it until `tend` finds it again. With `without="share"` each
-    server meanwhile counts by itself, a limit divided by the number of servers last seen: the sum of them never lets
-    through more than the limit and the burst that new buckets allow. With "refuse" nothing that has a limit is let
-    through, and callers get a 503.
+    When Redis does not answer, requests stop asking it until `heartbeat` finds it again. Meanwhile, with
+    `on_redis_failure="share"`, each server counts by itself, against the limit divided by the number of servers last
+    seen. Together they admit at most the limit and the burst that new buckets allow. With "refuse" no request that has
+    a limit is admitted, and callers get a 503.
 
     Args:
         url: redis://[:password@]host[:port][/number], or rediss:// for TLS.
-        without: out of `WITHOUT_REDIS`.
+        on_redis_failure: one of `ON_REDIS_FAILURE`.
         prefix: of every name in Redis, to tell several installations apart.
 
     Raises:
@@ -182,15 +182,15 @@ class SharedLimiter:
         StorageError: Redis does not answer now, which at the start is rather a wrong address than bad luck.
     """
 
-    def __init__(self, url: str, *, without: str = "share", prefix: str = "unmask") -> None:
+    def __init__(self, url: str, *, on_redis_failure: str = "share", prefix: str = "unmask") -> None:
         try:
             import redis
             from redis.backoff import NoBackoff
             from redis.retry import Retry
         except ImportError as error:
             raise MissingPackages("limits in Redis need", "redis") from error
-        if without not in WITHOUT_REDIS:
-            raise UsageError(f"without={without!r}: choose one of {', '.join(WITHOUT_REDIS)}")
+        if on_redis_failure not in ON_REDIS_FAILURE:
+            raise UsageError(f"on_redis_failure={on_redis_failure!r}: choose one of {', '.join(ON_REDIS_FAILURE)}")
         try:
             self._redis = redis.Redis.from_url(
                 url,
@@ -204,7 +204,7 @@ class SharedLimiter:
         self._failures = (redis.RedisError, OSError)
         at = self._redis.connection_pool.connection_kwargs
         self.shown = str(at.get("path") or f"{at.get('host', 'localhost')}:{at.get('port', 6379)}")
-        self._refuse = without == "refuse"
+        self._refuse = on_redis_failure == "refuse"
         self._prefix = prefix
         self._id = secrets.token_hex(8)
         self._servers = 1
@@ -220,11 +220,11 @@ class SharedLimiter:
                 f"the Redis for limits at {self.shown} does not answer ({error}): start it, or serve without --limits"
             ) from error
 
-    async def take(self, draws: Sequence[Draw], kind: str) -> list[Level]:
+    async def take(self, draws: Sequence[BucketTake], kind: str) -> list[RateLimitStatus]:
         """As `Limiter.take`."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, self.take_now, draws, kind)
 
-    def take_now(self, draws: Sequence[Draw], kind: str) -> list[Level]:
+    def take_now(self, draws: Sequence[BucketTake], kind: str) -> list[RateLimitStatus]:
         """As `Limiter.take`, for callers without an event loop."""
         if not self._lost:
             numbers = [number for draw in draws for number in (draw.limit, draw.amount)]
@@ -241,7 +241,7 @@ class SharedLimiter:
             raise StorageError(f"the Redis for limits at {self.shown} does not answer")
         return self._alone.take_now([self._share(draw) for draw in draws], kind)
 
-    def tend(self) -> None:
+    def heartbeat(self) -> None:
         """Tell the others that this server is there, and see whether Redis is back."""
         try:
             self._count_servers()
@@ -272,18 +272,18 @@ class SharedLimiter:
             how = "requests with limits are refused" if self._refuse else f"each of {self._servers} servers counts"
             log.error("the Redis for limits at %s does not answer (%s): %s", self.shown, type(error).__name__, how)
 
-    def _share(self, draw: Draw) -> Draw:
+    def _share(self, draw: BucketTake) -> BucketTake:
         if draw.amount > draw.limit:
             return draw  # too large at any time
         limit = max(1, draw.limit // self._servers)
         return replace(draw, limit=limit, amount=min(draw.amount, limit))
 
 
-def _level(limit: int, ahead: float) -> Level:
-    return Level(limit, max(0, math.floor((_PERIOD_S - ahead) * limit / _PERIOD_S + 1e-6)), max(0.0, ahead))
+def _level(limit: int, ahead: float) -> RateLimitStatus:
+    return RateLimitStatus(limit, max(0, math.floor((_PERIOD_S - ahead) * limit / _PERIOD_S + 1e-6)), max(0.0, ahead))
 
 
-def _refused(draw: Draw, kind: str, wait: float, ahead: float) -> RateLimited:
+def _refused(draw: BucketTake, kind: str, wait: float, ahead: float) -> RateLimited:
     unit = "RPM" if kind == "requests" else "TPM"
     if draw.amount > draw.limit:
         return RateLimited(

@@ -15,8 +15,8 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from unmask.accounts import ledger
+from unmask.accounts.identity_provider import Identity
 from unmask.accounts.keys import Peppers
-from unmask.accounts.provider import Identity
 from unmask.errors import AddressTaken, LedgerRefused, SignInRefused, UsageError
 from unmask.storage.database import insert
 from unmask.storage.schema import (
@@ -138,7 +138,7 @@ def find_account(connection: Connection, name: str) -> Account:
     """
     if "@" not in name:
         return account(connection, name)
-    id = connection.scalar(sa.select(people.c.account_id).where(people.c.email == normal_email(name)))
+    id = connection.scalar(sa.select(people.c.account_id).where(people.c.email == normalize_email(name)))
     if id is None:
         raise UsageError(f"nobody has the address {name!r}: see 'unmask accounts list'")
     return account(connection, id)
@@ -193,7 +193,7 @@ def close_account(connection: Connection, id: str, now: int) -> int:
     return closed.balance
 
 
-def normal_email(email: str) -> str:
+def normalize_email(email: str) -> str:
     """A mail address as it is stored: without blanks around it, in lower case.
 
     Raises:
@@ -257,7 +257,7 @@ def sign_up(
     Raises:
         AddressTaken: the address is taken.
     """
-    email = normal_email(email)
+    email = normalize_email(email)
     own = open_account(connection, email, now)
     id = f"person_{secrets.token_hex(8)}"
     row = {
@@ -283,7 +283,7 @@ def sign_up(
 
 def give_free_credit(connection: Connection, peppers: Peppers, account: str, email: str, amount: int, now: int) -> bool:
     """Credit for a newcomer, once per mail address for ever. Whether it was given now."""
-    mark = peppers.mark(f"free credit {normal_email(email)}")
+    mark = peppers.permanent_digest(f"free credit {normalize_email(email)}")
     given = connection.scalar(
         sa.select(entries.c.id).where(entries.c.kind == "free_credit", entries.c.reference == mark)
     )
@@ -292,17 +292,17 @@ def give_free_credit(connection: Connection, peppers: Peppers, account: str, ema
     return ledger.top_up(connection, account, amount, mark, now, note="free credit", source=ledger.PROMOTION)
 
 
-def password_of(connection: Connection, email: str) -> tuple[str, str] | None:
+def stored_password(connection: Connection, email: str) -> tuple[str, str] | None:
     """Person's id and stored hash for an address, to be given to `check_password`."""
     try:
-        email = normal_email(email)
+        email = normalize_email(email)
     except UsageError:
         return None
     row = connection.execute(sa.select(people.c.id, people.c.password).where(people.c.email == email)).one_or_none()
     return None if row is None else (row.id, row.password)
 
 
-def of_identity(connection: Connection, identity: Identity) -> Person | None:
+def person_of_identity(connection: Connection, identity: Identity) -> Person | None:
     """Whose identity this is. Only issuer and subject count: an address can pass on to somebody else."""
     row = connection.execute(
         sa.select(people.c.id, people.c.account_id, people.c.email, people.c.admin, people.c.created_at)
@@ -325,7 +325,7 @@ def add_identity(connection: Connection, person: str, identity: Identity, now: i
         .on_conflict_do_nothing(index_elements=[identities.c.issuer, identities.c.subject])
     )
     if made.rowcount != 1:
-        owner = of_identity(connection, identity)
+        owner = person_of_identity(connection, identity)
         if owner is None or owner.id != person:
             raise AddressTaken(
                 "this sign-in belongs to another account here: sign in with it and delete that one first"
@@ -365,7 +365,7 @@ def set_password(connection: Connection, person: str, password_hash: str) -> Non
     connection.execute(sessions.delete().where(sessions.c.person_id == person))
 
 
-def start_session(connection: Connection, person: str, now: int) -> str:
+def create_session(connection: Connection, person: str, now: int) -> str:
     """Sign a person in. Returns the token for the cookie; only its digest is kept."""
     token = secrets.token_urlsafe(32)
     connection.execute(
@@ -375,7 +375,7 @@ def start_session(connection: Connection, person: str, now: int) -> str:
     return token
 
 
-def signed_in(connection: Connection, token: str, now: int) -> Person:
+def person_of_session(connection: Connection, token: str, now: int) -> Person:
     """Whose session this is.
 
     Raises:
@@ -391,17 +391,17 @@ def signed_in(connection: Connection, token: str, now: int) -> Person:
     return Person(*row)
 
 
-def session_started(connection: Connection, token: str) -> int:
+def session_start(connection: Connection, token: str) -> int:
     """When a session began, in Unix milliseconds; 0 if there is none."""
     return connection.scalar(sa.select(sessions.c.created_at).where(sessions.c.digest == _digest(token))) or 0
 
 
-def end_session(connection: Connection, token: str) -> None:
+def delete_session(connection: Connection, token: str) -> None:
     """Sign out."""
     connection.execute(sessions.delete().where(sessions.c.digest == _digest(token)))
 
 
-def end_old_sessions(connection: Connection, now: int) -> int:
+def delete_expired_sessions(connection: Connection, now: int) -> int:
     """Drop sessions that are over. How many."""
     return connection.execute(sessions.delete().where(sessions.c.expires_at <= now)).rowcount
 
@@ -440,7 +440,7 @@ def accept_invitation(connection: Connection, token: str, now: int) -> None:
         raise SignInRefused("this link was used or is too old: restart the server for a new one")
 
 
-def everybody(connection: Connection, account: str | None = None) -> list[Person]:
+def list_people(connection: Connection, account: str | None = None) -> list[Person]:
     """People, of one account or all, by address."""
     statement = sa.select(
         people.c.id, people.c.account_id, people.c.email, people.c.admin, people.c.created_at

@@ -15,7 +15,7 @@ ANY_MODEL = "*"
 
 
 @dataclass(frozen=True)
-class Price:
+class TariffPrice:
     """Nano-dollars for a million tokens. The model `*` stands for all that have none of their own."""
 
     model: str
@@ -24,7 +24,7 @@ class Price:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RatePlan:
     """Limits of an account, over all its keys. None is no limit."""
 
     name: str
@@ -32,32 +32,32 @@ class Plan:
     tokens_per_minute: int | None
 
 
-def price(connection: Connection, model: str, tier: str) -> int:
+def find_price(connection: Connection, model: str, tier: str) -> int:
     """Nano-dollars for a million tokens: the model's own price in the tier, else its default one, else that of `*`.
 
     Raises:
         NoPrice: the operator has set none of them.
     """
-    found = charged_for(all_prices(connection), model, tier)
+    found = effective_price(all_prices(connection), model, tier)
     if found is None:
         raise NoPrice(f"The model '{model}' has no price yet: the operator sets it with 'unmask accounts price'.")
     return found
 
 
-def charged_for(known: Iterable[Price], model: str, tier: str) -> int | None:
+def effective_price(known: Iterable[TariffPrice], model: str, tier: str) -> int | None:
     """What `price` finds among prices that were read before; None if it is none of them."""
     found = {(price.model, price.tier): price.nano_per_million for price in known}
     wanted = ((model, tier), (model, "default"), (ANY_MODEL, tier), (ANY_MODEL, "default"))
     return next((found[key] for key in wanted if key in found), None)
 
 
-def all_prices(connection: Connection) -> list[Price]:
+def all_prices(connection: Connection) -> list[TariffPrice]:
     """Every price that was set."""
     rows = connection.execute(sa.select(prices).order_by(prices.c.model, prices.c.tier.desc()))
-    return [Price(row.model, row.tier, row.nano_per_million) for row in rows]
+    return [TariffPrice(row.model, row.tier, row.nano_per_million) for row in rows]
 
 
-def set_price(connection: Connection, wanted: Price, now: int) -> None:
+def set_price(connection: Connection, wanted: TariffPrice, now: int) -> None:
     """Set or change a price. Requests in flight keep the one they were held at.
 
     Raises:
@@ -83,13 +83,13 @@ def remove_price(connection: Connection, model: str, tier: str) -> bool:
     return connection.execute(prices.delete().where(prices.c.model == model, prices.c.tier == tier)).rowcount == 1
 
 
-def all_plans(connection: Connection) -> list[Plan]:
+def all_plans(connection: Connection) -> list[RatePlan]:
     """Every plan; `default` is always there."""
     rows = connection.execute(sa.select(plans).order_by(plans.c.name))
-    return [Plan(row.name, row.requests_per_minute, row.tokens_per_minute) for row in rows]
+    return [RatePlan(row.name, row.requests_per_minute, row.tokens_per_minute) for row in rows]
 
 
-def set_plan(connection: Connection, plan: Plan) -> None:
+def set_plan(connection: Connection, plan: RatePlan) -> None:
     """Make or change a plan.
 
     Raises:

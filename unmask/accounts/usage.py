@@ -17,7 +17,7 @@ LONGEST_DAYS = 366
 
 
 @dataclass(frozen=True, kw_only=True)
-class Used:
+class UsageGroup:
     """Settled requests together. What was not grouped by is None; `cost` in nano-dollars."""
 
     day: date | None = None
@@ -30,7 +30,7 @@ class Used:
 
 
 @dataclass(frozen=True)
-class Line:
+class StatementLine:
     """An entry as its account sees it: `amount` is positive for credit that came, in nano-dollars."""
 
     number: int
@@ -42,7 +42,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Request:
+class ChargedRequest:
     """One request. `cost` in nano-dollars, times in Unix milliseconds."""
 
     id: str
@@ -56,7 +56,9 @@ class Request:
     at: int
 
 
-def used(connection: Connection, account: str, first: date, last: date, by: Sequence[str] = GROUPS) -> list[Used]:
+def usage_totals(
+    connection: Connection, account: str, first: date, last: date, by: Sequence[str] = GROUPS
+) -> list[UsageGroup]:
     """Settled requests of the days from `first` to `last`, both included, in UTC.
 
     Args:
@@ -106,11 +108,13 @@ def used(connection: Connection, account: str, first: date, last: date, by: Sequ
             values["day"] = datetime.fromtimestamp(values["day"] * _DAY_MS / 1000, UTC).date()
         for name in ("requests", "tokens", "cost"):
             values[name] = int(values[name])  # Postgres sums 64-bit integers as decimals
-        found.append(Used(**values))
+        found.append(UsageGroup(**values))
     return found
 
 
-def statement(connection: Connection, account: str, *, limit: int = 100, before: int | None = None) -> list[Line]:
+def statement(
+    connection: Connection, account: str, *, limit: int = 100, before: int | None = None
+) -> list[StatementLine]:
     """The account's entries, newest first.
 
     Args:
@@ -121,7 +125,7 @@ def statement(connection: Connection, account: str, *, limit: int = 100, before:
     if before is not None:
         wanted = wanted.where(entries.c.id < before)
     return [
-        Line(
+        StatementLine(
             row.id,
             row.at,
             row.kind,
@@ -134,9 +138,9 @@ def statement(connection: Connection, account: str, *, limit: int = 100, before:
     ]
 
 
-def requests(
+def charged_requests(
     connection: Connection, account: str, *, limit: int = 100, before: tuple[int, str] | None = None
-) -> list[Request]:
+) -> list[ChargedRequest]:
     """The account's requests, newest first, with what each cost.
 
     Args:
@@ -147,7 +151,7 @@ def requests(
         wanted = wanted.where(sa.tuple_(charges.c.held_at, charges.c.id) < sa.tuple_(*map(sa.literal, before)))
     rows = connection.execute(wanted.order_by(charges.c.held_at.desc(), charges.c.id.desc()).limit(limit))
     return [
-        Request(
+        ChargedRequest(
             row.id,
             row.request,
             row.key_id,
@@ -162,7 +166,7 @@ def requests(
     ]
 
 
-def account_of(connection: Connection, charge: str) -> str | None:
+def account_of_charge(connection: Connection, charge: str) -> str | None:
     """Whose charge this is; None if there is none of this id."""
     return connection.scalar(sa.select(charges.c.account_id).where(charges.c.id == charge))
 

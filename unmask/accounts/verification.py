@@ -12,7 +12,7 @@ from unmask.storage.schema import accounts, charges, entries, keys
 
 
 @dataclass(frozen=True)
-class Drift:
+class Discrepancy:
     """One thing that does not agree.
 
     Attributes:
@@ -40,7 +40,7 @@ class Verification:
     charges: int
     settled: int  # nano-dollars
     held: int
-    drift: tuple[Drift, ...]
+    drift: tuple[Discrepancy, ...]
 
 
 def verify(connection: Connection) -> Verification:
@@ -76,12 +76,12 @@ def verify(connection: Connection) -> Verification:
     )
 
 
-def discrepancies(connection: Connection) -> tuple[Drift, ...]:
+def discrepancies(connection: Connection) -> tuple[Discrepancy, ...]:
     """List what `verify` finds wrong. Empty if the books balance."""
     return verify(connection).drift
 
 
-def _balances(connection: Connection) -> Iterable[Drift]:
+def _balances(connection: Connection) -> Iterable[Discrepancy]:
     moved = sa.union_all(
         sa.select(entries.c.credit.label("book"), entries.c.amount.label("amount")),
         sa.select(entries.c.debit.label("book"), (-entries.c.amount).label("amount")),
@@ -91,15 +91,15 @@ def _balances(connection: Connection) -> Iterable[Drift]:
     known = {row.id: row for row in connection.execute(sa.select(accounts.c.id, accounts.c.balance, accounts.c.held))}
     for id, row in known.items():
         if by_book.get(id, 0) != row.balance:
-            yield Drift("balance", id, by_book.get(id, 0), row.balance)
+            yield Discrepancy("balance", id, by_book.get(id, 0), row.balance)
         if not 0 <= row.held <= row.balance:
-            yield Drift("more is held than there is", id, row.balance, row.held)
+            yield Discrepancy("more is held than there is", id, row.balance, row.held)
     for book, amount in by_book.items():
         if not book.startswith("@") and book not in known:
-            yield Drift("entries of an account that does not exist", book, 0, amount)
+            yield Discrepancy("entries of an account that does not exist", book, 0, amount)
 
 
-def _holds(connection: Connection) -> Iterable[Drift]:
+def _holds(connection: Connection) -> Iterable[Discrepancy]:
     open_ones = (
         sa.select(charges.c.account_id, sa.func.sum(charges.c.amount).label("amount"))
         .where(charges.c.state == "held")
@@ -108,10 +108,10 @@ def _holds(connection: Connection) -> Iterable[Drift]:
     expected = {account: int(amount) for account, amount in connection.execute(open_ones)}
     for id, held in connection.execute(sa.select(accounts.c.id, accounts.c.held)):
         if expected.get(id, 0) != held:
-            yield Drift("held", id, expected.get(id, 0), held)
+            yield Discrepancy("held", id, expected.get(id, 0), held)
 
 
-def _settlements(connection: Connection) -> Iterable[Drift]:
+def _settlements(connection: Connection) -> Iterable[Discrepancy]:
     """Each settled charge has its one entry, to the right account, and no other charge has one."""
     booked = sa.select(entries).where(entries.c.kind == "charge").subquery()
     settled = sa.and_(charges.c.state == "settled", charges.c.amount > 0)
@@ -125,17 +125,17 @@ def _settlements(connection: Connection) -> Iterable[Drift]:
     )
     for row in connection.execute(joined.where(wrong)):
         due = row.amount if row.state == "settled" else 0
-        yield Drift(f"entry of a charge that is {row.state}", row.id, due, row.booked or 0)
+        yield Discrepancy(f"entry of a charge that is {row.state}", row.id, due, row.booked or 0)
     orphans = (
         sa.select(booked.c.reference, booked.c.amount)
         .join(charges, charges.c.id == booked.c.reference, isouter=True)
         .where(charges.c.id.is_(None))
     )
     for reference, amount in connection.execute(orphans):
-        yield Drift("entry of a charge that does not exist", reference, 0, amount)
+        yield Discrepancy("entry of a charge that does not exist", reference, 0, amount)
 
 
-def _refunds(connection: Connection) -> Iterable[Drift]:
+def _refunds(connection: Connection) -> Iterable[Discrepancy]:
     given = (
         sa.select(entries.c.reference, entries.c.amount, charges.c.amount.label("charged"))
         .join(
@@ -150,10 +150,10 @@ def _refunds(connection: Connection) -> Iterable[Drift]:
         .where(entries.c.kind == "refund", sa.or_(charges.c.id.is_(None), charges.c.amount != entries.c.amount))
     )
     for row in connection.execute(given):
-        yield Drift("refund", row.reference, row.charged or 0, row.amount)
+        yield Discrepancy("refund", row.reference, row.charged or 0, row.amount)
 
 
-def _spends(connection: Connection) -> Iterable[Drift]:
+def _spends(connection: Connection) -> Iterable[Discrepancy]:
     counted = (
         sa.select(keys.c.id, sa.func.sum(charges.c.amount).label("amount"))
         .join(charges, sa.and_(charges.c.key_id == keys.c.id, charges.c.window_start == keys.c.window_started))
@@ -164,4 +164,4 @@ def _spends(connection: Connection) -> Iterable[Drift]:
     for row in connection.execute(sa.select(keys.c.id, keys.c.spent, keys.c.carried)):
         due = expected.get(row.id, 0) + row.carried
         if due != row.spent:
-            yield Drift("spent in the key's window", row.id, due, row.spent)
+            yield Discrepancy("spent in the key's window", row.id, due, row.spent)

@@ -48,7 +48,7 @@ class AccountRoutes:
         """Return all keys of the account."""
         caller = _require_caller(request)
         now = now_ms()
-        own_keys = await self.accounts.read(lambda connection: keys.of_account(connection, caller.account_id, now))
+        own_keys = await self.accounts.read(lambda connection: keys.list_keys(connection, caller.account_id, now))
         return _json(KeyList(data=[_key_info(key) for key in own_keys]))
 
     async def usage(self, request: Request) -> Response:
@@ -65,8 +65,8 @@ class AccountRoutes:
         if format not in ("json", "csv"):
             raise ApiError(400, "The parameter 'format' must be json or csv.", param="format")
 
-        def read_usage(connection: Connection) -> list[usage.Used]:
-            return usage.used(connection, caller.account_id, start, end, groups)
+        def read_usage(connection: Connection) -> list[usage.UsageGroup]:
+            return usage.usage_totals(connection, caller.account_id, start, end, groups)
 
         try:
             groups_used = await self.accounts.read(read_usage)

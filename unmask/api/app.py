@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from unmask import __version__
 from unmask.accounts import Accounts
-from unmask.accounts.tariff import Price
+from unmask.accounts.tariff import TariffPrice
 from unmask.api.account_routes import AccountRoutes
 from unmask.api.authentication import Authenticator
 from unmask.api.charging import Charging
@@ -34,7 +34,7 @@ from unmask.api.schema import Health, Index, Model, ModelList, Readiness
 from unmask.api.settings import ServeSettings
 from unmask.api.web_pages import WebPages, accepts_html
 from unmask.catalogue import Specification
-from unmask.catalogue.pricing import prices_here
+from unmask.catalogue.pricing import charged_prices
 from unmask.router import ModelRegistry, ServedModel
 
 # A canary that takes longer stands behind a stuck engine. A load balancer asks again in any case.
@@ -137,7 +137,7 @@ class _ServiceRoutes:
         context_of(request).response_headers |= deprecation_headers(served.record)
         return _json(_model_info(served, served.record.id, await self._prices()))
 
-    async def _prices(self) -> Sequence[Price] | None:
+    async def _prices(self) -> Sequence[TariffPrice] | None:
         """Return the operator's prices; None where nobody is charged."""
         return await self.accounts.prices() if self.accounts is not None else None
 
@@ -195,7 +195,7 @@ def _listed_ids(served: ServedModel) -> list[str]:
     return [record.id, *(alias for alias in record.aliases if "embed" in alias)]
 
 
-def _model_info(served: ServedModel, id: str, prices: Sequence[Price] | None) -> Model:
+def _model_info(served: ServedModel, id: str, prices: Sequence[TariffPrice] | None) -> Model:
     record = served.record
     until = record.history[-1].until if record.history else None
     fields: dict[str, object] = {name: getattr(record, name) for name in Specification.__struct_fields__}
@@ -203,7 +203,7 @@ def _model_info(served: ServedModel, id: str, prices: Sequence[Price] | None) ->
         "id": id,
         "status": served.state,
         "precision": served.options.dtype,
-        "prices": msgspec.to_builtins(record.prices if prices is None else prices_here(record, prices)),
+        "prices": msgspec.to_builtins(record.prices if prices is None else charged_prices(record, prices)),
         "lifecycle": record.status,
         "shutdown_date": until.isoformat() if until else None,
     }

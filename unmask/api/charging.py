@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from starlette.datastructures import Headers
 from starlette.requests import Request
 
-from unmask.accounts import Accounts, Caller, Held, Work
-from unmask.accounts.limits import Level
+from unmask.accounts import Accounts, BillableRequest, Caller, HeldCredit
+from unmask.accounts.limits import RateLimitStatus
 from unmask.accounts.tariff import TIERS
 from unmask.api.context import RequestContext, context_of
 from unmask.api.errors import QUOTA, ApiError
@@ -24,7 +24,7 @@ class Charge:
     """The cost of one request: held first, then settled or released."""
 
     accounts: Accounts | None = None
-    held: Held | None = None
+    held: HeldCredit | None = None
     settled: bool = False
 
     @property
@@ -93,7 +93,7 @@ class Charging:
         await self._take(context, caller, "tokens", tokens)
         seconds = max(0.0, deadline - time.monotonic())
         key = _idempotency_key(request.headers)
-        work = Work(
+        work = BillableRequest(
             request=context.request_id,
             model=model,
             tier=tier,
@@ -161,7 +161,7 @@ def go_duration(seconds: float) -> str:
     return f"{minutes}m{seconds_text}s" if minutes else f"{seconds_text}s"
 
 
-def _add_limit_headers(context: RequestContext, kind: str, status: Level | None) -> None:
+def _add_limit_headers(context: RequestContext, kind: str, status: RateLimitStatus | None) -> None:
     if status is None:
         return
     context.response_headers |= {

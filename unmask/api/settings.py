@@ -7,8 +7,8 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from unmask.accounts.identity_provider import IdentityProviderSettings, is_this_machine
 from unmask.accounts.money import MAX_AMOUNT
-from unmask.accounts.provider import ProviderSettings, is_this_machine
 from unmask.catalogue.mail import MailServer
 from unmask.encoder import Dtype
 from unmask.errors import UsageError
@@ -98,7 +98,7 @@ class ServeSettings:
     flush_charges: bool = False
     limits: str | None = field(default=None, repr=False)
     on_redis_failure: str = "share"
-    provider: ProviderSettings | None = None
+    provider: IdentityProviderSettings | None = None
     credit_status: int = 429
     body_limit_bytes: int = 32 * 2**20
     receive_timeout_s: float = 30

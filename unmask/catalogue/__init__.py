@@ -1,7 +1,7 @@
 """One record per model: what it is, where it stands, how it wants to be asked, and what was measured of it."""
 
 from unmask.catalogue.canary import Canary
-from unmask.catalogue.catalogue import Catalogue, Entry, read_record, record_for, shipped_measurements, shipped_records
+from unmask.catalogue.catalogue import Catalogue, Entry, parse_record, record_for, shipped_measurements, shipped_records
 from unmask.catalogue.lifecycle import STATUSES, Event, Status
 from unmask.catalogue.measurement import Measurement, append_measurements, measurements_of
 from unmask.catalogue.record import Record, Specification
@@ -18,7 +18,7 @@ __all__ = [
     "Status",
     "append_measurements",
     "measurements_of",
-    "read_record",
+    "parse_record",
     "record_for",
     "shipped_measurements",
     "shipped_records",

@@ -10,10 +10,10 @@ from sqlalchemy import Connection
 from unmask.accounts import actions, audit, tariff
 from unmask.accounts.audit import Actor
 from unmask.catalogue.lifecycle import GATE_NAMES, Status
+from unmask.catalogue.model_requests import check_hub_id
 from unmask.catalogue.record import Record
-from unmask.catalogue.requests import check_id
-from unmask.catalogue.store import outcomes, put_fields, read_record, step
-from unmask.catalogue.votes import tell_voters
+from unmask.catalogue.store import gate_outcomes, put_fields, read_record, step
+from unmask.catalogue.votes import notify_voters
 from unmask.errors import UsageError
 from unmask.storage.database import now_ms
 from unmask.storage.schema import accounts
@@ -34,7 +34,7 @@ def add_unknown(connection: Connection, model: str) -> bool:
     """
     if read_record(connection, model) is not None:
         return False
-    check_id(model)
+    check_hub_id(model)
     put_fields(connection, model, {})
     return True
 
@@ -83,13 +83,13 @@ def go_live(connection: Connection, model: str, *, actor: str) -> tuple[int, boo
     record = read_record(connection, model)
     if record is None or record.status != "staged":
         raise UsageError(f"{model} is {record.status if record else 'unknown'}, and only a staged model can go live")
-    past = outcomes(connection, model)
+    past = gate_outcomes(connection, model)
     if missing := [gate for gate in GATE_NAMES if gate not in past or not past[gate].passed]:
         raise UsageError(f"{model} has not passed {', '.join(missing)}: run 'unmask onboard {model}'")
     charged = _charge_proposed_price(connection, record, actor)
     step(connection, model, "live", actor=actor)
     now = now_ms()
-    notified = tell_voters(connection, model, now)
+    notified = notify_voters(connection, model, now)
     audit.append_model_live(connection, Actor(actor), model, now, revision=record.revision, notified=notified)
     return notified, charged
 

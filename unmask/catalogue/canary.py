@@ -29,7 +29,7 @@ class Canary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return np.frombuffer(base64.b64decode(self.vector), dtype="<f2").astype(np.float32)
 
 
-def compare(vector: np.ndarray, expected: np.ndarray, dtype: str = "float32") -> str:
+def check_vector(vector: np.ndarray, expected: np.ndarray, dtype: str = "float32") -> str:
     """ "ok", or what is wrong with the vector of a canary text, computed with weights of a precision."""
     if vector.shape != expected.shape or not np.isfinite(vector).all():
         return f"the canary text gave a vector of shape {list(vector.shape)} that is not the expected one"

@@ -67,7 +67,7 @@ class Catalogue:
         return list(self._entries.values())
 
 
-def read_record(text: str, name: str) -> Record:
+def parse_record(text: str, name: str) -> Record:
     """The record that a TOML file holds.
 
     Raises:
@@ -85,7 +85,7 @@ def shipped_records() -> dict[str, Record]:
     """Records that come with the package, by id: the default model first, then by name."""
     folder = files("unmask.catalogue").joinpath("records")
     records = [
-        read_record(file.read_text(encoding="utf-8"), file.name)
+        parse_record(file.read_text(encoding="utf-8"), file.name)
         for file in folder.iterdir()
         if file.name.endswith(".toml")
     ]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from email.message import EmailMessage
 from urllib.parse import quote, unquote, urlsplit
 
-from unmask.catalogue.votes import Letter, claim_letters, return_letter
+from unmask.catalogue.votes import Letter, claim_letters, unclaim_letter
 from unmask.errors import UsageError
 from unmask.storage.database import Database, now_ms
 
@@ -103,7 +103,7 @@ def send_notices(database: Database, server: MailServer) -> tuple[int, str]:
     if left:
         with database.begin() as connection:
             for letter in left:
-                return_letter(connection, letter)
+                unclaim_letter(connection, letter)
     return len(letters) - len(left), reason
 
 

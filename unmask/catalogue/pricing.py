@@ -9,7 +9,7 @@ from unmask.catalogue.record import Price, Record
 _NAMES = {"default": "standard", "batch": "batch"}
 
 
-def prices_here(record: Record, charged: Sequence[tariff.Price]) -> tuple[Price, ...]:
+def charged_prices(record: Record, charged: Sequence[tariff.TariffPrice]) -> tuple[Price, ...]:
     """The prices of a model that answers on a server with accounts: those that are charged.
 
     A tier is named only where it costs something else than the standard one. A model without a price answers nobody
@@ -19,8 +19,8 @@ def prices_here(record: Record, charged: Sequence[tariff.Price]) -> tuple[Price,
         record: of the model; the prices in it are what was proposed.
         charged: every price that the operator has set.
     """
-    standard = tariff.charged_for(charged, record.id, "default")
-    amounts = {tier: tariff.charged_for(charged, record.id, tier) for tier in tariff.TIERS}
+    standard = tariff.effective_price(charged, record.id, "default")
+    amounts = {tier: tariff.effective_price(charged, record.id, tier) for tier in tariff.TIERS}
     prices = tuple(
         Price(tier=_NAMES[tier], nanodollars_per_million_tokens=amount)
         for tier, amount in amounts.items()

@@ -13,7 +13,7 @@ _UNITS = {THROUGHPUT: "tokens/s", MEDIAN: "ms", SLOW: "ms"}
 
 
 @dataclass(frozen=True)
-class Point:
+class SpeedPoint:
     """What so many callers at once get, each with one text of so many tokens at a time. Latencies in milliseconds."""
 
     tokens: int
@@ -23,7 +23,7 @@ class Point:
     slow_ms: float
 
 
-def measurements_of_sweep(points: Sequence[Point], **shared: object) -> list[Measurement]:
+def measurements_of_sweep(points: Sequence[SpeedPoint], **shared: object) -> list[Measurement]:
     """Three values for each point.
 
     Args:
@@ -45,7 +45,7 @@ def measurements_of_sweep(points: Sequence[Point], **shared: object) -> list[Mea
     return found
 
 
-def points_of(measurements: Sequence[Measurement]) -> list[Point]:
+def points_of(measurements: Sequence[Measurement]) -> list[SpeedPoint]:
     """The points that measurements of a sweep come to, by length and then by callers; broken ones are left out."""
     values: dict[tuple[int, int], dict[str, float]] = {}
     for measurement in measurements:
@@ -53,7 +53,7 @@ def points_of(measurements: Sequence[Measurement]) -> list[Point]:
             place = int(found["tokens"]), int(found["callers"])
             values.setdefault(place, {})[found["value"]] = measurement.value
     return [
-        Point(*place, known[THROUGHPUT], known[MEDIAN], known[SLOW])
+        SpeedPoint(*place, known[THROUGHPUT], known[MEDIAN], known[SLOW])
         for place, known in sorted(values.items())
         if known.keys() >= _UNITS.keys()
     ]

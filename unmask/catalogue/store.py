@@ -36,7 +36,7 @@ _MEASUREMENT = msgspec.json.Decoder(Measurement)
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredCatalogue:
     """The catalogue as it stands: what ships, and what the operator laid over it.
 
     Attributes:
@@ -51,7 +51,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class GateOutcome:
     """What came of a gate.
 
     Attributes:
@@ -68,7 +68,7 @@ class Outcome:
     fields: Mapping[str, Any]
 
 
-def opened(url: str) -> Database:
+def open_database(url: str) -> Database:
     """The database with its tables brought up to date.
 
     Raises:
@@ -84,7 +84,7 @@ def version(connection: Connection) -> int:
     return connection.execute(sa.select(catalogue_version.c.number)).scalar_one()
 
 
-def read_catalogue(connection: Connection) -> Stored:
+def read_catalogue(connection: Connection) -> StoredCatalogue:
     """Everything, with the operator's word over what ships.
 
     Raises:
@@ -100,7 +100,7 @@ def read_catalogue(connection: Connection) -> Stored:
         record = overlaid(id, fields, events.get(id, ()))
         catalogue.put(record, (*shipped_measurements().get(id, ()), *measured.get(id, ())))
     sources = {id: row.source for id, row in rows.items() if row.source}
-    return Stored(version(connection), catalogue, sources)
+    return StoredCatalogue(version(connection), catalogue, sources)
 
 
 def read_record(connection: Connection, model: str) -> Record | None:
@@ -205,20 +205,21 @@ def add_measurements(connection: Connection, measurements: Iterable[Measurement]
         _raise_version(connection)
 
 
-def add_outcome(connection: Connection, model: str, outcome: Outcome) -> None:
+def add_gate_outcome(connection: Connection, model: str, outcome: GateOutcome) -> None:
     """Note what came of a gate."""
     row = {"gate": outcome.gate, "fingerprint": outcome.fingerprint, "passed": outcome.passed}
     row |= {"finding": outcome.finding, "fields": json.dumps(outcome.fields, ensure_ascii=False)}
     connection.execute(catalogue_gates.insert(), {"at": now_ms(), "model": model, **row})
 
 
-def outcomes(connection: Connection, model: str) -> dict[str, Outcome]:
+def gate_outcomes(connection: Connection, model: str) -> dict[str, GateOutcome]:
     """By gate, what came of it the last time."""
     rows = connection.execute(
         sa.select(catalogue_gates).where(catalogue_gates.c.model == model).order_by(catalogue_gates.c.id)
     )
     return {
-        row.gate: Outcome(row.gate, row.fingerprint, row.passed, row.finding, json.loads(row.fields)) for row in rows
+        row.gate: GateOutcome(row.gate, row.fingerprint, row.passed, row.finding, json.loads(row.fields))
+        for row in rows
     }
 
 

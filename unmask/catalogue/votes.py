@@ -28,7 +28,7 @@ class Vote:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class QueuedModel:
     """A model in the operator's queue, with the notes of those who left one, newest first."""
 
     model: str
@@ -80,7 +80,7 @@ def withdraw(connection: Connection, account: str, model: str) -> bool:
     return connection.execute(votes.delete().where(votes.c.account_id == account, votes.c.model == model)).rowcount == 1
 
 
-def counts(connection: Connection) -> dict[str, int]:
+def count_votes(connection: Connection) -> dict[str, int]:
     """How many accounts want each model that any wants."""
     rows = connection.execute(sa.select(votes.c.model, sa.func.count()).group_by(votes.c.model))
     return {model: int(count) for model, count in rows}
@@ -92,19 +92,22 @@ def votes_of(connection: Connection, account: str) -> dict[str, Vote]:
     return {row.model: Vote(row.account_id, row.model, row.note, row.at) for row in rows}
 
 
-def queue(connection: Connection) -> list[Wanted]:
+def queue(connection: Connection) -> list[QueuedModel]:
     """For the operator: what is wanted, most votes first, then what has waited longest."""
     found: dict[str, list[Vote]] = {}
     for row in connection.execute(sa.select(votes).order_by(votes.c.at.desc(), votes.c.account_id)):
         found.setdefault(row.model, []).append(Vote(row.account_id, row.model, row.note, row.at))
     queued = [
-        (min(vote.at for vote in cast), Wanted(model, len(cast), cast[0].at, tuple(v.note for v in cast if v.note)))
+        (
+            min(vote.at for vote in cast),
+            QueuedModel(model, len(cast), cast[0].at, tuple(v.note for v in cast if v.note)),
+        )
         for model, cast in found.items()
     ]
     return [wanted for _, wanted in sorted(queued, key=lambda item: (-item[1].votes, item[0], item[1].model))]
 
 
-def tell_voters(connection: Connection, model: str, now: int) -> int:
+def notify_voters(connection: Connection, model: str, now: int) -> int:
     """A notice to everybody who wants a model, which is here now; their votes are done with. How many."""
     rows = connection.execute(sa.select(votes.c.account_id).where(votes.c.model == model)).scalars().all()
     for account in rows:
@@ -125,7 +128,7 @@ def notices_of(connection: Connection, account: str) -> list[Notice]:
     return [Notice(row.model, row.at, row.seen_at is not None) for row in rows]
 
 
-def mark_seen(connection: Connection, account: str, now: int) -> int:
+def mark_notices_read(connection: Connection, account: str, now: int) -> int:
     """The account has read its notices. How many were new."""
     unseen = notices.c.account_id == account, notices.c.seen_at.is_(None)
     return connection.execute(notices.update().where(*unseen).values(seen_at=now)).rowcount
@@ -152,13 +155,13 @@ def claim_letters(connection: Connection, now: int) -> list[Letter]:
     ]
 
 
-def letters_waiting(connection: Connection) -> int:
+def count_unsent_letters(connection: Connection) -> int:
     """How many letters nobody has mailed yet."""
     letters = sa.select(sa.func.count()).select_from(notices).join(people, people.c.account_id == notices.c.account_id)
     return connection.scalar(letters.where(notices.c.mailed_at.is_(None))) or 0
 
 
-def return_letter(connection: Connection, letter: Letter) -> None:
+def unclaim_letter(connection: Connection, letter: Letter) -> None:
     """Take a letter back that could not be sent, so that it is tried again."""
     mine = notices.c.account_id == letter.account, notices.c.model == letter.model
     connection.execute(notices.update().where(*mine).values(mailed_at=None))

@@ -72,7 +72,7 @@ def list_accounts(*, as_json: AsJson = False, database: DatabaseUrl = None) -> i
     """List all accounts with their balances in dollars."""
     with read_transaction(database) as connection:
         rows = people.all_accounts(connection, limit=1_000_000)
-        owners = {person.account_id: person.email for person in people.everybody(connection)}
+        owners = {person.account_id: person.email for person in people.list_people(connection)}
     print_table(
         ("account", "who", "state", "plan", "balance", "held"),
         [

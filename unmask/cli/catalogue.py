@@ -9,9 +9,9 @@ from cyclopts import App
 from sqlalchemy import Connection
 
 from unmask.accounts.audit import COMMAND_LINE
-from unmask.catalogue import Record, Status, actions, read_record, votes
+from unmask.catalogue import Record, Status, actions, parse_record, votes
 from unmask.catalogue.lifecycle import GATE_NAMES
-from unmask.catalogue.store import outcomes, read_catalogue
+from unmask.catalogue.store import gate_outcomes, read_catalogue
 from unmask.cli.database import DatabaseUrl, open_database, read_transaction, write_transaction
 from unmask.cli.mail import NO_MAIL, MailOptions, PublicUrl, send_waiting_notices
 from unmask.cli.options import ACTOR, AsJson
@@ -26,8 +26,8 @@ def list_records(*, as_json: AsJson = False, database: DatabaseUrl = None) -> in
     """List the models on record with their status, votes and passed gates."""
     with read_transaction(database) as connection:
         stored = read_catalogue(connection)
-        vote_counts = votes.counts(connection)
-        gates = {id: outcomes(connection, id) for id in stored.sources}
+        vote_counts = votes.count_votes(connection)
+        gates = {id: gate_outcomes(connection, id) for id in stored.sources}
     rows = []
     for entry in stored.catalogue.entries():
         record = entry.record
@@ -52,7 +52,7 @@ def list_records(*, as_json: AsJson = False, database: DatabaseUrl = None) -> in
 def list_gates(model: str, *, as_json: AsJson = False, database: DatabaseUrl = None) -> int:
     """List the last results of a model's gates. Only the operator sees them."""
     with read_transaction(database) as connection:
-        results = outcomes(connection, _record(connection, model).id)
+        results = gate_outcomes(connection, _record(connection, model).id)
     rows = [(result.gate, "passed" if result.passed else "not passed", result.finding) for result in results.values()]
     print_table(("gate", "outcome", "finding"), rows, as_json=as_json)
     return 0
@@ -80,7 +80,7 @@ def add(file: Path, *, database: DatabaseUrl = None) -> int:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{file} cannot be read: {error}") from error
-    record = read_record(text, file.name)
+    record = parse_record(text, file.name)
     fields = {name: value for name, value in msgspec.toml.decode(text).items() if name not in ("id", "history")}
     with write_transaction(database) as connection:
         actions.set_fields(connection, COMMAND_LINE, record.id, msgspec.to_builtins(fields))

@@ -75,7 +75,7 @@ def list_keys(account: str, *, as_json: AsJson = False, database: DatabaseUrl = 
     """List the keys of an account, without their secrets."""
     now = now_ms()
     with read_transaction(database) as connection:
-        account_keys = keys.of_account(connection, people.find_account(connection, account).id, now)
+        account_keys = keys.list_keys(connection, people.find_account(connection, account).id, now)
     rows = [
         (
             key.id,

@@ -12,14 +12,14 @@ from typing import Annotated
 from cyclopts import Group, Parameter
 
 from unmask.catalogue import record_for
-from unmask.catalogue.requests import check_id
+from unmask.catalogue.model_requests import check_hub_id
 from unmask.catalogue.store import read_catalogue, source_of
 from unmask.cli.database import DatabaseUrl, open_database
 from unmask.cli.mail import NO_MAIL, MailOptions, PublicUrl, send_waiting_notices
 from unmask.cli.options import ACTOR, amount_option
 from unmask.cli.terminal import Progress, Step, print_result, print_table
 from unmask.errors import UsageError
-from unmask.onboarding import Onboarding, Result
+from unmask.onboarding import OnboardingOptions, OnboardingResult
 from unmask.onboarding import onboard as run_onboarding
 from unmask.onboarding.run import output_for
 from unmask.onboarding.sweep import DEFAULT_LENGTHS
@@ -30,8 +30,8 @@ _INTERNAL = Parameter(parse=False)
 
 @Parameter(name="*", group=Group("Gates", sort_key=10))
 @dataclass(frozen=True, kw_only=True)
-class OnboardingOptions(Onboarding):
-    """`Onboarding` as options. Here are the fields whose option differs from the field, or that have none."""
+class OnboardingOptions(OnboardingOptions):
+    """`OnboardingOptions` as options. Here are the fields whose option differs from the field, or that have none."""
 
     model: Annotated[str, _INTERNAL] = ""
     source: Annotated[str, _INTERNAL] = ""
@@ -97,7 +97,7 @@ def _gate_progress(progress: Progress, gate: str) -> Iterator[Callable[[int, int
     progress.log(f"{gate}: {time.perf_counter() - began:.1f} s")
 
 
-def _print_gates(result: Result) -> None:
+def _print_gates(result: OnboardingResult) -> None:
     """Print the findings of the gates and the status of the model."""
     rows = []
     for gate in result.gates:
@@ -125,7 +125,7 @@ def _record_and_source(database: Database, model: str, weights: Path | None) -> 
         id = entry.record.id if entry else record_for(model).id
         earlier_source = source_of(connection, id)
     if entry is None and not path.exists():
-        check_id(model)
+        check_hub_id(model)
     if weights is not None:
         return id, str(weights.expanduser().absolute())
     if path.exists():

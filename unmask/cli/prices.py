@@ -29,7 +29,7 @@ def set_price(model: str, dollars: str, *, tier: Tier = "default", database: Dat
     """
     amount = parse_amount(dollars, zero=True)
     with write_transaction(database) as connection:
-        actions.set_price(connection, COMMAND_LINE, tariff.Price(model, tier, amount), now_ms())
+        actions.set_price(connection, COMMAND_LINE, tariff.TariffPrice(model, tier, amount), now_ms())
     return 0
 
 
@@ -68,6 +68,6 @@ def plan(
             id = people.find_account(connection, account).id
             actions.assign_plan(connection, COMMAND_LINE, id, name, now_ms())
         else:
-            limits = tariff.Plan(name, requests_per_minute, tokens_per_minute)
+            limits = tariff.RatePlan(name, requests_per_minute, tokens_per_minute)
             actions.set_plan(connection, COMMAND_LINE, limits, now_ms())
     return 0

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Group, Parameter, Token
 
-from unmask.accounts.provider import ProviderSettings
+from unmask.accounts.identity_provider import IdentityProviderSettings
 from unmask.api.settings import ServeSettings
 from unmask.checkpoint.resolve import DEFAULT_MODEL
 from unmask.cli.mail import NO_MAIL, MailOptions
@@ -68,7 +68,7 @@ class ServeOptions(ServeSettings):
     cache_bytes: Annotated[int, Parameter(group=_LIMITS), megabytes_option("--cache-mb")] = 64_000_000
 
     catalogue: Annotated[str | None, _INTERNAL] = None
-    provider: Annotated[ProviderSettings | None, _INTERNAL] = None
+    provider: Annotated[IdentityProviderSettings | None, _INTERNAL] = None
     mail: Annotated[Any, _INTERNAL] = None
     receive_timeout_s: Annotated[float, _INTERNAL] = ServeSettings.receive_timeout_s
     header_timeout_s: Annotated[float, _INTERNAL] = ServeSettings.header_timeout_s
@@ -113,7 +113,7 @@ class OidcOptions:
     oidc_client_secret_file: Annotated[str | None, Parameter(env_var="UNMASK_OIDC_CLIENT_SECRET_FILE")] = None
     oidc_name: Annotated[str, Parameter(env_var="UNMASK_OIDC_NAME")] = ""
 
-    def provider(self) -> ProviderSettings | None:
+    def provider(self) -> IdentityProviderSettings | None:
         """Return the provider's settings; None if no provider is named.
 
         Raises:
@@ -130,7 +130,7 @@ class OidcOptions:
             except (OSError, UnicodeDecodeError) as error:
                 path = self.oidc_client_secret_file
                 raise UsageError(f"--oidc-client-secret-file {path} cannot be read: {error}") from error
-        return ProviderSettings(
+        return IdentityProviderSettings(
             issuer=self.oidc_issuer,
             client_id=self.oidc_client_id or "",
             client_secret=secret.strip(),

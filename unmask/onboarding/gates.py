@@ -1,6 +1,7 @@
 """The gates between a request and a live model. Each measures something, and refuses what is not in order.
 
-A gate is a function of a `Bench` that returns what it found. One that raises any of our errors was not passed.
+A gate is a function of an `OnboardingContext` that returns a `GateResult`, or raises one of our errors where the model
+does not pass.
 """
 
 import contextlib
@@ -19,10 +20,10 @@ from typing import Any, Literal
 import numpy as np
 
 from unmask.accounts.money import format_dollars
-from unmask.catalogue.canary import CANARY_TEXT, Canary, compare, cosine
+from unmask.catalogue.canary import CANARY_TEXT, Canary, check_vector, cosine
 from unmask.catalogue.measurement import COST, ONBOARDING, PEAK_MEMORY, Measurement, measurements_of
 from unmask.catalogue.record import Record
-from unmask.catalogue.speed import Point, measurements_of_sweep, points_of
+from unmask.catalogue.speed import SpeedPoint, measurements_of_sweep, points_of
 from unmask.checkpoint import Checkpoint
 from unmask.encoder import Encoder
 from unmask.errors import GateFailed, UsageError
@@ -32,14 +33,14 @@ from unmask.evaluate.run import Evaluation, evaluate, machine
 from unmask.onboarding.parity import Parity, against_file, against_transformers, require
 from unmask.onboarding.sweep import DEFAULT_CALLERS, DEFAULT_LENGTHS, sweep
 
-Tell = Callable[[int, int], None]
+ProgressReporter = Callable[[int, int], None]
 
 _HOUR_S = 3600
 _MILLION = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Onboarding:
+class OnboardingOptions:
     """A model to take live, and the settings of its gates. Most fields are options of `unmask onboard`.
 
     Attributes:
@@ -94,7 +95,7 @@ class Onboarding:
 
 
 @dataclass(frozen=True)
-class Found:
+class GateResult:
     """What a gate found.
 
     Attributes:
@@ -111,7 +112,7 @@ class Found:
 
 
 @dataclass(eq=False)
-class Bench:
+class OnboardingContext:
     """What the gates work on. The model is loaded once, and only if a gate needs it.
 
     Attributes:
@@ -121,7 +122,7 @@ class Bench:
         measured: what earlier gates measured of these weights.
     """
 
-    wanted: Onboarding
+    wanted: OnboardingOptions
     record: Record
     checkpoint: Checkpoint
     measured: Sequence[Measurement]
@@ -160,16 +161,16 @@ class Gate:
     """
 
     name: str
-    asks: Callable[[Bench], object]
-    run: Callable[[Bench, Tell], Found]
+    asks: Callable[[OnboardingContext], object]
+    run: Callable[[OnboardingContext, ProgressReporter], GateResult]
 
-    def fingerprint(self, bench: Bench) -> str:
+    def fingerprint(self, bench: OnboardingContext) -> str:
         """16 hex digits over the weights, the mode and what is asked."""
         words = f"{bench.checkpoint.revision} {bench.record.compat} {self.asks(bench)!r}"
         return hashlib.sha256(words.encode()).hexdigest()[:16]
 
 
-def licence_and_size(bench: Bench, tell: Tell) -> Found:
+def licence_and_size(bench: OnboardingContext, tell: ProgressReporter) -> GateResult:
     """Somebody says under which licence the weights are, and this machine can hold them."""
     licence = bench.wanted.licence or bench.record.licence
     if not licence:
@@ -187,7 +188,7 @@ def licence_and_size(bench: Bench, tell: Tell) -> Found:
     known = f", base {base}" if base and base != licence else ""
     if bench.record.base and not base:
         known = "; the licence of its base is not on record"
-    return Found(
+    return GateResult(
         f"{licence}{known}; {size / 1e6:,.1f} MB in {len(files)} files, {needed / 1e6:,.1f} MB in memory",
         {"licence": licence},
         [bench.single("licence", "size of the files", size, "bytes")],
@@ -195,7 +196,7 @@ def licence_and_size(bench: Bench, tell: Tell) -> Found:
     )
 
 
-def digests(bench: Bench, tell: Tell) -> Found:
+def digests(bench: OnboardingContext, tell: ProgressReporter) -> GateResult:
     """Every file that decides a vector has its digest on record; what is live is not exchanged under its name."""
     live = bench.record.status in ("live", "deprecated")
     known = bench.record.revision
@@ -209,7 +210,7 @@ def digests(bench: Bench, tell: Tell) -> Found:
         tell(done, len(bench.checkpoint.files))
         with file.open("rb") as opened:
             found[f"{file.parent.name}/{file.name}"] = hashlib.file_digest(opened, "sha256").hexdigest()
-    return Found(
+    return GateResult(
         f"revision {bench.checkpoint.revision} over {len(found)} files",
         # Another revision's canary would refuse these weights; the one that ships is for the shipped ones.
         {"revision": bench.checkpoint.revision} | ({"canary": None} if known != bench.checkpoint.revision else {}),
@@ -218,7 +219,7 @@ def digests(bench: Bench, tell: Tell) -> Found:
     )
 
 
-def loading(bench: Bench, tell: Tell) -> Found:
+def loading(bench: OnboardingContext, tell: ProgressReporter) -> GateResult:
     """The weights load, encode a text, and are what the record says they are."""
     began = time.perf_counter()
     seconds = 0.0
@@ -261,11 +262,11 @@ def loading(bench: Bench, tell: Tell) -> Found:
     if memory is not None:
         shared = bench.provenance("load")
         measured.append(Measurement(group=COST, what=PEAK_MEMORY, value=memory, unit="bytes", **shared))
-    return Found(f"{seconds:.1f} s; {said['parameters']:,} parameters, {said['dimensions']} dimensions", fields,
+    return GateResult(f"{seconds:.1f} s; {said['parameters']:,} parameters, {said['dimensions']} dimensions", fields,
                  measured, said)  # fmt: skip
 
 
-def parity(bench: Bench, tell: Tell) -> Found:
+def parity(bench: OnboardingContext, tell: ProgressReporter) -> GateResult:
     """Its vectors are those of the given reference, or of transformers."""
     if bench.wanted.reference is not None:
         found: Parity = against_file(bench.encoder, bench.wanted.reference)
@@ -273,7 +274,7 @@ def parity(bench: Bench, tell: Tell) -> Found:
         found = against_transformers(bench.encoder)
     require(found)
     note = f"Against {found.against}, over {found.count} texts; the largest difference is {found.difference:.1e}."
-    return Found(
+    return GateResult(
         f"cosine {found.cosine:.6f} or more to {found.against}",
         {},
         [bench.single("parity", "lowest cosine to the reference", round(found.cosine, 8), "cosine", note)],
@@ -281,7 +282,7 @@ def parity(bench: Bench, tell: Tell) -> Found:
     )
 
 
-def quality(bench: Bench, tell: Tell) -> Found:
+def quality(bench: OnboardingContext, tell: ProgressReporter) -> GateResult:
     """Every task that is asked for gets a score; what was asked for is said."""
     wanted = bench.wanted
     suites = wanted.suites if wanted.suites or wanted.tasks else ("local",)
@@ -304,15 +305,15 @@ def quality(bench: Bench, tell: Tell) -> Found:
     measured = measurements_of(results, wanted.model, wanted.model, by=wanted.by, raw=raw)
     what = " and ".join([*suites, *wanted.tasks])
     mean = sum(score.score or 0.0 for score in scores) / len(scores)
-    return Found(f"{what}: mean {mean:.2f} over {len(scores)} tasks", {}, measured, {"measured": what})
+    return GateResult(f"{what}: mean {mean:.2f} over {len(scores)} tasks", {}, measured, {"measured": what})
 
 
-def speed(bench: Bench, tell: Tell) -> Found:
+def speed(bench: OnboardingContext, tell: ProgressReporter) -> GateResult:
     """How fast an engine answers, by length and callers."""
     wanted = bench.wanted
     points = sweep(bench.encoder, wanted.lengths, wanted.callers, wanted.seconds, tell)
     best = _best(points)
-    return Found(
+    return GateResult(
         f"{best.tokens_per_second:,.0f} tokens/s at best ({best.tokens} tokens, {best.callers} at once)",
         {},
         measurements_of_sweep(points, **bench.provenance("speed")),
@@ -320,7 +321,7 @@ def speed(bench: Bench, tell: Tell) -> Found:
     )
 
 
-def price(bench: Bench, tell: Tell) -> Found:
+def price(bench: OnboardingContext, tell: ProgressReporter) -> GateResult:
     """What a million tokens cost here, by the measured speed, and the price that follows."""
     wanted = bench.wanted
     if wanted.cost_per_hour is None:
@@ -338,7 +339,7 @@ def price(bench: Bench, tell: Tell) -> Found:
         f"a million tokens cost {format_dollars(int(busy))} dollars; proposed {format_dollars(int(proposed))} "
         f"at {wanted.utilisation:.0%} utilisation"
     )
-    return Found(
+    return GateResult(
         finding if wanted.price is None else f"{finding}; set to {format_dollars(nano)}",
         {"prices": [{"nanodollars_per_million_tokens": nano, "estimated": True}]},
         [bench.single("price", "cost of a million tokens", float(busy) / 1e9, "dollars", f"At {said}, always busy.")],
@@ -346,16 +347,16 @@ def price(bench: Bench, tell: Tell) -> Found:
     )
 
 
-def canary(bench: Bench, tell: Tell) -> Found:
+def canary(bench: OnboardingContext, tell: ProgressReporter) -> GateResult:
     """The vector that readiness will ask for is on record, and the model gives it again."""
     text = bench.record.canary.text if bench.record.canary else CANARY_TEXT
     vector = bench.encoder.encode(text)[0]
     # A vector that ships, or that an earlier gate stored for these very weights, is not replaced but tried.
     stored = bench.record.canary or Canary.of(text, vector)
-    if (verdict := compare(vector, stored.expected())) != "ok":
+    if (verdict := check_vector(vector, stored.expected())) != "ok":
         raise GateFailed(f"{verdict}: these are not the weights that the record's canary was made with")
     again = cosine(bench.encoder.encode([text, *sample_texts()[:3]])[0], stored.expected())
-    return Found(
+    return GateResult(
         f"stored, cosine {again:.6f} in a batch",
         {"canary": {"text": stored.text, "vector": stored.vector}},
         [bench.single("canary", "canary, cosine to the stored vector", round(again, 8), "cosine")],
@@ -388,11 +389,11 @@ class _Measured:
         self.encode = encoder.encode
 
 
-def _best(points: Sequence[Point]) -> Point:
+def _best(points: Sequence[SpeedPoint]) -> SpeedPoint:
     return max(points, key=lambda point: point.tokens_per_second)
 
 
-def _fastest(bench: Bench) -> float | None:
+def _fastest(bench: OnboardingContext) -> float | None:
     points = points_of(bench.measured)
     return _best(points).tokens_per_second if points else None
 

@@ -17,10 +17,10 @@ from unmask.catalogue.lifecycle import Status
 from unmask.catalogue.measurement import SPEED
 from unmask.catalogue.record import Record
 from unmask.catalogue.store import (
-    Outcome,
+    GateOutcome,
+    add_gate_outcome,
     add_measurements,
-    add_outcome,
-    outcomes,
+    gate_outcomes,
     put_fields,
     read_catalogue,
     read_record,
@@ -31,10 +31,10 @@ from unmask.disk import atomic_write, try_lock
 from unmask.errors import StorageError, UnmaskError, UsageError
 from unmask.evaluate.run import machine
 from unmask.home import home
-from unmask.onboarding.gates import GATES, Bench, Found, Gate, Onboarding, Tell
+from unmask.onboarding.gates import GATES, Gate, GateResult, OnboardingContext, OnboardingOptions, ProgressReporter
 from unmask.storage.database import Database
 
-__all__ = ["Onboarding", "Result", "onboard", "output_for"]
+__all__ = ["OnboardingOptions", "OnboardingResult", "onboard", "output_for"]
 
 # What a visitor may read; what exactly failed may name files of this machine.
 _FAILED = "It did not pass the gate '{gate}', and waits."
@@ -43,11 +43,11 @@ _FAILED = "It did not pass the gate '{gate}', and waits."
 _ANSWERING: tuple[Status, ...] = ("live", "deprecated")
 
 # A gate as it is shown while it runs: entered with its name, and told how far it is.
-Show = Callable[[str], AbstractContextManager[Tell]]
+Show = Callable[[str], AbstractContextManager[ProgressReporter]]
 
 
 @dataclass(frozen=True)
-class Passed:
+class GateRun:
     """A gate of one run. `kept` from an earlier one with the same weights and the same questions."""
 
     gate: str
@@ -57,7 +57,7 @@ class Passed:
 
 
 @dataclass
-class Result:
+class OnboardingResult:
     """What came of an onboarding.
 
     Attributes:
@@ -70,7 +70,7 @@ class Result:
 
     model: str
     status: Status | None = None
-    gates: list[Passed] = field(default_factory=list)
+    gates: list[GateRun] = field(default_factory=list)
     told: int = 0
     charged: bool = False
 
@@ -85,7 +85,7 @@ def output_for(model: str) -> Path:
     return home() / "onboarding" / name
 
 
-def onboard(database: Database, wanted: Onboarding, show: Show, actor: str = "command line") -> Result:
+def onboard(database: Database, wanted: OnboardingOptions, show: Show, actor: str = "command line") -> OnboardingResult:
     """Take a model through its gates, and live if it passes all of them.
 
     A gate that was passed by the same weights with the same questions is not run again, so a run that was killed
@@ -108,8 +108,10 @@ def onboard(database: Database, wanted: Onboarding, show: Show, actor: str = "co
         return _onboard(database, wanted, checkpoint, show, actor)
 
 
-def _onboard(database: Database, wanted: Onboarding, checkpoint: Checkpoint, show: Show, actor: str) -> Result:
-    result = Result(wanted.model)
+def _onboard(
+    database: Database, wanted: OnboardingOptions, checkpoint: Checkpoint, show: Show, actor: str
+) -> OnboardingResult:
+    result = OnboardingResult(wanted.model)
     with show("files"):
         revision = checkpoint.revision
     with database.begin() as connection:
@@ -125,23 +127,23 @@ def _onboard(database: Database, wanted: Onboarding, checkpoint: Checkpoint, sho
         if record.status not in _ANSWERING:
             record = put_fields(connection, wanted.model, {"compat": chosen}, source=wanted.source)
         measured = read_catalogue(connection).catalogue.get(wanted.model)
-        before = outcomes(connection, wanted.model)
+        before = gate_outcomes(connection, wanted.model)
     known = [
         m
         for m in (measured.measurements if measured else ())
         if m.group == SPEED and m.revision == revision and m.hardware == machine()
     ]
-    bench = Bench(wanted, record, checkpoint, known)
+    bench = OnboardingContext(wanted, record, checkpoint, known)
     for gate in GATES:
         fingerprint = gate.fingerprint(bench)
         past = before.get(gate.name)
         if past is not None and past.passed and past.fingerprint == fingerprint:
-            result.gates.append(Passed(gate.name, True, past.finding, kept=True))
+            result.gates.append(GateRun(gate.name, True, past.finding, kept=True))
             continue
         with database.begin() as connection:
             bench.record = _to_benchmarking(connection, bench.record, actor)
         outcome = _pass(database, bench, gate, fingerprint, show)
-        result.gates.append(Passed(gate.name, outcome.passed, outcome.finding))
+        result.gates.append(GateRun(gate.name, outcome.passed, outcome.finding))
         if not outcome.passed:
             break
     with database.begin() as connection:
@@ -162,7 +164,7 @@ def _onboard(database: Database, wanted: Onboarding, checkpoint: Checkpoint, sho
 
 
 @contextmanager
-def _alone(wanted: Onboarding) -> Iterator[None]:
+def _alone(wanted: OnboardingOptions) -> Iterator[None]:
     """One process at a time takes a model through its gates. The lock ends with the process, however that ends.
 
     Raises:
@@ -189,7 +191,7 @@ def _alone(wanted: Onboarding) -> Iterator[None]:
         yield
 
 
-def _pass(database: Database, bench: Bench, gate: Gate, fingerprint: str, show: Show) -> Outcome:
+def _pass(database: Database, bench: OnboardingContext, gate: Gate, fingerprint: str, show: Show) -> GateOutcome:
     """Run a gate, and write down what came of it, all of it or nothing."""
     began = datetime.now(UTC)
     try:
@@ -198,22 +200,22 @@ def _pass(database: Database, bench: Bench, gate: Gate, fingerprint: str, show: 
     except StorageError:
         raise  # a full disk is no fault of the model's
     except UnmaskError as error:
-        outcome = Outcome(gate.name, fingerprint, False, str(error), {})
+        outcome = GateOutcome(gate.name, fingerprint, False, str(error), {})
         with database.begin() as connection:
-            add_outcome(connection, bench.wanted.model, outcome)
+            add_gate_outcome(connection, bench.wanted.model, outcome)
         return outcome
-    outcome = Outcome(gate.name, fingerprint, True, found.finding, found.fields)
+    outcome = GateOutcome(gate.name, fingerprint, True, found.finding, found.fields)
     _write_raw(bench, gate, found, began)
     with database.begin() as connection:
         if found.fields:
             bench.record = put_fields(connection, bench.wanted.model, found.fields)
         add_measurements(connection, found.measurements)
-        add_outcome(connection, bench.wanted.model, outcome)
+        add_gate_outcome(connection, bench.wanted.model, outcome)
     bench.measured = [*bench.measured, *found.measurements]
     return outcome
 
 
-def _write_raw(bench: Bench, gate: Gate, found: Found, began: datetime) -> None:
+def _write_raw(bench: OnboardingContext, gate: Gate, found: GateResult, began: datetime) -> None:
     content: dict[str, Any] = {
         "model": bench.wanted.model,
         "gate": gate.name,

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
-from unmask.catalogue.speed import Point
+from unmask.catalogue.speed import SpeedPoint
 from unmask.encoder import Encoder
 from unmask.engine import Engine
 from unmask.errors import UsageError
@@ -21,7 +21,7 @@ def sweep(
     callers: Sequence[int],
     seconds: float,
     tell: Callable[[int, int], None],
-) -> list[Point]:
+) -> list[SpeedPoint]:
     """Every length with every number of callers, for some seconds each, through an engine that remembers nothing.
 
     Args:
@@ -37,7 +37,7 @@ def sweep(
     if not fitting:
         raise UsageError(f"no length of {', '.join(map(str, lengths))} fits the model's {encoder.max_length} tokens")
     engine = Engine(encoder)
-    points: list[Point] = []
+    points: list[SpeedPoint] = []
     places = list(itertools.product(fitting, callers))
     try:
         for done, (length, count) in enumerate(places):
@@ -69,7 +69,7 @@ class _Texts:
         return " ".join((self._words[start:] + self._words)[: self._count])
 
 
-async def _measured(engine: Engine, texts: _Texts, length: int, count: int, seconds: float) -> Point:
+async def _measured(engine: Engine, texts: _Texts, length: int, count: int, seconds: float) -> SpeedPoint:
     await engine.run(await engine.prepare([texts.next()], truncate=True))
     latencies: list[float] = []
     tokens = 0
@@ -90,4 +90,4 @@ async def _measured(engine: Engine, texts: _Texts, length: int, count: int, seco
     await asyncio.gather(*(caller(number) for number in range(count)))
     took = time.perf_counter() - began
     slow = statistics.quantiles(latencies, n=20)[-1] if len(latencies) > 1 else latencies[0]
-    return Point(length, count, tokens / took, statistics.median(latencies), slow)
+    return SpeedPoint(length, count, tokens / took, statistics.median(latencies), slow)

@@ -7,7 +7,7 @@ from typing import Any
 
 from unmask.catalogue import Catalogue
 from unmask.catalogue.lifecycle import Status
-from unmask.catalogue.store import Stored, read_catalogue, version
+from unmask.catalogue.store import StoredCatalogue, read_catalogue, version
 from unmask.errors import UnmaskError
 from unmask.router.registry import ModelRegistry
 from unmask.storage.database import Database
@@ -19,7 +19,7 @@ ANSWERING: tuple[Status, ...] = ("live", "deprecated")
 _POLL_INTERVAL_S = 1.0
 
 
-def sources_of_answering_models(stored: Stored) -> dict[str, str]:
+def sources_of_answering_models(stored: StoredCatalogue) -> dict[str, str]:
     """Return model id -> place of its weights, for models that the operator set live or deprecated.
 
     Models that only ship as live are not among them: they have passed no gate on this server.
@@ -31,7 +31,7 @@ def sources_of_answering_models(stored: Stored) -> dict[str, str]:
     }
 
 
-def retired_models(stored: Stored) -> set[str]:
+def retired_models(stored: StoredCatalogue) -> set[str]:
     """Return the ids of retired models, which must not answer even if the command line names them."""
     return {entry.record.id for entry in stored.catalogue.entries() if entry.record.status == "retired"}
 
@@ -89,7 +89,7 @@ class CatalogueSync:
             self._on_live()
         return True
 
-    def _update_served(self, stored: Stored) -> None:
+    def _update_served(self, stored: StoredCatalogue) -> None:
         """Give every served model its new record, and remove the retired ones."""
         retired = retired_models(stored)
         for served in self._models.list():
@@ -101,7 +101,7 @@ class CatalogueSync:
             elif entry is not None:
                 served.update_record(entry.record)
 
-    def _add_answering(self, stored: Stored) -> None:
+    def _add_answering(self, stored: StoredCatalogue) -> None:
         for id, source in sources_of_answering_models(stored).items():
             entry = stored.catalogue.get(id)
             if self._models.find(id) is None and entry is not None:
@@ -117,7 +117,7 @@ class CatalogueSync:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    def _read(self) -> Stored | None:
+    def _read(self) -> StoredCatalogue | None:
         with self._database.read() as connection:
             return None if version(connection) == self._version else read_catalogue(connection)
 

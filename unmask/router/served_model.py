@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from unmask.catalogue import Record, record_for
-from unmask.catalogue.canary import CANARY_TEXT, compare
+from unmask.catalogue.canary import CANARY_TEXT, check_vector
 from unmask.encoder import Dtype, Encoder
 from unmask.engine import Engine
 from unmask.errors import CheckpointError, EngineError, ModelLoading, UnmaskError
@@ -118,7 +118,7 @@ class ServedModel:
             prompts = await self._engine.prepare([self._canary_text()])
             deadline = time.monotonic() + 60.0
             vectors = await self._engine.run(prompts, deadline=deadline, caller="canary", use_cache=False)
-            verdict = compare(vectors[0], self._canary_vector)
+            verdict = check_vector(vectors[0], self._canary_vector)
         except EngineError as error:
             verdict = str(error)
         self._canary_check = (time.monotonic(), verdict)
@@ -172,7 +172,10 @@ class ServedModel:
         # The model and its libraries stay for good. Searching them for garbage would stop all requests again and again.
         gc.collect()
         gc.freeze()
-        if record.canary is not None and (verdict := compare(canary_vector, record.canary.expected(), dtype)) != "ok":
+        if (
+            record.canary is not None
+            and (verdict := check_vector(canary_vector, record.canary.expected(), dtype)) != "ok"
+        ):
             raise CheckpointError(f"{record.id} loaded, but its weights are not the published ones: {verdict}")
         config = encoder.checkpoint.config
         trained_as = encoder.checkpoint.trained_as

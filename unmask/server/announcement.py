@@ -45,11 +45,11 @@ def announce(
 
 
 def _account_lines(accounts: Accounts, models: list[str]) -> list[str]:
-    lines = [f"Accounts in {accounts.database.shown}: callers need a key, see 'unmask accounts --help'."]
+    lines = [f"Accounts in {accounts.database.display_url}: callers need a key, see 'unmask accounts --help'."]
     with accounts.database.read() as connection:
         for model in models:
             try:
-                tariff.price(connection, model, "default")
+                tariff.find_price(connection, model, "default")
             except NoPrice:
                 lines.append(f"No price for {model}, so it answers nobody yet: unmask accounts price {model} DOLLARS")
     return lines

@@ -10,7 +10,7 @@ from unmask.accounts import Accounts
 from unmask.accounts.limits import SharedLimiter
 from unmask.api import ServeSettings, create_app
 from unmask.api.metrics import Metrics
-from unmask.catalogue.store import opened, read_catalogue
+from unmask.catalogue.store import open_database, read_catalogue
 from unmask.router import CatalogueSync, ModelOptions, ModelRegistry, retired_models, sources_of_answering_models
 from unmask.server.notices import NoticeMailer
 from unmask.storage.database import Database
@@ -56,7 +56,7 @@ def build_application(settings: ServeSettings) -> Application:
     accounts = open_accounts(settings)
     database = accounts.database if accounts is not None else None
     if database is None and settings.catalogue is not None:
-        database = opened(settings.catalogue)
+        database = open_database(settings.catalogue)
     models, sync = open_models(settings, database)
     models.preload()
     from unmask.web import website  # takes a while to import, and the first model is being loaded meanwhile
@@ -78,7 +78,7 @@ def open_accounts(settings: ServeSettings) -> Accounts | None:
         return None
     return Accounts(
         settings.database,
-        limiter=SharedLimiter(settings.limits, without=settings.on_redis_failure) if settings.limits else None,
+        limiter=SharedLimiter(settings.limits, on_redis_failure=settings.on_redis_failure) if settings.limits else None,
         free_credit=settings.free_credit,
         flush_charges=settings.flush_charges,
         provider=settings.provider,

@@ -66,7 +66,9 @@ def restore(database: Database, source: Path, *, check: Callable[[Connection], S
         for table in _tables():
             rows = int(connection.scalar(sa.select(sa.func.count()).select_from(table)) or 0)
             if rows and table not in _BORN_FULL:
-                raise StorageError(f"{database.shown} has {rows} rows in {table.name}: restore into an empty database")
+                raise StorageError(
+                    f"{database.display_url} has {rows} rows in {table.name}: restore into an empty database"
+                )
         connection.execute(plans.delete().where(plans.c.name == DEFAULT_PLAN))
         connection.execute(catalogue_version.delete())
         try:

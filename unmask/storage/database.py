@@ -24,7 +24,7 @@ _MIGRATION_LOCK = 6_170_001
 _BUSY_SECONDS = 15
 
 # SQLite copies its log into the file when a commit finds it longer than this, and flushes both while that commit
-# waits. `tidy` does it beside the work, long before.
+# waits. `checkpoint_wal` does it beside the work, long before.
 _CHECKPOINT_PAGES = 50_000
 
 # A kept connection that rested longer than this is asked first whether it still stands.
@@ -58,7 +58,7 @@ class Database:
     def __init__(self, url: str) -> None:
         parsed = _parse(url)
         self.kind = parsed.get_backend_name()
-        self.shown = parsed.render_as_string(hide_password=True)
+        self.display_url = parsed.render_as_string(hide_password=True)
         if self.kind == "sqlite":
             self._engine = _sqlite(parsed)
         else:
@@ -79,19 +79,19 @@ class Database:
         Raises:
             StorageError: the database cannot be reached, or refuses for want of space or rights.
         """
-        kept = self.keep()
+        kept = self.writer_connection()
         try:
             with kept.begin(flushed=flushed, patient=patient) as connection:
                 yield connection
         finally:
             kept.close()
 
-    def keep(self) -> "Kept":
+    def writer_connection(self) -> "WriterConnection":
         """A connection for many transactions, one after the other."""
-        return Kept(self)
+        return WriterConnection(self)
 
     def connect(self) -> Connection:
-        """A connection from the pool, for `Kept` to manage."""
+        """A connection from the pool, for `WriterConnection` to manage."""
         return self._engine.connect()
 
     @contextmanager
@@ -101,7 +101,7 @@ class Database:
         Raises:
             StorageError: as for `begin`.
         """
-        with self.told(), self._engine.connect() as connection:
+        with self.wrap_errors(), self._engine.connect() as connection:
             if self.kind == "postgresql":
                 connection = connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
             with connection.begin():
@@ -126,18 +126,18 @@ class Database:
             except CommandError as error:
                 head = ScriptDirectory.from_config(config).get_current_head()
                 raise StorageError(
-                    f"the tables in {self.shown} are not ones this version knows (its newest are {head}): {error}. "
-                    "Use the version that made them, or restore a backup"
+                    f"the tables in {self.display_url} are not ones this version knows (its newest are {head}): "
+                    f"{error}. Use the version that made them, or restore a backup"
                 ) from error
 
-    def tidy(self) -> None:
+    def checkpoint_wal(self) -> None:
         """On SQLite, copy the log into the file. To be called often: the more there is, the longer it takes.
 
         Raises:
             StorageError: as for `begin`.
         """
         if self.kind == "sqlite":
-            with self.told(), self._engine.connect() as connection:
+            with self.wrap_errors(), self._engine.connect() as connection:
                 raw: Any = connection.connection.dbapi_connection
                 raw.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
@@ -146,18 +146,18 @@ class Database:
         self._engine.dispose()
 
     @contextmanager
-    def told(self) -> Iterator[None]:
+    def wrap_errors(self) -> Iterator[None]:
         """Turns what SQLAlchemy raises into a `StorageError`."""
         try:
             yield
         except SQLAlchemyError as error:
             # Without the statement and its values, which may be personal.
             reason = str(error.orig).strip() if isinstance(error, DBAPIError) else type(error).__name__
-            message = f"the database {self.shown} failed: {reason}"
+            message = f"the database {self.display_url} failed: {reason}"
             raise TransientError(message) if is_transient(error) else StorageError(message) from error
 
 
-class Kept:
+class WriterConnection:
     """A connection that one writer keeps: taking one from the pool and giving it back costs as much as a booking.
 
     Not for two threads at a time. A failure gives the connection back, and the next transaction takes another.
@@ -172,7 +172,7 @@ class Kept:
     def begin(self, *, flushed: bool = True, patient: bool = True) -> Iterator[Connection]:
         """As `Database.begin`."""
         try:
-            with self._database.told():
+            with self._database.wrap_errors():
                 connection = self._standing()
                 if self._database.kind == "sqlite":
                     _prepare(connection, "FULL" if flushed else "NORMAL", _BUSY_SECONDS * 1000 if patient else 0)
@@ -198,7 +198,7 @@ class Kept:
         return self._connection
 
 
-class Statement:
+class RawStatement:
     """SQL of every request, which goes to the driver as it is.
 
     Through SQLAlchemy a statement takes five times as long as SQLite needs to run it. Errors are SQLAlchemy's all

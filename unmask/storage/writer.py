@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection
 
 from unmask.errors import StorageError
-from unmask.storage.database import Database, Kept, TransientError
+from unmask.storage.database import Database, TransientError, WriterConnection
 
 log = logging.getLogger("unmask")
 
@@ -47,7 +47,7 @@ class Writer:
         count = 1 if database.kind == "sqlite" else _THREADS
         self._closed = False
         self._turn = threading.Lock()  # on SQLite, of who writes, over the one connection
-        self._kept = database.keep()
+        self._kept = database.writer_connection()
         self._threads = [
             threading.Thread(target=self._work, name=f"unmask-ledger-{index}", daemon=True) for index in range(count)
         ]
@@ -67,10 +67,10 @@ class Writer:
         try:
             self._line.put_nowait((piece, future))
         except queue.Full:
-            raise StorageError(f"{_LINE} writes wait for the database {self._database.shown}") from None
+            raise StorageError(f"{_LINE} writes wait for the database {self._database.display_url}") from None
         return future
 
-    def at_once(self, piece: Callable[[Connection], T]) -> Future[T] | None:
+    def try_inline(self, piece: Callable[[Connection], T]) -> Future[T] | None:
         """The result of a piece that could be written in this thread without waiting for anybody, else None.
 
         None means that nothing of it was written, and it is to be submitted.
@@ -93,10 +93,10 @@ class Writer:
             self._turn.release()
         return future
 
-    def tidy(self) -> None:
-        """`Database.tidy`, while nobody writes: a commit during it would wait for the disk, in the caller's thread."""
+    def checkpoint_wal(self) -> None:
+        """Run `Database.checkpoint_wal` while nobody writes: a commit during it would wait for the disk."""
         with self._turn:
-            self._database.tidy()
+            self._database.checkpoint_wal()
 
     def close(self) -> None:
         """Write what was submitted, then end."""
@@ -109,14 +109,14 @@ class Writer:
             self._kept.close()
 
     def _work(self) -> None:
-        kept = self._kept if self._database.kind == "sqlite" else self._database.keep()
+        kept = self._kept if self._database.kind == "sqlite" else self._database.writer_connection()
         try:
             self._work_with(kept)
         finally:
             if kept is not self._kept:
                 kept.close()
 
-    def _work_with(self, kept: Kept) -> None:
+    def _work_with(self, kept: WriterConnection) -> None:
         while (first := self._line.get()) is not None:
             batch = [first]
             ending = False
@@ -133,7 +133,7 @@ class Writer:
             if ending:
                 return
 
-    def _write(self, kept: Kept, batch: list[tuple[Callable[[Connection], Any], Future[Any]]]) -> None:
+    def _write(self, kept: WriterConnection, batch: list[tuple[Callable[[Connection], Any], Future[Any]]]) -> None:
         outcomes: list[tuple[Any, Exception | None]] = []
         for attempt in range(1, _TRIES + 1):
             try:
@@ -158,7 +158,7 @@ class Writer:
                 future.set_exception(error)
 
     def _transaction(
-        self, kept: Kept, batch: list[tuple[Callable[[Connection], Any], Future[Any]]]
+        self, kept: WriterConnection, batch: list[tuple[Callable[[Connection], Any], Future[Any]]]
     ) -> list[tuple[Any, Exception | None]]:
         if len(batch) == 1:
             with kept.begin(flushed=self._flushed) as connection:

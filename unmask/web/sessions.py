@@ -15,8 +15,8 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from unmask.accounts import Accounts, people
+from unmask.accounts.identity_provider import AUTHORIZATION_MS, AuthorizationRequest
 from unmask.accounts.people import Person
-from unmask.accounts.provider import VISIT_MS, Visit
 from unmask.api.body import read_body
 from unmask.api.context import context_of
 from unmask.api.errors import ApiError
@@ -122,7 +122,7 @@ async def current_visitor(request: Request) -> Person | None:
     if not hasattr(request.state, "visitor"):
         now = now_ms()
         try:
-            person = await sessions.accounts.read(lambda connection: people.signed_in(connection, token, now))
+            person = await sessions.accounts.read(lambda connection: people.person_of_session(connection, token, now))
         except SignInRefused:
             person = None
         request.state.visitor = person
@@ -155,7 +155,7 @@ def form_token(request: Request) -> str:
         # Kept for the other forms of this page, which are to have the same token.
         request.state.form_cookie = secret
         context_of(request).response_headers["set-cookie"] = _set_cookie(request, _FORM, secret)
-    return sessions.accounts.peppers.mark(f"form {secret}")
+    return sessions.accounts.peppers.permanent_digest(f"form {secret}")
 
 
 async def read_form(request: Request) -> Form:
@@ -197,14 +197,16 @@ def clear_session_cookie(request: Request, response: Response) -> None:
     response.headers.append("set-cookie", _set_cookie(request, _SESSION, "") + "; Max-Age=0")
 
 
-def set_visit_cookie(request: Request, response: Response, visit: Visit) -> None:
+def set_visit_cookie(request: Request, response: Response, visit: AuthorizationRequest) -> None:
     """Store in the browser the state with which it comes back from the OpenID Connect provider."""
-    response.headers.append("set-cookie", _set_cookie(request, _VISIT, str(visit)) + f"; Max-Age={VISIT_MS // 1000}")
+    response.headers.append(
+        "set-cookie", _set_cookie(request, _VISIT, str(visit)) + f"; Max-Age={AUTHORIZATION_MS // 1000}"
+    )
 
 
-def read_visit_cookie(request: Request) -> Visit | None:
+def read_visit_cookie(request: Request) -> AuthorizationRequest | None:
     """Return the visit to the provider from which the browser comes back; None if it has begun none."""
-    return Visit.read(_cookie(request, _VISIT))
+    return AuthorizationRequest.read(_cookie(request, _VISIT))
 
 
 def clear_visit_cookie(request: Request, response: Response) -> None:
@@ -216,7 +218,7 @@ def _check_token(request: Request, form: Form) -> None:
     sessions = _middleware(request)
     secret = _token_secret(request)
     valid = sessions is not None and hmac.compare_digest(
-        sessions.accounts.peppers.mark(f"form {secret}").encode(), form.raw(TOKEN_FIELD).encode()
+        sessions.accounts.peppers.permanent_digest(f"form {secret}").encode(), form.raw(TOKEN_FIELD).encode()
     )
     if not secret or not valid:
         raise ApiError(

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from unmask.accounts import Accounts
-from unmask.accounts.tariff import Price
+from unmask.accounts.tariff import TariffPrice
 from unmask.api.errors import ApiError
 from unmask.api.metrics import Metrics
 from unmask.api.settings import ServeSettings
@@ -111,6 +111,6 @@ class Site:
         return {"cache-control": "private, no-cache", "vary": "accept, cookie, host"} if self.accounts else {}
 
 
-def _prices(request: Request) -> Sequence[Price] | None:
+def _prices(request: Request) -> Sequence[TariffPrice] | None:
     """Return the prices of a request; None on a server without accounts."""
     return getattr(request.state, "prices", None)

@@ -8,7 +8,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from unmask.accounts import Accounts
-from unmask.accounts.tariff import Price
+from unmask.accounts.tariff import TariffPrice
 from unmask.api.errors import ApiError
 from unmask.api.metrics import Metrics
 from unmask.api.settings import ServeSettings
@@ -94,9 +94,9 @@ class PriceReader:
 
     def __init__(self, accounts: Accounts) -> None:
         self._accounts = accounts
-        self._last: Sequence[Price] = ()
+        self._last: Sequence[TariffPrice] = ()
 
-    async def read(self) -> Sequence[Price]:
+    async def read(self) -> Sequence[TariffPrice]:
         try:
             self._last = await self._accounts.prices()
         except StorageError as error:

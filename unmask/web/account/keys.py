@@ -115,7 +115,7 @@ class KeyPages:
         self, request: Request, person: Person, fields: KeyFields | None = None, error: UnmaskError | None = None
     ) -> Response:
         now = now_ms()
-        own = await self.accounts.read(lambda connection: keys.of_account(connection, person.account_id, now))
+        own = await self.accounts.read(lambda connection: keys.list_keys(connection, person.account_id, now))
         return self._render(
             request,
             person,
@@ -168,7 +168,7 @@ class KeyPages:
         """
         id, now = request.path_params["id"], now_ms()
         try:
-            return await self.accounts.read(lambda connection: keys.one(connection, person.account_id, id, now))
+            return await self.accounts.read(lambda connection: keys.get(connection, person.account_id, id, now))
         except KeyRefused:
             raise ApiError(404, f"You have no key {id[:40]!r}: see your keys.", code="not_found") from None
 

@@ -17,7 +17,7 @@ from unmask.accounts import Accounts, audit, keys, people, tariff, usage
 from unmask.accounts.keys import Key
 from unmask.accounts.money import format_dollars
 from unmask.accounts.people import Person
-from unmask.accounts.usage import Used
+from unmask.accounts.usage import UsageGroup
 from unmask.api.account_routes import date_range
 from unmask.api.download import csv_file, csv_response
 from unmask.api.errors import ApiError
@@ -77,14 +77,14 @@ class AccountPages:
             return {
                 "account": account,
                 "plan": next(plan for plan in tariff.all_plans(connection) if plan.name == account.plan),
-                "keys": keys.of_account(connection, account.id, now),
-                "used": usage.used(connection, account.id, first, last, ("day", "model")),
-                "requests": usage.requests(connection, account.id, limit=5),
+                "keys": keys.list_keys(connection, account.id, now),
+                "used": usage.usage_totals(connection, account.id, first, last, ("day", "model")),
+                "requests": usage.charged_requests(connection, account.id, limit=5),
                 "notices": [notice for notice in votes.notices_of(connection, account.id) if not notice.seen],
             }
 
         values = await self._read(read)
-        used: list[Used] = values["used"]
+        used: list[UsageGroup] = values["used"]
         return self._render(
             request,
             person,
@@ -105,17 +105,17 @@ class AccountPages:
         group = parse_choice(request.query_params, "by", _GROUPS)
         now = now_ms()
 
-        def read(connection: Connection) -> tuple[list[Used], list[Key]]:
+        def read(connection: Connection) -> tuple[list[UsageGroup], list[Key]]:
             account = person.account_id
             return (
-                usage.used(connection, account, first, last, ("day", group)),
-                keys.of_account(connection, account, now),
+                usage.usage_totals(connection, account, first, last, ("day", group)),
+                keys.list_keys(connection, account, now),
             )
 
         used, own_keys = await self._read(read)
         names = _key_names(own_keys)
 
-        def label(row: Used) -> str:
+        def label(row: UsageGroup) -> str:
             value: str = getattr(row, group) or "no key"
             return names.get(value, value) if group == "key" else value
 
@@ -134,7 +134,7 @@ class AccountPages:
 
     async def usage_csv(self, request: Request, person: Person) -> Response:
         first, last = date_range(request)
-        used = await self._read(lambda connection: usage.used(connection, person.account_id, first, last))
+        used = await self._read(lambda connection: usage.usage_totals(connection, person.account_id, first, last))
         columns = ("day", "model", "key", "tier", "requests", "tokens", "cost")
         rows = ((u.day, u.model, u.key, u.tier, u.requests, u.tokens, format_dollars(u.cost)) for u in used)
         return csv_response("usage.csv", iter([csv_file(columns, rows)]))
@@ -145,8 +145,8 @@ class AccountPages:
         def read(connection: Connection) -> dict[str, Any]:
             account = person.account_id
             return {
-                "requests": usage.requests(connection, account, limit=PER_PAGE + 1, before=before),
-                "keys": keys.of_account(connection, account, now),
+                "requests": usage.charged_requests(connection, account, limit=PER_PAGE + 1, before=before),
+                "keys": keys.list_keys(connection, account, now),
             }
 
         values = await self._read(read)
@@ -169,7 +169,9 @@ class AccountPages:
             before: tuple[int, str] | None = None
             while True:
                 page = await self._read(
-                    lambda c, before=before: usage.requests(c, person.account_id, limit=_CSV_PAGE, before=before)
+                    lambda c, before=before: usage.charged_requests(
+                        c, person.account_id, limit=_CSV_PAGE, before=before
+                    )
                 )
                 yield csv_file(
                     None,
@@ -235,7 +237,7 @@ class AccountPages:
 
     async def unlink(self, request: Request, person: Person, form: Form) -> Response:
         try:
-            await self.accounts.unlink(
+            await self.accounts.unlink_identity(
                 person,
                 form.get("issuer"),
                 form.raw("unlink_password"),
@@ -309,7 +311,7 @@ class UsageTotal:
     key: str = ""
 
 
-def _totals(used: Iterable[Used], group: str, label: Callable[[Used], str]) -> list[UsageTotal]:
+def _totals(used: Iterable[UsageGroup], group: str, label: Callable[[UsageGroup], str]) -> list[UsageTotal]:
     sums: dict[str, UsageTotal] = {}
     for row in used:
         id = getattr(row, group) or ""
@@ -318,7 +320,7 @@ def _totals(used: Iterable[Used], group: str, label: Callable[[Used], str]) -> l
     return sorted(sums.values(), key=lambda total: (-total.cost, -total.tokens, total.label))
 
 
-def _by_day(used: Iterable[Used]) -> list[tuple[date, UsageTotal]]:
+def _by_day(used: Iterable[UsageGroup]) -> list[tuple[date, UsageTotal]]:
     sums: dict[date, UsageTotal] = {}
     for row in used:
         assert row.day is not None, "the query groups by day"
@@ -326,7 +328,7 @@ def _by_day(used: Iterable[Used]) -> list[tuple[date, UsageTotal]]:
     return sorted(sums.items(), reverse=True)
 
 
-def _add(total: UsageTotal, row: Used) -> UsageTotal:
+def _add(total: UsageTotal, row: UsageGroup) -> UsageTotal:
     return UsageTotal(
         total.label, total.requests + row.requests, total.tokens + row.tokens, total.cost + row.cost, total.key
     )

@@ -9,8 +9,8 @@ from starlette.routing import Route
 
 from unmask.accounts import Accounts, actions, people
 from unmask.accounts.audit import Actor
+from unmask.accounts.identity_provider import AuthorizationRequest, IdentityProvider
 from unmask.accounts.people import Person
-from unmask.accounts.provider import Provider, Visit
 from unmask.errors import AccountError, AddressTaken, SignInRefused, UnmaskError, UsageError
 from unmask.storage.database import now_ms
 from unmask.web.forms import Form
@@ -89,9 +89,9 @@ class SignInPages:
     async def to_provider(self, request: Request) -> Response:
         """Send the browser to the provider. Changes nothing here, so it needs no form token."""
         next = same_site_path(request.query_params.get("next", ""))
-        visit = Visit.begin(next=next)
+        visit = AuthorizationRequest.begin(next=next)
         try:
-            await self.accounts.throttle_place(client_address(request))
+            await self.accounts.throttle_address(client_address(request))
             response = redirect(await self._provider.address(visit, self._return_address(request)))
         except AccountError as error:
             return await self._entry_page(request, "sign-in", error, next=next)
@@ -102,16 +102,16 @@ class SignInPages:
         """Take the browser back from the provider: sign it in, or link the identity to the visitor's account."""
         visit, address, person = read_visit_cookie(request), client_address(request), await current_visitor(request)
         try:
-            await self.accounts.throttle_place(address)
+            await self.accounts.throttle_address(address)
             identity = await self._provider.identity(visit, request.query_params, self._return_address(request))
             assert visit is not None, "the provider returns no identity without a visit"
             if not visit.person:
-                token = await self.accounts.sign_in_as(identity, address=address)
+                token = await self.accounts.sign_in_with_identity(identity, address=address)
                 response = await self._sign_in(request, token, same_site_path(visit.next) or "/account")
             elif person is None or person.id != visit.person:
                 raise SignInRefused("you have signed out, or in as somebody else, in between: begin again")
             else:
-                await self.accounts.link(person, identity, address=address)
+                await self.accounts.link_identity(person, identity, address=address)
                 response = redirect("/account/settings?done=linked")
         except (UsageError, AccountError) as error:
             if person is not None:
@@ -126,10 +126,10 @@ class SignInPages:
 
         A link and not a redirect: the content security policy forbids forms to lead to another site.
         """
-        visit = Visit.begin(person=person.id)
+        visit = AuthorizationRequest.begin(person=person.id)
         session, address = session_token(request), client_address(request)
         try:
-            await self.accounts.confirm(person, form.raw("own_password"), address=address, session=session)
+            await self.accounts.reauthenticate(person, form.raw("own_password"), address=address, session=session)
             provider_address = await self._provider.address(visit, self._return_address(request))
         except AccountError as error:
             return self._link_page(request, person, error)
@@ -153,7 +153,7 @@ class SignInPages:
 
     async def sign_out(self, request: Request, person: Person, form: Form) -> Response:
         token, actor, now = session_token(request), Actor(person.id, client_address(request)), now_ms()
-        await self.accounts.write(lambda connection: actions.end_session(connection, actor, token, now))
+        await self.accounts.write(lambda connection: actions.sign_out(connection, actor, token, now))
         response = redirect("/sign-in?done=signed-out")
         clear_session_cookie(request, response)
         return response
@@ -196,7 +196,7 @@ class SignInPages:
         return render_private_page(self.render, request, "account/linking.html.j2", error=error, **values)
 
     @property
-    def _provider(self) -> Provider:
+    def _provider(self) -> IdentityProvider:
         assert self.accounts.provider is not None, "without a provider these routes do not exist"
         return self.accounts.provider
 
@@ -207,7 +207,7 @@ class SignInPages:
         """Sign the browser in and send it to a page. A session that it had before ends."""
         if await current_visitor(request) is not None:
             old = session_token(request)
-            await self.accounts.write(lambda connection: people.end_session(connection, old))
+            await self.accounts.write(lambda connection: people.delete_session(connection, old))
         response = redirect(path)
         set_session_cookie(request, response, token)
         return response

@@ -4,13 +4,13 @@ from collections.abc import Callable, Sequence
 from datetime import date
 
 from unmask.accounts.money import format_dollars
-from unmask.accounts.usage import Used
+from unmask.accounts.usage import UsageGroup
 from unmask.charts import formatting
 from unmask.charts.bar_chart import BarChart, BarData, bar_chart
 
 
 def usage_chart(
-    rows: Sequence[Used], first: date, last: date, measure: str, series: Callable[[Used], str]
+    rows: Sequence[UsageGroup], first: date, last: date, measure: str, series: Callable[[UsageGroup], str]
 ) -> BarChart | None:
     """Draw rows of usage that were grouped by day and by one thing more. None without usage.
 

@@ -11,7 +11,7 @@ from starlette.routing import Route
 from unmask.accounts import Accounts
 from unmask.accounts.people import Person
 from unmask.catalogue import Catalogue, Record, votes
-from unmask.catalogue.requests import want
+from unmask.catalogue.model_requests import request_model
 from unmask.errors import UsageError
 from unmask.storage.database import now_ms
 from unmask.web.account_hooks import AccountHooks, VoteButton
@@ -31,7 +31,7 @@ def account_hooks(accounts: Accounts) -> AccountHooks:
     """
 
     async def vote_counts() -> Mapping[str, int]:
-        return await accounts.read(votes.counts)
+        return await accounts.read(votes.count_votes)
 
     async def vote_button(request: Request, record: Record) -> VoteButton | None:
         if record.role == "reference":
@@ -76,7 +76,7 @@ class VotePages:
         else:
             note, now = form.get("note"), now_ms()
             try:
-                await self.accounts.write(lambda connection: want(connection, account, model, note, now))
+                await self.accounts.write(lambda connection: request_model(connection, account, model, note, now))
             except UsageError as error:
                 return await self._page(request, person, error)
         in_catalogue = self.catalogue.get(model) is not None
@@ -91,7 +91,7 @@ class VotePages:
         own = await self.accounts.read(lambda connection: votes.votes_of(connection, account))
         notices = await self.accounts.read(lambda connection: votes.notices_of(connection, account))
         if any(not notice.seen for notice in notices):
-            await self.accounts.write(lambda connection: votes.mark_seen(connection, account, now_ms()))
+            await self.accounts.write(lambda connection: votes.mark_notices_read(connection, account, now_ms()))
         return render_private_page(
             self.render,
             request,
@@ -101,7 +101,7 @@ class VotePages:
             person=person,
             votes=[(vote, self.catalogue.get(vote.model)) for vote in own.values()],
             notices=notices,
-            counts=await self.accounts.read(votes.counts),
+            counts=await self.accounts.read(votes.count_votes),
             action=ACTION,
         )
 

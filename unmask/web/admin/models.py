@@ -16,7 +16,7 @@ from unmask.accounts.people import Person
 from unmask.catalogue import Record, Status, votes
 from unmask.catalogue.actions import decide
 from unmask.catalogue.lifecycle import ALLOWED, GATE_NAMES
-from unmask.catalogue.store import Outcome, outcomes, read_catalogue
+from unmask.catalogue.store import GateOutcome, gate_outcomes, read_catalogue
 from unmask.errors import UsageError
 from unmask.web.forms import Form
 from unmask.web.page_shell import RenderPage, render_private_page
@@ -39,8 +39,8 @@ class ManagedModel:
     """A model on the operator's page. `decisions` are the statuses that may follow, each with its button's label."""
 
     record: Record
-    demand: votes.Wanted | None
-    gates: list[Outcome]
+    demand: votes.QueuedModel | None
+    gates: list[GateOutcome]
     decisions: Sequence[tuple[str, str]]
 
 
@@ -81,7 +81,7 @@ class ModelAdminPages:
 
     async def _page(self, request: Request, person: Person, error: UsageError | None = None) -> Response:
         managed = await self.accounts.read(_managed_models)
-        waiting = await self.accounts.read(votes.letters_waiting) if self.sends_mail else 0
+        waiting = await self.accounts.read(votes.count_unsent_letters) if self.sends_mail else 0
         return render_private_page(
             self.render,
             request,
@@ -121,6 +121,6 @@ def _managed_models(connection: Connection) -> list[ManagedModel]:
         decisions = [(status, label) for status, label in _DECISIONS.items() if status in next_statuses]
         if record.status == "benchmarking":
             decisions = []  # the gates decide
-        gates = list(outcomes(connection, record.id).values()) if record.id in stored.sources else []
+        gates = list(gate_outcomes(connection, record.id).values()) if record.id in stored.sources else []
         managed.append(ManagedModel(record, demand.get(record.id), gates, decisions))
     return managed

@@ -12,7 +12,7 @@ from starlette.routing import Route
 from unmask.accounts import Accounts, actions, audit, keys, people, tariff, usage
 from unmask.accounts.audit import Actor
 from unmask.accounts.people import Account, Person
-from unmask.accounts.tariff import Plan, Price
+from unmask.accounts.tariff import RatePlan, TariffPrice
 from unmask.api.errors import ApiError
 from unmask.errors import AccountError, LedgerRefused, UnmaskError, UsageError
 from unmask.router import ModelRegistry
@@ -137,7 +137,7 @@ class AdminPages:
             if remove:
                 actions.remove_price(connection, actor, model, tier, now)
             else:
-                actions.set_price(connection, actor, Price(model, tier, parse_amount(form.get("dollars"))), now)
+                actions.set_price(connection, actor, TariffPrice(model, tier, parse_amount(form.get("dollars"))), now)
 
         try:
             if not remove and model not in await self._priceable():
@@ -160,7 +160,7 @@ class AdminPages:
                 "requests_per_minute": parse_whole_number(form.get("requests_per_minute"), "requests per minute"),
                 "tokens_per_minute": parse_whole_number(form.get("tokens_per_minute"), "tokens per minute"),
             }
-            actions.set_plan(connection, actor, Plan(name, **limits), now)
+            actions.set_plan(connection, actor, RatePlan(name, **limits), now)
 
         try:
             await self.accounts.write(set_plan)
@@ -216,14 +216,14 @@ class AdminPages:
         account, now = await self._account(request.path_params["id"]), now_ms()
 
         def read(connection: Connection) -> dict[str, Any]:
-            owners = people.everybody(connection, account.id)
+            owners = people.list_people(connection, account.id)
             return {
                 "account": people.account(connection, account.id),
                 "owners": owners,
-                "keys": keys.of_account(connection, account.id, now),
+                "keys": keys.list_keys(connection, account.id, now),
                 "plans": tariff.all_plans(connection),
                 "lines": usage.statement(connection, account.id, limit=20),
-                "requests": usage.requests(connection, account.id, limit=20),
+                "requests": usage.charged_requests(connection, account.id, limit=20),
                 "events": audit.events(connection, subjects=[account.id, *(owner.id for owner in owners)], limit=20),
             }
 

@@ -11,7 +11,7 @@ from unmask.accounts import tariff
 from unmask.catalogue import STATUSES, Catalogue, Entry, Measurement, Record, Status
 from unmask.catalogue.figures import Figures
 from unmask.catalogue.lifecycle import MEANING
-from unmask.catalogue.pricing import prices_here
+from unmask.catalogue.pricing import charged_prices
 from unmask.router import ModelRegistry, ServedModel
 from unmask.router.served_model import FIELDS_OF_WEIGHTS
 
@@ -39,7 +39,7 @@ class ModelView:
 
     entry: Entry
     served: ServedModel | None
-    prices: Sequence[tariff.Price] | None = None
+    prices: Sequence[tariff.TariffPrice] | None = None
 
     @cached_property
     def record(self) -> Record:
@@ -50,7 +50,7 @@ class ModelView:
             name: value for name in FIELDS_OF_WEIGHTS if (value := getattr(self.served.record, name)) is not None
         }
         if self.prices is not None:
-            changes["prices"] = prices_here(self.entry.record, self.prices)
+            changes["prices"] = charged_prices(self.entry.record, self.prices)
         return msgspec.structs.replace(self.entry.record, **changes)
 
     @property
@@ -73,7 +73,7 @@ class ModelView:
 
 
 def model_views(
-    catalogue: Catalogue, models: ModelRegistry, prices: Sequence[tariff.Price] | None = None
+    catalogue: Catalogue, models: ModelRegistry, prices: Sequence[tariff.TariffPrice] | None = None
 ) -> list[ModelView]:
     """Return a view of every entry of the catalogue."""
     served = {model.record.id: model for model in models.list()}
@@ -81,7 +81,7 @@ def model_views(
 
 
 def find_model_view(
-    catalogue: Catalogue, models: ModelRegistry, id: str, prices: Sequence[tariff.Price] | None = None
+    catalogue: Catalogue, models: ModelRegistry, id: str, prices: Sequence[tariff.TariffPrice] | None = None
 ) -> ModelView | None:
     """Return the view of the entry with this id or alias."""
     entry = catalogue.get(id)

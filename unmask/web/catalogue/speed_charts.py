@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 
 from unmask.api.traffic import INTERVAL_S, TrafficInterval
-from unmask.catalogue.speed import Point
+from unmask.catalogue.speed import SpeedPoint
 from unmask.charts import formatting
 from unmask.charts.line_chart import LineChart, LineSeries, line_chart, x_of_category, x_of_share
 
 
-def sweep_charts(points: Sequence[Point]) -> list[LineChart]:
+def sweep_charts(points: Sequence[SpeedPoint]) -> list[LineChart]:
     """Throughput and latency by number of concurrent callers, one line for each length of text."""
     if not points:
         return []
@@ -17,7 +17,7 @@ def sweep_charts(points: Sequence[Point]) -> list[LineChart]:
     callers = sorted({point.callers for point in points})
     places = {count: x_of_category(at, len(callers)) for at, count in enumerate(callers)}
 
-    def chart(title: str, value: Callable[[Point], float], unit: str) -> LineChart:
+    def chart(title: str, value: Callable[[SpeedPoint], float], unit: str) -> LineChart:
         series = [
             LineSeries(
                 f"{length} tokens",

@@ -17,7 +17,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]
 MOST_VOTES = 50
 
 
-def check_id(model: str) -> None:
+def check_hub_id(model: str) -> None:
     """See that a name is one that the hub could have.
 
     Raises:
@@ -27,7 +27,7 @@ def check_id(model: str) -> None:
         raise UsageError(f"{model[:120]!r} is no id of a model: write it as the hub does, like org/name")
 
 
-def want(connection: Connection, account: str, model: str, note: str, now: int) -> bool:
+def request_model(connection: Connection, account: str, model: str, note: str, now: int) -> bool:
     """An account's vote for a model that does not answer yet; one that nobody knows is put on record as requested.
 
     Returns:
@@ -38,7 +38,7 @@ def want(connection: Connection, account: str, model: str, note: str, now: int) 
     """
     record = read_record(connection, model)
     if record is None:
-        check_id(model)
+        check_hub_id(model)
         put_fields(connection, model, {})
         step(connection, model, "requested", actor="a visitor")
     elif record.role == "reference":

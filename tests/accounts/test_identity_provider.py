@@ -16,10 +16,10 @@ from tests.accounts.postgres import Cluster
 from tests.api.live import LocalService, running
 from tests.web.html import Page
 from tests.web.people import PASSWORD, do, person
-from unmask.accounts import Accounts, audit, people, provider
+from unmask.accounts import Accounts, audit, identity_provider, people
+from unmask.accounts.identity_provider import AuthorizationRequest, Identity, IdentityProvider, IdentityProviderSettings
 from unmask.accounts.keys import Peppers
 from unmask.accounts.limits import LocalLimiter
-from unmask.accounts.provider import Identity, Provider, ProviderSettings, Visit
 from unmask.accounts.verification import discrepancies, verify
 from unmask.api import ServeSettings
 from unmask.errors import UsageError
@@ -52,7 +52,7 @@ def accounts(
         url = postgres.database()
     else:
         url = f"sqlite:///{folder / 'accounts.sqlite'}"
-    settings = ProviderSettings(issuer=elsewhere.url, client_id=CLIENT, client_secret=SECRET, name=NAME)
+    settings = IdentityProviderSettings(issuer=elsewhere.url, client_id=CLIENT, client_secret=SECRET, name=NAME)
     made = Accounts(url, pepper=folder / "pepper", free_credit=FREE, provider=settings)
     yield made
     made.close()
@@ -83,7 +83,7 @@ def text(reply: httpx.Response) -> str:
 
 
 def rows(accounts: Accounts, email: str) -> list[Any]:
-    return do(accounts, lambda c: [p for p in people.everybody(c) if p.email == email])
+    return do(accounts, lambda c: [p for p in people.list_people(c) if p.email == email])
 
 
 def fill(browser: httpx.Client, form_on: str, path: str, **fields: str) -> httpx.Response:
@@ -248,7 +248,7 @@ def test_a_way_back_that_was_not_begun_here(
     elif given == "no cookie":
         browser.cookies.clear()
     elif given == "too late":
-        monkeypatch.setattr(provider, "now_ms", lambda: now_ms() + provider.VISIT_MS + 1)
+        monkeypatch.setattr(identity_provider, "now_ms", lambda: now_ms() + identity_provider.AUTHORIZATION_MS + 1)
     elif given == "twice":
         kept = browser.cookies["unmask_visit"]
         assert browser.get("/sign-in/provider/return", params=back).url.path == "/account"
@@ -336,7 +336,7 @@ def test_a_provider_that_is_down_or_strange(
     elif path in ("gone", "no secret of ours"):
         ours = {"issuer": "http://127.0.0.1:9"} if path == "gone" else {"issuer": elsewhere.url}
         secret = SECRET if path == "gone" else "an old one"
-        other = ProviderSettings(**ours, client_id=CLIENT, client_secret=secret, name=NAME)
+        other = IdentityProviderSettings(**ours, client_id=CLIENT, client_secret=secret, name=NAME)
         monkeypatch.setattr(accounts.provider, "settings", other)
     else:
         elsewhere.broken = (path,)
@@ -445,7 +445,7 @@ def test_nothing_secret_is_logged_or_shown(
     assert "/sign-in/provider/return" in out
     for secret in (SECRET, code, "secret-subject", "quiet@example.org", "code="):
         assert secret not in out
-    settings = ProviderSettings(issuer=elsewhere.url, client_id=CLIENT, client_secret=SECRET)
+    settings = IdentityProviderSettings(issuer=elsewhere.url, client_id=CLIENT, client_secret=SECRET)
     assert SECRET not in repr(ServeSettings(database="kept", provider=settings))
 
 
@@ -457,7 +457,7 @@ def test_a_backup_has_the_identities(accounts: Accounts, elsewhere: OidcProvider
     other = Database(str(tmp_path / "other.sqlite"))
     restore(other, tmp_path / "backup.gz", check=discrepancies)
     with other.read() as connection:
-        assert people.of_identity(connection, identity) == owner
+        assert people.person_of_identity(connection, identity) == owner
     other.close()
 
 
@@ -483,18 +483,18 @@ def test_without_a_provider_there_is_nothing_of_it(tmp_path: Path, golden_dir: P
 )
 def test_settings_that_cannot_be(changes: dict[str, str], message: str) -> None:
     good = {"issuer": "https://login.example.org/realm", "client_id": CLIENT, "client_secret": SECRET}
-    assert ProviderSettings(**good).name == "login.example.org"
+    assert IdentityProviderSettings(**good).name == "login.example.org"
     with pytest.raises(UsageError, match=message):
-        ProviderSettings(**good | changes)
+        IdentityProviderSettings(**good | changes)
     with pytest.raises(UsageError, match="turn on accounts as well"):
-        ServeSettings(provider=ProviderSettings(**good))
+        ServeSettings(provider=IdentityProviderSettings(**good))
 
 
 def test_the_missing_library_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "authlib.integrations.httpx_client", None)
-    settings = ProviderSettings(issuer="https://login.example.org", client_id=CLIENT, client_secret=SECRET)
+    settings = IdentityProviderSettings(issuer="https://login.example.org", client_id=CLIENT, client_secret=SECRET)
     with pytest.raises(UsageError, match=r"pip install .*'authlib>=\S+'"):
-        Provider(settings, Peppers(tmp_path / "pepper"))
+        IdentityProvider(settings, Peppers(tmp_path / "pepper"))
 
 
 def test_the_library_is_not_loaded_without_need() -> None:
@@ -507,10 +507,10 @@ def test_the_library_is_not_loaded_without_need() -> None:
 
 @pytest.mark.parametrize("text", ["", "1", "1.a.b", "x.a.b./", f"{'9' * 19}.a.b.", "-1.a.b."])
 def test_what_is_no_visit(text: str) -> None:
-    assert Visit.read(text) is None
+    assert AuthorizationRequest.read(text) is None
 
 
 def test_a_visit_is_what_it_was() -> None:
-    visit = Visit.begin(person="person_1", next="/account/usage?by=key&what=a.b")
-    assert Visit.read(str(visit)) == visit
-    assert Visit.begin(next="/" + "x" * 1000).next == ""
+    visit = AuthorizationRequest.begin(person="person_1", next="/account/usage?by=key&what=a.b")
+    assert AuthorizationRequest.read(str(visit)) == visit
+    assert AuthorizationRequest.begin(next="/" + "x" * 1000).next == ""

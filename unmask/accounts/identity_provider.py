@@ -22,7 +22,7 @@ from unmask.storage.database import now_ms
 
 log = logging.getLogger("unmask")
 
-VISIT_MS = 10 * 60 * 1000
+AUTHORIZATION_MS = 10 * 60 * 1000
 
 _SCOPE = "openid email"
 # Keys that the provider alone has. With HS256 whoever knows the client secret could sign, and with "none" anybody.
@@ -35,7 +35,7 @@ _LONGEST_NEXT = 500  # the browser keeps it in a cookie
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProviderSettings:
+class IdentityProviderSettings:
     """Who vouches for people.
 
     Attributes:
@@ -84,7 +84,7 @@ class Identity:
 
 
 @dataclass(frozen=True)
-class Visit:
+class AuthorizationRequest:
     """A visit to the provider that has begun.
 
     Attributes:
@@ -99,13 +99,13 @@ class Visit:
     next: str
 
     @classmethod
-    def begin(cls, *, person: str = "", next: str = "") -> "Visit":
+    def begin(cls, *, person: str = "", next: str = "") -> "AuthorizationRequest":
         """A new one."""
         kept = next if len(next) <= _LONGEST_NEXT else ""
-        return cls(now_ms() + VISIT_MS, person, secrets.token_urlsafe(24), kept)
+        return cls(now_ms() + AUTHORIZATION_MS, person, secrets.token_urlsafe(24), kept)
 
     @classmethod
-    def read(cls, text: str) -> "Visit | None":
+    def read(cls, text: str) -> "AuthorizationRequest | None":
         """What `str` wrote; None if it is nothing of the kind."""
         until, *rest = text.split(".", 3)
         if len(rest) != 3 or not (until.isascii() and until.isdecimal() and len(until) < 19):
@@ -116,7 +116,7 @@ class Visit:
         return f"{self.until}.{self.person}.{self.secret}.{self.next}"
 
 
-class Provider:
+class IdentityProvider:
     """One OpenID Connect provider.
 
     Args:
@@ -127,7 +127,7 @@ class Provider:
         UsageError: the library for it is not installed.
     """
 
-    def __init__(self, settings: ProviderSettings, peppers: Peppers) -> None:
+    def __init__(self, settings: IdentityProviderSettings, peppers: Peppers) -> None:
         try:
             # At the start of the server, rather than when somebody signs in.
             import authlib.integrations.httpx_client  # noqa: F401
@@ -139,7 +139,7 @@ class Provider:
         self._peppers = peppers
         self._metadata: tuple[float, dict[str, Any]] | None = None
 
-    async def address(self, visit: Visit, back: str) -> str:
+    async def address(self, visit: AuthorizationRequest, back: str) -> str:
         """Where to send the visitor's browser.
 
         Args:
@@ -160,7 +160,7 @@ class Provider:
                 )
         return url
 
-    async def identity(self, visit: Visit | None, given: Mapping[str, str], back: str) -> Identity:
+    async def identity(self, visit: AuthorizationRequest | None, given: Mapping[str, str], back: str) -> Identity:
         """Who came back.
 
         Args:
@@ -274,8 +274,8 @@ class Provider:
             timeout=_TIMEOUT_S,
         )
 
-    def _derived(self, what: str, visit: Visit) -> str:
-        return self._peppers.mark(f"oidc {what} {visit}")
+    def _derived(self, what: str, visit: AuthorizationRequest) -> str:
+        return self._peppers.permanent_digest(f"oidc {what} {visit}")
 
     @contextmanager
     def _asked(self) -> Iterator[None]:
