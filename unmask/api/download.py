@@ -1,4 +1,4 @@
-"""Tables as CSV, safe to open in a spreadsheet."""
+"""Write tables as CSV that is safe to open in a spreadsheet."""
 
 import csv
 import io
@@ -8,25 +8,25 @@ from starlette.responses import Response, StreamingResponse
 
 
 def csv_file(columns: Sequence[str] | None, rows: Iterable[Sequence[object]]) -> str:
-    """Rows as CSV, below their columns' names where they are given.
+    """Write rows as CSV, below the column names if there are any.
 
-    A spreadsheet would run what begins like a formula; a quote before it makes it text. Numbers stay numbers.
+    Text that begins like a formula gets a quote before it, so that no spreadsheet runs it. Numbers stay numbers.
     """
     file = io.StringIO()
     writer = csv.writer(file)
     if columns is not None:
         writer.writerow(columns)
-    writer.writerows([_shown(value) for value in row] for row in rows)
+    writer.writerows([_safe_cell(value) for value in row] for row in rows)
     return file.getvalue()
 
 
 def csv_response(name: str, parts: Iterator[str] | AsyncIterator[str]) -> Response:
-    """A file of that name to be saved, part by part."""
+    """Stream a CSV file, to be saved under `name`."""
     headers = {"content-disposition": f'attachment; filename="{name}"', "cache-control": "private, no-store"}
     return StreamingResponse(parts, headers=headers, media_type="text/csv")
 
 
-def _shown(value: object) -> object:
+def _safe_cell(value: object) -> object:
     text = str(value)
     if text[:1] not in ("=", "+", "-", "@", "\t", "\r") or _is_number(text):
         return value

@@ -1,4 +1,4 @@
-"""From an error to its HTTP answer: one table, and the only place where OpenAI's error body is built."""
+"""Map every exception to its HTTP answer. The only place where OpenAI's error body is built."""
 
 import math
 from collections.abc import Mapping
@@ -28,11 +28,11 @@ class ErrorEnvelope(msgspec.Struct, kw_only=True):
 
 
 class ApiError(errors.UnmaskError):
-    """A request that is answered with an error.
+    """An error that is the answer to a request.
 
     Args:
         status: the HTTP status.
-        message: one sentence for the caller's log.
+        message: one sentence for the client's log.
         type, param, code: as in OpenAI's error object.
         retry_after: seconds after which the same request may succeed; None if it never will.
         headers: further response headers.
@@ -61,10 +61,10 @@ class _Answer(NamedTuple):
     type: str = INVALID
     code: str | None = None
     param: str | None = None
-    retry_after: float | None = None  # where the error itself says none
+    retry_after: float | None = None  # for errors without one of their own
 
 
-# The first row that fits counts. Where OpenAI has no such error, the status is chosen by what its clients do:
+# The first matching row counts. Where OpenAI has no such error, the status is chosen by the behaviour of its clients:
 # they repeat 408, 409, 429 and 5xx unless `x-should-retry` forbids it.
 _ANSWERS: tuple[tuple[type[errors.UnmaskError], _Answer], ...] = (
     (errors.TextTooLong, _Answer(400)),
@@ -73,7 +73,7 @@ _ANSWERS: tuple[tuple[type[errors.UnmaskError], _Answer], ...] = (
     # Admission is by tokens in the queue, hence "tokens" and not "requests".
     (errors.Overloaded, _Answer(429, "tokens", "rate_limit_exceeded", retry_after=1)),
     (errors.ModelLoading, _Answer(503, SERVER, "model_loading", retry_after=5)),
-    # Not 408: the request arrived in time, and it is our side that was late.
+    # Not 408: the request arrived in time, and the server was late.
     (errors.DeadlineExceeded, _Answer(504, SERVER, "deadline_exceeded", retry_after=1)),
     (errors.EngineStopped, _Answer(503, SERVER, "server_stopping", retry_after=1)),
     (errors.EngineError, _Answer(503, SERVER, "engine_unavailable", retry_after=1)),
@@ -94,11 +94,11 @@ _ANSWERS: tuple[tuple[type[errors.UnmaskError], _Answer], ...] = (
 
 
 def api_error(error: errors.UnmaskError) -> ApiError:
-    """The answer to an error of any room."""
+    """Return the answer to an error of any package."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, errors.CheckpointError):
-        # Its message names files of this machine, which are the operator's business and stand in the log.
+        # Its message names files of this machine. They concern the operator only, and are in the log.
         return ApiError(
             503,
             "This model could not be loaded; the server's log says why.",
@@ -127,7 +127,7 @@ def api_error(error: errors.UnmaskError) -> ApiError:
 
 
 def internal_error() -> ApiError:
-    """What a caller learns of a fault of ours: nothing but that there was one."""
+    """Return the answer to a bug of ours, without any detail."""
     return ApiError(
         500,
         "The server had an error while processing your request.",
@@ -138,10 +138,10 @@ def internal_error() -> ApiError:
 
 
 def error_response(error: ApiError) -> Response:
-    """The error as OpenAI's clients expect it, telling them whether to try again and when."""
+    """Build the response that OpenAI's clients expect, with headers that say if and when to try again."""
     headers = {"x-should-retry": "false" if error.retry_after is None else "true", **error.headers}
     if error.retry_after is not None and error.status in (409, 429, 503):
-        # openai-python never repeats a request that is told to wait longer than 120 seconds.
+        # openai-python does not repeat a request that has to wait longer than 120 seconds.
         headers["retry-after"] = str(min(max(math.ceil(error.retry_after), 1), 120))
     content = msgspec.json.encode(ErrorEnvelope(error=error.body))
     return Response(content, error.status, headers, media_type="application/json")

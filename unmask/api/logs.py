@@ -1,4 +1,4 @@
-"""Log lines: JSON to stderr, readable ones where stderr is a terminal, and never a secret."""
+"""Configure logging: JSON lines to stderr, readable lines on a terminal, secrets redacted."""
 
 import logging
 import re
@@ -14,7 +14,7 @@ _SECRETS = re.compile(
 
 
 class Redaction:
-    """A processor that takes out what looks like a key, and the very keys it was given."""
+    """A structlog processor that redacts the configured keys and all text that looks like a key."""
 
     def __init__(self, keys: Sequence[str] = ()) -> None:
         self._keys = keys
@@ -29,11 +29,11 @@ class Redaction:
 
 
 def configure_logging(level: str, keys: Sequence[str] = ()) -> None:
-    """Send structlog's and the standard library's records the same way, through the same redaction.
+    """Send the records of structlog and of the standard library through the same redaction to stderr.
 
     Args:
         level: debug, info, warning or error.
-        keys: secrets to take out wherever they appear.
+        keys: secrets to redact wherever they appear.
     """
     before = [
         structlog.contextvars.merge_contextvars,
@@ -59,10 +59,10 @@ def configure_logging(level: str, keys: Sequence[str] = ()) -> None:
         )
     )
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    # Both narrate their start at this level; the server says what matters itself.
+    # Both log their start at INFO; the server announces itself.
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for each question to a provider
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # one line for each request to a sign-in provider
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,

@@ -1,4 +1,4 @@
-"""The JSON that comes in and goes out. The OpenAPI document is made from these types."""
+"""Types of the JSON bodies, and their parsing. The OpenAPI document is built from these types."""
 
 import re
 from typing import Annotated, Any, Literal
@@ -222,24 +222,23 @@ _SEQUENCES = msgspec.json.Decoder(list[list[int]])
 
 
 def read_request(body: bytes) -> tuple[EmbeddingRequest, list[str]]:
-    """The request and the names of its fields that nothing here reads.
+    """Parse the body of an embeddings request. Return it with the names of its unknown fields.
 
-    Field by field rather than in one go: that names the wrong field without reading it out of a message, and
-    tells which fields are unknown.
+    Parses field by field, so that an error names its field and unknown fields are known.
 
     Raises:
         ApiError: 400.
     """
-    given = _decode(_FIELDS, body, None)
-    missing = next((name for name in ("input", "model") if name not in given), None)
+    fields = _decode(_FIELDS, body, None)
+    missing = next((name for name in ("input", "model") if name not in fields), None)
     if missing is not None:
         raise ApiError(400, f"The field '{missing}' is required.", param=missing)
-    model = _decode(_TEXT, given["model"], "model")
+    model = _decode(_TEXT, fields["model"], "model")
     if not model:
         raise ApiError(400, "The field 'model' is empty: name a model, see /v1/models.", param="model")
-    options = {name: _option(name, given[name]) for name in _OPTIONAL if name in given}
-    ignored = [name for name in given if name not in _OPTIONAL and name not in ("input", "model")]
-    return EmbeddingRequest(input=given["input"], model=model, **options), ignored
+    options = {name: _option(name, fields[name]) for name in _OPTIONAL if name in fields}
+    ignored = [name for name in fields if name not in _OPTIONAL and name not in ("input", "model")]
+    return EmbeddingRequest(input=fields["input"], model=model, **options), ignored
 
 
 def _option(name: str, raw: msgspec.Raw) -> Any:
@@ -252,10 +251,10 @@ def _option(name: str, raw: msgspec.Raw) -> Any:
 
 
 def read_input(raw: msgspec.Raw) -> list[str] | list[list[int]]:
-    """The inputs as texts or as token sequences, whichever of OpenAI's four forms they came in.
+    """Parse the field `input`, in any of OpenAI's four forms, to texts or token sequences.
 
     Raises:
-        ApiError: 400, the form is none of the four, or there are none or too many.
+        ApiError: 400 for another form, for no input and for too many.
     """
     content = bytes(raw)
     first = content[:1]
@@ -266,12 +265,12 @@ def read_input(raw: msgspec.Raw) -> list[str] | list[list[int]]:
         raise ApiError(400, "The field 'input' must be a string, an array of strings, or token ids.", param="input")
     else:
         inside = content[1:64].lstrip()[:1] or content[1:].lstrip()[:1]
-        # Counted before they are made: a million one-letter strings take twenty times the room of their JSON.
+        # Counted before parsing: a million one-letter strings take twenty times the memory of their JSON.
         if inside == b"[":
             _check_count(content.count(b"[") - 1)
             inputs = _decode(_SEQUENCES, content, "input")
         elif inside == b'"':
-            # At least so many, since a quote after a backslash may or may not be the end of a text.
+            # A lower bound: a quote after a backslash may or may not end a text.
             _check_count((content.count(b'"') - content.count(b'\\"')) // 2)
             inputs = _decode(_TEXTS, content, "input")
         else:
@@ -303,5 +302,5 @@ def _reason(error: Exception) -> str:
         return "it is nested too deeply"
     if isinstance(error, UnicodeDecodeError):
         return "it is not UTF-8"
-    # msgspec never quotes the caller's text except an unknown choice, which is of no use in a longer form.
+    # Of the caller's text, msgspec quotes only an unknown choice; more than its beginning is of no use.
     return re.sub(r"^(.{300}).*", r"\1…", str(error), flags=re.DOTALL).rstrip(".")

@@ -1,8 +1,8 @@
-"""OpenAI's token ids back to text.
+"""Decode OpenAI's token ids to text.
 
-LangChain and others tokenise with tiktoken before they call and send the ids. Read as a model's own ids they
-would mean other words, and the vectors would be garbage without any error. The vocabularies come with the
-installed package `bpe_openai`; nothing is downloaded.
+LangChain and others tokenise with tiktoken before they call, and send the ids. Read as the model's own ids they would
+mean other words, and the vectors would be garbage without any error. The vocabularies are part of the installed
+package `bpe_openai`; nothing is downloaded.
 """
 
 import base64
@@ -36,10 +36,10 @@ _SPECIALS = {
 
 
 def decode(sequences: Sequence[Sequence[int]], encoding: OpenAiEncoding) -> list[str]:
-    """Texts of token sequences. Bytes that are no UTF-8, as after a cut inside a character, become U+FFFD.
+    """Decode token sequences to texts. Bytes that are not UTF-8, as after a cut inside a character, become U+FFFD.
 
     Raises:
-        InputError: an id is not in the vocabulary; `index` says in which sequence.
+        InputError: an id is not in the vocabulary; carries the `index` of its sequence.
     """
     vocabulary = _vocabulary(encoding)
     texts = []
@@ -58,11 +58,11 @@ def decode(sequences: Sequence[Sequence[int]], encoding: OpenAiEncoding) -> list
 
 @cache
 def _vocabulary(encoding: OpenAiEncoding) -> dict[int, bytes]:
-    # By its distribution: importing the package would build tables of its own for most of a second.
+    # Found through its distribution: importing the package would build its own tables for most of a second.
     file = metadata.distribution("bpe-openai").locate_file(f"bpe_openai/data/{encoding}.tiktoken.gz")
     content = gzip.decompress(Path(str(file)).read_bytes())
     if hashlib.sha256(content).hexdigest() != _SHA256[encoding]:
-        # An installation fault, not a caller's: it ends as a 500 and in the log.
+        # A broken installation and not a caller's mistake: answered with 500, and logged.
         raise RuntimeError(f"the vocabulary {encoding} of the installed bpe_openai is not the one OpenAI publishes")
     rows = (line.split(b" ") for line in content.splitlines())
     return {int(rank): base64.b64decode(token) for token, rank in rows} | _SPECIALS[encoding]
