@@ -10,8 +10,9 @@ from typing import Any
 
 from unmask.checkpoint.adapter import Adapter, MergedTensors
 from unmask.checkpoint.gguf import open_gguf
+from unmask.checkpoint.head import HEAD_FILE, HeadTensors
 from unmask.checkpoint.resolve import Location, resolve
-from unmask.checkpoint.tensors import TensorSource, open_tensors
+from unmask.checkpoint.tensors import BorrowedEmbedding, TensorSource, open_tensors
 from unmask.checkpoint.tokenizer import TextTokenizer, read_tokenizer
 from unmask.errors import CheckpointError, StorageError
 
@@ -28,6 +29,7 @@ class Checkpoint:
         encoder_config: `llm2vec_config.json` where there is one (pooling_mode, max_length, ...), else empty.
         trained_as: the hub name of the decoder it began as; chat templates are kept under it.
         files: every file that decides a vector.
+        layers: the layers of the files that are left (`encoder.shear`); None for all.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Checkpoint:
     trained_as: str
     files: tuple[Path, ...]
     folder: Path | None
+    layers: tuple[int, ...] | None = None
 
     @cached_property
     def revision(self) -> str:
@@ -46,6 +49,8 @@ class Checkpoint:
         for file in self.files:
             with file.open("rb") as opened:
                 whole.update(hashlib.file_digest(opened, "sha256").digest())
+        if self.layers is not None:
+            whole.update(repr(self.layers).encode())
         return whole.hexdigest()[:16]
 
 
@@ -74,6 +79,11 @@ def _open(location: Location) -> Checkpoint:
     if base.is_file():
         config, tensors, tokenizer = open_gguf(base)
         files, folder = [base], None
+    elif location.embedding is not None:
+        config = _read_config(base)
+        below = _open(location.embedding)
+        tensors, tokenizer = BorrowedEmbedding(open_tensors(base), below.tensors), below.tokenizer
+        files, folder = [*_deciding_files(base), *below.files], base
     else:
         config = _read_config(base)
         tensors, tokenizer = open_tensors(base), read_tokenizer(base)
@@ -84,6 +94,11 @@ def _open(location: Location) -> Checkpoint:
         files += sorted(adapter.folder.glob("llm2vec_config.json"))
     if merged:
         tensors = MergedTensors(tensors, merged)
+    # The outermost head counts: it was trained on what lies below it.
+    head = next((file for file in _heads((*reversed(location.adapters), base)) if file.is_file()), None)
+    if head is not None:
+        tensors = HeadTensors(tensors, head)
+        files.append(head)
     _check_vocabulary(location.name, tensors, tokenizer)
     return Checkpoint(
         name=location.name,
@@ -95,6 +110,10 @@ def _open(location: Location) -> Checkpoint:
         files=tuple(files),
         folder=folder,
     )
+
+
+def _heads(folders: Sequence[Path]) -> list[Path]:
+    return [folder / HEAD_FILE for folder in folders if folder.is_dir()]
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """From a model's name to local paths: shipped, local, mirrored under UNMASK_HOME, or on the hub."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,6 +9,9 @@ from unmask.checkpoint.adapter import AdapterConfig
 from unmask.checkpoint.shipped import SHIPPED, fetch_shipped
 from unmask.errors import CheckpointError, ModelNotFound
 from unmask.home import home
+
+# A `config.json` of layers alone names here the model whose token embedding and tokenizer they go with.
+EMBEDDING_FROM = "token_embedding_from"
 
 DEFAULT_MODEL = "unmask/smollm2-135m-embed"
 
@@ -32,12 +36,14 @@ class Location:
         base: a folder in the hub's layout, or a `.gguf` file.
         adapters: adapter folders, in merging order.
         trained_as: hub name (or path) of the base.
+        embedding: the model that gives token embedding and tokenizer, where `base` is a folder without them.
     """
 
     name: str
     base: Path
     adapters: tuple[Path, ...]
     trained_as: str
+    embedding: "Location | None" = None
 
 
 def resolve(model: str | Path, adapters: Sequence[str | Path] = ()) -> Location:
@@ -60,9 +66,15 @@ def _follow(name: str, seen: tuple[str, ...]) -> Location:
     path = local_path(name)
     if name in SHIPPED:
         shipped = SHIPPED[name]
+        if shipped.layers_folder is not None:
+            return Location(name, shipped.layers_folder, (), shipped.trained_as, Location(name, path, (), name))
         return Location(name, path, (shipped.adapter,) if shipped.adapter else (), shipped.trained_as)
     if path.is_file() or not (path / "adapter_config.json").is_file():
-        return Location(name, path, (), name)
+        below = _embedding_source(path)
+        if below is None:
+            return Location(name, path, (), name)
+        source = _follow(below, (*seen, name))
+        return Location(name, path, (), source.trained_as, source)
     config = AdapterConfig.read(path)
     base = config.base
     if (path / "config.json").is_file() and _holds_weights(path):
@@ -77,6 +89,21 @@ def _follow(name: str, seen: tuple[str, ...]) -> Location:
     beside = next((folder for folder in (path / base, path.parent.parent / base) if folder.is_dir()), None)
     below = _follow(str(beside or base), (*seen, name))
     return replace(below, adapters=(*below.adapters, path))
+
+
+def _embedding_source(path: Path) -> str | None:
+    """The model that a folder of layers alone names for its token embedding and tokenizer."""
+    file = path / "config.json"
+    if not file.is_file() or (path / "tokenizer.json").is_file() or (path / "tokenizer.model").is_file():
+        return None
+    try:
+        named = json.loads(file.read_text(encoding="utf-8")).get(EMBEDDING_FROM)
+    except (OSError, ValueError, AttributeError):
+        return None  # whoever reads the configuration says what is wrong with it
+    if not isinstance(named, str):
+        return None
+    beside = path / named
+    return str(beside) if beside.exists() else named
 
 
 def _holds_weights(path: Path) -> bool:

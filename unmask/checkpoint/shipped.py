@@ -28,6 +28,7 @@ class ShippedModel:
         size: bytes of that file.
         trained_as: hub name of the decoder.
         adapter: folder of this package with the adapter that makes it an encoder; None for a bare decoder.
+        layers_folder: folder of this package with layers of their own; the base gives token embedding and tokenizer.
         kept_as: folder under UNMASK_HOME/models; models with the same weights share one.
     """
 
@@ -38,6 +39,7 @@ class ShippedModel:
     trained_as: str
     kept_as: str
     adapter: Path | None = None
+    layers_folder: Path | None = None
 
 
 _ADAPTERS = Path(__file__).parent / "adapters"

@@ -15,6 +15,10 @@ import torch
 
 from unmask.errors import CheckpointError
 
+EMBEDDING = "embed_tokens.weight"
+# Rows of a weight as 8-bit steps: `X.weight` holds int8 and this suffix the float32 size of a step in each row.
+STEP = "_scale"
+
 _OUTER = re.compile(r"^(?:base_model\.model\.)?(?:model\.)?(?:language_model\.)?(?:model\.)*")
 
 
@@ -93,12 +97,17 @@ class SafetensorsFiles:
         from safetensors import SafetensorError, safe_open
 
         self._where: dict[str, tuple[Callable[..., torch.Tensor], str, tuple[int, ...]]] = {}
+        self._steps: dict[str, tuple[Callable[..., torch.Tensor], str]] = {}
         for file in files:
             try:
                 handle = safe_open(str(file), framework="pt")
                 for key in handle.keys():  # noqa: SIM118 - the handle is not a mapping
                     shape = tuple(handle.get_slice(key).get_shape())
-                    self._where[innermost(key)] = (handle.get_tensor, key, shape)
+                    name = innermost(key)
+                    if name.endswith(f".weight{STEP}"):
+                        self._steps[name.removesuffix(STEP)] = (handle.get_tensor, key)
+                    else:
+                        self._where[name] = (handle.get_tensor, key, shape)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(
                     f"{file} is damaged or truncated ({error}); delete it and fetch it again"
@@ -112,7 +121,11 @@ class SafetensorsFiles:
 
     def read(self, name: str) -> torch.Tensor:
         get, key, _ = self._where[name]
-        return get(key)
+        tensor = get(key)
+        if name not in self._steps:
+            return tensor
+        get, key = self._steps[name]
+        return tensor.float() * get(key).float().unsqueeze(1)
 
 
 class PickledFiles:
@@ -132,6 +145,26 @@ class PickledFiles:
 
     def read(self, name: str) -> torch.Tensor:
         return self._tensors[name]
+
+
+class BorrowedEmbedding:
+    """Tensors of a file that holds layers alone, with the token embedding of another model."""
+
+    def __init__(self, layers: TensorSource, below: TensorSource) -> None:
+        self._layers, self._below = layers, below
+
+    def names(self) -> Sequence[str]:
+        own = self._layers.names()
+        return own if EMBEDDING in own else [EMBEDDING, *own]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._owner(name).shape(name)
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._owner(name).read(name)
+
+    def _owner(self, name: str) -> TensorSource:
+        return self._below if name == EMBEDDING and EMBEDDING not in self._layers.names() else self._layers
 
 
 def read_pickled(file: Path) -> dict[str, torch.Tensor]:

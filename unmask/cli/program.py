@@ -41,6 +41,8 @@ COMMANDS = (
     Command("serve", _START, "Serve models behind an OpenAI-compatible API, with pages for people.", ("serve",)),
     Command("models", _START, "List the models that ship with unmask.", ("models",)),
     Command("train", _TRAINING, "Train an encoder from a decoder, as a recipe says.", ("train",)),
+    Command("probe-layers", _TRAINING, "Measure which layers of a decoder a teacher's vectors need.", ("layers",)),
+    Command("shear", _TRAINING, "Write a decoder with only some of its layers.", ("layers",)),
     Command("mine", _TRAINING, "Find hard negatives for training data.", ("mine",)),
     Command("merge", _TRAINING, "Make one model or adapter out of several.", ("merge",)),
     Command("evaluate", _EVALUATION, "Measure models on benchmarks and write a report.", ("evaluate",)),
@@ -77,13 +79,13 @@ def build_app(called: str | None = None) -> App:
     for position, command in enumerate(COMMANDS):
         if called in ("*", command.name):
             modules = [import_module(f"unmask.cli.{name}") for name in command.modules]
-            target = getattr(modules[0], command.name)
+            target = getattr(modules[0], command.name.replace("-", "_"))
             if isinstance(target, App):
                 target.group, target.sort_key = (command.group,), position
                 app.command(target)
             else:
                 app.command(target, name=command.name, group=command.group, sort_key=position)
         else:
-            place = f"unmask.cli.{command.modules[0]}:{command.name}"
+            place = f"unmask.cli.{command.modules[0]}:{command.name.replace('-', '_')}"
             app.command(place, name=command.name, help=command.summary, group=command.group, sort_key=position)
     return app

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from unmask.checkpoint import Checkpoint, open_checkpoint
+from unmask.encoder.head import load_head
 from unmask.encoder.model.architectures import shape_of
 from unmask.encoder.model.decoder import Decoder
 from unmask.encoder.model.transformers_decoder import TransformersDecoder
@@ -22,7 +23,8 @@ from unmask.encoder.prompts import DefaultPrompts, Prompt
 from unmask.encoder.reference_prompts import ReferencePrompts
 from unmask.encoder.runtime.cuda import Gpu, pipelined_map
 from unmask.encoder.runtime.int8 import METHOD, quantise
-from unmask.encoder.runtime.linear import num_parameters, parallel_map, prepack, unpack
+from unmask.encoder.runtime.linear import Linear, num_parameters, parallel_map, prepack, unpack
+from unmask.encoder.shear import Layers, shear
 from unmask.encoder.templates import template_for
 from unmask.errors import CheckpointError, InputError, UsageError
 
@@ -47,6 +49,7 @@ class Encoder:
         name: the id or path it was loaded by.
         checkpoint: the files behind it; `checkpoint.revision` is their content address.
         pooling, max_length, compat: as loaded.
+        head: linear layer behind the pooling, float32 on the host; None where a vector is the pooled state.
         precision: what its products are computed in and how, in words that change when its vectors do.
         dim: length of a vector.
     """
@@ -62,6 +65,7 @@ class Encoder:
         compat: Compat,
         dim: int,
         precision: str = "float32",
+        head: Linear | None = None,
     ) -> None:
         self.name = checkpoint.name
         self.checkpoint = checkpoint
@@ -72,7 +76,8 @@ class Encoder:
         self.max_length = max_length
         self.compat = compat
         self.precision = precision
-        self.dim = dim
+        self.head = head
+        self.dim = dim if head is None else head.out_features
         self._gpu = Gpu(decoder, pooling) if self.device.type == "cuda" else None
 
     def trainable_decoder(self) -> nn.Module:
@@ -107,8 +112,8 @@ class Encoder:
 
     @property
     def num_parameters(self) -> int:
-        """Number of the decoder's weights, prepacked and 8-bit ones included."""
-        return num_parameters(self._decoder)
+        """Number of weights of decoder and head, prepacked and 8-bit ones included."""
+        return num_parameters(self._decoder) + (0 if self.head is None else num_parameters(self.head))
 
     @property
     def parameters(self) -> int:
@@ -121,6 +126,7 @@ class Encoder:
         model: str | Path,
         *,
         adapters: Sequence[str | Path] = (),
+        layers: Layers | None = None,
         compat: Compat = "default",
         pooling: str | None = None,
         skip_instruction: bool | None = None,
@@ -135,6 +141,7 @@ class Encoder:
             model: `unmask/smollm2-135m-embed`, a hub id, a folder in the hub's layout, or a GGUF file. An adapter's
                 name is enough: the base and the adapters below it are found from its configuration.
             adapters: further LoRA adapters, merged in float32 in the order given.
+            layers: keep only these layers: how many from the first, or their numbers from 0.
             compat: "reference" gives the published LLM2Vec vectors, quirks included; "default" mends them.
             pooling: mean, weighted_mean, eos_token, last_token or bos_token. Left out: what the model's
                 `llm2vec_config.json` says, else mean.
@@ -155,6 +162,8 @@ class Encoder:
             raise UsageError(f"dtype={dtype!r}: choose one of {', '.join(_DTYPES)}")
         require_device(device, dtype)
         checkpoint = open_checkpoint(model, adapters)
+        if layers is not None:
+            checkpoint = shear(checkpoint, layers)
         said = checkpoint.encoder_config
         pooling = str(pooling or said.get("pooling_mode") or "mean")
         skip = bool(said.get("skip_instruction", True) if skip_instruction is None else skip_instruction)
@@ -188,6 +197,7 @@ class Encoder:
             compat=compat,
             dim=dim,
             precision=METHOD if dtype == "int8" else dtype,
+            head=load_head(checkpoint.tensors, dim),
         )
 
     def encode(
@@ -247,8 +257,11 @@ class Encoder:
     def forward_pack(self, prompts: Sequence[Prompt]) -> np.ndarray:
         """One forward over all prompts given, float32 [n, dim]. Keep prompts of equal length together."""
         if self._gpu is not None:
-            return self._gpu.vectors(prompts)
-        return pool(self.states([prompt.ids for prompt in prompts]), prompts, self.pooling).cpu().numpy()
+            pooled = self._gpu.vectors(prompts)
+        else:
+            pooled = pool(self.states([prompt.ids for prompt in prompts]), prompts, self.pooling).cpu().numpy()
+        # On the host in float32, on every device: a few hundred vectors cost less than a transfer.
+        return pooled if self.head is None else self.head(torch.from_numpy(pooled)).numpy()
 
     @torch.inference_mode()
     def states(self, sequences: Sequence[np.ndarray]) -> Tensor:

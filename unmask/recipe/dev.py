@@ -1,6 +1,7 @@
 """How good the model is while it trains: graded pairs, and pairs held out of the training sets."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,20 +11,48 @@ from unmask.recipe.examples import Examples
 from unmask.recipe.recipe import Dev, Recipe
 from unmask.recipe.rows import BadRows, read_rows
 
+HELD_OUT_COSINE = "held-out cosine"
+
 Encode = Callable[[Sequence[str], str], np.ndarray]
+
+
+@dataclass(frozen=True)
+class GradedPairs:
+    """Pairs of texts and how alike people found them."""
+
+    name: str
+    first: list[str]
+    second: list[str]
+    gold: np.ndarray
 
 
 class DevSets:
     """Everything that is watched, read once.
 
+    Attributes:
+        graded: the sets of graded pairs.
+
     Args:
         recipe: names the graded sets.
         sets: the training sets with their held-out examples.
         root: the data folder.
+        targets: texts -> the vectors that the model learns, where it learns from a teacher.
     """
 
-    def __init__(self, recipe: Recipe, sets: list[Examples], root: Path | None) -> None:
-        self._graded = {dev.name: _read_graded(dev, root, recipe.seed, recipe.max_bad_rows) for dev in recipe.dev}
+    def __init__(
+        self,
+        recipe: Recipe,
+        sets: list[Examples],
+        root: Path | None,
+        targets: Callable[[Sequence[str]], np.ndarray] | None = None,
+    ) -> None:
+        self._targets = targets if recipe.distillation is not None and recipe.distillation.vector_weight else None
+        self._learnt = {
+            examples.source.name: list(dict.fromkeys(text for e in examples.held_out for text in e.texts()[:2]))
+            for examples in sets
+            if examples.source.distil and examples.held_out and self._targets is not None
+        }
+        self.graded = [_read_graded(dev, root, recipe.seed, recipe.max_bad_rows) for dev in recipe.dev]
         self._pairs: dict[str, tuple[list[str], list[str], str, bool]] = {}
         for examples in sets:
             source = examples.source
@@ -46,20 +75,20 @@ class DevSets:
             )
 
     def __len__(self) -> int:
-        return len(self._graded) + len(self._pairs)
+        return len(self.graded) + len(self._pairs) + bool(self._learnt)
 
     def scores(self, encode: Encode) -> dict[str, float]:
-        """0-100 per set: Spearman correlation for graded pairs, and for held-out pairs the share of queries whose own
-        positive is the nearest of all.
+        """0-100 per set: Spearman correlation for graded pairs, for held-out pairs the share of queries whose own
+        positive is the nearest of all, and the mean cosine of held-out texts to their targets.
 
         Args:
             encode: of texts and an instruction, unit vectors [n, W].
         """
         found: dict[str, float] = {}
-        for name, (first, second, gold) in self._graded.items():
-            vectors = encode(first + second, "")
-            cosines = (vectors[: len(first)] * vectors[len(first) :]).sum(axis=1)
-            found[name] = 100 * spearman(cosines, gold)
+        for pairs in self.graded:
+            vectors = encode(pairs.first + pairs.second, "")
+            cosines = (vectors[: len(pairs.first)] * vectors[len(pairs.first) :]).sum(axis=1)
+            found[pairs.name] = 100 * spearman(cosines, pairs.gold)
         for name, (queries, positives, instruction, symmetric) in self._pairs.items():
             q = encode(queries, instruction)
             p = encode(positives, instruction if symmetric else "")
@@ -68,6 +97,9 @@ class DevSets:
                 positives[nearest] == own for nearest, own in zip((q @ p.T).argmax(axis=1), positives, strict=True)
             ]
             found[name] = 100 * float(np.mean(right))
+        if self._learnt and self._targets is not None:
+            texts = [text for held_out in self._learnt.values() for text in held_out]
+            found[HELD_OUT_COSINE] = 100 * float((encode(texts, "") * self._targets(texts)).sum(axis=1).mean())
         return found
 
 
@@ -82,9 +114,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return (last - (counts - 1) / 2)[inverse]
 
 
-def _read_graded(
-    dev: Dev, root: Path | None, seed: int, max_bad_rows: float
-) -> tuple[list[str], list[str], np.ndarray]:
+def _read_graded(dev: Dev, root: Path | None, seed: int, max_bad_rows: float) -> GradedPairs:
     bad = BadRows(max_bad_rows)
     rows = []
     for row in read_rows(dev.path, bad, root):
@@ -105,4 +135,4 @@ def _read_graded(
         ) from error
     except ValueError as error:
         raise UsageError(f"dev {dev.name!r}: a score in {dev.path} is no number ({error})") from error
-    return first, second, gold
+    return GradedPairs(dev.name, first, second, gold)

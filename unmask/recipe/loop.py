@@ -71,7 +71,7 @@ def train_steps(
         StorageError: a checkpoint could not be written; earlier ones are as they were.
     """
     processes = trainee.processes
-    adamw = _adamw(recipe.optimiser, trainee)
+    adamw = _adamw(recipe, trainee)
     begin, best = 0, {}
     latest = folder.latest()
     if latest is not None:
@@ -87,24 +87,29 @@ def train_steps(
         began = time.perf_counter()
         rate = learning_rate(step, recipe.optimiser, recipe.steps)
         for group in adamw.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_share"]
         batch = next(batches)
         trainee.decoder.train()
         # Dropout follows from the step and the process alone, so that a resumed run has what the unbroken one had.
         torch.manual_seed((recipe.seed * 1_000_003 + step) * 1_024 + processes.rank)
         with _memory_watched(step, recipe, folder):
             report = objective(batch, step)
-            if not trainee.sharded:  # there the backward has summed them already
-                processes.sum_gradients(parameters)
+            # Sharded, the backward has summed the decoder's already; the head is whole in every process.
+            processes.sum_gradients(
+                parameter
+                for name, parameter in trainee.parameters.items()
+                if not trainee.sharded or name.startswith("head.")
+            )
             norm = _clip(parameters, recipe.optimiser.clip)
             if not math.isfinite(report.loss) or not math.isfinite(norm):
                 raise TrainingError(
                     f"step {step + 1}: the loss is {report.loss} and the gradient's norm {norm}, in a batch of "
-                    f"{batch.source.name!r}. {_last_good(folder)} Lower optimiser.lr, or raise optimiser.warmup"
+                    f"{batch.name!r}. {_last_good(folder)} Lower optimiser.lr, or raise optimiser.warmup"
                 )
             adamw.step()
             adamw.zero_grad(set_to_none=True)
             trainee.merge()
+            trainee.update_average()
         seconds = time.perf_counter() - began
         losses.append(report.loss)
         done = step + 1
@@ -112,7 +117,7 @@ def train_steps(
             folder.log(
                 {
                     "step": done,
-                    "data": batch.source.name,
+                    "data": batch.name,
                     "loss": round(report.loss, 6),
                     "lr": rate,
                     "norm": round(norm, 5),
@@ -137,10 +142,11 @@ def train_steps(
 
 
 def evaluate(trainee: Trainee, dev: DevSets) -> dict[str, float]:
-    """Scores of the weights as they are, dropout off. All processes must call it, and have the scores of their own."""
+    """Scores of the weights as they would be written, dropout off. All processes must call it and have the scores."""
     trainee.decoder.eval()
     trainee.merge()
-    scores = {name: round(score, 3) for name, score in dev.scores(trainee.encode).items()}
+    with trainee.averaged():
+        scores = {name: round(score, 3) for name, score in dev.scores(trainee.encode).items()}
     trainee.decoder.train()
     trainee.merge()
     return scores
@@ -150,13 +156,20 @@ def _mean(scores: Mapping[str, float]) -> float:
     return sum(scores.values()) / len(scores) if scores else -math.inf
 
 
-def _adamw(optimiser: Optimiser, trainee: Trainee) -> torch.optim.AdamW:
-    # Vectors (norms, biases) are not decayed, as usual.
-    matrices = [p for p in trainee.parameters.values() if p.ndim > 1]
-    vectors = [p for p in trainee.parameters.values() if p.ndim < 2]
-    groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": optimiser.weight_decay}]
-    if vectors:
-        groups.append({"params": vectors, "weight_decay": 0.0})
+def _adamw(recipe: Recipe, trainee: Trainee) -> torch.optim.AdamW:
+    optimiser = recipe.optimiser
+    head_share = (recipe.head.lr or optimiser.lr) / optimiser.lr if recipe.head is not None else 1.0
+    groups: list[dict[str, Any]] = []
+    for head in (False, True):
+        own = [p for name, p in trainee.parameters.items() if name.startswith("head.") == head]
+        # Vectors (norms, biases) are not decayed, as usual.
+        for decay, parameters in (
+            (optimiser.weight_decay, [p for p in own if p.ndim > 1]),
+            (0.0, [p for p in own if p.ndim < 2]),
+        ):
+            if parameters:
+                share = head_share if head else 1.0
+                groups.append({"params": parameters, "weight_decay": decay, "lr_share": share})
     return torch.optim.AdamW(groups, lr=optimiser.lr, betas=optimiser.betas, eps=optimiser.epsilon)
 
 
@@ -165,19 +178,28 @@ def _clip(parameters: list[torch.nn.Parameter], limit: float) -> float:
 
 
 def _state(trainee: Trainee, adamw: torch.optim.AdamW, best: Mapping[str, float]) -> dict[str, Any]:
-    return whole({"parameters": trainee.parameters, "optimiser": adamw.state_dict(), "best": dict(best)})
+    state = {"parameters": trainee.parameters, "optimiser": adamw.state_dict(), "best": dict(best)}
+    return whole(state | ({"average": trainee.average} if trainee.average else {}))
 
 
 def _restore(state: Mapping[str, Any], trainee: Trainee, adamw: torch.optim.AdamW) -> dict[str, float]:
     for name, parameter in trainee.parameters.items():
         copy_whole(parameter, state["parameters"][name])
+    trainee.average = {
+        name: split_as(value, trainee.parameters[name]) for name, value in state.get("average", {}).items()
+    }
     # torch numbers an optimiser's parameters through its groups; moments are split as their parameters are.
     ordered = [parameter for group in adamw.param_groups for parameter in group["params"]]
     moments = {
         number: {name: split_as(value, ordered[number]) for name, value in each.items()}
         for number, each in state["optimiser"]["state"].items()
     }
-    adamw.load_state_dict({**state["optimiser"], "state": moments})
+    stored = state["optimiser"]
+    groups = [
+        {"lr_share": own["lr_share"], **group}  # older checkpoints know of no share
+        for own, group in zip(adamw.param_groups, stored["param_groups"], strict=True)
+    ]
+    adamw.load_state_dict({"param_groups": groups, "state": moments})
     trainee.merge()
     return dict(state["best"])
 

@@ -101,6 +101,28 @@ def distil(vectors: Tensor, teacher: Tensor, temperature: float, weight: float, 
     return loss
 
 
+def vector_distance(vectors: Tensor, targets: Tensor) -> Tensor:
+    """Mean of 1 - cosine between each vector [N, w] and the first w numbers of its target [N, W].
+
+    Raises:
+        ValueError: vectors are longer than targets.
+    """
+    if vectors.shape[1] > targets.shape[1]:
+        raise ValueError(f"vectors of {vectors.shape[1]} numbers have no target of {targets.shape[1]}")
+    targets = targets[:, : vectors.shape[1]]
+    return 1 - F.cosine_similarity(vectors, targets, dim=1).mean()
+
+
+def ranking(scores: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Kullback-Leibler divergence of each query's distribution over the candidates from the teacher's.
+
+    Args:
+        scores, teacher: cosines [Q, C] of the student and of the teacher.
+    """
+    log_p, log_q = (F.log_softmax(x / temperature, dim=1) for x in (scores, teacher))
+    return F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
+
+
 def matryoshka(loss: Callable[[Tensor], Tensor], vectors: Tensor, lengths: Sequence[int]) -> Tensor:
     """The mean of a loss over the whole vectors and over each shorter length (arXiv 2205.13147).
 

@@ -1,11 +1,13 @@
 """The order in which a run sees its data: a pure function of the recipe's seed.
 
-Each batch comes from one data set, drawn by weight, so that in-batch negatives are of one kind. Every process of a
-run draws the same batches, and a resumed run draws those that the unbroken one would have.
+Each batch comes from one data set, drawn by weight, so that in-batch negatives are of one kind; or from several, as
+`batch.sets` says. Every process of a run draws the same batches, and a resumed run draws those that the unbroken one
+would have.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +20,23 @@ from unmask.recipe.rows import BadRows
 
 
 @dataclass(frozen=True, slots=True)
-class TextBatch:
-    """The examples of one step, all from one data set."""
+class Part:
+    """Examples of one data set within a batch."""
 
     source: Source
     examples: list[Example]
+
+
+@dataclass(frozen=True, slots=True)
+class TextBatch:
+    """The examples of one step, by data set."""
+
+    parts: list[Part]
+
+    @property
+    def name(self) -> str:
+        """The data sets' names, for logs."""
+        return " + ".join(part.source.name for part in self.parts)
 
 
 class Mixture:
@@ -48,13 +62,14 @@ class Mixture:
         left = [epochs * len(self._sets[source.name].train) for source in self._sources]
         steps = 0
         while any(examples > 0 for examples in left):
-            which = next(choices)
-            left[which] -= self._size(self._sources[which])
+            for which in (next(choices) for _ in range(self._recipe.batch.sets)):
+                left[which] -= self._size(self._sources[which])
             steps += 1
         return steps
 
     def _size(self, source: Source) -> int:
-        return source.batch or self._recipe.batch.size
+        """Examples of a source each time it is drawn."""
+        return max(1, (source.batch or self._recipe.batch.size) // self._recipe.batch.sets)
 
     def _choices(self) -> Iterator[int]:
         generator = np.random.default_rng([self._recipe.seed, 0])
@@ -64,11 +79,14 @@ class Mixture:
     def batches(self, skip: int = 0) -> Iterator[TextBatch]:
         """Batch after batch, beginning with number `skip`; those before it are drawn and let go."""
         streams = [self._examples(source) for source in self._sources]
-        for number, which in enumerate(self._choices()):
-            source = self._sources[which]
-            examples = [next(streams[which]) for _ in range(self._size(source))]
+        choices = self._choices()
+        for number in count():
+            drawn: dict[int, list[Example]] = {}
+            for which in (next(choices) for _ in range(self._recipe.batch.sets)):
+                examples = [next(streams[which]) for _ in range(self._size(self._sources[which]))]
+                drawn.setdefault(which, []).extend(examples)
             if number >= skip:
-                yield TextBatch(source, examples)
+                yield TextBatch([Part(self._sources[which], examples) for which, examples in drawn.items()])
 
     def _examples(self, source: Source) -> Iterator[Example]:
         seed = [self._recipe.seed, *source.name.encode()]

@@ -18,7 +18,9 @@ from tokenizers import Tokenizer, processors
 from torch import Tensor
 
 from unmask.checkpoint import Checkpoint
-from unmask.checkpoint.tensors import TensorSource
+from unmask.checkpoint.head import HEAD_BIAS, HEAD_FILE, HEAD_WEIGHT
+from unmask.checkpoint.resolve import EMBEDDING_FROM
+from unmask.checkpoint.tensors import EMBEDDING, STEP, TensorSource
 from unmask.checkpoint.tokenizer import TextTokenizer
 from unmask.encoder import Encoder
 from unmask.encoder.model.architectures import Rope, shape_of
@@ -26,10 +28,12 @@ from unmask.encoder.model.decoder import Decoder
 from unmask.encoder.model.transformers_decoder import TransformersDecoder
 from unmask.encoder.templates import template_for
 from unmask.errors import StorageError, UsageError
+from unmask.recipe.recipe import Save
 
 HEAD = "lm_head.weight"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+# int8: matrices as 8-bit steps with a float32 step size per row; vectors, and the embedding's rows, in float32.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
+_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8"}
 
 # Entries of a hub config that are not true of what is written here: how the original was stored, and code of its own.
 _NOT_OURS = ("quantization_config", "auto_map", "_name_or_path", "torch_dtype", "dtype")
@@ -50,6 +54,7 @@ class Settings:
 
     Attributes:
         causal: the weights are used with the causal mask; transformers is told by `is_causal`.
+        embedding_from: the model that token embedding and tokenizer are taken from; None where they are written.
     """
 
     pooling: str = "mean"
@@ -57,6 +62,7 @@ class Settings:
     doc_max_length: int = 400
     skip_instruction: bool = True
     causal: bool = False
+    embedding_from: str | None = None
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "Settings":
@@ -86,7 +92,14 @@ class NamedTensors:
         return self._tensors[name].detach()
 
 
-def write_model(folder: Path, encoder: Encoder, parameters: Mapping[str, Tensor] | None = None) -> None:
+def write_model(
+    folder: Path,
+    encoder: Encoder,
+    parameters: Mapping[str, Tensor] | None = None,
+    head: Mapping[str, Tensor] | None = None,
+    save: Save | None = None,
+    base: str = "",
+) -> None:
     """Write an encoder as it is in memory: `config.json`, `model.safetensors`, tokenizer, `llm2vec_config.json`.
 
     Fused layers are written as the hub's separate ones. The base's own language-model head goes along where it is
@@ -94,6 +107,9 @@ def write_model(folder: Path, encoder: Encoder, parameters: Mapping[str, Tensor]
 
     Args:
         parameters: the decoder's by name; where those in memory are parts of what they are.
+        head: weight and bias of the layer behind the pooling; left out: the encoder's own.
+        save: precision, and whether the token embedding is written; left out: all, as it is in memory.
+        base: the model that the folder names for its token embedding, where that is not written.
 
     Raises:
         UsageError: the folder exists already.
@@ -109,15 +125,26 @@ def write_model(folder: Path, encoder: Encoder, parameters: Mapping[str, Tensor]
         causal = bool(getattr(decoder.model.config, "is_causal", False))
     if _has_own_head(checkpoint.config, checkpoint.tensors):
         tensors[HEAD] = checkpoint.tensors.read(HEAD)
+    if head is not None:
+        tensors |= {HEAD_WEIGHT: head["weight"], HEAD_BIAS: head["bias"]}
+    elif encoder.head is not None:
+        tensors |= {name: checkpoint.tensors.read(name) for name in (HEAD_WEIGHT, HEAD_BIAS)}
     settings = Settings(
         pooling=encoder.pooling,
         max_length=encoder.max_length,
         doc_max_length=int(checkpoint.encoder_config.get("doc_max_length") or 400),
         skip_instruction=encoder.prompts.skip_instruction,
         causal=bool(causal),
+        embedding_from=base if save is not None and not save.embedding else None,
     )
-    dtype = next(decoder.parameters()).dtype
-    write_folder(folder, checkpoint, NamedTensors(tensors), settings, dtype)
+    dtype = save.precision if save is not None else str(next(decoder.parameters()).dtype).removeprefix("torch.")
+    write_folder(folder, checkpoint, NamedTensors(tensors), settings, DTYPES[dtype])
+
+
+def write_head(folder: Path, head: Mapping[str, Tensor]) -> None:
+    """Write `head.safetensors`, float32."""
+    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in head.items()}
+    _write_tensors(folder / HEAD_FILE, NamedTensors(tensors), {name: name for name in tensors}, torch.float32)
 
 
 def hub_tensors(
@@ -156,10 +183,16 @@ def write_folder(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _write_tensors(partial / "model.safetensors", tensors, _names_in_file(checkpoint, tensors), dtype)
+        names = _names_in_file(checkpoint, tensors)
+        if settings.embedding_from is not None:
+            names = {shown: name for shown, name in names.items() if name not in (EMBEDDING, HEAD)}
+        _write_tensors(partial / "model.safetensors", tensors, names, dtype)
         _write_json(partial / "config.json", _config(checkpoint, settings, dtype))
         _write_json(partial / "llm2vec_config.json", _encoder_config(checkpoint, settings))
-        _write_tokenizer(partial, checkpoint, settings.max_length)
+        if HEAD_WEIGHT in tensors.names():
+            write_head(partial, {"weight": tensors.read(HEAD_WEIGHT), "bias": tensors.read(HEAD_BIAS)})
+        if settings.embedding_from is None:
+            _write_tokenizer(partial, checkpoint, settings.max_length)
         if folder.is_dir():
             folder.rmdir()
         partial.rename(folder)
@@ -184,7 +217,8 @@ def _names_in_file(checkpoint: Checkpoint, tensors: TensorSource) -> dict[str, s
     known = set(tensors.names())
     shape = shape_of(checkpoint.config)
     if shape is None:
-        inner = [name for name in tensors.names() if name != HEAD and "inv_freq" not in name]
+        left_out = (HEAD, HEAD_WEIGHT, HEAD_BIAS)
+        inner = [name for name in tensors.names() if name not in left_out and "inv_freq" not in name]
     else:
         with torch.device("meta"):
             wanted = Decoder(shape).sources()
@@ -205,18 +239,51 @@ def _write_tensors(file: Path, tensors: TensorSource, names: Mapping[str, str], 
     at = 0
     for shown, name in names.items():
         shape = tensors.shape(name)
-        size = math.prod(shape) * dtype.itemsize
-        header[shown] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
-        at += size
+        for key, part, stored in _stored(shown, shape, name, dtype):
+            size = math.prod(part) * stored.itemsize
+            header[key] = {"dtype": _CODES[stored], "shape": list(part), "data_offsets": [at, at + size]}
+            at += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
-        for name in names.values():
-            tensor = tensors.read(name).to("cpu", dtype).contiguous()
-            out.write(tensor.flatten().view(torch.uint8).numpy().data)
+        for shown, name in names.items():
+            tensor = tensors.read(name)
+            parts = [tensor]
+            if len(_stored(shown, tuple(tensor.shape), name, dtype)) == 2:
+                parts = list(int8_rows(tensor))
+            for part, (_, _, stored) in zip(parts, _stored(shown, tuple(tensor.shape), name, dtype), strict=True):
+                out.write(part.to("cpu", stored).contiguous().flatten().view(torch.uint8).numpy().data)
         out.flush()
         os.fsync(out.fileno())
+
+
+def _stored(
+    shown: str, shape: Sequence[int], name: str, dtype: torch.dtype
+) -> list[tuple[str, Sequence[int], torch.dtype]]:
+    """Entries of the file for one tensor: key, shape, precision. 8-bit rows have a second one for their step sizes."""
+    if dtype != torch.int8:
+        return [(shown, shape, dtype)]
+    if len(shape) != 2 or name == EMBEDDING:
+        return [(shown, shape, torch.float32)]
+    return [(shown, shape, torch.int8), (shown + STEP, shape[:1], torch.float32)]
+
+
+def int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix [out, in] as 8-bit steps and the size of a step in each row, [out]: weight ~ steps * size.
+
+    The size is chosen, of a few, for the least squared error: the largest number need not be hit.
+    """
+    weight = weight.float()
+    largest = weight.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny)  # [out]
+    best = torch.full_like(largest, torch.inf)
+    size = largest / 127
+    for share in (1.0, 0.97, 0.94, 0.9, 0.86, 0.82):
+        trial = largest * share / 127
+        steps = (weight / trial[:, None]).round().clamp(-127, 127)
+        error = (steps * trial[:, None] - weight).square().sum(dim=1)
+        size, best = torch.where(error < best, trial, size), torch.minimum(error, best)
+    return (weight / size[:, None]).round().clamp(-127, 127).to(torch.int8), size
 
 
 def _config(checkpoint: Checkpoint, settings: Settings, dtype: torch.dtype) -> dict[str, Any]:
@@ -229,7 +296,10 @@ def _config(checkpoint: Checkpoint, settings: Settings, dtype: torch.dtype) -> d
         del config["rope_factors"]
         config["rope_scaling"] = rule
     # Since version 5.2 transformers leaves the causal mask out where a config says so (PR 43705).
-    return config | {"is_causal": settings.causal, "dtype": str(dtype).removeprefix("torch.")}
+    if settings.embedding_from is not None:
+        config[EMBEDDING_FROM] = settings.embedding_from
+    stored = torch.float32 if dtype == torch.int8 else dtype
+    return config | {"is_causal": settings.causal, "dtype": str(stored).removeprefix("torch.")}
 
 
 def _llama3_rule(config: Mapping[str, Any], factors: Sequence[float]) -> dict[str, Any] | None:

@@ -9,13 +9,23 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from unmask.encoder.prompts import Prompt
-from unmask.recipe.losses import distil, false_negatives, info_nce, matryoshka, same_text
-from unmask.recipe.mixture import TextBatch
+from unmask.recipe.losses import (
+    distil,
+    false_negatives,
+    info_nce,
+    matryoshka,
+    ranking,
+    same_text,
+    vector_distance,
+)
+from unmask.recipe.mixture import Part, TextBatch
 from unmask.recipe.mntp import Gaps, Head, blocks, head_of, mask, mask_id_of, prediction_loss
-from unmask.recipe.recipe import Recipe
+from unmask.recipe.recipe import Distillation, Recipe, Source
+from unmask.recipe.targets import RankingTeacher
 from unmask.recipe.trainee import Trainee, backward_through
 
 
@@ -27,74 +37,162 @@ class StepReport:
     tokens: int
 
 
-Teacher = Callable[[Sequence[str]], np.ndarray]  # texts -> [n, W']
 Objective = Callable[[TextBatch, int], StepReport]
 
 
-def objective_for(recipe: Recipe, trainee: Trainee, teacher: Teacher | None) -> Objective:
+@dataclass(frozen=True)
+class Teachers:
+    """Who is learnt from besides the labels.
+
+    Attributes:
+        targets: texts -> their target vectors [N, W'].
+        ranking: scores passages for queries, for data with both.
+    """
+
+    targets: Callable[[Sequence[str]], np.ndarray]
+    ranking: RankingTeacher | None = None
+
+
+def objective_for(recipe: Recipe, trainee: Trainee, teachers: Teachers | None) -> Objective:
     """The objective a recipe names, bound to the model it trains."""
     if recipe.objective == "mntp":
         return _mntp(recipe, trainee)
     if recipe.objective == "simcse":
         return lambda batch, step: simcse(batch, recipe, trainee)
-    return lambda batch, step: supervised(batch, recipe, trainee, teacher)
+    return lambda batch, step: supervised(batch, recipe, trainee, teachers)
 
 
-def supervised(batch: TextBatch, recipe: Recipe, trainee: Trainee, teacher: Teacher | None) -> StepReport:
+@dataclass(frozen=True)
+class _Candidates:
+    """Queries and candidates of one data set within a batch.
+
+    Attributes:
+        rows: the place of each query's vector, then each positive's and each negative's, in the batch: [Q + C].
+        queries: how many of them are queries, Q.
+        masked: [Q, C], candidates that are no negatives of a query.
+        scores: the ranking teacher's cosines [Q, C], where there is one.
+        share: of the batch's queries.
+    """
+
+    source: Source
+    rows: Tensor
+    queries: int
+    masked: Tensor
+    scores: Tensor | None
+    share: float
+
+
+def supervised(batch: TextBatch, recipe: Recipe, trainee: Trainee, teachers: Teachers | None) -> StepReport:
     """Contrastive loss over labels, distillation over all texts of the batch, or both."""
-    source, settings = batch.source, recipe.contrastive
-    queries = [example.query for example in batch.examples]
-    positives = [example.positive for example in batch.examples if example.positive is not None]
-    negatives = [text for example in batch.examples for text in example.negatives[: settings.hard_negatives]]
-    contrast = source.contrast and settings.weight > 0 and len(positives) == len(queries)
-    documents = positives + negatives
-    # Symmetric sets are asked about in the same words on both sides. The reference meant to and lost it (PR 60).
-    asked = [(source.instruction, text) for text in queries]
-    asked += [(source.instruction if source.symmetric else "", text) for text in documents]
-    unique = list(dict.fromkeys(asked))
-    place = {key: index for index, key in enumerate(unique)}
-    rows = torch.tensor([place[key] for key in asked], device=trainee.device)  # [Q + C]
-    prompts = _prompts(unique, trainee, source.max_length)
-    taught = None
-    if teacher is not None and source.distil:
-        processes = trainee.processes
-        own = range(processes.rank, len(unique), processes.size)  # each process asks about its share
-        answers = torch.from_numpy(teacher([unique[i][1] for i in own])).to(trainee.device)
-        taught = processes.gather(answers, own, len(unique))
-    masked = same_text(queries, documents, trainee.device) if contrast else None
-    if masked is not None and source.label is not None:
-        labels = [example.label for example in batch.examples]
-        masked |= same_text([str(label) for label in labels], [str(label) for label in labels], trainee.device)
-    count = len(queries)
+    prompts: list[Prompt] = []
+    place: dict[tuple[str, str, int | None], int] = {}  # instruction, text, length -> row of its vector
+    distilled: dict[int, str] = {}
+    candidates: list[_Candidates] = []
+    examples = sum(len(part.examples) for part in batch.parts)
+    for part in batch.parts:
+        source = part.source
+        queries = [example.query for example in part.examples]
+        positives = [example.positive for example in part.examples if example.positive is not None]
+        negatives = [t for example in part.examples for t in example.negatives[: recipe.contrastive.hard_negatives]]
+        documents = positives + negatives
+        # Symmetric sets get the instruction on both sides. The reference meant to and lost it (PR 60).
+        keys = [(source.instruction, text) for text in queries]
+        keys += [(source.instruction if source.symmetric else "", text) for text in documents]
+        unseen = [key for key in dict.fromkeys(keys) if (*key, source.max_length) not in place]
+        place.update(((*key, source.max_length), len(prompts) + i) for i, key in enumerate(unseen))
+        prompts += _prompts(unseen, trainee, source.max_length)
+        rows = [place[*key, source.max_length] for key in keys]
+        if teachers is not None and source.distil:
+            distilled.update((row, text) for row, (_, text) in zip(rows, keys, strict=True))
+        if len(positives) == len(queries):
+            share = len(queries) / examples
+            candidates.append(_candidates(part, rows, queries, documents, share, recipe, trainee, teachers))
+    places = torch.tensor(sorted(distilled), dtype=torch.long, device=trainee.device)  # [D]
+    targets = None
+    if teachers is not None and len(distilled):
+        targets = _shared(trainee, teachers.targets, [distilled[row] for row in sorted(distilled)])  # [D, W']
 
     def loss_of(vectors: Tensor) -> Tensor:  # [U, w] -> scalar
         loss = vectors.new_zeros(())
-        if taught is not None and recipe.distillation is not None:
-            d = recipe.distillation
-            loss = loss + distil(vectors, taught, d.temperature, d.weight, d.similarity_weight)
-        if contrast:
-            each = vectors[rows]  # [Q + C, w]
-            wrong = masked
-            if settings.false_negative_margin is not None:
-                judge = each.detach() if taught is None else taught[rows]
-                near = false_negatives(judge[:count], judge[count:], settings.false_negative_margin)
-                wrong = near if wrong is None else wrong | near
-            both = settings.both_ways and source.symmetric
-            nce = info_nce(each[:count], each[count:], settings.temperature, wrong, both)
-            loss = loss + settings.weight * nce
+        if targets is not None and recipe.distillation is not None:
+            loss = loss + _distillation(vectors[places], targets, recipe.distillation)
+        for each in candidates:
+            loss = loss + each.share * _candidates_loss(each, vectors, recipe, _judge(each, vectors, places, targets))
         return loss
 
     loss = backward_through(trainee, prompts, lambda v: matryoshka(loss_of, v, recipe.matryoshka))
     return StepReport(loss, sum(len(prompt.ids) for prompt in prompts))
 
 
+def _candidates(
+    part: Part,
+    rows: list[int],
+    queries: list[str],
+    documents: list[str],
+    share: float,
+    recipe: Recipe,
+    trainee: Trainee,
+    teachers: Teachers | None,
+) -> _Candidates:
+    masked = same_text(queries, documents, trainee.device)
+    if part.source.label is not None:
+        labels = [str(example.label) for example in part.examples]
+        masked[:, : len(labels)] |= same_text(labels, labels, trainee.device)
+    scores = None
+    if teachers is not None and teachers.ranking is not None and part.source.distil:
+        q = _shared(trainee, teachers.ranking.queries, queries)
+        scores = q @ _shared(trainee, teachers.ranking.documents, documents).T  # [Q, C]
+    return _Candidates(part.source, torch.tensor(rows, device=trainee.device), len(queries), masked, scores, share)
+
+
+def _distillation(vectors: Tensor, targets: Tensor, settings: Distillation) -> Tensor:
+    loss = distil(vectors, targets, settings.temperature, settings.weight, settings.similarity_weight)
+    if settings.vector_weight:
+        loss = loss + settings.vector_weight * vector_distance(vectors, targets)
+    return loss
+
+
+def _judge(each: _Candidates, vectors: Tensor, places: Tensor, targets: Tensor | None) -> Tensor:
+    """Vectors that say which candidates are too near to be negatives: the teacher's, else the model's own, [Q+C, w]."""
+    if targets is None or not each.source.distil:
+        return vectors[each.rows].detach()
+    return targets[torch.searchsorted(places, each.rows)]
+
+
+def _candidates_loss(each: _Candidates, vectors: Tensor, recipe: Recipe, judge: Tensor) -> Tensor:
+    settings, count = recipe.contrastive, each.queries
+    own = vectors[each.rows]  # [Q + C, w]
+    loss = own.new_zeros(())
+    if each.source.contrast and settings.weight:
+        masked = each.masked
+        if settings.false_negative_margin is not None:
+            masked = masked | false_negatives(judge[:count], judge[count:], settings.false_negative_margin)
+        both = settings.both_ways and each.source.symmetric
+        loss = settings.weight * info_nce(own[:count], own[count:], settings.temperature, masked, both)
+    if each.scores is not None and recipe.distillation is not None and recipe.distillation.ranking is not None:
+        told = recipe.distillation.ranking
+        scores = F.normalize(own[:count], dim=1) @ F.normalize(own[count:], dim=1).T  # [Q, C]
+        loss = loss + told.weight * ranking(scores, each.scores, told.temperature)
+    return loss
+
+
+def _shared(trainee: Trainee, vectors: Callable[[Sequence[str]], np.ndarray], texts: list[str]) -> Tensor:
+    """Vectors of texts, [N, W']: each process looks up its share of them and has all."""
+    processes = trainee.processes
+    own = range(processes.rank, len(texts), processes.size)
+    rows = torch.from_numpy(vectors([texts[i] for i in own])).to(trainee.device)
+    return processes.gather(rows, own, len(texts))
+
+
 def simcse(batch: TextBatch, recipe: Recipe, trainee: Trainee) -> StepReport:
     """Each text is its own positive; dropout makes the two views differ."""
-    texts = list(dict.fromkeys(example.query for example in batch.examples))
-    prompts = _prompts([(batch.source.instruction, text) for text in texts], trainee, batch.source.max_length)
+    prompts: list[Prompt] = []
+    for part in batch.parts:
+        texts = dict.fromkeys(example.query for example in part.examples)
+        prompts += _prompts([(part.source.instruction, text) for text in texts], trainee, part.source.max_length)
 
     def loss_of(vectors: Tensor) -> Tensor:
-        first, second = vectors.split(len(texts))
+        first, second = vectors.split(len(prompts))
         return info_nce(first, second, recipe.simcse.temperature)
 
     loss = backward_through(trainee, prompts * 2, lambda v: matryoshka(loss_of, v, recipe.matryoshka))
@@ -108,7 +206,9 @@ def _mntp(recipe: Recipe, trainee: Trainee) -> Objective:
 
     def step(batch: TextBatch, number: int) -> StepReport:
         generator = np.random.default_rng([recipe.seed, 1, number])
-        encodings = tokenizer.text.encode_batch_fast([e.query for e in batch.examples], add_special_tokens=False)
+        encodings = tokenizer.text.encode_batch_fast(
+            [example.query for part in batch.parts for example in part.examples], add_special_tokens=False
+        )
         documents = [np.array([*tokenizer.prefix, *encoding.ids], dtype=np.int64) for encoding in encodings]
         gaps = [mask(ids, recipe.mntp, mask_id, vocabulary, generator) for ids in blocks(documents, recipe.mntp.block)]
         asked = sum(len(gap.positions) for gap in gaps)

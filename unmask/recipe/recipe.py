@@ -176,20 +176,109 @@ class Contrastive(Struct, forbid_unknown_fields=True, kw_only=True):
     weight: Annotated[float, Meta(ge=0.0)] = 1.0
 
 
-class Distillation(Struct, forbid_unknown_fields=True, kw_only=True):
-    """Learning the similarities that a teacher sees within a batch.
+class Teacher(Struct, forbid_unknown_fields=True, kw_only=True):
+    """One of several models whose vectors, side by side, are the target.
 
     Attributes:
-        teacher: a model that `unmask evaluate` can measure: a folder, an endpoint, one of ours.
-        temperature: of both similarity distributions whose Kullback-Leibler divergence is minimised.
-        weight: of that divergence.
-        similarity_weight: of the squared error of the cosines themselves.
+        model: a model that `unmask evaluate` can measure: a folder, an endpoint, one of ours.
+        prompt: put before every text; left out: the model's own default.
+        weight: of its cosines in those of the target.
+        centre: subtract the mean vector of a sample. Without it a teacher whose vectors all point into one half of
+            the space drowns the others.
     """
 
-    teacher: str
+    model: str
+    prompt: str | None = None
+    weight: Rate = 1.0
+    centre: bool = True
+
+
+class Ranking(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Learning how a teacher ranks the passages of a batch for each query, from data with queries and positives.
+
+    Attributes:
+        model: the teacher; its query and document prompts are `query_prompt` and `document_prompt`.
+        weight: of the Kullback-Leibler divergence of the two rankings.
+        temperature: of both.
+    """
+
+    model: str
+    query_prompt: str = ""
+    document_prompt: str = ""
+    weight: Rate = 1.0
     temperature: Rate = 0.05
+
+
+class Distillation(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Learning from the vectors of one teacher, or of several side by side.
+
+    The target of a text is the teachers' unit vectors, each centred and scaled, one after the other, and rotated by
+    PCA so that its first numbers carry most. The rotation is fitted once and stored with the run.
+
+    Attributes:
+        teacher: a single teacher as it is, without centring.
+        teachers: several, or one with options.
+        dimensions: length of the target; left out: that of the teachers' vectors together.
+        sample: texts of the data that centring and PCA are fitted on.
+        vector_weight: of 1 - cosine between vector and target (LEAF, arXiv 2509.12539; Jasper, arXiv 2412.19048). It
+            needs vectors of the target's length: see `head`.
+        weight: of the Kullback-Leibler divergence between the similarities within a batch.
+        temperature: of both similarity distributions.
+        similarity_weight: of the squared error of the cosines themselves.
+        ranking: a further teacher for data with queries and positives.
+    """
+
+    teacher: str | None = None
+    teachers: list[Teacher] = []
+    dimensions: Positive | None = None
+    sample: Positive = 20_000
+    vector_weight: Annotated[float, Meta(ge=0.0)] = 0.0
     weight: Annotated[float, Meta(ge=0.0)] = 1.0
+    temperature: Rate = 0.05
     similarity_weight: Annotated[float, Meta(ge=0.0)] = 0.0
+    ranking: Ranking | None = None
+
+    def __post_init__(self) -> None:
+        if (self.teacher is None) == (not self.teachers):
+            raise ValueError("distillation: name either teacher or teachers")
+
+    def ensemble(self) -> list[Teacher]:
+        """All teachers in the one form."""
+        return self.teachers or [Teacher(model=self.teacher or "", centre=False)]
+
+
+class Head(Struct, forbid_unknown_fields=True, kw_only=True):
+    """A linear layer behind the pooling, trained and saved with the model.
+
+    Attributes:
+        dimensions: length of the vectors.
+        ridge: texts on which it is set by ridge regression to the target before the first step; 0 begins with the
+            first `dimensions` numbers of the pooled state. A base that has a head of this size keeps it.
+        penalty: of the regression, on standardised inputs.
+        lr: its own highest learning rate; left out: the optimiser's.
+        trained: whether it goes on learning.
+        refit: fit it anew even if the base has one.
+    """
+
+    dimensions: Positive
+    ridge: Annotated[int, Meta(ge=0)] = 4000
+    penalty: Rate = 400.0
+    lr: Rate | None = None
+    trained: bool = True
+    refit: bool = False
+
+
+class Save(Struct, forbid_unknown_fields=True, kw_only=True):
+    """How a fully trained model is written.
+
+    Attributes:
+        precision: of its matrices. int8 keeps a step size per row: a quarter of the bytes, and the dequantised
+            weights are the model from then on, on every device.
+        embedding: write the token embedding too. Without it the folder names the base for it, and is smaller.
+    """
+
+    precision: Literal["float32", "bfloat16", "int8"] = "float32"
+    embedding: bool = True
 
 
 class Batch(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -197,12 +286,22 @@ class Batch(Struct, forbid_unknown_fields=True, kw_only=True):
 
     Attributes:
         size: examples per step, over all processes and accumulation rounds.
-        forward_tokens: tokens of one forward. Contrastive steps larger than that go through GradCache (arXiv
-            2101.06983), so that the batch does not depend on memory; MNTP steps accumulate.
+        forward_tokens: tokens of one forward. MNTP steps larger than that accumulate.
+        graph_tokens: tokens whose activations fit in memory together. A larger step goes through GradCache (arXiv
+            2101.06983), which computes each forward twice, so that the batch does not depend on memory. Left out:
+            forward_tokens.
+        sets: data sets that one batch is drawn from. 1: in-batch negatives are all of one kind. More: similarities
+            are learnt across kinds, and labels still within each.
     """
 
     size: Positive = 64
     forward_tokens: Positive = 8192
+    graph_tokens: Positive | None = None
+    sets: Positive = 1
+
+    def __post_init__(self) -> None:
+        if self.sets > self.size:
+            raise ValueError(f"batch.sets = {self.sets} is more than batch.size = {self.size}")
 
 
 class Dev(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -227,6 +326,7 @@ class Recipe(Struct, forbid_unknown_fields=True, kw_only=True):
 
     Attributes:
         base: the decoder to begin with: any name that `Encoder.load` takes.
+        layers: keep only these of its layers: how many from the first, or their numbers from 0.
         adapters: merged into it first, in this order.
         objective: mntp, simcse or supervised.
         data: the mixture. Each batch comes from one data set.
@@ -236,7 +336,12 @@ class Recipe(Struct, forbid_unknown_fields=True, kw_only=True):
         pooling: as in `Encoder.load`.
         causal: leave the causal mask on. Only for ablations.
         matryoshka: also train vectors cut to these lengths (arXiv 2205.13147).
+        head: a linear layer behind the pooling; left out: the base's own, which stays as it is.
         lora: adapter to train; `lora = false` trains all weights.
+        freeze_embedding: leave the token embedding as it is when all weights are trained.
+        ema: keep an exponential moving average of the trained parameters with this decay; it is what is evaluated and
+            written.
+        save: how a fully trained model is written.
         precision: of the forward. auto is bfloat16 where the processor computes in it, else float32. Trained
             parameters and the optimiser are float32 in any case.
         gradient_checkpointing: recompute activations in the backward, for less memory.
@@ -252,13 +357,18 @@ class Recipe(Struct, forbid_unknown_fields=True, kw_only=True):
     data: Annotated[list[Source], Meta(min_length=1)]
     steps: Positive
     name: str = "run"
+    layers: Positive | list[Annotated[int, Meta(ge=0)]] | None = None
     adapters: list[str] = []
     epochs_at_most: Rate | None = None
     max_length: Positive = 512
     pooling: Literal["mean", "weighted_mean", "eos_token", "last_token", "bos_token"] = "mean"
     causal: bool = False
     matryoshka: list[Positive] = []
+    head: Head | None = None
     lora: Lora | None = msgspec.field(default_factory=Lora)
+    freeze_embedding: bool = False
+    ema: Annotated[float, Meta(gt=0.0, lt=1.0)] | None = None
+    save: Save = msgspec.field(default_factory=Save)
     optimiser: Optimiser = msgspec.field(default_factory=Optimiser)
     batch: Batch = msgspec.field(default_factory=Batch)
     mntp: Mntp = msgspec.field(default_factory=Mntp)
@@ -290,6 +400,13 @@ class Recipe(Struct, forbid_unknown_fields=True, kw_only=True):
         if self.objective == "supervised":
             for source in self.data:
                 self._check_teaches(source)
+        if self.distillation is not None and self.distillation.vector_weight and self.head is not None:
+            target = self.distillation.dimensions
+            if target is not None and target != self.head.dimensions:
+                raise ValueError(
+                    f"head.dimensions = {self.head.dimensions} and distillation.dimensions = {target}: the vector loss "
+                    "needs vectors of the target's length"
+                )
         if self.objective in ("mntp", "simcse"):
             pairs = next((source.name for source in self.data if source.text is None), None)
             if pairs is not None:
@@ -319,7 +436,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UsageError(f"{path} is not TOML: {error}") from error
     for override in overrides:
         _set(raw, override)
-    for optional in ("lora", "distillation", "held_apart"):
+    for optional in ("lora", "distillation", "held_apart", "head", "ema"):
         if raw.get(optional) is False:  # TOML has no word for nothing
             raw[optional] = None
     try:

@@ -47,11 +47,14 @@ class RunFolder:
 
     def begin(
         self, description: Mapping[str, Any], resume: bool, complete: Callable[[Any], Any] = lambda recipe: recipe
-    ) -> None:
+    ) -> dict[str, Any]:
         """Write `run.json`, or check that the one here describes the same run.
 
         Args:
             complete: gives a stored recipe the fields that have come since, so that an older run can be continued.
+
+        Returns:
+            The description that is there now.
 
         Raises:
             UsageError: another run's files are here, or this one's and `resume` is off.
@@ -73,9 +76,10 @@ class RunFolder:
                 )
             if not resume:
                 raise UsageError(f"{self.path} holds this run already; continue it with --resume, or remove it")
-            return
+            return before
         with atomic_write(file) as partial:
             partial.write_text(text, encoding="utf-8")
+        return description
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
         """Keep a checkpoint, whole or not at all, and let the oldest ones go.
@@ -145,8 +149,12 @@ class RunFolder:
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 
-def description_of(recipe: Mapping[str, Any], data: Mapping[str, Any], hardware: str) -> dict[str, Any]:
-    """What `run.json` says: enough to run it again elsewhere."""
+def description_of(recipe: Mapping[str, Any], data: Mapping[str, Any], hardware: str, precision: str) -> dict[str, Any]:
+    """What `run.json` says: enough to run it again elsewhere.
+
+    Args:
+        precision: that of the forward, as measured where the recipe says auto; a resumed run keeps it.
+    """
     from importlib.metadata import version
 
     names = ("torch", "numpy", "tokenizers", "safetensors")
@@ -157,6 +165,7 @@ def description_of(recipe: Mapping[str, Any], data: Mapping[str, Any], hardware:
         | {name: version(name) for name in names},
         "git": _git_revision(),
         "hardware": hardware,
+        "precision": precision,
     }
 
 

@@ -1,6 +1,6 @@
 """What a run shows in a terminal: a bar with loss, speed and time left, the plan of a dry run, a bar while mining."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -15,6 +15,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from unmask.recipe.layer_probe import LayerScore
 from unmask.recipe.loop import Progress as StepProgress
 from unmask.recipe.plan import Plan
 
@@ -85,3 +86,14 @@ def mining_bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
             bar.update(tasks[what], advance=done)
 
         yield tell
+
+
+def print_probe(curves: Mapping[str, Sequence[LayerScore]], console: Console) -> None:
+    """One row per layer: cosine to the target and the dev sets' correlations, a table for each curve."""
+    for name, scores in curves.items():
+        table = Table(title=name, title_justify="left", box=None)
+        for title in ("layers kept", "cosine", *scores[0].graded):
+            table.add_column(title, justify="right")
+        for score in scores:
+            table.add_row(str(score.layer), f"{score.cosine:.4f}", *(f"{value:.2f}" for value in score.graded.values()))
+        console.print(table)

@@ -22,21 +22,21 @@ import torch
 
 from unmask.disk import atomic_write
 from unmask.errors import UsageError
-from unmask.evaluate.cache import VectorCache
-from unmask.evaluate.models import open_model
-from unmask.home import home
 from unmask.recipe.decontamination import Held, read_held
 from unmask.recipe.dev import DevSets
 from unmask.recipe.distributed import Processes, processes
 from unmask.recipe.examples import Examples, load_examples
+from unmask.recipe.head import first_numbers, head_of, ridge
 from unmask.recipe.loop import Progress, train_steps
 from unmask.recipe.lora import adapter_tensors, write_adapter
 from unmask.recipe.mixture import Mixture
-from unmask.recipe.objectives import Teacher, objective_for
-from unmask.recipe.recipe import Recipe
+from unmask.recipe.model_folder import write_head, write_model
+from unmask.recipe.objectives import Teachers, objective_for
+from unmask.recipe.recipe import Head, Recipe
 from unmask.recipe.run_folder import RunFolder, description_of
 from unmask.recipe.sharding import whole
-from unmask.recipe.trainee import Trainee, adapter_base, choose_device, starting_adapter
+from unmask.recipe.targets import FILE, RankingTeacher, Targets
+from unmask.recipe.trainee import Trainee, adapter_base, choose_device, compute_dtype, embedding_base, starting_adapter
 
 
 @dataclass(frozen=True)
@@ -81,19 +81,24 @@ def train(
         tell = progress if group.first else lambda _: None
         sets, held = load_data(recipe, data, say if group.first else lambda _: None)
         folder = RunFolder(output, recipe.keep)
+        precision = recipe.precision
         if group.first:
             digests = {examples.source.name: examples.digest() for examples in sets}
             if recipe.lora is not None and recipe.lora.start is not None:
                 digests["lora.start"] = starting_adapter(recipe).digest()
-            folder.begin(description_of(_plain(recipe), digests, _hardware(device, group)), resume, _completed)
-        group.wait()
+            chosen = str(compute_dtype(recipe.precision, device)).removeprefix("torch.")
+            description = description_of(_plain(recipe), digests, _hardware(device, group), chosen)
+            precision = folder.begin(description, resume, _completed).get("precision", chosen)
+        recipe = msgspec.structs.replace(recipe, precision=group.of_first(precision))
+        teachers = open_teachers(recipe, sets, folder, group) if recipe.distillation is not None else None
         trainee = Trainee(recipe, device, group)
-        teacher = open_teacher(recipe) if recipe.distillation is not None else None
-        objective = objective_for(recipe, trainee, teacher)
+        if recipe.head is not None:
+            set_head(recipe, recipe.head, trainee, sets, teachers)
+        objective = objective_for(recipe, trainee, teachers)
         mixture = Mixture(recipe, sets, data, held)
         if recipe.epochs_at_most is not None:
             recipe = msgspec.structs.replace(recipe, steps=min(recipe.steps, mixture.steps_of(recipe.epochs_at_most)))
-        dev = DevSets(recipe, sets, data)
+        dev = DevSets(recipe, sets, data, teachers.targets if teachers is not None else None)
 
         base = adapter_base(recipe)
 
@@ -132,16 +137,80 @@ def load_data(recipe: Recipe, data: Path, say: Callable[[str], None]) -> tuple[l
     return sets, held
 
 
-def open_teacher(recipe: Recipe) -> Teacher:
-    """The teacher's vectors of any texts, computed once and kept by `unmask evaluate`'s cache."""
-    assert recipe.distillation is not None
-    contender = open_model(recipe.distillation.teacher)
-    cache = VectorCache(home() / "vectors", contender.revision, contender.dimensions)
+def open_teachers(
+    recipe: Recipe,
+    sets: Sequence[Examples],
+    folder: RunFolder,
+    group: Processes,
+    report: Callable[[str, int, int], None] = lambda *_: None,
+) -> Teachers:
+    """The teachers, with the vectors of every text in memory computed before the first step.
 
-    def teach(texts: Sequence[str]) -> np.ndarray:
-        return cache.encode(texts, "", lambda missing: contender.encode(missing))
+    Only the first process computes; the others find its vectors on the disk. A run that is killed meanwhile goes on
+    where it was. Vectors of streamed texts are computed as they come.
+    """
+    settings = recipe.distillation
+    assert settings is not None
+    texts = distilled_texts(recipe, sets)
+    sample = [texts[i] for i in np.random.default_rng([recipe.seed, 2]).permutation(len(texts))[: settings.sample]]
 
-    return teach
+    def build() -> Teachers:
+        targets = Targets(settings, sample, folder.path / FILE, texts, report)
+        ranking = RankingTeacher(settings.ranking) if settings.ranking is not None else None
+        if ranking is not None:
+            pairs = [e for examples in sets if examples.source.query for e in examples.train]
+            ranking.queries([e.query for e in pairs])
+            ranking.documents([text for e in pairs for text in e.texts()[1:]])
+        return Teachers(targets.of, ranking)
+
+    teachers = build() if group.first else None
+    group.wait()
+    return teachers or build()
+
+
+def distilled_texts(recipe: Recipe, sets: Sequence[Examples]) -> list[str]:
+    """Every text that a teacher will be asked about, each once, in the data's order."""
+    hard = recipe.contrastive.hard_negatives
+    return list(
+        dict.fromkeys(
+            text
+            for examples in sets
+            if examples.source.distil
+            for example in (*examples.train, *examples.held_out)
+            for text in (example.query, *filter(None, [example.positive]), *example.negatives[:hard])
+        )
+    )
+
+
+def set_head(
+    recipe: Recipe, settings: Head, trainee: Trainee, sets: Sequence[Examples], teachers: Teachers | None
+) -> None:
+    """Give the model under training the head that the recipe asks for; see `recipe.Head` for where it begins."""
+    hidden_size = trainee.decoder.shape.width
+    own = trainee.head
+    if own is not None and own.out_features == settings.dimensions and not settings.refit:
+        trainee.set_head(own, settings.trained)
+        return
+    if teachers is None or not settings.ridge:
+        if settings.dimensions > hidden_size:
+            raise UsageError(
+                f"head.dimensions = {settings.dimensions} is more than the decoder's {hidden_size} and there is no "
+                "teacher to fit it to; lower it, or add a distillation with head.ridge above 0"
+            )
+        trainee.set_head(first_numbers(hidden_size, settings.dimensions, trainee.device), settings.trained)
+        return
+    texts = distilled_texts(recipe, sets)
+    order = np.random.default_rng([recipe.seed, 3]).permutation(len(texts))[: settings.ridge]
+    chosen = [texts[i] for i in order]
+    targets = teachers.targets(chosen)
+    if targets.shape[1] != settings.dimensions:
+        raise UsageError(
+            f"head.dimensions = {settings.dimensions}, but targets have {targets.shape[1]} numbers; set "
+            "distillation.dimensions to the same"
+        )
+    trainee.decoder.eval()
+    weight, bias = trainee.processes.of_first(ridge(trainee.encode_pooled(chosen), targets, settings.penalty))
+    trainee.set_head(head_of(weight, bias, trainee.device), settings.trained)
 
 
 def _plain(recipe: Recipe) -> dict[str, Any]:
@@ -156,7 +225,9 @@ def _completed(stored: dict[str, Any]) -> dict[str, Any]:
 
 def _write_result(folder: Path, trainee: Trainee, recipe: Recipe, base: str) -> Path:
     """Replace `folder` by the weights as they are. All processes must call it; the first one writes."""
-    weights = adapter_tensors(trainee.adapted) if recipe.lora is not None else whole(trainee.parameters)
+    with trainee.averaged():
+        weights = adapter_tensors(trainee.adapted) if recipe.lora is not None else whole(trainee.trained_decoder())
+        head = None if trainee.head is None else {n: p.detach().clone() for n, p in trainee.head.named_parameters()}
     if not trainee.processes.first:
         return folder
     partial = folder.with_name(f".{folder.name}.partial")
@@ -167,10 +238,10 @@ def _write_result(folder: Path, trainee: Trainee, recipe: Recipe, base: str) -> 
         said = {**trainee.encoder.checkpoint.encoder_config, "pooling_mode": recipe.pooling}
         with atomic_write(partial / "llm2vec_config.json") as file:
             file.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+        if head is not None:
+            write_head(partial, head)
     else:
-        from unmask.recipe.merging import write_model
-
-        write_model(partial, trainee.encoder, weights)
+        write_model(partial, trainee.encoder, weights, head, recipe.save, embedding_base(recipe))
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return folder

@@ -1,8 +1,10 @@
 """The model under training: an encoder whose decoder takes gradients, in the precision the run computes in."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from unmask.encoder.pooling import pool
 from unmask.encoder.prompts import DefaultPrompts, Prompt
 from unmask.errors import UnsupportedArchitecture, UsageError
 from unmask.recipe.distributed import Processes
+from unmask.recipe.head import head_of
 from unmask.recipe.lora import LoraLinear, add_lora, start_from
 from unmask.recipe.recipe import Recipe
 from unmask.recipe.sharding import shard
@@ -31,6 +34,7 @@ class Trainee:
         encoder: the encoder; its vectors are those of the weights as they are now.
         adapted: layers with adapters; empty in full fine-tuning.
         parameters: what the optimiser changes, by name, float32.
+        head: the linear layer behind the pooling, where the model has one.
         sharded: whether the weights are split over the processes, so that all must do as many forwards.
     """
 
@@ -40,6 +44,7 @@ class Trainee:
         self.encoder = Encoder.load(
             recipe.base,
             adapters=recipe.adapters,
+            layers=recipe.layers,
             pooling=recipe.pooling,
             max_length=recipe.max_length,
             device=str(device),
@@ -55,12 +60,15 @@ class Trainee:
         self.decoder, self.device = decoder, device
         self.dtype = compute_dtype(recipe.precision, device)
         self.seed, self.forward_tokens = recipe.seed, recipe.batch.forward_tokens
+        self.graph_tokens = recipe.batch.graph_tokens or recipe.batch.forward_tokens
         torch.manual_seed(recipe.seed)
         self.adapted: list[LoraLinear] = []
         if recipe.lora is not None:
             self.adapted = add_lora(decoder, recipe.lora, self.dtype, apart=self.sharded)
             if recipe.lora.start is not None:
                 start_from(self.adapted, starting_adapter(recipe), recipe.lora)
+        elif recipe.freeze_embedding:
+            decoder.embedding.requires_grad_(False)
         if recipe.objective == "simcse":
             for layer in decoder.layers:
                 assert isinstance(layer, Layer)
@@ -69,6 +77,61 @@ class Trainee:
         if self.sharded:
             shard(decoder, device, self.processes)
         self.parameters: dict[str, nn.Parameter] = {n: p for n, p in decoder.named_parameters() if p.requires_grad}
+        self.head: nn.Linear | None = None
+        self.average: dict[str, Tensor] = {}
+        self._ema = recipe.ema
+        if self.encoder.head is not None:
+            weight, bias = self.encoder.head.plain_weight(), self.encoder.head.bias
+            self.set_head(head_of(weight.numpy(), bias.detach().numpy(), device), trained=False)
+
+    @property
+    def dimensions(self) -> int:
+        """Length of a vector."""
+        return self.encoder.dim if self.head is None else self.head.out_features
+
+    def set_head(self, head: nn.Linear, trained: bool) -> None:
+        """Put a linear layer behind the pooling, in the place of the one before."""
+        self.head = head.requires_grad_(trained)
+        self.parameters = {n: p for n, p in self.parameters.items() if not n.startswith("head.")}
+        if trained:
+            self.parameters |= {f"head.{name}": parameter for name, parameter in head.named_parameters()}
+
+    def trained_decoder(self) -> dict[str, Tensor]:
+        """Every parameter of the decoder as it is now, frozen ones too, by name."""
+        return dict(self.decoder.named_parameters())
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """Let the moving average follow the parameters by one step."""
+        if self._ema is None:
+            return
+        if not self.average:
+            self.average = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+            return
+        torch._foreach_lerp_(
+            [self.average[name] for name in self.parameters],
+            [parameter.detach() for parameter in self.parameters.values()],
+            1 - self._ema,
+        )
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the parameters are their moving average; without one, what they are."""
+        if not self.average:
+            yield
+            return
+        own = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        try:
+            self._set(self.average)
+            yield
+        finally:
+            self._set(own)
+
+    @torch.no_grad()
+    def _set(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(values[name])
+        self.merge()
 
     def merge(self) -> None:
         """Let the forward see the parameters as the optimiser has left them."""
@@ -89,17 +152,32 @@ class Trainee:
 
     def vectors(self, prompts: Sequence[Prompt]) -> Tensor:
         """Vectors of one pack, float32 [n, W], with gradients."""
+        pooled = self.pooled(prompts)
+        return pooled if self.head is None else self.head(pooled)
+
+    def pooled(self, prompts: Sequence[Prompt]) -> Tensor:
+        """Pooled states of one pack, before the head, float32 [n, hidden_size], with gradients."""
         return pool(self.hidden([prompt.ids for prompt in prompts]), prompts, self.encoder.pooling)
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str], instruction: str = "") -> np.ndarray:
         """Unit vectors, float32 [n, W]. Each process computes its share and has all; all must ask for the same."""
+        return F.normalize(self._encode(texts, instruction, self.vectors, self.dimensions), dim=1).cpu().numpy()
+
+    @torch.no_grad()
+    def encode_pooled(self, texts: Sequence[str]) -> np.ndarray:
+        """Pooled states before the head, float32 [n, hidden_size], as `encode` gives vectors."""
+        return self._encode(texts, "", self.pooled, self.decoder.shape.width).cpu().numpy()
+
+    def _encode(
+        self, texts: Sequence[str], instruction: str, forward: Callable[[Sequence[Prompt]], Tensor], dimensions: int
+    ) -> Tensor:
         prompts = self.prompts(texts, instruction)
         turns = self.turns([len(prompt.ids) for prompt in prompts])
-        parts = [torch.empty(0, self.encoder.dim, device=self.device)]
-        parts += [self.vectors_of(prompts, turn) for turn in turns]
-        vectors = self.processes.gather(torch.cat(parts), [i for turn in turns for i in turn], len(prompts))
-        return F.normalize(vectors, dim=1).cpu().numpy()
+        parts = [torch.empty(0, dimensions, device=self.device)]
+        # A process with nothing left to do computes one text that does not count, as in `vectors_of`.
+        parts += [forward([prompts[i] for i in turn] or prompts[:1])[: len(turn)] for turn in turns]
+        return self.processes.gather(torch.cat(parts), [i for turn in turns for i in turn], len(prompts))
 
     def vectors_of(self, prompts: Sequence[Prompt], chosen: Sequence[int]) -> Tensor:
         """Vectors of some prompts, float32 [n, W], with gradients; of none at the price of one (see `turns`)."""
@@ -158,6 +236,15 @@ def adapter_base(recipe: Recipe) -> str:
     return str(path.absolute()) if name not in SHIPPED and path.exists() else name
 
 
+def embedding_base(recipe: Recipe) -> str:
+    """What a folder of layers alone names for its token embedding: the model that holds it."""
+    location = resolve(recipe.base)
+    while location.embedding is not None:
+        location = location.embedding
+    path = Path(location.name).expanduser()
+    return str(path.absolute()) if location.name not in SHIPPED and path.exists() else location.name
+
+
 def starting_adapter(recipe: Recipe) -> Adapter:
     """The adapter that a run trains further.
 
@@ -179,7 +266,8 @@ def backward_through(trainee: Trainee, prompts: Sequence[Prompt], loss_of: Calla
 
     GradCache (arXiv 2101.06983): vectors without gradients first, the loss's gradient with respect to them, then each
     pack again with it. The gradient is that of the direct computation, dropout included: each pack's random state is
-    restored for its second forward. A process with a single pack computes it once and keeps its graph.
+    restored for its second forward. A process whose share is within `graph_tokens` keeps its graphs instead and
+    computes each pack once.
 
     Several processes each encode their share of the prompts and see the vectors of all, so every one of them computes
     the whole loss; the sum of their parameters' gradients is the gradient of one process doing everything.
@@ -193,22 +281,24 @@ def backward_through(trainee: Trainee, prompts: Sequence[Prompt], loss_of: Calla
     """
     turns = trainee.turns([len(prompt.ids) for prompt in prompts])
     gather = trainee.processes.gather
-    if len(turns) == 1:  # nothing to save by a second forward
-        vectors = trainee.vectors_of(prompts, turns[0])
-        everybody = gather(vectors, turns[0], len(prompts)).requires_grad_()
+    order = [i for turn in turns for i in turn]
+    if len(turns) == 1 or sum(len(prompts[i].ids) for i in order) <= trainee.graph_tokens:
+        parts = [trainee.vectors_of(prompts, turn) for turn in turns]
+        # What each process has lies in the order of its turns; everybody's in the order of the prompts.
+        everybody = gather(torch.cat(parts), order, len(prompts)).requires_grad_()
         loss = loss_of(everybody)
         loss.backward()
         assert everybody.grad is not None
-        vectors.backward(everybody.grad[turns[0]])
+        for turn in turns:
+            parts.pop(0).backward(everybody.grad[turn])  # its activations are free after it
         return float(loss.detach())
     randomness: list[_Randomness] = []
-    parts = [torch.empty(0, trainee.encoder.dim, device=trainee.device)]
+    parts = [torch.empty(0, trainee.dimensions, device=trainee.device)]
     with torch.no_grad():
         for turn in turns:
             randomness.append(_Randomness(trainee.device))
             parts.append(trainee.vectors_of(prompts, turn))
-    # What each process has lies in the order of its turns; everybody's in the order of the prompts.
-    everybody = gather(torch.cat(parts), [i for turn in turns for i in turn], len(prompts)).requires_grad_()
+    everybody = gather(torch.cat(parts), order, len(prompts)).requires_grad_()
     loss = loss_of(everybody)
     loss.backward()
     assert everybody.grad is not None
@@ -237,17 +327,34 @@ class _Randomness:
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The forward's precision: `auto` is bfloat16 where the processor multiplies in it."""
+    """The forward's precision. `auto` is bfloat16 where the processor multiplies faster in it."""
     if precision == "auto":
-        return torch.bfloat16 if _computes_bfloat16(device) else torch.float32
+        return torch.bfloat16 if _bfloat16_is_faster(device) else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
 
 
-def _computes_bfloat16(device: torch.device) -> bool:
+@cache
+def _bfloat16_is_faster(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    # oneDNN has bfloat16 products without these too, but emulated and slower than float32.
-    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    # oneDNN has bfloat16 GEMMs without these too, but emulated and slower than float32.
+    if device.type != "cpu" or not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return False
+    # Having the instructions is not enough: AVX-512's bfloat16 takes twice the time of float32 on some processors
+    # with two float32 units and one for bfloat16, where AMX takes a fifth.
+    return _seconds_per_gemm(torch.bfloat16) < 0.8 * _seconds_per_gemm(torch.float32)
+
+
+def _seconds_per_gemm(dtype: torch.dtype) -> float:
+    """Time of a GEMM of a layer's shape in this precision, the best of a few."""
+    x, weight = torch.zeros(512, 1024, dtype=dtype), torch.zeros(2048, 1024, dtype=dtype)
+    best = float("inf")
+    with torch.no_grad():
+        for _ in range(6):
+            began = time.perf_counter()
+            F.linear(x, weight)
+            best = min(best, time.perf_counter() - began)
+    return best
 
 
 def choose_device(name: str) -> torch.device:

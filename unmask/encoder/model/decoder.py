@@ -9,6 +9,7 @@ Only attention needs to know where a sequence ends; everything else sees T token
 it is an ordinary `nn.Module` whose parameters are fused (query+key+value, gate+up) and can take gradients.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -271,6 +272,22 @@ class Decoder(nn.Module):
             else:
                 x = layer(x, *rotations[rope], spans)
         return self.norm(x)
+
+    def states_by_layer(self, ids: Tensor, lengths: list[int]) -> Iterator[Tensor]:
+        """States [T, W] after the embedding and after each layer, each through the final norm, as a decoder cut there
+        would give them."""
+        runs = runs_of(lengths)
+        positions = torch.cat([torch.arange(length, device=ids.device).repeat(n) for _, n, length in runs])  # [T]
+        bounds = packed.bounds_of(lengths, ids.device) if packed.on(ids.device) else None
+        spans = Spans(runs, bounds, max(lengths))
+        x = self.embedding(ids)  # [T, W]
+        if self.shape.embedding_scale != 1.0:
+            x = x * rounded(self.shape.embedding_scale, x.dtype)
+        rotations = {rope: self._rotation(rope, positions, spans.longest, x.dtype) for rope in set(self.shape.ropes)}
+        yield self.norm(x)
+        for layer, rope in zip(self.layers, self.shape.ropes, strict=True):
+            x = layer(x, *rotations[rope], spans)
+            yield self.norm(x)
 
     def _rotation(self, rope: Rope, positions: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin for each token, [T, 1, D/2]."""

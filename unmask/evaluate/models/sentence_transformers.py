@@ -39,6 +39,10 @@ class SentenceTransformerModel:
         prompt = self._query if instruction else self._document
         return self._model.encode(list(texts), prompt=prompt or None, convert_to_numpy=True, show_progress_bar=False)
 
+    def encode_with_prompt(self, texts: Sequence[str], prompt: str) -> np.ndarray:
+        """Vectors of texts with any prompt before each, as a teacher is asked; float32 [n, dimensions]."""
+        return self._model.encode(list(texts), prompt=prompt, convert_to_numpy=True, show_progress_bar=False)
+
     def count_tokens(self, texts: Sequence[str], instruction: str = "") -> int | None:
         """Tokens after truncation, without padding."""
         prompt = self._query if instruction else self._document

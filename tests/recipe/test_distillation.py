@@ -1,0 +1,227 @@
+"""Distilling several teachers into a sheared decoder with a head, from recipe to loaded model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.recipe.tiny import gradients, recipe_of, texts_of, write_decoder, write_pairs
+from unmask.checkpoint.tensors import EMBEDDING
+from unmask.encoder import Encoder
+from unmask.errors import CheckpointError
+from unmask.recipe.losses import vector_distance
+from unmask.recipe.merging import interpolate
+from unmask.recipe.mixture import Mixture
+from unmask.recipe.model_folder import int8_rows
+from unmask.recipe.recipe import Recipe
+from unmask.recipe.run_folder import RunFolder
+from unmask.recipe.train import load_data, train
+from unmask.recipe.trainee import Trainee, backward_through
+
+TEXTS = texts_of(12)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Pairs, a teacher of width 32 and a student of width 32 with three layers."""
+    monkeypatch.setenv("UNMASK_HOME", str(tmp_path / "home"))
+    write_pairs(tmp_path, 120)
+    write_decoder(tmp_path / "teacher")
+    write_decoder(tmp_path / "student", num_hidden_layers=3)
+    return tmp_path
+
+
+def recipe_for(folder: Path, **fields: Any) -> Recipe:
+    teacher = str(folder / "teacher")
+    pairs = {"name": "pairs", "path": "pairs.tsv", "query": "query", "positive": "positive", "negatives": ["negative"]}
+    settings: dict[str, Any] = {
+        "base": str(folder / "student"),
+        "layers": 2,
+        "lora": None,
+        "freeze_embedding": True,
+        "head": {"dimensions": 24, "ridge": 100},
+        "distillation": {
+            "teachers": [{"model": teacher}, {"model": teacher, "prompt": "moon ", "weight": 0.5}],
+            "dimensions": 24,
+            "vector_weight": 10.0,
+        },
+        "data": [
+            {**pairs, "held_out": 10},
+            {"name": "texts", "path": "pairs.tsv", "text": "query", "contrast": False},
+        ],
+        "batch": {"size": 8, "sets": 2},
+        "optimiser": {"lr": 1e-3},
+        "checkpoint_every": 4,
+    }
+    return recipe_of(**{**settings, **fields})
+
+
+def losses(output: Path) -> list[float]:
+    return [line["loss"] for line in RunFolder(output, 1).metrics() if "loss" in line]
+
+
+def test_the_head_begins_as_the_best_linear_map_and_training_brings_it_nearer(folder: Path) -> None:
+    recipe = recipe_for(folder, steps=40, optimiser={"lr": 2e-4}, evaluate_every=20)
+    outcome = train(recipe, data=folder, output=folder / "run")
+    scores = [line["scores"] for line in RunFolder(folder / "run", 1).metrics() if "scores" in line]
+    untrained = train(
+        recipe_for(folder, steps=1, optimiser={"lr": 1e-12}, evaluate_every=1), data=folder, output=folder / "none"
+    ).scores["held-out cosine"]
+    assert untrained > 80
+    assert scores[-1]["held-out cosine"] > untrained + 1
+    assert Encoder.load(outcome.result).dim == 24
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("embedding", [True, False], ids=["whole", "layers-alone"])
+def test_what_is_written_is_what_was_trained(folder: Path, precision: str, embedding: bool) -> None:
+    recipe = recipe_for(folder, save={"precision": precision, "embedding": embedding}, steps=3)
+    model = train(recipe, data=folder, output=folder / "run").result
+    file = load_file(folder / "run" / "model" / "model.safetensors")
+    assert (EMBEDDING in file) == embedding
+    assert (model / "tokenizer.json").is_file() == embedding
+    trained = torch.load(folder / "run" / "checkpoints" / "step-00000003" / "state.pt")["parameters"]
+    encoder = Encoder.load(folder / "run" / "model")
+    largest = {"float32": 0.0, "bfloat16": 2**-8, "int8": 2**-7}[precision]
+    for name, parameter in encoder.decoder.named_parameters():
+        if name in trained:
+            error = (parameter - trained[name]).abs().amax() / trained[name].abs().amax()
+            assert float(error) <= largest, name
+    assert encoder.head is not None
+    assert torch.equal(encoder.head.plain_weight(), trained["head.weight"])
+
+
+def test_an_embedding_of_another_model_is_part_of_the_revision(folder: Path) -> None:
+    recipe = recipe_for(folder, save={"embedding": False}, steps=1)
+    train(recipe, data=folder, output=folder / "run")
+    model = folder / "run" / "model"
+    before = Encoder.load(model)
+    assert json.loads((model / "config.json").read_text())["token_embedding_from"] == str(folder / "student")
+    config = folder / "student" / "config.json"
+    config.write_text(config.read_text() + "\n")
+    assert Encoder.load(model).checkpoint.revision != before.checkpoint.revision
+    (model / "config.json").write_text((model / "config.json").read_text().replace("student", "nobody"))
+    with pytest.raises(Exception, match="nobody"):
+        Encoder.load(model)
+
+
+def test_a_run_resumes_to_the_digit_with_its_average(folder: Path) -> None:
+    recipe = recipe_for(folder, steps=8, ema=0.7)
+    train(recipe, data=folder, output=folder / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, data=folder, output=folder / "cut", progress=_stop_after(6))
+    train(recipe, data=folder, output=folder / "cut", resume=True)
+    assert losses(folder / "cut") == losses(folder / "whole")
+    assert (folder / "cut" / "model" / "model.safetensors").read_bytes() == (
+        folder / "whole" / "model" / "model.safetensors"
+    ).read_bytes()
+    assert (folder / "cut" / "model" / "head.safetensors").read_bytes() == (
+        folder / "whole" / "model" / "head.safetensors"
+    ).read_bytes()
+
+
+def _stop_after(step: int) -> Any:
+    def stop(progress: Any) -> None:
+        if progress.step == step:
+            raise KeyboardInterrupt
+
+    return stop
+
+
+def test_the_average_is_what_is_written(folder: Path) -> None:
+    recipe = recipe_for(folder, steps=4, ema=0.5)
+    train(recipe, data=folder, output=folder / "run")
+    state = torch.load(folder / "run" / "checkpoints" / "step-00000004" / "state.pt")
+    head = load_file(folder / "run" / "model" / "head.safetensors")
+    assert torch.equal(head["weight"], state["average"]["head.weight"])
+    assert not torch.equal(head["weight"], state["parameters"]["head.weight"])
+
+
+def test_a_second_stage_keeps_the_head_of_the_first(folder: Path) -> None:
+    first = train(recipe_for(folder, steps=3), data=folder, output=folder / "first").result
+    recipe = recipe_for(folder, base=str(first), layers=None, steps=1, optimiser={"lr": 1e-12}, head={"dimensions": 24})
+    second = train(recipe, data=folder, output=folder / "second").result
+    assert np.allclose(Encoder.load(first).encode(TEXTS), Encoder.load(second).encode(TEXTS), atol=1e-5)
+
+
+def test_a_frozen_embedding_and_a_frozen_head_stay(folder: Path) -> None:
+    recipe = recipe_for(folder, steps=3, head={"dimensions": 24, "trained": False})
+    trainee_names = set(Trainee(recipe, torch.device("cpu")).parameters)
+    assert "embedding.weight" not in trainee_names
+    train(recipe, data=folder, output=folder / "run")
+    assert not [name for name in torch.load(folder / "run" / "checkpoints" / "step-00000003" / "state.pt")["parameters"]
+                if name.startswith(("head.", "embedding."))]  # fmt: skip
+
+
+def test_kept_graphs_give_the_gradient_of_gradcache(folder: Path) -> None:
+    found = []
+    for graph_tokens in (1, 10_000):
+        recipe = recipe_for(folder, batch={"size": 8, "forward_tokens": 20, "graph_tokens": graph_tokens})
+        trainee = Trainee(recipe, torch.device("cpu"))
+        prompts = trainee.prompts(TEXTS, "")
+        assert len(trainee.turns([len(prompt.ids) for prompt in prompts])) > 2
+        loss = backward_through(trainee, prompts, lambda vectors: vectors.square().mean())
+        found.append((loss, gradients(trainee)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    for name, gradient in found[0][1].items():
+        assert torch.allclose(gradient, found[1][1][name], rtol=1e-4, atol=1e-7), name
+
+
+def test_batches_of_several_sets_use_every_set_in_turn(folder: Path) -> None:
+    recipe = recipe_for(folder, batch={"size": 12, "sets": 4})
+    sets, _ = load_data(recipe, folder, lambda _: None)
+    batches = Mixture(recipe, sets, folder, None).batches()
+    seen = [next(batches) for _ in range(20)]
+    assert all(sum(len(part.examples) for part in batch.parts) == 12 for batch in seen)
+    assert all(len({part.source.name for part in batch.parts}) == len(batch.parts) for batch in seen)
+    assert {part.source.name for batch in seen for part in batch.parts} == {"pairs", "texts"}
+    resumed = Mixture(recipe, sets, folder, None).batches(skip=7)
+    assert next(resumed) == seen[7]
+
+
+def test_merging_takes_the_head_along(folder: Path) -> None:
+    for name, seed in (("a", 1), ("b", 2)):
+        train(recipe_for(folder, steps=3, seed=seed), data=folder, output=folder / name)
+    models = [str(folder / name / "model") for name in ("a", "b")]
+    interpolate(models[0], models[1], 0.5, folder / "mean", "linear", "float32")
+    heads = [load_file(Path(name) / "head.safetensors")["weight"] for name in (*models, str(folder / "mean"))]
+    assert torch.allclose((heads[0] + heads[1]) / 2, heads[2], atol=1e-6)
+
+
+def test_a_head_of_another_decoder_is_refused(folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.zeros(4, 9), "bias": torch.zeros(4)}, folder / "student" / "head.safetensors")
+    with pytest.raises(CheckpointError, match="takes 9 numbers and the decoder gives 32"):
+        Encoder.load(folder / "student")
+    save_file({"weight": torch.zeros(4, 32)}, folder / "student" / "head.safetensors")
+    with pytest.raises(CheckpointError, match=r"head\.safetensors holds weight \[4, 32\] and bias \[\]"):
+        Encoder.load(folder / "student")
+
+
+def test_targets_of_another_length_are_refused_before_anything_is_computed(folder: Path) -> None:
+    with pytest.raises(Exception, match=r"head\.dimensions = 16 and distillation\.dimensions = 24"):
+        recipe_for(folder, head={"dimensions": 16})
+
+
+def test_the_vector_loss_reads_a_prefix_of_the_target() -> None:
+    target = torch.nn.functional.normalize(torch.randn(5, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    assert float(vector_distance(target * 3, target)) == pytest.approx(0.0, abs=1e-6)
+    assert float(vector_distance(target[:, :3], target)) == pytest.approx(0.0, abs=1e-6)
+    assert float(vector_distance(-target, target)) == pytest.approx(2.0, abs=1e-6)
+    with pytest.raises(ValueError, match="no target of 8"):
+        vector_distance(torch.randn(5, 9), target)
+
+
+def test_eight_bit_rows_are_within_half_a_step() -> None:
+    weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(3)) * torch.logspace(-3, 3, 40)[:, None]
+    weight[0] = 0
+    steps, size = int8_rows(weight)
+    assert steps.dtype == torch.int8
+    inside = weight.abs() <= 127 * size[:, None]
+    assert bool(((steps * size[:, None] - weight).abs() <= size[:, None] * 0.5001)[inside].all())
+    assert inside.float().mean() > 0.98

@@ -1,0 +1,106 @@
+"""A decoder made shallower: some of its layers, in order, as a checkpoint of its own.
+
+With the causal mask off, the later layers of a small decoder add little that a linear map could read as meaning
+(L3Prune, arXiv 2410.14578, keeps the first ones too). `unmask probe-layers` measures it for a given decoder.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from unmask.checkpoint.checkpoint import Checkpoint
+from unmask.checkpoint.tensors import TensorSource
+from unmask.encoder.model.architectures import shape_of
+from unmask.errors import UsageError
+
+Layers = int | Sequence[int]
+
+_LAYER = re.compile(r"^layers\.(\d+)\.(.+)$")
+
+
+def parse_layers(text: str) -> list[int] | int:
+    """Layers as they are written on a command line: a count, a range, or a list.
+
+    >>> parse_layers("8"), parse_layers("0-3"), parse_layers("0,4,8")
+    (8, [0, 1, 2, 3], [0, 4, 8])
+    """
+    if text.strip().isdigit():
+        return int(text)
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise UsageError(f"layers {text!r}: write a count (8), a range (0-7) or a list (0,4,8)")
+        layers += range(int(first), int(last) + 1) if dash else [int(first)]
+    return layers
+
+
+def shear(checkpoint: Checkpoint, layers: Layers) -> Checkpoint:
+    """A checkpoint with some layers of another one, in the order given. Nothing is copied: tensors are read through.
+
+    Args:
+        layers: how many from the first, or which, counted from 0 in rising order.
+
+    Raises:
+        UsageError: the decoder has no such layer, or none is left.
+    """
+    total = int(checkpoint.config.get("num_hidden_layers") or 0)
+    indices = tuple(range(layers)) if isinstance(layers, int) else tuple(layers)
+    if not indices or list(indices) != sorted(set(indices)) or indices[0] < 0 or indices[-1] >= total:
+        raise UsageError(
+            f"layers {layers!r}: {checkpoint.name} has {total} layers; give a count from 1 to {total}, "
+            "or their numbers from 0 in rising order"
+        )
+    if indices == tuple(range(total)):
+        return checkpoint
+    return replace(
+        checkpoint,
+        config=_config(checkpoint.config, indices),
+        tensors=ShearedTensors(checkpoint.tensors, indices),
+        layers=indices,
+    )
+
+
+def _config(config: Mapping[str, Any], indices: tuple[int, ...]) -> dict[str, Any]:
+    sheared = dict(config) | {"num_hidden_layers": len(indices)}
+    total = int(config["num_hidden_layers"])
+    for key, value in config.items():
+        if isinstance(value, list) and len(value) == total and key.startswith(("layer", "no_rope", "mlp_only")):
+            sheared[key] = [value[index] for index in indices]
+    # A rule such as "every sixth layer attends to everything" counts from the first layer: it still holds where the
+    # kept layers are the first ones, and is spelt out where they are not.
+    positional = config.get("sliding_window") and "layer_types" not in config
+    if positional and indices != tuple(range(len(indices))):
+        shape = shape_of(config)
+        if shape is None:
+            raise UsageError(f"layers {list(indices)}: this {config.get('model_type')} keeps only its first layers")
+        kinds = ["full_attention" if window is None else "sliding_attention" for window in shape.windows]
+        sheared["layer_types"] = [kinds[index] for index in indices]
+    return sheared
+
+
+class ShearedTensors:
+    """The tensors of some layers, numbered from 0, and all that belong to no layer."""
+
+    def __init__(self, tensors: TensorSource, layers: Sequence[int]) -> None:
+        self._tensors = tensors
+        numbers = {old: new for new, old in enumerate(layers)}
+        self._sources: dict[str, str] = {}
+        for name in tensors.names():
+            match = _LAYER.match(name)
+            if match is None:
+                self._sources[name] = name
+            elif int(match[1]) in numbers:
+                self._sources[f"layers.{numbers[int(match[1])]}.{match[2]}"] = name
+
+    def names(self) -> Sequence[str]:
+        return list(self._sources)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors.shape(self._sources[name])
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors.read(self._sources[name])

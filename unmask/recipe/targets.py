@@ -1,0 +1,213 @@
+"""Target vectors of a distillation: several teachers' unit vectors side by side, centred and rotated.
+
+Cosines between targets are the weighted mean of the teachers' own (ensemble distillation, arXiv 2104.06719; vectors
+side by side as in Jasper, arXiv 2412.19048). PCA shortens them to the student's length and orders them, so that the
+first numbers of a student that learns them are a Matryoshka prefix.
+
+Letters in shape comments:
+    N  texts     A  numbers of all teachers together     W  length of a target
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from unmask.disk import atomic_write
+from unmask.errors import StorageError, UsageError
+from unmask.evaluate.cache import VectorCache
+from unmask.evaluate.models import open_model
+from unmask.evaluate.models.embedding_model import EmbeddingModel
+from unmask.home import home
+from unmask.recipe.recipe import Distillation, Ranking, Teacher
+
+FILE = "targets.npz"
+# Vectors of so many texts stand in memory at a time while the rotation is fitted and vectors are computed ahead.
+_BLOCK = 16_384
+
+Count = Callable[[int], None]  # texts done just now
+
+
+class Prompted(Protocol):
+    """A teacher that is given its prompt with the texts."""
+
+    def encode_with_prompt(self, texts: Sequence[str], prompt: str | None) -> np.ndarray: ...
+
+
+class TeacherVectors:
+    """One teacher's unit vectors, each computed once per prompt and kept on disk with those of `unmask evaluate`."""
+
+    def __init__(self, model: str) -> None:
+        self.model: EmbeddingModel = open_model(model)
+        self.cache = VectorCache(home() / "vectors", self.model.revision, self.model.dimensions)
+
+    def of(self, texts: Sequence[str], prompt: str | None, progress: Count | None = None) -> np.ndarray:
+        """float32 [N, dimensions], each of length 1.
+
+        Args:
+            prompt: put before each text; None for the model's own default.
+            progress: told how many texts each step has settled.
+        """
+
+        def compute(missing: list[str]) -> np.ndarray:
+            if prompt is None:
+                return self.model.encode(missing)
+            if hasattr(self.model, "encode_with_prompt"):
+                prompted: Prompted = self.model  # pyright: ignore[reportAssignmentType]
+                return prompted.encode_with_prompt(missing, prompt)
+            return self.model.encode([prompt + text for text in missing])
+
+        key = "" if prompt is None else f"prompt: {prompt}"
+        return _unit(self.cache.encode(texts, key, compute, progress=progress))
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """From the teachers' unit vectors to targets.
+
+    Attributes:
+        means: of each teacher's unit vectors, to be subtracted; zeros where a teacher is not centred.
+        components: [A, W], orthonormal columns in order of the variance they carry; None: targets are not rotated.
+        kept: share of the sample's squared length that the components carry.
+    """
+
+    means: tuple[np.ndarray, ...]
+    components: np.ndarray | None
+    kept: float
+
+    def save(self, file: Path) -> None:
+        """Write it whole or not at all."""
+        arrays = {f"mean{i}": mean for i, mean in enumerate(self.means)} | {"kept": np.array(self.kept)}
+        if self.components is not None:
+            arrays["components"] = self.components
+        with atomic_write(file) as whole, whole.open("wb") as opened:
+            np.savez(opened, **arrays)  # pyright: ignore[reportArgumentType]
+
+    @classmethod
+    def load(cls, file: Path) -> "Rotation":
+        """Read what `save` wrote.
+
+        Raises:
+            StorageError: the file is damaged.
+        """
+        try:
+            with np.load(file) as arrays:
+                count = sum(name.startswith("mean") for name in arrays.files)
+                means = tuple(arrays[f"mean{i}"] for i in range(count))
+                components = arrays["components"] if "components" in arrays.files else None
+                return cls(means, components, float(arrays["kept"]))
+        except (OSError, ValueError, KeyError) as error:
+            raise StorageError(f"{file} is damaged ({error}); remove the run's folder to begin anew") from error
+
+
+class Targets:
+    """Targets of any texts.
+
+    Args:
+        settings: the teachers and the length.
+        sample: texts of the data that means and components are fitted on.
+        file: where the fit is kept; read instead of fitted where it is there.
+        ahead: texts whose vectors are computed now, with those of the sample.
+        progress: told what is going on, texts done just now, texts of it in all.
+
+    Raises:
+        UsageError: a teacher cannot be opened, or the target is longer than its vectors together.
+        StorageError: vectors or fit cannot be kept.
+    """
+
+    def __init__(
+        self,
+        settings: Distillation,
+        sample: Sequence[str],
+        file: Path,
+        ahead: Sequence[str] = (),
+        progress: Callable[[str, int, int], None] = lambda *_: None,
+    ) -> None:
+        self._teachers: list[tuple[Teacher, TeacherVectors]] = [
+            (teacher, TeacherVectors(teacher.model)) for teacher in settings.ensemble()
+        ]
+        for teacher, vectors in self._teachers:
+            texts = list(dict.fromkeys((*sample, *ahead)))
+            report = partial(_report, progress, f"vectors of {vectors.model.name}", len(texts))
+            for start in range(0, len(texts), _BLOCK):
+                vectors.of(texts[start : start + _BLOCK], teacher.prompt, report)
+        self.rotation = Rotation.load(file) if file.is_file() else self._fit(settings, sample)
+        if not file.is_file():
+            self.rotation.save(file)
+        components = self.rotation.components
+        self.dimensions = sum(mean.size for mean in self.rotation.means) if components is None else components.shape[1]
+
+    @property
+    def revisions(self) -> dict[str, str]:
+        """Content address of each teacher, by its name in the recipe."""
+        return {teacher.model: vectors.model.revision for teacher, vectors in self._teachers}
+
+    def of(self, texts: Sequence[str]) -> np.ndarray:
+        """float32 [N, W], each of length 1."""
+        joined = self._joined(texts, self.rotation.means)
+        components = self.rotation.components
+        return _unit(joined if components is None else joined @ components)
+
+    def _joined(self, texts: Sequence[str], means: Sequence[np.ndarray]) -> np.ndarray:
+        """[N, A]: centred unit vectors side by side, each scaled by the root of its weight."""
+        parts = [
+            _unit(vectors.of(texts, teacher.prompt) - mean) * np.float32(teacher.weight**0.5)
+            for (teacher, vectors), mean in zip(self._teachers, means, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+    def _fit(self, settings: Distillation, sample: Sequence[str]) -> Rotation:
+        means = tuple(self._mean(teacher, vectors, sample) for teacher, vectors in self._teachers)
+        total = sum(mean.size for mean in means)
+        length = settings.dimensions
+        if length is None:
+            return Rotation(means, None, 1.0)
+        if length > min(total, len(sample)):
+            raise UsageError(
+                f"distillation.dimensions = {length}: the teachers have {total} numbers together and the sample has "
+                f"{len(sample)} texts; choose at most the smaller of the two"
+            )
+        moment = np.zeros((total, total))
+        for start in range(0, len(sample), _BLOCK):
+            block = self._joined(sample[start : start + _BLOCK], means).astype(np.float64)
+            moment += block.T @ block
+        values, vectors = np.linalg.eigh(moment)
+        order = np.argsort(-values)[:length]
+        components = vectors[:, order]
+        # An eigenvector's sign is anybody's: its largest number is made positive, so that every machine has the same.
+        components = components * np.sign(components[np.abs(components).argmax(axis=0), np.arange(length)])
+        return Rotation(means, components.astype(np.float32), float(values[order].sum() / values.sum()))
+
+    def _mean(self, teacher: Teacher, vectors: TeacherVectors, sample: Sequence[str]) -> np.ndarray:
+        if not teacher.centre:
+            return np.zeros(vectors.model.dimensions, dtype=np.float32)
+        total = np.zeros(vectors.model.dimensions)
+        for start in range(0, len(sample), _BLOCK):
+            total += vectors.of(sample[start : start + _BLOCK], teacher.prompt).sum(axis=0, dtype=np.float64)
+        return (total / len(sample)).astype(np.float32)
+
+
+class RankingTeacher:
+    """How a teacher scores passages for queries: cosines of vectors made with its own two prompts."""
+
+    def __init__(self, settings: Ranking) -> None:
+        self._settings, self._vectors = settings, TeacherVectors(settings.model)
+
+    def queries(self, texts: Sequence[str], progress: Count | None = None) -> np.ndarray:
+        """Unit vectors of queries, float32 [N, dimensions]."""
+        return self._vectors.of(texts, self._settings.query_prompt or None, progress)
+
+    def documents(self, texts: Sequence[str], progress: Count | None = None) -> np.ndarray:
+        """Unit vectors of documents, float32 [N, dimensions]."""
+        return self._vectors.of(texts, self._settings.document_prompt or None, progress)
+
+
+def _report(progress: Callable[[str, int, int], None], name: str, total: int, done: int) -> None:
+    progress(name, done, total)
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
