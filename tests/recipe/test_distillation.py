@@ -54,6 +54,7 @@ def recipe_for(folder: Path, **fields: Any) -> Recipe:
             {"name": "texts", "path": "pairs.tsv", "text": "query", "contrast": False},
         ],
         "batch": {"size": 8, "sets": 2},
+        "contrastive": {"weight": 0.0},  # random pairs teach nothing
         "optimiser": {"lr": 1e-3},
         "checkpoint_every": 4,
     }
@@ -65,7 +66,7 @@ def losses(output: Path) -> list[float]:
 
 
 def test_the_head_begins_as_the_best_linear_map_and_training_brings_it_nearer(folder: Path) -> None:
-    recipe = recipe_for(folder, steps=40, optimiser={"lr": 2e-4}, evaluate_every=20)
+    recipe = recipe_for(folder, steps=40, optimiser={"lr": 1e-3}, evaluate_every=20)
     outcome = train(recipe, data=folder, output=folder / "run")
     scores = [line["scores"] for line in RunFolder(folder / "run", 1).metrics() if "scores" in line]
     untrained = train(
@@ -90,7 +91,7 @@ def test_what_is_written_is_what_was_trained(folder: Path, precision: str, embed
     for name, parameter in encoder.decoder.named_parameters():
         if name in trained:
             error = (parameter - trained[name]).abs().amax() / trained[name].abs().amax()
-            assert float(error) <= largest, name
+            assert float(error.detach()) <= largest, name
     assert encoder.head is not None
     assert torch.equal(encoder.head.plain_weight(), trained["head.weight"])
 
@@ -99,11 +100,11 @@ def test_an_embedding_of_another_model_is_part_of_the_revision(folder: Path) -> 
     recipe = recipe_for(folder, save={"embedding": False}, steps=1)
     train(recipe, data=folder, output=folder / "run")
     model = folder / "run" / "model"
-    before = Encoder.load(model)
+    before = Encoder.load(model).checkpoint.revision
     assert json.loads((model / "config.json").read_text())["token_embedding_from"] == str(folder / "student")
     config = folder / "student" / "config.json"
     config.write_text(config.read_text() + "\n")
-    assert Encoder.load(model).checkpoint.revision != before.checkpoint.revision
+    assert Encoder.load(model).checkpoint.revision != before
     (model / "config.json").write_text((model / "config.json").read_text().replace("student", "nobody"))
     with pytest.raises(Exception, match="nobody"):
         Encoder.load(model)
