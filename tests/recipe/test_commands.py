@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from unmask import Encoder
-from unmask.cli import app
+from unmask.cli import build_app
 from unmask.recipe.merging import Factors, write_factors
 
 
 def run(*arguments: str | Path) -> int:
-    return app([str(argument) for argument in arguments], exit_on_error=False, result_action="return_value")
+    return build_app("*")([str(argument) for argument in arguments], exit_on_error=False, result_action="return_value")
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ def mixture(chosen: Recipe, folder: Path, held: Held | None = None) -> Mixture:
 
 
 def told(batches: list[TextBatch]) -> list[tuple[str, list[str]]]:
-    return [(batch.source.name, [f"{e.query}>{e.positive}" for e in batch.examples]) for batch in batches]
+    return [(batch.name, [f"{e.query}>{e.positive}" for e in batch.examples]) for batch in batches]
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +66,13 @@ def test_another_seed_is_another_order(folder: Path) -> None:
 
 def test_a_batch_is_from_one_set_and_has_its_size(folder: Path) -> None:
     for batch in islice(mixture(recipe(*SOURCES, batch={"size": 5}), folder).batches(), 30):
-        assert len(batch.examples) == (batch.source.batch or 5)
-        assert all(example.query.startswith(batch.source.name) for example in batch.examples)
+        assert len(batch.examples) == (batch.parts[0].source.batch or 5)
+        assert all(example.query.startswith(batch.name) for example in batch.examples)
 
 
 def test_sets_are_drawn_by_weight_and_by_rows_where_none_is_given(folder: Path) -> None:
     chosen = recipe({"name": "a", "weight": 30.0}, {"name": "b", "weight": 10.0}, {"name": "c"}, batch={"size": 1})
-    drawn = Counter(batch.source.name for batch in islice(mixture(chosen, folder).batches(), 4000))
+    drawn = Counter(batch.name for batch in islice(mixture(chosen, folder).batches(), 4000))
     assert drawn["a"] / 4000 == pytest.approx(30 / 80, abs=0.03)
     assert drawn["c"] / 4000 == pytest.approx(40 / 80, abs=0.03)
 
@@ -133,6 +133,6 @@ def test_epochs_are_counted_in_steps(folder: Path) -> None:
     alone = mixture(recipe({"name": "c"}, batch={"size": 10}), folder)
     assert (alone.steps_of(1), alone.steps_of(2.5)) == (4, 10)
     both = mixture(recipe({"name": "a"}, {"name": "c"}, batch={"size": 10}), folder)
-    names = Counter(batch.source.name for batch in islice(both.batches(), both.steps_of(3)))
+    names = Counter(batch.name for batch in islice(both.batches(), both.steps_of(3)))
     assert names["a"] * 10 >= 3 * 23
     assert names["c"] * 10 >= 3 * 40

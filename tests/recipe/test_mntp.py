@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 from tests.recipe.tiny import CPU, GOLDEN, distance, gradients, off_start, recipe_of, texts_of, write_decoder
 from unmask.errors import UsageError
 from unmask.recipe.examples import Example
-from unmask.recipe.mixture import TextBatch
+from unmask.recipe.mixture import Part, TextBatch
 from unmask.recipe.mntp import Head, blocks, head_of, mask, mask_id_of, prediction_loss
 from unmask.recipe.objectives import objective_for
 from unmask.recipe.recipe import Mntp
@@ -104,7 +104,7 @@ def test_half_precision_is_near() -> None:
 
 
 def batch_of(recipe, texts) -> TextBatch:
-    return TextBatch(recipe.data[0], [Example(text) for text in texts])
+    return TextBatch([Part(recipe.data[0], [Example(text) for text in texts])])
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import torch
 from tests.recipe.tiny import CPU, distance, gradients, off_start, recipe_of, texts_of
 from unmask.recipe.examples import Example
 from unmask.recipe.losses import distil, false_negatives, info_nce
-from unmask.recipe.mixture import TextBatch
-from unmask.recipe.objectives import StepReport, simcse, supervised
+from unmask.recipe.mixture import Part, TextBatch
+from unmask.recipe.objectives import StepReport, Teachers, simcse, supervised
 from unmask.recipe.recipe import Recipe
 from unmask.recipe.trainee import Trainee
 
@@ -32,7 +32,9 @@ def trainee_of(recipe: Recipe) -> Trainee:
 
 def step(recipe: Recipe, examples: list[Example], teacher: Any = None) -> tuple[StepReport, Trainee]:
     trainee = trainee_of(recipe)
-    return supervised(TextBatch(recipe.data[0], examples), recipe, trainee, teacher), trainee
+    return supervised(
+        TextBatch([Part(recipe.data[0], examples)]), recipe, trainee, None if teacher is None else Teachers(teacher)
+    ), trainee
 
 
 def vectors(trainee: Trainee, texts: Sequence[str], instruction: str = "") -> torch.Tensor:
@@ -52,7 +54,7 @@ def test_symmetric_sets_have_the_instruction_on_both_sides(symmetric: bool, monk
         return build(texts, instruction, max_length)
 
     monkeypatch.setattr(trainee, "prompts", watched)
-    report = supervised(TextBatch(recipe.data[0], pairs(1)), recipe, trainee, None)
+    report = supervised(TextBatch([Part(recipe.data[0], pairs(1))]), recipe, trainee, None)
     documents = "Find the same:" if symmetric else ""
     assert asked == dict.fromkeys(Q, "Find the same:") | dict.fromkeys([*P, *N[::2]], documents)
     # And the loss is that of exactly those vectors, with the positives asked for their queries where sides are equal.
@@ -166,7 +168,7 @@ def test_simcse_tells_two_views_of_a_text_from_the_other_texts() -> None:
     recipe = recipe_of("simcse", simcse={"attention_dropout": 0.3})
     trainee = trainee_of(recipe)
     trainee.decoder.train()
-    batch = TextBatch(recipe.data[0], [Example(text) for text in [*Q, Q[0]]])
+    batch = TextBatch([Part(recipe.data[0], [Example(text) for text in [*Q, Q[0]]])])
     torch.manual_seed(0)
     report = simcse(batch, recipe, trainee)
     torch.manual_seed(0)

@@ -34,6 +34,11 @@ class TextBatch:
     parts: list[Part]
 
     @property
+    def examples(self) -> list[Example]:
+        """All examples, one data set's after the other's."""
+        return [example for part in self.parts for example in part.examples]
+
+    @property
     def name(self) -> str:
         """The data sets' names, for logs."""
         return " + ".join(part.source.name for part in self.parts)

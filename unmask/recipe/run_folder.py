@@ -149,7 +149,9 @@ class RunFolder:
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 
-def description_of(recipe: Mapping[str, Any], data: Mapping[str, Any], hardware: str, precision: str) -> dict[str, Any]:
+def description_of(
+    recipe: Mapping[str, Any], data: Mapping[str, Any], hardware: str, precision: str = "float32"
+) -> dict[str, Any]:
     """What `run.json` says: enough to run it again elsewhere.
 
     Args:

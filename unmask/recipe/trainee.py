@@ -283,14 +283,15 @@ def backward_through(trainee: Trainee, prompts: Sequence[Prompt], loss_of: Calla
     gather = trainee.processes.gather
     order = [i for turn in turns for i in turn]
     if len(turns) == 1 or sum(len(prompts[i].ids) for i in order) <= trainee.graph_tokens:
-        parts = [trainee.vectors_of(prompts, turn) for turn in turns]
+        kept = [trainee.vectors_of(prompts, turn) for turn in turns]
         # What each process has lies in the order of its turns; everybody's in the order of the prompts.
-        everybody = gather(torch.cat(parts), order, len(prompts)).requires_grad_()
+        own = torch.cat([torch.empty(0, trainee.dimensions, device=trainee.device), *(v.detach() for v in kept)])
+        everybody = gather(own, order, len(prompts)).requires_grad_()
         loss = loss_of(everybody)
         loss.backward()
         assert everybody.grad is not None
         for turn in turns:
-            parts.pop(0).backward(everybody.grad[turn])  # its activations are free after it
+            kept.pop(0).backward(everybody.grad[turn])  # its activations are free after it
         return float(loss.detach())
     randomness: list[_Randomness] = []
     parts = [torch.empty(0, trainee.dimensions, device=trainee.device)]
