@@ -88,7 +88,7 @@ def test_what_is_written_is_what_was_trained(folder: Path, precision: str, embed
     trained = torch.load(folder / "run" / "checkpoints" / "step-00000003" / "state.pt")["parameters"]
     encoder = Encoder.load(folder / "run" / "model")
     largest = {"float32": 0.0, "bfloat16": 2**-8, "int8": 2**-7}[precision]
-    for name, parameter in encoder.decoder.named_parameters():
+    for name, parameter in encoder.trainable_decoder().named_parameters():
         if name in trained:
             error = (parameter - trained[name]).abs().amax() / trained[name].abs().amax()
             assert float(error.detach()) <= largest, name

@@ -35,7 +35,7 @@ def test_layers_as_written_on_a_command_line() -> None:
 def test_a_sheared_decoder_computes_the_layers_that_are_left(layers: int | list[int], tmp_path: Path) -> None:
     base = write_decoder(tmp_path / "base", num_hidden_layers=3)
     encoder = Encoder.load(base, layers=layers)
-    whole = Encoder.load(base).decoder
+    whole = Encoder.load(base).trainable_decoder()
     assert isinstance(whole, Decoder)
     kept = range(layers) if isinstance(layers, int) else layers
     whole.layers = torch.nn.ModuleList(whole.layers[i] for i in kept)

@@ -57,9 +57,9 @@ class Processes:
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Every parameter's gradient becomes the sum over all processes, in one exchange."""
-        if self.size == 1:
-            return
         trained = list(parameters)
+        if self.size == 1 or not trained:
+            return
         flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in trained])
         dist.all_reduce(flat)
         start = 0
