@@ -152,7 +152,9 @@ def test_full_fine_tuning_changes_float32_weights(precision: str) -> None:
 
 
 def test_a_decoder_without_a_row_in_the_table_is_not_trained(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Encoder, "load", lambda *_, **__: SimpleNamespace(decoder=nn.Identity(), checkpoint=PHI))
+    monkeypatch.setattr(
+        Encoder, "load", lambda *_, **__: SimpleNamespace(trainable_decoder=nn.Identity, checkpoint=PHI)
+    )
     with pytest.raises(UnsupportedArchitecture, match=r"is a phi3, which has no row in .*; it cannot be trained"):
         Trainee(recipe_of(), CPU)
 

@@ -124,7 +124,7 @@ def _pooled_by_layer(trainee: Trainee, texts: Sequence[str], progress: Count) ->
     """Pooled states after the embedding and after each layer, each through the final norm: [N, hidden_size] each."""
     trainee.decoder.eval()
     prompts = trainee.prompts(texts, "")
-    size = (len(texts), trainee.decoder.shape.width)
+    size = (len(texts), trainee.decoder.shape.hidden_size)
     pooled = [np.empty(size, dtype=np.float32) for _ in range(trainee.decoder.shape.layers + 1)]
     for pack in trainee.packs([len(prompt.ids) for prompt in prompts]):
         chosen = [prompts[i] for i in pack]

@@ -186,7 +186,7 @@ def set_head(
     recipe: Recipe, settings: Head, trainee: Trainee, sets: Sequence[Examples], teachers: Teachers | None
 ) -> None:
     """Give the model under training the head that the recipe asks for; see `recipe.Head` for where it begins."""
-    hidden_size = trainee.decoder.shape.width
+    hidden_size = trainee.decoder.shape.hidden_size
     own = trainee.head
     if own is not None and own.out_features == settings.dimensions and not settings.refit:
         trainee.set_head(own, settings.trained)

@@ -76,7 +76,11 @@ class Trainee:
         decoder.checkpointing = recipe.gradient_checkpointing
         if self.sharded:
             shard(decoder, device, self.processes)
-        self.parameters: dict[str, nn.Parameter] = {n: p for n, p in decoder.named_parameters() if p.requires_grad}
+        # Frozen ones too. Asked for later, sharded ones could be the collected copies of a forward.
+        self._decoder_parameters = dict(decoder.named_parameters())
+        self.parameters: dict[str, nn.Parameter] = {
+            name: parameter for name, parameter in self._decoder_parameters.items() if parameter.requires_grad
+        }
         self.head: nn.Linear | None = None
         self.average: dict[str, Tensor] = {}
         self._ema = recipe.ema
@@ -98,7 +102,7 @@ class Trainee:
 
     def trained_decoder(self) -> dict[str, Tensor]:
         """Every parameter of the decoder as it is now, frozen ones too, by name."""
-        return dict(self.decoder.named_parameters())
+        return dict(self._decoder_parameters)
 
     @torch.no_grad()
     def update_average(self) -> None:
@@ -167,7 +171,7 @@ class Trainee:
     @torch.no_grad()
     def encode_pooled(self, texts: Sequence[str]) -> np.ndarray:
         """Pooled states before the head, float32 [n, hidden_size], as `encode` gives vectors."""
-        return self._encode(texts, "", self.pooled, self.decoder.shape.width).cpu().numpy()
+        return self._encode(texts, "", self.pooled, self.decoder.shape.hidden_size).cpu().numpy()
 
     def _encode(
         self, texts: Sequence[str], instruction: str, forward: Callable[[Sequence[Prompt]], Tensor], dimensions: int
@@ -282,7 +286,9 @@ def backward_through(trainee: Trainee, prompts: Sequence[Prompt], loss_of: Calla
     turns = trainee.turns([len(prompt.ids) for prompt in prompts])
     gather = trainee.processes.gather
     order = [i for turn in turns for i in turn]
-    if len(turns) == 1 or sum(len(prompts[i].ids) for i in order) <= trainee.graph_tokens:
+    # Sharded, several graphs cannot be alive at once: the second forward would free the weights of the first.
+    within = not trainee.sharded and sum(len(prompts[i].ids) for i in order) <= trainee.graph_tokens
+    if len(turns) == 1 or within:
         kept = [trainee.vectors_of(prompts, turn) for turn in turns]
         # What each process has lies in the order of its turns; everybody's in the order of the prompts.
         own = torch.cat([torch.empty(0, trainee.dimensions, device=trainee.device), *(v.detach() for v in kept)])
