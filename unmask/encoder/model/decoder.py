@@ -274,20 +274,16 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def states_by_layer(self, ids: Tensor, lengths: list[int]) -> Iterator[Tensor]:
-        """States [T, W] after the embedding and after each layer, each through the final norm, as a decoder cut there
-        would give them."""
-        runs = runs_of(lengths)
-        positions = torch.cat([torch.arange(length, device=ids.device).repeat(n) for _, n, length in runs])  # [T]
-        bounds = packed.bounds_of(lengths, ids.device) if packed.on(ids.device) else None
-        spans = Spans(runs, bounds, max(lengths))
-        x = self.embedding(ids)  # [T, W]
-        if self.shape.embedding_scale != 1.0:
-            x = x * rounded(self.shape.embedding_scale, x.dtype)
-        rotations = {rope: self._rotation(rope, positions, spans.longest, x.dtype) for rope in set(self.shape.ropes)}
-        yield self.norm(x)
-        for layer, rope in zip(self.layers, self.shape.ropes, strict=True):
-            x = layer(x, *rotations[rope], spans)
-            yield self.norm(x)
+        """States [T, W] of decoders cut after the embedding, after the first layer, and so on, final norm included."""
+        states: list[Tensor] = []
+        hooks = [self.layers[0].register_forward_pre_hook(lambda _, inputs: states.append(self.norm(inputs[0])))]
+        hooks += [layer.register_forward_hook(lambda *call: states.append(self.norm(call[2]))) for layer in self.layers]
+        try:
+            self(ids, lengths)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        yield from states
 
     def _rotation(self, rope: Rope, positions: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin for each token, [T, 1, D/2]."""
