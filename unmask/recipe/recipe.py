@@ -181,6 +181,7 @@ class Teacher(Struct, forbid_unknown_fields=True, kw_only=True):
 
     Attributes:
         model: a model that `unmask evaluate` can measure: a folder, an endpoint, one of ours.
+        name: for overrides, as in --set distillation.teachers.NAME.model=FOLDER.
         prompt: put before every text; left out: the model's own default.
         weight: of its cosines in those of the target.
         centre: subtract the mean vector of a sample. Without it a teacher whose vectors all point into one half of
@@ -188,6 +189,7 @@ class Teacher(Struct, forbid_unknown_fields=True, kw_only=True):
     """
 
     model: str
+    name: str = ""
     prompt: str | None = None
     weight: Rate = 1.0
     centre: bool = True

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from unmask.checkpoint.tensors import TensorSource
 from unmask.encoder.model import attention as packed
+from unmask.encoder.model import fused_autograd
 from unmask.encoder.model.architectures import Rope, Shape
 from unmask.encoder.runtime.linear import Linear
 from unmask.errors import CheckpointError
@@ -70,6 +71,8 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         scale = self.weight.float() + self.offset if self.offset else self.weight.float()
+        if torch.is_grad_enabled():
+            return fused_autograd.RmsNorm.apply(x, scale, self.eps)  # pyright: ignore[reportReturnType]
         return F.rms_norm(x.float(), (x.shape[-1],), scale, self.eps).to(x.dtype)
 
 
@@ -168,7 +171,10 @@ class Layer(nn.Module):
         return (behind <= reach) & (behind >= (0 if self.causal else -reach))
 
     def mlp(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)  # [T, I] twice
+        gate_up = self.gate_up(x)  # [T, 2 I]
+        if torch.is_grad_enabled() and self.shape.activation == "silu":
+            return self.down(fused_autograd.SwiGlu.apply(gate_up))  # [T, W]
+        gate, up = gate_up.chunk(2, dim=-1)  # [T, I] twice
         serving = not torch.is_grad_enabled()  # then nobody needs the gate again, and its memory is at hand
         gate = F.silu(gate, inplace=serving) if self.shape.activation == "silu" else F.gelu(gate, approximate="tanh")
         return self.down(gate.mul_(up) if serving else gate * up)  # [T, W]
@@ -179,10 +185,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     x [T, heads, D]; cos, sin [T, 1, D/2].
     """
-    first, second = x.chunk(2, dim=-1)  # [T, heads, D/2] twice
     if torch.is_grad_enabled():
-        turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
-        return torch.cat(turned, dim=-1)
+        return fused_autograd.Rotate.apply(x, cos, sin)  # pyright: ignore[reportReturnType]
+    first, second = x.chunk(2, dim=-1)  # [T, heads, D/2] twice
     turned = (first * cos).addcmul_(second, sin, value=-1)
     second.mul_(cos).addcmul_(first, sin)
     first.copy_(turned)
