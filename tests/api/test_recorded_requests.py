@@ -92,7 +92,7 @@ def server(tiny_llama: Path, accounts: Accounts) -> Iterator[Callable[[str], Loc
 
 
 def customer(accounts: Accounts, name: str, credit: int, **settings: Any) -> Customer:
-    """Open an account with `credit` nano-dollars, and make a key with `settings`."""
+    """Open an account with `credit` nano-dollars, and create a key with `settings`."""
 
     def make(connection: Connection) -> Customer:
         account = people.open_account(connection, name, now_ms())
@@ -175,8 +175,8 @@ def test_the_answer_is_the_recorded_one(server: Callable[[str], LocalService], a
     elif settings := record.get("customer"):
         made = customer(accounts, **settings)
         names |= {"<key>": made.key, "<key id>": keys.key_id(made.key), "<account>": made.account}
-    for _ in range(record.get("times", 1)):
-        answer = send(service, record["request"], names)
+    answers = [send(service, record["request"], names) for _ in range(record.get("times", 1))]
+    answer = answers[-1]
     if RECORDING:
         record["answer"] = answer
         file.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -15,7 +15,7 @@ QUOTA = "insufficient_quota"
 
 
 class ErrorBody(msgspec.Struct, kw_only=True):
-    """What OpenAI's clients read; all four keys are always present."""
+    """The error object that OpenAI's clients read; all four keys are always present."""
 
     message: str
     type: str

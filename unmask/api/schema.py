@@ -94,7 +94,7 @@ ModelStatus = Literal["cold", "loading", "ready", "failed"]
 
 
 class ModelPrice(msgspec.Struct, kw_only=True, frozen=True):
-    """What a million tokens cost, in whole billionths of a dollar."""
+    """Price of a million tokens, in whole billionths of a dollar."""
 
     tier: Annotated[str, _doc("standard; another one only where it costs something else, for X-Tier.")]
     nanodollars_per_million_tokens: Annotated[int, Meta(ge=0)]
@@ -102,7 +102,7 @@ class ModelPrice(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class Model(Specification, kw_only=True, frozen=True):
-    """What the catalogue knows of a model that a caller needs, in the shape of OpenAI's model object."""
+    """A model, in the shape of OpenAI's model object: its catalogue record, and its state on this server."""
 
     object: Literal["model"] = "model"
     status: Annotated[ModelStatus, _doc("A cold model loads with its first request.")]
@@ -124,7 +124,7 @@ class Health(msgspec.Struct, kw_only=True):
 
 
 class Readiness(msgspec.Struct, kw_only=True):
-    """Whether to send requests here, with the finding for each model that counts."""
+    """Readiness of the server, with the verdict of each warm or loaded model."""
 
     status: Literal["ready", "not ready", "stopping"]
     models: dict[str, str]
@@ -134,7 +134,7 @@ Dollars = Annotated[str, Meta(description="US dollars as an exact decimal.", pat
 
 
 class Minute(msgspec.Struct, kw_only=True):
-    """How much per minute. Null is no limit."""
+    """Limits per minute. Null: no limit."""
 
     requests: int | None
     tokens: int | None
@@ -200,7 +200,7 @@ class UsageReport(msgspec.Struct, kw_only=True):
 
 
 class Index(msgspec.Struct, kw_only=True):
-    """Where to go from `/`."""
+    """The paths of the API, by purpose."""
 
     name: str
     version: str
