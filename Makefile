@@ -5,21 +5,34 @@ BIN    := $(VENV)/bin
 HOST   ?= 127.0.0.1
 PORT   ?= 8080
 ARGS   ?=
+# Line coverage by default where Python can measure it without doubling the time (3.12 and newer, sys.monitoring).
+COVERAGE ?= $(shell $(PYTHON) -c 'import sys; print(int(sys.version_info >= (3, 12)))')
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: serve test lint format bench bench-training docs clean
+.PHONY: help serve check test lint format bench bench-training docs clean
 
-serve: $(VENV)/.serve  ## install, fetch the default model once, answer on http://$(HOST):$(PORT)/v1
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F '\t' '{printf "  make %-16s %s\n", $$1, $$2}'
+
+serve: $(VENV)/.serve  ## fetch the default model once, answer on http://127.0.0.1:8080/v1
 	$(BIN)/unmask serve --host $(HOST) --port $(PORT) $(ARGS)
 
-test: $(VENV)/.dev  ## install, run all tests
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+check: $(VENV)/.dev  ## lint, types, fast tests, doctests and examples: for while you work
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright & types=$$!; \
+	$(PYTEST) -m 'not (service or browser or weights or slow)' $(ARGS); tests=$$?; \
+	wait $$types && exit $$tests
 
-lint: $(VENV)/.dev
+test: $(VENV)/.dev  ## all tests; those in a browser are skipped where no Chromium is installed
+	COVERAGE_CORE=sysmon $(PYTEST) $(if $(filter 1,$(COVERAGE)),--cov --cov-report=term) $(ARGS)
+
+lint: $(VENV)/.dev  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-format: $(VENV)/.dev
+format: $(VENV)/.dev  ## mend the style where a tool can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -59,5 +72,5 @@ $(VENV)/.bench: benchmarks/infinity.txt $(VENV)/.dev
 		$(VENV)/peers/infinity/bin/python -m pip install --quiet --requirement benchmarks/infinity.txt
 	touch $@
 
-clean:
+clean:  ## remove everything that is not in the repository
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis dist build

@@ -22,8 +22,61 @@ hypothesis.settings.load_profile("unmask")
 keep_few_products()
 
 
+# Fixtures by the marker that a test which uses them gets.
+NEEDS = {
+    "service": {"postgres", "server", "mail", "elsewhere"},
+    "browser": {"browser"},
+    "weights": {"real_model"},
+}
+# Modules whose tests start processes, train, or draw many examples. `make check` leaves them out.
+SLOW = {
+    "accounts/test_chaos.py",
+    "accounts/test_ledger_machine.py",
+    "accounts/test_two_accounts.py",
+    "api/test_openapi.py",
+    "api/test_soak.py",
+    "benchmarks/test_encode.py",
+    "bulk/test_job.py",
+    "checkpoint/test_packaged_models.py",
+    "encoder/test_golden.py",
+    "encoder/test_shipped_model.py",
+    "evaluate/test_public_data.py",
+    "evaluate/test_run.py",
+    "evaluate/test_word_level.py",
+    "onboarding/test_gates.py",
+    "onboarding/test_onboarding.py",
+    "server/test_http_server.py",
+    "test_collection.py",
+    "test_container.py",
+    "web/test_founding_case.py",
+    "recipe/test_commands.py",
+    "recipe/test_distributed.py",
+    "recipe/test_loop.py",
+    "recipe/test_lora.py",
+    "recipe/test_merging.py",
+    "recipe/test_mining.py",
+    "recipe/test_mntp.py",
+    "recipe/test_objectives.py",
+    "recipe/test_train.py",
+    "recipe/test_trainee.py",
+}
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the tests over public data, which is not ours to commit, unless UNMASK_TEST_DATA names its folder."""
+    """Mark each test with what it needs, and leave out those over public data, which is not ours to commit.
+
+    The public data is the folder that UNMASK_TEST_DATA names.
+    """
+    for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        backends = {value for value in parameters.values() if isinstance(value, str)}
+        for marker, names in NEEDS.items():
+            if fixtures & names or (marker == "service" and "postgresql" in backends):
+                item.add_marker(marker)
+        if "/".join(item.path.parts[-2:]) in SLOW or item.path.name in SLOW:
+            item.add_marker("slow")
     if "UNMASK_TEST_DATA" not in os.environ:
         left_out = [item for item in items if item.get_closest_marker("public_data")]
         config.hook.pytest_deselected(items=left_out)

@@ -65,7 +65,7 @@ def site(accounts: Accounts, golden_dir: Path) -> Iterator[LocalService]:
 
 
 @pytest.fixture
-def browser(site: LocalService, accounts: Accounts) -> Iterator[httpx.Client]:
+def web_client(site: LocalService, accounts: Accounts) -> Iterator[httpx.Client]:
     # Every test here comes from one place, which may only try so often; and nothing is remembered of the provider.
     accounts._limiter = LocalLimiter()
     assert accounts.provider
@@ -86,32 +86,32 @@ def rows(accounts: Accounts, email: str) -> list[Any]:
     return do(accounts, lambda c: [p for p in people.list_people(c) if p.email == email])
 
 
-def fill(browser: httpx.Client, form_on: str, path: str, **fields: str) -> httpx.Response:
-    inputs = Page(browser.get(form_on).text).all("input")
+def fill(web_client: httpx.Client, form_on: str, path: str, **fields: str) -> httpx.Response:
+    inputs = Page(web_client.get(form_on).text).all("input")
     token = next(field["value"] for field in inputs if field.get("name") == "token")
-    return browser.post(path, data={"token": token, **fields})
+    return web_client.post(path, data={"token": token, **fields})
 
 
-def begun(browser: httpx.Client) -> dict[str, str]:
+def begun(web_client: httpx.Client) -> dict[str, str]:
     """The way to the provider, not gone: what the browser would take there."""
-    reply = browser.get("/sign-in/provider", follow_redirects=False)
+    reply = web_client.get("/sign-in/provider", follow_redirects=False)
     assert reply.status_code == 303
     return {name: values[0] for name, values in parse_qs(urlsplit(reply.headers["location"]).query).items()}
 
 
 def test_from_the_button_to_the_account_and_back(
-    browser: httpx.Client, site: LocalService, accounts: Accounts, elsewhere: OidcProvider
+    web_client: httpx.Client, site: LocalService, accounts: Accounts, elsewhere: OidcProvider
 ) -> None:
     elsewhere.person = {"sub": "ada", "email": "Ada@Example.org", "email_verified": True}
-    page = Page(browser.get("/sign-in?next=/account/usage").text)
+    page = Page(web_client.get("/sign-in?next=/account/usage").text)
     button = next(link for link in page.links() if link.startswith("/sign-in/provider"))
     assert f"Sign in with {NAME}" in page.text and page.text.count(NAME) == 1
-    reply = browser.get(button)
+    reply = web_client.get(button)
     assert reply.status_code == 200 and reply.url.path == "/account/usage"
     steps = [urlsplit(str(step.url)).path for step in reply.history]
     assert steps == ["/sign-in/provider", "/authorize", "/sign-in/provider/return"]
-    assert "unmask_visit" not in browser.cookies and "unmask_session" in browser.cookies
-    page = text(browser.get("/account"))
+    assert "unmask_visit" not in web_client.cookies and "unmask_session" in web_client.cookies
+    page = text(web_client.get("/account"))
     assert "$1.00" in page and "ada@example.org" in page
     # The same person with another address, in another browser, comes to the same account.
     elsewhere.person = {"sub": "ada", "email": "ada@elsewhere.example", "email_verified": True}
@@ -132,10 +132,10 @@ def test_from_the_button_to_the_account_and_back(
 
 
 def test_nobody_signs_in_with_a_password_that_was_never_set(
-    browser: httpx.Client, site: LocalService, elsewhere: OidcProvider
+    web_client: httpx.Client, site: LocalService, elsewhere: OidcProvider
 ) -> None:
     elsewhere.person = {"sub": "bare", "email": "bare@example.org"}
-    assert browser.get("/sign-in/provider").url.path == "/account"
+    assert web_client.get("/sign-in/provider").url.path == "/account"
     with a_browser(site) as other:
         for password in ("", people.NO_PASSWORD, PASSWORD):
             reply = fill(other, "/sign-in", "/sign-in", email="bare@example.org", password=password)
@@ -143,21 +143,21 @@ def test_nobody_signs_in_with_a_password_that_was_never_set(
 
 
 def test_an_address_with_a_password_stays_its_owners_and_is_linked_by_them(
-    browser: httpx.Client, site: LocalService, accounts: Accounts, elsewhere: OidcProvider
+    web_client: httpx.Client, site: LocalService, accounts: Accounts, elsewhere: OidcProvider
 ) -> None:
     owner = person(accounts, "owner@example.org")
     elsewhere.person = {"sub": "owner", "email": "owner@example.org", "email_verified": True}
-    reply = browser.get("/sign-in/provider")
-    assert reply.status_code == 400 and "unmask_session" not in browser.cookies
+    reply = web_client.get("/sign-in/provider")
+    assert reply.status_code == 400 and "unmask_session" not in web_client.cookies
     assert "sign in to it as before, and link Example on the page 'Settings'" in text(reply)
     assert do(accounts, lambda c: people.identities_of(c, owner.id)) == []
-    fill(browser, "/sign-in", "/sign-in", email="owner@example.org", password=PASSWORD)
-    assert "Link it" in text(browser.get("/account/settings"))
-    reply = fill(browser, "/account/settings", "/account/link", own_password="not it")
+    fill(web_client, "/sign-in", "/sign-in", email="owner@example.org", password=PASSWORD)
+    assert "Link it" in text(web_client.get("/account/settings"))
+    reply = fill(web_client, "/account/settings", "/account/link", own_password="not it")
     assert reply.status_code == 401 and "The password is not right." in text(reply)
-    reply = fill(browser, "/account/settings", "/account/link", own_password=PASSWORD)
+    reply = fill(web_client, "/account/settings", "/account/link", own_password=PASSWORD)
     on = next(link["href"] for link in Page(reply.text).all("a") if link.get("href", "").startswith(elsewhere.url))
-    reply = browser.get(on)
+    reply = web_client.get(on)
     assert reply.url.path == "/account/settings" and "From now on you can sign in that way as well." in text(reply)
     assert "Link it" not in text(reply) and elsewhere.url in text(reply)
     with a_browser(site) as other:
@@ -169,7 +169,7 @@ def test_an_address_with_a_password_stays_its_owners_and_is_linked_by_them(
 
 
 def test_a_linked_identity_is_unlinked_by_whoever_knows_the_password(
-    browser: httpx.Client, site: LocalService, accounts: Accounts, elsewhere: OidcProvider
+    web_client: httpx.Client, site: LocalService, accounts: Accounts, elsewhere: OidcProvider
 ) -> None:
     owner = person(accounts, "linked@example.org")
     identity = Identity(issuer=elsewhere.url, subject="linked", email="linked@example.org", verified=True)
@@ -177,38 +177,40 @@ def test_a_linked_identity_is_unlinked_by_whoever_knows_the_password(
     elsewhere.person = {"sub": "linked", "email": "linked@example.org", "email_verified": True}
     with a_browser(site) as other:
         assert other.get("/sign-in/provider").url.path == "/account"
-        fill(browser, "/sign-in", "/sign-in", email="linked@example.org", password=PASSWORD)
+        fill(web_client, "/sign-in", "/sign-in", email="linked@example.org", password=PASSWORD)
         given = {"issuer": elsewhere.url, "unlink_password": PASSWORD}
-        reply = fill(browser, "/account/settings", "/account/unlink", **given | {"unlink_password": "not it"})
+        reply = fill(web_client, "/account/settings", "/account/unlink", **given | {"unlink_password": "not it"})
         assert reply.status_code == 401 and "The password is not right." in text(reply)
-        reply = fill(browser, "/account/settings", "/account/unlink", **given | {"issuer": "https://nowhere.example"})
+        reply = fill(
+            web_client, "/account/settings", "/account/unlink", **given | {"issuer": "https://nowhere.example"}
+        )
         assert reply.status_code == 400 and "This sign-in is not linked to your account." in text(reply)
-        reply = fill(browser, "/account/settings", "/account/unlink", **given)
+        reply = fill(web_client, "/account/settings", "/account/unlink", **given)
         assert reply.url.path == "/sign-in" and "You can sign in that way no longer" in text(reply)
         assert other.get("/account").url.path == "/sign-in", "every browser is signed out"
         reply = other.get("/sign-in/provider")
         assert reply.status_code == 400 and "link Example on the page 'Settings'" in text(reply)
     assert do(accounts, lambda c: people.identities_of(c, owner.id)) == []
-    fill(browser, "/sign-in", "/sign-in", email="linked@example.org", password=PASSWORD)
-    assert "Unlink it" not in text(browser.get("/account/settings"))
+    fill(web_client, "/sign-in", "/sign-in", email="linked@example.org", password=PASSWORD)
+    assert "Unlink it" not in text(web_client.get("/account/settings"))
 
 
 def test_whoever_has_no_password_cannot_unlink_the_only_way_in(
-    browser: httpx.Client, accounts: Accounts, elsewhere: OidcProvider
+    web_client: httpx.Client, accounts: Accounts, elsewhere: OidcProvider
 ) -> None:
     elsewhere.person = {"sub": "only", "email": "only@example.org"}
-    assert browser.get("/sign-in/provider").url.path == "/account"
-    assert "Unlink it" not in text(browser.get("/account/settings"))
-    reply = fill(browser, "/account/settings", "/account/unlink", issuer=elsewhere.url)
+    assert web_client.get("/sign-in/provider").url.path == "/account"
+    assert "Unlink it" not in text(web_client.get("/account/settings"))
+    reply = fill(web_client, "/account/settings", "/account/unlink", issuer=elsewhere.url)
     assert reply.status_code == 400 and "Set a password first" in text(reply)
-    assert browser.get("/account").url.path == "/account"
+    assert web_client.get("/account").url.path == "/account"
 
 
 def test_an_identity_is_linked_to_one_account_only_and_by_nobody_else(
-    browser: httpx.Client, site: LocalService, accounts: Accounts, elsewhere: OidcProvider
+    web_client: httpx.Client, site: LocalService, accounts: Accounts, elsewhere: OidcProvider
 ) -> None:
     elsewhere.person = {"sub": "two", "email": "two@example.org", "email_verified": True}
-    assert browser.get("/sign-in/provider").url.path == "/account"
+    assert web_client.get("/sign-in/provider").url.path == "/account"
     second = person(accounts, "second@example.org")
     with a_browser(site) as other:
         fill(other, "/sign-in", "/sign-in", email="second@example.org", password=PASSWORD)
@@ -228,7 +230,7 @@ def test_an_identity_is_linked_to_one_account_only_and_by_nobody_else(
 
 @pytest.mark.parametrize("given", ["another state", "no state", "another browser's", "no cookie", "too late", "twice"])
 def test_a_way_back_that_was_not_begun_here(
-    browser: httpx.Client,
+    web_client: httpx.Client,
     site: LocalService,
     accounts: Accounts,
     elsewhere: OidcProvider,
@@ -236,7 +238,7 @@ def test_a_way_back_that_was_not_begun_here(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     elsewhere.person = {"sub": given, "email": f"{given.replace(' ', '-').replace(chr(39), '')}@example.org"}
-    asked = begun(browser)
+    asked = begun(web_client)
     back = dict(parse_qs(urlsplit(elsewhere.authorize(asked)).query, strict_parsing=True))
     if given == "another state":
         back["state"] = ["0" * 64]
@@ -246,17 +248,17 @@ def test_a_way_back_that_was_not_begun_here(
         with a_browser(site) as other:
             back["state"] = [begun(other)["state"]]
     elif given == "no cookie":
-        browser.cookies.clear()
+        web_client.cookies.clear()
     elif given == "too late":
         monkeypatch.setattr(identity_provider, "now_ms", lambda: now_ms() + identity_provider.AUTHORIZATION_MS + 1)
     elif given == "twice":
-        kept = browser.cookies["unmask_visit"]
-        assert browser.get("/sign-in/provider/return", params=back).url.path == "/account"
-        browser.cookies.clear()
-        browser.cookies["unmask_visit"] = kept
+        kept = web_client.cookies["unmask_visit"]
+        assert web_client.get("/sign-in/provider/return", params=back).url.path == "/account"
+        web_client.cookies.clear()
+        web_client.cookies["unmask_visit"] = kept
     asked_before = elsewhere.seen.count("/token")
-    reply = browser.get("/sign-in/provider/return", params=back)
-    assert reply.status_code == 401 and "begin again" in text(reply) and "unmask_session" not in browser.cookies
+    reply = web_client.get("/sign-in/provider/return", params=back)
+    assert reply.status_code == 401 and "begin again" in text(reply) and "unmask_session" not in web_client.cookies
     # Only a code that was used is the provider's to refuse.
     assert elsewhere.seen.count("/token") == asked_before + (given == "twice")
     if given != "twice":
@@ -307,27 +309,27 @@ def bad_token(bent: str, elsewhere: OidcProvider) -> None:
     ],
 )
 def test_an_id_token_that_is_not_right(
-    browser: httpx.Client, accounts: Accounts, elsewhere: OidcProvider, bent: str
+    web_client: httpx.Client, accounts: Accounts, elsewhere: OidcProvider, bent: str
 ) -> None:
     elsewhere.person = {"sub": bent, "email": "bent@example.org", "email_verified": True}
     bad_token(bent, elsewhere)
-    reply = browser.get("/sign-in/provider")
+    reply = web_client.get("/sign-in/provider")
     assert reply.status_code == 401 and "What Example says of you cannot be believed" in text(reply)
-    assert "/token" in elsewhere.seen and "unmask_session" not in browser.cookies
+    assert "/token" in elsewhere.seen and "unmask_session" not in web_client.cookies
     assert not rows(accounts, "bent@example.org")
 
 
-def test_a_token_for_several_that_names_us_is_right(browser: httpx.Client, elsewhere: OidcProvider) -> None:
+def test_a_token_for_several_that_names_us_is_right(web_client: httpx.Client, elsewhere: OidcProvider) -> None:
     elsewhere.person = {"sub": "several", "email": "several@example.org"}
     elsewhere.bent = {"aud": ["another", CLIENT], "azp": CLIENT}
-    assert browser.get("/sign-in/provider").url.path == "/account"
+    assert web_client.get("/sign-in/provider").url.path == "/account"
 
 
 @pytest.mark.parametrize(
     "path", ["/.well-known/openid-configuration", "/token", "/jwks", "another issuer", "gone", "no secret of ours"]
 )
 def test_a_provider_that_is_down_or_strange(
-    browser: httpx.Client, accounts: Accounts, elsewhere: OidcProvider, path: str, monkeypatch: pytest.MonkeyPatch
+    web_client: httpx.Client, accounts: Accounts, elsewhere: OidcProvider, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     elsewhere.person = {"sub": "down", "email": "down@example.org"}
     assert accounts.provider
@@ -340,107 +342,109 @@ def test_a_provider_that_is_down_or_strange(
         monkeypatch.setattr(accounts.provider, "settings", other)
     else:
         elsewhere.broken = (path,)
-    reply = browser.get("/sign-in/provider", params={"next": "/account/usage"})
+    reply = web_client.get("/sign-in/provider", params={"next": "/account/usage"})
     assert reply.status_code == 503 and "Just now Example cannot be asked who you are" in text(reply)
-    assert "unmask_session" not in browser.cookies and "Password" in text(reply)  # which goes on working
+    assert "unmask_session" not in web_client.cookies and "Password" in text(reply)  # which goes on working
     elsewhere.straighten()
     elsewhere.person = {"sub": "up again", "email": f"up{hash(path)}@example.org"}
     monkeypatch.undo()
-    assert browser.get("/sign-in/provider").url.path == "/account"
+    assert web_client.get("/sign-in/provider").url.path == "/account"
 
 
-def test_whoever_does_not_agree_is_not_signed_in(browser: httpx.Client, elsewhere: OidcProvider) -> None:
-    reply = browser.get("/sign-in/provider")
+def test_whoever_does_not_agree_is_not_signed_in(web_client: httpx.Client, elsewhere: OidcProvider) -> None:
+    reply = web_client.get("/sign-in/provider")
     assert reply.status_code == 401 and "You were not signed in by Example" in text(reply)
     assert "555" not in text(reply)  # what an address says is not repeated
 
 
 def test_an_address_that_is_missing_or_not_verified(
-    browser: httpx.Client, accounts: Accounts, elsewhere: OidcProvider
+    web_client: httpx.Client, accounts: Accounts, elsewhere: OidcProvider
 ) -> None:
     elsewhere.person = {"sub": "without"}
-    reply = browser.get("/sign-in/provider")
+    reply = web_client.get("/sign-in/provider")
     assert reply.status_code == 401 and "No mail address came from Example" in text(reply)
     elsewhere.person = {"sub": "unsure", "email": "unsure@example.org", "email_verified": False}
-    reply = browser.get("/sign-in/provider")
+    reply = web_client.get("/sign-in/provider")
     assert reply.status_code == 401 and "Your mail address is not verified at Example" in text(reply)
     elsewhere.person["email_verified"] = "false"
-    assert browser.get("/sign-in/provider").status_code == 401
+    assert web_client.get("/sign-in/provider").status_code == 401
     elsewhere.person = {"sub": "strange", "email": "not an address"}
-    assert browser.get("/sign-in/provider").status_code == 400
+    assert web_client.get("/sign-in/provider").status_code == 400
     assert not rows(accounts, "unsure@example.org")
 
 
-def test_an_address_from_the_user_info(browser: httpx.Client, elsewhere: OidcProvider) -> None:
+def test_an_address_from_the_user_info(web_client: httpx.Client, elsewhere: OidcProvider) -> None:
     elsewhere.methods = ("client_secret_post",)
     elsewhere.email_in = "userinfo"
     elsewhere.person = {"sub": "info", "email": "info@example.org", "email_verified": True}
-    assert "info@example.org" in text(browser.get("/sign-in/provider"))
+    assert "info@example.org" in text(web_client.get("/sign-in/provider"))
     assert "/userinfo" in elsewhere.seen
     elsewhere.person = {"sub": "info2", "email": "info2@example.org"}
     elsewhere.bent = {"sub": "somebody else"}
-    assert browser.post("/sign-out", data={}).status_code == 403
-    browser.cookies.clear()
-    assert browser.get("/sign-in/provider").status_code == 503
+    assert web_client.post("/sign-out", data={}).status_code == 403
+    web_client.cookies.clear()
+    assert web_client.get("/sign-in/provider").status_code == 503
 
 
 def test_deleting_needs_a_fresh_session_and_forgets_the_identity(
-    browser: httpx.Client, accounts: Accounts, elsewhere: OidcProvider, monkeypatch: pytest.MonkeyPatch
+    web_client: httpx.Client, accounts: Accounts, elsewhere: OidcProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     elsewhere.person = {"sub": "going", "email": "going@example.org"}
-    browser.get("/sign-in/provider")
+    web_client.get("/sign-in/provider")
     going = rows(accounts, "going@example.org")[0]
-    page = Page(browser.get("/account/settings").text)
+    page = Page(web_client.get("/account/settings").text)
     assert not [field for field in page.all("input") if field.get("name") in ("old", "password")]
     later = now_ms() + 11 * 60_000
     with monkeypatch.context() as patch:
         patch.setattr("unmask.accounts.accounts.now_ms", lambda: later)
         for path, form in (("delete", {"sure": "yes"}), ("password", {"new": "another password"})):
-            reply = fill(browser, "/account/settings", f"/account/{path}", **form)
+            reply = fill(web_client, "/account/settings", f"/account/{path}", **form)
             assert reply.status_code == 401 and "You signed in too long ago for this" in text(reply)
-    reply = fill(browser, "/account/settings", "/account/delete", sure="yes")
+    reply = fill(web_client, "/account/settings", "/account/delete", sure="yes")
     assert "The account is deleted." in text(reply)
     assert do(accounts, lambda c: people.identities_of(c, going.id)) == []
     # The free credit is given once per address, whichever way somebody comes.
-    reply = browser.get("/sign-in/provider")
+    reply = web_client.get("/sign-in/provider")
     assert reply.url.path == "/account" and "$0.00" in text(reply)
     assert do(accounts, verify).drift == ()
 
 
 def test_a_first_password(
-    browser: httpx.Client, site: LocalService, accounts: Accounts, elsewhere: OidcProvider
+    web_client: httpx.Client, site: LocalService, accounts: Accounts, elsewhere: OidcProvider
 ) -> None:
     elsewhere.person = {"sub": "first", "email": "first@example.org"}
-    browser.get("/sign-in/provider")
-    reply = fill(browser, "/account/settings", "/account/password", new=PASSWORD)
+    web_client.get("/sign-in/provider")
+    reply = fill(web_client, "/account/settings", "/account/password", new=PASSWORD)
     assert reply.url.path == "/sign-in" and "The password is changed" in text(reply)
-    reply = fill(browser, "/sign-in", "/sign-in", email="first@example.org", password=PASSWORD)
+    reply = fill(web_client, "/sign-in", "/sign-in", email="first@example.org", password=PASSWORD)
     assert reply.url.path == "/account"
     # From now on it is asked for.
-    reply = fill(browser, "/account/settings", "/account/password", old="not it", new="another password")
+    reply = fill(web_client, "/account/settings", "/account/password", old="not it", new="another password")
     assert reply.status_code == 401
 
 
-def test_ways_to_the_provider_are_counted(browser: httpx.Client, accounts: Accounts, elsewhere: OidcProvider) -> None:
+def test_ways_to_the_provider_are_counted(
+    web_client: httpx.Client, accounts: Accounts, elsewhere: OidcProvider
+) -> None:
     accounts._limiter = LocalLimiter(clock=lambda: 0.0)
     for _ in range(30):
-        begun(browser)
-    reply = browser.get("/sign-in/provider")
+        begun(web_client)
+    reply = web_client.get("/sign-in/provider")
     assert reply.status_code == 429 and "Too many tries" in text(reply)
     assert elsewhere.seen.count("/.well-known/openid-configuration") == 1
 
 
 def test_nothing_secret_is_logged_or_shown(
-    browser: httpx.Client, elsewhere: OidcProvider, capfd: pytest.CaptureFixture[str]
+    web_client: httpx.Client, elsewhere: OidcProvider, capfd: pytest.CaptureFixture[str]
 ) -> None:
     capfd.readouterr()
     elsewhere.person = {"sub": "secret-subject", "email": "quiet@example.org"}
-    reply = browser.get("/sign-in/provider")
+    reply = web_client.get("/sign-in/provider")
     codes = [parse_qs(step.url.query.decode()).get("code") for step in reply.history]
     code = next(values[0] for values in codes if values)
     elsewhere.broken = ("/token",)
-    browser.cookies.clear()
-    browser.get("/sign-in/provider")
+    web_client.cookies.clear()
+    web_client.get("/sign-in/provider")
     out = "".join(capfd.readouterr())
     assert "/sign-in/provider/return" in out
     for secret in (SECRET, code, "secret-subject", "quiet@example.org", "code="):
@@ -464,10 +468,10 @@ def test_a_backup_has_the_identities(accounts: Accounts, elsewhere: OidcProvider
 def test_without_a_provider_there_is_nothing_of_it(tmp_path: Path, golden_dir: Path) -> None:
     made = Accounts(f"sqlite:///{tmp_path / 'a.sqlite'}", pepper=tmp_path / "pepper")
     model = golden_dir / "tiny_llama"
-    with running(model, made, website, api_keys=(), database="kept") as service, a_browser(service) as browser:
-        assert "Sign in with" not in text(browser.get("/sign-in"))
+    with running(model, made, website, api_keys=(), database="kept") as service, a_browser(service) as web_client:
+        assert "Sign in with" not in text(web_client.get("/sign-in"))
         for path in ("/sign-in/provider", "/sign-in/provider/return"):
-            assert browser.get(path).status_code == 404
+            assert web_client.get(path).status_code == 404
     made.close()
 
 
