@@ -1,0 +1,61 @@
+"""Train the default model on your own pairs of query and answer.
+
+Run it with: python examples/train_on_pairs.py RUN [STEPS]
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from unmask import Encoder
+
+PAIRS = [
+    ("reset my password", "Open Settings, choose Security, and click Reset."),
+    ("invoice is wrong", "Reply to the billing mail within 14 days to dispute a charge."),
+    ("parcel has not arrived", "Deliveries take three working days; then write to logistics."),
+    ("cancel my contract", "A subscription ends at the end of the month after you give notice."),
+    ("app does not start", "Update to the newest release and restart your phone."),
+    ("change my address", "Your profile page has a form for where you live."),
+    ("pay by bank transfer", "Add your IBAN under payment methods."),
+    ("talk to a human", "Our hotline is open from nine to five."),
+]
+RECIPE = """
+base = "unmask/smollm2-135m-embed"
+objective = "supervised"
+steps = {steps}
+max_length = 64
+
+[optimiser]
+lr = 2e-4
+warmup = 2
+
+[batch]
+size = 8
+
+[[data]]
+name = "support"
+path = "pairs.jsonl"
+query = "query"
+positive = "positive"
+"""
+
+
+def mean_cosine(encoder: Encoder) -> float:
+    """Mean cosine of each query with its own answer."""
+    queries, answers = zip(*PAIRS, strict=True)
+    return float(encoder.similarity(encoder.encode_query(queries), encoder.encode_document(answers)).diagonal().mean())
+
+
+run = Path(sys.argv[1])
+steps = int(sys.argv[2]) if len(sys.argv) > 2 else 20
+
+run.mkdir(parents=True, exist_ok=True)
+lines = [json.dumps({"query": query, "positive": positive}) for query, positive in PAIRS]
+(run / "pairs.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+(run / "recipe.toml").write_text(RECIPE.format(steps=steps), encoding="utf-8")
+command = ["train", str(run / "recipe.toml"), "--data", str(run), "--output", str(run / "training")]
+subprocess.run([sys.executable, "-m", "unmask", *command], check=True)
+
+print(f"before: {mean_cosine(Encoder.load('unmask/smollm2-135m-embed')):.2f}")
+print(f"after:  {mean_cosine(Encoder.load(run / 'training' / 'adapter')):.2f}")
