@@ -25,9 +25,9 @@ from unmask.disk import atomic_write
 from unmask.errors import UnmaskError, UsageError
 from unmask.evaluate.results import ModelResult, Results
 from unmask.evaluate.run import Evaluation, evaluate
-from unmask.recipe.recipe import read_recipe
-from unmask.recipe.terminal import training_bar
-from unmask.recipe.train import train
+from unmask.training.recipe import read_recipe
+from unmask.training.terminal import training_bar
+from unmask.training.train import train
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "smollm2"
 WORDS = "WordLevel"

@@ -32,12 +32,12 @@ from rich.progress import track
 from rich.table import Table
 
 from unmask import Encoder, __version__
-from unmask.recipe.examples import Example
-from unmask.recipe.mixture import TextBatch
-from unmask.recipe.model_folder import write_model
-from unmask.recipe.objectives import objective_for
-from unmask.recipe.recipe import ALL_LINEAR, Recipe
-from unmask.recipe.trainee import Trainee
+from unmask.training.examples import Example
+from unmask.training.mixture import TextBatch
+from unmask.training.model_folder import write_model
+from unmask.training.objectives import objective_for
+from unmask.training.recipe import ALL_LINEAR, Recipe
+from unmask.training.trainee import Trainee
 
 Rows = list[Example]
 Turn = Callable[[Rows], tuple[float, float]]  # rows -> seconds, loss of the first step

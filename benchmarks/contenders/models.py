@@ -14,7 +14,7 @@ from contenders import LONGEST
 from unmask.checkpoint import open_checkpoint
 from unmask.encoder.model.architectures import shape_of
 from unmask.errors import UsageError
-from unmask.recipe.model_folder import Settings, write_folder
+from unmask.training.model_folder import Settings, write_folder
 
 WORDS = (  # noqa: SIM905 - 64 quoted words read worse
     "the of and to in is was for on that with by as from at which this be are an it or not have but were their one "

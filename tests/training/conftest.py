@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.recipe.tiny import write_pairs
+from tests.training.tiny import write_pairs
 
 
 @pytest.fixture(scope="session")
 def processes() -> ForkServerContext:
     """`processes.Process(...)` starts at once, and knows nothing of this process but its arguments."""
     context = multiprocessing.get_context("forkserver")
-    # Not tests.recipe.tiny: the fork server does not see the folders that pytest adds to the path, and skips
+    # Not tests.training.tiny: the fork server does not see the folders that pytest adds to the path, and skips
     # without a word the modules that it does not find.
-    context.set_forkserver_preload(["unmask.recipe.train", "unmask.recipe.model_folder", "torch.distributed"])
+    context.set_forkserver_preload(["unmask.training.train", "unmask.training.model_folder", "torch.distributed"])
     return context
 
 

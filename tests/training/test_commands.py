@@ -8,7 +8,7 @@ import torch
 
 from unmask import Encoder
 from unmask.cli import build_app
-from unmask.recipe.merging import Factors, write_factors
+from unmask.training.merging import Factors, write_factors
 
 
 def run(*arguments: str | Path) -> int:

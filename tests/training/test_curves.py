@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from unmask.recipe.curves import draw_curves
-from unmask.recipe.run_folder import RunFolder
+from unmask.training.curves import draw_curves
+from unmask.training.run_folder import RunFolder
 
 
 def test_loss_and_scores_are_drawn(tmp_path: Path) -> None:

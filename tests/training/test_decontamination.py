@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unmask.recipe.decontamination import Held, read_held, words_of
+from unmask.training.decontamination import Held, read_held, words_of
 
 LONG = "The AFC champion Denver Broncos defeated the NFC champion Carolina Panthers 24 to 10 to earn their third title"
 WORD = st.text(alphabet="abcdefghij", min_size=1, max_size=6)

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.recipe.tiny import recipe_of
+from tests.training.tiny import recipe_of
 from unmask.errors import UsageError
-from unmask.recipe.dev import DevSets, spearman
-from unmask.recipe.examples import Example, Examples
-from unmask.recipe.recipe import Source
-from unmask.recipe.rows import BadRows
+from unmask.training.dev import DevSets, spearman
+from unmask.training.examples import Example, Examples
+from unmask.training.recipe import Source
+from unmask.training.rows import BadRows
 
 
 class Letters:

@@ -9,18 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.recipe.tiny import gradients, recipe_of, texts_of, write_decoder, write_pairs
+from tests.training.tiny import gradients, recipe_of, texts_of, write_decoder, write_pairs
 from unmask.checkpoint.tensors import EMBEDDING
 from unmask.encoder import Encoder
 from unmask.errors import CheckpointError
-from unmask.recipe.losses import vector_distance
-from unmask.recipe.merging import interpolate
-from unmask.recipe.mixture import Mixture
-from unmask.recipe.model_folder import int8_rows
-from unmask.recipe.recipe import Recipe
-from unmask.recipe.run_folder import RunFolder
-from unmask.recipe.train import load_data, train
-from unmask.recipe.trainee import Trainee, backward_through
+from unmask.training.losses import vector_distance
+from unmask.training.merging import interpolate
+from unmask.training.mixture import Mixture
+from unmask.training.model_folder import int8_rows
+from unmask.training.recipe import Recipe
+from unmask.training.run_folder import RunFolder
+from unmask.training.train import load_data, train
+from unmask.training.trainee import Trainee, backward_through
 
 TEXTS = texts_of(12)
 

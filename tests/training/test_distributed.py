@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.tensor import DTensor
 
-from tests.recipe.tiny import CPU, GOLDEN, distance, recipe_of, run_recipe, write_decoder
+from tests.training.tiny import CPU, GOLDEN, distance, recipe_of, run_recipe, write_decoder
 from unmask import Encoder
-from unmask.recipe.distributed import Processes
-from unmask.recipe.distributed import processes as process_group
-from unmask.recipe.recipe import Recipe
-from unmask.recipe.run_folder import RunFolder
-from unmask.recipe.trainee import Trainee
+from unmask.training.distributed import Processes
+from unmask.training.distributed import processes as process_group
+from unmask.training.recipe import Recipe
+from unmask.training.run_folder import RunFolder
+from unmask.training.trainee import Trainee
 
 RUNS: dict[str, dict[str, Any]] = {
     "supervised": {"contrastive": {"false_negative_margin": 0.05}, "matryoshka": [16]},

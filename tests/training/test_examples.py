@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from unmask.errors import UsageError
-from unmask.recipe.decontamination import Held
-from unmask.recipe.examples import Example, Examples, load_examples
-from unmask.recipe.recipe import Source
+from unmask.training.decontamination import Held
+from unmask.training.examples import Example, Examples, load_examples
+from unmask.training.recipe import Source
 
 
 def load(

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.recipe.tiny import CPU, recipe_of, texts_of, write_decoder, write_pairs
+from tests.training.tiny import CPU, recipe_of, texts_of, write_decoder, write_pairs
 from unmask.cli import build_app
 from unmask.encoder import Encoder
 from unmask.encoder.model.decoder import Decoder
 from unmask.errors import UsageError
-from unmask.recipe.layer_probe import probe_layers, probe_recipe
-from unmask.recipe.trainee import Trainee
+from unmask.training.layer_probe import probe_layers, probe_recipe
+from unmask.training.trainee import Trainee
 
 TEXTS = texts_of(80)
 

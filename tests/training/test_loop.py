@@ -11,16 +11,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.recipe.tiny import CPU, recipe_of
+from tests.training.tiny import CPU, recipe_of
 from unmask.errors import TrainingError
-from unmask.recipe.dev import DevSets
-from unmask.recipe.examples import load_examples
-from unmask.recipe.loop import Progress, learning_rate, train_steps
-from unmask.recipe.mixture import Mixture, TextBatch
-from unmask.recipe.objectives import Objective, StepReport, objective_for
-from unmask.recipe.recipe import Optimiser, Recipe
-from unmask.recipe.run_folder import RunFolder
-from unmask.recipe.trainee import Trainee
+from unmask.training.dev import DevSets
+from unmask.training.examples import load_examples
+from unmask.training.loop import Progress, learning_rate, train_steps
+from unmask.training.mixture import Mixture, TextBatch
+from unmask.training.objectives import Objective, StepReport, objective_for
+from unmask.training.recipe import Optimiser, Recipe
+from unmask.training.run_folder import RunFolder
+from unmask.training.trainee import Trainee
 
 SCHEDULES = st.sampled_from(["linear", "cosine", "constant", "wsd"])
 

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from tests.recipe.tiny import CPU, GOLDEN, distance, gradients, off_start, recipe_of, texts_of, write_decoder
+from tests.training.tiny import CPU, GOLDEN, distance, gradients, off_start, recipe_of, texts_of, write_decoder
 from unmask.encoder import Encoder
 from unmask.errors import StorageError, UnmaskError, UsageError
-from unmask.recipe.lora import LoraLinear, adapter_tensors, write_adapter
-from unmask.recipe.recipe import ALL_LINEAR, Lora, Recipe
-from unmask.recipe.trainee import Trainee
+from unmask.training.lora import LoraLinear, adapter_tensors, write_adapter
+from unmask.training.recipe import ALL_LINEAR, Lora, Recipe
+from unmask.training.trainee import Trainee
 
 TEXTS = texts_of(9)
 BASES = ("tiny_llama", "tiny_gemma", "tiny_llama3_instruct", "qwen2")

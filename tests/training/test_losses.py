@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.recipe.tiny import CPU
-from unmask.recipe.losses import distil, false_negatives, info_nce, matryoshka, same_text
+from tests.training.tiny import CPU
+from unmask.training.losses import distil, false_negatives, info_nce, matryoshka, same_text
 
 
 def vectors(rows: int, width: int = 8, seed: int = 0) -> Tensor:

@@ -19,7 +19,7 @@ from unmask import Encoder
 from unmask.checkpoint import open_checkpoint
 from unmask.checkpoint.adapter import Adapter
 from unmask.errors import AdapterMismatch, UsageError
-from unmask.recipe.merging import (
+from unmask.training.merging import (
     Factors,
     average,
     compress,
@@ -30,9 +30,9 @@ from unmask.recipe.merging import (
     weighted_sum,
     write_factors,
 )
-from unmask.recipe.recipe import Lora, Recipe, Source
-from unmask.recipe.run_folder import RunFolder, description_of
-from unmask.recipe.trainee import Trainee
+from unmask.training.recipe import Lora, Recipe, Source
+from unmask.training.run_folder import RunFolder, description_of
+from unmask.training.trainee import Trainee
 
 TEXTS = ["an ordinary text", "x", "a longer one, with punctuation; and numbers 1 2 3"]
 seeds = st.integers(0, 2**32 - 1)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from unmask.errors import UsageError
 from unmask.evaluate.cache import VectorCache
 from unmask.evaluate.models import open_model
-from unmask.recipe import mining
-from unmask.recipe.mining import Mining, limits_of, mine, nearest
+from unmask.training import mining
+from unmask.training.mining import Mining, limits_of, mine, nearest
 
 
 class Compass:

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.recipe.tiny import recipe_of
+from tests.training.tiny import recipe_of
 from unmask.errors import UsageError
-from unmask.recipe.decontamination import Held
-from unmask.recipe.examples import load_examples
-from unmask.recipe.mixture import Mixture, TextBatch
-from unmask.recipe.recipe import Recipe
+from unmask.training.decontamination import Held
+from unmask.training.examples import load_examples
+from unmask.training.mixture import Mixture, TextBatch
+from unmask.training.recipe import Recipe
 
 
 def write_texts(folder: Path, name: str, rows: int) -> None:

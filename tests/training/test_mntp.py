@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from tests.recipe.tiny import CPU, GOLDEN, distance, gradients, off_start, recipe_of, texts_of, write_decoder
+from tests.training.tiny import CPU, GOLDEN, distance, gradients, off_start, recipe_of, texts_of, write_decoder
 from unmask.errors import UsageError
-from unmask.recipe.examples import Example
-from unmask.recipe.mixture import Part, TextBatch
-from unmask.recipe.mntp import Head, blocks, head_of, mask, mask_id_of, prediction_loss
-from unmask.recipe.objectives import objective_for
-from unmask.recipe.recipe import Mntp
-from unmask.recipe.trainee import Trainee
+from unmask.training.examples import Example
+from unmask.training.mixture import Part, TextBatch
+from unmask.training.mntp import Head, blocks, head_of, mask, mask_id_of, prediction_loss
+from unmask.training.objectives import objective_for
+from unmask.training.recipe import Mntp
+from unmask.training.trainee import Trainee
 
 IDS = arrays(np.int64, st.integers(2, 200), elements=st.integers(10, 799))
 

@@ -12,7 +12,7 @@ from unmask import Encoder
 from unmask.checkpoint import open_checkpoint
 from unmask.encoder.model.architectures import Rope
 from unmask.errors import StorageError, UsageError
-from unmask.recipe.merging import write_model
+from unmask.training.merging import write_model
 
 GOLDEN = ["tiny_gemma", "tiny_llama", "tiny_llama2_chat", "tiny_llama3_instruct", "tiny_mistral_instruct"]
 TEXTS = ["an ordinary text", "x", "a longer one, with punctuation; numbers 1 2 3 and  two spaces"]
@@ -144,7 +144,7 @@ def test_whole_or_not_at_all(golden_dir: Path, tmp_path: Path, monkeypatch: pyte
     def no_space(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("unmask.recipe.model_folder._write_tokenizer", no_space)
+    monkeypatch.setattr("unmask.training.model_folder._write_tokenizer", no_space)
     with pytest.raises(StorageError, match="No space left"):
         write_model(tmp_path / "model", encoder)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["full"]

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.recipe.tiny import CPU, distance, gradients, off_start, recipe_of, texts_of
-from unmask.recipe.examples import Example
-from unmask.recipe.losses import distil, false_negatives, info_nce
-from unmask.recipe.mixture import Part, TextBatch
-from unmask.recipe.objectives import StepReport, Teachers, simcse, supervised
-from unmask.recipe.recipe import Recipe
-from unmask.recipe.trainee import Trainee
+from tests.training.tiny import CPU, distance, gradients, off_start, recipe_of, texts_of
+from unmask.training.examples import Example
+from unmask.training.losses import distil, false_negatives, info_nce
+from unmask.training.mixture import Part, TextBatch
+from unmask.training.objectives import StepReport, Teachers, simcse, supervised
+from unmask.training.recipe import Recipe
+from unmask.training.trainee import Trainee
 
 Q, P, N = texts_of(5, 1), texts_of(5, 2), texts_of(10, 3)
 

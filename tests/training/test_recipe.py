@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from unmask.errors import UsageError
-from unmask.recipe.recipe import ALL_LINEAR, Recipe, read_recipe
+from unmask.training.recipe import ALL_LINEAR, Recipe, read_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 GOOD = """

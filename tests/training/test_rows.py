@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from unmask.errors import StorageError, UsageError
-from unmask.recipe.rows import BadRows, Row, read_rows
+from unmask.training.rows import BadRows, Row, read_rows
 
 ROWS = [{"query": "größer als 日本 🙂", "positive": "a"}, {"query": "b\rc", "positive": "d"}]
 

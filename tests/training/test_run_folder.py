@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from unmask.errors import StorageError, UsageError
-from unmask.recipe.run_folder import RunFolder, description_of
+from unmask.training.run_folder import RunFolder, description_of
 
 RECIPE: dict[str, Any] = {"steps": 3, "betas": (0.9, 0.99), "optimiser": {"lr": 0.1}, "data": [{"name": "a"}]}
 

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from tests.recipe.tiny import CPU, GOLDEN, texts_of, write_decoder
+from tests.training.tiny import CPU, GOLDEN, texts_of, write_decoder
 from unmask.checkpoint import open_checkpoint
 from unmask.encoder import Encoder
 from unmask.encoder.model.architectures import shape_of
 from unmask.encoder.model.decoder import Decoder
 from unmask.encoder.shear import parse_layers, shear
 from unmask.errors import UsageError
-from unmask.recipe.model_folder import Settings, write_folder
+from unmask.training.model_folder import Settings, write_folder
 
 
 def write_sheared(base: Path, layers: int | list[int], folder: Path) -> Path:

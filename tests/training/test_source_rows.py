@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from unmask.errors import UsageError
-from unmask.recipe.examples import load_examples
-from unmask.recipe.recipe import Source, read_recipe
+from unmask.training.examples import load_examples
+from unmask.training.recipe import Source, read_recipe
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.recipe.tiny import texts_of, write_decoder
+from tests.training.tiny import texts_of, write_decoder
 from unmask.encoder import Encoder
 from unmask.errors import StorageError, UsageError
-from unmask.recipe.head import ridge
-from unmask.recipe.recipe import Distillation, Teacher
-from unmask.recipe.targets import Rotation, Targets
+from unmask.training.head import ridge
+from unmask.training.recipe import Distillation, Teacher
+from unmask.training.targets import Rotation, Targets
 
 
 @pytest.fixture(autouse=True)

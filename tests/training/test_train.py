@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.recipe.tiny import CPU, GOLDEN, WORDS, kill_when, recipe_of, run_recipe, steps_logged, texts_of
+from tests.training.tiny import CPU, GOLDEN, WORDS, kill_when, recipe_of, run_recipe, steps_logged, texts_of
 from unmask.encoder import Encoder
 from unmask.errors import UsageError
-from unmask.recipe import curves
-from unmask.recipe.recipe import Recipe
-from unmask.recipe.run_folder import RunFolder
-from unmask.recipe.train import train
+from unmask.training import curves
+from unmask.training.recipe import Recipe
+from unmask.training.run_folder import RunFolder
+from unmask.training.train import train
 
 
 @pytest.fixture(autouse=True)

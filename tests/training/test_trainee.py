@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tests.recipe.tiny import CPU, distance, gradients, off_start, recipe_of, texts_of
+from tests.training.tiny import CPU, distance, gradients, off_start, recipe_of, texts_of
 from unmask.encoder import Encoder
 from unmask.errors import UnsupportedArchitecture, UsageError
-from unmask.recipe.losses import info_nce
-from unmask.recipe.trainee import Trainee, backward_through, choose_device, compute_dtype
+from unmask.training.losses import info_nce
+from unmask.training.trainee import Trainee, backward_through, choose_device, compute_dtype
 
 TEXTS = texts_of(14)
 PHI = SimpleNamespace(config={"model_type": "phi3"})

@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 from unmask.encoder.model.architectures import shape_of
 from unmask.encoder.model.decoder import Decoder
 from unmask.errors import UnmaskError
-from unmask.recipe import curves
-from unmask.recipe.loop import Progress
-from unmask.recipe.recipe import Recipe
-from unmask.recipe.train import train
-from unmask.recipe.trainee import Trainee
+from unmask.training import curves
+from unmask.training.loop import Progress
+from unmask.training.recipe import Recipe
+from unmask.training.train import train
+from unmask.training.trainee import Trainee
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CPU = torch.device("cpu")

@@ -33,7 +33,7 @@ def shear(
     from unmask.checkpoint import open_checkpoint
     from unmask.encoder.shear import parse_layers
     from unmask.encoder.shear import shear as cut
-    from unmask.recipe.model_folder import DTYPES, Settings, write_folder
+    from unmask.training.model_folder import DTYPES, Settings, write_folder
 
     checkpoint = cut(open_checkpoint(base), parse_layers(layers))
     write_folder(Path(output), checkpoint, checkpoint.tensors, Settings.of(checkpoint), DTYPES[dtype])
@@ -77,9 +77,9 @@ def probe_layers(
 
     from rich.console import Console
 
-    from unmask.recipe.layer_probe import probe_recipe
-    from unmask.recipe.recipe import read_recipe
-    from unmask.recipe.terminal import print_probe
+    from unmask.training.layer_probe import probe_recipe
+    from unmask.training.recipe import read_recipe
+    from unmask.training.terminal import print_probe
 
     chosen = read_recipe(Path(recipe), set)
     folder = Path(data) if data else Path(recipe).parent

@@ -28,7 +28,7 @@ def merge_adapters(base: str, /, *adapters: str, output: _Output, dtype: _Dtype 
     """
     from pathlib import Path
 
-    from unmask.recipe.merging import merge_adapters as run
+    from unmask.training.merging import merge_adapters as run
 
     run(base, adapters, Path(output), dtype)
     say(f"{base} with {' + '.join(adapters) or 'its adapters'} -> {output}")
@@ -92,7 +92,7 @@ def average(*models: str, output: _Output, rank: int | None = None, dtype: _Dtyp
     """
     from pathlib import Path
 
-    from unmask.recipe.merging import average as run
+    from unmask.training.merging import average as run
 
     done = run(models, Path(output), rank, dtype)
     say(f"the mean of {' '.join(models)} -> {output}{_rank_note(done.rank, done.error)}")
@@ -114,7 +114,7 @@ def stack(*adapters: str, output: _Output, rank: int | None = None) -> int:
     """
     from pathlib import Path
 
-    from unmask.recipe.merging import stack as run
+    from unmask.training.merging import stack as run
 
     done = run(adapters, Path(output), rank)
     say(f"{' + '.join(adapters)} -> {output}{_rank_note(done.rank, done.error)}")
@@ -124,7 +124,7 @@ def stack(*adapters: str, output: _Output, rank: int | None = None) -> int:
 def _interpolate(a: str, b: str, output: str, weight: float, method: Literal["linear", "slerp"], dtype: _Dtype) -> int:
     from pathlib import Path
 
-    from unmask.recipe.merging import interpolate
+    from unmask.training.merging import interpolate
 
     interpolate(a, b, weight, Path(output), method, dtype)
     say(f"{weight:g} of the way from {a} to {b} -> {output}")

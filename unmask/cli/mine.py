@@ -63,9 +63,9 @@ def mine(
     from rich.console import Console
 
     from unmask.evaluate.models import open_model
-    from unmask.recipe.mining import Mining
-    from unmask.recipe.mining import mine as run_mining
-    from unmask.recipe.terminal import mining_bar
+    from unmask.training.mining import Mining
+    from unmask.training.mining import mine as run_mining
+    from unmask.training.terminal import mining_bar
 
     mining = Mining(
         source=source,

@@ -39,20 +39,20 @@ def train(
     from rich.console import Console
 
     from unmask.errors import UsageError
-    from unmask.recipe.recipe import read_recipe
+    from unmask.training.recipe import read_recipe
 
     chosen = read_recipe(Path(recipe), set)
     folder = Path(data) if data else Path(recipe).parent
     if dry_run:
-        from unmask.recipe.plan import plan
-        from unmask.recipe.terminal import print_plan
+        from unmask.training.plan import plan
+        from unmask.training.terminal import print_plan
 
         print_plan(plan(chosen, folder, say), Console())
         return 0
     if output is None:
         raise UsageError("--output names the folder of the run; --dry-run needs none")
-    from unmask.recipe.terminal import training_bar
-    from unmask.recipe.train import train as run_training
+    from unmask.training.terminal import training_bar
+    from unmask.training.train import train as run_training
 
     with training_bar(Console(stderr=True)) as progress:
         outcome = run_training(chosen, data=folder, output=Path(output), resume=resume, progress=progress, say=say)

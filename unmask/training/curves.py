@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from unmask.recipe.run_folder import RunFolder
+from unmask.training.run_folder import RunFolder
 
 
 def draw_curves(folder: RunFolder) -> None:

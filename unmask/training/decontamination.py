@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unmask.recipe.rows import FORMATS, BadRows, read_rows
+from unmask.training.rows import FORMATS, BadRows, read_rows
 
 _WORDS = re.compile(r"[^\W_]+")
 _APOSTROPHES = re.compile("['\u2018\u2019\u02bc`\u00b4]")

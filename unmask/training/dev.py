@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from unmask.errors import UsageError
-from unmask.recipe.examples import Examples
-from unmask.recipe.recipe import Dev, Recipe
-from unmask.recipe.rows import BadRows, read_rows
+from unmask.training.examples import Examples
+from unmask.training.recipe import Dev, Recipe
+from unmask.training.rows import BadRows, read_rows
 
 HELD_OUT_COSINE = "held-out cosine"
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from unmask.errors import UsageError
-from unmask.recipe.decontamination import Held
-from unmask.recipe.recipe import Source
-from unmask.recipe.rows import BadRows, Row, read_rows
+from unmask.training.decontamination import Held
+from unmask.training.recipe import Source
+from unmask.training.rows import BadRows, Row, read_rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,12 +15,12 @@ import torch
 from unmask.disk import atomic_write
 from unmask.encoder.pooling import pool
 from unmask.errors import UsageError
-from unmask.recipe.dev import DevSets, GradedPairs, spearman
-from unmask.recipe.head import ridge
-from unmask.recipe.recipe import Recipe
-from unmask.recipe.targets import FILE, Targets
-from unmask.recipe.train import distilled_texts, load_data
-from unmask.recipe.trainee import Trainee, choose_device
+from unmask.training.dev import DevSets, GradedPairs, spearman
+from unmask.training.head import ridge
+from unmask.training.recipe import Recipe
+from unmask.training.targets import FILE, Targets
+from unmask.training.train import distilled_texts, load_data
+from unmask.training.trainee import Trainee, choose_device
 
 Count = Callable[[int], None]  # texts done just now
 

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from unmask.errors import TrainingError
-from unmask.recipe.dev import DevSets
-from unmask.recipe.mixture import Mixture
-from unmask.recipe.objectives import Objective
-from unmask.recipe.recipe import Optimiser, Recipe
-from unmask.recipe.run_folder import RunFolder
-from unmask.recipe.sharding import copy_whole, split_as, whole
-from unmask.recipe.trainee import Trainee
+from unmask.training.dev import DevSets
+from unmask.training.mixture import Mixture
+from unmask.training.objectives import Objective
+from unmask.training.recipe import Optimiser, Recipe
+from unmask.training.run_folder import RunFolder
+from unmask.training.sharding import copy_whole, split_as, whole
+from unmask.training.trainee import Trainee
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,8 +24,8 @@ from unmask.disk import atomic_write
 from unmask.encoder.model.architectures import Shape
 from unmask.encoder.model.decoder import Decoder
 from unmask.errors import AdapterMismatch
-from unmask.recipe.recipe import Lora
-from unmask.recipe.sharding import whole
+from unmask.training.recipe import Lora
+from unmask.training.sharding import whole
 
 
 class LoraLinear(nn.Module):

@@ -27,10 +27,10 @@ from unmask.checkpoint.tensors import TensorSource
 from unmask.disk import atomic_write
 from unmask.encoder.model.architectures import shape_of
 from unmask.errors import AdapterMismatch, CheckpointError, UsageError
-from unmask.recipe.lora import parts_of
-from unmask.recipe.model_folder import DTYPES, Settings, require_new, write_folder, write_model
-from unmask.recipe.recipe import Recipe
-from unmask.recipe.trainee import adapter_base
+from unmask.training.lora import parts_of
+from unmask.training.model_folder import DTYPES, Settings, require_new, write_folder, write_model
+from unmask.training.recipe import Recipe
+from unmask.training.trainee import adapter_base
 
 __all__ = ["Factors", "average", "compress", "interpolate", "merge_adapters", "stack", "weighted_sum", "write_model"]
 

@@ -17,7 +17,7 @@ from unmask.errors import UsageError
 from unmask.evaluate.cache import VectorCache
 from unmask.evaluate.models.embedding_model import EmbeddingModel
 from unmask.home import home
-from unmask.recipe.rows import BadRows, read_rows
+from unmask.training.rows import BadRows, read_rows
 
 # Similarities of one block of queries with one block of texts: 32 MB.
 _QUERIES, _TEXTS = 512, 16_384

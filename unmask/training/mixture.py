@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from unmask.errors import UsageError
-from unmask.recipe.decontamination import Held
-from unmask.recipe.examples import Example, Examples, read_examples
-from unmask.recipe.recipe import Recipe, Source
-from unmask.recipe.rows import BadRows
+from unmask.training.decontamination import Held
+from unmask.training.examples import Example, Examples, read_examples
+from unmask.training.recipe import Recipe, Source
+from unmask.training.rows import BadRows
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from unmask.encoder.model.decoder import Decoder
 from unmask.errors import UsageError
-from unmask.recipe.recipe import Mntp
-from unmask.recipe.trainee import Trainee
+from unmask.training.recipe import Mntp
+from unmask.training.trainee import Trainee
 
 # Logits of one chunk: 512 x 128k vocabulary in float32 is 256 MB.
 _CHUNK_ROWS = 512

@@ -28,7 +28,7 @@ from unmask.encoder.model.decoder import Decoder
 from unmask.encoder.model.transformers_decoder import TransformersDecoder
 from unmask.encoder.templates import template_for
 from unmask.errors import StorageError, UsageError
-from unmask.recipe.recipe import Save
+from unmask.training.recipe import Save
 
 HEAD = "lm_head.weight"
 # int8: matrices as 8-bit steps with a float32 step size per row; vectors, and the embedding's rows, in float32.

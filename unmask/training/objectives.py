@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unmask.encoder.prompts import Prompt
-from unmask.recipe.losses import (
+from unmask.training.losses import (
     distil,
     false_negatives,
     info_nce,
@@ -22,11 +22,11 @@ from unmask.recipe.losses import (
     same_text,
     vector_distance,
 )
-from unmask.recipe.mixture import Part, TextBatch
-from unmask.recipe.mntp import Gaps, Head, blocks, head_of, mask, mask_id_of, prediction_loss
-from unmask.recipe.recipe import Distillation, Recipe, Source
-from unmask.recipe.targets import RankingTeacher
-from unmask.recipe.trainee import Trainee, backward_through
+from unmask.training.mixture import Part, TextBatch
+from unmask.training.mntp import Gaps, Head, blocks, head_of, mask, mask_id_of, prediction_loss
+from unmask.training.recipe import Distillation, Recipe, Source
+from unmask.training.targets import RankingTeacher
+from unmask.training.trainee import Trainee, backward_through
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,10 @@ from tokenizers import Tokenizer
 from unmask.checkpoint import open_checkpoint
 from unmask.encoder.model.architectures import Shape, shape_of
 from unmask.errors import UnsupportedArchitecture
-from unmask.recipe.examples import Example, Examples
-from unmask.recipe.recipe import Recipe, Source
-from unmask.recipe.train import load_data
-from unmask.recipe.trainee import choose_device, compute_dtype
+from unmask.training.examples import Example, Examples
+from unmask.training.recipe import Recipe, Source
+from unmask.training.train import load_data
+from unmask.training.trainee import choose_device, compute_dtype
 
 _SAMPLE = 200
 # Of the matrix products' own speed, what a whole step reaches: measured on CPUs with the shipped recipe.

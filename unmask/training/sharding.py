@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from unmask.encoder.model.decoder import Decoder
-from unmask.recipe.distributed import Processes
+from unmask.training.distributed import Processes
 
 
 def shard(decoder: Decoder, device: torch.device, processes: Processes) -> None:

@@ -15,9 +15,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from unmask.recipe.layer_probe import LayerScore
-from unmask.recipe.loop import Progress as StepProgress
-from unmask.recipe.plan import Plan
+from unmask.training.layer_probe import LayerScore
+from unmask.training.loop import Progress as StepProgress
+from unmask.training.plan import Plan
 
 
 @contextmanager

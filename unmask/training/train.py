@@ -22,21 +22,28 @@ import torch
 
 from unmask.disk import atomic_write
 from unmask.errors import UsageError
-from unmask.recipe.decontamination import Held, read_held
-from unmask.recipe.dev import DevSets
-from unmask.recipe.distributed import Processes, processes
-from unmask.recipe.examples import Examples, load_examples
-from unmask.recipe.head import first_numbers, head_of, ridge
-from unmask.recipe.loop import Progress, train_steps
-from unmask.recipe.lora import adapter_tensors, write_adapter
-from unmask.recipe.mixture import Mixture
-from unmask.recipe.model_folder import write_head, write_model
-from unmask.recipe.objectives import Teachers, objective_for
-from unmask.recipe.recipe import Head, Recipe
-from unmask.recipe.run_folder import RunFolder, description_of
-from unmask.recipe.sharding import whole
-from unmask.recipe.targets import FILE, RankingTeacher, Targets
-from unmask.recipe.trainee import Trainee, adapter_base, choose_device, compute_dtype, embedding_base, starting_adapter
+from unmask.training.decontamination import Held, read_held
+from unmask.training.dev import DevSets
+from unmask.training.distributed import Processes, processes
+from unmask.training.examples import Examples, load_examples
+from unmask.training.head import first_numbers, head_of, ridge
+from unmask.training.loop import Progress, train_steps
+from unmask.training.lora import adapter_tensors, write_adapter
+from unmask.training.mixture import Mixture
+from unmask.training.model_folder import write_head, write_model
+from unmask.training.objectives import Teachers, objective_for
+from unmask.training.recipe import Head, Recipe
+from unmask.training.run_folder import RunFolder, description_of
+from unmask.training.sharding import whole
+from unmask.training.targets import FILE, RankingTeacher, Targets
+from unmask.training.trainee import (
+    Trainee,
+    adapter_base,
+    choose_device,
+    compute_dtype,
+    embedding_base,
+    starting_adapter,
+)
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,7 @@ def train(
         result = output / ("adapter" if recipe.lora is not None else "model")
         keep(result.name)
         if group.first:
-            from unmask.recipe.curves import draw_curves
+            from unmask.training.curves import draw_curves
 
             draw_curves(folder)
         group.wait()

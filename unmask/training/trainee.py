@@ -20,11 +20,11 @@ from unmask.encoder.model.decoder import Decoder, Layer
 from unmask.encoder.pooling import pool
 from unmask.encoder.prompts import DefaultPrompts, Prompt
 from unmask.errors import UnsupportedArchitecture, UsageError
-from unmask.recipe.distributed import Processes
-from unmask.recipe.head import head_of
-from unmask.recipe.lora import LoraLinear, add_lora, start_from
-from unmask.recipe.recipe import Recipe
-from unmask.recipe.sharding import shard
+from unmask.training.distributed import Processes
+from unmask.training.head import head_of
+from unmask.training.lora import LoraLinear, add_lora, start_from
+from unmask.training.recipe import Recipe
+from unmask.training.sharding import shard
 
 
 class Trainee:
