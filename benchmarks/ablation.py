@@ -21,12 +21,12 @@ from urllib.parse import urlencode
 
 from rich.console import Console
 
+from unmask.cli.train import training_progress
 from unmask.disk import atomic_write
 from unmask.errors import UnmaskError, UsageError
 from unmask.evaluate.results import ModelResult, Results
 from unmask.evaluate.run import Evaluation, evaluate
 from unmask.training.recipe import read_recipe
-from unmask.training.terminal import training_bar
 from unmask.training.train import train
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "smollm2"
@@ -90,7 +90,7 @@ def trained(
         overrides.append(f"adapters={json.dumps([str(below['mntp'].absolute())])}")
     chosen = read_recipe(recipe, [*overrides, *options.set])
     console.print(f"{step}: training")
-    with training_bar(console) as progress:
+    with training_progress() as progress:
         train(
             chosen,
             data=options.train,

@@ -18,7 +18,7 @@ def fetch(
     *,
     output: Annotated[Path, Parameter(name=["--output", "-o"])],
     source: Path | None = None,
-    yes: Annotated[bool, Parameter(name=["--yes", "-y"], negative=())] = False,
+    yes: Annotated[bool, Parameter(name=["--yes", "-y"])] = False,
 ) -> int:
     """Build the folder that `unmask evaluate --data` reads, from data sets of the Hugging Face hub.
 

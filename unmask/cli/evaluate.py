@@ -1,50 +1,48 @@
 """`unmask evaluate`, and what is done with its results."""
 
 import sys
-from typing import Annotated, Literal
+from typing import Annotated
 
 from cyclopts import Parameter
 
+from unmask.cli.options import DeviceOption, DtypeOption
 from unmask.cli.terminal import say
 
 
 def evaluate(
     *models: str,
-    suite: Annotated[tuple[str, ...], Parameter(negative=())] = (),
-    task: Annotated[tuple[str, ...], Parameter(negative=())] = (),
+    suite: tuple[str, ...] = (),
+    task: tuple[str, ...] = (),
     data: str | None = None,
-    baseline: Annotated[tuple[str, ...], Parameter(negative=())] = (),
+    baseline: tuple[str, ...] = (),
     output: Annotated[str, Parameter(name=["--output", "-o"])] = "evaluation",
     published: str | None = None,
-    dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32",
-    device: str = "cpu",
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "cpu",
 ) -> int:
-    """Measure models on MTEB, on offline suites and at word level, and write a report.
+    """Measure models on benchmarks and write a report.
 
-    Run again, it continues: what is finished in the output folder is not measured twice.
+    The benchmarks are MTEB, offline suites and word-level tasks. An interrupted run continues when you repeat the
+    command: finished tasks in the output folder are not measured again.
 
     Parameters
     ----------
     models
-        What to measure; the report is about the first. A decoder's id, folder or .gguf file, a sentence-transformers
-        folder, wordllama:default, or an endpoint http://host/v1#model. Options follow: MODEL?causal&name=uni.
-        Left out: unmask/smollm2-135m-embed.
+        Models to measure; the report is about the first. Each is a decoder's id, folder or .gguf file, a
+        sentence-transformers folder, wordllama:default, or an endpoint http://host/v1#model. Options follow a
+        question mark: MODEL?causal&name=uni. Default: unmask/smollm2-135m-embed.
     suite
-        local, llm2vec-15, mteb-eng-v1 or mteb-eng-v2. May be repeated. Left out, with no --task: local.
+        local, llm2vec-15, mteb-eng-v1 or mteb-eng-v2. Repeat it for several. Default without --task: local.
     task
-        A task by mteb's name, an offline or a word-level one. May be repeated.
+        Task of MTEB, or an offline or word-level task. Repeat it for several.
     data
-        Folder that offline and word-level tasks are read from.
+        Folder with the data of offline and word-level tasks.
     baseline
-        A model to hold the others against, written as they are. May be repeated.
+        Model to compare the others with. Repeat it for several.
     output
-        Folder for results.json, report.html, report.md, the values per example, and mteb's own result files.
+        Folder for results.json, report.html, report.md, the values per example and MTEB's own result files.
     published
-        Folder of published MTEB scores. Left out: mteb_results in --data.
-    dtype
-        Precision of a decoder's weights; ?dtype= sets it for one.
-    device
-        A torch device, such as cpu or cuda.
+        Folder with published MTEB scores. Default: mteb_results in --data.
     """
     import shlex
     from pathlib import Path
@@ -74,14 +72,14 @@ def evaluate(
 
 
 def report(folder: str, /, *, published: str | None = None) -> int:
-    """Write report.html and report.md again from the results in a folder; no model is needed.
+    """Write the report again from stored results. No model is needed.
 
     Parameters
     ----------
     folder
-        A folder that `unmask evaluate` wrote.
+        Folder that "unmask evaluate" wrote.
     published
-        Folder of published MTEB scores; adds a chart of other people's models.
+        Folder with published MTEB scores. Adds a chart of other people's models.
     """
     from pathlib import Path
 
@@ -99,24 +97,24 @@ def compare(
     b: str,
     /,
     *,
-    task: Annotated[tuple[str, ...], Parameter(negative=())] = (),
+    task: tuple[str, ...] = (),
     texts: str | None = None,
     output: Annotated[str | None, Parameter(name=["--output", "-o"])] = None,
 ) -> int:
-    """Say which of two models is better, on what, by how much, and whether it is more than noise.
+    """Compare two models, with a test of significance.
 
     Parameters
     ----------
     a
-        A folder that `unmask evaluate` wrote; FOLDER:MODEL for another than its first model.
+        Folder that "unmask evaluate" wrote; FOLDER:MODEL names another than its first model.
     b
-        The other one. May be another model in the same folder.
+        The other folder, or another model in the same folder.
     task
-        Compare only on this task. May be repeated.
+        Compare on this task only. Repeat it for several.
     texts
-        File with one text per line: also say how far the vectors moved. A and B may then be models.
+        File with one text per line: compare the vectors of these texts as well. A and B may then be models.
     output
-        Write the comparison to a file as well: .html, .md or .json.
+        Also write the comparison to this file: .html, .md or .json.
     """
     from pathlib import Path
 

@@ -36,7 +36,8 @@ class HelpPage:
         """Print the line that shows how to call the command."""
         if usage:
             text = _plain(usage).strip()
-            self._print(console, f"{text if text.startswith('Usage:') else f'Usage: {text}'}\n")
+            text = text if text.startswith("Usage:") else f"Usage: {text}"
+            self._print(console, _fill(text, _page_width(), "", " " * len("Usage: ")) + "\n")
 
     def render_description(self, console: "Console", options: "ConsoleOptions", description: Any) -> None:
         """Print the command's description."""
@@ -95,12 +96,12 @@ def _plain(value: Any) -> str:
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
-def _fill(text: str, width: int, indent: str = "") -> str:
+def _fill(text: str, width: int, indent: str = "", next_indent: str | None = None) -> str:
     return textwrap.fill(
         " ".join(text.split()),
         width,
         initial_indent=indent,
-        subsequent_indent=indent,
+        subsequent_indent=indent if next_indent is None else next_indent,
         break_long_words=False,
         break_on_hyphens=False,
     )

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from unmask.cli.terminal import say
+from unmask.cli.terminal import print_result, print_table, say
 
 
 def shear(
@@ -20,13 +20,13 @@ def shear(
     Parameters
     ----------
     base
-        A decoder: a hub id, a folder, a GGUF file.
+        Decoder: a hub id, a folder or a GGUF file.
     layers
-        How many from the first (8), a range (0-7), or a list (0,4,8). `unmask probe-layers` helps to choose.
+        Number of layers from the first (8), a range (0-7) or a list (0,4,8). "unmask probe-layers" helps to choose.
     output
-        A new folder in the hub's layout.
+        New folder in the hub's layout.
     dtype
-        Precision of the file.
+        Precision of the weights in the file.
     """
     from pathlib import Path
 
@@ -49,40 +49,44 @@ def probe_layers(
     output: Annotated[str, Parameter(name=["--output", "-o"])],
     texts: int = 4500,
     held_out: int = 500,
-    causal: Annotated[bool, Parameter(negative=())] = False,
-    set: Annotated[tuple[str, ...], Parameter(name="--set", negative=())] = (),
+    causal: bool = False,
+    set: Annotated[tuple[str, ...], Parameter(name="--set")] = (),
 ) -> int:
     """Measure which layers of a decoder a teacher's vectors need.
 
-    For each layer: how much of the vectors a linear map reads from its states. It shows how many layers to keep.
+    For each layer a linear map is fitted from its states to the vectors. The curve shows how many layers to keep.
 
     Parameters
     ----------
     recipe
-        A TOML file with a base, data and a distillation; its dev sets are scored too. Nothing is trained.
+        TOML file with a base, data and a distillation. Its dev sets are scored too. Nothing is trained.
     data
-        Folder that the recipe's paths are taken from. Left out: the recipe's own folder.
+        Folder that the recipe's paths start from. Default: the recipe's own folder.
     output
         Folder for probe.json, probe.svg and probe.png.
     texts
-        Texts of the data to probe with.
+        Number of texts to probe with.
     held_out
-        So many of them are judged on and not fitted.
+        Number of these texts that are not fitted but scored.
     causal
-        Draw the curve with the causal mask as well.
+        Also draw the curve with the causal mask.
     set
-        Override a field, as in --set base=org/name. May be repeated.
+        Override a field, as in --set base=org/name. Repeat it for several.
     """
     from pathlib import Path
 
-    from rich.console import Console
-
     from unmask.training.layer_probe import probe_recipe
     from unmask.training.recipe import read_recipe
-    from unmask.training.terminal import print_probe
 
     chosen = read_recipe(Path(recipe), set)
     folder = Path(data) if data else Path(recipe).parent
     curves = probe_recipe(chosen, folder, Path(output), texts, held_out, causal, say)
-    print_probe(curves, Console())
+    for name, scores in curves.items():
+        print_result(name)
+        headings = ("layers kept", "cosine", *scores[0].graded)
+        rows = [
+            (score.layer, f"{score.cosine:.4f}", *(f"{value:.2f}" for value in score.graded.values()))
+            for score in scores
+        ]
+        print_table(headings, rows, right=headings)
     return 0

@@ -10,7 +10,7 @@ from unmask.accounts import verification
 from unmask.accounts.money import format_dollars
 from unmask.cli.database import DatabaseUrl, open_database, read_transaction
 from unmask.cli.options import AsJson
-from unmask.cli.terminal import print_json, print_result, say
+from unmask.cli.terminal import print_json, print_sentence, say
 from unmask.storage.database import now_ms
 
 ledger = App(name="ledger", help="Check the books.")
@@ -27,7 +27,7 @@ def verify(*, as_json: AsJson = False, database: DatabaseUrl = None) -> int:
     for drift in report.drift:
         say(str(drift))
     settled, held = format_dollars(report.settled), format_dollars(report.held)
-    print_result(
+    print_sentence(
         f"{report.accounts} accounts, {report.entries} entries, {report.charges} charges; "
         f"{settled} dollars charged, {held} held; drift: {len(report.drift) or 'none'}"
     )

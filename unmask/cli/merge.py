@@ -13,18 +13,18 @@ _Dtype = Literal["float32", "bfloat16", "float16"]
 
 @merge.command(name="adapters")
 def merge_adapters(base: str, /, *adapters: str, output: _Output, dtype: _Dtype = "float32") -> int:
-    """Add adapters to the weights of a base, and write a model that transformers reads too.
+    """Merge adapters into the weights of a decoder, and write a model that transformers also reads.
 
     Parameters
     ----------
     base
-        A decoder. The name of an adapter means its base and the adapters below it.
+        Decoder. The name of an adapter stands for its base and the adapters below it.
     adapters
-        Adapters, merged in this order.
+        Adapters, in the order of merging.
     output
-        A new folder in the hub's layout.
+        New folder in the hub's layout.
     dtype
-        Precision of the file.
+        Precision of the weights in the file.
     """
     from pathlib import Path
 
@@ -37,56 +37,56 @@ def merge_adapters(base: str, /, *adapters: str, output: _Output, dtype: _Dtype 
 
 @merge.command
 def linear(a: str, b: str, /, *, output: _Output, weight: float = 0.5, dtype: _Dtype = "float32") -> int:
-    """Write the model between two, along the straight line.
+    """Interpolate two models along a straight line.
 
     Parameters
     ----------
     a
-        A model, or an adapter, whose base is found by its name.
+        Model, or adapter whose base is found by its name.
     b
-        Another of the same architecture.
+        Model of the same architecture.
     output
-        A new folder in the hub's layout.
+        New folder in the hub's layout.
     weight
-        0 is A, 1 is B.
+        Share of B: 0 gives A, 1 gives B.
     dtype
-        Precision of the file.
+        Precision of the weights in the file.
     """
     return _interpolate(a, b, output, weight, "linear", dtype)
 
 
 @merge.command
 def slerp(a: str, b: str, /, *, output: _Output, weight: float = 0.5, dtype: _Dtype = "float32") -> int:
-    """Write the model between two, turning each tensor at a constant speed.
+    """Interpolate two models along an arc: each tensor turns at a constant speed.
 
     Parameters
     ----------
     a
-        A model, or an adapter, whose base is found by its name.
+        Model, or adapter whose base is found by its name.
     b
-        Another of the same architecture.
+        Model of the same architecture.
     output
-        A new folder in the hub's layout.
+        New folder in the hub's layout.
     weight
-        0 is A, 1 is B.
+        Share of B: 0 gives A, 1 gives B.
     dtype
-        Precision of the file.
+        Precision of the weights in the file.
     """
     return _interpolate(a, b, output, weight, "slerp", dtype)
 
 
 @merge.command
 def average(*models: str, output: _Output, rank: int | None = None, dtype: _Dtype = "float32") -> int:
-    """Write the mean of several checkpoints, usually of one run.
+    """Average several checkpoints, usually of one run.
 
     Parameters
     ----------
     models
-        Adapters, checkpoints/step-N folders of a run, or whole models; or one run's folder, for all its checkpoints.
+        Adapters, checkpoints/step-N folders of a run, or models; or the folder of a run, for all its checkpoints.
     output
-        A new folder: an adapter, or a model.
+        New folder with an adapter or a model.
     rank
-        Of the resulting adapter, with the nearest that has it. Left out: the sum of their ranks, which is exact.
+        Rank of the resulting adapter. A smaller one than the sum of the ranks is an approximation. Default: the sum.
     dtype
         Precision of a resulting model.
     """
@@ -101,16 +101,16 @@ def average(*models: str, output: _Output, rank: int | None = None, dtype: _Dtyp
 
 @merge.command
 def stack(*adapters: str, output: _Output, rank: int | None = None) -> int:
-    """Write one adapter that does what several do when merged in turn.
+    """Combine adapters that are merged in turn into one adapter.
 
     Parameters
     ----------
     adapters
-        Adapters in merging order, each trained on the base of the first or on top of those before it.
+        Adapters in the order of merging. Each was trained on the base of the first, or on top of those before it.
     output
-        A new folder.
+        New folder.
     rank
-        Of the result, with the nearest adapter that has it. Left out: the sum of their ranks, which is exact.
+        Rank of the result. A smaller one than the sum of the ranks is an approximation. Default: the sum.
     """
     from pathlib import Path
 

@@ -17,7 +17,7 @@ from unmask.catalogue.store import read_catalogue, source_of
 from unmask.cli.database import DatabaseUrl, open_database
 from unmask.cli.mail import NO_MAIL, MailOptions, PublicUrl, send_waiting_notices
 from unmask.cli.options import ACTOR, amount_option
-from unmask.cli.terminal import Progress, Step, print_result, print_table
+from unmask.cli.terminal import Progress, Step, print_sentence, print_table
 from unmask.errors import UsageError
 from unmask.onboarding import OnboardingOptions, OnboardingResult
 from unmask.onboarding import onboard as run_onboarding
@@ -104,11 +104,11 @@ def _print_gates(result: OnboardingResult) -> None:
         verdict = "not passed" if not gate.passed else "kept" if gate.kept else "passed"
         rows.append((gate.gate, verdict, gate.finding))
     print_table(("gate", "outcome", "finding"), rows)
-    print_result(f"{result.model} is {result.status}.")
+    print_sentence(f"{result.model} is {result.status}.")
     if result.told:
-        print_result(f"{result.told} who wanted it were told.")
+        print_sentence(f"{result.told} who wanted it were told.")
     if result.charged:
-        print_result("The proposed price is charged from now on; 'unmask accounts price' changes it.")
+        print_sentence("The proposed price is charged from now on; 'unmask accounts price' changes it.")
 
 
 def _record_and_source(database: Database, model: str, weights: Path | None) -> tuple[str, str]:

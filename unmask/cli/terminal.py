@@ -23,12 +23,19 @@ _NARROWEST = 24  # a column of prose is not made narrower than this; the rows be
 
 def say(line: str) -> None:
     """Tell the user on stderr. Stdout is for results."""
-    print(line, file=sys.stderr)  # noqa: T201 - the terminal is this module's work
+    stream = sys.stderr
+    text = _fill(line, terminal_width(stream)) if stream.isatty() else line
+    print(text, file=stream)
 
 
 def print_result(text: str) -> None:
-    """Print a result on stdout."""
-    print(text)  # noqa: T201 - the terminal is this module's work
+    """Print a result on stdout, as it is."""
+    print(text)  # noqa: T201 - this module's work
+
+
+def print_sentence(text: str) -> None:
+    """Print a result in words, with line breaks between words where the terminal is narrow."""
+    print_result(_fill(text, terminal_width()))
 
 
 def print_json(value: Any) -> None:
@@ -125,13 +132,17 @@ def _blocks(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int) 
     indent = max((len(heading) for heading in headings[1:]), default=0) + 2 * _GAP
     lines = []
     for row in rows:
-        lines.append(row[0] or headings[0])
+        lines += _wrapped(row[0] or headings[0], width)
         for heading, text in zip(headings[1:], row[1:], strict=True):
             if text:
                 first, *others = _wrapped(text, max(width - indent, _NARROWEST))
                 lines.append(f"{' ' * _GAP}{heading}".ljust(indent) + first)
                 lines += [" " * indent + line for line in others]
     return lines
+
+
+def _fill(text: str, width: int | None) -> str:
+    return text if width is None else "\n".join(_wrapped(text, width))
 
 
 def _wrapped(text: str, width: int) -> list[str]:

@@ -1,63 +1,99 @@
-"""`unmask train`, and what goes before and after it: mining and merging."""
+"""`unmask train`."""
 
-from typing import Annotated
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from unmask.cli.terminal import say
+from unmask.cli.terminal import Progress, Step, print_sentence, print_table, say
+from unmask.errors import UsageError
+
+if TYPE_CHECKING:
+    from unmask.training.loop import Progress as TrainingStep
+    from unmask.training.plan import Plan
 
 
 def train(
-    recipe: str,
+    recipe: Path,
     /,
     *,
-    output: Annotated[str | None, Parameter(name=["--output", "-o"])] = None,
-    data: str | None = None,
-    set: Annotated[tuple[str, ...], Parameter(name="--set", negative=())] = (),
-    resume: Annotated[bool, Parameter(negative=())] = False,
-    dry_run: Annotated[bool, Parameter(negative=())] = False,
+    output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,
+    data: Path | None = None,
+    set: Annotated[tuple[str, ...], Parameter(name="--set")] = (),
+    resume: bool = False,
+    dry_run: bool = False,
 ) -> int:
     """Train an encoder from a decoder, as a recipe says.
 
     Parameters
     ----------
     recipe
-        A TOML file; recipes/ has the published ones and ours, docs/training.md says what may stand in it.
+        TOML file. The folder recipes/ has the published ones and ours; docs/training.md explains every field.
     output
-        Folder of the run: checkpoints, metrics, and at the end the adapter or model.
+        Folder of the run: checkpoints, metrics, and in the end the adapter or model.
     data
-        Folder that the recipe's paths are taken from. Left out: the recipe's own folder.
+        Folder that the recipe's paths start from. Default: the recipe's own folder.
     set
-        Override a field, as in --set optimiser.lr=1e-4 or --set data.nli.limit=1000. May be repeated.
+        Override a field, as in --set optimiser.lr=1e-4 or --set data.nli.limit=1000. Repeat it for several.
     resume
-        Continue the run that is in the output folder.
+        Continue the run in the output folder.
     dry_run
-        Read the data and print counts, tokens, memory and time; train nothing.
+        Read the data and print counts, tokens, memory and time. Train nothing.
     """
-    from pathlib import Path
-
-    from rich.console import Console
-
-    from unmask.errors import UsageError
     from unmask.training.recipe import read_recipe
 
-    chosen = read_recipe(Path(recipe), set)
-    folder = Path(data) if data else Path(recipe).parent
+    chosen = read_recipe(recipe, set)
+    folder = data or recipe.parent
     if dry_run:
         from unmask.training.plan import plan
-        from unmask.training.terminal import print_plan
 
-        print_plan(plan(chosen, folder, say), Console())
+        _print_plan(plan(chosen, folder, say))
         return 0
     if output is None:
         raise UsageError("--output names the folder of the run; --dry-run needs none")
-    from unmask.training.terminal import training_bar
     from unmask.training.train import train as run_training
 
-    with training_bar(Console(stderr=True)) as progress:
-        outcome = run_training(chosen, data=folder, output=Path(output), resume=resume, progress=progress, say=say)
+    with training_progress() as progress:
+        outcome = run_training(chosen, data=folder, output=output, resume=resume, progress=progress, say=say)
     if not outcome.first:
         return 0
     scores = "".join(f", {name} {score:.2f}" for name, score in outcome.scores.items())
     say(f"{chosen.steps} steps -> {outcome.result}{scores}")
     return 0
+
+
+@contextmanager
+def training_progress() -> "Iterator[Callable[[TrainingStep], None]]":
+    """Return a function that shows the progress of a run; call it after every step."""
+    with Progress() as progress:
+
+        def show(step: "TrainingStep") -> None:
+            scores = tuple(f"{name} {score:.1f}" for name, score in step.scores.items())
+            speed = f"{step.tokens_per_second:,.0f} tokens/s"
+            progress.show(Step("train", step.step, step.steps, "steps", (f"loss {step.loss:.4f}", speed, *scores)))
+
+        yield show
+
+
+def _print_plan(plan: "Plan") -> None:
+    """Print the estimate of a dry run."""
+    rows = [
+        (
+            source.name,
+            "streamed" if source.examples is None else f"{source.examples:,}",
+            f"{source.held_out:,}",
+            f"{source.tokens_per_example:.0f}",
+            str(source.examples_per_step),
+            f"{source.share:.1%}",
+        )
+        for source in plan.sources
+    ]
+    headings = ("data", "examples", "held out", "tokens each", "per step", "share of steps")
+    print_table(headings, rows, right=headings[1:])
+    hours, minutes = divmod(round(plan.seconds / 60), 60)
+    print_sentence(f"{plan.steps:,} steps, about {plan.tokens:,} tokens; {plan.trained:,} parameters are trained")
+    print_sentence(
+        f"estimated: {hours} h {minutes:02d} min on this machine now, {plan.memory_bytes / 1e9:.1f} GB of memory"
+    )

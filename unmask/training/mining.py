@@ -25,18 +25,22 @@ _QUERIES, _TEXTS = 512, 16_384
 
 @dataclass(frozen=True, kw_only=True)
 class Mining:
-    """What is to be mined, and how careful to be.
+    """Rows to mine negatives for, and the limits of a negative. These fields are options of `unmask mine`.
 
     Attributes:
-        source: a file or hub data set with a query and a positive per row, see `rows.read_rows`.
-        query, positive: its columns.
-        corpus: where negatives are taken from; None: the positives of all rows.
-        text: the corpus's column.
-        count: negatives per row, at most.
-        skip: so many of the nearest texts are passed over, whatever their similarity.
-        max_share: a negative's similarity is below this share of the positive's (NV-Retriever's best: 0.95).
-        margin: and below the positive's less this; None for no such limit.
-        instruction: given to queries; to texts too if `symmetric`.
+        source: File with a query and a positive per row (jsonl, tsv, csv, parquet), or hf:owner/name:config:split.
+        query: Column of the query.
+        positive: Column of the positive.
+        corpus: File to take negatives from. Default: the positives of all rows.
+        text: Column of the corpus.
+        count: Most negatives per row.
+        skip: Pass over the N nearest texts, whatever their similarity.
+        max_share: A negative is less similar to the query than this share of the positive's similarity (0.95 was best
+            in NV-Retriever).
+        margin: A negative is less similar to the query than the positive by at least this much.
+        instruction: Instruction for queries; with --symmetric for texts as well.
+        symmetric: Query and positive are texts of the same kind.
+        max_bad_rows: Stop if a larger share of the rows cannot be read.
     """
 
     source: str
