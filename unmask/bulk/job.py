@@ -94,7 +94,7 @@ class EncodeProgress:
 
 @dataclass(frozen=True)
 class EncodeReport(Tally):
-    """How a job went. The counts are of the whole output, whichever run made its rows.
+    """Result of a job. The counts cover the whole output, whichever run made its rows.
 
     Attributes:
         seconds: of this run alone, loading included.

@@ -41,7 +41,7 @@ def sweep(*, database: DatabaseUrl = None) -> int:
     count = 0
     with closing(open_database(database)) as opened:
         with opened.read() as connection:
-            expired = books.expired(connection, now, limit=1_000_000)
+            expired = books.expired_holds(connection, now, limit=1_000_000)
         for charge in expired:
             with opened.begin() as connection:
                 count += books.expire(connection, charge, now)

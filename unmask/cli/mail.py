@@ -24,7 +24,7 @@ PublicUrl = Annotated[
 @Parameter(name="*", group=MAIL_GROUP)
 @dataclass(frozen=True, kw_only=True)
 class MailOptions:
-    """How to send mail.
+    """Options for outgoing mail.
 
     Attributes:
         mail_server: smtp://host:port or smtps://user:password@host:port. Default: no mail, only notices on the pages.

@@ -30,8 +30,8 @@ _INTERNAL = Parameter(parse=False)
 
 @Parameter(name="*", group=Group("Gates", sort_key=10))
 @dataclass(frozen=True, kw_only=True)
-class OnboardingOptions(OnboardingOptions):
-    """`OnboardingOptions` as options. Here are the fields whose option differs from the field, or that have none."""
+class OnboardOptions(OnboardingOptions):
+    """`OnboardingOptions` on a command line. Here are the fields that differ as options."""
 
     model: Annotated[str, _INTERNAL] = ""
     source: Annotated[str, _INTERNAL] = ""
@@ -48,7 +48,7 @@ def onboard(
     model: str,
     *,
     weights: Path | None = None,
-    options: OnboardingOptions = OnboardingOptions(),
+    options: OnboardOptions = OnboardOptions(),
     database: DatabaseUrl = None,
     mail: MailOptions = NO_MAIL,
     public_url: PublicUrl = "",
