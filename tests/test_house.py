@@ -174,7 +174,6 @@ PENDING: dict[str, dict[str, str]] = {
         "training/mntp.py": "Gaps",
         "training/model_folder.py": "inner",
         "training/plan.py": "longest say",
-        "training/recipe.py": "epochs_at_most held_apart",
         "training/sharding.py": "split_as whole",
         "training/train.py": "say",
         "training/trainee.py": "Trainee turns whole",

@@ -51,7 +51,7 @@ def recipe_for(folder: Path, **fields: Any) -> Recipe:
         },
         "data": [
             {**pairs, "held_out": 10},
-            {"name": "texts", "path": "pairs.tsv", "text": "query", "contrast": False},
+            {"name": "texts", "path": "pairs.tsv", "text": "query", "use_labels": False},
         ],
         "batch": {"size": 8, "sets": 2},
         "contrastive": {"weight": 0.0},  # random pairs teach nothing

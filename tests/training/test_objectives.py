@@ -144,10 +144,10 @@ def test_texts_alone_learn_from_the_teacher_alone() -> None:
 
 
 def test_a_set_may_be_kept_from_the_teacher_or_from_its_labels() -> None:
-    data = [source(distil=False)]
+    data = [source(use_teacher=False)]
     report, trainee = step(recipe_of(data=data, distillation={"teacher": "t"}), pairs(0), None)
     assert report.loss == pytest.approx(float(info_nce(vectors(trainee, Q), vectors(trainee, P), 0.02)), rel=1e-4)
-    data = [source(contrast=False)]
+    data = [source(use_labels=False)]
     report, trainee = step(recipe_of(data=data, distillation={"teacher": "t"}), pairs(0), teacher)
     expected = distil(vectors(trainee, [*Q, *P]), torch.from_numpy(teacher([*Q, *P])), 0.05, 1.0, 0.0)
     assert report.loss == pytest.approx(float(expected), rel=1e-4)

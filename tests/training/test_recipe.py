@@ -65,7 +65,7 @@ def test_what_is_left_out_is_llm2vecs_choice(tmp_path: Path) -> None:
         (["batch.size=0"], r"\$.batch.size"),
         (["seed=-1"], r"\$.seed"),
         (["max_bad_rows=2"], r"\$.max_bad_rows"),
-        (["epochs_at_most=0"], r"\$.epochs_at_most"),
+        (["max_epochs=0"], r"\$.max_epochs"),
         (["data.nli.limit=none"], r"\$.data\[0\].limit"),
         (["data.nli.text=t"], "data 'nli': name either query and positive, or text"),
         (["data.nli.label=t"], "data 'nli': label goes with text"),
@@ -74,9 +74,9 @@ def test_what_is_left_out_is_llm2vecs_choice(tmp_path: Path) -> None:
         (["data.nli.name=two words"], "data: the name 'two words' is given twice"),
         (["data=[]"], r"\$.data"),
         (["objective=mntp"], "data 'nli': mntp learns from texts; name a text column"),
-        (["data.nli.contrast=false"], "data 'nli' teaches nothing"),
+        (["data.nli.use_labels=false"], "data 'nli' teaches nothing"),
         (["contrastive.weight=0"], "data 'nli' teaches nothing"),
-        (["data.nli.stream=true", "data.nli.weight=1", "epochs_at_most=1"], "epochs_at_most: data 'nli' is streamed"),
+        (["data.nli.stream=true", "data.nli.weight=1", "max_epochs=1"], "max_epochs: data 'nli' is streamed"),
         (["distillation.teachr=x"], "teachr"),
         (["matryoshka=[0]"], r"\$.matryoshka\[0\]"),
         (["dev=[{name='a'}]"], r"\$.dev\[0\]"),
@@ -95,7 +95,7 @@ def test_a_text_without_a_label_needs_a_teacher(tmp_path: Path) -> None:
     taught = read(tmp_path, plain, "distillation.teacher=t")
     assert taught.distillation is not None
     with pytest.raises(UsageError, match="'two words' has no positives"):
-        read(tmp_path, plain, "distillation.teacher=t", "data.two words.distil=false")
+        read(tmp_path, plain, "distillation.teacher=t", "data.two words.use_teacher=false")
 
 
 def test_overrides_reach_every_depth(tmp_path: Path) -> None:

@@ -52,7 +52,9 @@ def test_other_data_is_refused(tmp_path: Path) -> None:
 def test_a_field_that_has_come_since_does_not_end_a_run(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, keep=2)
     folder.begin(described(), resume=False)
-    folder.begin(described(new=1), resume=True, complete=lambda stored: {**stored, "new": 1})
+    folder.begin(
+        described(new=1), resume=True, upgrade=lambda stored: {**stored, "recipe": {**stored["recipe"], "new": 1}}
+    )
 
 
 def test_a_damaged_description_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import warnings
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -190,9 +191,31 @@ def test_a_run_from_before_a_field_existed_is_continued(data: Path, tmp_path: Pa
     train(recipe_of(steps=2), data=data, output=tmp_path)
     file = tmp_path / "run.json"
     stored = json.loads(file.read_text())
-    del stored["recipe"]["epochs_at_most"], stored["recipe"]["optimiser"]["clip"]
+    del stored["recipe"]["max_epochs"], stored["recipe"]["optimiser"]["clip"]
     file.write_text(json.dumps(stored))
     assert train(recipe_of(steps=2), data=data, output=tmp_path, resume=True).result.is_dir()
+
+
+def test_a_run_with_old_keys_is_continued(data: Path, tmp_path: Path) -> None:
+    train(recipe_of(steps=2), data=data, output=tmp_path / "first")
+    settings = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "init_from": str(tmp_path / "first" / "adapter")}
+    recipe = recipe_of(steps=2, lora=settings, max_epochs=9.0)
+    train(recipe, data=data, output=tmp_path / "second")
+    file = tmp_path / "second" / "run.json"
+    stored = json.loads(file.read_text())
+    for table, old, new in (
+        (stored["recipe"], "epochs_at_most", "max_epochs"),
+        (stored["recipe"], "held_apart", "decontaminate_against"),
+        (stored["recipe"]["lora"], "start", "init_from"),
+        (stored["recipe"]["data"][0], "distil", "use_teacher"),
+        (stored["recipe"]["data"][0], "contrast", "use_labels"),
+        (stored["data"], "lora.start", "lora.init_from"),
+    ):
+        table[old] = table.pop(new)
+    file.write_text(json.dumps(stored))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)  # nobody edits run.json, so nobody is asked to
+        assert train(recipe, data=data, output=tmp_path / "second", resume=True).result.is_dir()
 
 
 def test_evaluation_data_is_kept_out(data: Path, tmp_path: Path) -> None:
@@ -201,16 +224,16 @@ def test_evaluation_data_is_kept_out(data: Path, tmp_path: Path) -> None:
     query = (data / "pairs.tsv").read_text().splitlines()[1].split("\t")[0]
     (held / "test.tsv").write_text(f"text\n{query}, and so on\n{query.upper()}!\n", encoding="utf-8")
     said: list[str] = []
-    recipe = recipe_of(steps=1, held_apart=str(held))
+    recipe = recipe_of(steps=1, decontaminate_against=str(held))
     train(recipe, data=data, output=tmp_path / "run", say=said.append)
     assert said[-1].startswith("pairs: ")
     assert "held apart" in said[-1]
-    with pytest.raises(UsageError, match="held_apart: no folder at"):
-        train(recipe_of(steps=1, held_apart="nowhere"), data=data, output=tmp_path / "other")
+    with pytest.raises(UsageError, match="decontaminate_against: no folder at"):
+        train(recipe_of(steps=1, decontaminate_against="nowhere"), data=data, output=tmp_path / "other")
 
 
-def test_epochs_at_most_ends_the_run(data: Path, tmp_path: Path) -> None:
-    train(recipe_of(steps=100, epochs_at_most=1.0), data=data, output=tmp_path)
+def test_max_epochs_ends_the_run(data: Path, tmp_path: Path) -> None:
+    train(recipe_of(steps=100, max_epochs=1.0), data=data, output=tmp_path)
     assert steps_logged(tmp_path) == [1, 2, 3, 4, 5]  # 40 rows, 8 at a time
     lines = RunFolder(tmp_path, 1).metrics()
     assert lines[-1]["lr"] == pytest.approx(1e-2 / 5)  # the schedule knows

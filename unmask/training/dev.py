@@ -50,13 +50,13 @@ class DevSets:
         self._learnt = {
             examples.source.name: list(dict.fromkeys(text for e in examples.held_out for text in e.texts()[:2]))
             for examples in sets
-            if examples.source.distil and examples.held_out and self._targets is not None
+            if examples.source.use_teacher and examples.held_out and self._targets is not None
         }
         self.graded = [_read_graded(dev, root, recipe.seed, recipe.max_bad_rows) for dev in recipe.dev]
         self._pairs: dict[str, tuple[list[str], list[str], str, bool]] = {}
         for examples in sets:
             source = examples.source
-            if not examples.held_out or not source.contrast:
+            if not examples.held_out or not source.use_labels:
                 continue
             by_label = {example.label: example.query for example in examples.train if example.label is not None}
             pairs = {

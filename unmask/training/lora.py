@@ -193,7 +193,7 @@ def start_from(adapted: list[LoraLinear], adapter: Adapter, lora: Lora) -> None:
     if odd:
         holder = "only the run" if odd[0] in wanted else f"only {adapter.folder}"
         raise AdapterMismatch(
-            f"lora.start: {adapter.folder} and this run adapt different modules: {holder} adapts {odd[0]}; "
+            f"lora.init_from: {adapter.folder} and this run adapt different modules: {holder} adapts {odd[0]}; "
             "make lora.targets those of the adapter"
         )
     for linear in adapted:
@@ -201,7 +201,7 @@ def start_from(adapted: list[LoraLinear], adapter: Adapter, lora: Lora) -> None:
             start_a, start_b = adapter.halves(module)
             if (start_a.shape, start_b.shape) != (a.shape, b.shape):
                 raise AdapterMismatch(
-                    f"lora.start: {module} in {adapter.folder} has rank {len(start_a)} and shapes "
+                    f"lora.init_from: {module} in {adapter.folder} has rank {len(start_a)} and shapes "
                     f"A {tuple(start_a.shape)}, B {tuple(start_b.shape)}; this run's are A {tuple(a.shape)}, "
                     f"B {tuple(b.shape)} at lora.rank = {lora.rank}"
                 )

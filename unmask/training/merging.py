@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import msgspec
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -29,7 +28,7 @@ from unmask.encoder.model.architectures import shape_of
 from unmask.errors import AdapterMismatch, CheckpointError, UsageError
 from unmask.training.lora import parts_of
 from unmask.training.model_folder import DTYPES, Settings, require_new, write_folder, write_model
-from unmask.training.recipe import Recipe
+from unmask.training.recipe import stored_recipe
 from unmask.training.trainee import adapter_base
 
 __all__ = ["Factors", "average", "compress", "interpolate", "merge_adapters", "stack", "weighted_sum", "write_model"]
@@ -326,7 +325,7 @@ def _factors_of_state(step: Path) -> Factors:
     """The adapter in a run's resumable checkpoint, which knows only the trained parameters of our fused layers."""
     run = step.parent.parent / "run.json"
     try:
-        recipe = msgspec.convert(json.loads(run.read_text(encoding="utf-8"))["recipe"], Recipe)
+        recipe = stored_recipe(json.loads(run.read_text(encoding="utf-8"))["recipe"])
         parameters = torch.load(step / "state.pt", map_location="cpu", weights_only=True)["parameters"]
     except (OSError, ValueError, KeyError, RuntimeError, EOFError) as error:
         raise CheckpointError(f"{step} is not a checkpoint of a run described by {run}: {error}") from error

@@ -102,7 +102,7 @@ def supervised(batch: TextBatch, recipe: Recipe, trainee: Trainee, teachers: Tea
         place.update(((*key, source.max_length), len(prompts) + i) for i, key in enumerate(unseen))
         prompts += _prompts(unseen, trainee, source.max_length)
         rows = [place[*key, source.max_length] for key in keys]
-        if teachers is not None and source.distil:
+        if teachers is not None and source.use_teacher:
             distilled.update((row, text) for row, (_, text) in zip(rows, keys, strict=True))
         if len(positives) == len(queries):
             share = len(queries) / examples
@@ -139,7 +139,7 @@ def _candidates(
         labels = [str(example.label) for example in part.examples]
         masked[:, : len(labels)] |= same_text(labels, labels, trainee.device)
     scores = None
-    if teachers is not None and teachers.ranking is not None and part.source.distil:
+    if teachers is not None and teachers.ranking is not None and part.source.use_teacher:
         q = _shared(trainee, teachers.ranking.queries, queries)
         scores = q @ _shared(trainee, teachers.ranking.documents, documents).T  # [Q, C]
     return _Candidates(part.source, torch.tensor(rows, device=trainee.device), len(queries), masked, scores, share)
@@ -154,7 +154,7 @@ def _distillation(vectors: Tensor, targets: Tensor, settings: Distillation) -> T
 
 def _judge(each: _Candidates, vectors: Tensor, places: Tensor, targets: Tensor | None) -> Tensor:
     """Vectors that say which candidates are too near to be negatives: the teacher's, else the model's own, [Q+C, w]."""
-    if targets is None or not each.source.distil:
+    if targets is None or not each.source.use_teacher:
         return vectors[each.rows].detach()
     return targets[torch.searchsorted(places, each.rows)]
 
@@ -163,7 +163,7 @@ def _candidates_loss(each: _Candidates, vectors: Tensor, recipe: Recipe, judge: 
     settings, count = recipe.contrastive, each.queries
     own = vectors[each.rows]  # [Q + C, w]
     loss = own.new_zeros(())
-    if each.source.contrast and settings.weight:
+    if each.source.use_labels and settings.weight:
         masked = each.masked
         if settings.false_negative_margin is not None:
             masked = masked | false_negatives(judge[:count], judge[count:], settings.false_negative_margin)

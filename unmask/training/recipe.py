@@ -4,6 +4,7 @@ Every field has a type and a unit; an unknown or ill-typed field is an error tha
 overrides one value by its path. The resolved recipe is stored with the result.
 """
 
+import copy
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from unmask.errors import UsageError
+from unmask.training.old_keys import rename_keys
 
 Positive = Annotated[int, Meta(ge=1)]
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
@@ -46,8 +48,8 @@ class Source(Struct, forbid_unknown_fields=True, kw_only=True):
         only, without: keep, or drop, the rows whose column has one of these values.
         max_length: tokens per sequence here; left out: the run's.
         max_characters: cut each text at the last space within so many, before anybody reads it, the teacher included.
-        distil: whether the teacher, if there is one, is asked about these texts.
-        contrast: whether the labels count; False leaves only distillation.
+        use_teacher: learn from the teacher's vectors of these texts, if there is a teacher.
+        use_labels: learn from positives or labels. False leaves only distillation.
     """
 
     name: str
@@ -70,8 +72,8 @@ class Source(Struct, forbid_unknown_fields=True, kw_only=True):
     without: dict[str, list[str]] = {}
     max_length: Positive | None = None
     max_characters: Positive | None = None
-    distil: bool = True
-    contrast: bool = True
+    use_teacher: bool = True
+    use_labels: bool = True
 
     def __post_init__(self) -> None:
         pair = self.query is not None and self.positive is not None
@@ -89,10 +91,10 @@ class Lora(Struct, forbid_unknown_fields=True, kw_only=True):
     """Low-rank adapters (arXiv 2106.09685). The update is alpha / rank * B @ A.
 
     Attributes:
-        start: an adapter to train further, by folder or name, of this rank and these targets; left out: a new one.
+        init_from: an adapter to train further, by folder or name, of this rank and these targets; left out: a new one.
     """
 
-    start: str | None = None
+    init_from: str | None = None
     rank: Positive = 16
     alpha: Rate = 32.0
     dropout: Share = 0.05
@@ -333,7 +335,7 @@ class Recipe(Struct, forbid_unknown_fields=True, kw_only=True):
         objective: mntp, simcse or supervised.
         data: the mixture. Each batch comes from one data set.
         steps: optimiser steps.
-        epochs_at_most: fewer steps, where every data set has then been gone through so often.
+        max_epochs: stop early once every data set has been seen this many times.
         max_length: tokens per sequence, everything counted.
         pooling: as in `Encoder.load`.
         causal: leave the causal mask on. Only for ablations.
@@ -348,7 +350,8 @@ class Recipe(Struct, forbid_unknown_fields=True, kw_only=True):
             parameters and the optimiser are float32 in any case.
         gradient_checkpointing: recompute activations in the backward, for less memory.
         shard: split weights, gradients and optimiser state over the processes (FSDP), for models too large for each.
-        held_apart: folder, from the data folder, of evaluation data; training rows that overlap with it are dropped.
+        decontaminate_against: folder of evaluation data, relative to the data folder. Training rows that overlap with
+            it are dropped.
         max_bad_rows: share of unreadable rows past which the run stops.
         checkpoint_every, evaluate_every: steps.
         keep: resumable checkpoints that stay on disk.
@@ -361,7 +364,7 @@ class Recipe(Struct, forbid_unknown_fields=True, kw_only=True):
     name: str = "run"
     layers: Positive | list[Annotated[int, Meta(ge=0)]] | None = None
     adapters: list[str] = []
-    epochs_at_most: Rate | None = None
+    max_epochs: Rate | None = None
     max_length: Positive = 512
     pooling: Literal["mean", "weighted_mean", "eos_token", "last_token", "bos_token"] = "mean"
     causal: bool = False
@@ -382,7 +385,7 @@ class Recipe(Struct, forbid_unknown_fields=True, kw_only=True):
     device: str = "auto"
     gradient_checkpointing: bool = False
     shard: bool = False
-    held_apart: str | None = None
+    decontaminate_against: str | None = None
     max_bad_rows: Share = 0.01
     shuffle_buffer: Positive = 100_000
     checkpoint_every: Positive = 100
@@ -395,10 +398,10 @@ class Recipe(Struct, forbid_unknown_fields=True, kw_only=True):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"data: the name {twice[0]!r} is given twice")
-        if self.epochs_at_most is not None:
+        if self.max_epochs is not None:
             streamed = next((source.name for source in self.data if source.stream), None)
             if streamed is not None:
-                raise ValueError(f"epochs_at_most: data {streamed!r} is streamed, so its length is not known")
+                raise ValueError(f"max_epochs: data {streamed!r} is streamed, so its length is not known")
         if self.objective == "supervised":
             for source in self.data:
                 self._check_teaches(source)
@@ -415,12 +418,12 @@ class Recipe(Struct, forbid_unknown_fields=True, kw_only=True):
                 raise ValueError(f"data {pairs!r}: {self.objective} learns from texts; name a text column")
 
     def _check_teaches(self, source: Source) -> None:
-        distils = self.distillation is not None and source.distil
+        distils = self.distillation is not None and source.use_teacher
         if distils:
             return
         if source.query is None and source.label is None:
             raise ValueError(f"data {source.name!r} has no positives, and there is no distillation to learn from it by")
-        if not source.contrast or not self.contrastive.weight:
+        if not source.use_labels or not self.contrastive.weight:
             raise ValueError(f"data {source.name!r} teaches nothing: neither its labels nor a teacher count")
 
 
@@ -436,15 +439,29 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UsageError(f"no recipe at {path}: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not TOML: {error}") from error
+    rename_keys(raw, origin=str(path))
     for override in overrides:
         _set(raw, override)
-    for optional in ("lora", "distillation", "held_apart", "head", "ema"):
+        rename_keys(raw, origin=f"--set {override}", replace=True)
+    for optional in ("lora", "distillation", "decontaminate_against", "head", "ema"):
         if raw.get(optional) is False:  # TOML has no word for nothing
             raw[optional] = None
     try:
         return msgspec.convert(raw, Recipe)
     except msgspec.ValidationError as error:
         raise UsageError(f"{path}: {error}") from error
+
+
+def stored_recipe(stored: Any) -> Recipe:
+    """Read the recipe of a `run.json`, which may be older than some fields and names.
+
+    Raises:
+        msgspec.ValidationError: it is no recipe.
+    """
+    if isinstance(stored, dict):
+        stored = copy.deepcopy(stored)
+        rename_keys(stored)
+    return msgspec.convert(stored, Recipe)
 
 
 def _set(raw: dict[str, Any], override: str) -> None:

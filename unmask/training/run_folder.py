@@ -46,12 +46,12 @@ class RunFolder:
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
 
     def begin(
-        self, description: Mapping[str, Any], resume: bool, complete: Callable[[Any], Any] = lambda recipe: recipe
+        self, description: Mapping[str, Any], resume: bool, upgrade: Callable[[dict[str, Any]], dict[str, Any]] = dict
     ) -> dict[str, Any]:
         """Write `run.json`, or check that the one here describes the same run.
 
         Args:
-            complete: gives a stored recipe the fields that have come since, so that an older run can be continued.
+            upgrade: brings a stored description to today's fields, so that an older run can be continued.
 
         Returns:
             The description that is there now.
@@ -64,9 +64,8 @@ class RunFolder:
         description = json.loads(text)  # as it will be read again: JSON has no tuples
         if file.is_file():
             try:
-                before = json.loads(file.read_text(encoding="utf-8"))
-                before["recipe"] = complete(before["recipe"])
-            except (ValueError, KeyError, TypeError) as error:
+                before = upgrade(json.loads(file.read_text(encoding="utf-8")))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UsageError(f"{file} is damaged ({error}); remove {self.path} to begin anew") from error
             changed = sorted(key for key in ("recipe", "data") if before.get(key) != description.get(key))
             if changed:

@@ -32,7 +32,7 @@ from unmask.training.lora import adapter_tensors, write_adapter
 from unmask.training.mixture import Mixture
 from unmask.training.model_folder import write_head, write_model
 from unmask.training.objectives import Teachers, objective_for
-from unmask.training.recipe import Head, Recipe
+from unmask.training.recipe import Head, Recipe, stored_recipe
 from unmask.training.run_folder import RunFolder, description_of
 from unmask.training.sharding import whole
 from unmask.training.targets import FILE, RankingTeacher, Targets
@@ -91,11 +91,11 @@ def train(
         precision = recipe.precision
         if group.first:
             digests = {examples.source.name: examples.digest() for examples in sets}
-            if recipe.lora is not None and recipe.lora.start is not None:
-                digests["lora.start"] = starting_adapter(recipe).digest()
+            if recipe.lora is not None and recipe.lora.init_from is not None:
+                digests["lora.init_from"] = starting_adapter(recipe).digest()
             chosen = str(compute_dtype(recipe.precision, device)).removeprefix("torch.")
             description = description_of(_plain(recipe), digests, _hardware(device, group), chosen)
-            precision = folder.begin(description, resume, _completed).get("precision", chosen)
+            precision = folder.begin(description, resume, _upgraded).get("precision", chosen)
         recipe = msgspec.structs.replace(recipe, precision=group.of_first(precision))
         teachers = open_teachers(recipe, sets, folder, group) if recipe.distillation is not None else None
         trainee = Trainee(recipe, device, group)
@@ -103,8 +103,8 @@ def train(
             set_head(recipe, recipe.head, trainee, sets, teachers)
         objective = objective_for(recipe, trainee, teachers)
         mixture = Mixture(recipe, sets, data, held)
-        if recipe.epochs_at_most is not None:
-            recipe = msgspec.structs.replace(recipe, steps=min(recipe.steps, mixture.steps_of(recipe.epochs_at_most)))
+        if recipe.max_epochs is not None:
+            recipe = msgspec.structs.replace(recipe, steps=min(recipe.steps, mixture.steps_of(recipe.max_epochs)))
         dev = DevSets(recipe, sets, data, teachers.targets if teachers is not None else None)
 
         base = adapter_base(recipe)
@@ -126,11 +126,11 @@ def train(
 def load_data(recipe: Recipe, data: Path, say: Callable[[str], None]) -> tuple[list[Examples], Held | None]:
     """Every data set that is kept in memory, evaluation texts taken out, and the texts that were held apart."""
     held = None
-    if recipe.held_apart is not None:
-        folder = data / recipe.held_apart
+    if recipe.decontaminate_against is not None:
+        folder = data / recipe.decontaminate_against
         if not folder.is_dir():
-            raise UsageError(f"held_apart: no folder at {folder}")
-        say(f"reading the texts of {recipe.held_apart}, which must not be trained on")
+            raise UsageError(f"decontaminate_against: no folder at {folder}")
+        say(f"reading the texts of {recipe.decontaminate_against}, which must not be trained on")
         held = read_held(folder)
     sets = []
     for source in recipe.data:
@@ -182,7 +182,7 @@ def distilled_texts(recipe: Recipe, sets: Sequence[Examples]) -> list[str]:
         dict.fromkeys(
             text
             for examples in sets
-            if examples.source.distil
+            if examples.source.use_teacher
             for example in (*examples.train, *examples.held_out)
             for text in (example.query, *filter(None, [example.positive]), *example.negatives[:hard])
         )
@@ -225,9 +225,10 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
     return msgspec.json.decode(msgspec.json.encode(recipe))
 
 
-def _completed(stored: dict[str, Any]) -> dict[str, Any]:
-    """A stored recipe with the fields that have come since it was written, at their defaults."""
-    return _plain(msgspec.convert(stored, Recipe))
+def _upgraded(stored: dict[str, Any]) -> dict[str, Any]:
+    """Bring the description of an older run to today's fields: new ones at their defaults, renamed ones renamed."""
+    data = {"lora.init_from" if name == "lora.start" else name: digest for name, digest in stored["data"].items()}
+    return {**stored, "recipe": _plain(stored_recipe(stored["recipe"])), "data": data}
 
 
 def _write_result(folder: Path, trainee: Trainee, recipe: Recipe, base: str) -> Path:

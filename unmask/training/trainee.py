@@ -65,7 +65,7 @@ class Trainee:
         self.adapted: list[LoraLinear] = []
         if recipe.lora is not None:
             self.adapted = add_lora(decoder, recipe.lora, self.dtype, apart=self.sharded)
-            if recipe.lora.start is not None:
+            if recipe.lora.init_from is not None:
                 start_from(self.adapted, starting_adapter(recipe), recipe.lora)
         elif recipe.freeze_embedding:
             decoder.embedding.requires_grad_(False)
@@ -255,13 +255,17 @@ def starting_adapter(recipe: Recipe) -> Adapter:
     Raises:
         UsageError: it was not trained on this run's base.
     """
-    assert recipe.lora is not None and recipe.lora.start is not None
-    start, below = resolve(recipe.lora.start), resolve(recipe.base, recipe.adapters)
+    assert recipe.lora is not None and recipe.lora.init_from is not None
+    start, below = resolve(recipe.lora.init_from), resolve(recipe.base, recipe.adapters)
     if not start.adapters:
-        raise UsageError(f"lora.start: {recipe.lora.start} is a whole model, not an adapter; make it the base instead")
+        raise UsageError(
+            f"lora.init_from: {recipe.lora.init_from} is a whole model, not an adapter; make it the base instead"
+        )
     if (start.base, start.adapters[:-1]) != (below.base, below.adapters):
         told = " + ".join(str(path) for path in (start.base, *start.adapters[:-1]))
-        raise UsageError(f"lora.start: {recipe.lora.start} was trained on {told}, not on this run's base {recipe.base}")
+        raise UsageError(
+            f"lora.init_from: {recipe.lora.init_from} was trained on {told}, not on this run's base {recipe.base}"
+        )
     return Adapter(start.adapters[-1])
 
 
