@@ -145,7 +145,7 @@ def _model(folder: Path, name: str, seed: int) -> ModelResult:
             score.score = score_of(values, score.statistic)
             score.interval = bootstrap_interval(values, score.statistic)
             score.examples = len(values)
-            write_example_values(folder, model, task.name, values)
+            write_example_values(folder, model.name, task.name, values)
         if name == MINILM and task.published is not None:
             score.published, score.published_source = (
                 task.published,

@@ -13,7 +13,7 @@ from rich.console import Console
 from unmask.cli import app
 from unmask.errors import UsageError
 from unmask.evaluate.compare import compare_by_name, compare_results, find_results, measure_drift
-from unmask.evaluate.models.embedding_model import Kind
+from unmask.evaluate.models.embedding_model import ModelKind
 from unmask.evaluate.report import print_comparison, write_comparison
 from unmask.evaluate.results import (
     Category,
@@ -45,7 +45,7 @@ def measure(folder: Path, names: Sequence[str], skills: Sequence[float], revisio
             else:
                 values = (common.random(400) + own.normal(0, 0.05, 400) < skill).astype(float)
             score.score, score.examples = score_of(values, score.statistic), 400
-            write_example_values(folder, model, task, values)
+            write_example_values(folder, model.name, task, values)
             model.scores.append(score)
         models.append(model)
     write_results(
@@ -136,12 +136,12 @@ def test_unlike_measurements_are_refused_by_name(pair: tuple[str, str], field: s
 
 def test_other_examples_are_refused(pair: tuple[str, str]) -> None:
     model = read_results(Path(pair[0])).models[0]
-    write_example_values(Path(pair[0]), model, "Hard", np.ones(399))
+    write_example_values(Path(pair[0]), model.name, "Hard", np.ones(399))
     with pytest.raises(UsageError, match=r"Hard: the examples of the two results do not match: 399 examples"):
         compare_by_name(*pair)
-    write_example_values(Path(pair[0]), model, "Hard", np.ones(400))
+    write_example_values(Path(pair[0]), model.name, "Hard", np.ones(400))
     values = np.stack((np.arange(400), np.arange(400)), axis=1)
-    write_example_values(Path(pair[0]), model, "Sts", values)
+    write_example_values(Path(pair[0]), model.name, "Sts", values)
     with pytest.raises(UsageError, match=r"Sts: .*gold scores differ"):
         compare_by_name(*pair)
 
@@ -193,7 +193,7 @@ def test_every_format_has_the_figures(pair: tuple[str, str], tmp_path: Path) -> 
 class Letters:
     """A contender whose vectors count letters, turned by an angle: a revision that drifted."""
 
-    kind: Kind = "unmask"
+    kind: ModelKind = "unmask"
     parameters: int | None = None
     takes_instructions = False
 

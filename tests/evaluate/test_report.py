@@ -159,7 +159,7 @@ def test_a_difference_within_noise_is_called_that(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     for model in results.models:
         model.scores[0].score = 100 * float((values := generator.random(50)).mean())
-        write_example_values(tmp_path, model, "x", values)
+        write_example_values(tmp_path, model.name, "x", values)
     assert "which is within noise (95" in spoken(results, tmp_path)
 
 

@@ -59,7 +59,7 @@ def test_scores_examples_and_files(
         assert model.cost.vector_bytes == 4 * model.cost.dimensions
         for score in model.scores:
             assert score.error is None and score.score is not None
-            values = read_example_values(output, model, score.task)
+            values = read_example_values(output, model.name, score.task)
             assert values is not None and len(values) == score.examples
             assert score_of(values, score.statistic) == pytest.approx(score.score, abs=2e-3)
             assert score.interval is not None and score.interval[0] <= score.score <= score.interval[1]

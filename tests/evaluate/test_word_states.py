@@ -39,7 +39,7 @@ def test_words_have_their_own_tokens(encoder: Encoder) -> None:
     several = 0
     for words, tokens in zip(SENTENCES, tokenized(encoder, SENTENCES), strict=True):
         assert tokens.ids[0] == encoder.checkpoint.tokenizer.bos_id
-        assert tokens.kept.tolist() == list(range(len(words)))
+        assert tokens.with_state.tolist() == list(range(len(words)))
         assert int(tokens.counts.sum()) + 1 == len(tokens.ids)  # BOS, and every token belongs to one word
         for word, start, count in zip(words, tokens.starts, tokens.counts, strict=True):
             assert text.decode(tokens.ids[start : start + count].tolist()) == f" {word}"
@@ -70,7 +70,7 @@ def test_sentencepiece_words_read_as_in_the_reference(prepended_by: str) -> None
     for words, tokens in zip(SENTENCES, tokenize_words(tokenizer, SENTENCES, 512), strict=True):
         reference = text.encode(words, is_pretokenized=True, add_special_tokens=False)  # is_split_into_words=True
         assert tokens.ids[1:].tolist() == reference.ids
-        assert np.repeat(tokens.kept, tokens.counts).tolist() == reference.word_ids
+        assert np.repeat(tokens.with_state, tokens.counts).tolist() == reference.word_ids
         assert all(reference.tokens[start - 1].startswith("▁") for start in tokens.starts)
 
 
@@ -91,16 +91,16 @@ def test_words_that_do_not_fit_are_cut_whole_and_counted(encoder: Encoder, lengt
     for whole, tokens in zip(tokenized(encoder, SENTENCES), tokenized(encoder, SENTENCES, length), strict=True):
         assert len(tokens.ids) <= length
         assert tokens.ids.tolist() == whole.ids[: len(tokens.ids)].tolist()
-        assert len(tokens.kept) + tokens.cut == len(whole.kept)
-        if tokens.cut:  # the next word would not have fitted
-            assert len(tokens.ids) + whole.counts[len(tokens.kept)] > length
+        assert len(tokens.with_state) + tokens.truncated == len(whole.with_state)
+        if tokens.truncated:  # the next word would not have fitted
+            assert len(tokens.ids) + whole.counts[len(tokens.with_state)] > length
 
 
 def test_words_without_tokens_are_counted(encoder: Encoder) -> None:
     text = Tokenizer.from_str(encoder.checkpoint.tokenizer.text.to_str())
     text.normalizer = normalizers.Strip()  # pyright: ignore[reportAttributeAccessIssue]
     [tokens] = tokenize_words(TextTokenizer(text, 1, 2, (1,), ()), [["a", "", "\t", "b"]], 512)
-    assert (tokens.kept.tolist(), tokens.blank, tokens.cut) == ([0, 3], 2, 0)
+    assert (tokens.with_state.tolist(), tokens.blank, tokens.truncated) == ([0, 3], 2, 0)
 
 
 word = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unmask.errors import UsageError
-from unmask.evaluate.word_tasks import WORD_TASKS, iob2, read_word_data, select, word_task
+from unmask.evaluate.word_tasks import WORD_TASKS, find_word_task, iob2, read_word_data, select
 
 # Entities per split as published with the shared task (W03-0419, table 2).
 ENTITIES = {
@@ -52,14 +52,14 @@ def test_inventories_are_the_papers() -> None:
 
 @pytest.mark.parametrize("name", WORD_TASKS)
 def test_every_label_of_the_data_is_known(eval_data: Path, name: str) -> None:
-    data = read_word_data(word_task(name), eval_data)  # an unknown label would be an error
+    data = read_word_data(find_word_task(name), eval_data)  # an unknown label would be an error
     assert [len(data.splits[split]) for split in ("train", "dev", "test")] == [80, 15, 30]
 
 
 @pytest.mark.public_data
 @pytest.mark.parametrize("name", WORD_TASKS)
 def test_every_label_of_the_public_data_is_known(public_data: Path, name: str) -> None:
-    data = read_word_data(word_task(name), public_data)  # an unknown label would be an error
+    data = read_word_data(find_word_task(name), public_data)  # an unknown label would be an error
     if name == "CoNLL2003NER":
         for split, sentences in data.splits.items():
             begun = Counter(label[2:] for s in sentences for label in s.labels if label.startswith("B-"))
@@ -78,11 +78,11 @@ def write_corpus(folder: Path, rows: list[dict], packed: bool = True) -> Path:
 
 def test_digest_is_of_the_content(tmp_path: Path) -> None:
     rows = [{"tokens": ["Ab", "c"], "ner": ["I-PER", "O"]}, {"tokens": [], "ner": []}]
-    packed = read_word_data(word_task("CoNLL2003NER"), write_corpus(tmp_path / "a", rows))
-    plain = read_word_data(word_task("CoNLL2003NER"), write_corpus(tmp_path / "b", rows, packed=False))
+    packed = read_word_data(find_word_task("CoNLL2003NER"), write_corpus(tmp_path / "a", rows))
+    plain = read_word_data(find_word_task("CoNLL2003NER"), write_corpus(tmp_path / "b", rows, packed=False))
     assert packed == plain
     assert packed.splits["dev"] == [(("Ab", "c"), ("B-PER", "O"))]  # a sentence without words is none
-    other = read_word_data(word_task("CoNLL2003NER"), write_corpus(tmp_path / "c", rows[:1]))
+    other = read_word_data(find_word_task("CoNLL2003NER"), write_corpus(tmp_path / "c", rows[:1]))
     assert other.digest != packed.digest
 
 
@@ -98,24 +98,24 @@ def test_digest_is_of_the_content(tmp_path: Path) -> None:
 )
 def test_wrong_rows_are_named(tmp_path: Path, row: dict, told: str) -> None:
     with pytest.raises(UsageError, match=told):
-        read_word_data(word_task("CoNLL2003NER"), write_corpus(tmp_path, [row]))
+        read_word_data(find_word_task("CoNLL2003NER"), write_corpus(tmp_path, [row]))
 
 
 def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"lacks train\.jsonl\.gz"):
-        read_word_data(word_task("CoNLL2003NER"), tmp_path)
+        read_word_data(find_word_task("CoNLL2003NER"), tmp_path)
     write_corpus(tmp_path, [{"tokens": ["a"], "ner": ["O"]}])
     file = tmp_path / "conll2003" / "dev.jsonl.gz"
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(UsageError, match=r"dev\.jsonl\.gz cannot be read"):
-        read_word_data(word_task("CoNLL2003NER"), tmp_path)
+        read_word_data(find_word_task("CoNLL2003NER"), tmp_path)
     with pytest.raises(UsageError, match="no word-level task 'NER'"):
-        word_task("NER")
+        find_word_task("NER")
 
 
 def test_selection_is_stable_spread_and_nested(tmp_path: Path) -> None:
     rows = [{"tokens": [str(i)], "ner": ["O"]} for i in range(100)]
-    sentences = read_word_data(word_task("CoNLL2003NER"), write_corpus(tmp_path, rows)).splits["train"]
+    sentences = read_word_data(find_word_task("CoNLL2003NER"), write_corpus(tmp_path, rows)).splits["train"]
     places = [int(s.words[0]) for s in select(sentences, 8)]
     assert places == [9, 39, 49, 50, 51, 55, 65, 91]  # on every machine
     assert set(places) < {int(s.words[0]) for s in select(sentences, 30)}

@@ -1,19 +1,21 @@
-"""Vectors on disk, found by (model revision, instruction, text), so that nothing is encoded twice.
+"""A cache of vectors on disk, keyed by (model revision, instruction, text), so that nothing is encoded twice.
 
-One folder per model revision holds two append-only files: `vectors.f32` (rows of float32) and `keys.sha256` (32 bytes
-per row). A row counts once its key is written, and the key is written after its vector, so a process that is killed
-between the two leaves a tail that the next one overwrites and never a wrong vector.
+One folder per model revision holds two append-only files: `vectors-<dimensions>.f32` (rows of float32) and
+`keys-<dimensions>.sha256` (32 bytes per row). A row counts once its key is written, and the key is written after its
+vector. A process that is killed in between leaves a tail that the next one overwrites, never a wrong vector.
 """
 
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from unmask.errors import StorageError
+from unmask.disk import locked, storage_errors
+from unmask.evaluate.models.embedding_model import EmbeddingModel, TruncatedModel
 
 _KEY_BYTES = 32
 
@@ -22,12 +24,12 @@ class VectorCache:
     """The vectors of one model revision.
 
     Args:
-        folder: where all revisions are kept, for example `home() / "vectors"`.
+        folder: parent folder of all revisions, for example `home() / "vectors"`.
         revision: content address of the model and everything else that decides a vector (precision, pooling).
         dimensions: numbers per vector.
 
     Raises:
-        StorageError: the folder cannot be made or read, or holds vectors of another length.
+        StorageError: the folder cannot be made or read.
     """
 
     def __init__(self, folder: Path, revision: str, dimensions: int) -> None:
@@ -36,7 +38,7 @@ class VectorCache:
         self._vectors_file = self._folder / f"vectors-{dimensions}.f32"
         self._keys_file = self._folder / f"keys-{dimensions}.sha256"
         self._rows: dict[bytes, int] = {}
-        with _storage(self._folder):
+        with self._storage_errors():
             self._folder.mkdir(parents=True, exist_ok=True)
             self._vectors_file.touch()
             self._keys_file.touch()
@@ -54,13 +56,13 @@ class VectorCache:
         chunk: int = 1024,
         progress: Callable[[int], None] | None = None,
     ) -> np.ndarray:
-        """Vectors of `texts` in their order, computing and keeping those that are not here yet.
+        """Return the vectors of `texts` in their order; compute and store those that are missing.
 
         Args:
             texts: any number of texts; a repeated text is computed once.
             instruction: part of the key; "" for documents.
-            compute: texts -> [n, dimensions]; called with at most `chunk` texts, each chunk kept when it returns.
-            progress: told the number of texts that each step settled.
+            compute: texts -> [n, dimensions]; called with at most `chunk` texts, and each chunk is stored on return.
+            progress: called with the number of texts that each step finished.
 
         Returns:
             float32 [len(texts), dimensions].
@@ -84,10 +86,10 @@ class VectorCache:
     def _read(self, rows: Sequence[int]) -> np.ndarray:
         if not rows:
             return np.empty((0, self._dimensions), dtype=np.float32)
-        with _storage(self._folder):
-            # Whole rows only: another process may be in the middle of its own.
-            whole = self._vectors_file.stat().st_size // (self._dimensions * 4)
-            stored = np.memmap(self._vectors_file, dtype="<f4", mode="r", shape=(whole, self._dimensions))
+        with self._storage_errors():
+            # Complete rows only: another process may be in the middle of writing one.
+            count = self._vectors_file.stat().st_size // (self._dimensions * 4)
+            stored = np.memmap(self._vectors_file, dtype="<f4", mode="r", shape=(count, self._dimensions))
             return np.asarray(stored[np.asarray(rows)], dtype=np.float32)
 
     def _append(self, keys: list[bytes], vectors: np.ndarray) -> None:
@@ -96,7 +98,7 @@ class VectorCache:
             raise ValueError(f"{len(keys)} texts gave vectors of shape {vectors.shape}, not (n, {self._dimensions})")
         with self._locked():
             self._read_new_keys()  # another process may have written since
-            row = self._whole_rows()
+            row = self._complete_rows()
             with self._vectors_file.open("r+b") as file:
                 file.truncate(row * self._dimensions * 4)
                 file.seek(0, os.SEEK_END)
@@ -111,16 +113,16 @@ class VectorCache:
                 self._rows[key] = row + offset
 
     def _read_new_keys(self) -> None:
-        """Learn of rows that were written since the last look, by this or another process."""
-        with _storage(self._folder):
-            whole = self._whole_rows()
+        """Read the keys of rows that this or another process has written since the last call."""
+        with self._storage_errors():
+            count = self._complete_rows()
             with self._keys_file.open("rb") as file:
-                data = file.read(whole * _KEY_BYTES)
-        for row in range(whole):
+                data = file.read(count * _KEY_BYTES)
+        for row in range(count):
             self._rows.setdefault(data[row * _KEY_BYTES : (row + 1) * _KEY_BYTES], row)
 
-    def _whole_rows(self) -> int:
-        """Rows that have both a vector and a key; after a crash of the machine either file may be the shorter one."""
+    def _complete_rows(self) -> int:
+        """Count rows with both vector and key; after a crash of the machine either file may be the shorter one."""
         return min(
             self._keys_file.stat().st_size // _KEY_BYTES,
             self._vectors_file.stat().st_size // (self._dimensions * 4),
@@ -128,25 +130,63 @@ class VectorCache:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        import fcntl
-
-        with _storage(self._folder), (self._folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with self._storage_errors(), locked(self._folder / "lock"):
             yield
+
+    def _storage_errors(self) -> AbstractContextManager[None]:
+        advice = "free some space or set UNMASK_HOME elsewhere"
+        return storage_errors(f"vectors in {self._folder}", advice, action="keep")
+
+
+class CachedModel:
+    """An embedding model behind a `VectorCache`.
+
+    A truncated model is cached by its base, at full length, so its truncation costs no further encoding.
+
+    Args:
+        model: any model, truncated or not.
+        folder: parent folder of all revisions, for example `home() / "vectors"`.
+        on_computed: called with (texts, instruction, seconds) after the model has encoded a chunk.
+
+    Raises:
+        StorageError: the folder cannot be made or read.
+    """
+
+    def __init__(
+        self,
+        model: EmbeddingModel,
+        folder: Path,
+        *,
+        on_computed: Callable[[Sequence[str], str, float], None] | None = None,
+    ) -> None:
+        self._base = model.base if isinstance(model, TruncatedModel) else model
+        self._dimensions = model.dimensions
+        self._cache = VectorCache(folder, self._base.revision, self._base.dimensions)
+        self._on_computed = on_computed
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        instruction: str = "",
+        *,
+        chunk: int = 1024,
+        progress: Callable[[int], None] | None = None,
+    ) -> np.ndarray:
+        """Return float32 [n, dimensions of the model]; `chunk` and `progress` as in `VectorCache.encode`."""
+
+        def compute(missing: list[str]) -> np.ndarray:
+            start = time.perf_counter()
+            vectors = self._base.encode(missing, instruction)
+            if self._on_computed is not None:
+                self._on_computed(missing, instruction, time.perf_counter() - start)
+            return vectors
+
+        vectors = self._cache.encode(texts, instruction, compute, chunk=chunk, progress=progress)
+        return vectors[:, : self._dimensions]
 
 
 def _key(text: str, instruction: str) -> bytes:
     # The length keeps ("ab", "c") and ("a", "bc") apart.
     head = instruction.encode("utf-8", "surrogatepass")
-    whole = len(head).to_bytes(8, "little") + head + text.encode("utf-8", "surrogatepass")
-    return hashlib.sha256(whole).digest()
-
-
-@contextmanager
-def _storage(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"cannot keep vectors in {folder}: {error.strerror or error}; free some space or set UNMASK_HOME elsewhere"
-        ) from error
+    content = len(head).to_bytes(8, "little") + head + text.encode("utf-8", "surrogatepass")
+    return hashlib.sha256(content).digest()

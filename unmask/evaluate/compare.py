@@ -1,14 +1,14 @@
-"""Which of two models is better, on what, by how much, and is it more than noise; and how far a revision drifted."""
+"""Comparison of two models: which is better, on which tasks, by how much, beyond noise or not; and vector drift."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from unmask.errors import UsageError
-from unmask.evaluate.cache import VectorCache
-from unmask.evaluate.models.embedding_model import EmbeddingModel, uncut
+from unmask.evaluate.cache import CachedModel
+from unmask.evaluate.models import EmbeddingModel, open_model
 from unmask.evaluate.results import Category, ModelResult, Statistic, TaskScore, read_example_values, read_results
 from unmask.evaluate.statistics import Paired, holm, paired, paired_mean
 from unmask.home import home
@@ -18,7 +18,7 @@ NEIGHBOURS = 10
 
 @dataclass(frozen=True)
 class MeasuredModel:
-    """One model's results and the folder that holds its per-example values."""
+    """The results of one model, and the folder with its per-example values."""
 
     folder: Path
     model: ModelResult
@@ -30,7 +30,7 @@ class MeasuredModel:
 
 @dataclass(frozen=True)
 class TaskComparison:
-    """One task. Scores on the 0-100 scale; `test` is A minus B, None where there are no per-example values."""
+    """Two models on one task, scores 0-100. `test` is A minus B; None without per-example values."""
 
     task: str
     category: Category
@@ -50,12 +50,12 @@ class Comparison:
     """Two models on the tasks that both completed.
 
     Attributes:
-        a, b: what the models are called here, always two different labels.
+        a, b: labels of the models, always different.
         tasks: in the order of A's results; p-values adjusted for their number (Holm).
-        overall: test of the difference in the mean over `counted`; None where per-example values are missing.
-        counted: the tasks in the mean.
+        overall: test of the difference of the means over `counted`; None without per-example values.
+        counted: names of the tasks in the mean.
         mean_a, mean_b: means over `counted`.
-        left_out: task -> why it could not be compared.
+        left_out: task -> reason for which it cannot be compared.
     """
 
     a: str
@@ -74,15 +74,15 @@ class Comparison:
 
 @dataclass(frozen=True)
 class VectorDrift:
-    """How far the vectors of one model moved from those of another, on the same texts.
+    """Distance between the vectors of two models on the same texts.
 
     Attributes:
         a, b: names of the models.
-        texts: how many were encoded.
+        texts: number of different texts.
         mean_cosine, worst_cosine: between the two vectors of a text; None if they differ in length.
         worst_text: the text that moved most; None with the cosines.
-        neighbours: how many nearest neighbours of each text were looked at.
-        overlap: mean share (0-1) of those that are the same in both models.
+        neighbours: number of nearest neighbours compared for each text.
+        overlap: mean share (0-1) of these that are the same in both models.
         same_nearest: share (0-1) of texts whose nearest neighbour is the same.
     """
 
@@ -98,29 +98,29 @@ class VectorDrift:
 
 
 def find_results(spec: str) -> MeasuredModel:
-    """Find a model's results: `FOLDER` for the first model of a run, `FOLDER:MODEL` for another one.
+    """Find the results of a model: `FOLDER` for the first model of a run, `FOLDER:MODEL` for another one.
 
     MODEL may be shortened to its last part ("all-MiniLM-L6-v2") or its file name.
 
     Raises:
         UsageError: no such folder, no such model in it, or more than one.
     """
-    folder, _, wanted = (spec, "", "") if Path(spec).exists() else spec.rpartition(":")
+    folder, _, name = (spec, "", "") if Path(spec).exists() else spec.rpartition(":")
     if not folder:
         raise UsageError(f"{spec} is not a folder of results; name one that `unmask evaluate` wrote")
     results = read_results(Path(folder))
-    where = Path(folder) if Path(folder).is_dir() else Path(folder).parent
+    results_folder = Path(folder) if Path(folder).is_dir() else Path(folder).parent
     if not results.models:
         raise UsageError(f"{folder} holds the results of no model")
-    if not wanted:
-        return MeasuredModel(where, results.models[0])
-    exact = [model for model in results.models if wanted in (model.name, model.slug)]
-    found = exact or [model for model in results.models if model.name.rstrip("/").rpartition("/")[2] == wanted]
-    if len(found) != 1:
-        known = ", ".join(model.name for model in results.models)
-        problem = "more than one model is called" if found else "there is no model"
-        raise UsageError(f"{folder}: {problem} {wanted}; it holds {known}")
-    return MeasuredModel(where, found[0])
+    if not name:
+        return MeasuredModel(results_folder, results.models[0])
+    exact = [model for model in results.models if name in (model.name, model.slug)]
+    matches = exact or [model for model in results.models if model.name.rstrip("/").rpartition("/")[2] == name]
+    if len(matches) != 1:
+        names = ", ".join(model.name for model in results.models)
+        problem = "more than one model is called" if matches else "there is no model"
+        raise UsageError(f"{folder}: {problem} {name}; it holds {names}")
+    return MeasuredModel(results_folder, matches[0])
 
 
 def compare_results(
@@ -130,69 +130,50 @@ def compare_results(
 
     Args:
         a, b: from `find_results`.
-        tasks: compare only on these; all that both completed if empty.
-        counted: the tasks among them whose mean is compared. Left out: all but word-level tasks, or these if there is
+        tasks: compare only on these; by default on all that both completed.
+        counted: tasks among them whose mean is compared. By default all but word-level tasks, or these if there is
             nothing else.
 
     Raises:
-        UsageError: nothing to compare; a task that was asked for was not run by both; data or examples differ.
+        UsageError: nothing to compare; one of `tasks` was not run by both; data or examples differ.
     """
     scores_a = {score.task: score for score in a.model.scores}
     scores_b = {score.task: score for score in b.model.scores}
-    for task in tasks:
-        lacking = [side.name for side, scores in ((a, scores_a), (b, scores_b)) if task not in scores]
-        if lacking:
-            raise UsageError(f"{' and '.join(lacking)} did not run {task}; both ran {_listed(scores_a, scores_b)}")
-    wanted = list(tasks) or [*scores_a, *(task for task in scores_b if task not in scores_a)]
-    left_out = {task: why for task in wanted if (why := _why_not(a, b, scores_a.get(task), scores_b.get(task)))}
-    rows, pairs = [], {}
-    for task in wanted:
+    names = _tasks_to_compare(a, b, scores_a, scores_b, tasks)
+    left_out = {
+        task: reason for task in names if (reason := _missing_score(a, b, scores_a.get(task), scores_b.get(task)))
+    }
+    rows: list[TaskComparison] = []
+    values: dict[str, tuple[np.ndarray, np.ndarray, Statistic]] = {}
+    for task in names:
         if task in left_out:
             continue
         score_a, score_b = scores_a[task], scores_b[task]
-        _refuse_unlike(a, b, score_a, score_b)
-        values = _paired_values(a, b, score_a)
+        _require_same_measurement(a, b, score_a, score_b)
         test = None
-        if values is not None:
-            pairs[task] = values
-            test = _tested(task, *values)
-        rows.append(_row(score_a, score_b, test))
+        if (pair := _paired_values(a, b, score_a)) is not None:
+            values[task] = pair
+            test = _paired_test(task, *pair)
+        rows.append(_task_comparison(score_a, score_b, test))
     if not rows:
-        reasons = "; ".join(f"{task}: {why}" for task, why in left_out.items())
+        reasons = "; ".join(f"{task}: {reason}" for task, reason in left_out.items())
         raise UsageError(f"{a.name} and {b.name} completed no task in common" + (f" ({reasons})" if reasons else ""))
-    rows = _adjusted(rows)
-    if counted is None:
-        averaged = [row for row in rows if row.category != "WordLevel"] or rows
-    else:
-        averaged = [row for row in rows if row.task in counted]
-    whole = [pairs[row.task] for row in averaged if row.task in pairs]
-    name_a, name_b = _told_apart(a, b)
-    return Comparison(
-        a=name_a,
-        b=name_b,
-        tasks=rows,
-        overall=paired_mean(whole) if whole and len(whole) == len(averaged) else None,
-        counted=[row.task for row in averaged],
-        mean_a=float(np.mean([row.score_a for row in averaged])) if averaged else float("nan"),
-        mean_b=float(np.mean([row.score_b for row in averaged])) if averaged else float("nan"),
-        left_out=left_out,
-    )
+    return _summary(a, b, _adjusted(rows), values, counted, left_out)
 
 
 def compare_by_name(
     a: str, b: str, tasks: Sequence[str] = (), texts: Path | None = None
 ) -> tuple[Comparison | None, VectorDrift | None]:
-    """What `unmask compare` answers: a comparison of results, and a drift where there are texts.
+    """Compare results, and with `texts` vectors too: the work of `unmask compare`.
 
     Args:
-        a, b: results as for `find_results`. With `texts`, models as for `open_model` do as well; there is no
-            comparison then.
-        tasks: as for `compare`.
+        a, b: results as for `find_results`. With `texts` also models as for `open_model`, which gives a drift alone.
+        tasks: as for `compare_results`.
         texts: a file with one text per line; blank lines do not count.
 
     Raises:
-        UsageError: as `find_results`, `compare`, `drift` and `open_model`; the texts cannot be read; the model
-            of some results is not what it was when they were measured.
+        UsageError: as `find_results`, `compare_results`, `measure_drift` and `open_model`; the texts cannot be read;
+            a model has changed since its results were measured.
     """
     if texts is None:
         return compare_results(find_results(a), find_results(b), tasks), None
@@ -208,12 +189,12 @@ def compare_by_name(
 def measure_drift(
     a: EmbeddingModel, b: EmbeddingModel, texts: Sequence[str], *, cache: Path | None = None
 ) -> VectorDrift:
-    """Encode the texts with both models and say how much changed.
+    """Encode the texts with both models and compare the vectors and their nearest neighbours.
 
     Args:
-        cache: folder of a `VectorCache`, to find vectors in and keep them; none by default.
-        a, b: usually two revisions of one model; models of other dimensions have neighbours in common but no cosine.
-        texts: at least 2, repeated ones counted once. A matrix of [texts, texts] similarities is made in slices.
+        a, b: usually two revisions of one model; models of different dimensions have neighbours but no cosine.
+        texts: at least 2, repeated ones counted once. The [texts, texts] similarities are computed in slices.
+        cache: folder of a `VectorCache`, to read and store vectors; none by default.
 
     Raises:
         UsageError: fewer than 2 different texts.
@@ -221,7 +202,9 @@ def measure_drift(
     texts = list(dict.fromkeys(texts))
     if len(texts) < 2:
         raise UsageError(f"{len(texts)} different texts are too few to compare neighbours; give 2 or more")
-    vectors_a, vectors_b = (_unit(_vectors(model, texts, cache)) for model in (a, b))
+    vectors_a, vectors_b = (
+        _unit_length((model if cache is None else CachedModel(model, cache)).encode(texts)) for model in (a, b)
+    )
     near = min(NEIGHBOURS, len(texts) - 1)
     nearest_a, nearest_b = _nearest(vectors_a, near), _nearest(vectors_b, near)
     shared = [len(set(row_a) & set(row_b)) for row_a, row_b in zip(nearest_a.tolist(), nearest_b.tolist(), strict=True)]
@@ -242,8 +225,26 @@ def measure_drift(
     )
 
 
-def _why_not(a: MeasuredModel, b: MeasuredModel, score_a: TaskScore | None, score_b: TaskScore | None) -> str | None:
-    """Why a task cannot be compared through no fault of its data."""
+def _tasks_to_compare(
+    a: MeasuredModel,
+    b: MeasuredModel,
+    scores_a: Mapping[str, TaskScore],
+    scores_b: Mapping[str, TaskScore],
+    tasks: Sequence[str],
+) -> list[str]:
+    """Return `tasks`, or by default all of both models in the order of A's; refuse tasks that one did not run."""
+    for task in tasks:
+        lacking = [side.name for side, scores in ((a, scores_a), (b, scores_b)) if task not in scores]
+        if lacking:
+            in_common = ", ".join(task for task in scores_a if task in scores_b) or "nothing in common"
+            raise UsageError(f"{' and '.join(lacking)} did not run {task}; both ran {in_common}")
+    return list(tasks) or [*scores_a, *(task for task in scores_b if task not in scores_a)]
+
+
+def _missing_score(
+    a: MeasuredModel, b: MeasuredModel, score_a: TaskScore | None, score_b: TaskScore | None
+) -> str | None:
+    """Return the reason for which a task has no two scores to compare; None if it has."""
     for side, score in ((a, score_a), (b, score_b)):
         if score is None:
             return f"not run by {side.name}"
@@ -252,15 +253,15 @@ def _why_not(a: MeasuredModel, b: MeasuredModel, score_a: TaskScore | None, scor
     return None
 
 
-def _refuse_unlike(a: MeasuredModel, b: MeasuredModel, score_a: TaskScore, score_b: TaskScore) -> None:
-    for what, of_a, of_b in (
+def _require_same_measurement(a: MeasuredModel, b: MeasuredModel, score_a: TaskScore, score_b: TaskScore) -> None:
+    for name, of_a, of_b in (
         ("data", score_a.data, score_b.data),
         ("metric", score_a.metric, score_b.metric),
         ("statistic", score_a.statistic, score_b.statistic),
     ):
         if of_a != of_b:
             raise UsageError(
-                f"{score_a.task}: {a.name} was measured with {what} {of_a} and {b.name} with {of_b}; run both again "
+                f"{score_a.task}: {a.name} was measured with {name} {of_a} and {b.name} with {of_b}; run both again "
                 "on the same data, or leave the task out with --task"
             )
 
@@ -268,21 +269,21 @@ def _refuse_unlike(a: MeasuredModel, b: MeasuredModel, score_a: TaskScore, score
 def _paired_values(
     a: MeasuredModel, b: MeasuredModel, score: TaskScore
 ) -> tuple[np.ndarray, np.ndarray, Statistic] | None:
-    values_a = read_example_values(a.folder, a.model, score.task)
-    values_b = read_example_values(b.folder, b.model, score.task)
+    values_a = read_example_values(a.folder, a.name, score.task)
+    values_b = read_example_values(b.folder, b.name, score.task)
     if values_a is None or values_b is None or min(len(values_a), len(values_b)) < 2:
         return None
     return values_a, values_b, score.statistic
 
 
-def _tested(task: str, values_a: np.ndarray, values_b: np.ndarray, statistic: Statistic) -> Paired | None:
+def _paired_test(task: str, values_a: np.ndarray, values_b: np.ndarray, statistic: Statistic) -> Paired:
     try:
         return paired(values_a, values_b, statistic)
     except ValueError as error:
         raise UsageError(f"{task}: the examples of the two results do not match: {error}; run both again") from error
 
 
-def _row(score_a: TaskScore, score_b: TaskScore, test: Paired | None) -> TaskComparison:
+def _task_comparison(score_a: TaskScore, score_b: TaskScore, test: Paired | None) -> TaskComparison:
     if score_a.score is None or score_b.score is None:
         raise ValueError("only completed tasks are compared")
     return TaskComparison(
@@ -297,12 +298,40 @@ def _row(score_a: TaskScore, score_b: TaskScore, test: Paired | None) -> TaskCom
 
 
 def _adjusted(rows: list[TaskComparison]) -> list[TaskComparison]:
+    """Return the rows with p-values adjusted for the number of tests."""
     adjusted = iter(holm([row.test for row in rows if row.test is not None]))
     return [replace(row, test=next(adjusted)) if row.test is not None else row for row in rows]
 
 
-def _told_apart(a: MeasuredModel, b: MeasuredModel) -> tuple[str, str]:
-    """Two different labels: the names, else with revisions, else with folders."""
+def _summary(
+    a: MeasuredModel,
+    b: MeasuredModel,
+    rows: list[TaskComparison],
+    values: Mapping[str, tuple[np.ndarray, np.ndarray, Statistic]],
+    counted: Collection[str] | None,
+    left_out: dict[str, str],
+) -> Comparison:
+    """Return the comparison of the means over `counted`, with the rows; `values` are task -> per-example values."""
+    if counted is None:
+        averaged = [row for row in rows if row.category != "WordLevel"] or rows
+    else:
+        averaged = [row for row in rows if row.task in counted]
+    pairs = [values[row.task] for row in averaged if row.task in values]
+    label_a, label_b = _labels(a, b)
+    return Comparison(
+        a=label_a,
+        b=label_b,
+        tasks=rows,
+        overall=paired_mean(pairs) if pairs and len(pairs) == len(averaged) else None,
+        counted=[row.task for row in averaged],
+        mean_a=float(np.mean([row.score_a for row in averaged])) if averaged else float("nan"),
+        mean_b=float(np.mean([row.score_b for row in averaged])) if averaged else float("nan"),
+        left_out=left_out,
+    )
+
+
+def _labels(a: MeasuredModel, b: MeasuredModel) -> tuple[str, str]:
+    """Return two different labels: the names, else with revisions, else with folders."""
     if a.name != b.name:
         return a.name, b.name
     if a.model.revision != b.model.revision:
@@ -312,18 +341,12 @@ def _told_apart(a: MeasuredModel, b: MeasuredModel) -> tuple[str, str]:
     raise UsageError(f"{a.name} would be compared with itself; name two models or two folders of results")
 
 
-def _listed(scores_a: dict[str, TaskScore], scores_b: dict[str, TaskScore]) -> str:
-    return ", ".join(task for task in scores_a if task in scores_b) or "nothing in common"
-
-
 def _names_results(spec: str) -> bool:
     folder = Path(spec) if Path(spec).exists() else Path(spec.rpartition(":")[0])
     return spec != "" and (folder / "results.json").is_file()
 
 
 def _open_model(spec: str, measured: MeasuredModel | None) -> EmbeddingModel:
-    from unmask.evaluate.models import open_model
-
     if measured is None:
         return open_model(spec)
     model = open_model(str(measured.model.details.get("specification", measured.name)))
@@ -342,22 +365,14 @@ def _read_lines(file: Path) -> list[str]:
         raise UsageError(f"--texts {file} cannot be read: {error}") from error
 
 
-def _vectors(model: EmbeddingModel, texts: list[str], cache: Path | None) -> np.ndarray:
-    if cache is None:
-        return model.encode(texts)
-    whole = uncut(model)
-    vectors = VectorCache(cache, whole.revision, whole.dimensions).encode(texts, "", whole.encode)
-    return vectors[:, : model.dimensions]
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
+def _unit_length(vectors: np.ndarray) -> np.ndarray:
     vectors = np.asarray(vectors, dtype=np.float32)
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
 
 
 def _nearest(vectors: np.ndarray, near: int) -> np.ndarray:
-    """Rows of the `near` most similar other rows of vectors [n, d], most similar first: [n, near]."""
+    """Return the rows of the `near` most similar other rows of vectors [n, d], most similar first: [n, near]."""
     parts = []
     for start in range(0, len(vectors), 1024):
         similar = vectors[start : start + 1024] @ vectors.T  # [1024, n]

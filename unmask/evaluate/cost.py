@@ -1,4 +1,4 @@
-"""What vectors cost: speed and memory of every contender on the same texts, in turns, with nothing cached."""
+"""Cost of vectors: speed and memory of every model on the same texts, in turns, with nothing cached."""
 
 import statistics
 import time
@@ -14,70 +14,72 @@ _ROUNDS = 3
 
 
 class LoadedModel(NamedTuple):
-    """A contender, and the memory that it took to load it and to encode the sample once."""
+    """A model, and the memory that it took to load it and to encode the sample once."""
 
-    contender: EmbeddingModel
+    model: EmbeddingModel
     peak_memory_bytes: int | None
 
 
 def sample_texts() -> list[str]:
-    """The texts that every speed is measured on: 40 passages of this project's own documentation, 5 to 81
-    words."""
+    """Return the texts on which every speed is measured: 40 passages of 5 to 81 words from this project's pages."""
     text = (files("unmask.evaluate") / "speed_sample.txt").read_text(encoding="utf-8")
     return [passage for passage in text.split("\n") if passage]
 
 
 def load_model(open_model: Callable[[], EmbeddingModel], texts: Sequence[str]) -> LoadedModel:
-    """Open a contender and encode `texts` once, which also warms it up.
+    """Open a model and encode `texts` once, which also warms it up.
 
-    Its memory is the process's peak meanwhile above what the process had before. Memory that an earlier contender has
-    given back is not seen, so contenders stay open as long as the run.
+    Its memory is the peak of the process meanwhile minus the memory of the process before. Memory that an earlier
+    model has given back would hide some of it, so all models stay open as long as the run.
     """
-    before = _status("VmRSS")
-    _forget_peak()
-    contender = open_model()
-    contender.encode(texts)
-    peak = _status("VmHWM")
-    remote = contender.kind == "endpoint"
-    return LoadedModel(contender, None if remote or before is None or peak is None else max(0, peak - before))
+    before = _process_status("VmRSS")
+    _reset_peak_memory()
+    model = open_model()
+    model.encode(texts)
+    peak = _process_status("VmHWM")
+    is_remote = model.kind == "endpoint"
+    return LoadedModel(model, None if is_remote or before is None or peak is None else max(0, peak - before))
 
 
-def measure_cost(loaded: Sequence[LoadedModel], texts: Sequence[str]) -> list[Cost]:
-    """Speed of each contender on `texts`, the median of rounds in which they take turns.
+def measure_cost(loaded_models: Sequence[LoadedModel], texts: Sequence[str]) -> list[Cost]:
+    """Return the cost of each model; its speed on `texts` is the median of rounds in which the models take turns.
 
-    Turns, because a machine's speed drifts: what disturbs one contender disturbs all.
+    The speed of a machine drifts. With turns, a disturbance slows all models alike.
     """
-    seconds: list[list[float]] = [[] for _ in loaded]
+    seconds: list[list[float]] = [[] for _ in loaded_models]
     for _ in range(_ROUNDS):
-        for contender, spent in zip((item.contender for item in loaded), seconds, strict=True):
-            began = time.perf_counter()
-            contender.encode(texts)
-            spent.append(time.perf_counter() - began)
-    return [_cost(item, statistics.median(spent), texts) for item, spent in zip(loaded, seconds, strict=True)]
+        for loaded, durations in zip(loaded_models, seconds, strict=True):
+            start = time.perf_counter()
+            loaded.model.encode(texts)
+            durations.append(time.perf_counter() - start)
+    return [
+        _cost(loaded, statistics.median(durations), texts)
+        for loaded, durations in zip(loaded_models, seconds, strict=True)
+    ]
 
 
-def _cost(item: LoadedModel, seconds: float, texts: Sequence[str]) -> Cost:
-    contender = item.contender
-    tokens = contender.count_tokens(texts)
+def _cost(loaded: LoadedModel, seconds: float, texts: Sequence[str]) -> Cost:
+    model = loaded.model
+    tokens = model.count_tokens(texts)
     return Cost(
         tokens_per_second=None if tokens is None else tokens / seconds,
         texts_per_second=len(texts) / seconds,
-        peak_memory_bytes=item.peak_memory_bytes,
-        parameters=contender.parameters,
-        dimensions=contender.dimensions,
-        vector_bytes=4 * contender.dimensions,
+        peak_memory_bytes=loaded.peak_memory_bytes,
+        parameters=model.parameters,
+        dimensions=model.dimensions,
+        vector_bytes=4 * model.dimensions,
     )
 
 
-def _forget_peak() -> None:
+def _reset_peak_memory() -> None:
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # man 5 proc: resets VmHWM
     except OSError:
         return
 
 
-def _status(field: str) -> int | None:
-    """A figure of this process in bytes; None where the system does not keep it there, as off Linux."""
+def _process_status(field: str) -> int | None:
+    """Return a field of /proc/self/status in bytes; None where there is none, as off Linux."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:

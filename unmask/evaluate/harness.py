@@ -1,6 +1,6 @@
-"""mteb's harness over a contender: one task, its score in mteb's own format, and a value per example.
+"""mteb's harness around an embedding model: one task, its score in mteb's own format, and a value per example.
 
-This module imports mteb, which takes seconds; nothing imports it before there is something to measure.
+This module imports mteb, which takes seconds; import it only when there is something to measure.
 """
 
 import json
@@ -8,7 +8,7 @@ import logging
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
@@ -32,15 +32,15 @@ from mteb.types import PromptType
 from threadpoolctl import threadpool_limits
 
 from unmask.disk import atomic_write
-from unmask.evaluate.cache import VectorCache
+from unmask.evaluate.cache import CachedModel
 from unmask.evaluate.instructions import REFERENCE_FAMILY, Side, instruction_for
-from unmask.evaluate.models.embedding_model import EmbeddingModel, uncut
+from unmask.evaluate.models import EmbeddingModel
 from unmask.evaluate.results import Category, Statistic, TaskScore
 
-# Vectors that a kill loses at most, and the step in which progress is told.
+# Vectors that a kill loses at most, and the step of the progress shown.
 _CHUNK = 256
 
-# What stands beside the main score, by kind of task.
+# Metrics beside the main score, by kind of task.
 _DETAILS: dict[str, tuple[str, ...]] = {
     "STS": ("cosine_pearson", "manhattan_spearman", "euclidean_spearman"),
     "Classification": ("f1", "f1_weighted"),
@@ -53,34 +53,41 @@ _DETAILS: dict[str, tuple[str, ...]] = {
 
 
 class TaskProgress(Protocol):
-    """Who wants to know how far a task has come."""
+    """A listener to the progress of one task."""
 
     def expect(self, texts: int) -> None:
-        """So many more texts need vectors."""
+        """Add texts that need vectors to the total."""
         ...
 
-    def settled(self, texts: int) -> None:
-        """So many of them have one, computed or from the cache."""
+    def finish_texts(self, texts: int) -> None:
+        """Advance by texts that have a vector now, computed or from the cache."""
         ...
 
-    def computed(self, texts: int, tokens: int | None, seconds: float) -> None:
-        """So many were computed just now."""
+    def add_speed(self, texts: int, tokens: int | None, seconds: float) -> None:
+        """Count texts that the model has just encoded."""
         ...
 
 
 class TaskMeasurement(NamedTuple):
-    """A score, and the values per example that it follows from where there are any: [n] or [n, 2], see `Statistic`."""
+    """A score and the per-example values behind it, [n] or [n, 2] (see `Statistic`); None where there are none."""
 
     score: TaskScore
     values: np.ndarray | None
 
 
 class MtebModel(AbsEncoder):
-    """A contender as mteb's `EncoderProtocol`: the instruction of the task, vectors through the cache."""
+    """An embedding model as mteb's `EncoderProtocol`: adds the task's instruction and caches the vectors.
 
-    def __init__(self, contender: EmbeddingModel, cache: VectorCache, watch: TaskProgress) -> None:
-        self._contender, self._cache, self._watch = contender, cache, watch
-        self.mteb_model_meta = model_meta(contender)
+    Args:
+        model: the model under test.
+        cache: folder of a `VectorCache`.
+        progress: listener.
+    """
+
+    def __init__(self, model: EmbeddingModel, cache: Path, progress: TaskProgress) -> None:
+        self._model, self._progress = model, progress
+        self._cached_model = CachedModel(model, cache, on_computed=self._report_speed)
+        self.mteb_model_meta = model_meta(model)
         self._threads = torch.get_num_threads()
 
     def encode(
@@ -93,61 +100,53 @@ class MtebModel(AbsEncoder):
         prompt_type: PromptType | None = None,
         **kwargs: Any,
     ) -> np.ndarray:
-        """Vectors of a task's texts, float32 [n, dimensions]. The cache holds them uncut."""
-        # A text of blanks has no vector here, and some tasks have one or two: mteb's own models give them one.
+        """Return the vectors of a task's texts, float32 [n, dimensions]."""
+        # A blank text has no vector here, and some tasks have one or two: mteb's own models give them one.
         texts = [text if text.strip() else "." for batch in inputs for text in batch["text"]]
         instruction = self.instruction(task_metadata, prompt_type)
-        self._watch.expect(len(texts))
-        whole = self._cache.encode(
-            texts,
-            instruction,
-            lambda part: self._compute(part, instruction),
-            chunk=_CHUNK,
-            progress=self._watch.settled,
-        )
-        return whole[:, : self._contender.dimensions]
+        self._progress.expect(len(texts))
+        # `measure` holds mteb itself to one thread; the model gets all of them back.
+        with threadpool_limits(self._threads):
+            return self._cached_model.encode(texts, instruction, chunk=_CHUNK, progress=self._progress.finish_texts)
 
     def instruction(self, task_metadata: Any, prompt_type: PromptType | None) -> str:
-        """What the model is told about one side of a task."""
-        if not self._contender.takes_instructions:
+        """Return the instruction for one side of a task; "" for models that take none."""
+        if not self._model.takes_instructions:
             return ""
         side: Side = "documents" if prompt_type is PromptType.document else "queries"
         prompt = self.get_instruction(task_metadata, PromptType.query)
-        return instruction_for(task_metadata.name, task_metadata.type, side, prompt, model=self._contender.name)
+        return instruction_for(task_metadata.name, task_metadata.type, side, prompt, model=self._model.name)
 
-    def _compute(self, texts: list[str], instruction: str) -> np.ndarray:
-        began = time.perf_counter()
-        with threadpool_limits(self._threads):  # `measure` holds them at one
-            vectors = uncut(self._contender).encode(texts, instruction)
-        seconds = time.perf_counter() - began
-        self._watch.computed(len(texts), self._contender.count_tokens(texts, instruction), seconds)
-        return vectors
+    def _report_speed(self, texts: Sequence[str], instruction: str, seconds: float) -> None:
+        self._progress.add_speed(len(texts), self._model.count_tokens(texts, instruction), seconds)
 
 
-def model_meta(contender: EmbeddingModel) -> ModelMeta:
-    """What mteb wants to know of a model. The published LLM2Vec models have their entry in mteb, with the training data
-    that decides what counts as zero-shot; others get what is known and None for the rest.
+def model_meta(model: EmbeddingModel) -> ModelMeta:
+    """Return mteb's description of a model.
+
+    The published LLM2Vec models have theirs in mteb, with the training data that decides which tasks are zero-shot.
+    Other models get the fields that are known, and None for the rest.
     """
-    if contender.name.startswith(REFERENCE_FAMILY) and contender.name in {meta.name for meta in mteb.get_model_metas()}:
-        return mteb.get_model_meta(contender.name)
-    name = contender.name.replace(" ", "_")
+    if model.name.startswith(REFERENCE_FAMILY) and model.name in {meta.name for meta in mteb.get_model_metas()}:
+        return mteb.get_model_meta(model.name)
+    name = model.name.replace(" ", "_")
     return ModelMeta(
         loader=None,
         name=name if name.count("/") == 1 else f"unpublished/{name.replace('/', '_')}",
-        revision=contender.revision,
+        revision=model.revision,
         release_date=None,
         languages=["eng-Latn"],
-        n_parameters=contender.parameters,
+        n_parameters=model.parameters,
         memory_usage_mb=None,
         max_tokens=None,
-        embed_dim=contender.dimensions,
+        embed_dim=model.dimensions,
         license=None,
-        open_weights=None if contender.kind == "endpoint" else True,
+        open_weights=None if model.kind == "endpoint" else True,
         public_training_code=None,
         public_training_data=None,
-        framework=["API"] if contender.kind == "endpoint" else ["PyTorch"],
+        framework=["API"] if model.kind == "endpoint" else ["PyTorch"],
         similarity_fn_name="cosine",  # type: ignore[arg-type]
-        use_instructions=contender.takes_instructions,
+        use_instructions=model.takes_instructions,
         training_datasets=None,
     )
 
@@ -156,33 +155,38 @@ def measure(model: MtebModel, task: AbsTask, folder: Path) -> TaskMeasurement:
     """Run one task through mteb.
 
     Args:
-        model: what is measured.
+        model: the model under test.
         task: a fresh one. Its data may be loaded already; otherwise mteb fetches them.
-        folder: gets `<model>/<revision>/<task>.json` and `model_meta.json`, ready to be submitted to mteb.
+        folder: receives `<model>/<revision>/<task>.json` and `model_meta.json`, ready to be submitted to mteb.
 
     Raises:
-        Exception: whatever the task, its data or the model raise.
+        Exception: any error of the task, its data or the model.
     """
-    began = time.perf_counter()
+    start = time.perf_counter()
     category: Category = task.metadata.type  # type: ignore[assignment]
-    single = not isinstance(task, AbsTaskAggregate) and len(task.eval_splits) == 1 and len(task.hf_subsets) == 1
-    if single:
-        task.load_data()  # kept after the run, for the gold labels; what mteb loads itself it drops
-    # The probes and clusterings of mteb are far too small to share: two threads took ten times as long as one.
-    alone = threadpool_limits(1)
-    with tempfile.TemporaryDirectory() as scratch, _quiet(), _per_query(task) as per_query, alone:
+    is_single = not isinstance(task, AbsTaskAggregate) and len(task.eval_splits) == 1 and len(task.hf_subsets) == 1
+    if is_single:
+        # mteb drops data that it loads itself. Loaded here, they stay for the gold labels.
+        task.load_data()
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        _quiet(),
+        _query_scores(task) as query_scores,
+        # The probes and clusterings of mteb are far too small to share: two threads took ten times as long as one.
+        threadpool_limits(1),
+    ):
         result = mteb.evaluate(
-            cast(Any, model),  # mteb's protocol has a constructor, which is its own command line's
+            cast(Any, model),  # mteb's protocol has a constructor, for the command line of mteb
             task,
             co2_tracker=False,
             cache=None,
-            # mteb writes a thousand documents per query of a retrieval task; what is needed of them is caught above.
+            # For a retrieval task mteb writes a thousand documents per query; `_query_scores` has all that is needed.
             prediction_folder=None if isinstance(task, AbsTaskRetrieval) else Path(scratch),
             show_progress_bar=False,
             encode_kwargs={"batch_size": _CHUNK, "show_progress_bar": False},
         ).task_results[0]
-        values, statistic = _examples(task, result, Path(scratch), per_query) if single else (None, "mean")
-    _write(result, model.mteb_model_meta, folder)
+        values, statistic = _example_values(task, result, Path(scratch), query_scores) if is_single else (None, "mean")
+    _write_mteb_result(result, model.mteb_model_meta, folder)
     first = next(iter(result.scores.values()))[0]
     score = TaskScore(
         task=task.metadata.name,
@@ -192,22 +196,22 @@ def measure(model: MtebModel, task: AbsTask, folder: Path) -> TaskMeasurement:
         examples=0 if values is None else len(values),
         statistic=statistic,
         instruction=model.instruction(task.metadata, PromptType.query if category == "Retrieval" else None),
-        seconds=time.perf_counter() - began,
+        seconds=time.perf_counter() - start,
         details={key: round(100 * float(first[key]), 4) for key in _DETAILS.get(category, ()) if key in first},
     )
     return TaskMeasurement(score, values)
 
 
-def _examples(
-    task: AbsTask, result: TaskResult, scratch: Path, per_query: dict[str, dict[str, float]]
+def _example_values(
+    task: AbsTask, result: TaskResult, scratch: Path, query_scores: dict[str, dict[str, float]]
 ) -> tuple[np.ndarray | None, Statistic]:
-    """The values per example of a task with one split and one subset."""
+    """Return the per-example values of a task with one split and one subset, and the statistic that sums them up."""
     split, subset = task.eval_splits[0], task.hf_subsets[0]
     (scores,) = result.scores[split]
     if isinstance(task, AbsTaskRetrieval):
-        key = _trec_name(task.metadata.main_score)
-        found = [query[key] for query in per_query.values() if key in query]
-        return (np.array(found, dtype=np.float32) if found else None), "mean"
+        metric = _trec_name(task.metadata.main_score)
+        values = [query[metric] for query in query_scores.values() if metric in query]
+        return (np.array(values, dtype=np.float32) if values else None), "mean"
     if isinstance(task, AbsTaskClustering):
         return np.array([v for level in scores["v_measures"].values() for v in level], dtype=np.float32), "mean"
     if isinstance(task, AbsTaskClusteringLegacy):
@@ -220,9 +224,9 @@ def _examples(
         and not task.is_cross_validation
         and scores["main_score"] == scores["accuracy"]
     ):
-        told = np.array(_predictions(task, scratch, subset, split))  # [experiments, examples]
-        right = told == np.array(_data(task, subset)[split][task.label_column_name])
-        return right.mean(axis=0, dtype=np.float64).astype(np.float32), "mean"
+        predicted = np.array(_predictions(task, scratch, subset, split))  # [experiments, examples]
+        correct = predicted == np.array(_data(task, subset)[split][task.label_column_name])
+        return correct.mean(axis=0, dtype=np.float64).astype(np.float32), "mean"
     return None, "mean"
 
 
@@ -236,7 +240,7 @@ def _predictions(task: AbsTask, scratch: Path, subset: str, split: str) -> Any:
 
 
 def _trec_name(metric: str) -> str:
-    """mteb's name of a retrieval metric -> trec_eval's, under which it keeps the values per query.
+    """Translate mteb's name of a retrieval metric to trec_eval's, under which mteb keeps the values per query.
 
     >>> _trec_name("ndcg_at_10"), _trec_name("recall_at_5")
     ('ndcg_cut_10', 'recall_5')
@@ -246,41 +250,45 @@ def _trec_name(metric: str) -> str:
 
 
 @contextmanager
-def _per_query(task: AbsTask) -> Iterator[dict[str, dict[str, float]]]:
-    """Catches the scores of each query, which a retrieval task shows to its own hook for further scores."""
-    caught: dict[str, dict[str, float]] = {}
+def _query_scores(task: AbsTask) -> Iterator[dict[str, dict[str, float]]]:
+    """Collect the scores of each query of a retrieval task while the block runs; stays empty for other tasks.
+
+    mteb averages these scores and drops them. `task_specific_scores` is its hook for further metrics, and the only
+    place that receives them, so the hook of this one task object is replaced during the block.
+    """
+    collected: dict[str, dict[str, float]] = {}
     if not isinstance(task, AbsTaskRetrieval):
-        yield caught
+        yield collected
         return
-    original = task.task_specific_scores
+    original_hook = task.task_specific_scores
 
     def hook(scores: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
-        caught.update(scores)
-        return original(scores, *args, **kwargs)
+        collected.update(scores)
+        return original_hook(scores, *args, **kwargs)
 
     task.task_specific_scores = hook  # type: ignore[method-assign]
     try:
-        yield caught
+        yield collected
     finally:
         del task.task_specific_scores
 
 
-def _write(result: TaskResult, meta: ModelMeta | None, folder: Path) -> None:
+def _write_mteb_result(result: TaskResult, meta: ModelMeta | None, folder: Path) -> None:
     assert meta is not None
-    place = folder / meta.model_name_as_path() / (meta.revision or "no_revision_available")
-    with atomic_write(place / f"{result.task_name}.json") as partial:
+    model_folder = folder / meta.model_name_as_path() / (meta.revision or "no_revision_available")
+    with atomic_write(model_folder / f"{result.task_name}.json") as partial:
         result.to_disk(partial)
-    with atomic_write(place / "model_meta.json") as partial:
+    with atomic_write(model_folder / "model_meta.json") as partial:
         partial.write_text(json.dumps(meta.to_dict(), default=str, indent=4), encoding="utf-8")
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """mteb and datasets narrate and draw bars of their own; ours stands where they would."""
+    """Silence the logs and progress bars of mteb and datasets, which would break ours."""
     import datasets
 
     logger = logging.getLogger("mteb")
-    level, drawing = logger.level, datasets.is_progress_bar_enabled()
+    level, had_bars = logger.level, datasets.is_progress_bar_enabled()
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     try:
@@ -289,5 +297,5 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-        if drawing:
+        if had_bars:
             datasets.enable_progress_bars()

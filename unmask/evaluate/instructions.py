@@ -8,22 +8,22 @@ from typing import Literal
 
 Side = Literal["queries", "documents"]
 
-# Their published scores were measured with the reference's instructions, which are those of mteb's own table.
+# Published scores of these models were measured with the reference's instructions, those of mteb's own table.
 REFERENCE_FAMILY = "McGill-NLP/LLM2Vec-"
 
 
 def instruction_for(task: str, category: str, side: Side, mteb_prompt: str, *, model: str = "") -> str:
-    """The instruction for one side of a task; "" for none.
+    """Return the instruction for one side of a task; "" for none.
 
     As in LLM2Vec (arXiv 2404.05961, appendix on instructions): queries and both sides of symmetric tasks get one,
     documents are bare, and every instruction ends in ":".
 
     Args:
         task: mteb's name of the task.
-        category: mteb's type of the task; "Retrieval" is the one whose sides differ.
+        category: mteb's type of the task; only for "Retrieval" do the sides differ.
         side: "documents" is the corpus of a retrieval or reranking task.
-        mteb_prompt: what mteb's own table says, for tasks that are not in ours.
-        model: name of the model; the published LLM2Vec models keep the wording they were published with.
+        mteb_prompt: instruction from mteb's own table, for tasks that are not in ours.
+        model: name of the model; the published LLM2Vec models keep the instructions of their publication.
     """
     ours = _table().get(task, {})
     if side == "documents" and (category == "Retrieval" or "documents" in ours):

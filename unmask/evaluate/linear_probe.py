@@ -1,10 +1,10 @@
 """A linear probe: multinomial logistic regression, solved to its optimum.
 
-LLM2Vec trains its probe as a linear layer behind dropout of 0.1, on states as they are, with AdamW (learning rate
-5e-4, 8 sentences a step, 1500 to 4000 steps). Such a probe stops somewhere on its way, at a place that hangs on the
-seed, on the scale of the states and on the number of steps. Here the same linear map has a penalty in place of
-dropout (which for such a model is an adaptive L2 penalty, arXiv 1307.1493), and states are scaled to variance 1.
-The optimum is then unique: a score belongs to the states alone, and two models differ because their states do.
+LLM2Vec trains its probe as a linear layer behind dropout of 0.1, on unscaled states, with AdamW (learning rate 5e-4,
+8 sentences a step, 1500 to 4000 steps). Such a probe stops before its optimum, at a point that depends on the seed,
+the scale of the states and the number of steps. Here the same linear map has an L2 penalty in place of dropout (which
+for such a model is an adaptive L2 penalty, arXiv 1307.1493), and states are scaled to variance 1. The optimum is then
+unique: a score depends on the states alone, and two models differ because their states do.
 
 Letters: n words, W width of a state, C classes.
 """
@@ -15,13 +15,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-# Half the squared weights are as dear as the loss of this many words.
+# The penalty: half the squared weights cost as much as the loss of this many words.
 PENALTY_WORDS = 40.0
 # Steps of L-BFGS. The loss is then within 1e-4 of its minimum on every task here, and no score moves by 0.1.
 _STEPS = 40
 # Typical share, near the optimum, of the curvature that a class has where its probability is its frequency.
 _CURVATURE = 0.2
-# Words of one product: states stay in float16 and are widened piece by piece.
+# Words per matrix product: states stay in float16 and are converted to float32 chunk by chunk.
 _CHUNK = 8192
 
 
@@ -31,7 +31,7 @@ def fit_probe(states: np.ndarray, labels: np.ndarray, classes: int) -> Callable[
     Args:
         states: [n, W], any type of float; may be memory-mapped.
         labels: int64 [n], each below `classes`.
-        classes: size of the inventory, C. A label that never occurs here is never told.
+        classes: size of the inventory, C. A label that never occurs here is never predicted.
 
     Returns:
         A function from states [m, W] to labels int64 [m].
@@ -43,8 +43,8 @@ def fit_probe(states: np.ndarray, labels: np.ndarray, classes: int) -> Callable[
     mean, scale, axes, variances = _moments(chunks, n)
 
     # The loss curves by f(1-f) x variance for a class of frequency f, over four orders of magnitude, and L-BFGS
-    # would crawl. In the principal axes of the states, with each weight in units of its own curvature, it is nearly
-    # round: 40 steps instead of hundreds, to the same optimum.
+    # would converge slowly. In the principal axes of the states, with each weight in units of its own curvature, the
+    # loss is nearly isotropic: 40 steps instead of hundreds, to the same optimum.
     frequency = torch.bincount(torch.from_numpy(labels), minlength=classes) / n
     curvature = _CURVATURE * frequency * (1 - frequency)  # [C]
     unit = (variances[:, None] * curvature + penalty).rsqrt()  # [W, C]
@@ -52,7 +52,7 @@ def fit_probe(states: np.ndarray, labels: np.ndarray, classes: int) -> Callable[
     point = torch.zeros(width + 1, classes)  # weights, then biases, in those units
 
     def affine() -> tuple[torch.Tensor, torch.Tensor]:
-        """The map from states as they are: [W, C] and [C]."""
+        """Return weight [W, C] and bias [C] for unscaled states."""
         weight = axes @ (point[:-1] * unit) * scale[:, None]
         return weight, point[-1] * bias_unit - mean @ weight
 
@@ -77,22 +77,22 @@ def fit_probe(states: np.ndarray, labels: np.ndarray, classes: int) -> Callable[
     ).step(loss)
     weight, bias = affine()
 
-    def tell(states: np.ndarray) -> np.ndarray:
-        told = [(chunk.float() @ weight + bias).argmax(1) for chunk in _chunks(states)]
-        return torch.cat(told).numpy() if told else np.empty(0, dtype=np.int64)
+    def predict(states: np.ndarray) -> np.ndarray:
+        labels = [(chunk.float() @ weight + bias).argmax(1) for chunk in _chunks(states)]
+        return torch.cat(labels).numpy() if labels else np.empty(0, dtype=np.int64)
 
-    return tell
+    return predict
 
 
 def _chunks(states: np.ndarray) -> Iterator[torch.Tensor]:
-    """Copies in memory, [_CHUNK, W] each, in the type they have."""
+    """Yield copies in memory, [_CHUNK, W] each, in the dtype of the states."""
     for start in range(0, len(states), _CHUNK):
         yield torch.from_numpy(np.array(states[start : start + _CHUNK]))
 
 
 def _moments(chunks: list[torch.Tensor], n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean and 1 / standard deviation of the states, both [W]; of the standardised states the principal axes [W, W]
-    (columns) and the variances along them [W].
+    """Return mean and 1 / standard deviation of the states, both [W]; and, of the standardised states, the principal
+    axes [W, W] (columns) and the variances along them [W].
     """
     mean = torch.stack([chunk.sum(0, dtype=torch.float64) for chunk in chunks]).sum(0) / n
     covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)

@@ -1,7 +1,7 @@
-"""Scores that others published, beside ours only where the data is the same.
+"""Published scores of other people, shown beside ours only where the data is the same.
 
-Reads a folder with `mteb_english_wide.tsv` (a row per task, a column per model, test scores x 100), `model_meta.jsonl`
-and `README`, made from github.com/embeddings-benchmark/results.
+The folder holds `mteb_english_wide.tsv` (a row per task, a column per model, test scores x 100), `model_meta.jsonl`
+and `README`, all made from github.com/embeddings-benchmark/results.
 """
 
 import re
@@ -13,8 +13,8 @@ from pathlib import Path
 from unmask.errors import UsageError
 from unmask.tables import read_table
 
-# The offline tasks whose data is MTEB's own, to the last row. Others bear other names or have other data (a different
-# split, or texts that were cleaned differently), and a published score beside them would compare unlike with unlike.
+# The offline tasks whose data is MTEB's own, to the last row. Others have other data (another split, or texts that
+# were cleaned differently), so a published score beside them would be misleading.
 SAME_DATA = frozenset({"STS12", "STS13", "STS16", "STSBenchmark", "Banking77Classification"})
 
 _SCORES = "mteb_english_wide.tsv"
@@ -22,12 +22,12 @@ _SCORES = "mteb_english_wide.tsv"
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """What is known of somebody else's model.
+    """The published record of somebody else's model.
 
     Attributes:
         name: hub id.
-        parameters: of the whole model; None where nobody stated them.
-        mean: mean score (0-100) over the tasks that were asked for.
+        parameters: of the whole model; None if unpublished.
+        mean: mean score (0-100) over the requested tasks.
     """
 
     name: str
@@ -38,13 +38,13 @@ class PublishedModel:
 def published_score(
     scores_folder: Path, model_name: str, task: str, *, data_from_mteb: bool = False
 ) -> tuple[float, str] | None:
-    """The published score of a model on a task, and where it is from.
+    """Return the published score of a model on a task, and its source.
 
     Args:
-        scores_folder: laid out as the module says.
-        model_name: as contenders have it. A hub id is looked up as it is, whatever its case. A bare name or a folder's
-            path stands for the one published model whose name without its owner is the folder's last part, whatever
-            its case: "all-minilm-l6-v2" is sentence-transformers/all-MiniLM-L6-v2. Two such models, or none: no score.
+        scores_folder: laid out as the module docstring says.
+        model_name: name of an `EmbeddingModel`; case does not matter. A hub id is looked up as it is. A bare name or a
+            path stands for the one published model whose name without its owner is the last part:
+            "all-minilm-l6-v2" is sentence-transformers/all-MiniLM-L6-v2. Two such models, or none: no score.
         task: mteb's name of the task.
         data_from_mteb: the data was fetched by mteb itself, so any task is the published one. Otherwise only tasks in
             SAME_DATA have a published score.
@@ -53,7 +53,7 @@ def published_score(
         (score on the 0-100 scale, source), or None.
 
     Raises:
-        UsageError: the folder is not laid out as the module says.
+        UsageError: the folder is not laid out as the module docstring says.
     """
     if task not in SAME_DATA and not data_from_mteb:
         return None
@@ -67,44 +67,44 @@ def published_score(
 def published_models(
     scores_folder: Path, tasks: Sequence[str], *, without: Collection[str] = ()
 ) -> list[PublishedModel]:
-    """The models with a published score on every one of `tasks`, best first, their means over exactly these.
+    """Return the models with a published score on every one of `tasks`, best first, with their means over these.
 
     Args:
-        scores_folder: laid out as the module says.
-        tasks: mteb names; those whose data differs are the caller's to leave out (see SAME_DATA).
-        without: names of models that are measured here and so need no second mark, in any form that
-            `published_score` takes.
+        scores_folder: laid out as the module docstring says.
+        tasks: mteb names; the caller leaves out those whose data differs (see SAME_DATA).
+        without: names of models to skip because they are measured here, in any form that `published_score` takes.
 
     Raises:
-        UsageError: the folder is not laid out as the module says.
+        UsageError: the folder is not laid out as the module docstring says.
     """
     table = _table(scores_folder)
     measured = {_published_name(name, table) for name in without}
     sizes = _parameters(scores_folder)
-    found = [
+    models = [
         PublishedModel(name, sizes.get(name), sum(scores[task] for task in tasks) / len(tasks))
         for name, scores in table.items()
         if tasks and name not in measured and all(task in scores for task in tasks)
     ]
-    return sorted(found, key=lambda model: -model.mean)
+    return sorted(models, key=lambda model: -model.mean)
 
 
-def _published_name(name: str, table: Collection[str]) -> str | None:
-    wanted = name.strip().rstrip("/").casefold()
-    for known in table:
-        if known.casefold() == wanted:
-            return known
-    is_hub_id = wanted.count("/") == 1 and not wanted.startswith((".", "~", "/")) and not Path(name).is_dir()
-    if is_hub_id:  # somebody else's model of the same name is another model
+def _published_name(name: str, hub_ids: Collection[str]) -> str | None:
+    """Return the hub id that a model name stands for; None if there is none or more than one."""
+    folded = name.strip().rstrip("/").casefold()
+    for hub_id in hub_ids:
+        if hub_id.casefold() == folded:
+            return hub_id
+    is_hub_id = folded.count("/") == 1 and not folded.startswith((".", "~", "/")) and not Path(name).is_dir()
+    if is_hub_id:  # a model of the same name from another owner is another model
         return None
-    last = wanted.rpartition("/")[2]
-    namesakes = [known for known in table if known.casefold().rpartition("/")[2] == last]
+    last_part = folded.rpartition("/")[2]
+    namesakes = [hub_id for hub_id in hub_ids if hub_id.casefold().rpartition("/")[2] == last_part]
     return namesakes[0] if len(namesakes) == 1 else None
 
 
 @cache
 def _table(folder: Path) -> dict[str, dict[str, float]]:
-    """Hub id -> task -> score."""
+    """Return hub id -> task -> score."""
     try:
         rows = [row.fields for row in read_table(folder / _SCORES)]
     except OSError as error:
@@ -132,5 +132,5 @@ def _parameters(folder: Path) -> dict[str, int]:
 def _source(folder: Path) -> str:
     readme = folder / "README"
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    found = re.search(r"(embeddings-benchmark/results) ?(@\w+)", text)
-    return "".join(found.groups()) if found else "embeddings-benchmark/results"
+    match = re.search(r"(embeddings-benchmark/results) ?(@\w+)", text)
+    return "".join(match.groups()) if match else "embeddings-benchmark/results"

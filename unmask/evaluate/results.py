@@ -1,10 +1,10 @@
-"""What an evaluation leaves behind: `results.json`, its types, and the per-example values beside it.
+"""The results of an evaluation: `results.json`, its types, and the per-example values beside it.
 
 A folder of results holds
     results.json                       everything the report shows
     examples/<model>/<task>.npz        one value per example, so that intervals and paired tests need no model
     mteb/<model>/<revision>/*.json     the same scores in mteb's own format, ready to be submitted
-    report.html, report.md             for people
+    report.html, report.md             the report
 """
 
 from pathlib import Path
@@ -27,27 +27,27 @@ Category = Literal[
     "WordLevel",
 ]
 
-# How a task's score follows from its per-example values:
+# Rules by which a task's score follows from its per-example values:
 #   mean      the values' mean x 100 (accuracy, nDCG, average precision, V-measure of one clustering experiment)
 #   spearman  rank correlation of two columns x 100, `values` [n, 2]: predicted similarity, gold score
 Statistic = Literal["mean", "spearman"]
 
 
 class TaskScore(msgspec.Struct, kw_only=True):
-    """One model on one task. Scores are on a 0-100 scale, as the field prints them.
+    """The score of one model on one task, on a 0-100 scale as the field prints them.
 
     Attributes:
         task: the task's own name, as in mteb where it is mteb's ("STSBenchmark").
         category: kind of task; means are taken within a category first.
         metric: mteb's name of the main score ("cosine_spearman", "ndcg_at_10", "accuracy", "v_measure", ...).
         score: None if the task failed; `error` then says why.
-        interval: 95 % bootstrap interval over examples; None where there are no per-example values.
-        examples: how many values the interval is over.
-        statistic: how `score` follows from the per-example values.
-        instruction: what was given to queries (and to both sides of symmetric tasks); "" for none.
+        interval: 95 % bootstrap interval over examples; None without per-example values.
+        examples: number of values that the interval is over.
+        statistic: rule by which `score` follows from the per-example values.
+        instruction: instruction for queries (and for both sides of symmetric tasks); "" for none.
         published: the score published for this model and task, if there is one.
         data: digest of the task's data, 16 hex digits; None for data that mteb fetched.
-        details: the other metrics, and whatever else belongs beside the score.
+        details: the other metrics and counts beside the score.
     """
 
     task: str
@@ -67,10 +67,10 @@ class TaskScore(msgspec.Struct, kw_only=True):
 
 
 class Cost(msgspec.Struct, kw_only=True):
-    """What a model's vectors cost on this machine, measured in the same run on the same texts.
+    """Cost of a model's vectors on this machine, measured in the same run on the same texts.
 
     `tokens_per_second` counts tokens of the model's own tokenizer, without padding; `texts_per_second` compares across
-    tokenizers. `peak_memory_bytes` is the process's, above what it had before the model was loaded.
+    tokenizers. `peak_memory_bytes` is the peak of the process minus its memory before the model was loaded.
     """
 
     tokens_per_second: float | None = None
@@ -82,7 +82,7 @@ class Cost(msgspec.Struct, kw_only=True):
 
 
 class ModelResult(msgspec.Struct, kw_only=True):
-    """One contender: who it is, what it scored, what it cost."""
+    """One model under test: identity, scores and cost."""
 
     name: str
     kind: Literal["unmask", "sentence-transformers", "endpoint", "static"]
@@ -93,12 +93,12 @@ class ModelResult(msgspec.Struct, kw_only=True):
 
     @property
     def slug(self) -> str:
-        """A file name for the model."""
-        return "".join(c if c.isalnum() or c in "-._" else "-" for c in self.name).strip("-.")
+        """Return a file name for the model."""
+        return slug_of(self.name)
 
 
 class Provenance(msgspec.Struct, kw_only=True):
-    """Who measured, when, with what: enough to run it again."""
+    """Command, time, machine and versions of a run: enough to run it again."""
 
     command: str
     started: str  # ISO 8601, UTC
@@ -117,14 +117,23 @@ class Results(msgspec.Struct, kw_only=True):
     schema: int = 1
 
 
+def slug_of(model_name: str) -> str:
+    """Return a file name for a model.
+
+    >>> slug_of("unmask/smollm2-135m-embed")
+    'unmask-smollm2-135m-embed'
+    """
+    return "".join(c if c.isalnum() or c in "-._" else "-" for c in model_name).strip("-.")
+
+
 def write_results(folder: Path, results: Results) -> None:
-    """Write `results.json`, whole or not at all."""
+    """Write `results.json` atomically."""
     with atomic_write(folder / "results.json") as partial:
         partial.write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=1))
 
 
 def read_results(folder: Path) -> Results:
-    """Read `results.json`.
+    """Read `results.json` of a folder.
 
     Raises:
         UsageError: there is none, or it is not one of ours.
@@ -138,20 +147,20 @@ def read_results(folder: Path) -> Results:
         raise UsageError(f"{file} is not a result of `unmask evaluate`: {error}") from error
 
 
-def examples_file(folder: Path, model: ModelResult, task: str) -> Path:
-    """Where the per-example values of one model on one task are kept."""
-    return folder / "examples" / model.slug / f"{task}.npz"
+def example_values_file(folder: Path, model_name: str, task: str) -> Path:
+    """Return the file for the per-example values of one model on one task."""
+    return folder / "examples" / slug_of(model_name) / f"{task}.npz"
 
 
-def write_example_values(folder: Path, model: ModelResult, task: str, values: np.ndarray) -> None:
-    """Keep per-example values: [n] for statistic "mean", [n, 2] for "spearman"."""
-    with atomic_write(examples_file(folder, model, task)) as partial, partial.open("wb") as file:
+def write_example_values(folder: Path, model_name: str, task: str, values: np.ndarray) -> None:
+    """Write per-example values: [n] for statistic "mean", [n, 2] for "spearman"."""
+    with atomic_write(example_values_file(folder, model_name, task)) as partial, partial.open("wb") as file:
         np.savez_compressed(file, values=values)
 
 
-def read_example_values(folder: Path, model: ModelResult, task: str) -> np.ndarray | None:
-    """The values that `write_example_values` kept; None if there are none."""
-    file = examples_file(folder, model, task)
+def read_example_values(folder: Path, model_name: str, task: str) -> np.ndarray | None:
+    """Read the values that `write_example_values` wrote; None if there are none."""
+    file = example_values_file(folder, model_name, task)
     if not file.is_file():
         return None
     with np.load(file) as stored:

@@ -1,7 +1,7 @@
-"""`unmask evaluate`: every model on every task, and what is written about it.
+"""`unmask evaluate`: measure every model on every task, and write results and report.
 
-What is finished stays finished: vectors are kept as they are computed, a task's score when it is known, so a run that
-was killed continues, and one that is repeated with another model pays for that model alone.
+Vectors are stored as they are computed, and a task's score as soon as it is known. A run that was killed continues,
+and a run that is repeated with another model pays for that model alone.
 """
 
 import hashlib
@@ -22,13 +22,21 @@ import numpy as np
 from unmask import __version__
 from unmask.disk import atomic_write
 from unmask.errors import MissingPackages, StorageError, UsageError
-from unmask.evaluate.cache import VectorCache
 from unmask.evaluate.cost import LoadedModel, load_model, measure_cost, sample_texts
-from unmask.evaluate.models import open_model
-from unmask.evaluate.models.embedding_model import EmbeddingModel, uncut
+from unmask.evaluate.models import EmbeddingModel, open_model
+from unmask.evaluate.models.decoder import DecoderModel, decoder_model
 from unmask.evaluate.progress import RunProgress
 from unmask.evaluate.published_scores import published_score
-from unmask.evaluate.results import ModelResult, Provenance, Results, TaskScore, write_example_values, write_results
+from unmask.evaluate.results import (
+    Cost,
+    ModelResult,
+    Provenance,
+    Results,
+    TaskScore,
+    slug_of,
+    write_example_values,
+    write_results,
+)
 from unmask.evaluate.statistics import bootstrap_interval
 from unmask.evaluate.suites import Job, plan_jobs
 from unmask.home import home
@@ -38,17 +46,17 @@ _PACKAGES = ("mteb", "torch", "numpy", "scikit-learn", "scipy", "datasets", "sen
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What is to be measured.
+    """Models, tasks and folders of one evaluation.
 
     Attributes:
-        models: specifications, see `unmask.evaluate.models`; the report is about the first.
-        baselines: others to hold them against.
-        suites, tasks: see `unmask.evaluate.suites`.
-        data: folder that local and word-level tasks are read from.
-        output: gets what `unmask.evaluate.results` says.
-        published: folder of published scores; left out, `mteb_results` in `data` where there is one.
-        defaults: options for every model whose kind knows them (dtype, device).
-        command: what the user typed, for the report.
+        models: specifications, see `unmask.evaluate.models.specification`; the report is about the first.
+        baselines: specifications of further models to compare with.
+        suites, tasks: names, see `unmask.evaluate.suites`.
+        data: folder of the local and word-level tasks.
+        output: receives the files that `unmask.evaluate.results` lists.
+        published: folder of published scores; by default `mteb_results` in `data`, if it exists.
+        defaults: option -> value for every model whose kind has the option (dtype, device).
+        command: command line as the user typed it, for the report.
     """
 
     models: Sequence[str]
@@ -62,205 +70,226 @@ class Evaluation:
     command: str = ""
 
 
-class _Kept(msgspec.Struct):
-    """A finished task on disk, and what it hangs on besides the model's and the data's digests."""
+class _StoredScore(msgspec.Struct):
+    """A finished task on disk, and the digests that must match for it to be used again."""
 
     revision: str
     settings: str
     score: TaskScore
 
 
-def evaluate(wanted: Evaluation) -> Results:
-    """Measure, and write results, examples and report.
+def evaluate(evaluation: Evaluation) -> Results:
+    """Measure all models, and write results, per-example values and report.
 
-    A task that fails is recorded with its error and the others go on: see `TaskScore.error`.
+    A task that fails is recorded with its error (`TaskScore.error`), and the others go on.
 
     Raises:
         UsageError: a specification, suite or task is wrong, or a package is missing. Nothing was measured then.
         CheckpointError: a model cannot be loaded. Nothing was measured then.
         StorageError: the output cannot be written.
     """
-    began, started = time.perf_counter(), datetime.now(UTC)
+    start, started = time.perf_counter(), datetime.now(UTC)
     _require_packages()
-    published = _published_folder(wanted)
-    jobs = plan_jobs(wanted.suites, wanted.tasks, wanted.data)
+    published = _published_folder(evaluation)
+    jobs = plan_jobs(evaluation.suites, evaluation.tasks, evaluation.data)
     if not jobs:
         raise UsageError("nothing to measure: name a --suite or a --task")
-    import sentence_transformers  # noqa: F401 - here, so that no model is charged with the memory of its libraries
-
-    texts = sample_texts()
-    specifications = list(dict.fromkeys([*wanted.models, *wanted.baselines]))
+    specifications = list(dict.fromkeys([*evaluation.models, *evaluation.baselines]))
     with RunProgress(len(specifications) * len(jobs)) as progress:
-        loaded: list[LoadedModel] = []
-        for specification in specifications:
-            progress.say(f"loading {specification}")
-            loaded.append(load_model(partial(open_model, specification, wanted.defaults), texts))
-        models = _model_results(loaded)
-        for item, model in zip(loaded, models, strict=True):
-            measured = [
-                _run_or_recall(item.contender, model, job, wanted, published, progress)
-                for job in jobs
-                if job.category != "WordLevel" or item.contender.kind == "unmask"
-            ]
-            model.scores.extend(measured)
-        progress.say("measuring speed, in turns")
-        for model, cost in zip(models, measure_cost(loaded, texts), strict=True):
-            model.cost = cost
+        texts = sample_texts()
+        loaded_models = _load_models(specifications, evaluation.defaults, texts, progress)
+        scores = []
+        for loaded in loaded_models:
+            run = _ModelRun(loaded.model, evaluation, published, progress)
+            scores.append([run.score(job) for job in jobs if run.can_run(job)])
+        progress.print("measuring speed, in turns")
+        costs = measure_cost(loaded_models, texts)
     results = Results(
-        suites=list(wanted.suites),
-        models=models,
+        suites=list(evaluation.suites),
+        models=[
+            _model_result(loaded.model, model_scores, cost)
+            for loaded, model_scores, cost in zip(loaded_models, scores, costs, strict=True)
+        ],
         provenance=Provenance(
-            command=wanted.command,
+            command=evaluation.command,
             started=started.isoformat(timespec="seconds"),
-            seconds=time.perf_counter() - began,
+            seconds=time.perf_counter() - start,
             machine=machine(),
             versions=_versions(),
             data={job.name: job.data for job in jobs if job.data is not None},
         ),
     )
-    write_results(wanted.output, results)
+    write_results(evaluation.output, results)
     from unmask.evaluate.report import write_report
 
-    write_report(wanted.output, results, published=published)
+    write_report(evaluation.output, results, published=published)
     return results
 
 
-def _run_or_recall(
-    contender: EmbeddingModel,
-    model: ModelResult,
-    job: Job,
-    wanted: Evaluation,
-    published: Path | None,
-    progress: RunProgress,
-) -> TaskScore:
-    file = wanted.output / "scores" / model.slug / f"{job.name}.json"
-    settings = _settings(contender)
-    score = _recall(file, contender, settings, job)
-    kept = score is not None
-    if score is None:
-        progress.begin(model.name, job.name, "sentences" if job.build is None else "texts")
-        score, values = _measure(contender, job, wanted, progress)
-        if score.error is None:
-            if values is not None:
-                write_example_values(wanted.output, model, job.name, values)
-                score.interval = bootstrap_interval(values, score.statistic, seed=0)
-            with atomic_write(file) as partial_file:
-                partial_file.write_bytes(msgspec.json.encode(_Kept(contender.revision, settings, score)))
-    # Looked up every time: the folder of published scores is not part of what was measured.
-    found = published and published_score(published, model.name, job.name, data_from_mteb=job.data is None)
-    score.published, score.published_source = found or (None, None)
-    progress.done(model.name, score, kept)
-    return score
+def _load_models(
+    specifications: Sequence[str], defaults: Mapping[str, str], texts: Sequence[str], progress: RunProgress
+) -> list[LoadedModel]:
+    # Imported here, so that no model is charged with the memory of the libraries.
+    import sentence_transformers  # noqa: F401
+
+    loaded_models: list[LoadedModel] = []
+    for specification in specifications:
+        progress.print(f"loading {specification}")
+        loaded_models.append(load_model(partial(open_model, specification, defaults), texts))
+    names = [loaded.model.name for loaded in loaded_models]
+    slugs = [slug_of(name) for name in names]
+    repeated = next((name for name in names if slugs.count(slug_of(name)) > 1), None)
+    if repeated is not None:
+        raise UsageError(f"two models would be called {repeated}; tell them apart with ?name=")
+    return loaded_models
 
 
-def _recall(file: Path, contender: EmbeddingModel, settings: str, job: Job) -> TaskScore | None:
-    try:
-        kept = msgspec.json.decode(file.read_bytes(), type=_Kept)
-    except (OSError, msgspec.MsgspecError):
-        return None
-    same = (kept.revision, kept.settings, kept.score.data) == (contender.revision, settings, job.data)
-    return kept.score if same else None
+def _model_result(model: EmbeddingModel, scores: list[TaskScore], cost: Cost) -> ModelResult:
+    decoder = decoder_model(model)
+    return ModelResult(
+        name=model.name,
+        kind=model.kind,
+        revision=model.revision,
+        cost=cost,
+        scores=scores,
+        details={"attention": "causal"} if decoder is not None and decoder.causal else {},
+    )
+
+
+@dataclass(frozen=True)
+class _ModelRun:
+    """The tasks of one model.
+
+    Attributes:
+        published: folder of published scores, if there is one.
+    """
+
+    model: EmbeddingModel
+    evaluation: Evaluation
+    published: Path | None
+    progress: RunProgress
+
+    def can_run(self, job: Job) -> bool:
+        """Return False for word-level tasks of models that are not decoders: only those give states of words."""
+        return job.category != "WordLevel" or decoder_model(self.model) is not None
+
+    def score(self, job: Job) -> TaskScore:
+        """Measure a task, or read its score from an earlier run with the same model, data and settings."""
+        score = self._stored_score(job)
+        is_stored = score is not None
+        if score is None:
+            self.progress.begin(self.model.name, job.name, "sentences" if job.build is None else "texts")
+            score = self._measure_and_store(job)
+        # Looked up every time: the folder of published scores is no part of the measurement.
+        published = self.published and published_score(
+            self.published, self.model.name, job.name, data_from_mteb=job.data is None
+        )
+        published_figure, source = published or (None, None)
+        score = msgspec.structs.replace(score, published=published_figure, published_source=source)
+        self.progress.finish_task(self.model.name, score, from_earlier_run=is_stored)
+        return score
+
+    def _score_file(self, job: Job) -> Path:
+        return self.evaluation.output / "scores" / slug_of(self.model.name) / f"{job.name}.json"
+
+    def _stored_score(self, job: Job) -> TaskScore | None:
+        try:
+            stored = msgspec.json.decode(self._score_file(job).read_bytes(), type=_StoredScore)
+        except (OSError, msgspec.MsgspecError):
+            return None
+        is_same = (stored.revision, stored.settings, stored.score.data) == (
+            self.model.revision,
+            _settings_digest(self.model),
+            job.data,
+        )
+        return stored.score if is_same else None
+
+    def _measure_and_store(self, job: Job) -> TaskScore:
+        score, values = _measure(self.model, job, self.evaluation, self.progress)
+        if score.error is not None:
+            return score
+        if values is not None:
+            write_example_values(self.evaluation.output, self.model.name, job.name, values)
+            score = msgspec.structs.replace(score, interval=bootstrap_interval(values, score.statistic, seed=0))
+        with atomic_write(self._score_file(job)) as partial_file:
+            stored = _StoredScore(self.model.revision, _settings_digest(self.model), score)
+            partial_file.write_bytes(msgspec.json.encode(stored))
+        return score
 
 
 def _measure(
-    contender: EmbeddingModel, job: Job, wanted: Evaluation, progress: RunProgress
+    model: EmbeddingModel, job: Job, evaluation: Evaluation, progress: RunProgress
 ) -> tuple[TaskScore, np.ndarray | None]:
-    began = time.perf_counter()
+    """Return the score of a task and its per-example values; if the task fails, a score that holds the error."""
+    start = time.perf_counter()
     try:
         if job.build is None:
-            return _measure_words(contender, job, wanted, progress)
+            return _measure_words(model, job, evaluation, progress)
         from unmask.evaluate.harness import MtebModel, measure
 
-        whole = uncut(contender)
-        cache = VectorCache(home() / "vectors", whole.revision, whole.dimensions)
-        score, values = measure(MtebModel(contender, cache, progress), job.build(), wanted.output / "mteb")
-        score.data = job.data
-        return score, values
+        mteb_model = MtebModel(model, home() / "vectors", progress)
+        score, values = measure(mteb_model, job.build(), evaluation.output / "mteb")
+        return msgspec.structs.replace(score, data=job.data), values
     except StorageError:
         raise  # a full disk fails every task after this one as well
-    except Exception as error:  # noqa: BLE001 - whatever it is, it must not lose the other tasks
-        told = str(error).strip().splitlines()
-        why = f"{type(error).__name__}: {told[0]}" if told else type(error).__name__
+    except Exception as error:  # noqa: BLE001 - no error of one task may lose the others
+        lines = str(error).strip().splitlines()
+        message = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
         return TaskScore(
             task=job.name,
             category=job.category,
             metric="",
-            error=why,
+            error=message,
             data=job.data,
-            seconds=time.perf_counter() - began,
+            seconds=time.perf_counter() - start,
         ), None
 
 
 def _measure_words(
-    contender: EmbeddingModel, job: Job, wanted: Evaluation, progress: RunProgress
+    model: EmbeddingModel, job: Job, evaluation: Evaluation, progress: RunProgress
 ) -> tuple[TaskScore, np.ndarray]:
-    from unmask.evaluate.models.decoder import DecoderModel
     from unmask.evaluate.word_level import run_word_task
 
-    decoder = uncut(contender)
-    assert isinstance(decoder, DecoderModel) and wanted.data is not None
-    found = run_word_task(
+    decoder = decoder_model(model)
+    assert isinstance(decoder, DecoderModel) and evaluation.data is not None
+    result = run_word_task(
         job.name,
         decoder.encoder,
-        wanted.data,
+        evaluation.data,
         home() / "words",
         revision=decoder.revision,
-        progress=progress.settled,
+        progress=progress.finish_texts,
     )
     score = TaskScore(
         task=job.name,
         category="WordLevel",
         metric="accuracy",
-        score=found.accuracy,
-        examples=len(found.values),
-        seconds=found.seconds,
-        data=found.data,
+        score=result.accuracy,
+        examples=len(result.values),
+        seconds=result.seconds,
+        data=result.data,
         details={
-            **found.details,
-            "states": found.states,
-            "train_words": found.train_words,
-            "test_words": found.test_words,
+            **result.details,
+            "states": result.states,
+            "train_words": result.train_words,
+            "test_words": result.test_words,
         },
     )
-    return score, found.values
+    return score, result.values
 
 
-def _model_results(loaded: Sequence[LoadedModel]) -> list[ModelResult]:
-    from unmask.evaluate.results import Cost
-
-    models = []
-    for contender, _ in loaded:
-        details: dict[str, str | float | int] = {}
-        if getattr(contender, "causal", False):
-            details["attention"] = "causal"
-        models.append(
-            ModelResult(
-                name=contender.name,
-                kind=contender.kind,
-                revision=contender.revision,
-                cost=Cost(dimensions=contender.dimensions),
-                details=details,
-            )
-        )
-    slugs = [model.slug for model in models]
-    twice = next((model.name for model in models if slugs.count(model.slug) > 1), None)
-    if twice is not None:
-        raise UsageError(f"two models would be called {twice}; tell them apart with ?name=")
-    return models
+def _published_folder(evaluation: Evaluation) -> Path | None:
+    if evaluation.published is not None:
+        if not evaluation.published.is_dir():
+            raise UsageError(f"--published {evaluation.published} is not a folder")
+        return evaluation.published
+    default = evaluation.data / "mteb_results" if evaluation.data else None
+    return default if default is not None and default.is_dir() else None
 
 
-def _published_folder(wanted: Evaluation) -> Path | None:
-    if wanted.published is not None:
-        if not wanted.published.is_dir():
-            raise UsageError(f"--published {wanted.published} is not a folder")
-        return wanted.published
-    beside = wanted.data / "mteb_results" if wanted.data else None
-    return beside if beside is not None and beside.is_dir() else None
-
-
-def _settings(contender: EmbeddingModel) -> str:
-    """8 hex digits of what else decides a score: the table of instructions, for models that read them."""
-    if not contender.takes_instructions:
+def _settings_digest(model: EmbeddingModel) -> str:
+    """Return 8 hex digits over the table of instructions, which decides scores too; "" if the model takes none."""
+    if not model.takes_instructions:
         return ""
     table = (files("unmask.evaluate") / "instructions.toml").read_bytes()
     return hashlib.sha256(table).hexdigest()[:8]
@@ -275,7 +304,7 @@ def _require_packages() -> None:
 
 
 def machine() -> str:
-    """This machine's processor, its cores and its system, as provenance has them."""
+    """Return processor, number of cores and system of this machine, for provenance."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -286,10 +315,10 @@ def machine() -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {"unmask": __version__, "python": platform.python_version()}
+    versions = {"unmask": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions

@@ -1,4 +1,4 @@
-"""What is measured: suites by name, single tasks by name, and the jobs that they come to.
+"""Suites of tasks by name, single tasks by name, and the jobs to run for them.
 
 local         offline, over a folder of data: LOCAL_TASKS and the word-level tasks
 llm2vec-15    the 15 tasks of MTEB on which LLM2Vec compares its recipes (arXiv 2404.05961, appendix)
@@ -43,13 +43,13 @@ SUITES = (LOCAL, "llm2vec-15", *_BENCHMARKS)
 
 @dataclass(frozen=True)
 class Job:
-    """One task, ready to be run for any number of models.
+    """One task, ready to run for any number of models.
 
     Attributes:
-        name: of the task.
+        name: name of the task.
         category: kind of task.
-        data: digest of its examples; None for data that mteb fetches.
-        build: makes a fresh task of mteb's; None for word-level tasks, which are not mteb's.
+        data: digest of its examples; None if mteb fetches them.
+        build: makes a new task object of mteb's; None for word-level tasks, which are not mteb's.
     """
 
     name: str
@@ -59,78 +59,78 @@ class Job:
 
 
 def plan_jobs(suites: Sequence[str], tasks: Sequence[str], data: Path | None) -> list[Job]:
-    """The jobs of some suites and single tasks, each once, in the order asked for.
+    """Return the jobs of some suites and single tasks, each once, in the order of the arguments.
 
-    With a folder of data, a task that can be read from it is; mteb fetches the others.
+    A task whose data lie in the folder `data` is read from there; mteb fetches the others.
 
     Raises:
-        UsageError: a suite or task does not exist, is of a kind that is not measured, or lacks its data.
+        UsageError: a suite or task does not exist, is of an unsupported type, or lacks its data.
     """
     jobs: dict[str, Job] = {}
     for suite in suites:
         if suite not in SUITES:
             raise UsageError(f"no suite is called {suite!r}; there are {', '.join(SUITES)}")
-        for job in _suite(suite, data):
+        for job in _suite_jobs(suite, data):
             jobs.setdefault(job.name, job)
     for name in tasks:
-        jobs.setdefault(name, _single(name, data))
+        jobs.setdefault(name, _task_job(name, data))
     return list(jobs.values())
 
 
-def _suite(suite: str, data: Path | None) -> list[Job]:
+def _suite_jobs(suite: str, data: Path | None) -> list[Job]:
     if suite == LOCAL:
         from unmask.evaluate.word_level import WORD_TASKS
 
         if data is None:
             raise UsageError(f"the suite local reads its tasks from a folder: --data FOLDER; {FETCH_ADVICE}")
-        return [_local(name, data) for name in LOCAL_TASKS] + [_words(name, data) for name in WORD_TASKS]
+        return [_local_job(name, data) for name in LOCAL_TASKS] + [_word_job(name, data) for name in WORD_TASKS]
     mteb = _mteb()
     if suite in _BENCHMARKS:
-        return [_fetched(task.metadata.name, task) for task in mteb.get_benchmark(_BENCHMARKS[suite]).tasks]
-    wanted = {task.metadata.name: task for task in mteb.get_benchmark("MTEB(eng, v1)").tasks}
-    return [_fetched(name, wanted[name]) for name in _LLM2VEC_15]
+        return [_mteb_job(task.metadata.name, task) for task in mteb.get_benchmark(_BENCHMARKS[suite]).tasks]
+    tasks = {task.metadata.name: task for task in mteb.get_benchmark("MTEB(eng, v1)").tasks}
+    return [_mteb_job(name, tasks[name]) for name in _LLM2VEC_15]
 
 
-def _single(name: str, data: Path | None) -> Job:
+def _task_job(name: str, data: Path | None) -> Job:
     from unmask.evaluate.word_level import WORD_TASKS
 
     if name in WORD_TASKS:
         if data is None:
             raise UsageError(f"{name} is read from a folder: --data FOLDER; {FETCH_ADVICE}")
-        return _words(name, data)
+        return _word_job(name, data)
     if name in LOCAL_TASKS and (data is not None or not LOCAL_TASKS[name].mteb_own):
         if data is None:
             raise UsageError(f"{name} is read from a folder: --data FOLDER; {FETCH_ADVICE}")
-        return _local(name, data)
+        return _local_job(name, data)
     mteb = _mteb()
     try:
         task = mteb.get_task(name, languages=["eng"], exclusive_language_filter=True)
     except KeyError as error:
         raise UsageError(f"no task is called {name!r}: {str(error.args[0]).splitlines()[0]}") from error
-    return _fetched(name, task)
+    return _mteb_job(name, task)
 
 
-def _local(name: str, data: Path) -> Job:
+def _local_job(name: str, data: Path) -> Job:
     task = LOCAL_TASKS[name]
     tables = task.read(data)
     return Job(name, task.category, task.digest(tables), partial(task.build, tables))
 
 
-def _words(name: str, data: Path) -> Job:
-    from unmask.evaluate.word_tasks import read_word_data, word_task
+def _word_job(name: str, data: Path) -> Job:
+    from unmask.evaluate.word_tasks import find_word_task, read_word_data
 
-    return Job(name, "WordLevel", read_word_data(word_task(name), data).digest, None)
+    return Job(name, "WordLevel", read_word_data(find_word_task(name), data).digest, None)
 
 
-def _fetched(name: str, task: "AbsTask") -> Job:
+def _mteb_job(name: str, task: "AbsTask") -> Job:
     category = task.metadata.type
     if category not in get_args(Category):
         raise UsageError(f"{name} is a task of type {category}; measured are {', '.join(get_args(Category))}")
     subsets, splits = list(task.hf_subsets), list(task.eval_splits)
-    return Job(name, category, None, partial(_fresh, name, subsets, splits))  # type: ignore[arg-type]
+    return Job(name, category, None, partial(_new_task, name, subsets, splits))  # type: ignore[arg-type]
 
 
-def _fresh(name: str, subsets: list[str], splits: list[str]) -> "AbsTask":
+def _new_task(name: str, subsets: list[str], splits: list[str]) -> "AbsTask":
     return _mteb().get_task(name, hf_subsets=subsets, eval_splits=splits)
 
 

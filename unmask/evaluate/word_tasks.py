@@ -1,4 +1,4 @@
-"""The word-level tasks: which column of which data is to be told, with which labels.
+"""The word-level tasks: corpora, label columns and label inventories.
 
 Data lie in a folder per corpus, one sentence per line of `train`, `dev` and `test.jsonl(.gz)`: `tokens` and a list
 of the same length for each kind of label. CoNLL-2003 (Tjong Kim Sang and De Meulder, W03-0419) marks spans as in
@@ -38,10 +38,10 @@ class WordTask:
     """One label per word.
 
     Attributes:
-        name: as reports call it.
+        name: name in reports.
         folder: of the corpus, below the folder of data.
-        column: which labels of a sentence.
-        labels: the inventory; the probe has one output for each.
+        column: key of the labels in a sentence's JSON.
+        labels: the inventory; the probe has one output per label.
         spans: the labels mark spans in IOB1 and are read as IOB2.
     """
 
@@ -68,7 +68,7 @@ WORD_TASKS: Mapping[str, WordTask] = {
 
 
 class Sentence(NamedTuple):
-    """Words and as many labels."""
+    """Words of a sentence, and one label per word."""
 
     words: tuple[str, ...]
     labels: tuple[str, ...]
@@ -76,17 +76,17 @@ class Sentence(NamedTuple):
 
 @dataclass(frozen=True)
 class WordData:
-    """All sentences of a task, by split, and a digest of the corpus (16 hex digits) whatever its compression."""
+    """All sentences of a task by split, and 16 hex digits over the decompressed corpus."""
 
     splits: Mapping[Split, list[Sentence]]
     digest: str
 
 
-def word_task(name: str) -> WordTask:
-    """The task of that name.
+def find_word_task(name: str) -> WordTask:
+    """Return the task with this name.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is no such task.
     """
     if name not in WORD_TASKS:
         raise UsageError(f"no word-level task {name!r}; there are {', '.join(WORD_TASKS)}")
@@ -109,19 +109,19 @@ def read_word_data(task: WordTask, data: Path) -> WordData:
 
 
 def select(sentences: Sequence[Sentence], count: int | None) -> list[Sentence]:
-    """`count` sentences spread over the corpus, in its order; all of them for None.
+    """Return `count` sentences spread over the corpus, in its order; all of them for None.
 
-    Which ones depends on their places alone (by hash, so the same on every machine and with every version of a
-    random generator), and a larger count keeps those of a smaller one.
+    The selection is by a hash of the sentence's index. It is the same on every machine and with every version of a
+    random generator, and a larger count keeps the sentences of a smaller one.
     """
     if count is None or count >= len(sentences):
         return list(sentences)
-    shuffled = sorted(range(len(sentences)), key=lambda place: hashlib.sha256(str(place).encode()).digest())
-    return [sentences[place] for place in sorted(shuffled[:count])]
+    shuffled = sorted(range(len(sentences)), key=lambda index: hashlib.sha256(str(index).encode()).digest())
+    return [sentences[index] for index in sorted(shuffled[:count])]
 
 
 def iob2(labels: Sequence[str]) -> tuple[str, ...]:
-    """Span labels from IOB1 (B- only between neighbouring spans of a kind) to IOB2 (B- opens every span).
+    """Convert span labels from IOB1 (B- only between neighbouring spans of a kind) to IOB2 (B- opens every span).
 
     Labels that are IOB2 already stay as they are.
 

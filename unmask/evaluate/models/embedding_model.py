@@ -1,4 +1,4 @@
-"""What is measured: our own encoders and their peers, behind one small protocol."""
+"""The protocol of the models under test, and models with truncated vectors."""
 
 from collections.abc import Sequence
 from typing import Literal, Protocol
@@ -7,20 +7,20 @@ import numpy as np
 
 from unmask.errors import UsageError
 
-Kind = Literal["unmask", "sentence-transformers", "endpoint", "static"]
+ModelKind = Literal["unmask", "sentence-transformers", "endpoint", "static"]
 
 
 class EmbeddingModel(Protocol):
-    """A model that turns texts into vectors. `contenders.open_model` makes one.
+    """A model that turns texts into vectors; `models.open_model` makes one.
 
     Attributes:
-        name: how reports call it.
-        kind: what runs it.
-        revision: content address of everything that decides a vector; vectors are cached under it.
+        name: name in reports.
+        kind: library or service that runs the model.
+        revision: content address of everything that decides a vector; cache key of the vectors.
         dimensions: numbers per vector.
-        parameters: of the whole model, where known.
-        takes_instructions: whether an instruction changes its vectors. If not, none is given and none is in the
-            cache's key.
+        parameters: of the whole model; None if unknown.
+        takes_instructions: True if an instruction changes the vectors. If False, none is given and none is in the
+            cache key.
     """
 
     name: str
@@ -30,44 +30,42 @@ class EmbeddingModel(Protocol):
     takes_instructions: bool
 
     @property
-    def kind(self) -> Kind: ...
+    def kind(self) -> ModelKind: ...
 
     def encode(self, texts: Sequence[str], instruction: str = "") -> np.ndarray:
-        """Vectors of texts in their order, float32 [n, dimensions], not necessarily of length 1."""
+        """Return the vectors of texts in their order, float32 [n, dimensions], not necessarily of length 1."""
         ...
 
     def count_tokens(self, texts: Sequence[str], instruction: str = "") -> int | None:
-        """Tokens of its own tokenizer after its own truncation, without padding; None where nobody can know."""
+        """Count tokens of the model's own tokenizer after truncation, without padding; None if it is out of reach."""
         ...
 
 
 class TruncatedModel:
-    """A contender whose vectors are shortened to their first numbers (Matryoshka, arXiv 2205.13147).
+    """A model whose vectors are truncated to their first numbers (Matryoshka, arXiv 2205.13147).
+
+    `CachedModel` keeps the vectors of the base, so all truncations of a model share them. `decoder_model` finds the
+    decoder under a truncation. No other caller needs the base.
 
     Attributes:
-        whole: the contender that computes them. Its vectors are what is cached, so that a cut costs nothing more.
+        base: the model with vectors of full length.
     """
 
-    def __init__(self, whole: EmbeddingModel, dimensions: int) -> None:
-        if not 1 <= dimensions <= whole.dimensions:
-            raise UsageError(f"{whole.name}: dimensions={dimensions}; its vectors have 1 to {whole.dimensions}")
-        self.whole, self.dimensions = whole, dimensions
-        self.name, self.parameters, self.takes_instructions = whole.name, whole.parameters, whole.takes_instructions
-        self.revision = f"{whole.revision}-{dimensions}"
+    def __init__(self, base: EmbeddingModel, dimensions: int) -> None:
+        if not 1 <= dimensions <= base.dimensions:
+            raise UsageError(f"{base.name}: dimensions={dimensions}; its vectors have 1 to {base.dimensions}")
+        self.base, self.dimensions = base, dimensions
+        self.name, self.parameters, self.takes_instructions = base.name, base.parameters, base.takes_instructions
+        self.revision = f"{base.revision}-{dimensions}"
 
     @property
-    def kind(self) -> Kind:
-        return self.whole.kind
+    def kind(self) -> ModelKind:
+        return self.base.kind
 
     def encode(self, texts: Sequence[str], instruction: str = "") -> np.ndarray:
-        """float32 [n, dimensions]."""
-        return self.whole.encode(texts, instruction)[:, : self.dimensions]
+        """Return float32 [n, dimensions]."""
+        return self.base.encode(texts, instruction)[:, : self.dimensions]
 
     def count_tokens(self, texts: Sequence[str], instruction: str = "") -> int | None:
-        """As the whole one's."""
-        return self.whole.count_tokens(texts, instruction)
-
-
-def uncut(contender: EmbeddingModel) -> EmbeddingModel:
-    """What computes a contender's vectors."""
-    return contender.whole if isinstance(contender, TruncatedModel) else contender
+        """Count the tokens that the base reads."""
+        return self.base.count_tokens(texts, instruction)

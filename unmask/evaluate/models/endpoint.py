@@ -1,4 +1,4 @@
-"""Peers behind an OpenAI-compatible `POST /embeddings`."""
+"""Models behind an OpenAI-compatible `POST /embeddings`."""
 
 import base64
 import hashlib
@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 
 from unmask.errors import EngineError, UsageError
-from unmask.evaluate.models import Options
+from unmask.evaluate.models.specification import ModelSpecification
 
 # OpenAI takes 2,048 inputs and 300,000 tokens in a request; smaller servers take less of both.
 _BATCH = 64
@@ -23,9 +23,9 @@ _TIMEOUT_S = 120.0
 
 
 class EndpointModel:
-    """A model behind an endpoint as a contender. See `unmask.evaluate.models.embedding_model.EmbeddingModel`.
+    """A model behind an endpoint as an `EmbeddingModel`.
 
-    Nobody can know which weights answer, so its revision is the address, the model's name and the day.
+    Nobody outside can know which weights answer, so the revision is made of the address, the model's name and the day.
     """
 
     kind: Literal["endpoint"] = "endpoint"
@@ -41,10 +41,10 @@ class EndpointModel:
         self.revision = f"{hashlib.sha256(f'{url} {model}'.encode()).hexdigest()[:16]}-as-of-{day}"
 
     def encode(self, texts: Sequence[str], instruction: str = "") -> np.ndarray:
-        """float32 [n, dimensions], in batches, with retries when the server is busy or gone for a moment.
+        """Return float32 [n, dimensions], in batches, with retries while the server is busy or unreachable.
 
         Raises:
-            EngineError: it refused, or kept failing.
+            EngineError: the server refused, or still failed after the last retry.
         """
         rows: list[np.ndarray] = []
         for start in range(0, len(texts), _BATCH):
@@ -55,7 +55,7 @@ class EndpointModel:
         return np.stack(rows) if rows else np.empty((0, self.dimensions), dtype=np.float32)
 
     def count_tokens(self, texts: Sequence[str], instruction: str = "") -> int | None:
-        """None: the tokenizer is the server's."""
+        """Return None: the tokenizer is on the server."""
         return None
 
     def _post(self, body: dict[str, Any]) -> Any:
@@ -72,7 +72,7 @@ class EndpointModel:
                 problem = f"HTTP {answer.status_code}: {answer.text[:200]}"
                 if answer.status_code not in (408, 409, 425, 429) and answer.status_code < 500:
                     break
-                wait = _seconds(answer.headers.get("retry-after"), wait)
+                wait = _retry_after(answer.headers.get("retry-after"), wait)
             if attempt < _TRIES - 1:
                 time.sleep(wait)
         raise EngineError(f"{self._client.base_url} does not give vectors of {self._model}: {problem}")
@@ -80,7 +80,7 @@ class EndpointModel:
     def _vectors(self, answer: Any, count: int) -> list[np.ndarray]:
         try:
             ordered = sorted(answer["data"], key=lambda item: item["index"])
-            vectors = [_numbers(item["embedding"]) for item in ordered]
+            vectors = [_decode_vector(item["embedding"]) for item in ordered]
         except (KeyError, TypeError, ValueError) as error:
             raise EngineError(f"{self._client.base_url} answers something else than embeddings: {error}") from error
         if len(vectors) != count:
@@ -88,19 +88,19 @@ class EndpointModel:
         return vectors
 
 
-def open_endpoint(options: Options) -> EndpointModel:
-    """Reach an endpoint, `http://host/v1#model`. Its key is read from the variable that option `key` names.
+def open_endpoint(specification: ModelSpecification) -> EndpointModel:
+    """Connect to an endpoint, `http://host/v1#model`. Option `key` names the environment variable with its key.
 
     Raises:
         UsageError: no model is named, or the variable is not set.
-        EngineError: it does not answer.
+        EngineError: the endpoint does not answer.
     """
-    url, _, model = options.target.partition("#")
+    url, _, model = specification.target.partition("#")
     if not model:
         raise UsageError(f"{url} names no model; write {url.rstrip('/')}#model")
     if urlsplit(url).username or urlsplit(url).password:
         raise UsageError("a key does not belong into the address; name the variable that holds it: ?key=VARIABLE")
-    variable = options.one("key")
+    variable = specification.one("key")
     key = os.environ.get(variable or "OPENAI_API_KEY")
     if variable and not key:
         raise UsageError(f"?key={variable}: that environment variable is not set")
@@ -108,20 +108,21 @@ def open_endpoint(options: Options) -> EndpointModel:
         url.rstrip("/") + "/",
         model,
         key,
-        name=options.one("name") or f"{model} at {urlsplit(url).netloc}",
-        takes_instructions=options.flag("instructions"),
+        name=specification.one("name") or f"{model} at {urlsplit(url).netloc}",
+        takes_instructions=specification.flag("instructions"),
     )
 
 
-def _numbers(embedding: list[float] | str) -> np.ndarray:
+def _decode_vector(embedding: list[float] | str) -> np.ndarray:
+    """Return float32 [dimensions] from a list of numbers or from base64."""
     if isinstance(embedding, str):
         return np.frombuffer(base64.b64decode(embedding), dtype="<f4")
     return np.asarray(embedding, dtype=np.float32)
 
 
-def _seconds(header: str | None, otherwise: float) -> float:
-    """What Retry-After asks for, at most a minute; it may also be a date, which is not worth reading."""
+def _retry_after(header: str | None, default: float) -> float:
+    """Return the seconds of a Retry-After header, at most a minute; `default` if it is absent or a date."""
     try:
         return min(60.0, float(header or ""))
     except ValueError:
-        return otherwise
+        return default

@@ -1,4 +1,4 @@
-"""Peers that are folders of the sentence-transformers library."""
+"""Models in folders of the sentence-transformers library."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,17 +8,17 @@ from typing import Any, Literal
 import numpy as np
 
 from unmask.errors import CheckpointError, MissingPackages
-from unmask.evaluate.models import Options, shown_name
+from unmask.evaluate.models.specification import ModelSpecification
 
-# Everything that can decide a vector; what else lies in such a folder (pictures, read-mes, other formats) cannot.
-_DECIDING = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model")
+# Files that can change a vector. Pictures, read-mes and other formats in such a folder cannot.
+_DIGESTED_FILES = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model")
 
 
 class SentenceTransformerModel:
-    """A `SentenceTransformer` as a contender. See `unmask.evaluate.models.embedding_model.EmbeddingModel`.
+    """A `SentenceTransformer` as an `EmbeddingModel`.
 
-    A model that was published with prompts for queries and documents gets its own, as its authors meant it: the
-    query's wherever a task gives an instruction, the document's elsewhere.
+    A model that was published with prompts for queries and documents gets these: the query's wherever a task gives an
+    instruction, the document's elsewhere.
     """
 
     kind: Literal["sentence-transformers"] = "sentence-transformers"
@@ -27,16 +27,16 @@ class SentenceTransformerModel:
         self.name = name
         self._model = model
         prompts: dict[str, str] = model.prompts or {}
-        self._query = prompts.get("query") or ""
-        self._document = next((prompts[key] for key in ("document", "passage") if prompts.get(key)), "")
-        self.takes_instructions = bool(self._query or self._document)
+        self._query_prompt = prompts.get("query") or ""
+        self._document_prompt = next((prompts[key] for key in ("document", "passage") if prompts.get(key)), "")
+        self.takes_instructions = bool(self._query_prompt or self._document_prompt)
         self.dimensions = int(model.get_embedding_dimension())
         self.parameters: int | None = sum(parameter.numel() for parameter in model.parameters())
         self.revision = _folder_digest(folder)
 
     def encode(self, texts: Sequence[str], instruction: str = "") -> np.ndarray:
-        """float32 [n, dimensions]. The instruction chooses the model's own prompt and is not read itself."""
-        prompt = self._query if instruction else self._document
+        """Return float32 [n, dimensions]. The instruction only chooses the model's own prompt."""
+        prompt = self._query_prompt if instruction else self._document_prompt
         return self._model.encode(list(texts), prompt=prompt or None, convert_to_numpy=True, show_progress_bar=False)
 
     def encode_with_prompt(self, texts: Sequence[str], prompt: str) -> np.ndarray:
@@ -44,41 +44,41 @@ class SentenceTransformerModel:
         return self._model.encode(list(texts), prompt=prompt, convert_to_numpy=True, show_progress_bar=False)
 
     def count_tokens(self, texts: Sequence[str], instruction: str = "") -> int | None:
-        """Tokens after truncation, without padding."""
-        prompt = self._query if instruction else self._document
-        read = self._model.tokenizer(
+        """Count the tokens after truncation, without padding."""
+        prompt = self._query_prompt if instruction else self._document_prompt
+        encoded = self._model.tokenizer(
             [prompt + text for text in texts], truncation=True, max_length=self._model.max_seq_length
         )
-        return sum(len(ids) for ids in read["input_ids"])
+        return sum(len(ids) for ids in encoded["input_ids"])
 
 
-def open_folder(options: Options) -> SentenceTransformerModel:
+def open_folder(specification: ModelSpecification) -> SentenceTransformerModel:
     """Load a sentence-transformers folder.
 
     Raises:
-        UsageError: the package is not installed.
+        MissingPackages: the package is not installed.
         CheckpointError: the folder is not one of that library.
     """
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
         raise MissingPackages("a sentence-transformers model needs", "evaluate") from error
-    folder = Path(options.target).expanduser()
+    folder = Path(specification.target).expanduser()
     if not (folder / "modules.json").is_file():
         raise CheckpointError(f"{folder} is not a sentence-transformers folder: it has no modules.json")
     try:
-        model = SentenceTransformer(str(folder), device=options.one("device") or "cpu", local_files_only=True)
+        model = SentenceTransformer(str(folder), device=specification.one("device") or "cpu", local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return SentenceTransformerModel(model, folder, shown_name(options))
+    return SentenceTransformerModel(model, folder, specification.display_name)
 
 
 def _folder_digest(folder: Path) -> str:
-    """16 hex digits over the names and contents of the folder's deciding files."""
-    files = sorted({file for pattern in _DECIDING for file in folder.rglob(pattern)})
-    whole = hashlib.sha256()
+    """Return 16 hex digits over the names and contents of the files that can change a vector."""
+    files = sorted({file for pattern in _DIGESTED_FILES for file in folder.rglob(pattern)})
+    digest = hashlib.sha256()
     for file in files:
-        whole.update(file.relative_to(folder).as_posix().encode() + b"\0")
-        with file.open("rb") as opened:
-            whole.update(hashlib.file_digest(opened, "sha256").digest())
-    return whole.hexdigest()[:16]
+        digest.update(file.relative_to(folder).as_posix().encode() + b"\0")
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]
