@@ -1,4 +1,4 @@
-"""Results of a run that never was: the shape and size of a real one, with everything a report must cope with."""
+"""Synthetic results with the shape and size of a real run, with failures, long names and hostile characters."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,13 +97,13 @@ MODELS = {
     ),
     LONG: (3.1, Cost(texts_per_second=9.4, dimensions=2048, vector_bytes=8192)),
 }
-# Who is not asked for words, and what fails.
+# Models without word-level tasks, and the tasks that fail.
 WITHOUT_WORDS = {LONG}
 FAILED = {(LONG, "Cisi"), (MPNET, "ArxivTitlesLocal"), (SUBJECT, "UDEnglishEWT")}
 
 
-def invent(folder: Path, models: tuple[str, ...] = tuple(MODELS), *, seed: int = 0) -> Results:
-    """Write results and examples as `unmask evaluate` does, and return them. The same arguments, the same numbers."""
+def write_synthetic_results(folder: Path, models: tuple[str, ...] = tuple(MODELS), *, seed: int = 0) -> Results:
+    """Write results and examples as `unmask evaluate` does, and return them. Same arguments, same numbers."""
     results = Results(
         suites=["local", "words"],
         models=[_model(folder, name, seed) for name in models],
@@ -140,8 +140,8 @@ def _model(folder: Path, name: str, seed: int) -> ModelResult:
             score.error = FAILURE
         else:
             own = np.random.default_rng((seed, index, list(MODELS).index(name)))
-            wanted = task.score + advantage + own.normal(0, 0.8)
-            values, score.statistic = _values(task, wanted / 100, np.random.default_rng((seed, index)), own)
+            target = task.score + advantage + own.normal(0, 0.8)
+            values, score.statistic = _values(task, target / 100, np.random.default_rng((seed, index)), own)
             score.score = score_of(values, score.statistic)
             score.interval = bootstrap_interval(values, score.statistic)
             score.examples = len(values)
@@ -156,18 +156,18 @@ def _model(folder: Path, name: str, seed: int) -> ModelResult:
 
 
 def _values(
-    task: Task, wanted: float, shared: np.random.Generator, own: np.random.Generator
+    task: Task, target: float, shared: np.random.Generator, own: np.random.Generator
 ) -> tuple[np.ndarray, Statistic]:
-    """Values whose score is about `wanted`; models find the same examples hard, as they do."""
+    """Return values with a score of about `target`; the same examples are hard for all models."""
     hardness = shared.normal(size=task.examples)
     if task.category == "STS":
         gold = np.round(shared.uniform(0, 5, task.examples), 1)
         noise = (0.8 * hardness + 0.6 * own.normal(size=task.examples)) * np.std(gold)
-        predicted = wanted * gold + np.sqrt(1 - wanted**2) * noise
+        predicted = target * gold + np.sqrt(1 - target**2) * noise
         return np.stack((predicted / 10, gold), axis=1), "spearman"
     if task.metric == "accuracy":
         difficulty = 0.85 * hardness + 0.53 * own.normal(size=task.examples)
-        return (difficulty < np.quantile(difficulty, wanted)).astype(np.float64), "mean"
+        return (difficulty < np.quantile(difficulty, target)).astype(np.float64), "mean"
     spread = 0.01 if task.category == "Clustering" else 0.3
-    values = wanted + spread * (0.85 * hardness + 0.53 * own.normal(size=task.examples))
-    return np.clip(values - values.mean() + wanted, 0, 1), "mean"
+    values = target + spread * (0.85 * hardness + 0.53 * own.normal(size=task.examples))
+    return np.clip(values - values.mean() + target, 0, 1), "mean"

@@ -1,4 +1,4 @@
-"""Vectors on disk: never a wrong one, whoever writes at the same time and wherever a writer was killed."""
+"""The cache never returns a wrong vector, with several writers at once and after a writer was killed."""
 
 import hashlib
 import os
@@ -43,15 +43,15 @@ texts = st.lists(st.text(max_size=8), max_size=12)
 def test_interleaved_writers_agree(
     calls: list[tuple[int, list[str]]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Several caches open on one folder, as several processes would have them: each gives every text its own vector."""
+    """Several caches on one folder, as in several processes, return the right vector for every text."""
     folder = tmp_path_factory.mktemp("cache")
     writers = [VectorCache(folder, "model", WIDTH) for _ in range(3)]
-    for writer, asked in calls:
-        found = encode(writers[writer], asked)
-        assert found.shape == (len(asked), WIDTH)
-        for text, vector in zip(asked, found, strict=True):
+    for writer, batch in calls:
+        vectors = encode(writers[writer], batch)
+        assert vectors.shape == (len(batch), WIDTH)
+        for text, vector in zip(batch, vectors, strict=True):
             np.testing.assert_array_equal(vector, vector_of(text))
-    everything = [text for _, asked in calls for text in asked]
+    everything = [text for _, batch in calls for text in batch]
     later = VectorCache(folder, "model", WIDTH)
     assert later.encode(everything, "", refuse).shape == (len(everything), WIDTH)
 
@@ -68,8 +68,8 @@ def test_a_truncated_tail_is_overwritten(
         path = folder / "model" / file
         os.truncate(path, max(0, path.stat().st_size - cut))
     cache = VectorCache(folder, "model", WIDTH)
-    for asked in (more, before, more + before):
-        np.testing.assert_array_equal(encode(cache, asked), compute(asked) if asked else np.empty((0, WIDTH)))
+    for batch in (more, before, more + before):
+        np.testing.assert_array_equal(encode(cache, batch), compute(batch) if batch else np.empty((0, WIDTH)))
     np.testing.assert_array_equal(VectorCache(folder, "model", WIDTH).encode(before, "", refuse), compute(before))
 
 
@@ -89,17 +89,17 @@ def test_instructions_and_revisions_are_kept_apart(tmp_path: Path) -> None:
 
 
 def test_a_repeated_text_is_computed_once_and_progress_adds_up(tmp_path: Path) -> None:
-    told: list[int] = []
+    steps: list[int] = []
     computed: list[str] = []
 
     def counted(part: list[str]) -> np.ndarray:
         computed.extend(part)
         return compute(part)
 
-    asked = ["a", "b", "a", "c", "b"]
-    VectorCache(tmp_path, "model", WIDTH).encode(asked, "", counted, chunk=2, progress=told.append)
+    repeated = ["a", "b", "a", "c", "b"]
+    VectorCache(tmp_path, "model", WIDTH).encode(repeated, "", counted, chunk=2, progress=steps.append)
     assert sorted(computed) == ["a", "b", "c"]
-    assert sum(told) <= len(asked)
+    assert sum(steps) <= len(repeated)
 
 
 def test_vectors_of_another_length_are_refused(tmp_path: Path) -> None:
@@ -144,5 +144,5 @@ def test_kill_9_loses_at_most_a_chunk(tmp_path: Path) -> None:
     child.stdout.close()
     cache = VectorCache(tmp_path, "model", WIDTH)
     assert len(cache) >= 19 * 5
-    asked = [f"text {i}" for i in range(5000)]
-    np.testing.assert_array_equal(cache.encode(asked, "", compute), compute(asked))
+    all_texts = [f"text {i}" for i in range(5000)]
+    np.testing.assert_array_equal(cache.encode(all_texts, "", compute), compute(all_texts))

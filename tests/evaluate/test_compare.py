@@ -1,4 +1,4 @@
-"""Which is better, is it more than noise, and what may not be compared; and how far vectors drift."""
+"""Comparison of results: verdicts, refusals of unlike measurements, output formats; and drift of vectors."""
 
 import io
 import json
@@ -32,7 +32,7 @@ TASKS: dict[str, Category] = {"Sts": "STS", "Easy": "Classification", "Hard": "R
 
 
 def measure(folder: Path, names: Sequence[str], skills: Sequence[float], revision: str = "0123456789") -> Path:
-    """Results of models with the given skills on tasks whose examples are the same for all."""
+    """Write results of models with different skills on tasks whose examples are the same for all."""
     models = []
     for number, (name, skill) in enumerate(zip(names, skills, strict=True)):
         model = ModelResult(name=name, kind="unmask", revision=revision, cost=Cost())
@@ -60,7 +60,7 @@ def measure(folder: Path, names: Sequence[str], skills: Sequence[float], revisio
 
 
 def change(folder: Path, task: str, /, **fields: object) -> None:
-    """Change what the first model's results say of a task."""
+    """Change fields of the first model's score on a task."""
     results = read_results(folder)
     score = next(score for score in results.models[0].scores if score.task == task)
     for field, value in fields.items():
@@ -77,22 +77,26 @@ def pair(tmp_path: Path) -> tuple[str, str]:
 
 
 def test_the_better_model_is_found(pair: tuple[str, str]) -> None:
-    found, moved = compare_by_name(*pair)
-    assert found and moved is None
-    assert [row.task for row in found.tasks] == list(TASKS)
-    assert all(row.test and row.test.verdict == "better" and row.delta > 0 for row in found.tasks)
-    assert found.counted == ["Sts", "Easy", "Hard"]  # words are apart
-    assert found.overall and found.overall.verdict == "better"
-    assert found.delta == pytest.approx(found.overall.delta) == np.mean([row.delta for row in found.tasks[:3]])
+    comparison, moved = compare_by_name(*pair)
+    assert comparison and moved is None
+    assert [row.task for row in comparison.tasks] == list(TASKS)
+    assert all(row.test and row.test.verdict == "better" and row.delta > 0 for row in comparison.tasks)
+    assert comparison.counted == ["Sts", "Easy", "Hard"]  # words are apart
+    assert comparison.overall and comparison.overall.verdict == "better"
+    assert (
+        comparison.delta
+        == pytest.approx(comparison.overall.delta)
+        == np.mean([row.delta for row in comparison.tasks[:3]])
+    )
     mirrored, _ = compare_by_name(pair[1], pair[0])
     assert mirrored and mirrored.overall and mirrored.overall.verdict == "worse"
 
 
 def test_equal_models_are_not_told_apart(tmp_path: Path) -> None:
     folder = str(measure(tmp_path, ["x", "y"], [0.7, 0.7]))
-    found, _ = compare_by_name(folder, f"{folder}:y")
-    assert found and found.overall and found.overall.verdict == "noise"
-    assert all(row.test and row.test.verdict == "noise" for row in found.tasks)
+    comparison, _ = compare_by_name(folder, f"{folder}:y")
+    assert comparison and comparison.overall and comparison.overall.verdict == "noise"
+    assert all(row.test and row.test.verdict == "noise" for row in comparison.tasks)
 
 
 def test_two_models_of_one_folder_by_any_of_their_names(tmp_path: Path) -> None:
@@ -110,16 +114,16 @@ def test_two_models_of_one_folder_by_any_of_their_names(tmp_path: Path) -> None:
 
 def test_two_revisions_of_one_model_are_told_apart(tmp_path: Path) -> None:
     folders = [str(measure(tmp_path / r, ["m"], [s], revision=r * 10)) for r, s in (("a", 0.7), ("b", 0.8))]
-    found, _ = compare_by_name(folders[0], folders[1])
-    assert found and (found.a, found.b) == ("m @aaaaaaaa", "m @bbbbbbbb")
+    comparison, _ = compare_by_name(folders[0], folders[1])
+    assert comparison and (comparison.a, comparison.b) == ("m @aaaaaaaa", "m @bbbbbbbb")
     copied = shutil.copytree(folders[0], tmp_path / "copy")
     again, _ = compare_by_name(folders[0], str(copied))
     assert again and again.a != again.b and again.delta == 0 and again.overall and again.overall.p_value == 1
 
 
 def test_chosen_tasks_only(pair: tuple[str, str]) -> None:
-    found, _ = compare_by_name(*pair, tasks=["Hard", "Pos"])
-    assert found and [row.task for row in found.tasks] == ["Hard", "Pos"] and found.counted == ["Hard"]
+    comparison, _ = compare_by_name(*pair, tasks=["Hard", "Pos"])
+    assert comparison and [row.task for row in comparison.tasks] == ["Hard", "Pos"] and comparison.counted == ["Hard"]
     with pytest.raises(
         UsageError, match=r"owner/strong and owner/weak did not run Nope; both ran Sts, Easy, Hard, Pos"
     ):
@@ -149,9 +153,9 @@ def test_other_examples_are_refused(pair: tuple[str, str]) -> None:
 def test_failed_and_missing_tasks_are_left_out_with_the_reason(pair: tuple[str, str]) -> None:
     change(Path(pair[0]), "Easy", score=None, error="out of memory")
     change(Path(pair[0]), "Pos", task="Other")
-    found, _ = compare_by_name(*pair)
-    assert found and [row.task for row in found.tasks] == ["Sts", "Hard"]
-    assert found.left_out == {
+    comparison, _ = compare_by_name(*pair)
+    assert comparison and [row.task for row in comparison.tasks] == ["Sts", "Hard"]
+    assert comparison.left_out == {
         "Easy": "failed for owner/strong: out of memory",
         "Other": "not run by owner/weak",
         "Pos": "not run by owner/strong",
@@ -164,34 +168,39 @@ def test_failed_and_missing_tasks_are_left_out_with_the_reason(pair: tuple[str, 
 
 def test_without_examples_there_is_a_difference_and_no_test(pair: tuple[str, str]) -> None:
     shutil.rmtree(Path(pair[0]) / "examples")
-    found, _ = compare_by_name(*pair)
-    assert found and found.overall is None and all(row.test is None for row in found.tasks) and found.delta > 0
+    comparison, _ = compare_by_name(*pair)
+    assert (
+        comparison
+        and comparison.overall is None
+        and all(row.test is None for row in comparison.tasks)
+        and comparison.delta > 0
+    )
     console = Console(file=io.StringIO(), width=100)
-    print_comparison(found, console)
-    shown = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
-    assert "nobody knows whether that is noise" in " ".join(shown.split()) and "not tested" in shown
+    print_comparison(comparison, console)
+    output = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert "nobody knows whether that is noise" in " ".join(output.split()) and "not tested" in output
 
 
 def test_every_format_has_the_figures(pair: tuple[str, str], tmp_path: Path) -> None:
     a, b = (find_results(side) for side in pair)
-    found = compare_results(a, b)
+    comparison = compare_results(a, b)
     for suffix in ("html", "md", "json"):
-        write_comparison(tmp_path / f"out.{suffix}", found)
+        write_comparison(tmp_path / f"out.{suffix}", comparison)
     markdown = (tmp_path / "out.md").read_text(encoding="utf-8")
     html = (tmp_path / "out.html").read_text(encoding="utf-8")
     data = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert data["drift"] is None and data["comparison"]["overall"]["verdict"] == "better"
-    for row, kept in zip(found.tasks, data["comparison"]["tasks"], strict=True):
-        assert kept["score_a"] == row.score_a and kept["test"]["p_value"] == (row.test and row.test.p_value)
+    for row, written in zip(comparison.tasks, data["comparison"]["tasks"], strict=True):
+        assert written["score_a"] == row.score_a and written["test"]["p_value"] == (row.test and row.test.p_value)
         for text in (markdown, html):
             assert f"{row.score_a:.2f}" in text and f"+{row.delta:.2f}" in text
     assert "owner/strong is better than owner/weak on the mean of 3 tasks" in markdown.replace("\\", "")
     with pytest.raises(UsageError, match=r"end the name in \.html, \.md or \.json"):
-        write_comparison(tmp_path / "out.txt", found)
+        write_comparison(tmp_path / "out.txt", comparison)
 
 
 class Letters:
-    """A contender whose vectors count letters, turned by an angle: a revision that drifted."""
+    """An embedding model whose vectors count letters, rotated by an angle: a revision that drifted."""
 
     kind: ModelKind = "unmask"
     parameters: int | None = None
@@ -230,32 +239,39 @@ SENTENCES = [
 
 
 def test_drift_of_the_same_vectors_is_none() -> None:
-    found = measure_drift(Letters("one"), Letters("two"), [*SENTENCES, "abba"])
-    assert found.texts == 12 and found.neighbours == 10
-    assert found.mean_cosine == pytest.approx(1) and found.worst_cosine == pytest.approx(1)
-    assert found.overlap == found.same_nearest == 1
+    vector_drift = measure_drift(Letters("one"), Letters("two"), [*SENTENCES, "abba"])
+    assert vector_drift.texts == 12 and vector_drift.neighbours == 10
+    assert vector_drift.mean_cosine == pytest.approx(1) and vector_drift.worst_cosine == pytest.approx(1)
+    assert vector_drift.overlap == vector_drift.same_nearest == 1
 
 
 def test_drift_names_the_text_that_moved_most() -> None:
-    found = measure_drift(Letters("one"), Letters("two", 1.0), SENTENCES)
-    assert found.worst_cosine == pytest.approx(np.cos(1.0), abs=1e-6) and found.worst_text in ("abba", "bab")
-    assert found.mean_cosine and found.worst_cosine and found.worst_cosine < found.mean_cosine < 1
-    assert found.overlap == found.same_nearest == 1  # turning all vectors alike changes no neighbour
+    vector_drift = measure_drift(Letters("one"), Letters("two", 1.0), SENTENCES)
+    assert vector_drift.worst_cosine == pytest.approx(np.cos(1.0), abs=1e-6) and vector_drift.worst_text in (
+        "abba",
+        "bab",
+    )
+    assert (
+        vector_drift.mean_cosine
+        and vector_drift.worst_cosine
+        and vector_drift.worst_cosine < vector_drift.mean_cosine < 1
+    )
+    assert vector_drift.overlap == vector_drift.same_nearest == 1  # turning all vectors alike changes no neighbour
 
 
 def test_drift_sees_ranks_change() -> None:
     stretched = Letters("two")
     encode, weights = stretched.encode, np.linspace(0, 1, 26, dtype=np.float32) ** 4
     stretched.encode = lambda texts, instruction="": encode(texts) * weights
-    found = measure_drift(Letters("one"), stretched, [*SENTENCES, "more of it", "and more", "a fox", "the dog"])
-    assert 0.5 < found.overlap < 1 and 0 < found.same_nearest < 1
+    vector_drift = measure_drift(Letters("one"), stretched, [*SENTENCES, "more of it", "and more", "a fox", "the dog"])
+    assert 0.5 < vector_drift.overlap < 1 and 0 < vector_drift.same_nearest < 1
 
 
 def test_drift_between_other_lengths_has_neighbours_only(tmp_path: Path) -> None:
-    found = measure_drift(Letters("one"), Letters("two", dimensions=20), SENTENCES[:4])
-    assert found.mean_cosine is found.worst_cosine is found.worst_text is None
-    assert found.neighbours == 3 and found.overlap == 1
-    write_comparison(tmp_path / "drift.md", None, found)
+    vector_drift = measure_drift(Letters("one"), Letters("two", dimensions=20), SENTENCES[:4])
+    assert vector_drift.mean_cosine is vector_drift.worst_cosine is vector_drift.worst_text is None
+    assert vector_drift.neighbours == 3 and vector_drift.overlap == 1
+    write_comparison(tmp_path / "drift.md", None, vector_drift)
     assert "so no cosine" in (tmp_path / "drift.md").read_text(encoding="utf-8")
     with pytest.raises(UsageError, match="1 different texts are too few"):
         measure_drift(Letters("one"), Letters("two"), ["same", "same"])
@@ -272,8 +288,8 @@ def test_the_commands(
 ) -> None:
     output = tmp_path / "out.html"
     assert app(["compare", *pair, "--task", "Hard", "-o", str(output)], result_action="return_value") == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "owner/strong is better than owner/weak on the mean of 1 task" in shown and "A better" in shown
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "owner/strong is better than owner/weak on the mean of 1 task" in printed and "A better" in printed
     assert output.is_file()
     assert app(["report", pair[0]], result_action="return_value") == 0
     assert (Path(pair[0]) / "report.html").is_file() and (Path(pair[0]) / "report.md").is_file()
@@ -282,8 +298,8 @@ def test_the_commands(
     model = str(golden_dir / "tiny_llama")
     sides = [model, f"{model}?causal&name=causal"]
     assert app(["compare", *sides, "--texts", str(texts)], result_action="return_value") == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "From tiny_llama to causal, over 12 texts: cosine 0." in shown and "10 nearest neighbours" in shown
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "From tiny_llama to causal, over 12 texts: cosine 0." in printed and "10 nearest neighbours" in printed
     with pytest.raises(UsageError, match="--task compares results"):
         compare_by_name(sides[0], sides[1], tasks=["Hard"], texts=texts)
     with pytest.raises(UsageError, match=r"--texts .*missing cannot be read"):

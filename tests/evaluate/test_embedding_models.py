@@ -1,4 +1,4 @@
-"""What a specification opens, and what it refuses."""
+"""Specifications open the right model with the right options, or are refused with a reason."""
 
 import base64
 import json
@@ -23,15 +23,15 @@ def tiny(golden_dir: Path) -> str:
 
 
 def test_a_decoder(tiny: str) -> None:
-    contender = open_model(tiny)
-    vectors = contender.encode(TEXTS)
-    assert (contender.name, contender.kind) == ("tiny_llama", "unmask")
-    assert vectors.shape == (3, contender.dimensions) and vectors.dtype == np.float32
+    model = open_model(tiny)
+    vectors = model.encode(TEXTS)
+    assert (model.name, model.kind) == ("tiny_llama", "unmask")
+    assert vectors.shape == (3, model.dimensions) and vectors.dtype == np.float32
     np.testing.assert_array_equal(vectors[0], vectors[2])
-    assert contender.takes_instructions
-    assert not np.allclose(vectors, contender.encode(TEXTS, "Find it:"))
-    plain, told = contender.count_tokens(TEXTS), contender.count_tokens(TEXTS, "Find it:")
-    assert plain is not None and told is not None and plain < told
+    assert model.takes_instructions
+    assert not np.allclose(vectors, model.encode(TEXTS, "Find it:"))
+    plain, instructed = model.count_tokens(TEXTS), model.count_tokens(TEXTS, "Find it:")
+    assert plain is not None and instructed is not None and plain < instructed
 
 
 def test_everything_that_decides_a_vector_is_in_the_revision(tiny: str) -> None:
@@ -68,12 +68,12 @@ def test_defaults_are_for_the_kinds_that_know_them(tiny: str) -> None:
 
 
 def test_the_static_model_comes_with_its_package() -> None:
-    contender = open_model("wordllama:default")
-    vectors = contender.encode(TEXTS)
-    assert vectors.shape == (3, 256) and contender.parameters == 32000 * 256
+    model = open_model("wordllama:default")
+    vectors = model.encode(TEXTS)
+    assert vectors.shape == (3, 256) and model.parameters == 32000 * 256
     small = open_model("wordllama:default?dim=64")
     np.testing.assert_allclose(small.encode(TEXTS), vectors[:, :64], atol=1e-6)
-    assert small.revision != contender.revision
+    assert small.revision != model.revision
 
 
 @pytest.mark.parametrize(
@@ -94,23 +94,23 @@ def test_the_static_model_comes_with_its_package() -> None:
         ("st:.", CheckpointError, "no modules.json"),
     ],
 )
-def test_what_is_refused(specification: str, error: type[Exception], message: str) -> None:
+def test_bad_specifications_are_refused(specification: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         open_model(specification)
 
 
 class Server(BaseHTTPRequestHandler):
-    """Embeddings of three numbers; every other request is refused first."""
+    """An endpoint with vectors of three numbers, which refuses every other request once."""
 
-    seen: list[dict[str, Any]]
+    bodies: list[dict[str, Any]]
     keys: list[str | None]
     status = 200
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        type(self).seen.append(body)
+        type(self).bodies.append(body)
         type(self).keys.append(self.headers.get("Authorization"))
-        status = 503 if len(self.seen) % 2 and self.status == 200 else self.status
+        status = 503 if len(self.bodies) % 2 and self.status == 200 else self.status
         rows = [np.array([len(text), 1, 2], dtype="<f4").tobytes() for text in body["input"]]
         data = [{"index": i, "embedding": base64.b64encode(row).decode()} for i, row in enumerate(rows)]
         answer = json.dumps({"data": data[::-1]}).encode()
@@ -126,7 +126,7 @@ class Server(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[HTTPServer]:
-    Server.seen, Server.keys, Server.status = [], [], 200
+    Server.bodies, Server.keys, Server.status = [], [], 200
     running = HTTPServer(("127.0.0.1", 0), Server)
     thread = threading.Thread(target=running.serve_forever)
     thread.start()
@@ -139,19 +139,19 @@ def server() -> Iterator[HTTPServer]:
 def test_an_endpoint(server: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_KEY", "sk-secret")
     target = f"http://127.0.0.1:{server.server_port}/v1#model"
-    contender = open_model(f"{target}?key=SOME_KEY&instructions")
+    model = open_model(f"{target}?key=SOME_KEY&instructions")
     many = ["x" * i for i in range(1, 131)]
-    vectors = contender.encode(many, "Find it:")
-    assert contender.dimensions == 3 and contender.kind == "endpoint"
+    vectors = model.encode(many, "Find it:")
+    assert model.dimensions == 3 and model.kind == "endpoint"
     np.testing.assert_array_equal(vectors[:, 0], range(1, 131))  # in order, whatever the order of the answer
     assert set(Server.keys) == {"Bearer sk-secret"}
-    assert Server.seen[-1]["instruction"] == "Find it:" and Server.seen[-1]["model"] == "model"
-    assert "as-of-" in contender.revision and "secret" not in contender.name + contender.revision
-    assert contender.count_tokens(many) is None
+    assert Server.bodies[-1]["instruction"] == "Find it:" and Server.bodies[-1]["model"] == "model"
+    assert "as-of-" in model.revision and "secret" not in model.name + model.revision
+    assert model.count_tokens(many) is None
 
 
 def test_an_endpoint_that_refuses(server: HTTPServer) -> None:
     Server.status = 401
     with pytest.raises(EngineError, match="HTTP 401"):
         open_model(f"http://127.0.0.1:{server.server_port}/v1#model")
-    assert len(Server.seen) == 1
+    assert len(Server.bodies) == 1

@@ -1,4 +1,4 @@
-"""The offline suite: its tasks, and that its cut never moves unnoticed."""
+"""The offline suite: digests of its examples, names, instructions, sampling."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ DIGESTS = {
 
 
 @pytest.mark.parametrize("name", LOCAL_TASKS)
-def test_the_cut_is_the_same_everywhere(name: str, eval_data: Path) -> None:
+def test_the_examples_are_the_same_everywhere(name: str, eval_data: Path) -> None:
     task = LOCAL_TASKS[name]
     tables = task.read(eval_data)
     assert task.digest(tables) == DIGESTS[name]
@@ -53,8 +53,8 @@ def test_the_cut_of_the_public_data(name: str, public_data: Path) -> None:
 def test_names_of_mtebs_are_for_mtebs_own_data() -> None:
     import mteb
 
-    known = {task.metadata.name for task in mteb.get_tasks(exclude_superseded=False)}
-    assert {name for name, task in LOCAL_TASKS.items() if task.mteb_own} == known & set(LOCAL_TASKS) == SAME_DATA
+    mteb_names = {task.metadata.name for task in mteb.get_tasks(exclude_superseded=False)}
+    assert {name for name, task in LOCAL_TASKS.items() if task.mteb_own} == mteb_names & set(LOCAL_TASKS) == SAME_DATA
 
 
 @pytest.mark.parametrize("name", LOCAL_TASKS)
@@ -65,7 +65,7 @@ def test_every_task_has_an_instruction_that_ends_as_the_references(name: str) ->
     assert sides == ("" if category in ("Retrieval", "Reranking") else instruction_for(name, category, "queries", ""))
 
 
-def test_mtebs_own_wording_where_there_is_none_of_ours() -> None:
+def test_mtebs_own_instruction_where_there_is_none_of_ours() -> None:
     prompt = "Given a scientific claim, retrieve documents that support or refute the claim"
     assert instruction_for("SciFact", "Retrieval", "queries", prompt) == prompt + ":"
     assert instruction_for("SciFact", "Retrieval", "documents", prompt) == ""

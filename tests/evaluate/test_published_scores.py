@@ -1,4 +1,4 @@
-"""Published scores stand only beside the same model on the same data."""
+"""Published scores are shown only for the same model on the same data."""
 
 from pathlib import Path
 
@@ -28,8 +28,8 @@ def scores(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["owner/Unique", "owner/unique", "unique", "./models/Unique/", "/data/unique"])
 def test_a_model_is_found_by_its_id_or_its_folders_name(scores: Path, name: str) -> None:
-    found = published_score(scores, name, "STS12")
-    assert found == (72.37, "owner/Unique in embeddings-benchmark/results@abc1234")
+    score = published_score(scores, name, "STS12")
+    assert score == (72.37, "owner/Unique in embeddings-benchmark/results@abc1234")
 
 
 @pytest.mark.parametrize("name", ["stranger/Unique", "some-model", "unmask/smollm2-135m-embed", "", "Unique-v2"])
@@ -52,12 +52,12 @@ def test_no_score_where_the_data_differs(scores: Path) -> None:
 
 
 def test_other_models_over_the_same_tasks_only(scores: Path) -> None:
-    found = published_models(scores, ["STS12", "STS13"], without=["owner/some-model"])
-    assert [(model.name, model.parameters) for model in found] == [
+    models = published_models(scores, ["STS12", "STS13"], without=["owner/some-model"])
+    assert [(model.name, model.parameters) for model in models] == [
         ("owner/Unique", 22_700_000),
         ("other/some-model", None),
     ]
-    assert found[0].mean == pytest.approx((72.37 + 80.60) / 2)
+    assert models[0].mean == pytest.approx((72.37 + 80.60) / 2)
     assert published_models(scores, []) == []
 
 
@@ -75,7 +75,7 @@ def test_the_real_table(public_data: Path) -> None:
     figures = {"STSBenchmark": 82.03, "STS16": 78.99, "STS12": 72.37, "STS13": 80.60, "Banking77Classification": 80.04}
     assert set(figures) == SAME_DATA
     for task, figure in figures.items():
-        found = published_score(folder, "all-minilm-l6-v2", task)
-        assert found is not None and found[0] == figure
+        score = published_score(folder, "all-minilm-l6-v2", task)
+        assert score is not None and score[0] == figure
     others = published_models(folder, sorted(SAME_DATA), without=["all-minilm-l6-v2"])
     assert len(others) > 40 and "sentence-transformers/all-MiniLM-L6-v2" not in {model.name for model in others}

@@ -1,4 +1,4 @@
-"""The report says what the results say, all of it, and a browser can show it on a phone."""
+"""The report shows every figure of the results, in sound HTML and Markdown, and fits a phone."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.evaluate.synthetic_results import FAILED, FAILURE, MINILM, MODELS, MPNET, SUBJECT, TASKS, invent
+from tests.evaluate.synthetic_results import FAILED, FAILURE, MINILM, MODELS, MPNET, SUBJECT, TASKS, write_synthetic_results
 from unmask.errors import UsageError
 from unmask.evaluate.published_scores import SAME_DATA, PublishedModel
 from unmask.evaluate.report import write_report
@@ -34,7 +34,7 @@ VOID = {"meta", "br", "hr", "img", "input", "link", "wbr", "col"}
 
 
 class Page(HTMLParser):
-    """What is in a page: text, attributes, and whether every element is closed in its place."""
+    """Parse a page into text, attributes, and faults such as elements that are closed in the wrong place."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
     folder = tmp_path_factory.mktemp("run")
-    return folder, invent(folder)
+    return folder, write_synthetic_results(folder)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def html(run: tuple[Path, Results], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def published_scores(folder: Path) -> Path:
-    """Scores of thirty models on the tasks that all have."""
+    """Write published scores of thirty models on the tasks that all have."""
     columns = [f"owner__model-of-size-{size}" for size in range(30)]
     lines = ["\t".join(("category", "task", *columns))]
     for task in SAME_DATA:
@@ -112,7 +112,7 @@ def table_rows(markdown: str, heading: str) -> list[list[str]]:
 
 
 def tiny(*models: tuple[str, Mapping[str, float | None]], category: Category = "STS") -> Results:
-    """Results without per-example values."""
+    """Return results without per-example values."""
     return Results(
         suites=["local"],
         models=[
@@ -134,7 +134,8 @@ def tiny(*models: tuple[str, Mapping[str, float | None]], category: Category = "
     )
 
 
-def spoken(results: Results, folder: Path) -> str:
+def answer_text(results: Results, folder: Path) -> str:
+    """Return the opening of the report as text."""
     return " ".join("".join(span.text for span in sentence) for sentence in build_report_model(folder, results).answer)
 
 
@@ -160,13 +161,13 @@ def test_a_difference_within_noise_is_called_that(tmp_path: Path) -> None:
     for model in results.models:
         model.scores[0].score = 100 * float((values := generator.random(50)).mean())
         write_example_values(tmp_path, model.name, "x", values)
-    assert "which is within noise (95" in spoken(results, tmp_path)
+    assert "which is within noise (95" in answer_text(results, tmp_path)
 
 
 def test_what_is_not_tested_is_said(tmp_path: Path) -> None:
-    told = spoken(tiny(("a", {"x": 60.0, "y": 70.0}), ("b", {"x": 50.0, "y": None})), tmp_path)
-    assert "a averages 60.0 over the 1 task that both models completed" in told
-    assert "10.0 points above b (without per-example values, so not tested)" in told
+    answer = answer_text(tiny(("a", {"x": 60.0, "y": 70.0}), ("b", {"x": 50.0, "y": None})), tmp_path)
+    assert "a averages 60.0 over the 1 task that both models completed" in answer
+    assert "10.0 points above b (without per-example values, so not tested)" in answer
 
 
 def test_data_that_does_not_match_costs_the_tests_and_not_the_report(tmp_path: Path) -> None:
@@ -179,13 +180,13 @@ def test_data_that_does_not_match_costs_the_tests_and_not_the_report(tmp_path: P
 
 
 def test_a_model_alone_and_models_that_failed(tmp_path: Path) -> None:
-    assert spoken(tiny(("a", {"x": 60.0})), tmp_path).startswith("a averages 60.0 over 1 task.")
-    assert "a completed no task" in spoken(tiny(("a", {"x": None}), ("b", {"x": 50.0})), tmp_path)
-    assert "shares no completed task" in spoken(
+    assert answer_text(tiny(("a", {"x": 60.0})), tmp_path).startswith("a averages 60.0 over 1 task.")
+    assert "a completed no task" in answer_text(tiny(("a", {"x": None}), ("b", {"x": 50.0})), tmp_path)
+    assert "shares no completed task" in answer_text(
         tiny(("a", {"x": 1.0, "y": None}), ("b", {"x": None, "y": 2.0})), tmp_path
     )
-    story = build_report_model(tmp_path, tiny(("a", {"x": 60.0}), ("b", {"x": None})))
-    assert story.silent == ["b"] and story.common == ["x"] and story.rows[1].mean is None
+    report = build_report_model(tmp_path, tiny(("a", {"x": 60.0}), ("b", {"x": None})))
+    assert report.unmeasured == ["b"] and report.common == ["x"] and report.rows[1].mean is None
     with pytest.raises(UsageError, match="no model"):
         build_report_model(tmp_path, tiny())
     for results in (tiny(("a", {"x": None})), tiny(("a", {})), tiny(("a", {"x": 5.0}), ("b", {"y": 4.0}))):
@@ -194,14 +195,14 @@ def test_a_model_alone_and_models_that_failed(tmp_path: Path) -> None:
 
 
 def test_many_rivals_are_counted(tmp_path: Path) -> None:
-    told = spoken(tiny(*((name, {"x": 50.0 + ord(name)}) for name in "abcdef")), tmp_path)
-    assert "Of the 5 other models it is better than 0, worse than 0 and not told apart from 5" in told
-    assert "The best of them is f, 5.0 points above" in told
+    answer = answer_text(tiny(*((name, {"x": 50.0 + ord(name)}) for name in "abcdef")), tmp_path)
+    assert "Of the 5 other models it is better than 0, worse than 0 and not told apart from 5" in answer
+    assert "The best of them is f, 5.0 points above" in answer
 
 
 def test_word_level_alone_is_the_answer_then(tmp_path: Path) -> None:
-    story = build_report_model(tmp_path, tiny(("a", {"CoNLL2003NER": 90.0}), category="WordLevel"))
-    assert story.common == ["CoNLL2003NER"] and story.rows[0].mean == 90.0
+    report = build_report_model(tmp_path, tiny(("a", {"CoNLL2003NER": 90.0}), category="WordLevel"))
+    assert report.common == ["CoNLL2003NER"] and report.rows[0].mean == 90.0
 
 
 def test_every_figure_is_in_the_page(run: tuple[Path, Results], html: str) -> None:
@@ -313,21 +314,21 @@ def test_bars_and_points_lie_where_the_numbers_are(tmp_path: Path) -> None:
         score = model.scores[0]
         score.interval, score.published = ((score.score or 0) - 2, (score.score or 0) + 3), 64.0
     others = [PublishedModel(f"o/{n}", 10**6 * 3**n, 60.0 + n) for n in range(10)]
-    story = build_report_model(
+    report = build_report_model(
         tmp_path, results, [*others, PublishedModel("o/unsized", None, 70.0), PublishedModel("o/low", 5, -50.0)]
     )
-    bars = task_bars(story.groups["STS"][0]).bars
+    bars = task_bars(report.groups["STS"][0]).bars
     assert [(bar.end, bar.low, bar.high, bar.published) for bar in bars] == [
         (70.0, 68.0, 73.0, 64.0),
         (60.0, 58.0, 63.0, 64.0),
         (0.0, 0.0, 0.0, 64.0),  # drawn from zero, its figure beside it
     ]
     assert bars[2].text == "−5.0"
-    for chart in speed_scatter(story):
+    for chart in speed_scatter(report):
         left, top, right, bottom = chart.plot
         slow, quick = sorted(chart.marks, key=lambda mark: mark.index or 0)
         assert left < slow.x < quick.x < right and top < slow.y < quick.y < bottom  # up is less
-    wide, narrow = size_scatter(story)
+    wide, narrow = size_scatter(report)
     assert narrow.width < 390 < wide.width
     assert [mark.index for mark in wide.marks] == [*[None] * len(others), 0, 1]  # neither unsized nor hopeless
 

@@ -1,4 +1,4 @@
-"""`unmask evaluate` as a user meets it, with real models."""
+"""`unmask evaluate` with real models: scores, files, failures, and runs that were killed."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def data(eval_data: Path) -> Path:
 
 @pytest.fixture
 def fresh_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No vectors from earlier runs."""
+    """A home folder without vectors from earlier runs."""
     monkeypatch.setenv("UNMASK_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
 
@@ -44,14 +44,14 @@ def test_scores_examples_and_files(
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     output = tmp_path / "out"
-    wanted = Evaluation(
+    evaluation = Evaluation(
         models=("wordllama:default",),
         baselines=(str(golden_dir / "tiny_llama"),),
         tasks=TASKS,
         data=data,
         output=output,
     )
-    results = evaluate(wanted)
+    results = evaluate(evaluation)
     assert [model.name for model in results.models] == ["wordllama-l2_supercat-256", "tiny_llama"]
     for model in results.models:
         assert [score.task for score in model.scores] == list(TASKS)
@@ -72,22 +72,22 @@ def test_scores_examples_and_files(
 
     # Nothing is measured twice, and nothing is lost by reading it back.
     monkeypatch.setattr(run, "_measure", refuse)
-    again = evaluate(wanted)
+    again = evaluate(evaluation)
     assert [model.scores for model in again.models] == [model.scores for model in results.models]
 
 
-def test_a_cut_is_scored_from_the_vectors_of_the_whole(
+def test_a_truncated_model_is_scored_from_the_vectors_of_its_base(
     data: Path, golden_dir: Path, tmp_path: Path, fresh_home: Path
 ) -> None:
     model = str(golden_dir / "tiny_llama")
-    whole, cut = evaluate(
+    base, truncated = evaluate(
         Evaluation(
-            models=(model, f"{model}?dimensions=8&name=cut"), tasks=TASKS[:1], data=data, output=tmp_path / "out"
+            models=(model, f"{model}?dimensions=8&name=truncated"), tasks=TASKS[:1], data=data, output=tmp_path / "out"
         )
     ).models
-    assert cut.cost.dimensions == 8 and cut.scores[0].score is not None
-    assert cut.scores[0].score != whole.scores[0].score
-    assert [folder.name for folder in (fresh_home / "vectors").iterdir()] == [whole.revision]
+    assert truncated.cost.dimensions == 8 and truncated.scores[0].score is not None
+    assert truncated.scores[0].score != base.scores[0].score
+    assert [folder.name for folder in (fresh_home / "vectors").iterdir()] == [base.revision]
 
 
 def test_one_failing_task_does_not_lose_the_others(

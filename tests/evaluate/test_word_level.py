@@ -1,4 +1,4 @@
-"""A word-level task from the folder of data to the score."""
+"""Word-level tasks, from the folder of data to the score."""
 
 import gzip
 import json
@@ -18,7 +18,7 @@ ROWS = {"train": 60, "dev": 10, "test": 20}
 
 @pytest.fixture(scope="module")
 def corpora(eval_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first sentences of both corpora, in their own layout."""
+    """A folder with the first sentences of both corpora, in their own layout."""
     folder = tmp_path_factory.mktemp("corpora")
     for corpus in ("conll2003", "ud_ewt"):
         (folder / corpus).mkdir()
@@ -35,7 +35,7 @@ def tiny(golden_dir: Path) -> Encoder:
 
 
 class Refusing(torch.nn.Module):
-    """No forward is expected any more."""
+    """A decoder that fails on any forward."""
 
     def forward(self, ids: torch.Tensor, lengths: list[int]) -> torch.Tensor:
         raise AssertionError("a forward, though every state was on disk")
@@ -59,9 +59,9 @@ def test_score_follows_from_one_value_per_word(task: str, tiny: Encoder, corpora
 def test_cached_states_serve_all_tasks_of_a_corpus(
     tiny: Encoder, corpora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settled: list[int] = []
-    first = run_word_task("CoNLL2003POS", tiny, corpora, tmp_path, revision="tiny", progress=settled.append)
-    assert sum(settled) == sum(ROWS.values())
+    steps: list[int] = []
+    first = run_word_task("CoNLL2003POS", tiny, corpora, tmp_path, revision="tiny", progress=steps.append)
+    assert sum(steps) == sum(ROWS.values())
     monkeypatch.setattr(type(tiny), "device", torch.device("cpu"))
     monkeypatch.setattr(tiny, "_decoder", Refusing())
     again = run_word_task("CoNLL2003POS", tiny, corpora, tmp_path, revision="tiny")

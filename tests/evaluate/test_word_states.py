@@ -1,4 +1,4 @@
-"""States of words: which tokens a word has, that its states are theirs, and that they are computed once."""
+"""States of words: tokens of each word, their states, and storage so that nothing is computed twice."""
 
 import tempfile
 from pathlib import Path

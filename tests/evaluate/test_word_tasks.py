@@ -1,4 +1,4 @@
-"""Word-level data: IOB, label inventories, selection, and files that are wrong."""
+"""Word-level data: IOB labels, label inventories, selection, and bad files."""
 
 import gzip
 import json
@@ -21,15 +21,15 @@ ENTITIES = {
 
 
 def spans(labels: list[str] | tuple[str, ...]) -> list[tuple[int, int, str]]:
-    """Spans as (first, one past last, kind), read so that both IOB1 and IOB2 are understood."""
-    found: list[tuple[int, int, str]] = []
+    """Return spans as (first, one past last, kind) from IOB1 or IOB2 labels."""
+    result: list[tuple[int, int, str]] = []
     for place, label in enumerate(labels):
         mark, _, kind = label.partition("-")
-        if mark == "I" and found and found[-1][1:] == (place, kind):
-            found[-1] = (found[-1][0], place + 1, kind)
+        if mark == "I" and result and result[-1][1:] == (place, kind):
+            result[-1] = (result[-1][0], place + 1, kind)
         elif mark != "O":
-            found.append((place, place + 1, kind))
-    return found
+            result.append((place, place + 1, kind))
+    return result
 
 
 @given(st.lists(st.sampled_from(["O", "I-A", "B-A", "I-B", "B-B"]), max_size=12))
@@ -67,7 +67,7 @@ def test_every_label_of_the_public_data_is_known(public_data: Path, name: str) -
 
 
 def write_corpus(folder: Path, rows: list[dict], packed: bool = True) -> Path:
-    """The same rows as train, dev and test of CoNLL-2003."""
+    """Write the same rows as train, dev and test of CoNLL-2003."""
     text = "".join(json.dumps(row) + "\n" for row in rows).encode()
     (folder / "conll2003").mkdir(parents=True, exist_ok=True)
     for split in ("train", "dev", "test"):
@@ -87,7 +87,7 @@ def test_digest_is_of_the_content(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "message"),
     [
         ({"tokens": ["a"], "ner": ["I-XYZ"]}, "line 1: 'B-XYZ' is not a label of CoNLL2003NER"),
         ({"tokens": ["a"], "ner": []}, "line 1: 1 tokens, but 0 of ner"),
@@ -96,8 +96,8 @@ def test_digest_is_of_the_content(tmp_path: Path) -> None:
         ({"tokens": [], "ner": []}, "holds no sentence"),
     ],
 )
-def test_wrong_rows_are_named(tmp_path: Path, row: dict, told: str) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_bad_rows_are_named(tmp_path: Path, row: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         read_word_data(find_word_task("CoNLL2003NER"), write_corpus(tmp_path, [row]))
 
 

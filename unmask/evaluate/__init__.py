@@ -1,1 +1,1 @@
-"""How good an encoder is: MTEB, offline suites, word-level tasks, and a report a person can look at."""
+"""Evaluation of encoders: MTEB, offline suites, word-level tasks, statistics and a report."""

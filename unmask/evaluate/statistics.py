@@ -1,11 +1,11 @@
-"""Is it more than noise: bootstrap intervals and paired tests over per-example values.
+"""Bootstrap intervals and paired tests over per-example values: is a difference more than noise?
 
-Everything here treats the examples of a task as a sample and the tasks themselves as given. Results depend on the
-values and the seed alone: examples are put in a canonical order first, so shuffling a file changes no figure.
+The examples of a task are a sample; the tasks themselves are fixed. Results depend on the values and the seed alone:
+examples are sorted first, so shuffling a file changes no figure.
 
 Intervals are percentile intervals, with the percentiles moved outwards as Hesterberg (2015, arXiv 1411.5279,
-section 5.2) proposes for small samples. For the thousands of examples of most tasks that moves nothing; for the ten
-experiments of a clustering task it makes up for the bootstrap's narrowness. BCa was not chosen: its correction for
+section 5.2) proposes for small samples. For the thousands of examples of most tasks that changes nothing; for the ten
+experiments of a clustering task it corrects the narrowness of the bootstrap. BCa was not chosen: its correction for
 skew is within the resampling error for these statistics, and a percentile interval can be read off one histogram.
 """
 
@@ -25,19 +25,19 @@ SIGNIFICANCE = 0.05
 
 # Numbers in one working array: small enough to stay in a core's cache.
 _BLOCK = 1 << 18
-# With so few distinct values, drawing how often each occurs is the same as drawing examples, and far quicker.
-_FEW = 64
+# Up to this many distinct values, drawing the count of each is the same as drawing examples, and far quicker.
+_FEW_VALUES = 64
 _EXACT_FLIPS = 13
 
 
 @dataclass(frozen=True)
 class Paired:
-    """The first model minus the second, on the same examples.
+    """The difference between two models on the same examples, first minus second.
 
     Attributes:
         delta: difference of the scores, in points (0-100 scale).
         interval: 95 % bootstrap interval of `delta`.
-        p_value: two-sided probability of so large a difference between models that are equally good; after `holm`,
+        p_value: two-sided probability of so large a difference between equally good models; after `holm`,
             adjusted for the number of tests.
         verdict: "better" or "worse" if `p_value` is below 0.05, else "noise".
     """
@@ -49,7 +49,7 @@ class Paired:
 
 
 def score_of(values: np.ndarray, statistic: Statistic) -> float:
-    """The score (0-100) that per-example values amount to: [n] for "mean", [n, 2] for "spearman"."""
+    """Compute the score (0-100) of per-example values: [n] for "mean", [n, 2] for "spearman"."""
     values = _checked(values, statistic)
     if statistic == "mean":
         return 100 * float(values.mean())
@@ -60,16 +60,16 @@ def score_of(values: np.ndarray, statistic: Statistic) -> float:
 def bootstrap_interval(
     values: np.ndarray, statistic: Statistic, seed: int = 0, resamples: int = RESAMPLES
 ) -> tuple[float, float] | None:
-    """95 % bootstrap interval of a score, 0-100 scale. It always contains the score itself.
+    """Compute the 95 % bootstrap interval of a score, 0-100 scale. It always contains the score itself.
 
     Args:
         values: per-example values, [n] for "mean", [n, 2] (predicted, gold) for "spearman".
-        statistic: how the score follows from them.
+        statistic: rule by which the score follows from them.
         seed: same values and seed, same interval.
         resamples: bootstrap samples.
 
     Returns:
-        None where nothing can be said: fewer than two examples, or no rank correlation because a column is constant.
+        None for fewer than two examples, or if a column is constant, so that no rank correlation exists.
 
     Raises:
         ValueError: the shape does not fit the statistic, or a value is not finite.
@@ -86,17 +86,17 @@ def bootstrap_interval(
 
 
 def paired(values_a: np.ndarray, values_b: np.ndarray, statistic: Statistic, seed: int = 0) -> Paired:
-    """Is model A better than model B on one task?
+    """Test if model A is better than model B on one task.
 
     The interval is a paired bootstrap: both models are scored on the same resampled examples. The p-value of a mean
-    comes from flipping the signs of the differences at random (exact up to 13 differences), which assumes nothing but
-    that equally good models could swap their results on any example. Rank correlations have no difference per example,
+    comes from flipping the signs of the differences at random (exact up to 13 differences). The only assumption is that
+    equally good models could swap their results on any example. Rank correlations have no difference per example,
     so theirs comes from the bootstrap distribution centred at zero.
 
     Args:
         values_a, values_b: per-example values in the same order, [n] or [n, 2] as for `bootstrap_interval`.
-        statistic: how a score follows from them.
-        seed: of the resampling.
+        statistic: rule by which a score follows from them.
+        seed: seed of the resampling.
 
     Raises:
         ValueError: shapes differ or do not fit the statistic; gold scores differ; fewer than two examples; a rank
@@ -114,10 +114,10 @@ def paired_mean(
     tasks: Sequence[tuple[np.ndarray, np.ndarray, Statistic]],
     seed: int = 0,
 ) -> Paired:
-    """Is model A better than model B on the average of several tasks?
+    """Test if model A is better than model B on the average of several tasks.
 
-    Each task's examples are resampled on their own, so the result says how sure the average over *these* tasks is. It
-    says nothing about tasks that were not run.
+    Each task's examples are resampled separately. The interval is that of the average over *these* tasks and says
+    nothing about tasks that were not run.
 
     Raises:
         ValueError: as `paired`, or there is no task.
@@ -132,9 +132,9 @@ def paired_mean(
 
 
 def holm(tests: Sequence[Paired]) -> list[Paired]:
-    """The same tests with p-values adjusted for their number (Holm 1979), and verdicts to match.
+    """Return the tests with p-values adjusted for their number (Holm 1979), and verdicts to match.
 
-    The chance that any difference at all is called real without being so stays below 5 %.
+    The probability of any false "better" or "worse" stays below 5 %.
     """
     adjusted = list(tests)
     highest = 0.0
@@ -158,7 +158,7 @@ def _checked(values: np.ndarray, statistic: Statistic) -> np.ndarray:
 def _paired_samples(
     values_a: np.ndarray, values_b: np.ndarray, statistic: Statistic, generator: np.random.Generator
 ) -> tuple[float, np.ndarray, np.ndarray]:
-    """Difference in score, the same in each resample [RESAMPLES], and differences per example [n]."""
+    """Return the difference in score, that in each resample [RESAMPLES], and those per example [n]."""
     values_a, values_b = _checked(values_a, statistic), _checked(values_b, statistic)
     if values_a.shape != values_b.shape:
         raise ValueError(f"{len(values_a)} examples cannot be paired with {len(values_b)}")
@@ -205,22 +205,20 @@ def _interval(samples: np.ndarray, point: float, examples: int) -> tuple[float, 
 
 
 def _resampled_means(values: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:
-    """Means of bootstrap samples of values [n]: [resamples]."""
+    """Return the means of bootstrap samples of values [n]: [resamples]."""
     count = len(values)
     distinct, counts = np.unique(values, return_counts=True)
-    if len(distinct) <= _FEW:
+    if len(distinct) <= _FEW_VALUES:
         return generator.multinomial(count, counts / count, size=resamples) @ distinct / count
     drawn = (generator.integers(0, count, (size, count)) for size in _blocks(resamples, count))
     return np.concatenate([values[rows].mean(axis=1) for rows in drawn])
 
 
 def _resampled_correlations(columns: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:
-    """Rank correlations of the last column with each other one in bootstrap samples of rows [n, c].
+    """Return rank correlations of the last column with each other one in bootstrap samples of rows [n, c].
 
-    Returns [c - 1, resamples].
-
-    No resample is sorted. An example drawn k times is k tied examples, so its rank follows from how often those below
-    it were drawn: a running sum over the order of the whole sample.
+    The result is [c - 1, resamples]. No resample is sorted: an example drawn k times is k tied examples, so its rank
+    follows from the draws of the examples below it, a running sum over the order of the full sample.
     """
     count = len(columns)
     orders = []
@@ -241,13 +239,13 @@ def _resampled_correlations(columns: np.ndarray, resamples: int, generator: np.r
 
 
 def _centred_ranks(column: np.ndarray) -> np.ndarray:
-    """Ranks [n] minus their mean, ties sharing theirs."""
+    """Return ranks [n] minus their mean; ties share their mean rank."""
     _, group_of, tied = np.unique(column, return_inverse=True, return_counts=True)
     return (np.cumsum(tied) - (tied - 1) / 2 - (len(column) + 1) / 2)[group_of]
 
 
 def _correlation(times: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Correlation over axis 0 of centred ranks, example i counted times[i]; NaN where a side is constant."""
+    """Correlate centred ranks over axis 0, with example i counted times[i]; NaN where a side is constant."""
     weighted = times * first
     product = (weighted * second).sum(axis=0)
     spread = np.sqrt((weighted * first).sum(axis=0) * (times * second * second).sum(axis=0))
@@ -262,7 +260,7 @@ def _centred_p_value(samples: np.ndarray, delta: float) -> float:
 
 
 def _sign_flip(differences: np.ndarray, generator: np.random.Generator) -> float:
-    """Two-sided p-value of a sum of differences [n] when each sign is as likely as its opposite."""
+    """Return the two-sided p-value of a sum of differences [n] if each sign is as likely as its opposite."""
     sizes, counts = np.unique(np.abs(differences[differences != 0]), return_counts=True)
     if not len(sizes):
         return 1.0
@@ -271,19 +269,19 @@ def _sign_flip(differences: np.ndarray, generator: np.random.Generator) -> float
     if changed <= _EXACT_FLIPS:
         signs = 1 - 2 * ((np.arange(1 << changed)[:, None] >> np.arange(changed)) & 1)
         return float(np.mean(np.abs(signs @ np.repeat(sizes, counts)) >= least))
-    if len(sizes) <= _FEW:
+    if len(sizes) <= _FEW_VALUES:
         sums = (2 * generator.binomial(counts, 0.5, (FLIPS, len(sizes))) - counts) @ sizes
         as_large = int((np.abs(sums) >= least).sum())
     else:
         as_large = 0
         for size in _blocks(FLIPS, len(differences)):
             bits = np.frombuffer(generator.bytes(-(-size * len(differences) // 8)), dtype=np.uint8)
-            kept = np.unpackbits(bits)[: size * len(differences)].reshape(size, -1).astype(np.float64)
-            as_large += int((np.abs(2 * (kept @ differences) - differences.sum()) >= least).sum())
+            positive = np.unpackbits(bits)[: size * len(differences)].reshape(size, -1).astype(np.float64)
+            as_large += int((np.abs(2 * (positive @ differences) - differences.sum()) >= least).sum())
     return (1 + as_large) / (1 + FLIPS)
 
 
 def _blocks(total: int, width: int) -> list[int]:
-    """Sizes of steps that add up to `total`, each small enough for arrays [size, width]."""
+    """Split `total` into steps small enough for arrays [step, width] of `_BLOCK` numbers."""
     step = max(1, _BLOCK // width)
     return [min(step, total - start) for start in range(0, total, step)]

@@ -1,4 +1,4 @@
-"""The table of offline tasks, and how a row of it becomes a task of mteb's."""
+"""The table of offline tasks, and their conversion to tasks of mteb's."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,12 +18,12 @@ class LocalTask:
     """One offline task.
 
     Attributes:
-        name: mteb's own name where the examples are mteb's own, to the last row.
-        category: which of mteb's protocols is run.
-        read: the folder of data -> the examples.
-        description: what it is and how it was cut.
+        name: mteb's own name if the examples are mteb's own, to the last row.
+        category: mteb's protocol for the task.
+        read: folder of data -> the examples.
+        description: source and selection of the examples.
         metric: mteb's name of the main score.
-        mteb_own: the examples are mteb's own, so its class and its published scores are as well.
+        mteb_own: True if the examples are mteb's own; then its class and its published scores apply.
     """
 
     name: str
@@ -34,18 +34,18 @@ class LocalTask:
     mteb_own: bool = False
 
     def digest(self, tables: layouts.Tables) -> str:
-        """16 hex digits over the examples."""
+        """Return 16 hex digits over the examples."""
         return layouts.digest(tables)
 
     def build(self, tables: layouts.Tables) -> "AbsTask":
-        """A fresh task of mteb's over examples that were read before.
+        """Return a new task of mteb's over examples that were read before.
 
-        A task draws from generators that it was seeded with when it was made, so every model gets a new one.
+        A task holds random generators that are seeded when it is made, so every model needs a new task.
         """
         import mteb
 
         task = mteb.get_task(self.name) if self.mteb_own else _task_class(self, layouts.digest(tables))()
-        task.dataset = _FILLED[self.category](tables)
+        task.dataset = _DATASETS[self.category](tables)
         task.data_loaded = True
         return task
 
@@ -198,8 +198,9 @@ def _task_class(task: LocalTask, revision: str) -> type["AbsTask"]:
         eval_langs=["eng-Latn"],
         main_score=task.metric,
     )
-    whole: dict[str, Any] = {"max_fraction_of_documents_to_embed": None} if task.category == "Clustering" else {}
-    return type(task.name, (protocols[task.category],), {"metadata": metadata, **whole})
+    # mteb clusters a sample of large data sets by default; ours are small and used in full.
+    attributes: dict[str, Any] = {"max_fraction_of_documents_to_embed": None} if task.category == "Clustering" else {}
+    return type(task.name, (protocols[task.category],), {"metadata": metadata, **attributes})
 
 
 def _splits(tables: layouts.Tables) -> Any:
@@ -208,7 +209,7 @@ def _splits(tables: layouts.Tables) -> Any:
     return DatasetDict({split: Dataset.from_dict(table) for split, table in tables.items()})
 
 
-def _searched(tables: layouts.Tables, candidates: bool) -> Any:
+def _search_data(tables: layouts.Tables, candidates: bool) -> Any:
     from datasets import Dataset
 
     relevant: dict[str, dict[str, int]] = {}
@@ -218,15 +219,15 @@ def _searched(tables: layouts.Tables, candidates: bool) -> Any:
         "corpus": Dataset.from_dict(tables["corpus"]),
         "queries": Dataset.from_dict(tables["queries"]),
         "relevant_docs": relevant,
-        "top_ranked": {query: list(found) for query, found in relevant.items()} if candidates else None,
+        "top_ranked": {query: list(documents) for query, documents in relevant.items()} if candidates else None,
     }
     return {"default": {"test": split}}
 
 
-_FILLED: Mapping[str, Callable[[layouts.Tables], Any]] = {
+_DATASETS: Mapping[str, Callable[[layouts.Tables], Any]] = {
     "STS": _splits,
     "Classification": _splits,
     "Clustering": _splits,
-    "Retrieval": partial(_searched, candidates=False),
-    "Reranking": partial(_searched, candidates=True),
+    "Retrieval": partial(_search_data, candidates=False),
+    "Reranking": partial(_search_data, candidates=True),
 }

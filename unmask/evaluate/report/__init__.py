@@ -1,4 +1,4 @@
-"""What a person looks at: `report.html`, `report.md` and comparisons, made from results alone."""
+"""Reports for people: `report.html`, `report.md` and comparisons, made from results alone."""
 
 from unmask.evaluate.report.comparison import output_file, print_comparison, print_drift, write_comparison
 from unmask.evaluate.report.page import write_report

@@ -17,7 +17,7 @@ _FORMATS = (".html", ".md", ".json")
 
 
 def verdict_sentence(comparison: Comparison) -> str:
-    """Which is better, by how much, and is it more than noise."""
+    """Say which model is better, by how much, and if the difference is more than noise."""
     over = f"on the mean of {formatting.plural(len(comparison.counted), 'task')}"
     delta, test = comparison.delta, comparison.overall
     better, other = (comparison.a, comparison.b) if delta > 0 else (comparison.b, comparison.a)
@@ -29,14 +29,16 @@ def verdict_sentence(comparison: Comparison) -> str:
         unknown = "without per-example values nobody knows whether that is noise"
         return f"{better} scores {abs(delta):.2f} points more than {other} {over}, {means}; {unknown}."
     low, high = sorted(bound if delta > 0 else -bound for bound in test.interval)
-    sure = f"95 % interval {formatting.signed(low)} to {formatting.signed(high)}, p {_p(test.p_value)}"
+    test_text = f"95 % interval {formatting.signed(low)} to {formatting.signed(high)}, p {_p_value(test.p_value)}"
     if test.verdict == "noise":
-        return f"{better} cannot be told from {other} {over}: {means}, a difference within noise ({sure})."
-    return f"{better} is better than {other} {over}, by {abs(delta):.2f} points: {means}, more than noise ({sure})."
+        return f"{better} cannot be told from {other} {over}: {means}, a difference within noise ({test_text})."
+    return (
+        f"{better} is better than {other} {over}, by {abs(delta):.2f} points: {means}, more than noise ({test_text})."
+    )
 
 
 def tally_sentence(comparison: Comparison) -> str:
-    """On how many tasks each is better."""
+    """Count the tasks on which each model is better."""
     tested = [row.test for row in comparison.tasks if row.test is not None]
     wins = {verdict: sum(test.verdict == verdict for test in tested) for verdict in ("better", "worse", "noise")}
     parts = [
@@ -52,7 +54,7 @@ def tally_sentence(comparison: Comparison) -> str:
 
 
 def drift_sentence(drift: VectorDrift) -> str:
-    """How far the vectors moved."""
+    """Say how far the vectors moved."""
     over = f"{formatting.plural(drift.texts, 'text')}"
     near = (
         f"{100 * drift.overlap:.1f} % of the {drift.neighbours} nearest neighbours are the same, "
@@ -65,7 +67,7 @@ def drift_sentence(drift: VectorDrift) -> str:
 
 
 def print_comparison(comparison: Comparison, console: "Console") -> None:
-    """The verdict and a table, in the terminal."""
+    """Print the verdict and a table of tasks."""
     from rich.table import Table
     from rich.text import Text
 
@@ -81,12 +83,12 @@ def print_comparison(comparison: Comparison, console: "Console") -> None:
         cells = (row.task, formatting.score(row.score_a), formatting.score(row.score_b), *_test_cells(row))
         table.add_row(*(Text(cell, style=style if at > 2 else "") for at, cell in enumerate(cells)))
     console.print(table)
-    for task, why in comparison.left_out.items():
-        console.print(Text(f"{task} is left out: {why}", style="dim"))
+    for task, reason in comparison.left_out.items():
+        console.print(Text(f"{task} is left out: {reason}", style="dim"))
 
 
 def print_drift(drift: VectorDrift, console: "Console") -> None:
-    """How far the vectors moved, in the terminal."""
+    """Print how far the vectors moved."""
     from rich.text import Text
 
     console.print(Text(drift_sentence(drift)))
@@ -95,7 +97,7 @@ def print_drift(drift: VectorDrift, console: "Console") -> None:
 
 
 def output_file(name: str) -> Path:
-    """The file that `write_comparison` is to write, refused before any work is done if its format is not known.
+    """Check the name of an output file before any work is done.
 
     Raises:
         UsageError: the name does not end in .html, .md or .json.
@@ -106,7 +108,7 @@ def output_file(name: str) -> Path:
 
 
 def write_comparison(file: Path, comparison: Comparison | None, drift: VectorDrift | None = None) -> None:
-    """Write a comparison, a drift or both in the format that the file's name says.
+    """Write a comparison, a drift or both in the format of the file's name.
 
     Raises:
         UsageError: as `output_file`.
@@ -114,28 +116,28 @@ def write_comparison(file: Path, comparison: Comparison | None, drift: VectorDri
     """
     suffix = output_file(str(file)).suffix.lower()
     if suffix == ".json":
-        found = {"comparison": comparison, "drift": drift}
-        write_text(file, msgspec.json.format(msgspec.json.encode(found), indent=1).decode() + "\n")
+        content = {"comparison": comparison, "drift": drift}
+        write_text(file, msgspec.json.format(msgspec.json.encode(content), indent=1).decode() + "\n")
         return
     sentences = [verdict_sentence(comparison), tally_sentence(comparison)] if comparison else []
     sentences += [drift_sentence(drift)] if drift else []
-    found = comparison or drift
-    if found is None:
+    models = comparison or drift
+    if models is None:
         raise ValueError("neither a comparison nor a drift to write")
     values = {
         "sentences": sentences,
         "comparison": comparison,
         "drift": drift,
-        "a": found.a,
-        "b": found.b,
-        "short": formatting.short_names([found.a, found.b]),
+        "a": models.a,
+        "b": models.b,
+        "short": formatting.short_names([models.a, models.b]),
         "rows": [(row, _test_cells(row)) for row in comparison.tasks] if comparison else [],
     }
     write_text(file, render(f"comparison{suffix}.j2", **values))
 
 
 def _test_cells(row: TaskComparison) -> tuple[str, str, str, str]:
-    """Difference, interval, p, verdict."""
+    """Return difference, interval, p and verdict as text."""
     test = row.test
     if test is None:
         return formatting.signed(row.delta), formatting.NO_FIGURE, formatting.NO_FIGURE, "not tested"
@@ -145,6 +147,6 @@ def _test_cells(row: TaskComparison) -> tuple[str, str, str, str]:
     return formatting.signed(row.delta), bounds, formatting.probability(test.p_value), words[test.verdict]
 
 
-def _p(value: float) -> str:
+def _p_value(value: float) -> str:
     text = formatting.probability(value)
     return text if text.startswith("<") else f"= {text}"

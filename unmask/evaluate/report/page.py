@@ -1,4 +1,4 @@
-"""Write a report: one page that needs nothing but itself, and the same in Markdown."""
+"""Write a report: one HTML page without external files, and the same in Markdown."""
 
 from functools import cache
 from pathlib import Path
@@ -22,8 +22,8 @@ def write_report(folder: Path, results: Results, *, published: Path | None = Non
     """Write `report.html` and `report.md` into a folder of results.
 
     Args:
-        folder: holds `examples/`; without them differences are shown but not tested.
-        results: what `results.json` says.
+        folder: folder with `examples/`; without them differences are shown but not tested.
+        results: content of `results.json`.
         published: a folder of published scores (see `unmask.evaluate.published_scores`); adds a chart of other people's
             models on the tasks where the data is the same.
 
@@ -31,38 +31,39 @@ def write_report(folder: Path, results: Results, *, published: Path | None = Non
         UsageError: there is nothing to report or the published scores cannot be read.
         StorageError: the folder cannot be written.
     """
-    others = []
+    other_models = []
     if published is not None:
         names = [model.name for model in results.models]
-        others = published_models(published, comparable_tasks(results), without=names)
-    story = build_report_model(folder, results, others)
-    write_text(folder / "report.html", render("report.html.j2", **_drawn(story)))
-    write_text(folder / "report.md", render("report.md.j2", story=story))
+        other_models = published_models(published, comparable_tasks(results), without=names)
+    report = build_report_model(folder, results, other_models)
+    write_text(folder / "report.html", render("report.html.j2", **_page_values(report)))
+    write_text(folder / "report.md", render("report.md.j2", report=report))
 
 
 def render(template: str, **values: object) -> str:
-    """Fill in a template of this folder; everything in `values` is escaped in the template's own format."""
+    """Render a template of this folder; `values` are escaped for the template's format."""
     return _environment().get_template(template).render(**values)
 
 
 def write_text(file: Path, text: str) -> None:
+    """Write a text file atomically. Raises StorageError."""
     with atomic_write(file) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def verdict(test: Paired | None) -> str:
-    """better"""
+    """Format a verdict, as in `better`, `within noise`."""
     return "not tested" if test is None else "within noise" if test.verdict == "noise" else test.verdict
 
 
-def _drawn(story: ReportModel) -> dict[str, object]:
-    size = charts.size_scatter(story)
+def _page_values(report: ReportModel) -> dict[str, object]:
+    size_chart = charts.size_scatter(report)
     return {
-        "story": story,
-        "speed_chart": charts.speed_scatter(story, beside=bool(size)),
-        "size_chart": size,
-        "size_shown": len(charts.shown(story.published, list(story.placed.values()))),
-        "bars": {category: [charts.task_bars(group) for group in tasks] for category, tasks in story.groups.items()},
+        "report": report,
+        "speed_chart": charts.speed_scatter(report, beside=bool(size_chart)),
+        "size_chart": size_chart,
+        "published_in_chart": len(charts.published_in_chart(report.published, list(report.own_means.values()))),
+        "bars": {category: [charts.task_bars(group) for group in tasks] for category, tasks in report.groups.items()},
     }
 
 
