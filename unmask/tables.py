@@ -297,7 +297,8 @@ class _TextReader:
             if isinstance(value, dict):
                 yield Row(value, self.source, number)
             else:
-                self.bad(number, f"{json_name(value)} found where an object is needed")
+                expected = "an object" if bare_column is None else "an object or a string"
+                self.bad(number, f"{json_name(value)} found where {expected} is needed")
 
     def tsv(self) -> tuple[tuple[str, ...], Iterator[Row]]:
         """Return the columns and the rows of a tsv file without quoting."""

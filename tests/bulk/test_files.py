@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from unmask.bulk import files
+from unmask import tables
 from unmask.bulk.files import (
     INPUT_FORMATS,
+    NPY_HEADER_BYTES,
     chunks,
     format_of,
     jsonl_lines,
@@ -174,7 +175,7 @@ def test_bad_csv_is_refused_with_its_line(tmp_path: Path, content: bytes, said: 
 
 def test_bad_parquet_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "a.parquet"
-    assert "is not a parquet file" in refused(file, b"PAR1 but no more", "parquet")
+    assert "is not a readable parquet file" in refused(file, b"PAR1 but no more", "parquet")
     pq.write_table(pa.table({"text": [1, 2], "other": ["a", "b"]}), file)
     assert "column 'text' holds int64, not strings" in refused(file, file.read_bytes(), "parquet")
     assert "no column 'body'; it has the columns 'text', 'other'" in refused(file, file.read_bytes(), "parquet", "body")
@@ -190,7 +191,7 @@ def test_bad_parquet_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(tables, "MAX_LINE_BYTES", 1000)
     file = tmp_path / "a"
     assert "line 2: longer than" in refused(file, b"a\n" + b"x" * 1001, "txt")
     # An unclosed quote swallows lines until the limit on a field.
@@ -322,7 +323,7 @@ def test_vectors_read_back_to_the_last_bit(scratch: Path, vectors: np.ndarray, e
 
 def test_npy_header_has_room_for_any_size() -> None:
     header = npy_header(10**15, 10**6)
-    assert len(header) == files.NPY_HEADER_BYTES
+    assert len(header) == NPY_HEADER_BYTES
     assert np.lib.format.read_array_header_1_0(io.BytesIO(header[8:])) == ((10**15, 10**6), False, np.dtype("<f4"))
 
 

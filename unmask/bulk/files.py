@@ -1,40 +1,28 @@
 """The files of bulk encoding: texts in (txt, jsonl, csv, tsv, parquet), vectors out (npy, parquet, jsonl).
 
-A reader gives one text per row, in order, holding a few rows in memory. No row is ever skipped: what cannot be
-read is an error that names the file and the line. A null in a table is an empty text.
-
-In a txt file only `\\n` ends a line, with one `\\r` before it if there is one; every other character belongs to
-the text, U+2028 and a lone `\\r` included. All text files are UTF-8, with or without a byte order mark.
+A reader yields one text per row, in order, with a few rows in memory. No row is skipped: a row that cannot be read is
+an error that names the file and the line. A null in a table is an empty text. `unmask/tables.py` reads the formats.
 """
 
-import csv
 import io
-import itertools
-import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, BinaryIO
+from typing import IO, BinaryIO
 
 import numpy as np
 
 from unmask.disk import storage_errors
 from unmask.errors import StorageError, UsageError
-
-if TYPE_CHECKING:
-    from pyarrow.parquet import ParquetFile
+from unmask.tables import Row, first_surrogate, json_name, open_parquet, open_table
 
 INPUT_FORMATS = ("txt", "jsonl", "csv", "tsv", "parquet")
 OUTPUT_FORMATS = ("npy", "parquet", "jsonl")
 STANDARD_STREAM = "-"
 
-# A longer line is a binary file or an unclosed quote; without a limit it would be read into memory whole.
-MAX_LINE_BYTES = 64 * 2**20
-# Rows of a parquet file decoded at a time.
-PARQUET_ROWS = 1024
 # Bytes set aside at the start of an npy file, so that its header can be written when the rows are known.
 NPY_HEADER_BYTES = 128
 
@@ -80,7 +68,7 @@ def row_count(name: str, file_format: str) -> int | None:
     try:
         with Path(name).open("rb") as stream:
             if file_format == "parquet":
-                return _parquet_file(stream, name).metadata.num_rows
+                return open_parquet(stream, name).metadata.num_rows
             quoted = file_format in ("csv", "tsv")
             return _count_records(stream, quoted) - quoted
     except (UsageError, OSError):
@@ -122,7 +110,7 @@ def open_texts(name: str, file_format: str, column: str = "text") -> Iterator[It
                 raise UsageError(f"cannot read {name}: {error.strerror or error}") from error
         if file_format == "parquet" and not stream.seekable():
             stream = stack.enter_context(_set_aside(stream, label))
-        yield _READERS[file_format](stream, label, column)
+        yield _texts(stream, file_format, label, column)
 
 
 def chunks(texts: Iterable[str], rows: int, characters: int, longest: int) -> Iterator[tuple[list[str], bool]]:
@@ -159,178 +147,47 @@ def _set_aside(pipe: IO[bytes], label: str) -> IO[bytes]:
     return copy
 
 
-def _lines(stream: IO[bytes], label: str) -> Iterator[tuple[int, str]]:
-    """Decoded lines with their `\\n`, numbered from 1."""
-    for number in itertools.count(1):
-        try:
-            line = stream.readline(MAX_LINE_BYTES)
-        except OSError as error:
-            raise UsageError(f"{label}, line {number}: cannot be read: {error.strerror or error}") from error
-        if not line:
-            return
-        if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
-            raise UsageError(
-                f"{label}, line {number}: longer than {MAX_LINE_BYTES // 2**20} MiB; "
-                "check that this is the right file and --input-format"
-            )
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise UsageError(
-                f"{label}, line {number}: byte {error.start + 1} of the line is not UTF-8; "
-                "convert the file first, for example with iconv -f latin1 -t utf-8"
-            ) from error
-        if text:  # empty only where a file is nothing but its byte order mark
-            yield number, text
+# Arrow types whose values are texts.
+_STRING_TYPES = ("string", "large_string", "string_view")
 
 
-def _read_txt(stream: IO[bytes], label: str, _column: str) -> Iterator[str]:
-    for _, line in _lines(stream, label):
-        yield line[:-1].removesuffix("\r") if line.endswith("\n") else line
+def _texts(stream: IO[bytes], file_format: str, label: str, column: str) -> Iterator[str]:
+    """Open the table and check its column at once; return an iterator over the texts of the column."""
+    table = open_table(stream, file_format, label, quoted_tsv=True, bare_strings=True, text_column=column)
+    if table.columns is not None:
+        _require_column(column, table.columns, label)
+    if table.types and table.types[column] not in _STRING_TYPES:
+        raise UsageError(f"{label}: column {column!r} holds {table.types[column]}, not strings; choose with --column")
+    return (_text_of(row, column) for row in table.rows([column]))
 
 
-def _read_jsonl(stream: IO[bytes], label: str, column: str) -> Iterator[str]:
-    for number, line in _lines(stream, label):
-        place = f"{label}, line {number}"
-        if not line.strip():
-            raise UsageError(f"{place}: blank, so it is no JSON; remove the line")
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{place}: not JSON ({error}); each line is one object or string") from error
-        if isinstance(value, dict):
-            if column not in value:
-                raise UsageError(f"{place}: no field {column!r}; {_choice('fields', list(value))}")
-            value = "" if value[column] is None else value[column]
-            place = f"{place}, field {column!r}"
-        if not isinstance(value, str):
-            kind = _JSON_NAMES.get(type(value), "object")
-            raise UsageError(f"{place}: {kind} found where a string is needed; only strings are encoded")
-        if not value.isascii():
-            _require_characters(value, place)
-        yield value
+def _text_of(row: Row, column: str) -> str:
+    """Return the text of a row; "" for null."""
+    place = f"{row.source}, line {row.number}"
+    if column not in row.fields:
+        raise UsageError(f"{place}: no field {column!r}; {_choice('fields', list(row.fields))}")
+    text = row.fields[column]
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        kind = json_name(text)
+        raise UsageError(f"{place}, field {column!r}: {kind} found where a string is needed; only strings are encoded")
+    if (half := first_surrogate(text)) is not None:
+        raise UsageError(f"{place}: \\u{ord(half):04x} is half a surrogate pair, not a character; repair it")
+    return text
 
 
-_JSON_NAMES = {type(None): "null", bool: "boolean", int: "number", float: "number", list: "list"}
+def _require_column(column: str, columns: Sequence[str], label: str) -> None:
+    count = columns.count(column)
+    if count == 0:
+        raise UsageError(f"{label} has no column {column!r}; {_choice('columns', columns)}")
+    if count > 1:
+        raise UsageError(f"{label} has {count} columns named {column!r}; rename all but one")
 
 
-def _require_characters(text: str, place: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        code = f"\\u{ord(text[error.start]):04x}"
-        raise UsageError(f"{place}: {code} is half a surrogate pair, not a character; repair it") from error
-
-
-def _read_csv(stream: IO[bytes], label: str, column: str) -> Iterator[str]:
-    return _read_table(stream, label, column, ",")
-
-
-def _read_tsv(stream: IO[bytes], label: str, column: str) -> Iterator[str]:
-    return _read_table(stream, label, column, "\t")
-
-
-def _read_table(stream: IO[bytes], label: str, column: str, delimiter: str) -> Iterator[str]:
-    rows = _records(stream, label, delimiter)
-    try:
-        _, header = next(rows)
-    except StopIteration:
-        raise UsageError(f"{label} is empty; its first line must name the columns") from None
-    _require_column(column, header, label)
-    place = header.index(column)
-
-    def texts() -> Iterator[str]:
-        for number, fields in rows:
-            if len(fields) != len(header):
-                raise UsageError(
-                    f"{label}, line {number}: {len(fields)} fields where the header has {len(header)}; "
-                    "quote fields that hold the separator, and remove blank lines"
-                )
-            yield fields[place]
-
-    return texts()
-
-
-def _records(stream: IO[bytes], label: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Fields of each record, with the number of its last line."""
-    # The module's own limit of 131,072 characters would refuse long texts.
-    csv.field_size_limit(MAX_LINE_BYTES)
-    # `strict`, because otherwise an unclosed quote silently makes one row of many.
-    reader = csv.reader((line for _, line in _lines(stream, label)), delimiter=delimiter, strict=True)
-    started = 1
-    try:
-        for fields in reader:
-            yield reader.line_num, fields
-            started = reader.line_num + 1
-    except csv.Error as error:
-        raise UsageError(
-            f"{label}, line {started}: {error}; check its quotes (a quote in a quoted field is doubled)"
-        ) from error
-
-
-def _read_parquet(stream: IO[bytes], label: str, column: str) -> Iterator[str]:
-    import pyarrow as pa
-    import pyarrow.types as kinds
-
-    file = _parquet_file(stream, label)
-    schema = file.schema_arrow
-    _require_column(column, schema.names, label)
-    kind = schema.field(column).type
-    kind = kind.value_type if kinds.is_dictionary(kind) else kind
-    if not (kinds.is_string(kind) or kinds.is_large_string(kind) or kinds.is_string_view(kind)):
-        raise UsageError(f"{label}: column {column!r} holds {kind}, not strings; choose with --column")
-
-    def texts() -> Iterator[str]:
-        row = 0
-        try:
-            for batch in file.iter_batches(PARQUET_ROWS, columns=[column]):
-                for value in batch.column(0):
-                    row += 1
-                    text = value.as_py()
-                    yield "" if text is None else text
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{label}, row {row}: {column!r} is not UTF-8; repair the text") from error
-        except (pa.ArrowException, OSError) as error:
-            raise UsageError(f"{label}: damaged after row {row}: {_one_line(error)}") from error
-
-    return texts()
-
-
-def _parquet_file(stream: IO[bytes], label: str) -> "ParquetFile":
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        # By pieces: left to itself, it reads the column of a row group, which may be the file, into memory whole.
-        return pq.ParquetFile(stream, buffer_size=2**20, pre_buffer=False)
-    except (pa.ArrowException, OSError) as error:
-        raise UsageError(f"{label} is not a parquet file: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def _require_column(column: str, names: Sequence[str], label: str) -> None:
-    found = list(names).count(column)
-    if found == 0:
-        raise UsageError(f"{label} has no column {column!r}; {_choice('columns', names)}")
-    if found > 1:
-        raise UsageError(f"{label} has {found} columns named {column!r}; rename all but one")
-
-
-def _choice(what: str, names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:10]) + (", ..." if len(names) > 10 else "")
-    return f"it has the {what} {shown or '(none)'}: choose with --column"
-
-
-_READERS: dict[str, Callable[[IO[bytes], str, str], Iterator[str]]] = {
-    "txt": _read_txt,
-    "jsonl": _read_jsonl,
-    "csv": _read_csv,
-    "tsv": _read_tsv,
-    "parquet": _read_parquet,
-}
+def _choice(kind: str, names: Sequence[str]) -> str:
+    listed = ", ".join(repr(name) for name in names[:10]) + (", ..." if len(names) > 10 else "")
+    return f"it has the {kind} {listed or '(none)'}: choose with --column"
 
 
 def npy_header(rows: int, dim: int) -> bytes:
