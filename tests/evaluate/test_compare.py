@@ -3,14 +3,14 @@
 import io
 import json
 import shutil
-from collections.abc import Sequence
+import subprocess
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from unmask.cli import app
 from unmask.errors import UsageError
 from unmask.evaluate.compare import compare_by_name, compare_results, find_results, measure_drift
 from unmask.evaluate.models.embedding_model import ModelKind
@@ -284,21 +284,23 @@ def test_drift_encodes_nothing_twice(tmp_path: Path) -> None:
 
 
 def test_the_commands(
-    pair: tuple[str, str], golden_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    unmask: Callable[..., subprocess.CompletedProcess[str]], pair: tuple[str, str], golden_dir: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out.html"
-    assert app(["compare", *pair, "--task", "Hard", "-o", str(output)], result_action="return_value") == 0
-    printed = " ".join(capsys.readouterr().out.split())
+    done = unmask("compare", *pair, "--task", "Hard", "-o", str(output))
+    assert done.returncode == 0, done.stderr
+    printed = " ".join(done.stdout.split())
     assert "owner/strong is better than owner/weak on the mean of 1 task" in printed and "A better" in printed
     assert output.is_file()
-    assert app(["report", pair[0]], result_action="return_value") == 0
+    assert unmask("report", pair[0]).returncode == 0
     assert (Path(pair[0]) / "report.html").is_file() and (Path(pair[0]) / "report.md").is_file()
     texts = tmp_path / "texts.txt"
     texts.write_text("\n\n".join(SENTENCES), encoding="utf-8")
     model = str(golden_dir / "tiny_llama")
     sides = [model, f"{model}?causal&name=causal"]
-    assert app(["compare", *sides, "--texts", str(texts)], result_action="return_value") == 0
-    printed = " ".join(capsys.readouterr().out.split())
+    done = unmask("compare", *sides, "--texts", str(texts))
+    assert done.returncode == 0, done.stderr
+    printed = " ".join(done.stdout.split())
     assert "From tiny_llama to causal, over 12 texts: cosine 0." in printed and "10 nearest neighbours" in printed
     with pytest.raises(UsageError, match="--task compares results"):
         compare_by_name(sides[0], sides[1], tasks=["Hard"], texts=texts)
