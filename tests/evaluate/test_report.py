@@ -12,7 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.evaluate.synthetic_results import FAILED, FAILURE, MINILM, MODELS, MPNET, SUBJECT, TASKS, write_synthetic_results
+from tests.evaluate.synthetic_results import (
+    FAILED,
+    FAILURE,
+    MINILM,
+    MODELS,
+    MPNET,
+    SUBJECT,
+    TASKS,
+    write_synthetic_results,
+)
 from unmask.errors import UsageError
 from unmask.evaluate.published_scores import SAME_DATA, PublishedModel
 from unmask.evaluate.report import write_report
