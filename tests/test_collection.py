@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+from tests.conftest import SLOW
+
 REPOSITORY = Path(__file__).parent.parent
 
 
@@ -33,3 +35,8 @@ def test_two_collections_give_the_same_short_ids() -> None:
     assert len(lists[0]) > 1000
     assert lists[0] == lists[1]
     assert not [name for name in lists[0] if len(name) > 200 or not name.isascii() or not name.isprintable()]
+
+
+def test_slow_modules_exist() -> None:
+    missing = [name for name in SLOW if not (REPOSITORY / "tests" / name).is_file()]
+    assert not missing, f"tests/conftest.py lists modules as slow that are not there: {missing}"

