@@ -20,13 +20,14 @@ from unmask.catalogue.actions import go_live
 from unmask.catalogue.canary import cosine
 from unmask.catalogue.lifecycle import GATE_NAMES
 from unmask.catalogue.measurement import LOCAL
-from unmask.catalogue.speed import points_of
+from unmask.catalogue.speed import SpeedPoint, points_of
 from unmask.catalogue.store import add_measurements, gate_outcomes, put_fields, read_catalogue, read_record, step
 from unmask.catalogue.votes import notices_of, vote
 from unmask.encoder import Encoder
 from unmask.errors import CheckpointError, UsageError
 from unmask.onboarding import OnboardingOptions, OnboardingResult, onboard
-from unmask.onboarding.gates import GATES
+from unmask.onboarding import gates as gates_module
+from unmask.onboarding.gates import GATES, Gate, GateResult, in_order_of_needs
 from unmask.onboarding.run import output_for
 from unmask.storage.database import Database
 
@@ -45,7 +46,7 @@ def fresh_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def wanted(golden_dir: Path, tmp_path: Path) -> OnboardingOptions:
+def options(golden_dir: Path, tmp_path: Path) -> OnboardingOptions:
     """A small Llama, with the least that the gates ask for."""
     return OnboardingOptions(
         model="tiny_llama",
@@ -69,17 +70,17 @@ def record_of(database: Database, model: str) -> Record:
     return record
 
 
-def run(database: Database, wanted: OnboardingOptions) -> OnboardingResult:
-    return onboard(database, wanted, unseen)
+def run(database: Database, options: OnboardingOptions) -> OnboardingResult:
+    return onboard(database, options, unseen)
 
 
-def test_all_gates(sqlite: Database, wanted: OnboardingOptions, fresh_home: Path) -> None:
-    result = run(sqlite, wanted)
-    assert [(gate.gate, gate.passed, gate.kept) for gate in result.gates] == [(name, True, False) for name in NAMES]
+def test_all_gates(sqlite: Database, options: OnboardingOptions, fresh_home: Path) -> None:
+    result = run(sqlite, options)
+    assert [(gate.gate, gate.passed, gate.reused) for gate in result.gates] == [(name, True, False) for name in NAMES]
     assert result.status == "live" and result.passed
     record = record_of(sqlite, "tiny_llama")
     assert [event.status for event in record.history] == ["coming soon", "benchmarking", "staged", "live"]
-    encoder = Encoder.load(wanted.source)
+    encoder = Encoder.load(options.source)
     assert (record.revision, record.dimensions, record.licence) == (encoder.checkpoint.revision, 64, "MIT")
     assert record.canary and cosine(encoder.encode(record.canary.text)[0], record.canary.expected()) > 0.99999
     assert record.prices[0].estimated and record.prices[0].nanodollars_per_million_tokens > 0
@@ -95,24 +96,28 @@ def test_all_gates(sqlite: Database, wanted: OnboardingOptions, fresh_home: Path
         raw = fresh_home / measurement.raw.removeprefix("UNMASK_HOME/")
         assert json.loads(raw.read_bytes()), measurement.what
     assert len({measurement.raw for measurement in entry.measurements}) == len(NAMES)
-    price = json.loads((wanted.output / "price.json").read_bytes())
+    price = json.loads((options.output / "price.json").read_bytes())
     best = max(point.tokens_per_second for point in points_of(entry.figures.sweep))
     assert price["cost_nanodollars"] == pytest.approx(100_000_000 / 3600 * 1e6 / best, rel=1e-3)
     assert price["proposed_nanodollars"] == pytest.approx(2 * price["cost_nanodollars"], abs=1)
 
 
-def test_what_was_passed_is_not_run_again(sqlite: Database, wanted: OnboardingOptions) -> None:
-    failed = run(sqlite, replace(wanted, cost_per_hour=None))
+def test_what_was_passed_is_not_run_again(
+    sqlite: Database, options: OnboardingOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speeds = iter((1000.0, 2000.0))  # tokens per second of the first sweep and of the second
+    monkeypatch.setattr(gates_module, "sweep", lambda *arguments: [SpeedPoint(8, 1, next(speeds), 1.0, 1.0)])
+    failed = run(sqlite, replace(options, cost_per_hour=None))
     assert [gate.gate for gate in failed.gates if gate.passed] == NAMES[:6]
     assert "--cost-per-hour" in failed.gates[-1].finding and not failed.passed
     assert failed.status == "coming soon"
     assert record_of(sqlite, "tiny_llama").history[-1].note == "It did not pass the gate 'price', and waits."
-    again = run(sqlite, wanted)
-    assert [gate.gate for gate in again.gates if not gate.kept] == ["price", "canary"] and again.status == "live"
+    again = run(sqlite, options)
+    assert [gate.gate for gate in again.gates if not gate.reused] == ["price", "canary"] and again.status == "live"
     # Another question is another gate.
-    third = run(sqlite, replace(wanted, callers=(8,), lengths=(64,)))
+    third = run(sqlite, replace(options, callers=(8,), lengths=(64,)))
     # A higher speed is a lower price.
-    assert [gate.gate for gate in third.gates if not gate.kept] == ["speed", "price"]
+    assert [gate.gate for gate in third.gates if not gate.reused] == ["speed", "price"]
     assert third.status == "live"  # it answered all the while
     statuses = [event.status for event in record_of(sqlite, "tiny_llama").history]
     assert statuses == ["coming soon", "benchmarking", "coming soon", "benchmarking", "staged", "live"]
@@ -128,9 +133,9 @@ def test_what_was_passed_is_not_run_again(sqlite: Database, wanted: OnboardingOp
     ],
 )
 def test_a_gate_that_is_not_passed_says_why(
-    sqlite: Database, wanted: OnboardingOptions, change: dict[str, object], gate: str, finding: str
+    sqlite: Database, options: OnboardingOptions, change: dict[str, object], gate: str, finding: str
 ) -> None:
-    result = run(sqlite, replace(wanted, **change))  # pyright: ignore[reportArgumentType] - fields by name
+    result = run(sqlite, replace(options, **change))  # pyright: ignore[reportArgumentType] - fields by name
     assert result.gates[-1].gate == gate and not result.gates[-1].passed
     import re
 
@@ -141,29 +146,29 @@ def test_a_gate_that_is_not_passed_says_why(
         assert "tiny_llama" in read_catalogue(connection).sources
 
 
-def test_wrong_weights_do_not_pass(sqlite: Database, wanted: OnboardingOptions) -> None:
+def test_wrong_weights_do_not_pass(sqlite: Database, options: OnboardingOptions) -> None:
     with sqlite.begin() as connection:
         put_fields(connection, "tiny_llama", {"dimensions": 2048, "pooling": "mean"})
-    failed = run(sqlite, wanted)
+    failed = run(sqlite, options)
     assert failed.gates[-1].gate == "load" and "dimensions 64 instead of 2048" in failed.gates[-1].finding
-    assert run(sqlite, replace(wanted, replace_specification=True)).status == "live"
+    assert run(sqlite, replace(options, replace_specification=True)).status == "live"
     record = record_of(sqlite, "tiny_llama")
     assert record.dimensions == 64 and "dimensions 2048 -> 64" in record.changes[-1].note
 
 
 def test_parity_with_the_vectors_of_the_reference(
-    sqlite: Database, wanted: OnboardingOptions, golden_dir: Path, tmp_path: Path
+    sqlite: Database, options: OnboardingOptions, golden_dir: Path, tmp_path: Path
 ) -> None:
-    """The published package's sqlite vectors, and then the same ones in the wrong order."""
+    """The published package's own vectors, and then the same ones in the wrong order."""
     pairs = json.loads((golden_dir / "tiny_llama" / "golden.json").read_text(encoding="utf-8"))["pairs"]
     vectors = np.load(golden_dir / "tiny_llama" / "golden.npz")["mean__skip_True"]
     texts, instructions = [text for _, text in pairs], [instruction for instruction, _ in pairs]
     right, wrong = tmp_path / "right.npz", tmp_path / "wrong.npz"
     np.savez(right, texts=texts, instructions=instructions, vectors=vectors)
     np.savez(wrong, texts=texts, instructions=instructions, vectors=vectors[::-1])
-    failed = run(sqlite, replace(wanted, compat="reference", reference=wrong))
+    failed = run(sqlite, replace(options, compat="reference", reference=wrong))
     assert failed.gates[-1].gate == "parity" and "has cosine" in failed.gates[-1].finding
-    passed = run(sqlite, replace(wanted, compat="reference", reference=right))
+    passed = run(sqlite, replace(options, compat="reference", reference=right))
     assert passed.status == "live"
     assert next(gate for gate in passed.gates if gate.gate == "parity").finding.endswith("48 given vectors")
     assert record_of(sqlite, "tiny_llama").compat == "reference"
@@ -171,29 +176,29 @@ def test_parity_with_the_vectors_of_the_reference(
 
 @pytest.mark.parametrize("content", [b"no numpy", None])
 def test_a_broken_reference_is_named(
-    sqlite: Database, wanted: OnboardingOptions, tmp_path: Path, content: bytes | None
+    sqlite: Database, options: OnboardingOptions, tmp_path: Path, content: bytes | None
 ) -> None:
     file = tmp_path / "reference.npz"
     if content is None:
         np.savez(file, texts=["a"], vectors=np.zeros((1, 3), dtype=np.float32))
     else:
         file.write_bytes(content)
-    failed = run(sqlite, replace(wanted, reference=file))
+    failed = run(sqlite, replace(options, reference=file))
     assert failed.gates[-1].gate == "parity" and str(file) in failed.gates[-1].finding
 
 
-def test_live_weights_are_not_exchanged_under_their_name(sqlite: Database, wanted: OnboardingOptions, copied) -> None:
-    assert run(sqlite, wanted).status == "live"
+def test_live_weights_are_not_exchanged_under_their_name(sqlite: Database, options: OnboardingOptions, copied) -> None:
+    assert run(sqlite, options).status == "live"
     other = copied("tiny_llama")
     file = other / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "rope_theta": 5000.0}))
-    result = run(sqlite, replace(wanted, source=str(other)))
+    result = run(sqlite, replace(options, source=str(other)))
     assert result.gates[-1].gate == "digests" and "vectors of the two do not mix" in result.gates[-1].finding
     assert result.status == "live"
     with sqlite.read() as connection:
-        assert read_catalogue(connection).sources["tiny_llama"] == wanted.source
+        assert read_catalogue(connection).sources["tiny_llama"] == options.source
     with pytest.raises(UsageError, match="answers in the mode 'default'"):
-        run(sqlite, replace(wanted, compat="reference"))
+        run(sqlite, replace(options, compat="reference"))
     # Once it is retired the name is free: everything is measured anew, and the old canary is let go.
     with sqlite.begin() as connection:
         step(
@@ -204,32 +209,32 @@ def test_live_weights_are_not_exchanged_under_their_name(sqlite: Database, wante
             until=record_of(sqlite, "tiny_llama").history[-1].on,
         )
         step(connection, "tiny_llama", "retired", actor="me")
-    anew = run(sqlite, replace(wanted, source=str(other)))
+    anew = run(sqlite, replace(options, source=str(other)))
     assert anew.status == "live"
-    assert [gate.gate for gate in anew.gates if gate.kept] == ["licence"]  # which these weights had passed above
+    assert [gate.gate for gate in anew.gates if gate.reused] == ["licence"]  # which these weights had passed above
 
 
-def test_a_reference_is_not_onboarded(sqlite: Database, wanted: OnboardingOptions) -> None:
+def test_a_reference_is_not_onboarded(sqlite: Database, options: OnboardingOptions) -> None:
     with pytest.raises(UsageError, match="others to be measured against"):
-        run(sqlite, replace(wanted, model="sentence-transformers/all-MiniLM-L6-v2"))
+        run(sqlite, replace(options, model="sentence-transformers/all-MiniLM-L6-v2"))
 
 
-def test_a_folder_that_holds_no_model(sqlite: Database, wanted: OnboardingOptions, tmp_path: Path) -> None:
+def test_a_folder_that_holds_no_model(sqlite: Database, options: OnboardingOptions, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="is not a model"):
-        run(sqlite, replace(wanted, source=str(tmp_path / "empty")))
+        run(sqlite, replace(options, source=str(tmp_path / "empty")))
     with sqlite.read() as connection:
         assert read_record(connection, "tiny_llama") is None
 
 
 def test_staged_and_then_live_with_a_price_and_notices(
-    sqlite: Database, wanted: OnboardingOptions, tmp_path: Path
+    sqlite: Database, options: OnboardingOptions, tmp_path: Path
 ) -> None:
     with sqlite.begin() as connection:
         account = people.open_account(connection, "somebody", 1)
         vote(connection, account, "tiny_llama", "", 1)
-    staged = run(sqlite, replace(wanted, stage=True))
-    assert staged.status == "staged" and staged.told == 0 and record_of(sqlite, "tiny_llama").prices[0].estimated
+    staged = run(sqlite, replace(options, stage=True))
+    assert staged.status == "staged" and staged.notified == 0 and record_of(sqlite, "tiny_llama").prices[0].estimated
     with sqlite.begin() as connection:
         assert go_live(connection, "tiny_llama", actor="me") == (1, True)
     record = record_of(sqlite, "tiny_llama")
@@ -305,3 +310,21 @@ def test_one_run_at_a_time_and_killed_in_the_middle_it_continues(
 
 def test_the_gates_run_in_the_order_that_the_catalogue_names() -> None:
     assert tuple(gate.name for gate in GATES) == GATE_NAMES
+
+
+def gate(name: str, *needs: str) -> Gate:
+    return Gate(name, lambda context: None, lambda context, report_progress: GateResult(""), needs)
+
+
+def test_gates_are_ordered_by_what_they_need() -> None:
+    shuffled = [gate("price", "speed"), gate("canary", "load"), gate("speed", "load"), gate("load")]
+    assert [one.name for one in in_order_of_needs(shuffled)] == ["load", "canary", "speed", "price"]
+    assert in_order_of_needs(GATES) == list(GATES)
+
+
+@pytest.mark.parametrize(
+    "gates", [[gate("price", "speed")], [gate("a", "b"), gate("b", "a")]], ids=["missing", "cycle"]
+)
+def test_needs_that_cannot_be_met_are_refused(gates: list[Gate]) -> None:
+    with pytest.raises(ValueError, match="cannot be met"):
+        in_order_of_needs(gates)

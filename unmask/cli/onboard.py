@@ -82,7 +82,7 @@ def onboard(
         )
         progress.close()
         _print_gates(result)
-        if result.told:
+        if result.notified:
             send_waiting_notices(opened, server)
     return 0 if result.passed else 2
 
@@ -101,13 +101,13 @@ def _print_gates(result: OnboardingResult) -> None:
     """Print the findings of the gates and the status of the model."""
     rows = []
     for gate in result.gates:
-        verdict = "not passed" if not gate.passed else "kept" if gate.kept else "passed"
+        verdict = "not passed" if not gate.passed else "kept" if gate.reused else "passed"
         rows.append((gate.gate, verdict, gate.finding))
     print_table(("gate", "outcome", "finding"), rows)
     print_sentence(f"{result.model} is {result.status}.")
-    if result.told:
-        print_sentence(f"{result.told} who wanted it were told.")
-    if result.charged:
+    if result.notified:
+        print_sentence(f"{result.notified} who wanted it were told.")
+    if result.price_charged:
         print_sentence("The proposed price is charged from now on; 'unmask accounts price' changes it.")
 
 

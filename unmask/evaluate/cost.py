@@ -5,10 +5,12 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from unmask.evaluate.models.embedding_model import EmbeddingModel
 from unmask.evaluate.results import Cost
+
+T = TypeVar("T")
 
 _ROUNDS = 3
 
@@ -29,16 +31,29 @@ def sample_texts() -> list[str]:
 def load_model(open_model: Callable[[], EmbeddingModel], texts: Sequence[str]) -> LoadedModel:
     """Open a model and encode `texts` once, which also warms it up.
 
-    Its memory is the peak of the process meanwhile minus the memory of the process before. Memory that an earlier
-    model has given back would hide some of it, so all models stay open as long as the run.
+    Memory that an earlier model has given back would hide some of it, so all models stay open as long as the run.
+    """
+
+    def open_and_encode() -> EmbeddingModel:
+        model = open_model()
+        model.encode(texts)
+        return model
+
+    model, peak_memory = measure_peak_memory(open_and_encode)
+    return LoadedModel(model, None if model.kind == "endpoint" else peak_memory)
+
+
+def measure_peak_memory(work: Callable[[], T]) -> tuple[T, int | None]:
+    """Run `work`, and return its result with the bytes of memory that it took.
+
+    The memory is the peak of the process during the work minus its memory before. None where the system does not
+    keep these figures, as off Linux.
     """
     before = _process_status("VmRSS")
     _reset_peak_memory()
-    model = open_model()
-    model.encode(texts)
+    result = work()
     peak = _process_status("VmHWM")
-    is_remote = model.kind == "endpoint"
-    return LoadedModel(model, None if is_remote or before is None or peak is None else max(0, peak - before))
+    return result, None if before is None or peak is None else max(0, peak - before)
 
 
 def measure_cost(loaded_models: Sequence[LoadedModel], texts: Sequence[str]) -> list[Cost]:

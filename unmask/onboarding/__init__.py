@@ -1,4 +1,4 @@
-"""From a name to a live model, through gates that measure: what `unmask onboard` does."""
+"""Onboarding: the gates that a model passes between a request and live, as `unmask onboard` runs them."""
 
 from unmask.onboarding.run import OnboardingOptions, OnboardingResult, onboard
 

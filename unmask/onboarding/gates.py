@@ -1,7 +1,7 @@
-"""The gates between a request and a live model. Each measures something, and refuses what is not in order.
+"""The gates between a requested model and a live one. Each measures, and refuses a model that is not in order.
 
 A gate is a function of an `OnboardingContext` that returns a `GateResult`, or raises one of our errors where the model
-does not pass.
+does not pass. It declares in `needs` which gates must have passed before it.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from unmask.catalogue.speed import SpeedPoint, measurements_of_sweep, points_of
 from unmask.checkpoint import Checkpoint
 from unmask.encoder import Encoder
 from unmask.errors import GateFailed, UsageError
-from unmask.evaluate.cost import load_model, sample_texts
+from unmask.evaluate.cost import measure_peak_memory, sample_texts
 from unmask.evaluate.results import Results
 from unmask.evaluate.run import Evaluation, evaluate, machine
 from unmask.onboarding.parity import Parity, against_file, against_transformers, require
@@ -96,13 +96,13 @@ class OnboardingOptions:
 
 @dataclass(frozen=True)
 class GateResult:
-    """What a gate found.
+    """The result of a gate that was passed.
 
     Attributes:
         finding: one sentence.
-        fields: for the record.
+        fields: fields of the record that the gate sets.
         measurements: with their provenance.
-        raw: everything, for the raw file.
+        raw: content of the raw file.
     """
 
     finding: str
@@ -113,40 +113,41 @@ class GateResult:
 
 @dataclass(eq=False)
 class OnboardingContext:
-    """What the gates work on. The model is loaded once, and only if a gate needs it.
+    """The model on its way through the gates. Its weights are loaded once, and only if a gate needs them.
 
     Attributes:
-        wanted: what is asked for.
-        record: of the model, as it stands now; gates before this one have had their say.
-        checkpoint: its files.
-        measured: what earlier gates measured of these weights.
+        options: the model, and the settings of its gates.
+        record: of the model, with the fields that earlier gates set.
+        checkpoint: the model's files.
+        measurements: those of these weights by earlier gates, of this run or another one.
     """
 
-    wanted: OnboardingOptions
+    options: OnboardingOptions
     record: Record
     checkpoint: Checkpoint
-    measured: Sequence[Measurement]
+    measurements: Sequence[Measurement]
 
     @cached_property
     def encoder(self) -> Encoder:
-        return Encoder.load(self.wanted.source, compat=self.record.compat)
+        """The model, loaded on first use."""
+        return Encoder.load(self.options.source, compat=self.record.compat)
 
     def provenance(self, gate: str) -> dict[str, Any]:
-        """The fields that every measurement of a gate has in common."""
+        """Return the fields that all measurements of a gate share."""
         return {
-            "model": self.wanted.model,
+            "model": self.options.model,
             "origin": "measured",
-            "by": self.wanted.by,
+            "by": self.options.by,
             "on": datetime.now(UTC).date(),
             "revision": self.checkpoint.revision,
             "hardware": machine(),
-            "command": self.wanted.command,
-            # Named as the operator finds it, without a folder of this machine that is nobody else's business.
-            "raw": f"UNMASK_HOME/onboarding/{self.wanted.output.name}/{gate}.json",
+            "command": self.options.command,
+            # Relative to UNMASK_HOME: the page must not show folders of this machine.
+            "raw": f"UNMASK_HOME/onboarding/{self.options.output.name}/{gate}.json",
         }
 
-    def single(self, gate: str, what: str, value: float, unit: str, note: str = "") -> Measurement:
-        """A gate's one number."""
+    def measurement(self, gate: str, what: str, value: float, unit: str, note: str = "") -> Measurement:
+        """Return a gate's value as a measurement of the group "onboarding"."""
         return Measurement(group=ONBOARDING, what=what, value=value, unit=unit, note=note, **self.provenance(gate))
 
 
@@ -155,258 +156,299 @@ class Gate:
     """One gate.
 
     Attributes:
-        name: what it is about.
-        asks: what decides its outcome besides the weights: it is run again when that changes.
-        run: see the top of this file.
+        name: out of `lifecycle.GATE_NAMES`.
+        settings: the settings that decide its outcome beside the weights. It is run again when they change.
+        run: measures, see the top of this file.
+        needs: names of the gates that must have passed before.
     """
 
     name: str
-    asks: Callable[[OnboardingContext], object]
+    settings: Callable[[OnboardingContext], object]
     run: Callable[[OnboardingContext, ProgressReporter], GateResult]
+    needs: tuple[str, ...] = ()
 
-    def fingerprint(self, bench: OnboardingContext) -> str:
-        """16 hex digits over the weights, the mode and what is asked."""
-        words = f"{bench.checkpoint.revision} {bench.record.compat} {self.asks(bench)!r}"
+    def fingerprint(self, context: OnboardingContext) -> str:
+        """Return 16 hex digits over the weights, the mode and the settings of the gate."""
+        words = f"{context.checkpoint.revision} {context.record.compat} {self.settings(context)!r}"
         return hashlib.sha256(words.encode()).hexdigest()[:16]
 
 
-def licence_and_size(bench: OnboardingContext, tell: ProgressReporter) -> GateResult:
-    """Somebody says under which licence the weights are, and this machine can hold them."""
-    licence = bench.wanted.licence or bench.record.licence
+def check_licence_and_size(context: OnboardingContext, report_progress: ProgressReporter) -> GateResult:
+    """Check that the licence of the weights is known, and that this machine can hold them."""
+    licence = context.options.licence or context.record.licence
     if not licence:
         raise GateFailed("nobody says under which licence the weights are: read their card, and name it with --licence")
-    files = bench.checkpoint.files
+    files = context.checkpoint.files
     size = sum(file.stat().st_size for file in files)
-    tensors = bench.checkpoint.tensors
+    tensors = context.checkpoint.tensors
     needed = 4 * sum(math.prod(tensors.shape(name)) for name in tensors.names())
     free = _free_memory()
     if free is not None and needed > free:
         raise GateFailed(
             f"the weights take {needed / 1e9:.1f} GB in float32 and {free / 1e9:.1f} GB are free: use a larger machine"
         )
-    base = bench.record.base_licence
-    known = f", base {base}" if base and base != licence else ""
-    if bench.record.base and not base:
-        known = "; the licence of its base is not on record"
+    base = context.record.base_licence
+    base_note = f", base {base}" if base and base != licence else ""
+    if context.record.base and not base:
+        base_note = "; the licence of its base is not on record"
     return GateResult(
-        f"{licence}{known}; {size / 1e6:,.1f} MB in {len(files)} files, {needed / 1e6:,.1f} MB in memory",
+        f"{licence}{base_note}; {size / 1e6:,.1f} MB in {len(files)} files, {needed / 1e6:,.1f} MB in memory",
         {"licence": licence},
-        [bench.single("licence", "size of the files", size, "bytes")],
+        [context.measurement("licence", "size of the files", size, "bytes")],
         {"licence": licence, "base_licence": base, "bytes": size, "bytes_in_memory": needed},
     )
 
 
-def digests(bench: OnboardingContext, tell: ProgressReporter) -> GateResult:
-    """Every file that decides a vector has its digest on record; what is live is not exchanged under its name."""
-    live = bench.record.status in ("live", "deprecated")
-    known = bench.record.revision
-    if live and known is not None and known != bench.checkpoint.revision:
+def digest_files(context: OnboardingContext, report_progress: ProgressReporter) -> GateResult:
+    """Digest every file that decides a vector. Refuses other weights under the name of a model that answers."""
+    answering = context.record.status in ("live", "deprecated")
+    earlier = context.record.revision
+    if answering and earlier is not None and earlier != context.checkpoint.revision:
         raise GateFailed(
-            f"the weights {known} are live and these are {bench.checkpoint.revision}: vectors of the two do not mix. "
-            "Retire the model first, or give the new weights a name of their own"
+            f"the weights {earlier} are live and these are {context.checkpoint.revision}: vectors of the two do not "
+            "mix. Retire the model first, or give the new weights a name of their own"
         )
-    found = {}
-    for done, file in enumerate(bench.checkpoint.files):
-        tell(done, len(bench.checkpoint.files))
-        with file.open("rb") as opened:
-            found[f"{file.parent.name}/{file.name}"] = hashlib.file_digest(opened, "sha256").hexdigest()
+    file_digests = {}
+    for done, file in enumerate(context.checkpoint.files):
+        report_progress(done, len(context.checkpoint.files))
+        with file.open("rb") as stream:
+            file_digests[f"{file.parent.name}/{file.name}"] = hashlib.file_digest(stream, "sha256").hexdigest()
+    fields: dict[str, Any] = {"revision": context.checkpoint.revision}
+    if earlier != context.checkpoint.revision:
+        # Another revision's canary would refuse these weights. The shipped one is for the shipped weights.
+        fields["canary"] = None
     return GateResult(
-        f"revision {bench.checkpoint.revision} over {len(found)} files",
-        # Another revision's canary would refuse these weights; the one that ships is for the shipped ones.
-        {"revision": bench.checkpoint.revision} | ({"canary": None} if known != bench.checkpoint.revision else {}),
-        [bench.single("digests", "files with a digest", len(found), "files")],
-        {"sha256": found},
+        f"revision {context.checkpoint.revision} over {len(file_digests)} files",
+        fields,
+        [context.measurement("digests", "files with a digest", len(file_digests), "files")],
+        {"sha256": file_digests},
     )
 
 
-def loading(bench: OnboardingContext, tell: ProgressReporter) -> GateResult:
-    """The weights load, encode a text, and are what the record says they are."""
-    began = time.perf_counter()
-    seconds = 0.0
+def load_weights(context: OnboardingContext, report_progress: ProgressReporter) -> GateResult:
+    """Load the weights, encode texts, and compare the specification of the weights with the record's."""
 
-    def open_encoder() -> Any:
-        nonlocal seconds
-        encoder = bench.encoder
-        seconds = time.perf_counter() - began
-        return _Measured(encoder)
+    def load_and_encode() -> float:
+        began = time.perf_counter()
+        encoder = context.encoder
+        load_s = time.perf_counter() - began
+        encoder.encode(sample_texts())
+        return load_s
 
-    memory = load_model(open_encoder, sample_texts()).peak_memory_bytes
-    encoder = bench.encoder
+    load_s, peak_memory = measure_peak_memory(load_and_encode)
+    encoder = context.encoder
     if not np.isfinite(encoder.encode(CANARY_TEXT)).all():
         raise GateFailed("the model gives a vector with numbers that are not finite: its weights are damaged")
-    said = {
+    specification = {
         "parameters": encoder.num_parameters,
         "dimensions": encoder.dim,
         "max_tokens": encoder.max_length,
         "pooling": encoder.pooling,
         "architecture": str(encoder.checkpoint.config.get("model_type")),
     }
-    known = {name: getattr(bench.record, name) for name in said}
-    differing = [name for name in said if known[name] not in (None, said[name])]
-    if differing and not bench.wanted.replace_specification:
-        shown = ", ".join(f"{name} {said[name]} instead of {known[name]}" for name in differing)
-        raise GateFailed(
-            f"the weights are not what the record describes: {shown}. Name the right ones, or pass "
-            "--replace-specification if the record is what is wrong"
-        )
-    fields: dict[str, Any] = {name: said[name] for name in said if known[name] != said[name]}
-    if differing:
-        note = "Specifications taken from the weights: " + ", ".join(
-            f"{name} {known[name]} -> {said[name]}" for name in differing
-        )
-        fields["changes"] = [
-            *({"on": change.on.isoformat(), "note": change.note} for change in bench.record.changes),
-            {"on": datetime.now(UTC).date().isoformat(), "note": f"{note}."},
-        ]
-    measured = [bench.single("load", "time to load", round(seconds, 3), "s")]
-    if memory is not None:
-        shared = bench.provenance("load")
-        measured.append(Measurement(group=COST, what=PEAK_MEMORY, value=memory, unit="bytes", **shared))
-    return GateResult(f"{seconds:.1f} s; {said['parameters']:,} parameters, {said['dimensions']} dimensions", fields,
-                 measured, said)  # fmt: skip
-
-
-def parity(bench: OnboardingContext, tell: ProgressReporter) -> GateResult:
-    """Its vectors are those of the given reference, or of transformers."""
-    if bench.wanted.reference is not None:
-        found: Parity = against_file(bench.encoder, bench.wanted.reference)
-    else:
-        found = against_transformers(bench.encoder)
-    require(found)
-    note = f"Against {found.against}, over {found.count} texts; the largest difference is {found.difference:.1e}."
+    measurements = [context.measurement("load", "time to load", round(load_s, 3), "s")]
+    if peak_memory is not None:
+        shared = context.provenance("load")
+        measurements.append(Measurement(group=COST, what=PEAK_MEMORY, value=peak_memory, unit="bytes", **shared))
+    parameters, dimensions = specification["parameters"], specification["dimensions"]
     return GateResult(
-        f"cosine {found.cosine:.6f} or more to {found.against}",
-        {},
-        [bench.single("parity", "lowest cosine to the reference", round(found.cosine, 8), "cosine", note)],
-        {"against": found.against, "cosine": found.cosine, "difference": found.difference, "texts": found.count},
+        f"{load_s:.1f} s; {parameters:,} parameters, {dimensions} dimensions",
+        _specification_fields(context, specification),
+        measurements,
+        specification,
     )
 
 
-def quality(bench: OnboardingContext, tell: ProgressReporter) -> GateResult:
-    """Every task that is asked for gets a score; what was asked for is said."""
-    wanted = bench.wanted
-    suites = wanted.suites if wanted.suites or wanted.tasks else ("local",)
-    if not wanted.tasks and suites == ("local",) and wanted.data is None:
+def _specification_fields(context: OnboardingContext, specification: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that bring the record to the specification of the weights.
+
+    Raises:
+        GateFailed: the record says something else, and the operator has not asked to replace it.
+    """
+    recorded = {name: getattr(context.record, name) for name in specification}
+    differing = [name for name, value in specification.items() if recorded[name] not in (None, value)]
+    if differing and not context.options.replace_specification:
+        text = ", ".join(f"{name} {specification[name]} instead of {recorded[name]}" for name in differing)
+        raise GateFailed(
+            f"the weights are not what the record describes: {text}. Name the right ones, or pass "
+            "--replace-specification if the record is what is wrong"
+        )
+    fields: dict[str, Any] = {name: value for name, value in specification.items() if recorded[name] != value}
+    if differing:
+        note = "Specifications taken from the weights: " + ", ".join(
+            f"{name} {recorded[name]} -> {specification[name]}" for name in differing
+        )
+        fields["changes"] = [
+            *({"on": change.on.isoformat(), "note": change.note} for change in context.record.changes),
+            {"on": datetime.now(UTC).date().isoformat(), "note": f"{note}."},
+        ]
+    return fields
+
+
+def compare_with_reference(context: OnboardingContext, report_progress: ProgressReporter) -> GateResult:
+    """Compare the model's vectors with those of the reference file, or of transformers."""
+    if context.options.reference is not None:
+        parity: Parity = against_file(context.encoder, context.options.reference)
+    else:
+        parity = against_transformers(context.encoder)
+    require(parity)
+    note = f"Against {parity.against}, over {parity.count} texts; the largest difference is {parity.difference:.1e}."
+    return GateResult(
+        f"cosine {parity.cosine:.6f} or more to {parity.against}",
+        {},
+        [context.measurement("parity", "lowest cosine to the reference", round(parity.cosine, 8), "cosine", note)],
+        {"against": parity.against, "cosine": parity.cosine, "difference": parity.difference, "texts": parity.count},
+    )
+
+
+def measure_quality(context: OnboardingContext, report_progress: ProgressReporter) -> GateResult:
+    """Evaluate the model on the suites and tasks of the options. Every task must get a score."""
+    options = context.options
+    suites = options.suites if options.suites or options.tasks else ("local",)
+    if not options.tasks and suites == ("local",) and options.data is None:
         raise GateFailed("nothing to measure quality on: --data FOLDER for the suite local, or --task NAME")
     results: Results = evaluate(
         Evaluation(
-            models=(f"{wanted.source}?compat={bench.record.compat}&name={wanted.model}",),
+            models=(f"{options.source}?compat={context.record.compat}&name={options.model}",),
             suites=suites,
-            tasks=wanted.tasks,
-            data=wanted.data,
-            output=wanted.output / "evaluation",
-            command=wanted.command,
+            tasks=options.tasks,
+            data=options.data,
+            output=options.output / "evaluation",
+            command=options.command,
         )
     )
     scores = results.models[0].scores
     if failed := [f"{score.task}: {score.error}" for score in scores if score.error is not None]:
         raise GateFailed(f"{len(failed)} of {len(scores)} tasks failed: {'; '.join(failed)}")
-    raw = f"UNMASK_HOME/onboarding/{wanted.output.name}/evaluation/results.json"
-    measured = measurements_of(results, wanted.model, wanted.model, by=wanted.by, raw=raw)
-    what = " and ".join([*suites, *wanted.tasks])
+    raw = f"UNMASK_HOME/onboarding/{options.output.name}/evaluation/results.json"
+    measurements = measurements_of(results, options.model, options.model, by=options.by, raw=raw)
+    scope = " and ".join([*suites, *options.tasks])
     mean = sum(score.score or 0.0 for score in scores) / len(scores)
-    return GateResult(f"{what}: mean {mean:.2f} over {len(scores)} tasks", {}, measured, {"measured": what})
+    return GateResult(f"{scope}: mean {mean:.2f} over {len(scores)} tasks", {}, measurements, {"measured": scope})
 
 
-def speed(bench: OnboardingContext, tell: ProgressReporter) -> GateResult:
-    """How fast an engine answers, by length and callers."""
-    wanted = bench.wanted
-    points = sweep(bench.encoder, wanted.lengths, wanted.callers, wanted.seconds, tell)
-    best = _best(points)
+def measure_speed(context: OnboardingContext, report_progress: ProgressReporter) -> GateResult:
+    """Measure the throughput and latency of an engine, by length of the texts and number of callers."""
+    options = context.options
+    points = sweep(context.encoder, options.lengths, options.callers, options.seconds, report_progress)
+    best = _fastest_point(points)
     return GateResult(
         f"{best.tokens_per_second:,.0f} tokens/s at best ({best.tokens} tokens, {best.callers} at once)",
         {},
-        measurements_of_sweep(points, **bench.provenance("speed")),
+        measurements_of_sweep(points, **context.provenance("speed")),
         {"points": [vars(point) for point in points]},
     )
 
 
-def price(bench: OnboardingContext, tell: ProgressReporter) -> GateResult:
-    """What a million tokens cost here, by the measured speed, and the price that follows."""
-    wanted = bench.wanted
-    if wanted.cost_per_hour is None:
+def propose_price(context: OnboardingContext, report_progress: ProgressReporter) -> GateResult:
+    """Propose a price per million tokens, from the measured speed and the cost of the machine."""
+    options = context.options
+    if options.cost_per_hour is None:
         raise GateFailed("what the machine costs is not known: name it with --cost-per-hour DOLLARS")
-    points = points_of(bench.measured)
+    points = points_of(context.measurements)
     if not points:
         raise GateFailed("no speed of these weights is on record: run the gate of speed again")
-    best = _best(points)
+    best = _fastest_point(points)
     seconds = Decimal(_MILLION) / Decimal(str(round(best.tokens_per_second, 2)))
-    busy = (Decimal(wanted.cost_per_hour) * seconds / _HOUR_S).to_integral_value(ROUND_CEILING)
-    proposed = (busy / Decimal(str(wanted.utilisation))).to_integral_value(ROUND_CEILING)
-    nano = int(proposed) if wanted.price is None else wanted.price
-    said = f"{format_dollars(wanted.cost_per_hour)} dollars an hour, {best.tokens_per_second:,.0f} tokens/s"
+    cost = (Decimal(options.cost_per_hour) * seconds / _HOUR_S).to_integral_value(ROUND_CEILING)
+    proposed = (cost / Decimal(str(options.utilisation))).to_integral_value(ROUND_CEILING)
+    nano = int(proposed) if options.price is None else options.price
+    basis = f"{format_dollars(options.cost_per_hour)} dollars an hour, {best.tokens_per_second:,.0f} tokens/s"
     finding = (
-        f"a million tokens cost {format_dollars(int(busy))} dollars; proposed {format_dollars(int(proposed))} "
-        f"at {wanted.utilisation:.0%} utilisation"
+        f"a million tokens cost {format_dollars(int(cost))} dollars; proposed {format_dollars(int(proposed))} "
+        f"at {options.utilisation:.0%} utilisation"
     )
+    note = f"At {basis}, always busy."
     return GateResult(
-        finding if wanted.price is None else f"{finding}; set to {format_dollars(nano)}",
+        finding if options.price is None else f"{finding}; set to {format_dollars(nano)}",
         {"prices": [{"nanodollars_per_million_tokens": nano, "estimated": True}]},
-        [bench.single("price", "cost of a million tokens", float(busy) / 1e9, "dollars", f"At {said}, always busy.")],
-        {"cost_nanodollars": int(busy), "proposed_nanodollars": int(proposed), "utilisation": wanted.utilisation},
+        [context.measurement("price", "cost of a million tokens", float(cost) / 1e9, "dollars", note)],
+        {"cost_nanodollars": int(cost), "proposed_nanodollars": int(proposed), "utilisation": options.utilisation},
     )
 
 
-def canary(bench: OnboardingContext, tell: ProgressReporter) -> GateResult:
-    """The vector that readiness will ask for is on record, and the model gives it again."""
-    text = bench.record.canary.text if bench.record.canary else CANARY_TEXT
-    vector = bench.encoder.encode(text)[0]
-    # A vector that ships, or that an earlier gate stored for these very weights, is not replaced but tried.
-    stored = bench.record.canary or Canary.of(text, vector)
+def store_canary(context: OnboardingContext, report_progress: ProgressReporter) -> GateResult:
+    """Store the canary vector that the readiness probe compares with, and check that the model gives it again."""
+    text = context.record.canary.text if context.record.canary else CANARY_TEXT
+    vector = context.encoder.encode(text)[0]
+    # A vector that ships, or that an earlier gate stored for these weights, is checked and not replaced.
+    stored = context.record.canary or Canary.of(text, vector)
     if (verdict := check_vector(vector, stored.expected())) != "ok":
         raise GateFailed(f"{verdict}: these are not the weights that the record's canary was made with")
-    again = cosine(bench.encoder.encode([text, *sample_texts()[:3]])[0], stored.expected())
+    in_batch = cosine(context.encoder.encode([text, *sample_texts()[:3]])[0], stored.expected())
     return GateResult(
-        f"stored, cosine {again:.6f} in a batch",
+        f"stored, cosine {in_batch:.6f} in a batch",
         {"canary": {"text": stored.text, "vector": stored.vector}},
-        [bench.single("canary", "canary, cosine to the stored vector", round(again, 8), "cosine")],
-        {"text": text, "cosine": again},
+        [context.measurement("canary", "canary, cosine to the stored vector", round(in_batch, 8), "cosine")],
+        {"text": text, "cosine": in_batch},
     )
 
 
+# The gates that use the encoder need "load": it measures the time and memory of the first load.
 GATES: tuple[Gate, ...] = (
-    Gate("licence", lambda bench: bench.wanted.licence or bench.record.licence, licence_and_size),
-    Gate("digests", lambda bench: None, digests),
-    Gate("load", lambda bench: bench.wanted.replace_specification, loading),
-    Gate("parity", lambda bench: _digest(bench.wanted.reference), parity),
-    Gate("quality", lambda bench: (bench.wanted.suites, bench.wanted.tasks), quality),
-    Gate("speed", lambda bench: (bench.wanted.lengths, bench.wanted.callers, bench.wanted.seconds, machine()), speed),
+    Gate("licence", lambda context: context.options.licence or context.record.licence, check_licence_and_size),
+    Gate("digests", lambda context: None, digest_files),
+    Gate("load", lambda context: context.options.replace_specification, load_weights),
+    Gate("parity", lambda context: _file_digest(context.options.reference), compare_with_reference, needs=("load",)),
+    Gate("quality", lambda context: (context.options.suites, context.options.tasks), measure_quality, needs=("load",)),
+    Gate(
+        "speed",
+        lambda context: (context.options.lengths, context.options.callers, context.options.seconds, machine()),
+        measure_speed,
+        needs=("load",),
+    ),
     Gate(
         "price",
-        lambda bench: (bench.wanted.cost_per_hour, bench.wanted.utilisation, bench.wanted.price, _fastest(bench)),
-        price,
+        lambda context: (
+            context.options.cost_per_hour,
+            context.options.utilisation,
+            context.options.price,
+            _best_throughput(context),
+        ),
+        propose_price,
+        needs=("speed",),
     ),
-    Gate("canary", lambda bench: None, canary),
+    # "digests" takes the canary of other weights off the record.
+    Gate("canary", lambda context: None, store_canary, needs=("digests", "load")),
 )
 
 
-class _Measured:
-    """An encoder as `evaluate.cost.load_model` wants to see it."""
+def in_order_of_needs(gates: Sequence[Gate]) -> list[Gate]:
+    """Return the gates so that each comes after those it needs, otherwise in the order given.
 
-    kind = "unmask"
+    Raises:
+        ValueError: a gate needs one that is not there, or gates need each other.
+    """
+    waiting, ordered = list(gates), list[Gate]()
+    while waiting:
+        passed = {gate.name for gate in ordered}
+        following = next((gate for gate in waiting if passed.issuperset(gate.needs)), None)
+        if following is None:
+            raise ValueError(f"the needs of {', '.join(gate.name for gate in waiting)} cannot be met")
+        waiting.remove(following)
+        ordered.append(following)
+    return ordered
 
-    def __init__(self, encoder: Encoder) -> None:
-        self.encode = encoder.encode
 
-
-def _best(points: Sequence[SpeedPoint]) -> SpeedPoint:
+def _fastest_point(points: Sequence[SpeedPoint]) -> SpeedPoint:
     return max(points, key=lambda point: point.tokens_per_second)
 
 
-def _fastest(bench: OnboardingContext) -> float | None:
-    points = points_of(bench.measured)
-    return _best(points).tokens_per_second if points else None
+def _best_throughput(context: OnboardingContext) -> float | None:
+    """Return the highest tokens per second that was measured; None before the gate of speed."""
+    points = points_of(context.measurements)
+    return _fastest_point(points).tokens_per_second if points else None
 
 
-def _digest(file: Path | None) -> str:
+def _file_digest(file: Path | None) -> str:
     if file is None:
         return ""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _free_memory() -> int | None:
-    """Bytes that could still be had; None where the system does not say."""
+    """Return the bytes of memory that are free; None where the system does not say."""
     with contextlib.suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:")))

@@ -1,4 +1,4 @@
-"""Whether our vectors of a model are the right ones: against vectors that were given, or against `transformers`."""
+"""Parity: comparison of our vectors with reference vectors from a file, or with those of `transformers`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ _SAMPLE = 24
 
 @dataclass(frozen=True)
 class Parity:
-    """How near two sets of vectors are.
+    """The distance of two sets of vectors.
 
     Attributes:
-        against: what ours were held against, in words.
-        cosine: of the pair that is furthest apart.
-        difference: the largest difference of two numbers, over the root mean square of all.
-        count: of the pairs.
+        against: the reference, in words.
+        cosine: lowest cosine of a pair.
+        difference: largest absolute difference of two elements, divided by the root mean square of the reference.
+        count: number of pairs.
     """
 
     against: str
@@ -35,16 +35,16 @@ class Parity:
 
 
 def against_file(encoder: Encoder, file: Path) -> Parity:
-    """Against an .npz with `texts` [n], `vectors` [n, dim] and, if there are any, `instructions` [n].
+    """Compare with an .npz of `texts` [n], `vectors` [n, dim] and, if there are any, `instructions` [n].
 
     Raises:
-        UsageError: the file is not such a one, or its vectors have another length.
+        UsageError: the file has other arrays, or its vectors another length.
     """
     try:
         with np.load(file, allow_pickle=False) as stored:
             texts, vectors = [str(text) for text in stored["texts"]], np.asarray(stored["vectors"], dtype=np.float32)
-            given = stored["instructions"] if "instructions" in stored.files else [""] * len(texts)
-            instructions = [str(text) for text in given]
+            stored_instructions = stored["instructions"] if "instructions" in stored.files else [""] * len(texts)
+            instructions = [str(text) for text in stored_instructions]
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"{file} holds no reference vectors (arrays texts and vectors in an .npz): {error}") from error
     if vectors.shape != (len(texts), encoder.dim) or len(instructions) != len(texts) or not texts:
@@ -53,13 +53,13 @@ def against_file(encoder: Encoder, file: Path) -> Parity:
             f"{list(vectors.shape)}; the model's vectors have {encoder.dim} numbers"
         )
     ours = np.concatenate(
-        [encoder.encode(text, instruction=asked) for text, asked in zip(texts, instructions, strict=True)]
+        [encoder.encode(text, instruction=instruction) for text, instruction in zip(texts, instructions, strict=True)]
     )
     return _compare(ours, vectors, f"{len(texts)} given vectors")
 
 
 def against_transformers(encoder: Encoder) -> Parity:
-    """Against the same weights, run by `transformers` without its causal mask over the same tokens.
+    """Compare with the same weights, run by `transformers` without its causal mask on the same tokens.
 
     Raises:
         UnsupportedArchitecture: transformers does not know the architecture, or keeps it causal.
@@ -86,10 +86,10 @@ def against_transformers(encoder: Encoder) -> Parity:
 
 
 def require(parity: Parity) -> None:
-    """See that the vectors are the same.
+    """Check that every pair of vectors is close enough.
 
     Raises:
-        GateFailed: one is not.
+        GateFailed: a pair is not.
     """
     least = CANARY_COSINE["float32"]
     if not parity.cosine >= least:

@@ -1,4 +1,4 @@
-"""How fast an engine answers, by the length of the texts and the number of callers."""
+"""Sweep of speeds: throughput and latency of an engine, by length of the texts and number of callers."""
 
 import asyncio
 import itertools
@@ -20,13 +20,13 @@ def sweep(
     lengths: Sequence[int],
     callers: Sequence[int],
     seconds: float,
-    tell: Callable[[int, int], None],
+    report_progress: Callable[[int, int], None],
 ) -> list[SpeedPoint]:
-    """Every length with every number of callers, for some seconds each, through an engine that remembers nothing.
+    """Measure every length with every number of callers, through an engine without a cache of vectors.
 
     Args:
-        lengths: in tokens, as near as whole words allow; those beyond the model's own are left out.
-        tell: is told how many points are done, of how many.
+        lengths: in tokens, as near as whole words allow. Lengths beyond the model's maximum are left out.
+        report_progress: called with the number of finished points, and of all.
 
     Raises:
         UsageError: no length fits the model, or a number is below one.
@@ -38,25 +38,25 @@ def sweep(
         raise UsageError(f"no length of {', '.join(map(str, lengths))} fits the model's {encoder.max_length} tokens")
     engine = Engine(encoder)
     points: list[SpeedPoint] = []
-    places = list(itertools.product(fitting, callers))
+    settings = list(itertools.product(fitting, callers))
     try:
-        for done, (length, count) in enumerate(places):
-            tell(done, len(places))
-            points.append(asyncio.run(_measured(engine, _Texts(encoder, length), length, count, seconds)))
-        tell(len(places), len(places))
+        for done, (length, count) in enumerate(settings):
+            report_progress(done, len(settings))
+            points.append(asyncio.run(_measure_point(engine, _Texts(encoder, length), length, count, seconds)))
+        report_progress(len(settings), len(settings))
     finally:
         engine.close(0)
     return points
 
 
 class _Texts:
-    """Texts of one length in tokens, no two alike before the sample has been gone through."""
+    """Texts of one length in tokens. They repeat only after the whole sample was used."""
 
     def __init__(self, encoder: Encoder, tokens: int) -> None:
         self._words = " ".join(sample_texts()).split()
         self._at = 0
-        whole = int(encoder.count_tokens(" ".join(self._words[:400]))[0])
-        self._count = max(1, round(tokens * 400 / whole))
+        sample_tokens = int(encoder.count_tokens(" ".join(self._words[:400]))[0])
+        self._count = max(1, round(tokens * 400 / sample_tokens))
         while self._count > 1 and int(encoder.count_tokens(self._text(0))[0]) > tokens:
             self._count -= 1
 
@@ -69,7 +69,7 @@ class _Texts:
         return " ".join((self._words[start:] + self._words)[: self._count])
 
 
-async def _measured(engine: Engine, texts: _Texts, length: int, count: int, seconds: float) -> SpeedPoint:
+async def _measure_point(engine: Engine, texts: _Texts, length: int, count: int, seconds: float) -> SpeedPoint:
     await engine.run(await engine.prepare([texts.next()], truncate=True))
     latencies: list[float] = []
     tokens = 0
@@ -78,11 +78,11 @@ async def _measured(engine: Engine, texts: _Texts, length: int, count: int, seco
     async def caller(number: int) -> None:
         nonlocal tokens
         while True:
-            asked = time.perf_counter()
+            sent = time.perf_counter()
             prompts = await engine.prepare([texts.next()], truncate=True)
             await engine.run(prompts, caller=f"caller {number}")
             now = time.perf_counter()
-            latencies.append(1000 * (now - asked))
+            latencies.append(1000 * (now - sent))
             tokens += sum(len(prompt.ids) for prompt in prompts)
             if now - began >= seconds:
                 return
