@@ -1,4 +1,4 @@
-"""`Accounts`: what a server asks of this room, without waiting on its event loop."""
+"""`Accounts`: the service that a server uses, without blocking its event loop."""
 
 import asyncio
 import logging
@@ -28,33 +28,33 @@ log = logging.getLogger("unmask")
 
 T = TypeVar("T")
 
-# How long a hold outlives its request's deadline before it counts as its dead server's. Shorter than this, and a
-# slow settlement would meet the sweeper; longer, and credit is tied up after a crash.
+# Time between the deadline of a request and the expiry of its hold. Shorter, and the sweeper could expire a hold
+# whose settlement is slow; longer, and credit is tied up after a crash of a server.
 HOLD_MARGIN_MS = 60_000
 
-# Whoever has no password proves to be there still by having signed in so lately.
+# Accounts without a password re-authenticate by a sign-in at most this recent.
 _FRESH_MS = 10 * 60_000
 
 _SWEEP_S = 5.0
 
-# SQLite's log is copied into the file so often that it is a matter of a few milliseconds.
+# Interval of checkpoints of SQLite's write-ahead log: often, so that each takes a few milliseconds.
 _TIDY_S = 0.2
 _READERS = 4
-_PRICE_S = 5.0  # how long a price is believed without looking
+_PRICE_S = 5.0  # age up to which a cached price is used
 
-# How long a key that was good is believed without looking, where it was changed by another process. Spending looks in
-# any case: the statement that takes the credit also asks whether account and key are still good.
+# Age up to which a cached key is used, in case another process changed it. Spending does not rely on it: the
+# statement that takes the credit also tests that account and key are still active.
 _KEY_MS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
 class BillableRequest:
-    """A request that is about to be done.
+    """A request before its computation.
 
     Attributes:
         request: its id, for people.
-        model, tier: what is asked of whom.
-        tokens: how many.
+        model, tier: model id and price tier.
+        tokens: number of tokens to charge.
         seconds: until its deadline.
         idempotency_key, body: digests, see `Hold`.
     """
@@ -69,16 +69,16 @@ class BillableRequest:
 
 
 class Accounts:
-    """The room's state in one process: database, peppers, limits, the line of writes, and a sweeper.
+    """The accounts of one server process: database, peppers, limits, the writer, caches, and a sweeper thread.
 
     Args:
-        url: of the database; its tables are brought up to date.
+        url: of the database; its tables are migrated.
         pepper: file of the peppers; left out, it is in `UNMASK_HOME/accounts`.
-        limiter: where requests and tokens per minute are counted, and tries to sign in. Closed with this.
-        free_credit: nano-dollars for whoever signs up.
-        flush_charges: on SQLite, whether a request waits until its charge is on the disk. Without, a power cut may
-            forget the charges of the last moments; a killed process forgets nothing in either case.
-        provider: an OpenID Connect provider whose people may sign in; None for passwords alone.
+        limiter: counts requests and tokens per minute, and attempts to sign in. Closed with this.
+        free_credit: nano-dollars for a new account.
+        flush_charges: on SQLite, let a request wait until its charge is on the disk. Without, a power cut may lose
+            the charges of the last moments. A killed process loses nothing in either case.
+        provider: an OpenID Connect provider to sign in with; None for passwords only.
 
     Raises:
         UsageError, StorageError: the database or the pepper cannot be used, or the provider's library is missing.
@@ -111,7 +111,7 @@ class Accounts:
         self._sweeper.start()
 
     async def read(self, question: Callable[[Connection], T]) -> T:
-        """The answer to a question, from one state of the tables."""
+        """Return the result of a query, which sees one state of the tables."""
 
         def ask() -> T:
             with self.database.read() as connection:
@@ -120,20 +120,20 @@ class Accounts:
         return await asyncio.get_running_loop().run_in_executor(self._readers, ask)
 
     async def write(self, piece: Callable[[Connection], T]) -> T:
-        """The result of a piece of work, once it is written for good. It may run more than once."""
+        """Run a function that changes tables, and return its result once it is committed. It may run more than once."""
         try:
             return await self._book(piece)
         finally:
-            # It may have been about one of them.
+            # The change may concern a cached key or price.
             self._callers, self._prices, self._tariff = {}, {}, (0, [])
 
     async def _book(self, piece: Callable[[Connection], T]) -> T:
-        """As `write`, for the short pieces of every request."""
+        """Write as `write` does, for the short transactions of every request: without clearing the caches."""
         future = self._writer.try_inline(piece)
         return future.result() if future is not None else await asyncio.wrap_future(self._writer.submit(piece))
 
     async def authenticate(self, key: str, address: str) -> Caller:
-        """Whose key this is.
+        """Return the caller that a key belongs to.
 
         Raises:
             KeyRefused, Forbidden: as `keys.authenticate`.
@@ -154,13 +154,13 @@ class Accounts:
 
         Args:
             kind: "requests" or "tokens".
-            amount: how many; 0 only looks.
+            amount: how many; 0 only reads the status.
 
         Returns:
-            The tighter of the two, or None if nothing limits them.
+            The status of the tighter limit, or None if there is no limit.
 
         Raises:
-            RateLimited: the minute does not hold so much.
+            RateLimited: the limit does not allow so much now.
         """
         settings = caller.key.settings
         if kind == "requests":
@@ -177,15 +177,15 @@ class Accounts:
         return min(levels, key=lambda level: level.remaining)
 
     async def hold(self, caller: Caller, work: BillableRequest) -> HeldCredit:
-        """Set aside what a request costs, before it is done.
+        """Hold the cost of a request, before its computation.
 
         Raises:
-            NoPrice: nobody has said what the model costs.
+            NoPrice: the operator has set no price for the model.
             and as `ledger.hold`.
         """
         price = await self._price(work.model, work.tier)
         now = now_ms()
-        wanted = Hold(
+        new_hold = Hold(
             id=f"chg_{secrets.token_hex(12)}",
             account_id=caller.account_id,
             key_id=caller.key.id,
@@ -200,30 +200,30 @@ class Accounts:
             body=work.body,
         )
         try:
-            return await self._book(lambda connection: ledger.hold(connection, wanted, now))
+            return await self._book(lambda connection: ledger.hold(connection, new_hold, now))
         except asyncio.CancelledError:
-            # It may be on its way into the tables. If this comes before it, the sweeper finds it.
-            self.release(wanted.id)
+            # The hold may still be queued. If the release runs before it, the sweeper gives it back.
+            self.release(new_hold.id)
             raise
 
     async def settle(self, charge: str) -> None:
-        """Charge what was held. Once begun it goes through, whoever stops waiting for it.
+        """Charge a held amount. Continues if the caller is cancelled.
 
         Raises:
-            StorageError: it could not be written; the charge is then held until its time is up.
+            StorageError: it could not be written; the charge is then held until it expires.
             InsufficientCredit, LedgerRefused: as `ledger.settle`.
         """
         await asyncio.shield(self._book(lambda connection: ledger.settle(connection, charge, now_ms())))
 
     def release(self, charge: str) -> None:
-        """Give back what was held. Not waited for: if it fails, the sweeper does it."""
+        """Give a held amount back, without waiting. If it fails, the sweeper does it."""
         try:
             self._writer.submit(lambda connection: ledger.release(connection, charge, now_ms()))
         except UnmaskError as error:
             log.warning("charge %s stays held until its time is up: %s", charge, error)
 
     async def prices(self) -> list[tariff.TariffPrice]:
-        """Every price that was set, as it was at most five seconds ago.
+        """Return all prices that the operator has set, at most five seconds old.
 
         Raises:
             StorageError: the database failed.
@@ -237,15 +237,15 @@ class Accounts:
         now = now_ms()
         seen = self._prices.get((model, tier))
         if seen is None or now - seen[0] > _PRICE_S * 1000:
-            found = await self.read(lambda connection: tariff.find_price(connection, model, tier))
-            seen = self._prices[model, tier] = (now, found)
+            price = await self.read(lambda connection: tariff.find_price(connection, model, tier))
+            seen = self._prices[model, tier] = (now, price)
         return seen[1]
 
     async def sign_up(self, email: str, password: str, *, address: str, invitation: str | None = None) -> Person:
-        """Make a person with an account and the free credit.
+        """Create a person with an account and the free credit.
 
         Args:
-            address: where the request comes from, whose sign-ups are counted.
+            address: IP address of the request, whose sign-ups are counted.
             invitation: the token of the first admin.
 
         Raises:
@@ -270,34 +270,34 @@ class Accounts:
         return await self.write(make)
 
     async def sign_in(self, email: str, password: str, *, address: str) -> str:
-        """A new session's token.
+        """Sign in with a password. Returns the token of a new session.
 
-        An address that is not known takes as long as a wrong password, and gets the same words.
+        An unknown mail address takes as long as a wrong password, and gets the same message.
 
         Raises:
-            SignInRefused: they do not fit.
-            RateLimited: too many tries for the address or from the place.
+            SignInRefused: mail address and password do not fit.
+            RateLimited: too many attempts for the mail address or from the IP address.
         """
         await self._throttle(address, email)
-        found = await self.read(lambda connection: people.stored_password(connection, email))
-        good = await asyncio.to_thread(people.check_password, found[1] if found else None, password)
-        if found is None or not good:
+        stored = await self.read(lambda connection: people.stored_password(connection, email))
+        good = await asyncio.to_thread(people.check_password, stored[1] if stored else None, password)
+        if stored is None or not good:
             raise SignInRefused("this address and this password do not fit")
-        person, hashed = found
+        person, hashed = stored
         now = now_ms()
 
         actor = Actor(person, address)
         return await self.write(lambda connection: actions.sign_in(connection, actor, now, credentials=(email, hashed)))
 
     async def sign_in_with_identity(self, identity: Identity, *, address: str) -> str:
-        """A new session's token for whomever a provider vouches for, who gets an account if this is the first time.
+        """Sign in with an identity. Returns the token of a new session. A new identity gets a new account.
 
-        An account that has the same address already stays its owner's: it is linked by `link` alone.
+        An existing account with the same mail address is not used: only `link_identity` links one.
 
         Raises:
-            SignInRefused: there is no address, or the provider says that it is not verified.
-            AddressTaken: an account here has the address.
-            UsageError: the address is none.
+            SignInRefused: the provider sends no mail address, or says that it is not verified.
+            AddressTaken: an account here has the mail address.
+            UsageError: the mail address is malformed.
         """
         name = self.provider.name if self.provider else identity.issuer
         now = now_ms()
@@ -331,7 +331,7 @@ class Accounts:
         return await self.write(start)
 
     async def reauthenticate(self, person: Person, password: str, *, address: str, session: str = "") -> None:
-        """Whether it is still the person who has signed in: they know the password, or have just signed in without.
+        """Check again that a request is from the person: by password, or without one by a recent sign-in.
 
         Args:
             session: the token of their session, for those without a password.
@@ -340,24 +340,24 @@ class Accounts:
             SignInRefused, RateLimited.
         """
         await self._throttle(address, person.email)
-        found, began = await self.read(
+        credentials, started_at = await self.read(
             lambda connection: (
                 people.stored_password(connection, person.email),
                 people.session_start(connection, session),
             )
         )
-        stored = found[1] if found else None
+        stored = credentials[1] if credentials else None
         if stored == people.NO_PASSWORD:
-            if now_ms() - began > _FRESH_MS:
+            if now_ms() - started_at > _FRESH_MS:
                 raise SignInRefused("you signed in too long ago for this: sign out and in again, and do it at once")
         elif not await asyncio.to_thread(people.check_password, stored, password):
             raise SignInRefused("the password is not right")
 
     async def link_identity(self, person: Person, identity: Identity, *, address: str) -> None:
-        """Let a person sign in with an identity as well. `confirm` is to be asked before the way to the provider.
+        """Let a person sign in with an identity as well. Call `reauthenticate` before the redirect to the provider.
 
         Raises:
-            AddressTaken: the identity is another account's.
+            AddressTaken: the identity belongs to another account.
         """
         actor, now = Actor(person.id, address), now_ms()
         await self.write(lambda connection: actions.link_identity(connection, actor, identity, now))
@@ -365,7 +365,7 @@ class Accounts:
     async def unlink_identity(
         self, person: Person, issuer: str, password: str, *, address: str, session: str = ""
     ) -> None:
-        """End signing in with an issuer's identity, and every session of the person.
+        """Unlink an identity of an issuer, which ends every session of the person.
 
         Raises:
             UsageError, SignInRefused, RateLimited.
@@ -375,15 +375,15 @@ class Accounts:
         await self.write(lambda connection: actions.unlink_identity(connection, actor, issuer, now))
 
     async def throttle_address(self, address: str) -> None:
-        """Count a try to sign in that names nobody yet.
+        """Count an attempt to sign in before its mail address is known.
 
         Raises:
-            RateLimited: too many from the place.
+            RateLimited: too many attempts from the IP address.
         """
         await self._draw([_from_place(address)])
 
     async def change_password(self, person: Person, old: str, new: str, *, address: str, session: str = "") -> None:
-        """Another password, or a first one, which ends every session of the person.
+        """Set a new password, or a first one, which ends every session of the person.
 
         Raises:
             UsageError, SignInRefused, RateLimited.
@@ -394,7 +394,7 @@ class Accounts:
         await self.write(lambda connection: actions.set_password(connection, actor, hashed, now))
 
     async def close_account(self, person: Person, password: str, *, address: str, session: str = "") -> int:
-        """Delete a person's account, see `people.close_account`. Returns the nano-dollars given up.
+        """Delete a person's account, see `people.close_account`. Returns the nano-dollars that are forfeited.
 
         Raises:
             SignInRefused, RateLimited, LedgerRefused.
@@ -404,7 +404,7 @@ class Accounts:
         return await self.write(lambda connection: actions.close_account(connection, actor, person.account_id, now))
 
     async def _throttle(self, address: str, email: str) -> None:
-        """Ten tries a minute for one mail address, thirty from one place."""
+        """Limit attempts to ten a minute per mail address, and thirty per IP address."""
         who = self.peppers.permanent_digest(
             f"sign-in {email.strip().lower()[:254]}"
         )  # the buckets may lie outside this process
@@ -418,7 +418,10 @@ class Accounts:
             raise RateLimited(f"Too many tries: wait {seconds} seconds.", "requests", refused.retry_after) from None
 
     def sweep(self) -> int:
-        """Give back holds whose server died, note when keys were used, drop what is too old. How many holds.
+        """Expire holds whose server died, record the last use of keys, and delete old sessions and replays.
+
+        Returns:
+            The number of holds that expired.
 
         Raises:
             StorageError: the database failed.
@@ -427,7 +430,7 @@ class Accounts:
         self._callers = {}
         with self.database.read() as connection:
             late = ledger.expired_holds(connection, now)
-        # One transaction each: a sweep that locked many charges could wait for a settlement that waits for it.
+        # One transaction each: a sweep that locks many charges could deadlock with a settlement.
         ended = [self._writer.submit(lambda connection, id=id: ledger.expire(connection, id, now)) for id in late]
         count = sum(future.result() for future in ended)
         uses, self._uses = self._uses, {}
@@ -459,7 +462,7 @@ class Accounts:
                 log.exception("sweeping the ledger failed, it is tried again")
 
     def close(self) -> None:
-        """Write what is in line, and end. No request may be on its way any more."""
+        """Write everything that is queued, and stop. No request may be in flight."""
         self._stop.set()
         self._sweeper.join()
         try:

@@ -1,4 +1,4 @@
-"""The audit log: who did what to accounts, keys, prices, money and models. Append-only, without secrets.
+"""The audit log of changes of accounts, keys, prices, money and models. Append-only, without secrets.
 
 Only this package appends to the log. `unmask.accounts.actions` makes a change and its audit row in one transaction;
 for changes of the catalogue, whose tables stand above this package, there are the `append_model_...` functions.

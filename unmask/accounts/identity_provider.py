@@ -1,4 +1,4 @@
-"""Signing in with an account elsewhere: the authorization code flow of OpenID Connect.
+"""Sign-in with an OpenID Connect provider, by the authorization code flow with PKCE.
 
 A visit to the provider is one text, `Visit`, that the visitor's browser keeps. `state`, `nonce` and the PKCE verifier
 are digests of it under the pepper, so nothing is stored here, any server with the same pepper takes the visitor back,
@@ -36,7 +36,7 @@ _LONGEST_NEXT = 500  # the browser keeps it in a cookie
 
 @dataclass(frozen=True, kw_only=True)
 class IdentityProviderSettings:
-    """Who vouches for people.
+    """Settings of an OpenID Connect provider.
 
     Attributes:
         issuer: the provider's URL, exactly as it signs it.
@@ -69,12 +69,12 @@ class IdentityProviderSettings:
 
 @dataclass(frozen=True)
 class Identity:
-    """Whom the provider vouches for.
+    """An identity that the provider confirms.
 
     Attributes:
-        issuer, subject: together they are one person for ever; an address is not.
-        email: what the provider says, or nothing.
-        verified: whether it says that the address is theirs; None if it says nothing about that.
+        issuer, subject: together they identify one person for ever; a mail address does not.
+        email: as the provider says, or "".
+        verified: the provider's claim `email_verified`; None if it makes none.
     """
 
     issuer: str
@@ -85,12 +85,12 @@ class Identity:
 
 @dataclass(frozen=True)
 class AuthorizationRequest:
-    """A visit to the provider that has begun.
+    """A sign-in at the provider that has begun. The browser keeps it in a cookie.
 
     Attributes:
-        until: when it is too late to come back, in Unix milliseconds.
-        person: whose account the identity is to be linked to; nothing for signing in.
-        next: the page to go on to.
+        until: expiry in Unix milliseconds.
+        person: id of the person to link the identity to; "" for signing in.
+        next: page to show afterwards.
     """
 
     until: int
@@ -100,13 +100,13 @@ class AuthorizationRequest:
 
     @classmethod
     def begin(cls, *, person: str = "", next: str = "") -> "AuthorizationRequest":
-        """A new one."""
-        kept = next if len(next) <= _LONGEST_NEXT else ""
-        return cls(now_ms() + AUTHORIZATION_MS, person, secrets.token_urlsafe(24), kept)
+        """Begin a request, for signing in or for linking an identity to a person."""
+        page = next if len(next) <= _LONGEST_NEXT else ""
+        return cls(now_ms() + AUTHORIZATION_MS, person, secrets.token_urlsafe(24), page)
 
     @classmethod
     def read(cls, text: str) -> "AuthorizationRequest | None":
-        """What `str` wrote; None if it is nothing of the kind."""
+        """Parse the text that `str` made; None if it is malformed."""
         until, *rest = text.split(".", 3)
         if len(rest) != 3 or not (until.isascii() and until.isdecimal() and len(until) < 19):
             return None
@@ -140,16 +140,16 @@ class IdentityProvider:
         self._metadata: tuple[float, dict[str, Any]] | None = None
 
     async def address(self, visit: AuthorizationRequest, back: str) -> str:
-        """Where to send the visitor's browser.
+        """Return the URL of the provider to redirect the browser to.
 
         Args:
-            visit: to be kept by the browser.
-            back: our own address that the provider sends it back to.
+            visit: the request, which the browser keeps.
+            back: the redirect URI, our own page that the provider redirects to.
 
         Raises:
-            ProviderUnavailable: it does not answer, or not as the standard says.
+            ProviderUnavailable: it does not answer, or violates the standard.
         """
-        with self._asked():
+        with self._provider_errors():
             metadata = await self._discovered()
             async with self._client(metadata, back) as client:
                 url, _ = client.create_authorization_url(
@@ -160,36 +160,36 @@ class IdentityProvider:
                 )
         return url
 
-    async def identity(self, visit: AuthorizationRequest | None, given: Mapping[str, str], back: str) -> Identity:
-        """Who came back.
+    async def identity(self, visit: AuthorizationRequest | None, callback: Mapping[str, str], back: str) -> Identity:
+        """Exchange the authorization code, and return the identity of the visitor.
 
         Args:
-            visit: what the browser kept.
-            given: what the provider sent along: `code` and `state`, or `error`.
-            back: as for `address`.
+            visit: the request that the browser kept.
+            callback: parameters of the redirect: `code` and `state`, or `error`.
+            back: the redirect URI, as for `address`.
 
         Raises:
-            SignInRefused: it is another's visit, or too old, or the provider does not vouch for anybody.
-            ProviderUnavailable: it does not answer, or not as the standard says.
+            SignInRefused: the request is of another browser or too old, or the provider confirms no identity.
+            ProviderUnavailable: it does not answer, or violates the standard.
         """
         again = f"begin again at 'Sign in with {self.name}'"
         if visit is None or not hmac.compare_digest(
-            self._derived("state", visit).encode(), given.get("state", "").encode()
+            self._derived("state", visit).encode(), callback.get("state", "").encode()
         ):
             raise SignInRefused(f"this way back from {self.name} was not begun in this browser: {again}")
         if visit.until < now_ms():
             raise SignInRefused(f"the way to {self.name} and back took longer than ten minutes: {again}")
-        if not given.get("code"):
+        if not callback.get("code"):
             # Its own words are not repeated: whoever makes up such an address could say anything with them.
             raise SignInRefused(f"you were not signed in by {self.name}: {again}")
-        with self._asked():
+        with self._provider_errors():
             metadata = await self._discovered()
             async with self._client(metadata, back) as client:
                 keys = await self._json(client, metadata["jwks_uri"])  # first, as a code can be used only once
                 token = await client.fetch_token(
                     metadata["token_endpoint"],
                     grant_type="authorization_code",
-                    code=given["code"],
+                    code=callback["code"],
                     code_verifier=self._derived("verifier", visit),
                 )
                 claims = self._claims(token["id_token"], keys, self._derived("nonce", visit))
@@ -205,7 +205,7 @@ class IdentityProvider:
         )
 
     def _claims(self, id_token: str, keys: dict[str, Any], nonce: str) -> dict[str, Any]:
-        """What the ID token says, once its signature and everything that must be in it is right."""
+        """Return the claims of an ID token. Checks its signature and every claim that the standard requires."""
         from joserfc import jwt
         from joserfc.errors import InvalidClaimError
         from joserfc.jwk import KeySet
@@ -229,36 +229,36 @@ class IdentityProvider:
         return claims
 
     async def _completed(self, client: Any, url: str, claims: dict[str, Any]) -> dict[str, Any]:
-        """The claims with the address, where the provider keeps that out of its tokens."""
+        """Add the mail address from the user info endpoint, for providers that leave it out of their tokens."""
         answer = await client.get(url)
         answer.raise_for_status()
-        found = answer.json()
-        if found["sub"] != claims["sub"]:
+        info = answer.json()
+        if info["sub"] != claims["sub"]:
             raise ValueError("the user info is somebody else's")
-        return claims | {name: found[name] for name in ("email", "email_verified") if name in found}
+        return claims | {name: info[name] for name in ("email", "email_verified") if name in info}
 
     async def _discovered(self) -> dict[str, Any]:
-        """The discovery document."""
+        """Return the provider's discovery document, cached for some minutes."""
         if self._metadata is not None and time.monotonic() - self._metadata[0] < _METADATA_S:
             return self._metadata[1]
         url = f"{self.settings.issuer.rstrip('/')}/.well-known/openid-configuration"
         async with self._client({}, "") as client:
-            found = await self._json(client, url)
-        if found["issuer"] != self.settings.issuer:
-            raise ValueError(f"it says that its issuer is {str(found['issuer'])[:200]!r}")
+            document = await self._json(client, url)
+        if document["issuer"] != self.settings.issuer:
+            raise ValueError(f"it says that its issuer is {str(document['issuer'])[:200]!r}")
         for endpoint in ("authorization_endpoint", "token_endpoint", "jwks_uri"):
-            if not _is_safe(found[endpoint]):
+            if not _is_safe(document[endpoint]):
                 raise ValueError(f"its {endpoint} is no https address")
-        self._metadata = time.monotonic(), found
-        return found
+        self._metadata = time.monotonic(), document
+        return document
 
     async def _json(self, client: Any, url: str) -> dict[str, Any]:
         answer = await client.request("GET", url, withhold_token=True)
         answer.raise_for_status()
-        found = answer.json()
-        if not isinstance(found, dict):
+        content = answer.json()
+        if not isinstance(content, dict):
             raise ValueError(f"{url} holds no JSON object")
-        return found
+        return content
 
     def _client(self, metadata: Mapping[str, Any], back: str) -> Any:
         from authlib.integrations.httpx_client import AsyncOAuth2Client
@@ -278,8 +278,8 @@ class IdentityProvider:
         return self._peppers.permanent_digest(f"oidc {what} {visit}")
 
     @contextmanager
-    def _asked(self) -> Iterator[None]:
-        """What goes wrong between the provider and us, in words for the visitor; the log has those for the operator."""
+    def _provider_errors(self) -> Iterator[None]:
+        """Translate errors of the exchange into messages for the visitor, and log them for the operator."""
         from authlib.common.errors import AuthlibBaseError
         from httpx2 import HTTPError, HTTPStatusError, InvalidURL
         from joserfc.errors import JoseError
@@ -304,7 +304,7 @@ class IdentityProvider:
 
 
 def _is_safe(url: object) -> bool:
-    """Whether nobody on the way can read or change what is said there: https, or this machine."""
+    """True if the connection to a URL is protected: https, or this machine."""
     try:
         parts = urlsplit(url if isinstance(url, str) else "")
         host = parts.hostname or ""
@@ -316,7 +316,7 @@ def _is_safe(url: object) -> bool:
 
 
 def is_this_machine(host: str) -> bool:
-    """Whether a host is this machine's own address, which no other can reach."""
+    """True if a host is this machine's own address, which no other machine can reach."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,8 +1,8 @@
-"""API keys: how they look, how they are kept, what each of them may do.
+"""API keys: their format, storage and permissions.
 
-A key is `um_<public id>_<secret><checksum>`. The id finds the row; of the secret only an HMAC under a pepper is
-stored, and the pepper lies outside the database, so that neither alone lets anybody in. A fast hash is right for a
-secret of 256 random bits: there is nothing to guess.
+A key is `um_<public id>_<secret><checksum>`. The id finds the row. Of the secret only an HMAC under a pepper is
+stored, and the pepper is outside the database, so neither alone gives access. A fast hash is right for a secret of
+256 random bits, which cannot be guessed.
 """
 
 import hashlib
@@ -35,10 +35,10 @@ _SHAPE = re.compile(rf"um_([0-9A-Za-z]{{{_ID}}})_[0-9A-Za-z]{{{_SECRET + _CHECK}
 
 
 class Peppers:
-    """The secrets under which keys are digested, by name; the last one is for new keys.
+    """The secrets for the HMAC of keys, by name. New keys use the last one.
 
     Args:
-        path: one `name hex` per line. Made with one pepper if it does not exist.
+        path: file with one `name hex` per line. Created with one pepper if it does not exist.
 
     Raises:
         StorageError: it cannot be read or written, or is not such a file.
@@ -62,18 +62,18 @@ class Peppers:
             ) from error
 
     def digest(self, key: str, pepper: str | None = None) -> str:
-        """HMAC of a key, under the named pepper. An unknown name costs the same and fits nothing."""
+        """Return the HMAC of a key under the named pepper. An unknown name takes as long and fits no key."""
         secret = self._peppers.get(pepper or self.current, b"")
         return hmac.new(secret or b"missing", key.encode(), hashlib.sha256).hexdigest()
 
     def permanent_digest(self, text: str) -> str:
-        """A digest of `text` that stays the same for ever, under the first pepper."""
+        """Return a digest of `text` under the first pepper, which stays the same when peppers are added."""
         return hmac.new(next(iter(self._peppers.values())), text.encode(), hashlib.sha256).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeySettings:
-    """What a key may do. None is no limit.
+    """Permissions and limits of a key. None is no limit.
 
     Attributes:
         scopes: out of `SCOPES`.
@@ -134,7 +134,7 @@ class KeySettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Key:
-    """A key as its owner sees it: everything but the secret."""
+    """A key without its secret, as its owner sees it."""
 
     id: str
     account_id: str
@@ -145,7 +145,7 @@ class Key:
     used_at: int | None
 
     def state(self, now: int) -> str:
-        """ "active", "expired" or "revoked"."""
+        """Return "active", "expired" or "revoked"."""
         if self.revoked_at is not None:
             return "revoked"
         expires_at = self.settings.expires_at
@@ -154,7 +154,7 @@ class Key:
 
 @dataclass(frozen=True, kw_only=True)
 class Caller:
-    """Who calls, and what the plan of the account allows beside the key's own settings."""
+    """The caller of a request: the key, and the limits of its account's plan beside the key's own."""
 
     account_id: str
     key: Key
@@ -162,10 +162,11 @@ class Caller:
     plan_tokens_per_minute: int | None
 
     def check(self, address: str, now: int) -> None:
-        """Whether the key works now, and from this address.
+        """Check that the key is active, and may be used from this IP address.
 
         Raises:
-            KeyRefused, Forbidden: it does not.
+            KeyRefused: it is not active.
+            Forbidden: it may not be used from this address.
         """
         state = self.key.state(now)
         if state != "active":
@@ -175,10 +176,10 @@ class Caller:
             raise Forbidden(f"This API key may not be used from {address or 'an unknown address'}.")
 
     def require(self, scope: str, model: str | None = None) -> None:
-        """Whether the key is for this.
+        """Check that the key has a scope, and may call a model.
 
         Raises:
-            Forbidden: it is not.
+            Forbidden: it has not, or may not.
         """
         allowed = self.key.settings
         if scope not in allowed.scopes:
@@ -190,7 +191,7 @@ class Caller:
 
 
 def create(connection: Connection, peppers: Peppers, account: str, settings: KeySettings, now: int) -> str:
-    """Make a key. Returns it whole: nobody will ever see it again.
+    """Create a key and return it whole. It cannot be shown again.
 
     Raises:
         Forbidden: the account is not active, or has too many keys.
@@ -201,9 +202,9 @@ def create(connection: Connection, peppers: Peppers, account: str, settings: Key
 def rotate(
     connection: Connection, peppers: Peppers, account: str, id: str, now: int, *, overlap_ms: int = 24 * 3600 * 1000
 ) -> str:
-    """A new key with the settings of an old one, which works on for the overlap.
+    """Create a key with the settings of an old one, and return it. The old key works until the overlap ends.
 
-    What the old one has spent counts against the new one's limit too.
+    The spend of the old key counts against the limit of the new one too.
 
     Raises:
         KeyRefused: the account has no such key, or it is revoked.
@@ -211,9 +212,9 @@ def rotate(
     row = connection.execute(_own(account, id)).mappings().one_or_none()
     if row is None or row["revoked_at"] is not None:
         raise KeyRefused(f"there is no key {id} to rotate")
-    kept = {column: row[column] for column in KeySettings().row()}
-    kept |= {"spent": row["spent"], "carried": row["spent"], "window_started": row["window_started"]}
-    new = _create(connection, peppers, account, kept, now)
+    columns = {column: row[column] for column in KeySettings().row()}
+    columns |= {"spent": row["spent"], "carried": row["spent"], "window_started": row["window_started"]}
+    new = _create(connection, peppers, account, columns, now)
     end = now + overlap_ms
     connection.execute(
         keys.update()
@@ -224,7 +225,7 @@ def rotate(
 
 
 def change(connection: Connection, account: str, id: str, settings: KeySettings, now: int) -> None:
-    """Give a key other settings. Another spend window starts counting at nothing.
+    """Replace a key's settings. If the spend window changes, its spend starts at zero.
 
     Raises:
         KeyRefused: the account has no such key, or it is revoked.
@@ -248,7 +249,7 @@ def change(connection: Connection, account: str, id: str, settings: KeySettings,
 
 
 def revoke(connection: Connection, account: str, id: str, now: int) -> bool:
-    """End a key. Its open charges run on.
+    """Revoke a key. Its open charges continue.
 
     Returns:
         False if it was revoked before.
@@ -269,7 +270,7 @@ def revoke(connection: Connection, account: str, id: str, now: int) -> bool:
 
 
 def list_keys(connection: Connection, account: str, now: int) -> list[Key]:
-    """An account's keys, newest first."""
+    """List an account's keys, newest first."""
     rows = connection.execute(
         sa.select(keys).where(keys.c.account_id == account).order_by(keys.c.created_at.desc(), keys.c.id)
     )
@@ -277,7 +278,7 @@ def list_keys(connection: Connection, account: str, now: int) -> list[Key]:
 
 
 def get(connection: Connection, account: str, id: str, now: int) -> Key:
-    """A key of an account.
+    """Return a key of an account.
 
     Raises:
         KeyRefused: the account has no such key.
@@ -289,19 +290,19 @@ def get(connection: Connection, account: str, id: str, now: int) -> Key:
 
 
 def authenticate(connection: Connection, peppers: Peppers, key: str, address: str, now: int) -> Caller:
-    """Whose key this is.
+    """Return the caller that a key belongs to.
 
-    What is refused takes the same work and gets the same words whether the id exists or not.
+    A refusal takes the same time and has the same message whether the id exists or not.
 
     Raises:
-        KeyRefused: it is no key of ours, or not any more.
+        KeyRefused: it is no key of this server, or is not active.
         Forbidden: the account is frozen, or the key may not be used from this address.
     """
-    found = _SHAPE.fullmatch(key)
-    # Mistyped or cut: told without a look at the database, as anybody can compute the checksum.
-    if found is None or _checksum(key[:-_CHECK]) != key[-_CHECK:]:
+    match = _SHAPE.fullmatch(key)
+    # A mistyped or cut key is refused without a query. This reveals nothing: anybody can compute the checksum.
+    if match is None or _checksum(key[:-_CHECK]) != key[-_CHECK:]:
         raise KeyRefused("it is not an API key of this server: check that it is whole")
-    row = connection.execute(_CALLER, {"id": found[1]}).mappings().one_or_none()
+    row = connection.execute(_CALLER, {"id": match[1]}).mappings().one_or_none()
     digest = peppers.digest(key, row["pepper"] if row else None)
     good = hmac.compare_digest(digest, row["digest"] if row else "0" * 64)
     if row is None or not good:
@@ -320,7 +321,7 @@ def authenticate(connection: Connection, peppers: Peppers, key: str, address: st
 
 
 def record_uses(connection: Connection, uses: Mapping[str, int]) -> None:
-    """Note when keys were last used, Unix milliseconds by key id."""
+    """Store the last use of keys, Unix milliseconds by key id."""
     for id, at in uses.items():
         connection.execute(
             keys.update()
@@ -335,7 +336,7 @@ _CALLER = sa.text(
     "JOIN plans ON plans.name = accounts.plan WHERE keys.id = :id"
 )
 
-_MOST_KEYS = 1000  # per account: enough for one per machine, and an end to a loop that makes them
+_MAX_KEYS = 1000  # per account: enough for one per machine, and an end to a loop that makes them
 
 
 def _create(connection: Connection, peppers: Peppers, account: str, row: Mapping[str, Any], now: int) -> str:
@@ -345,8 +346,8 @@ def _create(connection: Connection, peppers: Peppers, account: str, row: Mapping
     number = connection.scalar(
         sa.select(sa.func.count()).where(keys.c.account_id == account, keys.c.revoked_at.is_(None))
     )
-    if int(number or 0) >= _MOST_KEYS:
-        raise Forbidden(f"account {account} has {_MOST_KEYS} keys, which is the most: revoke some")
+    if int(number or 0) >= _MAX_KEYS:
+        raise Forbidden(f"account {account} has {_MAX_KEYS} keys, which is the most: revoke some")
     id = "".join(secrets.choice(_ALPHABET) for _ in range(_ID))
     body = f"um_{id}_{_base62(secrets.randbits(256), _SECRET)}"
     key = body + _checksum(body)
@@ -359,7 +360,7 @@ def _create(connection: Connection, peppers: Peppers, account: str, row: Mapping
 
 
 def key_id(key: str) -> str:
-    """The public part of a key."""
+    """Return the public part of a key."""
     return key.split("_")[1]
 
 

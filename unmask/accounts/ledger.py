@@ -36,16 +36,16 @@ REPLAY_MS = 24 * 3600 * 1000  # how long an Idempotency-Key is remembered
 
 @dataclass(frozen=True, kw_only=True)
 class Hold:
-    """What is to be set aside.
+    """An amount to hold for a request.
 
     Attributes:
-        id: of the charge, made by us and unique.
+        id: of the charge, unique.
         request: the request's id, for people to find it by.
-        tokens: how many.
+        tokens: number of tokens.
         amount: nano-dollars.
         expires_at: Unix milliseconds after which the sweeper gives it back.
-        idempotency_key: digest of the caller's Idempotency-Key, if it sent one.
-        body: digest of what the request asks for, to tell a repetition from another request.
+        idempotency_key: digest of the caller's Idempotency-Key, if there is one.
+        body: digest of tier and body, to tell a repetition from another request.
     """
 
     id: str
@@ -64,10 +64,10 @@ class Hold:
 
 @dataclass(frozen=True)
 class HeldCredit:
-    """A charge in force.
+    """The charge of a request.
 
     Attributes:
-        replayed: it was settled by an earlier request with the same Idempotency-Key, and costs nothing again.
+        replayed: an earlier request with the same Idempotency-Key settled it, so it costs nothing again.
     """
 
     id: str
@@ -124,8 +124,8 @@ def window_start(window: str | None, now: int) -> int:
     return int(day.timestamp()) * 1000
 
 
-def hold(connection: Connection, wanted: Hold, now: int) -> HeldCredit:
-    """Set the cost of a request aside.
+def hold(connection: Connection, new_hold: Hold, now: int) -> HeldCredit:
+    """Hold the cost of a request.
 
     Raises:
         InsufficientCredit, SpendLimitReached: the account's credit or the key's limit does not cover it.
@@ -133,32 +133,32 @@ def hold(connection: Connection, wanted: Hold, now: int) -> HeldCredit:
         KeyRefused: the key was revoked meanwhile.
         RequestInProgress, KeyReused: about the Idempotency-Key.
     """
-    if wanted.idempotency_key is not None:
-        earlier = _claim(connection, wanted, now)
+    if new_hold.idempotency_key is not None:
+        earlier = _find_replay(connection, new_hold, now)
         if earlier is not None:
             return earlier
-    if _TAKE.changed(connection, {"amount": wanted.amount, "account": wanted.account_id}) != 1:
-        raise _why_not(connection, wanted)
-    window = _spend(connection, wanted, now) if wanted.key_id is not None else 0
+    if _TAKE.changed(connection, {"amount": new_hold.amount, "account": new_hold.account_id}) != 1:
+        raise _refusal(connection, new_hold)
+    window = _spend(connection, new_hold, now) if new_hold.key_id is not None else 0
     _HOLD.changed(
         connection,
         {
-            "id": wanted.id,
-            "account_id": wanted.account_id,
-            "key_id": wanted.key_id,
-            "request": wanted.request,
-            "model": wanted.model,
-            "tier": wanted.tier,
-            "tokens": wanted.tokens,
-            "amount": wanted.amount,
+            "id": new_hold.id,
+            "account_id": new_hold.account_id,
+            "key_id": new_hold.key_id,
+            "request": new_hold.request,
+            "model": new_hold.model,
+            "tier": new_hold.tier,
+            "tokens": new_hold.tokens,
+            "amount": new_hold.amount,
             "window_start": window,
             "held_at": now,
-            "expires_at": wanted.expires_at,
+            "expires_at": new_hold.expires_at,
         },
     )
-    if wanted.idempotency_key is not None:
-        _remember(connection, wanted, now)
-    return HeldCredit(wanted.id, wanted.amount)
+    if new_hold.idempotency_key is not None:
+        _store_replay(connection, new_hold, now)
+    return HeldCredit(new_hold.id, new_hold.amount)
 
 
 def settle(connection: Connection, charge: str, now: int) -> bool:
@@ -167,7 +167,7 @@ def settle(connection: Connection, charge: str, now: int) -> bool:
     A hold that the sweeper gave back meanwhile is taken again, if the credit is still there: the work was done.
 
     Returns:
-        Whether this call did it, and not an earlier one.
+        True if this call settled it, False if an earlier one did.
 
     Raises:
         LedgerRefused: the charge was released, or never held.
@@ -197,13 +197,13 @@ def settle(connection: Connection, charge: str, now: int) -> bool:
 
 
 def release(connection: Connection, charge: str, now: int, *, state: str = "released") -> bool:
-    """Give a hold back, because the work failed or nobody waits for it.
+    """Give a hold back, because the request failed or its client left.
 
     Args:
-        state: "released", or "expired" where the sweeper does it.
+        state: "released", or "expired" from the sweeper.
 
     Returns:
-        Whether there was a hold to give back; a settled charge stays settled.
+        True if there was a hold to give back. A settled charge stays settled.
     """
     row = _end(connection, charge, "held", state, now)
     if row is None:
@@ -214,7 +214,7 @@ def release(connection: Connection, charge: str, now: int, *, state: str = "rele
 
 
 def expired_holds(connection: Connection, now: int, limit: int = 1000) -> list[str]:
-    """Charges whose time is up. Each is to be given back in a transaction of its own, by `expire`."""
+    """List charges whose hold has expired. Give each back in its own transaction, with `expire`."""
     return list(
         connection.scalars(
             sa.select(charges.c.id)
@@ -226,19 +226,19 @@ def expired_holds(connection: Connection, now: int, limit: int = 1000) -> list[s
 
 
 def expire(connection: Connection, charge: str, now: int) -> bool:
-    """Give a hold back that nobody ended: its server has died."""
+    """Give back a hold that its server did not end, because it died."""
     return release(connection, charge, now, state="expired")
 
 
 def forget_replays(connection: Connection, now: int) -> int:
-    """Drop Idempotency-Keys that are older than a day. How many."""
+    """Delete Idempotency-Keys that are older than a day. Returns their number."""
     return connection.execute(replays.delete().where(replays.c.expires_at <= now)).rowcount
 
 
 def top_up(
     connection: Connection, account: str, amount: int, reference: str, now: int, *, note: str = "", source: str = CASH
 ) -> bool:
-    """Credit that was paid for, once per reference.
+    """Add credit that was paid for, once per reference.
 
     Args:
         reference: of the payment, in words of the operator's choice.
@@ -325,20 +325,20 @@ def pay_out(
         raise LedgerRefused(f"the reference {reference!r} is empty or was used already")
 
 
-def _claim(connection: Connection, wanted: Hold, now: int) -> HeldCredit | None:
-    """What an earlier request with the same Idempotency-Key left, or None if there is nothing to repeat."""
+def _find_replay(connection: Connection, new_hold: Hold, now: int) -> HeldCredit | None:
+    """Return the charge of an earlier request with the same Idempotency-Key; None if there is none to repeat."""
     earlier = connection.execute(
         sa.select(replays.c.request, replays.c.charge_id, charges.c.state, charges.c.amount)
         .join(charges, charges.c.id == replays.c.charge_id)
         .where(
-            replays.c.account_id == wanted.account_id,
-            replays.c.digest == wanted.idempotency_key,
+            replays.c.account_id == new_hold.account_id,
+            replays.c.digest == new_hold.idempotency_key,
             replays.c.expires_at > now,
         )
     ).one_or_none()
     if earlier is None:
         return None
-    if earlier.request != wanted.body:
+    if earlier.request != new_hold.body:
         raise KeyReused("this Idempotency-Key was used for another request: choose a new one for each")
     if earlier.state == "held":
         raise RequestInProgress("the request with this Idempotency-Key is still being worked on")
@@ -347,13 +347,13 @@ def _claim(connection: Connection, wanted: Hold, now: int) -> HeldCredit | None:
     return None  # it failed and was not charged, so this is the first
 
 
-def _remember(connection: Connection, wanted: Hold, now: int) -> None:
-    """Tie the Idempotency-Key to this charge, unless another request did so since `_claim` looked."""
+def _store_replay(connection: Connection, new_hold: Hold, now: int) -> None:
+    """Tie the Idempotency-Key to this charge, unless another request did so since `_find_replay` looked."""
     statement = insert(connection, replays).values(
-        account_id=wanted.account_id,
-        digest=wanted.idempotency_key,
-        request=wanted.body,
-        charge_id=wanted.id,
+        account_id=new_hold.account_id,
+        digest=new_hold.idempotency_key,
+        request=new_hold.body,
+        charge_id=new_hold.id,
         expires_at=now + REPLAY_MS,
     )
     over = sa.exists().where(charges.c.id == replays.c.charge_id, charges.c.state.in_(("released", "expired")))
@@ -372,30 +372,30 @@ def _remember(connection: Connection, wanted: Hold, now: int) -> None:
         raise RequestInProgress("the request with this Idempotency-Key is still being worked on")
 
 
-def _spend(connection: Connection, wanted: Hold, now: int) -> int:
+def _spend(connection: Connection, new_hold: Hold, now: int) -> int:
     """Count the cost against the key's limit. Returns the window it counts in.
 
     A window only ever moves forward, so that a request that crossed midnight on its way does not bring
     yesterday back.
     """
     values = {
-        "start": window_start(wanted.spend_window, now),
-        "amount": wanted.amount,
-        "key": wanted.key_id,
-        "account": wanted.account_id,
+        "start": window_start(new_hold.spend_window, now),
+        "amount": new_hold.amount,
+        "key": new_hold.key_id,
+        "account": new_hold.account_id,
     }
     for (window,) in _SPEND.rows(connection, values):
         return window
     key = connection.execute(
         sa.select(keys.c.spend_limit, keys.c.spend_window, keys.c.revoked_at).where(
-            keys.c.id == wanted.key_id, keys.c.account_id == wanted.account_id
+            keys.c.id == new_hold.key_id, keys.c.account_id == new_hold.account_id
         )
     ).one_or_none()
     if key is None or key.revoked_at is not None:
         raise KeyRefused("it was revoked")
     again = f"It starts anew with the next {key.spend_window}." if key.spend_window else "It does not start anew."
     raise SpendLimitReached(
-        f"This request costs {format_dollars(wanted.amount)} dollars, more than what is left of the API key's "
+        f"This request costs {format_dollars(new_hold.amount)} dollars, more than what is left of the API key's "
         f"spend limit of {format_dollars(key.spend_limit)} dollars. {again}"
     )
 
@@ -432,13 +432,13 @@ def _book(
     return bool(_BOOK.rows(connection, values))
 
 
-def _why_not(connection: Connection, wanted: Hold) -> Exception:
-    account = connection.execute(sa.select(accounts).where(accounts.c.id == wanted.account_id)).one_or_none()
+def _refusal(connection: Connection, new_hold: Hold) -> Exception:
+    account = connection.execute(sa.select(accounts).where(accounts.c.id == new_hold.account_id)).one_or_none()
     if account is None or account.state != "active":
         return Forbidden(f"This account is {'closed' if account is None else account.state}.")
     free = format_dollars(account.balance - account.held)
     return InsufficientCredit(
-        f"This request costs {format_dollars(wanted.amount)} dollars and the account has {free} dollars of free "
+        f"This request costs {format_dollars(new_hold.amount)} dollars and the account has {free} dollars of free "
         "credit: top it up, or send less at a time."
     )
 

@@ -30,17 +30,17 @@ ON_REDIS_FAILURE = ("share", "refuse")
 # A Redis nearby answers in a fraction of a millisecond; a caller should not wait long to be told that it is gone.
 _REDIS_TIMEOUT_S = 0.25
 _REDIS_THREADS = 4
-_SERVER_SEEN_S = 30  # a server that did not heartbeat for so long is no longer one of several
+_SERVER_SEEN_S = 30  # a server without a heartbeat for so long is not counted any more
 
 
 @dataclass(frozen=True)
 class BucketTake:
-    """What to take from one bucket.
+    """An amount to take from one bucket.
 
     Attributes:
-        bucket: whose it is, such as "key:abc:tokens".
+        bucket: its name, such as "key:abc:tokens".
         limit: per minute.
-        amount: how many; 0 only looks.
+        amount: how many; 0 only reads the status.
     """
 
     bucket: str
@@ -50,11 +50,11 @@ class BucketTake:
 
 @dataclass(frozen=True)
 class RateLimitStatus:
-    """A bucket after a draw.
+    """The state of a bucket after an amount was taken.
 
     Attributes:
         limit: per minute.
-        remaining: how many could be taken at once now.
+        remaining: amount that could be taken now.
         reset_s: seconds until it is full again.
     """
 
@@ -64,26 +64,26 @@ class RateLimitStatus:
 
 
 class Limiter(Protocol):
-    """Where the buckets are."""
+    """Holds the buckets, in this process or in Redis."""
 
-    async def take(self, draws: Sequence[BucketTake], kind: str) -> list[RateLimitStatus]:
-        """Take all draws, or none of them.
+    async def take(self, takes: Sequence[BucketTake], kind: str) -> list[RateLimitStatus]:
+        """Take all amounts, or none of them.
 
         Args:
             kind: "requests" or "tokens", for the message.
 
         Raises:
-            RateLimited: one bucket does not hold so much now.
+            RateLimited: one limit does not allow so much now.
             StorageError: the buckets cannot be reached.
         """
         ...
 
     def heartbeat(self) -> None:
-        """To be called every few seconds, in any thread."""
+        """Called every few seconds, from any thread."""
         ...
 
     def close(self) -> None:
-        """Let go of connections."""
+        """Close the connections."""
         ...
 
 
@@ -100,26 +100,26 @@ class LocalLimiter:
         self._lock = threading.Lock()
         self._swept = clock()
 
-    async def take(self, draws: Sequence[BucketTake], kind: str) -> list[RateLimitStatus]:
+    async def take(self, takes: Sequence[BucketTake], kind: str) -> list[RateLimitStatus]:
         """As `Limiter.take`."""
-        return self.take_now(draws, kind)
+        return self.take_now(takes, kind)
 
-    def take_now(self, draws: Sequence[BucketTake], kind: str) -> list[RateLimitStatus]:
+    def take_now(self, takes: Sequence[BucketTake], kind: str) -> list[RateLimitStatus]:
         """As `Limiter.take`, for callers without an event loop."""
         with self._lock:
             now = self._clock()
             self._sweep(now)
             after: dict[str, float] = {}
-            for draw in draws:
-                start = max(after.get(draw.bucket, self._full_at.get(draw.bucket, now)), now)
-                full_at = start + draw.amount * _PERIOD_S / draw.limit
+            for bucket_take in takes:
+                start = max(after.get(bucket_take.bucket, self._full_at.get(bucket_take.bucket, now)), now)
+                full_at = start + bucket_take.amount * _PERIOD_S / bucket_take.limit
                 wait = full_at - now - _PERIOD_S
                 # Sums of sixtieths are not exact; a millionth of a second is not worth a refusal.
                 if wait > 1e-6:
-                    raise _refused(draw, kind, wait, start - now)
-                after[draw.bucket] = full_at
+                    raise _refused(bucket_take, kind, wait, start - now)
+                after[bucket_take.bucket] = full_at
             self._full_at |= after
-            return [_level(draw.limit, after[draw.bucket] - now) for draw in draws]
+            return [_level(bucket_take.limit, after[bucket_take.bucket] - now) for bucket_take in takes]
 
     def heartbeat(self) -> None:
         """Nothing to do."""
@@ -203,7 +203,7 @@ class SharedLimiter:
             raise UsageError("the URL of the limits cannot be read: write redis://host:6379/0") from error
         self._failures = (redis.RedisError, OSError)
         at = self._redis.connection_pool.connection_kwargs
-        self.shown = str(at.get("path") or f"{at.get('host', 'localhost')}:{at.get('port', 6379)}")
+        self.address = str(at.get("path") or f"{at.get('host', 'localhost')}:{at.get('port', 6379)}")
         self._refuse = on_redis_failure == "refuse"
         self._prefix = prefix
         self._id = secrets.token_hex(8)
@@ -217,43 +217,45 @@ class SharedLimiter:
         except self._failures as error:
             self.close()
             raise StorageError(
-                f"the Redis for limits at {self.shown} does not answer ({error}): start it, or serve without --limits"
+                f"the Redis for limits at {self.address} does not answer ({error}): start it, or serve without --limits"
             ) from error
 
-    async def take(self, draws: Sequence[BucketTake], kind: str) -> list[RateLimitStatus]:
+    async def take(self, takes: Sequence[BucketTake], kind: str) -> list[RateLimitStatus]:
         """As `Limiter.take`."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self.take_now, draws, kind)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self.take_now, takes, kind)
 
-    def take_now(self, draws: Sequence[BucketTake], kind: str) -> list[RateLimitStatus]:
+    def take_now(self, takes: Sequence[BucketTake], kind: str) -> list[RateLimitStatus]:
         """As `Limiter.take`, for callers without an event loop."""
         if not self._lost:
-            numbers = [number for draw in draws for number in (draw.limit, draw.amount)]
-            names = [f"{self._prefix}:{draw.bucket}" for draw in draws]
+            numbers = [number for bucket_take in takes for number in (bucket_take.limit, bucket_take.amount)]
+            names = [f"{self._prefix}:{bucket_take.bucket}" for bucket_take in takes]
             try:
                 first, *seconds = self._script(names, [_PERIOD_S, *numbers])
             except self._failures as error:
                 self._lose(error)
             else:
                 if first:
-                    raise _refused(draws[first - 1], kind, float(seconds[0]), float(seconds[1]))
-                return [_level(draw.limit, float(ahead)) for draw, ahead in zip(draws, seconds, strict=True)]
+                    raise _refused(takes[first - 1], kind, float(seconds[0]), float(seconds[1]))
+                return [
+                    _level(bucket_take.limit, float(ahead)) for bucket_take, ahead in zip(takes, seconds, strict=True)
+                ]
         if self._refuse:
-            raise StorageError(f"the Redis for limits at {self.shown} does not answer")
-        return self._alone.take_now([self._share(draw) for draw in draws], kind)
+            raise StorageError(f"the Redis for limits at {self.address} does not answer")
+        return self._alone.take_now([self._share(bucket_take) for bucket_take in takes], kind)
 
     def heartbeat(self) -> None:
-        """Tell the others that this server is there, and see whether Redis is back."""
+        """Tell the other servers that this one is running, and try to reach Redis again."""
         try:
             self._count_servers()
         except self._failures as error:
             self._lose(error)
             return
         if self._lost:
-            log.warning("the Redis for limits at %s is back", self.shown)
+            log.warning("the Redis for limits at %s is back", self.address)
             self._lost = False
 
     def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
         self._threads.shutdown()
         self._redis.close()
 
@@ -270,32 +272,32 @@ class SharedLimiter:
         if not self._lost:
             self._lost = True
             how = "requests with limits are refused" if self._refuse else f"each of {self._servers} servers counts"
-            log.error("the Redis for limits at %s does not answer (%s): %s", self.shown, type(error).__name__, how)
+            log.error("the Redis for limits at %s does not answer (%s): %s", self.address, type(error).__name__, how)
 
-    def _share(self, draw: BucketTake) -> BucketTake:
-        if draw.amount > draw.limit:
-            return draw  # too large at any time
-        limit = max(1, draw.limit // self._servers)
-        return replace(draw, limit=limit, amount=min(draw.amount, limit))
+    def _share(self, bucket_take: BucketTake) -> BucketTake:
+        if bucket_take.amount > bucket_take.limit:
+            return bucket_take  # too large at any time
+        limit = max(1, bucket_take.limit // self._servers)
+        return replace(bucket_take, limit=limit, amount=min(bucket_take.amount, limit))
 
 
 def _level(limit: int, ahead: float) -> RateLimitStatus:
     return RateLimitStatus(limit, max(0, math.floor((_PERIOD_S - ahead) * limit / _PERIOD_S + 1e-6)), max(0.0, ahead))
 
 
-def _refused(draw: BucketTake, kind: str, wait: float, ahead: float) -> RateLimited:
+def _refused(bucket_take: BucketTake, kind: str, wait: float, ahead: float) -> RateLimited:
     unit = "RPM" if kind == "requests" else "TPM"
-    if draw.amount > draw.limit:
+    if bucket_take.amount > bucket_take.limit:
         return RateLimited(
-            f"Request too large on {kind} per min ({unit}): Limit {draw.limit}, Requested {draw.amount}. "
+            f"Request too large on {kind} per min ({unit}): Limit {bucket_take.limit}, Requested {bucket_take.amount}. "
             "Send fewer at a time.",
             kind,
             None,
         )
-    used = draw.limit - _level(draw.limit, ahead).remaining
+    used = bucket_take.limit - _level(bucket_take.limit, ahead).remaining
     return RateLimited(
-        f"Rate limit reached on {kind} per min ({unit}): Limit {draw.limit}, Used {used}, "
-        f"Requested {draw.amount}. Please try again in {wait:.3g}s.",
+        f"Rate limit reached on {kind} per min ({unit}): Limit {bucket_take.limit}, Used {used}, "
+        f"Requested {bucket_take.amount}. Please try again in {wait:.3g}s.",
         kind,
         wait,
     )

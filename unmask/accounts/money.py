@@ -14,10 +14,10 @@ def parse_dollars(text: str) -> int:
     Raises:
         ValueError: not such a number, or finer than a nano-dollar.
     """
-    found = _DOLLARS.fullmatch(text.strip())
-    if found is None:
+    match = _DOLLARS.fullmatch(text.strip())
+    if match is None:
         raise ValueError(f"{text[:40]!r} is no amount of dollars: write it like 12.50, with at most nine decimals")
-    return int(found[1]) * NANO + int((found[2] or "").ljust(9, "0"))
+    return int(match[1]) * NANO + int((match[2] or "").ljust(9, "0"))
 
 
 def format_dollars(nano: int) -> str:

@@ -1,4 +1,4 @@
-"""Accounts, the people who own them, and who is signed in.
+"""Accounts, the people who own them, and their sessions.
 
 Passwords are hashed by `hash_password` and checked by `check_password`, which take tens of milliseconds on purpose:
 they stand apart from the functions that hold a transaction.
@@ -58,13 +58,13 @@ class Account:
 
     @property
     def free(self) -> int:
-        """What may be spent now."""
+        """Nano-dollars that can be spent now: the balance without held amounts."""
         return self.balance - self.held
 
 
 @dataclass(frozen=True)
 class Person:
-    """Somebody who can sign in."""
+    """A person who can sign in."""
 
     id: str
     account_id: str
@@ -74,7 +74,7 @@ class Person:
 
 
 def open_account(connection: Connection, name: str, now: int, *, plan: str = DEFAULT_PLAN) -> str:
-    """Make an account. Returns its id.
+    """Create an account. Returns its id.
 
     Raises:
         UsageError: the name is empty or too long.
@@ -91,7 +91,7 @@ def open_account(connection: Connection, name: str, now: int, *, plan: str = DEF
 
 
 def account(connection: Connection, id: str) -> Account:
-    """One account.
+    """Return an account by its id.
 
     Raises:
         UsageError: there is none of this id.
@@ -103,35 +103,37 @@ def account(connection: Connection, id: str) -> Account:
 
 
 def all_accounts(connection: Connection, *, limit: int = 1000, after: str = "") -> list[Account]:
-    """Accounts in the order of their ids, from behind `after` on."""
+    """List accounts with ids greater than `after`, in the order of ids."""
     rows = connection.execute(sa.select(accounts).where(accounts.c.id > after).order_by(accounts.c.id).limit(limit))
     return [Account(*row) for row in rows]
 
 
 def newest_accounts(connection: Connection, *, limit: int = 50, before: tuple[int, str] | None = None) -> list[Account]:
-    """Accounts, the newest first.
+    """List accounts, newest first.
 
     Args:
         before: `created_at` and `id` of the last one of the page before.
     """
-    wanted = sa.select(accounts).order_by(accounts.c.created_at.desc(), accounts.c.id.desc()).limit(limit)
+    statement = sa.select(accounts).order_by(accounts.c.created_at.desc(), accounts.c.id.desc()).limit(limit)
     if before is not None:
-        wanted = wanted.where(sa.tuple_(accounts.c.created_at, accounts.c.id) < sa.tuple_(*map(sa.literal, before)))
-    return [Account(*row) for row in connection.execute(wanted)]
+        statement = statement.where(
+            sa.tuple_(accounts.c.created_at, accounts.c.id) < sa.tuple_(*map(sa.literal, before))
+        )
+    return [Account(*row) for row in connection.execute(statement)]
 
 
 def totals(connection: Connection) -> tuple[int, int, int]:
-    """How many accounts are not closed, and the nano-dollars that they have and that are held of it."""
-    found = connection.execute(
+    """Return the number of accounts that are not closed, and the sums of their balances and held amounts."""
+    row = connection.execute(
         sa.select(sa.func.count(), sa.func.sum(accounts.c.balance), sa.func.sum(accounts.c.held)).where(
             accounts.c.state != "closed"
         )
     ).one()
-    return int(found[0]), int(found[1] or 0), int(found[2] or 0)
+    return int(row[0]), int(row[1] or 0), int(row[2] or 0)
 
 
 def find_account(connection: Connection, name: str) -> Account:
-    """An account by its id or by the mail address of somebody in it.
+    """Return an account by its id or by the mail address of its owner.
 
     Raises:
         UsageError: there is none.
@@ -145,7 +147,11 @@ def find_account(connection: Connection, name: str) -> Account:
 
 
 def freeze(connection: Connection, id: str, *, frozen: bool = True) -> bool:
-    """Let an account call nothing until it is thawed. What is in flight is settled. Whether anything changed."""
+    """Freeze an account, or thaw it. A frozen account cannot call models; requests in flight are settled.
+
+    Returns:
+        False if it was so before.
+    """
     before, after = ("active", "frozen") if frozen else ("frozen", "active")
     done = connection.execute(
         accounts.update().where(accounts.c.id == id, accounts.c.state == before).values(state=after)
@@ -156,12 +162,12 @@ def freeze(connection: Connection, id: str, *, frozen: bool = True) -> bool:
 
 
 def close_account(connection: Connection, id: str, now: int) -> int:
-    """Delete an account: its people, sessions, names and votes are gone, its keys end, its credit is given up.
+    """Close an account: delete its people, sessions, names and votes, revoke its keys, and forfeit its credit.
 
-    Entries and charges stay, as books must; nothing in them says who it was.
+    Entries and charges stay in the books, without anything that identifies a person.
 
     Returns:
-        The nano-dollars given up.
+        The nano-dollars that are forfeited.
 
     Raises:
         LedgerRefused: requests of it are in flight.
@@ -180,11 +186,11 @@ def close_account(connection: Connection, id: str, now: int) -> int:
     if closed.balance:
         ledger.pay_out(connection, id, closed.balance, f"closing {id}", now, to=ledger.FORFEITED)
     own = sa.select(people.c.id).where(people.c.account_id == id)
-    for of_person in (sessions, identities):
-        connection.execute(of_person.delete().where(of_person.c.person_id.in_(own)))
+    for table in (sessions, identities):
+        connection.execute(table.delete().where(table.c.person_id.in_(own)))
     connection.execute(people.delete().where(people.c.account_id == id))
-    for said in (votes, notices):
-        connection.execute(said.delete().where(said.c.account_id == id))
+    for table in (votes, notices):
+        connection.execute(table.delete().where(table.c.account_id == id))
     connection.execute(
         keys.update()
         .where(keys.c.account_id == id)
@@ -194,10 +200,10 @@ def close_account(connection: Connection, id: str, now: int) -> int:
 
 
 def normalize_email(email: str) -> str:
-    """A mail address as it is stored: without blanks around it, in lower case.
+    """Return a mail address as it is stored: stripped, in lower case.
 
     Raises:
-        UsageError: it is none.
+        UsageError: it is malformed.
     """
     email = email.strip().lower()
     if len(email) > 254 or not _EMAIL.fullmatch(email) or not email.isprintable():
@@ -213,15 +219,15 @@ def _hasher() -> "PasswordHasher":
 
 
 @cache
-def _nobody() -> str:
+def _dummy_hash() -> str:
     return _hasher().hash(secrets.token_hex(16))
 
 
 def hash_password(password: str) -> str:
-    """argon2id of a password.
+    """Return the argon2id hash of a password.
 
     Raises:
-        UsageError: it is too short or absurdly long.
+        UsageError: it is too short or too long.
     """
     if not SHORTEST_PASSWORD <= len(password) <= _LONGEST_PASSWORD:
         raise UsageError(f"a password needs {SHORTEST_PASSWORD} to {_LONGEST_PASSWORD} characters")
@@ -229,11 +235,11 @@ def hash_password(password: str) -> str:
 
 
 def check_password(stored: str | None, password: str) -> bool:
-    """Whether it fits. Without anything stored it takes as long, and does not."""
+    """Check a password against the stored hash. Without a stored hash it takes as long and returns False."""
     from argon2.exceptions import VerificationError
 
     try:
-        _hasher().verify(stored or _nobody(), password[:_LONGEST_PASSWORD])
+        _hasher().verify(stored or _dummy_hash(), password[:_LONGEST_PASSWORD])
     except VerificationError:
         return False
     return stored is not None
@@ -249,10 +255,10 @@ def sign_up(
     free_credit: int = 0,
     admin: bool = False,
 ) -> Person:
-    """Make a person with an account of their own.
+    """Create a person with an account of their own.
 
     Args:
-        free_credit: nano-dollars; given once per address, also if it was deleted in between.
+        free_credit: nano-dollars, given once per mail address, also if the account was closed in between.
 
     Raises:
         AddressTaken: the address is taken.
@@ -282,18 +288,18 @@ def sign_up(
 
 
 def give_free_credit(connection: Connection, peppers: Peppers, account: str, email: str, amount: int, now: int) -> bool:
-    """Credit for a newcomer, once per mail address for ever. Whether it was given now."""
+    """Add the free credit, once per mail address for ever. Returns False if the address had it before."""
     mark = peppers.permanent_digest(f"free credit {normalize_email(email)}")
-    given = connection.scalar(
+    earlier = connection.scalar(
         sa.select(entries.c.id).where(entries.c.kind == "free_credit", entries.c.reference == mark)
     )
-    if given is not None:
+    if earlier is not None:
         return False
     return ledger.top_up(connection, account, amount, mark, now, note="free credit", source=ledger.PROMOTION)
 
 
 def stored_password(connection: Connection, email: str) -> tuple[str, str] | None:
-    """Person's id and stored hash for an address, to be given to `check_password`."""
+    """Return the person's id and stored hash of a mail address, for `check_password`; None if it is unknown."""
     try:
         email = normalize_email(email)
     except UsageError:
@@ -303,7 +309,7 @@ def stored_password(connection: Connection, email: str) -> tuple[str, str] | Non
 
 
 def person_of_identity(connection: Connection, identity: Identity) -> Person | None:
-    """Whose identity this is. Only issuer and subject count: an address can pass on to somebody else."""
+    """Return the person with an identity. Only issuer and subject count: a mail address can change its owner."""
     row = connection.execute(
         sa.select(people.c.id, people.c.account_id, people.c.email, people.c.admin, people.c.created_at)
         .join(identities, identities.c.person_id == people.c.id)
@@ -333,13 +339,13 @@ def add_identity(connection: Connection, person: str, identity: Identity, now: i
 
 
 def identities_of(connection: Connection, person: str) -> list[str]:
-    """The issuers of a person's identities."""
-    wanted = sa.select(identities.c.issuer).where(identities.c.person_id == person).order_by(identities.c.issuer)
-    return [row.issuer for row in connection.execute(wanted)]
+    """List the issuers of a person's identities."""
+    statement = sa.select(identities.c.issuer).where(identities.c.person_id == person).order_by(identities.c.issuer)
+    return [row.issuer for row in connection.execute(statement)]
 
 
 def remove_identity(connection: Connection, person: str, issuer: str) -> None:
-    """Let a person sign in with an issuer no longer, and end their sessions.
+    """Unlink a person's identity of an issuer, and end their sessions.
 
     Raises:
         UsageError: they have none there, or no password to sign in with instead.
@@ -355,18 +361,18 @@ def remove_identity(connection: Connection, person: str, issuer: str) -> None:
 
 
 def has_password(connection: Connection, person: str) -> bool:
-    """Whether a person can sign in with one; whoever came by way of a provider has none at first."""
+    """True if a person has a password. One who signed up with an identity has none at first."""
     return connection.scalar(sa.select(people.c.password).where(people.c.id == person)) not in (None, NO_PASSWORD)
 
 
 def set_password(connection: Connection, person: str, password_hash: str) -> None:
-    """Another password; everybody signed in as this person is signed out."""
+    """Set a person's password, and end all their sessions."""
     connection.execute(people.update().where(people.c.id == person).values(password=password_hash))
     connection.execute(sessions.delete().where(sessions.c.person_id == person))
 
 
 def create_session(connection: Connection, person: str, now: int) -> str:
-    """Sign a person in. Returns the token for the cookie; only its digest is kept."""
+    """Create a session. Returns the token for the cookie; only its digest is stored."""
     token = secrets.token_urlsafe(32)
     connection.execute(
         sessions.insert(),
@@ -376,10 +382,10 @@ def create_session(connection: Connection, person: str, now: int) -> str:
 
 
 def person_of_session(connection: Connection, token: str, now: int) -> Person:
-    """Whose session this is.
+    """Return the person of a session.
 
     Raises:
-        SignInRefused: nobody's, or it is over.
+        SignInRefused: there is no such session, or it has expired.
     """
     row = connection.execute(
         sa.select(people.c.id, people.c.account_id, people.c.email, people.c.admin, people.c.created_at)
@@ -392,24 +398,24 @@ def person_of_session(connection: Connection, token: str, now: int) -> Person:
 
 
 def session_start(connection: Connection, token: str) -> int:
-    """When a session began, in Unix milliseconds; 0 if there is none."""
+    """Return the start of a session in Unix milliseconds; 0 if there is none."""
     return connection.scalar(sa.select(sessions.c.created_at).where(sessions.c.digest == _digest(token))) or 0
 
 
 def delete_session(connection: Connection, token: str) -> None:
-    """Sign out."""
+    """Delete a session."""
     connection.execute(sessions.delete().where(sessions.c.digest == _digest(token)))
 
 
 def delete_expired_sessions(connection: Connection, now: int) -> int:
-    """Drop sessions that are over. How many."""
+    """Delete expired sessions. Returns their number."""
     return connection.execute(sessions.delete().where(sessions.c.expires_at <= now)).rowcount
 
 
 def invite_first_admin(connection: Connection, now: int) -> str | None:
-    """A token with which the first admin can be made, once and within a day; None if there is an admin.
+    """Create the invitation of the first admin, valid once and for a day. Returns its token; None if there is an admin.
 
-    Any token given out before stops working.
+    Earlier invitations become invalid.
     """
     if connection.scalar(sa.select(sa.func.count()).where(people.c.admin)):
         return None
@@ -421,7 +427,7 @@ def invite_first_admin(connection: Connection, now: int) -> str | None:
 
 
 def accept_invitation(connection: Connection, token: str, now: int) -> None:
-    """Use the token of `invite_first_admin` up, before `sign_up(admin=True)` in the same transaction.
+    """Use up the token of `invite_first_admin`, before `sign_up(admin=True)` in the same transaction.
 
     Raises:
         SignInRefused: it is none, was used or is too old.
@@ -441,7 +447,7 @@ def accept_invitation(connection: Connection, token: str, now: int) -> None:
 
 
 def list_people(connection: Connection, account: str | None = None) -> list[Person]:
-    """People, of one account or all, by address."""
+    """List people of one account or all, in the order of their mail addresses."""
     statement = sa.select(
         people.c.id, people.c.account_id, people.c.email, people.c.admin, people.c.created_at
     ).order_by(people.c.email)

@@ -33,42 +33,42 @@ class RatePlan:
 
 
 def find_price(connection: Connection, model: str, tier: str) -> int:
-    """Nano-dollars for a million tokens: the model's own price in the tier, else its default one, else that of `*`.
+    """Return nano-dollars per million tokens: the model's price in the tier, else its default one, else that of `*`.
 
     Raises:
         NoPrice: the operator has set none of them.
     """
-    found = effective_price(all_prices(connection), model, tier)
-    if found is None:
+    nano = effective_price(all_prices(connection), model, tier)
+    if nano is None:
         raise NoPrice(f"The model '{model}' has no price yet: the operator sets it with 'unmask accounts price'.")
-    return found
+    return nano
 
 
-def effective_price(known: Iterable[TariffPrice], model: str, tier: str) -> int | None:
-    """What `price` finds among prices that were read before; None if it is none of them."""
-    found = {(price.model, price.tier): price.nano_per_million for price in known}
-    wanted = ((model, tier), (model, "default"), (ANY_MODEL, tier), (ANY_MODEL, "default"))
-    return next((found[key] for key in wanted if key in found), None)
+def effective_price(prices: Iterable[TariffPrice], model: str, tier: str) -> int | None:
+    """Return the result of `find_price` from prices that were read before; None if no price applies."""
+    amounts = {(price.model, price.tier): price.nano_per_million for price in prices}
+    candidates = ((model, tier), (model, "default"), (ANY_MODEL, tier), (ANY_MODEL, "default"))
+    return next((amounts[key] for key in candidates if key in amounts), None)
 
 
 def all_prices(connection: Connection) -> list[TariffPrice]:
-    """Every price that was set."""
+    """List all prices."""
     rows = connection.execute(sa.select(prices).order_by(prices.c.model, prices.c.tier.desc()))
     return [TariffPrice(row.model, row.tier, row.nano_per_million) for row in rows]
 
 
-def set_price(connection: Connection, wanted: TariffPrice, now: int) -> None:
+def set_price(connection: Connection, price: TariffPrice, now: int) -> None:
     """Set or change a price. Requests in flight keep the one they were held at.
 
     Raises:
         UsageError: an unknown tier, or a price below zero or beyond all measure.
     """
-    if wanted.tier not in TIERS:
-        raise UsageError(f"tier {wanted.tier!r}: choose default or batch")
-    if not wanted.model or not 0 <= wanted.nano_per_million <= 10**15:
+    if price.tier not in TIERS:
+        raise UsageError(f"tier {price.tier!r}: choose default or batch")
+    if not price.model or not 0 <= price.nano_per_million <= 10**15:
         raise UsageError("a price needs a model, and lies between 0 and a million dollars per million tokens")
     statement = insert(connection, prices).values(
-        model=wanted.model, tier=wanted.tier, nano_per_million=wanted.nano_per_million, set_at=now
+        model=price.model, tier=price.tier, nano_per_million=price.nano_per_million, set_at=now
     )
     connection.execute(
         statement.on_conflict_do_update(
@@ -79,18 +79,18 @@ def set_price(connection: Connection, wanted: TariffPrice, now: int) -> None:
 
 
 def remove_price(connection: Connection, model: str, tier: str) -> bool:
-    """Take a price back. Whether there was one."""
+    """Remove a price. Returns False if there was none."""
     return connection.execute(prices.delete().where(prices.c.model == model, prices.c.tier == tier)).rowcount == 1
 
 
 def all_plans(connection: Connection) -> list[RatePlan]:
-    """Every plan; `default` is always there."""
+    """List all plans; `default` always exists."""
     rows = connection.execute(sa.select(plans).order_by(plans.c.name))
     return [RatePlan(row.name, row.requests_per_minute, row.tokens_per_minute) for row in rows]
 
 
 def set_plan(connection: Connection, plan: RatePlan) -> None:
-    """Make or change a plan.
+    """Create or change a plan.
 
     Raises:
         UsageError: a limit is not greater than 0, or there is no name.
@@ -119,8 +119,8 @@ def assign_plan(connection: Connection, account: str, plan: str) -> None:
     Raises:
         UsageError: one of them does not exist.
     """
-    known = [one.name for one in all_plans(connection)]
-    if plan not in known:
-        raise UsageError(f"there is no plan {plan!r}, only {', '.join(known)}")
+    names = [one.name for one in all_plans(connection)]
+    if plan not in names:
+        raise UsageError(f"there is no plan {plan!r}, only {', '.join(names)}")
     if connection.execute(accounts.update().where(accounts.c.id == account).values(plan=plan)).rowcount != 1:
         raise UsageError(f"there is no account {account!r}")

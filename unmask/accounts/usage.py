@@ -1,4 +1,4 @@
-"""What an account used and what moved its balance. Every function asks for one account's rows only."""
+"""Usage and statement of an account. Every function reads the rows of one account only."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ LONGEST_DAYS = 366
 
 @dataclass(frozen=True, kw_only=True)
 class UsageGroup:
-    """Settled requests together. What was not grouped by is None; `cost` in nano-dollars."""
+    """The sums of a group of settled requests. Fields that were not grouped by are None; `cost` in nano-dollars."""
 
     day: date | None = None
     model: str | None = None
@@ -59,10 +59,10 @@ class ChargedRequest:
 def usage_totals(
     connection: Connection, account: str, first: date, last: date, by: Sequence[str] = GROUPS
 ) -> list[UsageGroup]:
-    """Settled requests of the days from `first` to `last`, both included, in UTC.
+    """Sum the settled requests of the days from `first` to `last`, both included, in UTC.
 
     Args:
-        by: what to tell apart, out of `GROUPS`.
+        by: fields to group by, out of `GROUPS`.
 
     Raises:
         UsageError: the days are the wrong way round or too many, or `by` has something else.
@@ -101,55 +101,55 @@ def usage_totals(
         .group_by(*groups)
         .order_by(*groups)
     )
-    found = []
+    groups_used = []
     for row in connection.execute(statement).mappings():
         values: dict[str, Any] = dict(row)
         if "day" in values:
             values["day"] = datetime.fromtimestamp(values["day"] * _DAY_MS / 1000, UTC).date()
         for name in ("requests", "tokens", "cost"):
             values[name] = int(values[name])  # Postgres sums 64-bit integers as decimals
-        found.append(UsageGroup(**values))
-    return found
+        groups_used.append(UsageGroup(**values))
+    return groups_used
 
 
 def statement(
     connection: Connection, account: str, *, limit: int = 100, before: int | None = None
 ) -> list[StatementLine]:
-    """The account's entries, newest first.
+    """List the account's entries, newest first.
 
     Args:
         before: only with lower numbers, for the next page.
     """
     own = sa.or_(entries.c.debit == account, entries.c.credit == account)
-    wanted = sa.select(entries).where(own).order_by(entries.c.id.desc()).limit(limit)
+    query = sa.select(entries).where(own).order_by(entries.c.id.desc()).limit(limit)
     if before is not None:
-        wanted = wanted.where(entries.c.id < before)
+        query = query.where(entries.c.id < before)
     return [
         StatementLine(
             row.id,
             row.at,
             row.kind,
             row.amount if row.credit == account else -row.amount,
-            # The mark of free credit is of no use to anybody but the ledger.
+            # The reference of free credit is a digest, which only the ledger needs.
             "" if row.kind == "free_credit" else row.reference,
             row.note,
         )
-        for row in connection.execute(wanted)
+        for row in connection.execute(query)
     ]
 
 
 def charged_requests(
     connection: Connection, account: str, *, limit: int = 100, before: tuple[int, str] | None = None
 ) -> list[ChargedRequest]:
-    """The account's requests, newest first, with what each cost.
+    """List the account's requests with their costs, newest first.
 
     Args:
         before: `at` and `id` of the last one of the page before.
     """
-    wanted = sa.select(charges).where(charges.c.account_id == account)
+    query = sa.select(charges).where(charges.c.account_id == account)
     if before is not None:
-        wanted = wanted.where(sa.tuple_(charges.c.held_at, charges.c.id) < sa.tuple_(*map(sa.literal, before)))
-    rows = connection.execute(wanted.order_by(charges.c.held_at.desc(), charges.c.id.desc()).limit(limit))
+        query = query.where(sa.tuple_(charges.c.held_at, charges.c.id) < sa.tuple_(*map(sa.literal, before)))
+    rows = connection.execute(query.order_by(charges.c.held_at.desc(), charges.c.id.desc()).limit(limit))
     return [
         ChargedRequest(
             row.id,
@@ -167,7 +167,7 @@ def charged_requests(
 
 
 def account_of_charge(connection: Connection, charge: str) -> str | None:
-    """Whose charge this is; None if there is none of this id."""
+    """Return the account of a charge; None if there is no such charge."""
     return connection.scalar(sa.select(charges.c.account_id).where(charges.c.id == charge))
 
 

@@ -1,4 +1,4 @@
-"""Everything recomputed from the entries and the charges, and what does not agree."""
+"""Verification of the books: every balance, hold and spend recomputed from the entries and the charges."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,27 +13,27 @@ from unmask.storage.schema import accounts, charges, entries, keys
 
 @dataclass(frozen=True)
 class Discrepancy:
-    """One thing that does not agree.
+    """A stored amount that differs from the recomputed one.
 
     Attributes:
-        what: which rule is broken.
+        what: the rule that is broken.
         subject: the account, key or charge.
-        expected, found: nano-dollars; expected is what the entries or charges say.
+        expected, actual: nano-dollars, by the entries or charges and as stored.
     """
 
     what: str
     subject: str
     expected: int
-    found: int
+    actual: int
 
     def __str__(self) -> str:
-        expected, found = format_dollars(self.expected), format_dollars(self.found)
-        return f"{self.subject}: {self.what}: {found} dollars, but {expected} by the books"
+        expected, actual = format_dollars(self.expected), format_dollars(self.actual)
+        return f"{self.subject}: {self.what}: {actual} dollars, but {expected} by the books"
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was looked at and what was found; the books are right if `drift` is empty."""
+    """The result of `verify`; the books balance if `drift` is empty."""
 
     accounts: int
     entries: int
@@ -77,7 +77,7 @@ def verify(connection: Connection) -> Verification:
 
 
 def discrepancies(connection: Connection) -> tuple[Discrepancy, ...]:
-    """List what `verify` finds wrong. Empty if the books balance."""
+    """List what `verify` finds broken. Empty if the books balance."""
     return verify(connection).drift
 
 
@@ -88,14 +88,14 @@ def _balances(connection: Connection) -> Iterable[Discrepancy]:
     ).subquery()
     sums = sa.select(moved.c.book, sa.func.sum(moved.c.amount).label("amount")).group_by(moved.c.book)
     by_book = {book: int(amount) for book, amount in connection.execute(sums)}
-    known = {row.id: row for row in connection.execute(sa.select(accounts.c.id, accounts.c.balance, accounts.c.held))}
-    for id, row in known.items():
+    stored = {row.id: row for row in connection.execute(sa.select(accounts.c.id, accounts.c.balance, accounts.c.held))}
+    for id, row in stored.items():
         if by_book.get(id, 0) != row.balance:
             yield Discrepancy("balance", id, by_book.get(id, 0), row.balance)
         if not 0 <= row.held <= row.balance:
             yield Discrepancy("more is held than there is", id, row.balance, row.held)
     for book, amount in by_book.items():
-        if not book.startswith("@") and book not in known:
+        if not book.startswith("@") and book not in stored:
             yield Discrepancy("entries of an account that does not exist", book, 0, amount)
 
 
@@ -118,12 +118,12 @@ def _settlements(connection: Connection) -> Iterable[Discrepancy]:
     joined = sa.select(
         charges.c.id, charges.c.amount, charges.c.state, booked.c.amount.label("booked"), booked.c.debit
     ).join(booked, booked.c.reference == charges.c.id, isouter=True)
-    wrong = sa.or_(
+    broken = sa.or_(
         sa.and_(settled, sa.or_(booked.c.id.is_(None), booked.c.amount != charges.c.amount)),
         sa.and_(booked.c.id.is_not(None), booked.c.debit != charges.c.account_id),
         sa.and_(booked.c.id.is_not(None), sa.not_(settled)),
     )
-    for row in connection.execute(joined.where(wrong)):
+    for row in connection.execute(joined.where(broken)):
         due = row.amount if row.state == "settled" else 0
         yield Discrepancy(f"entry of a charge that is {row.state}", row.id, due, row.booked or 0)
     orphans = (
@@ -136,7 +136,7 @@ def _settlements(connection: Connection) -> Iterable[Discrepancy]:
 
 
 def _refunds(connection: Connection) -> Iterable[Discrepancy]:
-    given = (
+    refunds = (
         sa.select(entries.c.reference, entries.c.amount, charges.c.amount.label("charged"))
         .join(
             charges,
@@ -149,7 +149,7 @@ def _refunds(connection: Connection) -> Iterable[Discrepancy]:
         )
         .where(entries.c.kind == "refund", sa.or_(charges.c.id.is_(None), charges.c.amount != entries.c.amount))
     )
-    for row in connection.execute(given):
+    for row in connection.execute(refunds):
         yield Discrepancy("refund", row.reference, row.charged or 0, row.amount)
 
 

@@ -1,4 +1,4 @@
-"""One record per model: what it is, where it stands, how it wants to be asked, and what was measured of it."""
+"""The catalogue: one record per model with its specification, status, prompts and measurements."""
 
 from unmask.catalogue.canary import Canary
 from unmask.catalogue.catalogue import Catalogue, Entry, parse_record, record_for, shipped_measurements, shipped_records

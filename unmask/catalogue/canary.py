@@ -1,4 +1,4 @@
-"""The canary: a text whose vector is known. A server that gives another one must not answer."""
+"""The canary: a text whose vector is known. A model that gives another vector must not answer requests."""
 
 import base64
 
@@ -20,25 +20,31 @@ class Canary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @classmethod
     def of(cls, text: str, vector: np.ndarray) -> "Canary":
-        """Of a text and the raw vector [dim] that a model gives for it."""
+        """Make the canary of a text and its raw vector [dim]."""
         scaled = (vector / np.linalg.norm(vector)).astype("<f2")
         return cls(text=text, vector=base64.b64encode(scaled.tobytes()).decode())
 
     def expected(self) -> np.ndarray:
-        """The vector as float32 [dim]."""
+        """Return the vector as float32 [dim]."""
         return np.frombuffer(base64.b64decode(self.vector), dtype="<f2").astype(np.float32)
 
 
 def check_vector(vector: np.ndarray, expected: np.ndarray, dtype: str = "float32") -> str:
-    """ "ok", or what is wrong with the vector of a canary text, computed with weights of a precision."""
+    """Compare the vector of a canary text with the expected one. Returns "ok", or a description of the difference.
+
+    Args:
+        dtype: precision of the weights, which decides the tolerance.
+    """
     if vector.shape != expected.shape or not np.isfinite(vector).all():
         return f"the canary text gave a vector of shape {list(vector.shape)} that is not the expected one"
-    found = cosine(vector, expected)
+    similarity = cosine(vector, expected)
     return (
-        "ok" if found >= CANARY_COSINE[dtype] else f"the canary text's vector has cosine {found:.5f} to the right one"
+        "ok"
+        if similarity >= CANARY_COSINE[dtype]
+        else f"the canary text's vector has cosine {similarity:.5f} to the right one"
     )
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
-    """Of two vectors [dim]."""
+    """Return the cosine similarity of two vectors [dim]."""
     return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))

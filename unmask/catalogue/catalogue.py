@@ -18,7 +18,7 @@ from unmask.errors import UsageError
 
 @dataclass(frozen=True)
 class Entry:
-    """A record and what was measured of it."""
+    """A record with its measurements."""
 
     record: Record
     measurements: tuple[Measurement, ...] = ()
@@ -48,19 +48,19 @@ class Catalogue:
         return catalogue
 
     def put(self, record: Record, measurements: Iterable[Measurement] = ()) -> None:
-        """Add a record, or replace the one of its id and keep what was measured of it."""
+        """Add a record, or replace the one of its id and keep its measurements."""
         before = self._entries.get(record.id)
-        kept = before.measurements if before else ()
-        self._entries[record.id] = Entry(record, (*kept, *measurements))
+        earlier = before.measurements if before else ()
+        self._entries[record.id] = Entry(record, (*earlier, *measurements))
         self._aliases.update(dict.fromkeys(record.aliases, record.id))
 
     def take(self, other: "Catalogue") -> None:
-        """Become what another catalogue is, keeping what only this one has. Readers see the one or the other."""
+        """Take over the entries of another catalogue, and keep those that only this one has. Atomic for readers."""
         self._aliases = {**self._aliases, **other._aliases}
         self._entries = {**other._entries, **{id: e for id, e in self._entries.items() if id not in other._entries}}
 
     def get(self, id: str) -> Entry | None:
-        """By id or alias."""
+        """Return the entry of an id or alias."""
         return self._entries.get(id) or self._entries.get(self._aliases.get(id, ""))
 
     def entries(self) -> list[Entry]:
@@ -68,7 +68,7 @@ class Catalogue:
 
 
 def parse_record(text: str, name: str) -> Record:
-    """The record that a TOML file holds.
+    """Parse a record in TOML.
 
     Raises:
         UsageError: it is not TOML, a field is unknown or wrong, or its history takes a step that is not allowed.
@@ -82,7 +82,7 @@ def parse_record(text: str, name: str) -> Record:
 
 @cache
 def shipped_records() -> dict[str, Record]:
-    """Records that come with the package, by id: the default model first, then by name."""
+    """Return the records that ship with the package, by id: the default model first, then by name."""
     folder = files("unmask.catalogue").joinpath("records")
     records = [
         parse_record(file.read_text(encoding="utf-8"), file.name)
@@ -95,19 +95,19 @@ def shipped_records() -> dict[str, Record]:
 
 @cache
 def shipped_measurements() -> dict[str, tuple[Measurement, ...]]:
-    """Measurements that come with the package, by the id of their model."""
-    found: dict[str, list[Measurement]] = {}
+    """Return the measurements that ship with the package, by model id."""
+    by_model: dict[str, list[Measurement]] = {}
     with as_file(files("unmask.catalogue").joinpath("measurements")) as folder:
         for file in sorted(folder.glob("*.jsonl")):
             for measurement in read_measurements(file):
-                found.setdefault(measurement.model, []).append(measurement)
-    return {id: tuple(measurements) for id, measurements in found.items()}
+                by_model.setdefault(measurement.model, []).append(measurement)
+    return {id: tuple(measurements) for id, measurements in by_model.items()}
 
 
 def record_for(name: str) -> Record:
-    """The record of a model named on the command line: shipped, or as much as its name says.
+    """Return the record of a model named on the command line: the shipped one, or one made from the name.
 
-    A local path is known to clients by its last part, so that no directory of this machine shows in a response.
+    The id of a local path is its last part, so that responses show no directory of this machine.
     """
     shipped = shipped_records().get(name)
     if shipped is not None:
@@ -117,13 +117,13 @@ def record_for(name: str) -> Record:
 
 
 def named_record(id: str) -> Record:
-    """As much of a record as an id says: who made the model, if anybody."""
+    """Make a record from an id alone: the id, and its owner."""
     owner = id.split("/", maxsplit=1)[0] if "/" in id else "local"
     return with_embed_alias(Record(id=id, name=id, created=int(time.time()), owned_by=owner))
 
 
 def with_embed_alias(record: Record) -> Record:
-    """The record under a name with "embed" in it as well, which some clients filter by."""
-    if any("embed" in known.lower() for known in (record.id, *record.aliases)):
+    """Add an alias with "embed" in it, which some clients filter by."""
+    if any("embed" in name.lower() for name in (record.id, *record.aliases)):
         return record
     return msgspec.structs.replace(record, aliases=(*record.aliases, f"{record.id}-embed"))

@@ -1,4 +1,4 @@
-"""What a model's measurements come to: means by category, speeds, and the few numbers that lists sort by."""
+"""Figures of a model, from its measurements: means by category, speeds, and the numbers that lists sort by."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from unmask.catalogue.measurement import (
     newest,
 )
 
-# How many tasks of each category the suites have; a mean over fewer is not the suite's.
+# Number of tasks of each category in the suites. A mean over fewer tasks is not the suite's mean.
 SUITES: dict[str, dict[str, int]] = {
     MTEB: {
         "Retrieval": 15,
@@ -39,7 +39,7 @@ class CategoryScores:
 
     Attributes:
         tasks: its measurements, in the suite's order of arrival.
-        expected: how many tasks the suite has there.
+        expected: number of tasks of the suite in this category.
         mean: over all of them; None if some are missing.
     """
 
@@ -76,7 +76,7 @@ class SuiteScores:
 
 @dataclass(frozen=True)
 class Figures:
-    """The measurements of one model, put together. None means not known."""
+    """The figures of one model. None means not known."""
 
     suites: dict[tuple[str, Origin], SuiteScores] = field(default_factory=dict)
     words: list[Measurement] = field(default_factory=list)
@@ -101,7 +101,7 @@ class Figures:
 
 
 def figures(measurements: Sequence[Measurement]) -> Figures:
-    """Put together; of several values for one thing from one origin, the last one counts."""
+    """Compute the figures. Of several values for one quantity from one origin, the last one counts."""
     current = newest(measurements).values()
     suites: dict[tuple[str, Origin], SuiteScores] = {}
     origins: tuple[Origin, ...] = ("published", "measured")

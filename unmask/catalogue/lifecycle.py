@@ -1,4 +1,4 @@
-"""Where a model stands on its way into service, and which steps are allowed.
+"""The status of a model on its way into service, and the allowed steps.
 
 requested -> coming soon -> benchmarking -> staged -> live -> deprecated -> retired
 """
@@ -17,8 +17,8 @@ STATUSES: tuple[Status, ...] = get_args(Status)
 # The gates between "benchmarking" and "staged", in their order; `unmask.onboarding.gates` runs them.
 GATE_NAMES = ("licence", "digests", "load", "parity", "quality", "speed", "price", "canary")
 
-# A failed gate sends a model back to where it waits, a deprecation can be taken back, and what was retired can be
-# wanted again. Nothing else goes backwards, and nothing is live that was not staged.
+# A failed gate sends a model back to "coming soon", a deprecation can be taken back, and a retired model can be
+# requested again. No other step goes backwards, and no model is live that was not staged.
 ALLOWED: dict[Status, frozenset[Status]] = {
     "requested": frozenset({"coming soon", "retired"}),
     "coming soon": frozenset({"benchmarking", "retired"}),
@@ -44,7 +44,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """A step in a model's history.
 
     Attributes:
-        status: where the model stands from then on.
+        status: of the model from then on.
         on: the day.
         note: why, in a sentence.
         until: for a deprecation, the last day on which it answers.
@@ -61,7 +61,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 def check_history(history: Sequence[Event]) -> None:
-    """See that each step follows from the one before it. A history may begin anywhere: what was before is not known.
+    """Check that each step may follow the one before it. A history may begin with any status.
 
     Raises:
         ValueError: a step is not allowed, or a day lies before the one before it.

@@ -18,7 +18,7 @@ _REFUSED = (smtplib.SMTPRecipientsRefused, smtplib.SMTPDataError, smtplib.SMTPNo
 
 @dataclass(frozen=True)
 class MailServer:
-    """Where mail is handed over.
+    """A mail server (SMTP).
 
     Attributes:
         url: `smtp://host:port` or `smtps://user:password@host:port`. On the former TLS is begun where the server
@@ -27,7 +27,7 @@ class MailServer:
         site: address of this server's pages, for the links in it.
 
     Raises:
-        UsageError: an address is none.
+        UsageError: an address is malformed.
     """
 
     url: str = field(repr=False)

@@ -1,4 +1,4 @@
-"""Measurements: single values with who found them, when, on what and how. They are added and never changed."""
+"""Measurements: single values with their provenance. They are added and never changed."""
 
 from collections.abc import Iterable, Sequence
 from datetime import date
@@ -76,18 +76,18 @@ _DECODER = msgspec.json.Decoder(Measurement)
 
 
 def read_measurements(file: Path) -> list[Measurement]:
-    """The measurements of a file with one JSON object per line.
+    """Read the measurements of a file with one JSON object per line.
 
     Raises:
         UsageError: a line is not a measurement.
     """
-    found = []
+    measurements = []
     for number, line in enumerate(file.read_bytes().splitlines(), start=1):
         try:
-            found.append(_DECODER.decode(line))
+            measurements.append(_DECODER.decode(line))
         except msgspec.DecodeError as error:
             raise UsageError(f"line {number} of {file.name} is no measurement: {error}") from error
-    return found
+    return measurements
 
 
 def append_measurements(file: Path, measurements: Iterable[Measurement]) -> None:
@@ -108,7 +108,7 @@ def append_measurements(file: Path, measurements: Iterable[Measurement]) -> None
 def measurements_of(
     results: "Results", name: str, model: str, *, by: str, raw: str, cost_note: str = ""
 ) -> list[Measurement]:
-    """What `unmask evaluate` found out about one model, each value with its provenance.
+    """Convert the results of `unmask evaluate` for one model to measurements with their provenance.
 
     Args:
         results: of the run.
@@ -138,7 +138,7 @@ def measurements_of(
     }
     # What was read from a folder is the offline suite's, whichever way it was asked for.
     suite = "MTEB(eng, v2)" if results.suites == ["mteb-eng-v2"] else MTEB
-    found = [
+    scores = [
         Measurement(
             group=WORDS if score.category == "WordLevel" else LOCAL if score.data is not None else suite,
             what=score.task,
@@ -159,7 +159,7 @@ def measurements_of(
         (TOKENS_PER_SECOND, cost.tokens_per_second, "tokens/s"),
         (PEAK_MEMORY, cost.peak_memory_bytes, "bytes"),
     )
-    return found + [
+    return scores + [
         Measurement(group=COST, what=what, value=round(value, 2), unit=unit, note=cost_note, **shared)
         for what, value, unit in amounts
         if value is not None
@@ -167,5 +167,5 @@ def measurements_of(
 
 
 def newest(measurements: Sequence[Measurement]) -> dict[tuple[str, str, Origin], Measurement]:
-    """By group, what and origin, the value that was added last: it stands for all before it."""
+    """Return the last added measurement of each group, quantity and origin."""
     return {(m.group, m.what, m.origin): m for m in measurements}

@@ -1,4 +1,4 @@
-"""Asking for a model that is not in the catalogue."""
+"""Requests of accounts for models that the catalogue does not have."""
 
 import re
 
@@ -18,7 +18,7 @@ MOST_VOTES = 50
 
 
 def check_hub_id(model: str) -> None:
-    """See that a name is one that the hub could have.
+    """Check that a name is a valid id of the hub.
 
     Raises:
         UsageError: it is not.
@@ -28,10 +28,10 @@ def check_hub_id(model: str) -> None:
 
 
 def request_model(connection: Connection, account: str, model: str, note: str, now: int) -> bool:
-    """An account's vote for a model that does not answer yet; one that nobody knows is put on record as requested.
+    """Store an account's vote for a model that does not answer yet. An unknown model is put on record as requested.
 
     Returns:
-        Whether it is the account's first for this model.
+        True for the account's first vote for this model.
 
     Raises:
         UsageError: the model answers already, is no id, or the account wants too many.

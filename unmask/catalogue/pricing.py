@@ -1,4 +1,4 @@
-"""What a model costs here, as visitors and callers are told it."""
+"""Prices of a model on this server, as pages and API show them."""
 
 from collections.abc import Sequence
 
@@ -10,14 +10,14 @@ _NAMES = {"default": "standard", "batch": "batch"}
 
 
 def charged_prices(record: Record, charged: Sequence[tariff.TariffPrice]) -> tuple[Price, ...]:
-    """The prices of a model that answers on a server with accounts: those that are charged.
+    """Return the prices of a model on a server with accounts: those that are charged.
 
-    A tier is named only where it costs something else than the standard one. A model without a price answers nobody
-    yet; what was proposed for it goes on being shown as an estimate.
+    A tier is listed only if it costs something else than the standard one. A model without a price answers nobody
+    yet; its proposed price is then shown as an estimate.
 
     Args:
-        record: of the model; the prices in it are what was proposed.
-        charged: every price that the operator has set.
+        record: of the model; its prices are the proposed ones.
+        charged: all prices that the operator has set.
     """
     standard = tariff.effective_price(charged, record.id, "default")
     amounts = {tier: tariff.effective_price(charged, record.id, tier) for tier in tariff.TIERS}

@@ -1,4 +1,4 @@
-"""The record of a model: what an engine needs to know of it, and what a person wants to know."""
+"""The record of a model: its specification for the engine, and its description for people."""
 
 import re
 from datetime import date
@@ -11,14 +11,14 @@ from unmask.catalogue.lifecycle import Event, Status, check_history
 
 
 class Specification(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a caller or an engine needs to know of a model. None means not known; nothing here is guessed.
+    """The facts about a model that callers and the engine need. None means not known; no field is a guess.
 
     Attributes:
         id, aliases: names a request may use. One of them contains "embed", which some clients filter by.
         parameters: of the decoder, embedding included.
         matryoshka: shorter lengths to which its vectors may be cut.
         max_tokens: longest sequence, everything counted.
-        compat: how texts are read: "reference" gives the published LLM2Vec vectors, quirks included.
+        compat: mode of text handling: "reference" gives the published LLM2Vec vectors, quirks included.
         trained: False if the weights are a decoder's own, with no embedding training.
         created: Unix seconds.
         revision: content address of the weights, known once they are loaded.
@@ -49,7 +49,7 @@ class Specification(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class About(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Plain text; a blank line begins a paragraph. Empty where there is nothing to say."""
+    """Plain texts about the model; a blank line begins a paragraph."""
 
     approach: str = ""
     performance: str = ""
@@ -64,7 +64,7 @@ class Question(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A page elsewhere."""
+    """A link to a page elsewhere."""
 
     title: str
     url: str
@@ -83,7 +83,7 @@ class Downloads(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class Price(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a million tokens cost, in whole billionths of a dollar.
+    """Price of a million tokens, in nano-dollars.
 
     Attributes:
         tier: "standard", or a cheaper one that may wait.
@@ -100,14 +100,14 @@ class Price(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Provider(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Somebody who serves the model under its id."""
+    """A provider that serves the model under its id."""
 
     name: str
     since: date | None = None
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Something about the record or the weights that became different."""
+    """A change of the record or the weights."""
 
     on: date
     note: str
@@ -145,10 +145,10 @@ class Record(Specification, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     @property
     def status(self) -> Status | None:
-        """Where its history has got to."""
+        """The status after the last step of its history."""
         return self.history[-1].status if self.history else None
 
 
 def is_web_address(text: str) -> bool:
-    """Whether a text may be the target of a link: https, and nothing that a browser would read as something else."""
+    """True if a text may be the target of a link: an https URL without characters that a browser would reinterpret."""
     return re.fullmatch(r"https://[A-Za-z0-9.-]+(:\d+)?(/[^\s\"'<>\\^`{|}]*)?", text) is not None

@@ -1,4 +1,4 @@
-"""A sweep of speeds, length by concurrency, and how its points are kept as measurements."""
+"""Points of a sweep of speeds, and their conversion to measurements and back."""
 
 import re
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ _UNITS = {THROUGHPUT: "tokens/s", MEDIAN: "ms", SLOW: "ms"}
 
 @dataclass(frozen=True)
 class SpeedPoint:
-    """What so many callers at once get, each with one text of so many tokens at a time. Latencies in milliseconds."""
+    """Throughput and latency for a number of concurrent callers, each with one text of some tokens at a time."""
 
     tokens: int
     callers: int
@@ -24,15 +24,15 @@ class SpeedPoint:
 
 
 def measurements_of_sweep(points: Sequence[SpeedPoint], **shared: object) -> list[Measurement]:
-    """Three values for each point.
+    """Convert points to measurements, three for each point.
 
     Args:
         shared: the other fields of the measurements.
     """
-    found = []
+    measurements = []
     for point in points:
         values = {THROUGHPUT: point.tokens_per_second, MEDIAN: point.median_ms, SLOW: point.slow_ms}
-        found += [
+        measurements += [
             Measurement(
                 group=SPEED,
                 what=f"{name}, {point.tokens} tokens, {point.callers} at once",
@@ -42,18 +42,18 @@ def measurements_of_sweep(points: Sequence[SpeedPoint], **shared: object) -> lis
             )
             for name, value in values.items()
         ]
-    return found
+    return measurements
 
 
 def points_of(measurements: Sequence[Measurement]) -> list[SpeedPoint]:
-    """The points that measurements of a sweep come to, by length and then by callers; broken ones are left out."""
+    """Read the points back from measurements, by length and then by callers. Incomplete points are left out."""
     values: dict[tuple[int, int], dict[str, float]] = {}
     for measurement in measurements:
-        if found := _WHAT.fullmatch(measurement.what):
-            place = int(found["tokens"]), int(found["callers"])
-            values.setdefault(place, {})[found["value"]] = measurement.value
+        if match := _WHAT.fullmatch(measurement.what):
+            place = int(match["tokens"]), int(match["callers"])
+            values.setdefault(place, {})[match["value"]] = measurement.value
     return [
-        SpeedPoint(*place, known[THROUGHPUT], known[MEDIAN], known[SLOW])
-        for place, known in sorted(values.items())
-        if known.keys() >= _UNITS.keys()
+        SpeedPoint(*place, point[THROUGHPUT], point[MEDIAN], point[SLOW])
+        for place, point in sorted(values.items())
+        if point.keys() >= _UNITS.keys()
     ]

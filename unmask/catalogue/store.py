@@ -1,8 +1,8 @@
-"""What the operator adds to the catalogue, in the database: fields of records, steps, measurements, gates.
+"""The operator's additions to the catalogue, in the database: fields of records, steps, measurements, gates.
 
-Shipped records are not copied. What is kept of a model is what differs: an object of fields that lies over the
-shipped record, and steps and measurements that come after the shipped ones. A newer package thus brings newer texts,
-and what the operator has said stays said. Every change raises one number, which a running server looks at.
+Shipped records are not copied. The database holds the differences: an object of fields that overrides the shipped
+record, and steps and measurements that follow the shipped ones. So a newer package brings newer texts, and the
+operator's additions stay. Every change raises one version number, which a running server polls.
 
 Plain functions of a connection; `Database.begin` and `Database.read` give one.
 """
@@ -37,12 +37,12 @@ _MEASUREMENT = msgspec.json.Decoder(Measurement)
 
 @dataclass(frozen=True)
 class StoredCatalogue:
-    """The catalogue as it stands: what ships, and what the operator laid over it.
+    """The catalogue: the shipped records with the operator's additions.
 
     Attributes:
         version: the number that the next change raises.
-        catalogue: all of it.
-        sources: where the weights of a model are, for those whose id does not say.
+        catalogue: all entries.
+        sources: model id -> place of its weights, for models whose id does not say it.
     """
 
     version: int
@@ -52,13 +52,13 @@ class StoredCatalogue:
 
 @dataclass(frozen=True)
 class GateOutcome:
-    """What came of a gate.
+    """The stored outcome of a gate.
 
     Attributes:
         gate: its name.
-        fingerprint: of the weights, and of what was asked of the gate.
+        fingerprint: of the weights and the settings of the gate.
         finding: one sentence.
-        fields: what it found out for the record.
+        fields: fields of the record that the gate set.
     """
 
     gate: str
@@ -69,7 +69,7 @@ class GateOutcome:
 
 
 def open_database(url: str) -> Database:
-    """The database with its tables brought up to date.
+    """Open a database and migrate its tables.
 
     Raises:
         UsageError, StorageError: as `Database`.
@@ -80,12 +80,12 @@ def open_database(url: str) -> Database:
 
 
 def version(connection: Connection) -> int:
-    """A number that every change raises."""
+    """Return the number that every change raises."""
     return connection.execute(sa.select(catalogue_version.c.number)).scalar_one()
 
 
 def read_catalogue(connection: Connection) -> StoredCatalogue:
-    """Everything, with the operator's word over what ships.
+    """Read the whole catalogue, with the operator's additions over the shipped records.
 
     Raises:
         UsageError: a row does not fit this version's types.
@@ -104,7 +104,7 @@ def read_catalogue(connection: Connection) -> StoredCatalogue:
 
 
 def read_record(connection: Connection, model: str) -> Record | None:
-    """One record by its id, with the operator's word over what ships; None if nobody knows the model."""
+    """Read one record by its id, with the operator's additions; None if the model has no record."""
     fields, events = _fields(connection, model), _events(connection, model)
     if fields is None and not events and model not in shipped_records():
         return None
@@ -112,7 +112,7 @@ def read_record(connection: Connection, model: str) -> Record | None:
 
 
 def overlaid(model: str, fields: Mapping[str, Any], events: Sequence[Event] = ()) -> Record:
-    """A record made of the shipped one, the operator's fields and steps.
+    """Combine the shipped record with the operator's fields and steps.
 
     Raises:
         UsageError: a field is unknown or wrong, or a step does not follow.
@@ -127,7 +127,7 @@ def overlaid(model: str, fields: Mapping[str, Any], events: Sequence[Event] = ()
 
 
 def put_fields(connection: Connection, model: str, fields: Mapping[str, Any], *, source: str | None = None) -> Record:
-    """Lay fields over a model's record; those that were laid before and are not named stay.
+    """Override fields of a model's record. Earlier overrides of other fields stay.
 
     Args:
         fields: in the form that JSON has for them. None takes a field back to what ships.
@@ -136,8 +136,8 @@ def put_fields(connection: Connection, model: str, fields: Mapping[str, Any], *,
     Raises:
         UsageError: a field is unknown or wrong, or belongs to the history, which only `step` writes.
     """
-    if wrong := {"id", "history"}.intersection(fields):
-        raise UsageError(f"{', '.join(sorted(wrong))} of {model} cannot be set: steps are taken one by one")
+    if forbidden := {"id", "history"}.intersection(fields):
+        raise UsageError(f"{', '.join(sorted(forbidden))} of {model} cannot be set: steps are taken one by one")
     _raise_version(connection)
     before = _fields(connection, model)
     if before is None:
@@ -153,7 +153,7 @@ def put_fields(connection: Connection, model: str, fields: Mapping[str, Any], *,
 
 
 def source_of(connection: Connection, model: str) -> str | None:
-    """Where the weights are, if the model's id does not say."""
+    """Return the place of a model's weights, if its id does not say it."""
     return connection.scalar(sa.select(catalogue_records.c.source).where(catalogue_records.c.model == model))
 
 
@@ -167,7 +167,7 @@ def step(
     until: date | None = None,
     on: date | None = None,
 ) -> Record:
-    """Take a model a step of its lifecycle further. Nothing here asks whether its gates were passed.
+    """Take a model one step further in its lifecycle. Does not check the gates, see `actions.go_live`.
 
     Args:
         actor: a person's id, or "command line".
@@ -195,10 +195,9 @@ def step(
 
 
 def add_measurements(connection: Connection, measurements: Iterable[Measurement]) -> None:
-    """Add measurements behind those that are there. Nothing takes one back."""
+    """Append measurements. They are never removed."""
     rows = [
-        {"at": now_ms(), "model": found.model, "measurement": msgspec.json.encode(found).decode()}
-        for found in measurements
+        {"at": now_ms(), "model": one.model, "measurement": msgspec.json.encode(one).decode()} for one in measurements
     ]
     if rows:
         connection.execute(catalogue_measurements.insert(), rows)
@@ -206,14 +205,14 @@ def add_measurements(connection: Connection, measurements: Iterable[Measurement]
 
 
 def add_gate_outcome(connection: Connection, model: str, outcome: GateOutcome) -> None:
-    """Note what came of a gate."""
+    """Append the outcome of a gate."""
     row = {"gate": outcome.gate, "fingerprint": outcome.fingerprint, "passed": outcome.passed}
     row |= {"finding": outcome.finding, "fields": json.dumps(outcome.fields, ensure_ascii=False)}
     connection.execute(catalogue_gates.insert(), {"at": now_ms(), "model": model, **row})
 
 
 def gate_outcomes(connection: Connection, model: str) -> dict[str, GateOutcome]:
-    """By gate, what came of it the last time."""
+    """Return the last outcome of each gate, by name."""
     rows = connection.execute(
         sa.select(catalogue_gates).where(catalogue_gates.c.model == model).order_by(catalogue_gates.c.id)
     )
@@ -238,13 +237,13 @@ def _events(connection: Connection, model: str) -> list[Event]:
 def _by_model(
     connection: Connection, table: sa.Table, column: sa.Column[Any], decoder: msgspec.json.Decoder[Any]
 ) -> dict[str, list[Any]]:
-    found: dict[str, list[Any]] = {}
+    rows: dict[str, list[Any]] = {}
     for model, content in connection.execute(sa.select(table.c.model, column).order_by(table.c.id)):
         try:
-            found.setdefault(model, []).append(decoder.decode(content))
+            rows.setdefault(model, []).append(decoder.decode(content))
         except msgspec.DecodeError as error:
             raise UsageError(f"a row of {table.name} about {model} cannot be read: {error}") from error
-    return found
+    return rows
 
 
 def _raise_version(connection: Connection) -> None:

@@ -1,7 +1,7 @@
-"""Who wants which model: a vote per account, the queue that they make, and the notice when it goes live.
+"""Votes of accounts for models, the operator's queue, and the notices when a model goes live.
 
-How many want a model is public. Who does, and what for, only the operator and the account itself get to see: every
-function that says so takes the account, or is for the operator.
+The number of votes is public. The accounts and their notes are not: a function that returns them takes the account,
+or is for the operator.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class Vote:
 
 @dataclass(frozen=True)
 class QueuedModel:
-    """A model in the operator's queue, with the notes of those who left one, newest first."""
+    """A model in the operator's queue, with the notes of the voters, newest first."""
 
     model: str
     votes: int
@@ -39,7 +39,7 @@ class QueuedModel:
 
 @dataclass(frozen=True)
 class Notice:
-    """To an account: a model that it wanted went live."""
+    """A notice to an account: a model that it voted for went live."""
 
     model: str
     at: int
@@ -48,7 +48,7 @@ class Notice:
 
 @dataclass(frozen=True)
 class Letter:
-    """A notice that is to be mailed."""
+    """A notice to send by mail."""
 
     account: str
     model: str
@@ -56,7 +56,7 @@ class Letter:
 
 
 def vote(connection: Connection, account: str, model: str, note: str, now: int) -> bool:
-    """Want a model. A second vote changes the note. Whether it is the first one.
+    """Vote for a model. A second vote changes the note. Returns True for the first one.
 
     Raises:
         UsageError: the note is too long, or has characters that no text has.
@@ -76,39 +76,41 @@ def vote(connection: Connection, account: str, model: str, note: str, now: int) 
 
 
 def withdraw(connection: Connection, account: str, model: str) -> bool:
-    """Want a model no more. Whether it was wanted."""
+    """Withdraw a vote. Returns False if there was none."""
     return connection.execute(votes.delete().where(votes.c.account_id == account, votes.c.model == model)).rowcount == 1
 
 
 def count_votes(connection: Connection) -> dict[str, int]:
-    """How many accounts want each model that any wants."""
+    """Return the number of votes of each model that has any."""
     rows = connection.execute(sa.select(votes.c.model, sa.func.count()).group_by(votes.c.model))
     return {model: int(count) for model, count in rows}
 
 
 def votes_of(connection: Connection, account: str) -> dict[str, Vote]:
-    """An account's own votes, by model."""
+    """Return an account's own votes, by model."""
     rows = connection.execute(sa.select(votes).where(votes.c.account_id == account).order_by(votes.c.at))
     return {row.model: Vote(row.account_id, row.model, row.note, row.at) for row in rows}
 
 
 def queue(connection: Connection) -> list[QueuedModel]:
-    """For the operator: what is wanted, most votes first, then what has waited longest."""
-    found: dict[str, list[Vote]] = {}
+    """List the models with votes for the operator: most votes first, then the oldest vote first."""
+    by_model: dict[str, list[Vote]] = {}
     for row in connection.execute(sa.select(votes).order_by(votes.c.at.desc(), votes.c.account_id)):
-        found.setdefault(row.model, []).append(Vote(row.account_id, row.model, row.note, row.at))
+        by_model.setdefault(row.model, []).append(Vote(row.account_id, row.model, row.note, row.at))
     queued = [
         (
             min(vote.at for vote in cast),
             QueuedModel(model, len(cast), cast[0].at, tuple(v.note for v in cast if v.note)),
         )
-        for model, cast in found.items()
+        for model, cast in by_model.items()
     ]
-    return [wanted for _, wanted in sorted(queued, key=lambda item: (-item[1].votes, item[0], item[1].model))]
+    return [
+        queued_model for _, queued_model in sorted(queued, key=lambda item: (-item[1].votes, item[0], item[1].model))
+    ]
 
 
 def notify_voters(connection: Connection, model: str, now: int) -> int:
-    """A notice to everybody who wants a model, which is here now; their votes are done with. How many."""
+    """Turn the votes for a model that went live into notices. Returns their number."""
     rows = connection.execute(sa.select(votes.c.account_id).where(votes.c.model == model)).scalars().all()
     for account in rows:
         fresh = {"at": now, "seen_at": None, "mailed_at": None}
@@ -121,7 +123,7 @@ def notify_voters(connection: Connection, model: str, now: int) -> int:
 
 
 def notices_of(connection: Connection, account: str) -> list[Notice]:
-    """An account's own notices, newest first."""
+    """List an account's own notices, newest first."""
     rows = connection.execute(
         sa.select(notices).where(notices.c.account_id == account).order_by(notices.c.at.desc(), notices.c.model)
     )
@@ -129,13 +131,13 @@ def notices_of(connection: Connection, account: str) -> list[Notice]:
 
 
 def mark_notices_read(connection: Connection, account: str, now: int) -> int:
-    """The account has read its notices. How many were new."""
+    """Mark an account's notices as read. Returns the number of new ones."""
     unseen = notices.c.account_id == account, notices.c.seen_at.is_(None)
     return connection.execute(notices.update().where(*unseen).values(seen_at=now)).rowcount
 
 
 def claim_letters(connection: Connection, now: int) -> list[Letter]:
-    """Notices that nobody has mailed yet, which from now on count as mailed: two processes never send one twice."""
+    """Return the notices that were not mailed, and mark them as mailed, so that no other process sends them too."""
     claimed = connection.execute(
         notices.update()
         .where(notices.c.mailed_at.is_(None))
@@ -156,12 +158,12 @@ def claim_letters(connection: Connection, now: int) -> list[Letter]:
 
 
 def count_unsent_letters(connection: Connection) -> int:
-    """How many letters nobody has mailed yet."""
+    """Return the number of letters that were not mailed."""
     letters = sa.select(sa.func.count()).select_from(notices).join(people, people.c.account_id == notices.c.account_id)
     return connection.scalar(letters.where(notices.c.mailed_at.is_(None))) or 0
 
 
 def unclaim_letter(connection: Connection, letter: Letter) -> None:
-    """Take a letter back that could not be sent, so that it is tried again."""
+    """Mark a letter that could not be sent as not mailed, so that it is tried again."""
     mine = notices.c.account_id == letter.account, notices.c.model == letter.model
     connection.execute(notices.update().where(*mine).values(mailed_at=None))

@@ -1,7 +1,7 @@
-"""All tables as one gzipped file of JSON lines, readable by either database.
+"""Backups: all tables in one gzipped file of JSON lines, which either database can restore.
 
-A backup sees one moment, also while a server is running. So SQLite can be left for Postgres by a backup and a
-restore. The pepper is not in it: a copy of the file alone must not let anybody test keys.
+A backup sees one moment, also while a server is running. A backup and a restore move from SQLite to Postgres. The
+pepper is not in it: the file alone must not be enough to test keys.
 """
 
 import gzip
@@ -21,14 +21,14 @@ from unmask.storage.schema import DEFAULT_PLAN, catalogue_version, metadata, pla
 
 _FORMAT = "unmask accounts 1"
 _ROWS = 500
-# Sessions and invitations are let go: signing in again is better than a token from an old file.
+# Not restored: signing in again is better than a token from an old file.
 _LEFT_OUT = ("sessions", "invitations")
 # Tables that a migration leaves a row in.
 _BORN_FULL = (plans, catalogue_version)
 
 
 def backup(database: Database, target: Path) -> int:
-    """Write everything to `target`. Returns the number of rows.
+    """Write all tables to `target`. Returns the number of rows.
 
     Raises:
         StorageError: the database or the file fails.

@@ -1,4 +1,4 @@
-"""Where the tables live: SQLite beside everything else, or Postgres by URL; and the migrations that make them."""
+"""The database: SQLite under `UNMASK_HOME`, or Postgres by URL; its transactions and migrations."""
 
 import re
 import sqlite3
@@ -71,27 +71,27 @@ class Database:
         On SQLite it is the only writer from its first moment on, so it never finds the ground changed under it.
 
         Args:
-            flushed: on SQLite, whether the end of the block waits for the disk. Without, a killed process loses
-                nothing either, but a power cut may take the last moments back, the books still balancing.
+            flushed: on SQLite, wait for the disk at the end of the block. Without, a killed process loses nothing
+                either, but a power cut may lose the last moments; the books still balance.
                 Postgres follows its own `synchronous_commit`.
-            patient: on SQLite, whether to wait while another process writes; otherwise that is a `TransientError`.
+            patient: on SQLite, wait while another process writes; otherwise raise a `TransientError`.
 
         Raises:
             StorageError: the database cannot be reached, or refuses for want of space or rights.
         """
-        kept = self.writer_connection()
+        writer = self.writer_connection()
         try:
-            with kept.begin(flushed=flushed, patient=patient) as connection:
+            with writer.begin(flushed=flushed, patient=patient) as connection:
                 yield connection
         finally:
-            kept.close()
+            writer.close()
 
     def writer_connection(self) -> "WriterConnection":
-        """A connection for many transactions, one after the other."""
+        """Return a connection for many transactions, one after the other."""
         return WriterConnection(self)
 
     def connect(self) -> Connection:
-        """A connection from the pool, for `WriterConnection` to manage."""
+        """Take a connection from the pool, for `WriterConnection` to manage."""
         return self._engine.connect()
 
     @contextmanager
@@ -131,7 +131,7 @@ class Database:
                 ) from error
 
     def checkpoint_wal(self) -> None:
-        """On SQLite, copy the log into the file. To be called often: the more there is, the longer it takes.
+        """On SQLite, copy the write-ahead log into the file. Call it often: a long log takes longer.
 
         Raises:
             StorageError: as for `begin`.
@@ -147,7 +147,7 @@ class Database:
 
     @contextmanager
     def wrap_errors(self) -> Iterator[None]:
-        """Turns what SQLAlchemy raises into a `StorageError`."""
+        """Translate SQLAlchemy's errors into a `StorageError`."""
         try:
             yield
         except SQLAlchemyError as error:
@@ -158,9 +158,9 @@ class Database:
 
 
 class WriterConnection:
-    """A connection that one writer keeps: taking one from the pool and giving it back costs as much as a booking.
+    """A connection that one writer keeps: to take one from the pool and return it costs as much as a booking.
 
-    Not for two threads at a time. A failure gives the connection back, and the next transaction takes another.
+    Not for two threads at a time. After a failure the next transaction takes another connection.
     """
 
     def __init__(self, database: Database) -> None:
@@ -173,7 +173,7 @@ class WriterConnection:
         """As `Database.begin`."""
         try:
             with self._database.wrap_errors():
-                connection = self._standing()
+                connection = self._live_connection()
                 if self._database.kind == "sqlite":
                     _prepare(connection, "FULL" if flushed else "NORMAL", _BUSY_SECONDS * 1000 if patient else 0)
                 with connection.begin():
@@ -189,7 +189,7 @@ class WriterConnection:
             self._connection.close()
             self._connection = None
 
-    def _standing(self) -> Connection:
+    def _live_connection(self) -> Connection:
         rested = time.monotonic() - self._used > _RESTED_S
         if self._connection is not None and rested and self._database.kind == "postgresql":
             self.close()  # the pool asks the server before it gives one out
@@ -199,10 +199,9 @@ class WriterConnection:
 
 
 class RawStatement:
-    """SQL of every request, which goes to the driver as it is.
+    """SQL that goes to the driver without SQLAlchemy, for the statements of every request.
 
-    Through SQLAlchemy a statement takes five times as long as SQLite needs to run it. Errors are SQLAlchemy's all
-    the same.
+    Through SQLAlchemy a statement takes five times as long as SQLite needs to run it. Errors are still SQLAlchemy's.
 
     Args:
         sql: one statement that both databases understand, with `:name` where a value goes.
@@ -212,11 +211,11 @@ class RawStatement:
         self._texts = {"sqlite": sql, "postgresql": re.sub(r":(\w+)", r"%(\1)s", sql)}
 
     def rows(self, connection: Connection, values: Mapping[str, Any]) -> Sequence[tuple[Any, ...]]:
-        """What it returns."""
+        """Run the statement and return its rows."""
         return self._run(connection, values, rows=True)
 
     def changed(self, connection: Connection, values: Mapping[str, Any]) -> int:
-        """How many rows it changed; of a statement without RETURNING."""
+        """Run a statement without RETURNING, and return the number of rows that it changed."""
         return self._run(connection, values, rows=False)
 
     def _run(self, connection: Connection, values: Mapping[str, Any], *, rows: bool) -> Any:
@@ -235,7 +234,7 @@ class TransientError(StorageError):
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether another try of the same transaction may succeed, nothing of it having been written."""
+    """True if the same transaction may succeed when it is retried. Nothing of it was written."""
     if not isinstance(error, DBAPIError):
         return False
     return getattr(error.orig, "sqlstate", None) in _TRANSIENT or "database is locked" in str(error.orig)
@@ -298,21 +297,21 @@ def _sqlite(url: URL) -> Engine:
     @event.listens_for(engine, "begin")
     def began(connection: Connection) -> None:
         writes = connection.get_execution_options().get("unmask_writes")
-        _straight(connection, "BEGIN IMMEDIATE" if writes else "BEGIN")
+        _execute_raw(connection, "BEGIN IMMEDIATE" if writes else "BEGIN")
 
     return engine
 
 
 def _prepare(connection: Connection, synchronous: str, busy_ms: int) -> None:
-    """How a transaction on SQLite is to be written; what the connection has been told already costs nothing."""
-    wanted = synchronous, busy_ms
-    if connection.info.get("writes") != wanted:
-        _straight(connection, f"PRAGMA synchronous = {synchronous}")
-        _straight(connection, f"PRAGMA busy_timeout = {busy_ms}")
-        connection.info["writes"] = wanted
+    """Set the durability and the lock timeout of a connection to SQLite, if they differ from its last ones."""
+    settings = synchronous, busy_ms
+    if connection.info.get("writes") != settings:
+        _execute_raw(connection, f"PRAGMA synchronous = {synchronous}")
+        _execute_raw(connection, f"PRAGMA busy_timeout = {busy_ms}")
+        connection.info["writes"] = settings
 
 
-def _straight(connection: Connection, text: str) -> None:
+def _execute_raw(connection: Connection, text: str) -> None:
     raw: Any = connection.connection.dbapi_connection
     try:
         raw.execute(text)

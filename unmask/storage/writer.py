@@ -1,9 +1,9 @@
-"""Everything that a server writes, in transactions that are shared where sharing is free.
+"""The writer: runs a server's writes, several in one transaction where that is free.
 
-SQLite has one writer at a time, which pays for each commit. So one thread writes, and what arrived during the last
-commit goes into the next transaction together, each piece behind a savepoint of its own. A piece that finds nobody
-writing does not need that thread: without a flush it takes a fraction of a millisecond, less than handing it over.
-Postgres flushes for several at once by itself; there, each piece is a transaction, and a few threads have them.
+SQLite has one writer at a time, and each commit has a cost. So one thread writes, and the pieces that arrive during a
+commit go into the next transaction together, each behind its own savepoint. A piece that finds no writer active runs
+in its own thread: without a flush it takes a fraction of a millisecond, less than handing it over. Postgres groups
+flushes by itself: there each piece is a transaction, and a few threads run them.
 """
 
 import logging
@@ -31,12 +31,12 @@ _TRIES = 6
 
 
 class Writer:
-    """Runs pieces of work against the database, in order on SQLite.
+    """Runs pieces of work in transactions, in order on SQLite.
 
     A piece is a function of a connection. It may run more than once, and whatever it raises undoes it.
 
     Args:
-        flushed: whether a piece is only done once it is on the disk, see `Database.begin`.
+        flushed: a piece is done only once it is on the disk, see `Database.begin`.
     """
 
     def __init__(self, database: Database, *, flushed: bool = True) -> None:
@@ -47,7 +47,7 @@ class Writer:
         count = 1 if database.kind == "sqlite" else _THREADS
         self._closed = False
         self._turn = threading.Lock()  # on SQLite, of who writes, over the one connection
-        self._kept = database.writer_connection()
+        self._writer = database.writer_connection()
         self._threads = [
             threading.Thread(target=self._work, name=f"unmask-ledger-{index}", daemon=True) for index in range(count)
         ]
@@ -55,7 +55,7 @@ class Writer:
             thread.start()
 
     def submit(self, piece: Callable[[Connection], T]) -> Future[T]:
-        """The result of a piece, once it is written for good.
+        """Queue a piece. The future has its result once it is committed.
 
         Raises (from the future or at once):
             StorageError: the database failed, or too much waits for it.
@@ -71,9 +71,10 @@ class Writer:
         return future
 
     def try_inline(self, piece: Callable[[Connection], T]) -> Future[T] | None:
-        """The result of a piece that could be written in this thread without waiting for anybody, else None.
+        """Run a piece in this thread, if that needs no waiting.
 
-        None means that nothing of it was written, and it is to be submitted.
+        Returns:
+            Its result, or None if nothing was written and the piece must be submitted.
         """
         if self._database.kind != "sqlite" or self._flushed or self._closed or not self._line.empty():
             return None
@@ -81,7 +82,7 @@ class Writer:
             return None
         future: Future[T] = Future()
         try:
-            with self._kept.begin(flushed=False, patient=False) as connection:
+            with self._writer.begin(flushed=False, patient=False) as connection:
                 result = piece(connection)
         except TransientError:
             return None
@@ -99,24 +100,24 @@ class Writer:
             self._database.checkpoint_wal()
 
     def close(self) -> None:
-        """Write what was submitted, then end."""
+        """Write everything that was submitted, then stop."""
         self._closed = True
         for _ in self._threads:
             self._line.put(None)
         for thread in self._threads:
             thread.join()
         with self._turn:
-            self._kept.close()
+            self._writer.close()
 
     def _work(self) -> None:
-        kept = self._kept if self._database.kind == "sqlite" else self._database.writer_connection()
+        writer = self._writer if self._database.kind == "sqlite" else self._database.writer_connection()
         try:
-            self._work_with(kept)
+            self._work_with(writer)
         finally:
-            if kept is not self._kept:
-                kept.close()
+            if writer is not self._writer:
+                writer.close()
 
-    def _work_with(self, kept: WriterConnection) -> None:
+    def _work_with(self, writer: WriterConnection) -> None:
         while (first := self._line.get()) is not None:
             batch = [first]
             ending = False
@@ -129,19 +130,19 @@ class Writer:
                     ending = True
                     break
                 batch.append(item)
-            self._write(kept, [(piece, future) for piece, future in batch if future.set_running_or_notify_cancel()])
+            self._write(writer, [(piece, future) for piece, future in batch if future.set_running_or_notify_cancel()])
             if ending:
                 return
 
-    def _write(self, kept: WriterConnection, batch: list[tuple[Callable[[Connection], Any], Future[Any]]]) -> None:
+    def _write(self, writer: WriterConnection, batch: list[tuple[Callable[[Connection], Any], Future[Any]]]) -> None:
         outcomes: list[tuple[Any, Exception | None]] = []
         for attempt in range(1, _TRIES + 1):
             try:
                 if self._database.kind == "sqlite":
                     with self._turn:
-                        outcomes = self._transaction(kept, batch)
+                        outcomes = self._transaction(writer, batch)
                 else:
-                    outcomes = self._transaction(kept, batch)
+                    outcomes = self._transaction(writer, batch)
                 break
             except TransientError as error:
                 if attempt == _TRIES:
@@ -158,13 +159,13 @@ class Writer:
                 future.set_exception(error)
 
     def _transaction(
-        self, kept: WriterConnection, batch: list[tuple[Callable[[Connection], Any], Future[Any]]]
+        self, writer: WriterConnection, batch: list[tuple[Callable[[Connection], Any], Future[Any]]]
     ) -> list[tuple[Any, Exception | None]]:
         if len(batch) == 1:
-            with kept.begin(flushed=self._flushed) as connection:
+            with writer.begin(flushed=self._flushed) as connection:
                 return [(batch[0][0](connection), None)]
         outcomes: list[tuple[Any, Exception | None]] = []
-        with kept.begin(flushed=self._flushed) as connection:
+        with writer.begin(flushed=self._flushed) as connection:
             for piece, _ in batch:
                 try:
                     with connection.begin_nested():
