@@ -13,6 +13,7 @@ from unmask.errors import UsageError
 if TYPE_CHECKING:
     from unmask.training.loop import Progress as TrainingStep
     from unmask.training.plan import Plan
+    from unmask.training.recipe import Recipe
 
 
 def train(
@@ -31,8 +32,9 @@ def train(
     ----------
     recipe
         TOML file. The folder recipes/ has the published ones and ours; docs/training.md explains every field.
+        With [[stages]] it trains one after the other.
     output
-        Folder of the run: checkpoints, metrics, and in the end the adapter or model.
+        Folder of the run: checkpoints, metrics, and in the end the adapter or model. A stage has its own folder in it.
     data
         Folder that the recipe's paths start from. Default: the recipe's own folder.
     set
@@ -42,26 +44,38 @@ def train(
     dry_run
         Read the data and print counts, tokens, memory and time. Train nothing.
     """
-    from unmask.training.recipe import read_recipe
+    from unmask.training.stages import read_stages, train_stages
 
-    chosen = read_recipe(recipe, set)
+    recipes = read_stages(recipe, set)
     folder = data or recipe.parent
     if dry_run:
         from unmask.training.plan import plan
 
-        _print_plan(plan(chosen, folder, say))
+        for stage in recipes:
+            _print_plan(plan(stage, folder, say))
         return 0
     if output is None:
         raise UsageError("--output names the folder of the run; --dry-run needs none")
+
+    def run(stage: "Recipe", target: Path, resumed: bool) -> Path:
+        return _train_one(stage, folder, target, resumed)
+
+    if len(recipes) == 1:
+        run(recipes[0], output, resume)
+    else:
+        train_stages(recipes, output, resume, run)
+    return 0
+
+
+def _train_one(recipe: "Recipe", data: Path, output: Path, resume: bool) -> Path:
     from unmask.training.train import train as run_training
 
     with training_progress() as progress:
-        outcome = run_training(chosen, data=folder, output=output, resume=resume, progress=progress, say=say)
-    if not outcome.first:
-        return 0
-    scores = "".join(f", {name} {score:.2f}" for name, score in outcome.scores.items())
-    say(f"{chosen.steps} steps -> {outcome.result}{scores}")
-    return 0
+        outcome = run_training(recipe, data=data, output=output, resume=resume, progress=progress, say=say)
+    if outcome.first:
+        scores = "".join(f", {name} {score:.2f}" for name, score in outcome.scores.items())
+        say(f"{recipe.steps} steps -> {outcome.result}{scores}")
+    return outcome.result
 
 
 @contextmanager

@@ -24,6 +24,10 @@ Rate = Annotated[float, Meta(gt=0.0)]
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+# Tables of a file that trains in several stages; see `training.stages`.
+STAGES = "stages"
+
+
 class Source(Struct, forbid_unknown_fields=True, kw_only=True):
     """One data set of the mixture.
 
@@ -402,6 +406,11 @@ class Recipe(Struct, forbid_unknown_fields=True, kw_only=True):
             streamed = next((source.name for source in self.data if source.stream), None)
             if streamed is not None:
                 raise ValueError(f"max_epochs: data {streamed!r} is streamed, so its length is not known")
+        if self.layers is not None and self.lora is not None:
+            raise ValueError(
+                "layers goes with lora = false: an adapter does not say which layers its base has left. "
+                "Write the shallower decoder with `unmask shear` and make it the base"
+            )
         if self.objective == "supervised":
             for source in self.data:
                 self._check_teaches(source)
@@ -431,25 +440,48 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply `key.path=value` overrides, whose values are TOML (a bare word is a string).
 
     Raises:
-        UsageError: the file is not there, is not TOML, or a field is unknown or has a wrong value.
+        UsageError: the file is not there, is not TOML, has stages, or a field is unknown or has a wrong value.
+    """
+    table = read_table(path)
+    if STAGES in table:
+        raise UsageError(f"{path} has stages; `unmask train` runs them, and nothing else reads such a file")
+    return recipe_of_table(table, str(path), overrides)
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        UsageError: it is not there or is not TOML.
     """
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"no recipe at {path}: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not TOML: {error}") from error
-    rename_keys(raw, origin=str(path))
+
+
+def recipe_of_table(table: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Check a table as TOML gives it, after renamed keys and overrides.
+
+    Args:
+        origin: file, and stage where there are several, for messages.
+
+    Raises:
+        UsageError: a field is unknown or has a wrong value.
+    """
+    rename_keys(table, origin=origin)
     for override in overrides:
-        _set(raw, override)
-        rename_keys(raw, origin=f"--set {override}", replace=True)
+        _set(table, override)
+        rename_keys(table, origin=f"--set {override}", replace=True)
     for optional in ("lora", "distillation", "decontaminate_against", "head", "ema"):
-        if raw.get(optional) is False:  # TOML has no word for nothing
-            raw[optional] = None
+        if table.get(optional) is False:  # TOML has no word for nothing
+            table[optional] = None
     try:
-        return msgspec.convert(raw, Recipe)
+        return msgspec.convert(table, Recipe)
     except msgspec.ValidationError as error:
-        raise UsageError(f"{path}: {error}") from error
+        raise UsageError(f"{origin}: {error}") from error
 
 
 def stored_recipe(stored: Any) -> Recipe:
