@@ -17,7 +17,7 @@ from tests.api.test_middleware import status_of
 from unmask.api import ServeSettings
 from unmask.catalogue.mail import MailServer
 from unmask.errors import UsageError
-from unmask.server.http_server import HEADER_LIMIT_BYTES
+from unmask.server.http_protocol import HEADER_LIMIT_BYTES
 
 
 def test_headers_that_do_not_arrive_end_the_connection(start: Callable[..., Service]):

@@ -184,6 +184,9 @@ class _ServiceRoutes:
 
 
 async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["path"] == "*" and scope["method"] == "OPTIONS":  # of the server as a whole (RFC 9110, 9.3.7)
+        await Response(status_code=204, headers={"allow": "GET, HEAD, POST, OPTIONS"})(scope, receive, send)
+        return
     raise ApiError(404, f"There is nothing at {scope['path'][:200]}: see / for what there is.", code="not_found")
 
 

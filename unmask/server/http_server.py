@@ -1,6 +1,5 @@
-"""`HttpServer`: uvicorn with the limits that it lacks and an orderly end, and its listening socket."""
+"""`HttpServer`: uvicorn with our settings and an orderly end, and its listening socket."""
 
-import asyncio
 import functools
 import gc
 import os
@@ -9,79 +8,12 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from unmask.api.errors import ApiError, error_response
-from unmask.api.middleware import new_request_id
 from unmask.api.settings import ServeSettings
-
-# uvicorn's httptools parser takes headers of any size.
-HEADER_LIMIT_BYTES = 65_536
-
-
-class LimitedHttpProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with limits. By itself it waits for headers for ever and takes any number of them.
-
-    Args:
-        header_timeout_s: time for the headers of a request, and for the rest of a body after an early answer.
-    """
-
-    def __init__(self, *args: Any, header_timeout_s: float, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._header_timeout_s = header_timeout_s
-        self._header_timer: asyncio.TimerHandle | None = None
-        self._header_bytes = 0
-        self._in_body = False
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)  # pyright: ignore[reportArgumentType] - uvicorn narrows the type
-        self._expect_headers()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._headers_arrived()
-        super().connection_lost(exc)
-
-    def data_received(self, data: bytes) -> None:
-        if self._header_timer is None and (self.cycle is None or self.cycle.response_complete):
-            self._expect_headers()
-        self._header_bytes += len(data)
-        super().data_received(data)
-        if self._header_timer is not None and not self._in_body and self._header_bytes > HEADER_LIMIT_BYTES:
-            self.transport.close()
-
-    def on_headers_complete(self) -> None:
-        self._headers_arrived()
-        self._in_body = True
-        super().on_headers_complete()
-
-    def on_message_complete(self) -> None:
-        self._in_body = False
-        super().on_message_complete()
-
-    def send_400_response(self, msg: str) -> None:
-        # Called for bytes that are not HTTP, before there is a request that the app could answer.
-        response = error_response(ApiError(400, msg))
-        lines = [
-            b"HTTP/1.1 400 Bad Request",
-            b"connection: close",
-            b"x-request-id: " + new_request_id().encode(),
-        ]
-        lines += [name + b": " + value for name, value in response.raw_headers]
-        self.transport.write(b"\r\n".join(lines) + b"\r\n\r\n" + bytes(response.body))
-        self.transport.close()
-
-    def _expect_headers(self) -> None:
-        self._header_bytes = 0
-        self._header_timer = self.loop.call_later(self._header_timeout_s, self.transport.close)
-
-    def _headers_arrived(self) -> None:
-        if self._header_timer is not None:
-            self._header_timer.cancel()
-            self._header_timer = None
+from unmask.server.http_protocol import HttpProtocol
 
 
 class HttpServer(uvicorn.Server):
@@ -101,7 +33,7 @@ class HttpServer(uvicorn.Server):
             app,
             loop="auto",
             http=functools.partial(  # pyright: ignore[reportArgumentType] - only ever called, like the class
-                LimitedHttpProtocol, header_timeout_s=settings.header_timeout_s
+                HttpProtocol, header_timeout_s=settings.header_timeout_s
             ),
             ws="none",
             lifespan="off",

@@ -1,0 +1,210 @@
+"""`HttpProtocol`: uvicorn's parser of HTTP/1.1 with limits, and with the rules of RFC 9110 and 9112 that it lacks."""
+
+import asyncio
+import re
+from typing import Any
+from urllib.parse import urlsplit
+
+import httptools
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from unmask.api.errors import ApiError, error_response
+from unmask.api.middleware import new_request_id
+
+# uvicorn's httptools parser takes headers of any size.
+HEADER_LIMIT_BYTES = 65_536
+
+_HOST = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
+_ABSOLUTE_TARGET = re.compile(rb"(?i)https?://")
+_INVALID = "Invalid HTTP request received."
+_REASONS = {400: b"Bad Request", 501: b"Not Implemented"}
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """uvicorn's protocol with these additions.
+
+    - Headers have a size limit and a time limit.
+    - An offer to upgrade is ignored, and the request is answered (RFC 9110, 7.8). The JDK's HTTP client sends such an
+      offer with its first request. httptools stops at it and drops the body; so the protocol gives the request to a
+      new parser, without the offer.
+    - A request has one valid Host, and no transfer coding but chunked. The host of an absolute target wins.
+    - Fields after a chunked body are dropped: as headers, they would not have passed the checks of a proxy.
+    - A message that is not HTTP is refused after the requests before it are answered, so that no client takes the
+      refusal for another answer.
+
+    Args:
+        header_timeout_s: time for the headers of a request, and for the rest of a body after an early answer.
+    """
+
+    def __init__(self, *args: Any, header_timeout_s: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._header_timeout_s = header_timeout_s
+        self._header_timer: asyncio.TimerHandle | None = None
+        self._header_bytes = 0
+        self._in_body = False
+        self._running: RequestResponseCycle | None = None  # the request that is answered now; others wait for it
+        self._offer_pending = False  # the headers had an offer to upgrade, and go to a new parser
+        self._refusal: ApiError | None = None  # the answer to a message that is no request; nothing is read after it
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)  # pyright: ignore[reportArgumentType] - uvicorn narrows the type
+        self._expect_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._headers_arrived()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._refusal is not None:
+            return
+        if self._header_timer is None and (self.cycle is None or self.cycle.response_complete):
+            self._expect_headers()
+        self._header_bytes += len(data)
+        self._unset_keepalive_if_required()
+        self._parse(data)
+        if self._header_timer is not None and not self._in_body and self._header_bytes > HEADER_LIMIT_BYTES:
+            self.transport.close()
+
+    def _parse(self, data: bytes | memoryview) -> None:
+        """Give bytes to the parser, and to a new one after each offer to upgrade."""
+        rest = memoryview(data)
+        try:
+            while True:
+                try:
+                    self.parser.feed_data(rest)
+                    return
+                except httptools.HttpParserUpgrade as offer:
+                    rest = rest[offer.args[0] :]
+                    head = self._head_without_offer()
+                    self.parser = httptools.HttpRequestParser(self)
+                    self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+                    self._offer_pending = False
+                    self.parser.feed_data(head)
+        except httptools.HttpParserError:
+            self._refuse(self._refusal or ApiError(400, _INVALID))
+
+    def _head_without_offer(self) -> bytes:
+        """Return the head of the current request without its offer to upgrade."""
+        version = self.parser.get_http_version().encode()
+        lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)]
+        for name, value in self.headers:
+            if name in (b"upgrade", b"http2-settings"):
+                continue
+            if name == b"connection":
+                options = [option.strip() for option in value.split(b",")]
+                value = b", ".join(o for o in options if o.lower() not in (b"upgrade", b"http2-settings"))
+            lines.append(b"%b: %b" % (name, value))
+        return b"\r\n".join(lines) + b"\r\n\r\n"
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._in_body:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        if self.parser.get_method() == b"CONNECT":
+            self._stop(ApiError(501, "CONNECT is not supported: this server is no proxy."))
+        if self.parser.should_upgrade():
+            self._offer_pending = True
+            return
+        self._check_headers()
+        self._read_target()
+        self._headers_arrived()
+        self._in_body = True
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        if self._offer_pending:
+            return
+        self._in_body = False
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._refusal is not None and self._running is not None and self._running.response_complete:
+            self._write_refusal(self._refusal)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(ApiError(400, msg))
+
+    def _check_headers(self) -> None:
+        """Check the headers that decide where a message ends and to whom it goes (RFC 9112, 3.2 and 6.1)."""
+        names = [name for name, _ in self.headers]
+        hosts = [value for name, value in self.headers if name == b"host"]
+        version = self.parser.get_http_version()
+        if (version == "1.1" and not hosts) or len(hosts) > 1 or not all(map(_HOST.fullmatch, hosts)):
+            self._stop(ApiError(400, "A request has one header Host with a host and a port."))
+        codings = b",".join(value for name, value in self.headers if name == b"transfer-encoding").strip().lower()
+        if version not in ("1.0", "1.1"):
+            self._stop(ApiError(400, f"HTTP/{version} is not supported: send HTTP/1.1."))
+        if codings and version != "1.1":
+            self._stop(ApiError(400, "Transfer-Encoding needs HTTP/1.1."))
+        if codings not in (b"", b"chunked"):
+            self._stop(ApiError(501, "The only supported Transfer-Encoding is chunked."))
+        if codings and b"content-length" in names:
+            self._stop(ApiError(400, "A request has Content-Length or Transfer-Encoding, not both."))
+
+    def _read_target(self) -> None:
+        """Replace an absolute target by its path, and the header Host by its host (RFC 9112, 3.2.2)."""
+        if not _ABSOLUTE_TARGET.match(self.url):
+            if self.url[:1] != b"/" and self.url != b"*":
+                self._stop(ApiError(400, "The target of a request is a path or an address with http://."))
+            return
+        target = urlsplit(self.url.split(b"#")[0])
+        host = target.netloc.rpartition(b"@")[2]
+        if not host or not _HOST.fullmatch(host):
+            self._stop(ApiError(400, "The target of the request has no valid host."))
+        self.headers[:] = [(b"host", host), *((name, value) for name, value in self.headers if name != b"host")]
+        self.url = (target.path or b"/") + (b"?" + target.query if target.query else b"")
+
+    def _stop(self, refusal: ApiError) -> None:
+        """End the parsing of this connection with an answer.
+
+        Raises:
+            ValueError: always; httptools turns it into its own error.
+        """
+        self._refusal = refusal
+        raise ValueError(str(refusal))
+
+    def _refuse(self, refusal: ApiError) -> None:
+        """Answer a message that is no request, after the answers to the requests before it, and read no more."""
+        self._refusal = refusal
+        self._headers_arrived()
+        if self._in_body and not (self.pipeline and self.pipeline[0][0] is self.cycle):
+            if self.cycle.response_started:
+                self.transport.close()  # this request has its answer, and another one would count for the next
+                return
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+            self._write_refusal(refusal)
+            return
+        if self._in_body:
+            self.pipeline.popleft()  # the newest request, which waits for its turn and will never be whole
+        if self._running is None or self._running.response_complete:
+            self._write_refusal(refusal)
+
+    def _write_refusal(self, refusal: ApiError) -> None:
+        if self.transport.is_closing():
+            return
+        response = error_response(refusal)
+        lines = [
+            b"HTTP/1.1 %d %b" % (refusal.status, _REASONS[refusal.status]),
+            b"connection: close",
+            b"x-request-id: " + new_request_id().encode(),
+        ]
+        lines += [name + b": " + value for name, value in response.raw_headers]
+        self.transport.write(b"\r\n".join(lines) + b"\r\n\r\n" + bytes(response.body))
+        self.transport.close()
+
+    def _expect_headers(self) -> None:
+        self._header_bytes = 0
+        self._header_timer = self.loop.call_later(self._header_timeout_s, self.transport.close)
+
+    def _headers_arrived(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
