@@ -19,6 +19,7 @@ from unmask.api.account_routes import AccountRoutes
 from unmask.api.authentication import Authenticator
 from unmask.api.charging import Charging
 from unmask.api.context import context_of
+from unmask.api.cors import CorsMiddleware
 from unmask.api.embeddings import EmbeddingsRoute, deprecation_headers, find_model
 from unmask.api.errors import ApiError
 from unmask.api.metrics import CONTENT_TYPE, Metrics
@@ -94,6 +95,7 @@ def create_app(
         Middleware(RequestContextMiddleware),
         Middleware(AccessLogMiddleware, metrics, {route.endpoint: route.path for route in routes}),
         Middleware(ResponseHeadersMiddleware),
+        Middleware(CorsMiddleware, settings.cors_origins, _pages_of(pages)),
         Middleware(ErrorMiddleware, stopping, pages.error if pages else None),
         Middleware(AuthenticationMiddleware, authenticator),
     )
@@ -115,6 +117,12 @@ def _public_pages(api_routes: Sequence[Route], pages: WebPages | None) -> Callab
         return accepts_html(scope) or any(route.matches(scope)[0] is Match.FULL for route in pages.routes)
 
     return is_public
+
+
+def _pages_of(pages: WebPages | None) -> Callable[[Scope], bool]:
+    """Return a test for scopes whose path is a page."""
+    routes = pages.routes if pages is not None else ()
+    return lambda scope: any(route.matches(scope)[0] is not Match.NONE for route in routes)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from unmask.accounts.identity_provider import IdentityProviderSettings, is_this_machine
 from unmask.accounts.money import MAX_AMOUNT
+from unmask.api.cors import check_origin
 from unmask.catalogue.mail import MailServer
 from unmask.encoder import Dtype
 from unmask.errors import UsageError
@@ -80,6 +81,8 @@ class ServeSettings:
             the browser asks for.
         trusted_proxies: Address or network of a proxy, such as 10.0.0.0/8. Only its X-Forwarded-For and
             X-Forwarded-Proto are believed. Repeat it for several.
+        cors_origins: Origin whose pages may call the API from a browser, such as https://app.example.org. Cookies are
+            never accepted from there. Repeat it for several.
         playground: Let visitors try models on the pages. Default: only where no key is needed.
         mail: mail server for notices to people who voted for a model; None for notices on the pages alone.
 
@@ -115,6 +118,7 @@ class ServeSettings:
     shutdown_grace_s: float = 30
     public_url: str | None = None
     trusted_proxies: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
     playground: bool | None = None
     mail: MailServer | None = None
 
@@ -138,6 +142,8 @@ class ServeSettings:
                 ipaddress.ip_network(proxy)
             except ValueError as error:
                 raise UsageError(f"trusted proxy {proxy!r}: {error}; write it like 10.0.0.1 or 10.0.0.0/8") from None
+        for origin in self.cors_origins:
+            check_origin(origin)
         if self.credit_status not in (402, 429):
             raise UsageError(f"credit_status={self.credit_status}: choose 429 or 402")
         if not 0 <= self.free_credit <= MAX_AMOUNT:

@@ -51,6 +51,7 @@ class ServeOptions(ServeSettings):
     device: DeviceOption = "cpu"
     public_url: Annotated[str | None, Parameter(env_var="UNMASK_PUBLIC_URL")] = None
     trusted_proxies: Annotated[tuple[str, ...], Parameter(name="--trusted-proxy")] = ()
+    cors_origins: Annotated[tuple[str, ...], Parameter(name="--cors-origin")] = ()
     playground: Annotated[bool | None, Parameter(negative="--no-playground")] = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
