@@ -258,16 +258,16 @@ def _prompts(encoder: Encoder, job: EncodeJob, texts: list[str], first: int) -> 
 
 def _vectors(encoder: Encoder, job: EncodeJob, prompts: list[Prompt | None], first: int) -> np.ndarray:
     """Finished vectors, float32 [n, dim]; a row without prompt is NaN, and no other has one."""
-    kept = [row for row, prompt in enumerate(prompts) if prompt is not None]
+    encoded_rows = [row for row, prompt in enumerate(prompts) if prompt is not None]
     raw = encoder.encode_prompts([prompt for prompt in prompts if prompt is not None])
     finite = np.isfinite(raw).all(axis=1)
     if not finite.all():
-        index = first + kept[int(np.argmin(finite))]
+        index = first + encoded_rows[int(np.argmin(finite))]
         raise CheckpointError(
             f"{encoder.name} gives row {index + 1:,} of {label_of(job.input)} a vector with NaN or infinity; "
             "load the model in float32, or check its weights"
         )
     vectors = postprocess(raw, normalize=job.normalize, dimensions=job.dimensions)
     padded = np.full((len(prompts), vectors.shape[1]), np.nan, dtype=np.float32)
-    padded[kept] = vectors
+    padded[encoded_rows] = vectors
     return padded

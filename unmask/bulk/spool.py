@@ -1,4 +1,4 @@
-"""What an unfinished encoding run keeps on disk, so that a later one can go on."""
+"""Spool of an unfinished encoding run: its vectors and its state on disk, so that a later run can go on."""
 
 import hashlib
 import json
@@ -39,20 +39,20 @@ class Tally:
 
     def plus(self, prompts: list[Prompt | None]) -> "Tally":
         """These counts and those of one row per prompt."""
-        kept = [prompt for prompt in prompts if prompt is not None]
+        encoded = [prompt for prompt in prompts if prompt is not None]
         return Tally(
             rows=self.rows + len(prompts),
-            tokens=self.tokens + sum(len(prompt.ids) for prompt in kept),
-            truncated=self.truncated + sum(prompt.truncated for prompt in kept),
-            empty=self.empty + len(prompts) - len(kept),
+            tokens=self.tokens + sum(len(prompt.ids) for prompt in encoded),
+            truncated=self.truncated + sum(prompt.truncated for prompt in encoded),
+            empty=self.empty + len(prompts) - len(encoded),
         )
 
 
 @dataclass(frozen=True)
 class State:
-    """What a spool records: counts of its rows, the SHA-256 of their texts, and how they were made.
+    """Recorded state of a spool: counts of its rows, the SHA-256 of their texts, and how they were made.
 
-    `replaces` is whether the run was told to replace an output that was there.
+    `replaces` is true if the run was told to replace an output that was there.
     """
 
     tally: Tally
@@ -119,13 +119,13 @@ class Spool:
             _require_same_options(saved.options, options, self.folder)
             tally, self.texts_sha256 = saved.tally, saved.texts_sha256
         self._options, self._dim = options, dim
-        kept = NPY_HEADER_BYTES + tally.rows * dim * _FLOAT_BYTES
+        recorded_bytes = NPY_HEADER_BYTES + tally.rows * dim * _FLOAT_BYTES
         with storage_errors(self._name, self._advice):
             self._vectors = FileIO(self._vectors_file, "r+" if saved else "w+")
-            found = self._vectors.seek(0, os.SEEK_END)
-            if saved and found < kept:
-                raise self._damaged(f"it holds {found:,} bytes of vectors and should hold {kept:,}")
-            self._vectors.seek(self._vectors.truncate(kept))  # what is beyond was being written when it was killed
+            file_bytes = self._vectors.seek(0, os.SEEK_END)
+            if saved and file_bytes < recorded_bytes:
+                raise self._damaged(f"it holds {file_bytes:,} bytes of vectors and should hold {recorded_bytes:,}")
+            self._vectors.seek(self._vectors.truncate(recorded_bytes))  # an interrupted write
         return tally
 
     def append(self, vectors: np.ndarray) -> None:
@@ -190,7 +190,7 @@ class Spool:
         self._lock.close()
 
     def _saved(self) -> State | None:
-        """What was recorded last, None if nothing was."""
+        """Read the state recorded last, None if there is none."""
         if not (self._vectors_file.exists() and self._state_file.exists()):
             return None
         try:
