@@ -401,14 +401,15 @@ def test_progress_is_reported_before_the_first_chunk_and_after_each(job: EncodeJ
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-from unmask.encoder import Encoder, job, spool
+from unmask.bulk import job, spool
+from unmask.encoder import Encoder
 model, source, last_step, *outputs = sys.argv[1:]
 job.CHUNK_ROWS = 64
-def sync(path, real=spool.sync):
+def sync(path, real=spool.fsync_path):
     if path.name == last_step:
         os.kill(os.getpid(), signal.SIGKILL)
     real(path)
-spool.sync = sync
+spool.fsync_path = sync
 encoder = Encoder.load(model)
 for output in outputs:
     print(job.run(job.EncodeJob(source, output), lambda: encoder).resumed_at, flush=True)
