@@ -9,10 +9,10 @@ HEAVY = ("torch", "numpy", "transformers", "starlette", "pyarrow", "mteb", "sqla
 
 HELP = """
 import contextlib, sys
-from unmask.cli import app
+from unmask.cli import main
 
 with contextlib.suppress(SystemExit):
-    app(["--help"])
+    main(["--help"])
 print(*sys.modules)
 """
 
