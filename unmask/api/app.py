@@ -20,6 +20,7 @@ from unmask.api.authentication import Authenticator
 from unmask.api.charging import Charging
 from unmask.api.context import context_of
 from unmask.api.cors import CorsMiddleware
+from unmask.api.dialects import dialect_error, dialect_routes
 from unmask.api.embeddings import EmbeddingsRoute, deprecation_headers, find_model
 from unmask.api.errors import ApiError
 from unmask.api.metrics import CONTENT_TYPE, Metrics
@@ -73,6 +74,7 @@ def create_app(
         return _json(openapi)
 
     api_routes = [
+        *dialect_routes(embeddings),  # before the route itself: counters are labelled by the last path of an endpoint
         Route("/v1/embeddings", embeddings.answer, methods=["POST"]),
         Route("/v1/models", service.list_models),
         Route("/v1/models/{id:path}", service.model),
@@ -96,7 +98,7 @@ def create_app(
         Middleware(AccessLogMiddleware, metrics, {route.endpoint: route.path for route in routes}),
         Middleware(ResponseHeadersMiddleware),
         Middleware(CorsMiddleware, settings.cors_origins, _pages_of(pages)),
-        Middleware(ErrorMiddleware, stopping, pages.error if pages else None),
+        Middleware(ErrorMiddleware, stopping, _error_writer(pages)),
         Middleware(AuthenticationMiddleware, authenticator),
     )
     # Starlette's redirects of trailing slashes would be built from the Host header, which anybody can set.
@@ -117,6 +119,15 @@ def _public_pages(api_routes: Sequence[Route], pages: WebPages | None) -> Callab
         return accepts_html(scope) or any(route.matches(scope)[0] is Match.FULL for route in pages.routes)
 
     return is_public
+
+
+def _error_writer(pages: WebPages | None) -> Callable[[Scope, ApiError], Response | None]:
+    """Return the writer of errors that are not OpenAI's envelope: those of dialects, and pages."""
+
+    def write(scope: Scope, error: ApiError) -> Response | None:
+        return dialect_error(scope, error) or (pages.error(scope, error) if pages is not None else None)
+
+    return write
 
 
 def _pages_of(pages: WebPages | None) -> Callable[[Scope], bool]:
@@ -195,7 +206,9 @@ async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
     if scope["path"] == "*" and scope["method"] == "OPTIONS":  # of the server as a whole (RFC 9110, 9.3.7)
         await Response(status_code=204, headers={"allow": "GET, HEAD, POST, OPTIONS"})(scope, receive, send)
         return
-    raise ApiError(404, f"There is nothing at {scope['path'][:200]}: see / for what there is.", code="not_found")
+    hint = " Vectors are at POST /v1/embeddings." if "embed" in scope["path"] else ""
+    message = f"There is nothing at {scope['path'][:200]}: see / for what there is.{hint}"
+    raise ApiError(404, message, code="not_found")
 
 
 def _listed_ids(served: ServedModel) -> list[str]:

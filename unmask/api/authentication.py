@@ -1,4 +1,4 @@
-"""Authenticate requests by API keys in the Authorization header, and nowhere else."""
+"""Authenticate requests by API keys in the header Authorization, or api-key as Azure's clients send it."""
 
 import hashlib
 import hmac
@@ -51,8 +51,11 @@ class Authenticator:
         needs_no_key = scope["path"] in PUBLIC_PATHS or self._is_public(scope)
         if needs_no_key or not (self._digests or self._accounts):
             return Principal(address)
-        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        headers = Headers(scope=scope)
+        scheme, _, key = headers.get("authorization", "").partition(" ")
         key = key.strip()
+        if "authorization" not in headers and "api-key" in headers:  # Azure's clients
+            scheme, key = "bearer", headers["api-key"].strip()
         if scheme.lower() != "bearer" or not key:
             raise _unauthorised("You didn't provide an API key: send it as 'Authorization: Bearer <key>'.")
         if self._accounts is not None:

@@ -1,10 +1,11 @@
-"""`POST /v1/embeddings`: from the bytes of the body to the bytes of the answer."""
+"""`POST /v1/embeddings` and its dialects: from the bytes of the body to the bytes of the answer."""
 
 import asyncio
 import base64
+import functools
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from datetime import time as time_of_day
@@ -24,7 +25,7 @@ from unmask.api.context import context_of
 from unmask.api.disconnect import cancel_on_disconnect
 from unmask.api.errors import ApiError
 from unmask.api.metrics import Metrics
-from unmask.api.schema import EmbeddingRequest, TokenEncoding, read_input, read_request
+from unmask.api.schema import EmbeddingRequest, Fields, TokenEncoding, read_fields, read_input, request_of
 from unmask.api.settings import ServeSettings
 from unmask.catalogue import Record
 from unmask.encoder.encoder import postprocess
@@ -41,6 +42,38 @@ _SMALL_ANSWER = 65_536
 
 
 @dataclass(frozen=True, eq=False)
+class EmbeddingResult:
+    """Vectors of a request, and everything that an answer says about them.
+
+    Attributes:
+        rows: float32 [inputs, dimensions], normalised and cut as the request wants.
+        model: id of the model.
+        num_tokens: tokens that the model processed.
+        cost: nano-dollars; None without accounts.
+        seconds: time since the headers of the request had arrived.
+    """
+
+    rows: np.ndarray
+    model: str
+    num_tokens: int
+    cost: int | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """Form of requests and answers on some paths. Vectors, keys, limits and charges are those of `/v1/embeddings`.
+
+    Attributes:
+        read: translates the fields of a body to those of `/v1/embeddings`; raises ApiError.
+        write: writes the answer's JSON.
+    """
+
+    read: Callable[[Request, Fields], Fields]
+    write: Callable[[EmbeddingResult, EmbeddingRequest], bytes]
+
+
+@dataclass(frozen=True, eq=False)
 class EmbeddingsRoute:
     """The route. Immutable: all data of a request is in local variables and in its `RequestContext`."""
 
@@ -50,6 +83,18 @@ class EmbeddingsRoute:
     charging: Charging
 
     async def answer(self, request: Request) -> Response:
+        """Answer one request in OpenAI's form."""
+        return await self._answer(request, OPENAI)
+
+    def endpoint(self, dialect: Dialect) -> Callable[[Request], Awaitable[Response]]:
+        """Return an endpoint that answers requests of a dialect."""
+
+        async def answer(request: Request) -> Response:
+            return await self._answer(request, dialect)
+
+        return answer
+
+    async def _answer(self, request: Request, dialect: Dialect) -> Response:
         """Answer one request; its work is cancelled if the client disconnects.
 
         Raises:
@@ -60,11 +105,13 @@ class EmbeddingsRoute:
         _require_json(request.headers)
         timeout = _timeout(request.headers, self.settings.request_timeout_s)
         body = await read_body(request, self.settings.body_limit_bytes, self.settings.receive_timeout_s)
-        return await cancel_on_disconnect(self._embed(request, body, arrived, arrived + timeout), request)
+        return await cancel_on_disconnect(self._embed(request, dialect, body, arrived + timeout), request)
 
-    async def _embed(self, request: Request, body: bytes, arrived: float, deadline: float) -> Response:
+    async def _embed(self, request: Request, dialect: Dialect, body: bytes, deadline: float) -> Response:
         context = context_of(request)
-        parsed, ignored = read_request(body)
+        parsed, ignored = request_of(dialect.read(request, read_fields(body)))
+        if dialect is not OPENAI:
+            body = f"{request.scope['path']}\n".encode() + body  # the path may name the model
         inputs = read_input(parsed.input)
         served = find_model(self.models, parsed.model)
         model = served.record.id
@@ -84,13 +131,13 @@ class EmbeddingsRoute:
         share = context.share if tier == "default" else _BATCH_SHARE
         async with self.charging.charge(request, model, tier, num_tokens, body, deadline) as charge:
             vectors = await engine.run(prompts, deadline=deadline, caller=share)
-            if vectors.size > _SMALL_ANSWER:
-                content = await asyncio.to_thread(_write, vectors, parsed, model, num_tokens, charge.cost)
-            else:
-                content = _write(vectors, parsed, model, num_tokens, charge.cost)
+            write = functools.partial(
+                _write, dialect, vectors, parsed, model, num_tokens, charge.cost, context.elapsed_s()
+            )
+            content = await asyncio.to_thread(write) if vectors.size > _SMALL_ANSWER else write()
             await charge.settle()
         context.tokens = num_tokens
-        self.metrics.count_embedding(model, num_tokens, time.monotonic() - arrived)
+        self.metrics.count_embedding(model, num_tokens, context.elapsed_s())
         headers = {}
         if encoding:
             headers["x-unmask-token-encoding"] = encoding
@@ -209,25 +256,44 @@ def _names(fields: Sequence[str]) -> str:
     return ", ".join(names + ["..."] * (len(fields) > 16))
 
 
-def _write(vectors: np.ndarray, parsed: EmbeddingRequest, model: str, num_tokens: int, cost: int | None) -> bytes:
-    """Write the answer's JSON row by row: each row is one call into C, and other threads run between two rows."""
+def _write(
+    dialect: Dialect,
+    vectors: np.ndarray,
+    parsed: EmbeddingRequest,
+    model: str,
+    num_tokens: int,
+    cost: int | None,
+    seconds: float,
+) -> bytes:
     normalize = parsed.normalize is not False
     rows = np.ascontiguousarray(
         postprocess(vectors, normalize=normalize, dimensions=parsed.dimensions or None), dtype="<f4"
     )
-    write = _base64_row if parsed.encoding_format == "base64" else _float_row
+    return dialect.write(EmbeddingResult(rows, model, num_tokens, cost, seconds), parsed)
+
+
+def _write_openai(result: EmbeddingResult, parsed: EmbeddingRequest) -> bytes:
+    """Write the answer's JSON row by row: each row is one call into C, and other threads run between two rows."""
+    write = _base64_row if parsed.encoding_format == "base64" else float_row
     data = b",".join(
-        [b'{"object":"embedding","index":%d,"embedding":%b}' % (index, write(row)) for index, row in enumerate(rows)]
+        [
+            b'{"object":"embedding","index":%d,"embedding":%b}' % (index, write(row))
+            for index, row in enumerate(result.rows)
+        ]
     )
     # Dollars in full decimals: a float would round them.
-    price = b"" if cost is None else b',"cost":%b' % format_dollars(cost).encode()
-    usage = b'{"prompt_tokens":%d,"total_tokens":%d%b}' % (num_tokens, num_tokens, price)
-    return b'{"object":"list","data":[%b],"model":%b,"usage":%b}' % (data, orjson.dumps(model), usage)
+    price = b"" if result.cost is None else b',"cost":%b' % format_dollars(result.cost).encode()
+    usage = b'{"prompt_tokens":%d,"total_tokens":%d%b}' % (result.num_tokens, result.num_tokens, price)
+    return b'{"object":"list","data":[%b],"model":%b,"usage":%b}' % (data, orjson.dumps(result.model), usage)
 
 
-def _float_row(row: np.ndarray) -> bytes:
+def float_row(row: np.ndarray) -> bytes:
+    """Write a vector as a JSON array."""
     return orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def _base64_row(row: np.ndarray) -> bytes:
     return b'"%b"' % base64.b64encode(row.tobytes())
+
+
+OPENAI = Dialect(read=lambda request, fields: fields, write=_write_openai)

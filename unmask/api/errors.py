@@ -137,11 +137,15 @@ def internal_error() -> ApiError:
     )
 
 
-def error_response(error: ApiError) -> Response:
-    """Build the response that OpenAI's clients expect, with headers that say if and when to try again."""
+def error_response(error: ApiError, content: object = None) -> Response:
+    """Build the response that OpenAI's clients expect, with headers that say if and when to try again.
+
+    Args:
+        content: body of a dialect, in place of OpenAI's envelope.
+    """
     headers = {"x-should-retry": "false" if error.retry_after is None else "true", **error.headers}
     if error.retry_after is not None and error.status in (409, 429, 503):
         # openai-python does not repeat a request that has to wait longer than 120 seconds.
         headers["retry-after"] = str(min(max(math.ceil(error.retry_after), 1), 120))
-    content = msgspec.json.encode(ErrorEnvelope(error=error.body))
-    return Response(content, error.status, headers, media_type="application/json")
+    encoded = msgspec.json.encode(ErrorEnvelope(error=error.body) if content is None else content)
+    return Response(encoded, error.status, headers, media_type="application/json")

@@ -212,6 +212,8 @@ class Index(msgspec.Struct, kw_only=True):
     openapi: str
 
 
+Fields = dict[str, msgspec.Raw]
+
 _OPTIONAL = {field.name: field.type for field in msgspec.structs.fields(EmbeddingRequest) if not field.required}
 _DECODERS = {name: msgspec.json.Decoder(type_) for name, type_ in _OPTIONAL.items()}
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -221,15 +223,32 @@ _IDS = msgspec.json.Decoder(list[int])
 _SEQUENCES = msgspec.json.Decoder(list[list[int]])
 
 
+def read_fields(body: bytes) -> Fields:
+    """Parse a body to its fields, whose values stay JSON.
+
+    Raises:
+        ApiError: 400.
+    """
+    return _decode(_FIELDS, body, None)
+
+
 def read_request(body: bytes) -> tuple[EmbeddingRequest, list[str]]:
     """Parse the body of an embeddings request. Return it with the names of its unknown fields.
+
+    Raises:
+        ApiError: 400.
+    """
+    return request_of(read_fields(body))
+
+
+def request_of(fields: Fields) -> tuple[EmbeddingRequest, list[str]]:
+    """Parse the fields of an embeddings request. Return it with the names of its unknown fields.
 
     Parses field by field, so that an error names its field and unknown fields are known.
 
     Raises:
         ApiError: 400.
     """
-    fields = _decode(_FIELDS, body, None)
     missing = next((name for name in ("input", "model") if name not in fields), None)
     if missing is not None:
         raise ApiError(400, f"The field '{missing}' is required.", param=missing)

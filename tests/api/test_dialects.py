@@ -1,0 +1,232 @@
+"""Clients of other servers against ours: the vectors of `/v1/embeddings` to the bit, its keys, limits and charges."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ollama
+import openai
+import pytest
+from huggingface_hub import InferenceClient
+
+from tests.api.live import KEY, LocalService, running
+from unmask.accounts import Accounts, keys, ledger, people, tariff
+from unmask.accounts.keys import KeySettings
+from unmask.storage.database import now_ms
+
+TEXTS = ["the first text", "another, with more words in it", "日本語の短い文です。"]
+
+# Path, body without the model, and where the vectors are in the answer.
+EMBEDDING_PATHS: list[tuple[str, dict[str, Any], Any]] = [
+    ("/embeddings", {"input": TEXTS}, lambda reply: [item["embedding"] for item in reply["data"]]),
+    ("/embeddings/", {"input": TEXTS}, lambda reply: [item["embedding"] for item in reply["data"]]),
+    ("/v1/embeddings/", {"input": TEXTS}, lambda reply: [item["embedding"] for item in reply["data"]]),
+    ("/openai/v1/embeddings", {"input": TEXTS}, lambda reply: [item["embedding"] for item in reply["data"]]),
+    (
+        "/openai/deployments/tiny_llama/embeddings?api-version=2024-02-01",
+        {"input": TEXTS},
+        lambda reply: [item["embedding"] for item in reply["data"]],
+    ),
+    ("/api/embed", {"input": TEXTS}, lambda reply: reply["embeddings"]),
+    ("/api/embeddings", {"prompt": TEXTS[0]}, lambda reply: [reply["embedding"]]),
+    ("/embed", {"inputs": TEXTS}, lambda reply: reply),
+]
+PATHS = pytest.mark.parametrize(("path", "body", "vectors"), EMBEDDING_PATHS, ids=[row[0] for row in EMBEDDING_PATHS])
+
+
+def expected_vectors(service: LocalService, texts: list[str] = TEXTS, **fields: Any) -> np.ndarray:
+    return service.embed(texts, **fields).vectors
+
+
+@PATHS
+@pytest.mark.parametrize("fields", [{}, {"dimensions": 16}], ids=["whole", "cut"])
+def test_vectors_are_equal_to_the_bit(
+    service: LocalService, path: str, body: dict[str, Any], vectors: Any, fields: dict[str, Any]
+):
+    reply = service.call("POST", path, {"model": service.model, **body, **fields})
+    assert reply.status == 200, reply.body
+    found = np.array(vectors(reply.json), dtype=np.float32)
+    np.testing.assert_array_equal(found, expected_vectors(service, **fields)[: len(found)])
+
+
+@PATHS
+@pytest.mark.parametrize(
+    ("change", "headers", "status"),
+    [
+        ({}, {"authorization": "Bearer wrong"}, 401),
+        ({}, {"content-type": "text/plain"}, 415),
+        ({"dimensions": 0}, {}, 400),
+        ({"input": None, "inputs": None, "prompt": None}, {}, 400),
+        ({"input": "", "inputs": "", "prompt": ""}, {}, 400),
+        ({"input": {}, "inputs": {}, "prompt": {}}, {}, 400),
+        ({"model": "no/such"}, {}, 404),
+    ],
+)
+def test_errors_have_the_form_of_the_dialect(
+    service: LocalService,
+    path: str,
+    body: dict[str, Any],
+    vectors: Any,
+    change: dict[str, Any],
+    headers: dict[str, str],
+    status: int,
+):
+    sent = {"model": service.model, **body} | {k: v for k, v in change.items() if k in ("model", "dimensions", *body)}
+    reply = service.call("POST", path, sent, headers)
+    if "model" in change and (path == "/embed" or "deployments" in path):
+        assert reply.status == 200  # the body's model is not read
+        return
+    assert reply.status == status, reply.body
+    assert reply.headers["x-request-id"]
+    if path.startswith("/api/"):
+        assert set(reply.json) == {"error"}
+    elif path == "/embed":
+        assert set(reply.json) == {"error", "error_type"}
+    else:
+        assert set(reply.error) == {"message", "type", "param", "code"}
+
+
+@PATHS
+def test_other_methods_are_refused_and_nothing_redirects(
+    service: LocalService, path: str, body: dict[str, Any], vectors: Any
+):
+    assert service.call("GET", path).status == 405
+
+
+def test_azure(service: LocalService):
+    with openai.AzureOpenAI(azure_endpoint=service.url, api_key=KEY, api_version="2024-02-01") as client:
+        response = client.embeddings.create(model=service.model, input=TEXTS, encoding_format="float")
+        found = np.array([item.embedding for item in response.data], dtype=np.float32)
+        np.testing.assert_array_equal(found, expected_vectors(service))
+        with pytest.raises(openai.NotFoundError) as caught:
+            client.embeddings.create(model="no/such", input="a")
+        assert caught.value.code == "model_not_found"
+    with (
+        openai.AzureOpenAI(azure_endpoint=service.url, api_key="wrong", api_version="1") as client,
+        pytest.raises(openai.AuthenticationError),
+    ):
+        client.embeddings.create(model=service.model, input="a")
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/embeddings", "/api/tags", "/info"])
+def test_the_header_api_key_is_a_key_and_no_way_round_one(service: LocalService, path: str):
+    method, body = ("POST", {"model": service.model, "input": "a"}) if "embeddings" in path else ("GET", None)
+    for headers, status in (
+        ({"api-key": KEY}, 200),
+        ({"api-key": "wrong"}, 401),
+        ({"api-key": ""}, 401),
+        ({"api-key": KEY, "authorization": "Bearer wrong"}, 401),
+        ({"api-key": "wrong", "authorization": f"Bearer {KEY}"}, 200),
+        ({}, 401),
+    ):
+        assert service.call(method, path, body, headers, key=None).status == status
+
+
+@pytest.fixture
+def ollama_client(service: LocalService) -> Iterator[ollama.Client]:
+    with ollama.Client(service.url, headers={"Authorization": f"Bearer {KEY}"}) as client:
+        yield client
+
+
+def test_ollama(service: LocalService, ollama_client: ollama.Client):
+    for name in (service.model, f"{service.model}:latest"):
+        response = ollama_client.embed(name, TEXTS)
+        np.testing.assert_array_equal(np.array(response.embeddings, dtype=np.float32), expected_vectors(service))
+        assert response.model == service.model
+        assert response.prompt_eval_count == service.embed(TEXTS).json["usage"]["total_tokens"]
+    older = ollama_client.embeddings(service.model, TEXTS[0])
+    np.testing.assert_array_equal(np.array(older.embedding, dtype=np.float32), expected_vectors(service)[0])
+
+
+def test_ollama_truncates_unless_told_otherwise(service: LocalService, ollama_client: ollama.Client):
+    long_text = "long " * 3000
+    expected = expected_vectors(service, [long_text], truncate=True)
+    found = ollama_client.embed(service.model, long_text).embeddings
+    np.testing.assert_array_equal(np.array(found, dtype=np.float32), expected)
+    with pytest.raises(ollama.ResponseError) as caught:
+        ollama_client.embed(service.model, long_text, truncate=False)
+    assert caught.value.status_code == 400
+    with pytest.raises(ollama.ResponseError) as caught:
+        ollama_client.embed("no/such", "a")
+    assert caught.value.status_code == 404
+    assert "no/such" in caught.value.error
+
+
+def test_ollama_lists_and_shows_models(service: LocalService, ollama_client: ollama.Client):
+    (entry,) = ollama_client.list().models
+    assert entry.model == f"{service.model}:latest"
+    shown = ollama_client.show(f"{service.model}:latest")
+    assert shown.capabilities == ["embedding"]
+    assert shown.details is not None
+    with pytest.raises(ollama.ResponseError) as caught:
+        ollama_client.show("no/such")
+    assert caught.value.status_code == 404
+
+
+@pytest.mark.parametrize("body", [{}, {"model": 3}, [], {"name": ["a"]}])
+def test_ollama_show_refuses_other_bodies(service: LocalService, body: Any):
+    reply = service.call("POST", "/api/show", body)
+    assert (reply.status, set(reply.json)) == (400, {"error"})
+
+
+def test_text_embeddings_inference(service: LocalService):
+    client = InferenceClient(f"{service.url}/embed", token=KEY)
+    for text, expected in zip(TEXTS, expected_vectors(service), strict=True):
+        np.testing.assert_array_equal(np.array(client.feature_extraction(text), dtype=np.float32)[0], expected)
+    assert service.call("GET", "/info").json["model_id"] == service.model
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"truncation_direction": "Left"},
+        {"prompt_name": "other"},
+        {"inputs": [1, 2]},
+        {"inputs": [[1]]},
+        {"truncate": 3},
+    ],
+)
+def test_text_embeddings_inference_refuses_by_name(service: LocalService, fields: dict[str, Any]):
+    reply = service.call("POST", "/embed", {"inputs": "a", **fields})
+    assert reply.status == 400
+    assert next(iter(fields)) in reply.json["error"]
+
+
+@pytest.fixture(scope="module")
+def paid(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LocalService, Accounts, str]]:
+    folder = tmp_path_factory.mktemp("dialects")
+    accounts = Accounts(f"sqlite:///{folder / 'accounts.sqlite'}", pepper=folder / "pepper")
+    try:
+        with running(tiny_llama, accounts, api_keys=(), database="kept by the test") as service:
+            with accounts.database.begin() as connection:
+                tariff.set_price(connection, tariff.TariffPrice("tiny_llama", "default", 8_000_000), now_ms())
+                account = people.open_account(connection, "dialects", now_ms())
+                ledger.top_up(connection, account, 10**9, "payment", now_ms())
+                key = keys.create(connection, accounts.peppers, account, KeySettings(), now_ms())
+            yield service, accounts, key
+    finally:
+        accounts.close()
+
+
+@PATHS
+def test_each_request_is_charged_once_and_as_v1(
+    paid: tuple[LocalService, Accounts, str], path: str, body: dict[str, Any], vectors: Any
+):
+    service, _, key = paid
+
+    def usage() -> tuple[int, int]:
+        rows = service.call("GET", "/v1/usage", key=key).json["data"]
+        return sum(row["requests"] for row in rows), sum(row["tokens"] for row in rows)
+
+    texts = body.get("input") or body.get("inputs") or body["prompt"]
+    start = usage()
+    plain = service.call("POST", "/v1/embeddings", {"model": service.model, "input": texts}, key=key)
+    middle = usage()
+    reply = service.call("POST", path, {"model": service.model, **body}, key=key)
+    end = usage()
+    assert (plain.status, reply.status) == (200, 200)
+    cost = "x-unmask-cost-nanodollars"
+    assert reply.headers[cost] == plain.headers[cost]
+    assert middle[0] - start[0] == end[0] - middle[0] == 1
+    assert middle[1] - start[1] == end[1] - middle[1] > 0

@@ -1,0 +1,80 @@
+"""Text Embeddings Inference's API: https://huggingface.github.io/text-embeddings-inference/
+
+Requests name no model: the first model of the server answers.
+"""
+
+import msgspec
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from unmask import __version__
+from unmask.api.embeddings import Dialect, EmbeddingResult, EmbeddingsRoute, float_row
+from unmask.api.errors import ApiError
+from unmask.api.schema import MAX_INPUTS, EmbeddingRequest, Fields
+
+PATHS = ("/embed", "/info")
+
+_ERROR_TYPES = {429: "Overloaded", 503: "Unhealthy"}
+_INPUT_TYPES = {b'"query"': b'"query"', b'"document"': b'"document"', b'"passage"': b'"document"', b"null": b"null"}
+
+
+def routes(embeddings: EmbeddingsRoute) -> list[Route]:
+    """Return the routes."""
+
+    def read(request: Request, fields: Fields) -> Fields:
+        model = embeddings.models.list()[0].record.id
+        return _read(fields) | {"model": msgspec.Raw(msgspec.json.encode(model))}
+
+    async def info(request: Request) -> Response:
+        served = embeddings.models.list()[0]
+        content = {
+            "model_id": served.record.id,
+            "model_sha": served.record.revision,
+            "model_dtype": served.options.dtype,
+            "model_type": {"embedding": {"pooling": served.record.pooling or "mean"}},
+            "max_concurrent_requests": 512,
+            "max_input_length": served.record.max_tokens,
+            "max_batch_tokens": embeddings.settings.max_request_tokens,
+            "max_client_batch_size": MAX_INPUTS,
+            "auto_truncate": False,
+            "version": __version__,
+        }
+        return Response(orjson.dumps(content), media_type="application/json")
+
+    return [
+        Route("/embed", embeddings.endpoint(Dialect(read, _write)), methods=["POST"]),
+        Route("/info", info),
+    ]
+
+
+def error_body(error: ApiError) -> dict[str, str]:
+    """Return TEI's error object."""
+    fallback = "Validation" if error.status < 500 else "Backend"
+    return {"error": error.body.message, "error_type": _ERROR_TYPES.get(error.status, fallback)}
+
+
+def _read(fields: Fields) -> Fields:
+    translated = dict(fields)
+    inputs = translated.pop("inputs", None)
+    if inputs is None or not _is_text(inputs):
+        raise ApiError(400, "The field 'inputs' is required: one text, or an array of texts.", param="inputs")
+    direction = bytes(translated.pop("truncation_direction", msgspec.Raw(b"null"))).lower()
+    if direction not in (b'"right"', b"null"):
+        raise ApiError(400, "truncation_direction: only Right is supported.", param="truncation_direction")
+    prompt = bytes(translated.pop("prompt_name", msgspec.Raw(b"null")))
+    if prompt not in _INPUT_TYPES:
+        raise ApiError(400, "prompt_name: choose query, document or passage.", param="prompt_name")
+    return translated | {"input": inputs, "input_type": msgspec.Raw(_INPUT_TYPES[prompt])}
+
+
+def _is_text(inputs: msgspec.Raw) -> bool:
+    """True for a text or an array of texts: ids would be OpenAI's on other paths, and the model's own in TEI."""
+    content = bytes(inputs)
+    first = content[:1] if content[:1] != b"[" else content[1:].lstrip()[:1]
+    return first in (b'"', b"]")
+
+
+def _write(result: EmbeddingResult, parsed: EmbeddingRequest) -> bytes:
+    return b"[%b]" % b",".join([float_row(row) for row in result.rows])
