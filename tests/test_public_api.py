@@ -2,6 +2,9 @@
 
 import subprocess
 import sys
+from importlib import import_module
+
+import pytest
 
 import unmask
 
@@ -18,9 +21,27 @@ print(*sys.modules)
 
 
 def test_exports() -> None:
-    assert set(unmask.__all__) == {"Encoder", "UnmaskError", "__version__"}
+    assert set(unmask.__all__) == {"Encoder", "Recipe", "UnmaskError", "__version__", "errors", "evaluate", "train"}
     for name in unmask.__all__:
         assert getattr(unmask, name) is not None
+    assert callable(unmask.train) and callable(unmask.evaluate) and unmask.errors.UnmaskError is unmask.UnmaskError
+
+
+def test_evaluate_is_a_function_and_a_package() -> None:
+    suites = import_module("unmask.evaluate.suites")
+    with pytest.raises(unmask.errors.UsageError):
+        unmask.evaluate("no model", output="nowhere", suites=["no suite"])
+    assert import_module("unmask.evaluate").suites is suites
+
+
+def test_import_is_light() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys, unmask; unmask.train; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert not [name for name in HEAVY if name in done.stdout.split()]
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from unmask.encoder.model.architectures import ARCHITECTURES, Rope, shape_of
-from unmask.encoder.model.decoder import Decoder, length_groups
+from unmask.encoder.model.attention import length_groups
+from unmask.encoder.model.decoder import Decoder
 from unmask.encoder.model.transformers_decoder import TransformersDecoder
 from unmask.errors import CheckpointError, UnsupportedArchitecture
 

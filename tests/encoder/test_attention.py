@@ -1,6 +1,7 @@
 """Attention over a whole pack in one kernel. The kernels need a GPU: here a slow one of the same contract stands in."""
 
 import inspect
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,21 +14,23 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from unmask import Encoder
-from unmask.encoder.model import attention as packed
+from unmask.encoder.model import attention
 
 TEXTS = ["one", "two words", "three short words", "the river " * 9, "one", "a market in winter, and then " * 12]
 
 
-def slow(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, window: tuple[int, int], scale: float, cap: float) -> Tensor:
+def slow_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: tuple[int, int], scale: float, softcap: float
+) -> Tensor:
     """What every variable-length kernel computes, a sequence and a head at a time."""
     out = torch.empty_like(q)
     group = q.shape[1] // k.shape[1]
     left, right = window
-    for start, end in zip(bounds.tolist(), bounds.tolist()[1:], strict=False):
+    for start, end in itertools.pairwise(cu_seqlens.tolist()):
         for head in range(q.shape[1]):
             scores = q[start:end, head].float() @ k[start:end, head // group].float().T * scale
-            if cap:
-                scores = cap * torch.tanh(scores / cap)
+            if softcap:
+                scores = softcap * torch.tanh(scores / softcap)
             places = torch.arange(end - start)
             ahead = places[None, :] - places[:, None]  # of the key, seen from the query
             hidden = (ahead < -left if left >= 0 else ahead < -end) | (ahead > right if right >= 0 else ahead > end)
@@ -44,19 +47,19 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict]]:
     def stand_in(*given: object, **named: object) -> Tensor:
         call = inspect.signature(varlen_attn).bind(*given, **named).arguments  # as the real one would take it
         found.append(call)
-        q, k, v, bounds = (call[name] for name in ("query", "key", "value", "cu_seq_q"))
-        assert bounds.dtype == torch.int32 and torch.equal(bounds, call["cu_seq_k"])
-        assert int(bounds[-1]) == len(q) and call["max_q"] == call["max_k"] == int(bounds.diff().max())
+        q, k, v, cu_seqlens = (call[name] for name in ("query", "key", "value", "cu_seq_q"))
+        assert cu_seqlens.dtype == torch.int32 and torch.equal(cu_seqlens, call["cu_seq_k"])
+        assert int(cu_seqlens[-1]) == len(q) and call["max_q"] == call["max_k"] == int(cu_seqlens.diff().max())
         assert q.shape[1] == k.shape[1] or call["enable_gqa"]
-        return slow(q, k, v, bounds, call["window_size"], call["scale"], 0.0)
+        return slow_attention(q, k, v, cu_seqlens, call["window_size"], call["scale"], 0.0)
 
     stand_in.__signature__ = inspect.signature(varlen_attn)  # pyright: ignore[reportFunctionMemberAccess]
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in)
-    monkeypatch.setattr(packed, "on", lambda device: True)
-    for cached in (packed.kernel, packed._torch, packed._flash_attn):
+    monkeypatch.setattr(attention, "has_varlen_kernel", lambda device: True)
+    for cached in (attention.varlen_kernel, attention._torch_kernel, attention._flash_attn_kernel):
         cached.cache_clear()
     yield found
-    for cached in (packed.kernel, packed._torch, packed._flash_attn):
+    for cached in (attention.varlen_kernel, attention._torch_kernel, attention._flash_attn_kernel):
         cached.cache_clear()
 
 
@@ -74,7 +77,7 @@ def test_one_kernel_gives_what_the_runs_give(
     with_kernel = encoder.encode(TEXTS)
     layers = len(encoder.trainable_decoder().layers)  # pyright: ignore[reportArgumentType]
     assert calls and len(calls) % layers == 0
-    monkeypatch.setattr(packed, "on", lambda device: False)
+    monkeypatch.setattr(attention, "has_varlen_kernel", lambda device: False)
     assert near(with_kernel, encoder.encode(TEXTS))
 
 
@@ -83,10 +86,10 @@ def test_windows_reach_as_far(golden_dir: Path, monkeypatch: pytest.MonkeyPatch,
         encoder = Encoder.load(str(golden_dir / "tiny_llama"), dtype="bfloat16", causal=causal)
         for layer in encoder.trainable_decoder().layers:  # pyright: ignore[reportGeneralTypeIssues]
             layer.window = 5
-        monkeypatch.setattr(packed, "on", lambda device: True)
+        monkeypatch.setattr(attention, "has_varlen_kernel", lambda device: True)
         narrow = encoder.encode(TEXTS)
         assert calls[-1]["window_size"] == ((4, 0) if causal else (5, 5))
-        monkeypatch.setattr(packed, "on", lambda device: False)
+        monkeypatch.setattr(attention, "has_varlen_kernel", lambda device: False)
         assert near(narrow, encoder.encode(TEXTS))
 
 
@@ -94,7 +97,7 @@ def test_what_the_kernel_cannot_do_goes_by_runs(golden_dir: Path, calls: list[di
     encoder = Encoder.load(str(golden_dir / "tiny_llama"))
     encoder.encode(TEXTS)  # float32
     assert not calls
-    assert not packed.takes(torch.bfloat16, 50.0)  # Gemma 2's scores, with torch's kernel
+    assert not attention.kernel_supports(torch.bfloat16, 50.0)  # Gemma 2's scores, with torch's kernel
 
 
 def test_flash_attn_is_preferred_and_caps(monkeypatch: pytest.MonkeyPatch, calls: list[dict]) -> None:
@@ -116,17 +119,17 @@ def test_flash_attn_is_preferred_and_caps(monkeypatch: pytest.MonkeyPatch, calls
     ) -> Tensor:
         used.append(softcap)
         assert softmax_scale is not None and dropout_p == 0.0 and not causal
-        return slow(q, k, v, cu_seqlens_q, window_size, softmax_scale, softcap)
+        return slow_attention(q, k, v, cu_seqlens_q, window_size, softmax_scale, softcap)
 
     package = ModuleType("flash_attn")
     package.flash_attn_varlen_func = flash_attn_varlen_func  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setitem(sys.modules, "flash_attn", package)
-    for cached in (packed.kernel, packed._torch, packed._flash_attn):
+    for cached in (attention.varlen_kernel, attention._torch_kernel, attention._flash_attn_kernel):
         cached.cache_clear()
-    assert packed.takes(torch.bfloat16, 50.0)
-    attend = packed.kernel()
+    assert attention.kernel_supports(torch.bfloat16, 50.0)
+    attend = attention.varlen_kernel()
     assert attend is not None
     heads = torch.randn(9, 2, 8, dtype=torch.bfloat16)
-    bounds = packed.bounds_of([4, 5], torch.device("cpu"))
-    attend(heads, heads, heads, bounds, 5, 0.35, (-1, -1), 50.0)
+    cu_seqlens = attention.cu_seqlens_of([4, 5], torch.device("cpu"))
+    attend(heads, heads, heads, cu_seqlens, 5, 0.35, (-1, -1), 50.0)
     assert used == [50.0] and not calls

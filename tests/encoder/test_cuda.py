@@ -23,11 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from unmask import Encoder
-from unmask.encoder.model import attention as packed
-from unmask.encoder.pooling import POOLINGS, bags_of, pool, pool_bags
-from unmask.encoder.prefetch import prefetch
-from unmask.encoder.runtime import cuda as gpu
-from unmask.encoder.runtime.cuda import Gpu, Inputs, Size, numbers_in, numbers_of, pipelined_map
+from unmask.encoder.model import attention
+from unmask.encoder.pooling import POOLINGS, pool, pool_bags, pooling_bags
+from unmask.encoder.runtime import cuda as cuda_runtime
+from unmask.encoder.runtime.cuda import CudaRuntime, GraphSize, PackInputs, pack_buffer, pipelined_map
 from unmask.errors import EmptyText
 
 WORDS = ["river", "market", "winter", "stone", "the", "a", "of", "and", "letter", "morning"]
@@ -115,12 +114,12 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     stand_in.__signature__ = inspect.signature(varlen_attn)  # pyright: ignore[reportFunctionMemberAccess]
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in)
-    monkeypatch.setattr(packed, "on", lambda device: True)
-    monkeypatch.setattr(gpu, "record", record)
-    monkeypatch.setattr(gpu, "device_of", lambda device: nullcontext())
-    monkeypatch.setattr(gpu, "pinned", torch.from_numpy)
-    monkeypatch.setattr(gpu, "fetch", fetch)
-    kernels = (packed.kernel, packed._torch, packed._flash_attn)
+    monkeypatch.setattr(attention, "has_varlen_kernel", lambda device: True)
+    monkeypatch.setattr(cuda_runtime, "capture", record)
+    monkeypatch.setattr(cuda_runtime, "current_device", lambda device: nullcontext())
+    monkeypatch.setattr(cuda_runtime, "pinned", torch.from_numpy)
+    monkeypatch.setattr(cuda_runtime, "copy_to_host", fetch)
+    kernels = (attention.varlen_kernel, attention._torch_kernel, attention._flash_attn_kernel)
     for cached in kernels:
         cached.cache_clear()
     yield log
@@ -130,7 +129,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 def on_gpu(folder: Path, **options: Any) -> Encoder:
     encoder = Encoder.load(folder, **{"dtype": "bfloat16", **options})
-    encoder._gpu = Gpu(encoder._decoder, encoder.pooling)
+    encoder._runtime = CudaRuntime(encoder._decoder, encoder.pooling, encoder.device)
     return encoder
 
 
@@ -162,8 +161,8 @@ def test_what_comes_once_is_not_recorded(golden_dir: Path, cuda: list[str]) -> N
 
 def test_many_tokens_are_not_recorded(golden_dir: Path, cuda: list[str]) -> None:
     encoder = on_gpu(golden_dir / "tiny_llama")
-    assert encoder._gpu is not None
-    encoder._gpu._graphed_tokens = 32
+    assert isinstance(encoder._runtime, CudaRuntime)
+    encoder._runtime._max_graph_tokens = 32
     for _ in range(3):
         encoder.encode(["word " * 90])
     assert cuda == []
@@ -214,7 +213,7 @@ def test_what_cannot_be_recorded_is_computed(
     def refuse(run: Callable[[], Tensor]) -> None:
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
-    monkeypatch.setattr(gpu, "record", refuse)
+    monkeypatch.setattr(cuda_runtime, "capture", refuse)
     encoder, plain = on_gpu(golden_dir / "tiny_llama"), Encoder.load(golden_dir / "tiny_llama", dtype="bfloat16")
     with caplog.at_level("WARNING", "unmask"):
         for _ in range(3):
@@ -236,35 +235,35 @@ def test_bags_are_what_pooling_is(pooling: str, golden_dir: Path) -> None:
     encoder = Encoder.load(golden_dir / "tiny_llama", pooling=pooling)
     prompts = encoder.prompts.build(TEXTS, "find what is meant:")
     hidden = encoder.states([prompt.ids for prompt in prompts])
-    chosen = bags_of(prompts, pooling)
+    chosen = pooling_bags(prompts, pooling)
     ends = np.append(chosen.starts, len(chosen.rows))
     found = pool_bags(hidden, *(torch.from_numpy(x) for x in (chosen.rows, chosen.weights, ends)))
     torch.testing.assert_close(found, pool(hidden, prompts, pooling), rtol=1e-5, atol=1e-6)
 
 
 @given(
-    st.lists(st.integers(1, 600), min_size=1, max_size=100).map(lambda ls: Size(sum(ls), len(ls), max(ls))),
+    st.lists(st.integers(1, 600), min_size=1, max_size=100).map(lambda ls: GraphSize(sum(ls), len(ls), max(ls))),
 )
-def test_a_rounded_size_has_room_and_little_of_it(exact: Size) -> None:
-    room = exact.rounded()
-    assert all(has >= needs for has, needs in zip(room, exact, strict=True))
-    assert room.rounded() == room
-    assert room.tokens < exact.tokens + max(16, exact.tokens / 4 + 1)
+def test_a_padded_size_fits_the_pack_with_little_padding(exact: GraphSize) -> None:
+    padded = exact.padded()
+    assert all(has >= needs for has, needs in zip(padded, exact, strict=True))
+    assert padded.padded() == padded
+    assert padded.tokens < exact.tokens + max(16, exact.tokens / 4 + 1)
 
 
 def test_inputs_lie_where_they_are_read(golden_dir: Path) -> None:
     prompts = Encoder.load(golden_dir / "tiny_llama").prompts.build(["one", "two words"])
     lengths = [len(prompt.ids) for prompt in prompts]
-    room = Size(sum(lengths), 2, max(lengths)).rounded()
-    numbers = numbers_of(prompts, "mean", room)
-    assert len(numbers) == numbers_in(room)
-    given = Inputs.within(torch.from_numpy(numbers), room)
-    assert given.ids[: sum(lengths)].tolist() == [*prompts[0].ids, *prompts[1].ids]
-    assert given.positions[: sum(lengths)].tolist() == [*range(lengths[0]), *range(lengths[1])]
-    assert given.bounds.tolist() == [0, lengths[0], *[sum(lengths)] * (room.sequences - 1)]
+    size = GraphSize(sum(lengths), 2, max(lengths)).padded()
+    buffer = pack_buffer(prompts, "mean", size)
+    assert len(buffer) == size.buffer_length
+    inputs = PackInputs.view(torch.from_numpy(buffer), size)
+    assert inputs.ids[: sum(lengths)].tolist() == [*prompts[0].ids, *prompts[1].ids]
+    assert inputs.positions[: sum(lengths)].tolist() == [*range(lengths[0]), *range(lengths[1])]
+    assert inputs.cu_seqlens.tolist() == [0, lengths[0], *[sum(lengths)] * (size.sequences - 1)]
     pooled = [prompt.pooled[1] - prompt.pooled[0] for prompt in prompts]
-    assert given.bags.tolist() == [0, pooled[0], *[sum(pooled)] * (room.sequences - 1)]
-    assert given.weights.sum().item() == pytest.approx(2)
+    assert inputs.bags.tolist() == [0, pooled[0], *[sum(pooled)] * (size.sequences - 1)]
+    assert inputs.weights.sum().item() == pytest.approx(2)
 
 
 def test_two_packs_are_under_way() -> None:
@@ -277,24 +276,6 @@ def test_two_packs_are_under_way() -> None:
     assert pipelined_map(meet, [1, 2, 3, 4]) == [2, 4, 6, 8]
     assert pipelined_map(lambda pack: pack, [7]) == [7]
     assert pipelined_map(meet, []) == []
-
-
-def test_the_next_item_is_made_meanwhile_and_an_error_keeps_its_place() -> None:
-    begun = [threading.Event() for _ in range(3)]
-
-    def items() -> Iterator[int]:
-        for number, event in enumerate(begun):
-            event.set()
-            if number == 2:
-                raise ValueError("the third")
-            yield number
-
-    found = []
-    with pytest.raises(ValueError, match="the third"):
-        for number in prefetch(items()):
-            assert begun[number + 1].wait(10)
-            found.append(number)
-    assert found == [0, 1]
 
 
 def test_texts_in_blocks_keep_their_order_and_their_index(

@@ -99,9 +99,9 @@ def test_zeros_stay_zeros() -> None:
 
 @pytest.mark.parametrize("width", [1, 6, 24, 64, 576, 1536])
 def test_turning_changes_no_product(width: int) -> None:
-    block = int8._block(width)
+    block = int8._block_size(width)
     assert width % block == 0
-    turn = int8._turn(block)
+    turn = int8._rotation(block)
     torch.testing.assert_close(turn @ turn.T, torch.eye(block), atol=1e-6, rtol=0)
     linear = Linear(width, 16)
     x = torch.randn(9, width)
@@ -124,6 +124,6 @@ def test_what_cannot_be_is_refused() -> None:
 
 
 def test_without_an_exact_product_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8, "_weight_steps", lambda: 0)
+    monkeypatch.setattr(int8, "_weight_limit", lambda: 0)
     with pytest.raises(UsageError, match="no exact 8-bit product"):
         quantise(nn.Sequential(Linear(4, 4)))

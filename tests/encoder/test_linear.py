@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from unmask import Encoder
-from unmask.encoder.runtime import linear as cores
+from unmask.encoder.runtime import linear as linear_module
 from unmask.encoder.runtime.linear import Linear
 
 # [in, out] of every product of SmolLM2-135M, Gemma 3 270M, TinyLlama 1.1B and Qwen2.5 1.5B, and odd ones.
@@ -26,9 +26,9 @@ ROWS = [*range(1, 18), 31, 32, 33, 63, 64, 65, 100, 127, 128, 255, 256, 257, 511
 @pytest.fixture(params=["oneDNN", "OpenBLAS"])
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The product in use."""
-    if request.param == "oneDNN" and not cores.is_batch_invariant():
+    if request.param == "oneDNN" and not linear_module.is_batch_invariant():
         pytest.skip("torch has no oneDNN here, or one that does not keep a row's bits")
-    monkeypatch.setattr(cores, "is_batch_invariant", lambda: request.param == "oneDNN")
+    monkeypatch.setattr(linear_module, "is_batch_invariant", lambda: request.param == "oneDNN")
     return request.param
 
 
@@ -59,14 +59,14 @@ def test_a_row_has_one_product(library: str, inner: int, outer: int) -> None:
 
 
 def test_sealing_gives_up_the_plain_weight_and_unsealing_brings_it_back() -> None:
-    if not cores.is_batch_invariant():
+    if not linear_module.is_batch_invariant():
         pytest.skip("no oneDNN")
     module = nn.Sequential(Linear(48, 100), nn.Linear(100, 8))
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    cores.prepack(module)
+    linear_module.prepack(module)
     assert "0.weight" not in dict(module.named_parameters())
-    assert cores.num_parameters(module) == sum(value.numel() for value in before.values())
-    cores.unpack(module)
+    assert linear_module.num_parameters(module) == sum(value.numel() for value in before.values())
+    linear_module.unpack(module)
     for name, value in module.state_dict().items():
         assert torch.equal(value, before[name])
     module(torch.randn(3, 48)).sum().backward()

@@ -1,17 +1,11 @@
 """Packs: complete, within budget, and the same vectors whatever the cores."""
 
-from pathlib import Path
 from unittest.mock import patch
 
-import numpy as np
-import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unmask import Encoder
 from unmask.encoder.packing import CORE_TOKENS, balance, pack, pack_budget, packs_of, parallel_packs
-from unmask.encoder.runtime.linear import parallel_map
 
 
 @given(lengths=st.lists(st.integers(1, 600), max_size=80), budget=st.integers(1, 1000))
@@ -34,7 +28,7 @@ def test_a_budget_shares_the_work(tokens: int) -> None:
 
 @given(lengths=st.lists(st.integers(1, 600), max_size=80), count=st.integers(1, 6))
 def test_packs_of_a_call_are_even(lengths: list[int], count: int) -> None:
-    with patch("unmask.encoder.packing.cores", lambda: count):
+    with patch("unmask.encoder.packing.num_threads", lambda: count):
         packs = packs_of(lengths, "cpu")
     assert sorted(index for members in packs for index in members) == list(range(len(lengths)))
     if not lengths:
@@ -61,33 +55,3 @@ def test_few_tokens_stay_together_and_a_gpu_gets_large_packs() -> None:
     assert packs_of([10, 20, 30], "cpu") == [[2, 1, 0]]
     assert parallel_packs(16_384, "cuda") == 1 and parallel_packs(16_385, "cuda") == 2
     assert [len(members) for members in packs_of([512] * 64, "cuda")] == [32, 32]
-
-
-def test_threads_are_as_before_even_after_an_error() -> None:
-    before = torch.get_num_threads()
-    seen: list[int] = []
-
-    def work(item: int) -> int:
-        seen.append(torch.get_num_threads())
-        if item == 3:
-            raise ValueError("a fault in one pack")
-        return item * 2
-
-    assert parallel_map(work, [1, 2]) == [2, 4]
-    with pytest.raises(ValueError, match="fault"):
-        parallel_map(work, [1, 2, 3, 4])
-    assert torch.get_num_threads() == before
-    assert before == 1 or set(seen) == {1}
-
-
-def test_one_thread_and_many_give_the_same_vectors(golden_dir: Path) -> None:
-    encoder = Encoder.load(golden_dir / "tiny_llama")
-    texts = [f"text number {i} " * (1 + i % 17) for i in range(200)]
-    many = encoder.encode(texts)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        one = encoder.encode(texts)
-    finally:
-        torch.set_num_threads(before)
-    assert np.abs(many - one).max() <= 1e-5 * np.linalg.norm(one, axis=1).min()

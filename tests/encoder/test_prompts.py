@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from unmask.checkpoint.tokenizer import TextTokenizer, read_tokenizer
 from unmask.encoder.prompts import DefaultPrompts
@@ -150,3 +151,22 @@ def test_a_template_that_spells_bos_does_not_double_it() -> None:
     own = tokenizer()
     prompt = DefaultPrompts(own, Template(prefix="<s>[INST] ", suffix=" [/INST]"), 64).build(["text"])[0]
     assert prompt.ids.tolist().count(own.bos_id) == 1
+
+
+def test_a_checkpoint_reads_the_same_after_default_prompts_were_made_from_it() -> None:
+    own, untouched = tokenizer(), tokenizer()
+    text = "<s>a text</s> with <|eot_id|>"
+    DefaultPrompts(own, LLAMA3, 64).build([text])
+    assert own.text.encode(text).ids == untouched.text.encode(text).ids
+    ours, theirs = (ReferencePrompts(tokens, LLAMA3, 64).build([text])[0] for tokens in (own, untouched))
+    assert ours.ids.tolist() == theirs.ids.tolist() and ours.pooled == theirs.pooled
+
+
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_llama3_instruct", "tiny_mistral_instruct", "tiny_gemma"])
+def test_the_plain_tokenizer_is_a_copy_that_knows_no_control_token(name: str) -> None:
+    own = read_tokenizer(GOLDEN / name)
+    copy = Tokenizer.from_str(own.text.to_str())
+    copy.encode_special_tokens = True
+    for text in ("ordinary words, 日本語\n\ttabs", *SPECIALS, "<s> [INST] <|eot_id|></s> <bos><start_of_turn>"):
+        assert own.plain.encode(text, add_special_tokens=False).ids == copy.encode(text, add_special_tokens=False).ids
+    assert own.plain is not own.text and not own.text.encode_special_tokens

@@ -11,7 +11,7 @@ import pytest
 
 from unmask import Encoder
 from unmask.encoder import Prompt
-from unmask.encoder.runtime.linear import cores
+from unmask.encoder.runtime.threads import num_threads
 from unmask.engine import Engine
 from unmask.errors import (
     DeadlineExceeded,
@@ -131,7 +131,7 @@ class Paced(Encoder):
     def forward_pack(self, prompts: Sequence[Prompt]) -> np.ndarray:
         began = time.monotonic()
         found = super().forward_pack(prompts)
-        tokens = sum(len(prompt.ids) for prompt in prompts) * cores()  # each core runs a pack of its own
+        tokens = sum(len(prompt.ids) for prompt in prompts) * num_threads()  # each core runs a pack of its own
         time.sleep(max(0.0, began + tokens / 2000 - time.monotonic()))
         return found
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from unmask import Encoder
 from unmask.checkpoint.tokenizer import TextTokenizer
-from unmask.encoder.runtime.linear import parallel_map
+from unmask.encoder.runtime.threads import parallel_map
 from unmask.errors import StorageError, UsageError
 from unmask.evaluate import word_states as module
 from unmask.evaluate.word_states import WordTokens, tokenize_words, word_states

@@ -141,7 +141,7 @@ def run(
         longest = _CHARACTERS_PER_TOKEN * encoder.max_length
         made = _tokenised(encoder, job, chunks(texts, CHUNK_ROWS, CHUNK_CHARACTERS, longest), done.rows)
         # A GPU need not wait for the next chunk. On a CPU tokenising takes a core, and a pipe may have none yet.
-        at_hand = encoder.device.type != "cpu" and Path(job.input).is_file()
+        at_hand = encoder.prefetches and Path(job.input).is_file()
         for chunk, full, prompts in prefetch(made) if at_hand else made:
             vectors = _vectors(encoder, job, prompts, done.rows)
             before, done = done, done.plus(prompts)

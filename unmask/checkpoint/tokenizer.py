@@ -1,7 +1,9 @@
-"""A model's own tokenizer: the `tokenizers` object, and the few special ids that encoding needs."""
+"""A model's tokenizer: the `tokenizers` object, and the few special ids that encoding needs."""
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ class TextTokenizer:
     offsets stay exact (a byte-level post-processor would trim white space from them).
 
     Attributes:
-        text: turns text into ids, and only that.
+        text: turns text into ids, without adding any. Control tokens in a text count as such; see `plain`.
         bos_id, eos_id: ids of these tokens, where the model has them.
         prefix, suffix: ids that the model expects around every sequence (usually BOS alone, and nothing).
     """
@@ -29,6 +31,24 @@ class TextTokenizer:
     eos_id: int | None
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
+
+    @cached_property
+    def plain(self) -> Tokenizer:
+        """A copy of `text` that reads control tokens such as `<|im_end|>` in a text as ordinary characters.
+
+        The copy shares the vocabulary and the merges with `text`, which are most of its memory.
+        """
+        plain = Tokenizer(self.text.model)
+        plain.normalizer = self.text.normalizer
+        plain.pre_tokenizer = self.text.pre_tokenizer
+        plain.decoder = self.text.decoder
+        added = sorted(self.text.get_added_tokens_decoder().items())
+        for special, tokens in groupby((token for _, token in added), key=lambda token: token.special):
+            (plain.add_special_tokens if special else plain.add_tokens)(list(tokens))
+        if repr(plain.get_added_tokens_decoder()) != repr(self.text.get_added_tokens_decoder()):
+            plain = Tokenizer.from_str(self.text.to_str())  # ids with a gap: copy everything
+        plain.encode_special_tokens = True
+        return plain
 
     @property
     def highest_id(self) -> int:

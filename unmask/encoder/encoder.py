@@ -4,6 +4,7 @@ import ctypes
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -17,13 +18,13 @@ from unmask.encoder.model.architectures import shape_of
 from unmask.encoder.model.decoder import Decoder
 from unmask.encoder.model.transformers_decoder import TransformersDecoder
 from unmask.encoder.packing import packs_of
-from unmask.encoder.pooling import POOLINGS, pool
+from unmask.encoder.pooling import POOLINGS
 from unmask.encoder.prefetch import prefetch
-from unmask.encoder.prompts import DefaultPrompts, Prompt
+from unmask.encoder.prompts import DefaultPrompts, Prompt, PromptBuilder
 from unmask.encoder.reference_prompts import ReferencePrompts
-from unmask.encoder.runtime.cuda import Gpu, pipelined_map
-from unmask.encoder.runtime.int8 import METHOD, quantise
-from unmask.encoder.runtime.linear import Linear, num_parameters, parallel_map, prepack, unpack
+from unmask.encoder.runtime import runtime_for
+from unmask.encoder.runtime.int8 import INT8_PRECISION, quantise
+from unmask.encoder.runtime.linear import Linear, num_parameters, prepack, unpack
 from unmask.encoder.shear import Layers, shear
 from unmask.encoder.templates import template_for
 from unmask.errors import CheckpointError, InputError, UsageError
@@ -32,14 +33,40 @@ Compat = Literal["default", "reference"]
 
 Dtype = Literal["float32", "bfloat16", "float16", "int8"]
 
-_Pack = TypeVar("_Pack")
+_Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 # Texts that are tokenised while a GPU computes those before.
 _BLOCK_TEXTS = 2048
 
-# What the parts of a decoder other than its products are in.
+# Precision of all weights; for int8, of all but the linear layers.
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """Everything but the name that decides how `Encoder.load` loads a model; see there for the fields.
+
+    Raises:
+        UsageError: an option has a value that does not exist, or this machine cannot compute it.
+    """
+
+    adapters: Sequence[str | Path] = ()
+    layers: Layers | None = None
+    compat: Compat = "default"
+    pooling: str | None = None
+    skip_instruction: bool | None = None
+    max_length: int | None = None
+    dtype: Dtype = "float32"
+    device: str = "cpu"
+    causal: bool = False
+
+    def __post_init__(self) -> None:
+        if self.compat not in ("default", "reference"):
+            raise UsageError(f"compat={self.compat!r}: choose 'default' or 'reference'")
+        if self.dtype not in _DTYPES:
+            raise UsageError(f"dtype={self.dtype!r}: choose one of {', '.join(_DTYPES)}")
+        require_device(self.device, self.dtype)
 
 
 class Encoder:
@@ -48,9 +75,10 @@ class Encoder:
     Attributes:
         name: the id or path it was loaded by.
         checkpoint: the files behind it; `checkpoint.revision` is their content address.
+        prompts: turns texts into token ids and pooled positions.
         pooling, max_length, compat: as loaded.
         head: linear layer behind the pooling, float32 on the host; None where a vector is the pooled state.
-        precision: what its products are computed in and how, in words that change when its vectors do.
+        precision: precision of the decoder's linear layers, in words that change whenever its vectors do.
         dim: length of a vector.
     """
 
@@ -58,7 +86,7 @@ class Encoder:
         self,
         checkpoint: Checkpoint,
         decoder: nn.Module,
-        prompts: DefaultPrompts | ReferencePrompts,
+        prompts: PromptBuilder,
         *,
         pooling: str,
         max_length: int,
@@ -69,8 +97,6 @@ class Encoder:
     ) -> None:
         self.name = checkpoint.name
         self.checkpoint = checkpoint
-        self._decoder = decoder
-        self._decoder_lock = threading.Lock()
         self.prompts = prompts
         self.pooling = pooling
         self.max_length = max_length
@@ -78,7 +104,9 @@ class Encoder:
         self.precision = precision
         self.head = head
         self.dim = dim if head is None else head.out_features
-        self._gpu = Gpu(decoder, pooling) if self.device.type == "cuda" else None
+        self._decoder = decoder
+        self._decoder_lock = threading.Lock()
+        self._runtime = runtime_for(decoder, pooling, self.device)
 
     def trainable_decoder(self) -> nn.Module:
         """Return the bidirectional transformer with ordinary parameters, which can be read, changed and trained.
@@ -88,26 +116,24 @@ class Encoder:
         """
         with self._decoder_lock:
             unpack(self._decoder)
-            if self._gpu is not None:
-                self._gpu.forget()
+            self._runtime.allow_weight_changes()
         return self._decoder
 
     def replace_decoder(self, decoder: nn.Module) -> None:
-        """Encode with another decoder from now on: `decoder(ids [T], lengths)` gives hidden states [T, W]."""
+        """Encode with another decoder from now on, on the same device: ids [T] and lengths -> hidden states [T, W]."""
         with self._decoder_lock:
+            self._runtime = runtime_for(decoder, self.pooling, self.device)
+            self._runtime.allow_weight_changes()
             self._decoder = decoder
-            if self._gpu is not None:
-                self._gpu = Gpu(decoder, self.pooling)
-                self._gpu.forget()
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return next(self._decoder.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of the weights, or of all but the products for int8."""
+        """Precision of the weights; for int8, of all but the linear layers."""
         return next(self._decoder.parameters()).dtype
 
     @property
@@ -119,6 +145,11 @@ class Encoder:
     def parameters(self) -> int:
         """Old name of `num_parameters`, kept for one release."""
         return self.num_parameters
+
+    @property
+    def prefetches(self) -> bool:
+        """True if the next texts should be tokenised while the device computes."""
+        return self._runtime.prefetches
 
     @classmethod
     def load(
@@ -138,53 +169,46 @@ class Encoder:
         """Load a model by id, folder or `.gguf` file.
 
         Args:
-            model: `unmask/smollm2-135m-embed`, a hub id, a folder in the hub's layout, or a GGUF file. An adapter's
-                name is enough: the base and the adapters below it are found from its configuration.
+            model: `unmask/smollm2-135m-embed`, a hub id, a folder in the hub's layout, or a GGUF file. The name of an
+                adapter is enough: the base and the adapters below it are found from its configuration.
             adapters: further LoRA adapters, merged in float32 in the order given.
-            layers: keep only these layers: how many from the first, or their numbers from 0.
+            layers: keep only these layers: their number from the first, or their indices from 0.
             compat: "reference" gives the published LLM2Vec vectors, quirks included; "default" mends them.
-            pooling: mean, weighted_mean, eos_token, last_token or bos_token. Left out: what the model's
-                `llm2vec_config.json` says, else mean.
-            skip_instruction: leave the instruction out of the pooling. Left out: as the model says, else True.
-            max_length: tokens per sequence, everything counted. Left out: as the model says, else 512.
-            dtype: precision of the weights; vectors are float32 in any case. "int8" computes the products on a CPU in 8
-                bits, at almost twice the speed; such an encoder cannot be trained.
+            pooling: mean, weighted_mean, eos_token, last_token or bos_token. Default: from the model's
+                `llm2vec_config.json`, else mean.
+            skip_instruction: leave the instruction out of the pooling. Default: from the model, else True.
+            max_length: tokens per sequence, everything counted. Default: from the model, else 512.
+            dtype: precision of the weights; vectors are float32 in any case. "int8" computes the linear layers on a
+                CPU in 8 bits, at almost twice the speed; such an encoder cannot be trained.
             device: a torch device.
-            causal: keep the decoder's causal mask, to measure what removing it is worth.
+            causal: keep the decoder's causal mask, to measure the effect of removing it.
 
         Raises:
             ModelNotFound, CheckpointError, UnsupportedArchitecture, AdapterMismatch: see `unmask.errors`.
             UsageError: an argument has a value that does not exist.
         """
-        if compat not in ("default", "reference"):
-            raise UsageError(f"compat={compat!r}: choose 'default' or 'reference'")
-        if dtype not in _DTYPES:
-            raise UsageError(f"dtype={dtype!r}: choose one of {', '.join(_DTYPES)}")
-        require_device(device, dtype)
-        checkpoint = open_checkpoint(model, adapters)
-        if layers is not None:
-            checkpoint = shear(checkpoint, layers)
-        said = checkpoint.encoder_config
-        pooling = str(pooling or said.get("pooling_mode") or "mean")
-        skip = bool(said.get("skip_instruction", True) if skip_instruction is None else skip_instruction)
-        length = _length("max_length", max_length or said.get("max_length") or 512)
-        doc_length = _length("doc_max_length", said.get("doc_max_length") or 400)
-        if pooling not in POOLINGS:
-            raise UsageError(f"pooling={pooling!r}: choose one of {', '.join(POOLINGS)}")
-        tokenizer = checkpoint.tokenizer
-        if pooling == "bos_token" and not (tokenizer.prefix and tokenizer.prefix[0] == tokenizer.bos_id):
-            raise UsageError(f"pooling='bos_token' needs a model whose sequences begin with BOS; {model} adds none")
-        template = template_for(checkpoint.trained_as, said)
-        eos = pooling == "eos_token"
-        if eos and compat == "default" and tokenizer.eos_id is None:
-            raise UsageError(f"pooling='eos_token' needs an end-of-sequence token; {model} names none")
-        if compat == "reference":
-            kind = str(checkpoint.config.get("model_type"))
-            prompts = ReferencePrompts(tokenizer, template, length, doc_length, kind, eos, skip)
-        else:
-            prompts = DefaultPrompts(tokenizer, template, length, eos, skip)
-        decoder, dim = _build(checkpoint, compat, _DTYPES[dtype], device, causal)
-        if dtype == "int8":
+        options = LoadOptions(
+            adapters=adapters,
+            layers=layers,
+            compat=compat,
+            pooling=pooling,
+            skip_instruction=skip_instruction,
+            max_length=max_length,
+            dtype=dtype,
+            device=device,
+            causal=causal,
+        )
+        return cls.load_with(model, options)
+
+    @classmethod
+    def load_with(cls, model: str | Path, options: LoadOptions) -> "Encoder":
+        """As `load`, with the options in one object."""
+        checkpoint = open_checkpoint(model, options.adapters)
+        if options.layers is not None:
+            checkpoint = shear(checkpoint, options.layers)
+        pooling, max_length, prompts = _prompts(checkpoint, options)
+        decoder, dim = _load_decoder(checkpoint, options)
+        if options.dtype == "int8":
             quantise(decoder)
         prepack(decoder)
         _return_memory()
@@ -193,10 +217,10 @@ class Encoder:
             decoder,
             prompts,
             pooling=pooling,
-            max_length=length,
-            compat=compat,
+            max_length=max_length,
+            compat=options.compat,
             dim=dim,
-            precision=METHOD if dtype == "int8" else dtype,
+            precision=INT8_PRECISION if options.dtype == "int8" else options.dtype,
             head=load_head(checkpoint.tensors, dim),
         )
 
@@ -213,10 +237,10 @@ class Encoder:
 
         Args:
             texts: one text (gives one row) or many. An empty text has no vector and is an error.
-            instruction: what to look for, as in "Given a web search query, retrieve relevant passages that answer
-                the query:". The model reads it; it is never averaged into the vector.
+            instruction: the task, as in "Given a web search query, retrieve relevant passages that answer the query:".
+                The model reads it; it is never averaged into the vector.
             normalize: scale each vector to length 1, after `dimensions`.
-            dimensions: keep only the first so many numbers of each vector (Matryoshka, arXiv 2205.13147).
+            dimensions: keep only the first dimensions of each vector (Matryoshka, arXiv 2205.13147).
             truncate: cut the end off texts that do not fit `max_length`; otherwise they are an error.
 
         Returns:
@@ -228,16 +252,69 @@ class Encoder:
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         _require_strings(texts)
-        if self._gpu is None:  # nothing to gain from tokenising ahead: whoever does holds a core
-            vectors = self.encode_prompts(self.prompts.build(texts, instruction, truncate))
-        else:
+        if self.prefetches:
             blocks = (
                 self.prompts.build(texts[first : first + _BLOCK_TEXTS], instruction, truncate, first=first)
                 for first in range(0, len(texts), _BLOCK_TEXTS)
             )
-            nothing = np.empty((0, self.dim), dtype=np.float32)
-            vectors = np.concatenate([nothing, *map(self.encode_prompts, prefetch(blocks))])
+            empty = np.empty((0, self.dim), dtype=np.float32)
+            vectors = np.concatenate([empty, *map(self.encode_prompts, prefetch(blocks))])
+        else:
+            vectors = self.encode_prompts(self.prompts.build(texts, instruction, truncate))
         return postprocess(vectors, normalize=normalize, dimensions=dimensions)
+
+    def encode_query(
+        self,
+        texts: str | Sequence[str],
+        *,
+        instruction: str | None = None,
+        normalize: bool = False,
+        dimensions: int | None = None,
+        truncate: bool = True,
+    ) -> np.ndarray:
+        """Vectors of search queries: `encode` with the model's own query instruction.
+
+        Args:
+            instruction: replaces "query_instruction" of the model's `llm2vec_config.json`. A model without one gets
+                none.
+        """
+        if instruction is None:
+            instruction = self._instruction("query_instruction")
+        return self.encode(
+            texts, instruction=instruction, normalize=normalize, dimensions=dimensions, truncate=truncate
+        )
+
+    def encode_document(
+        self,
+        texts: str | Sequence[str],
+        *,
+        instruction: str | None = None,
+        normalize: bool = False,
+        dimensions: int | None = None,
+        truncate: bool = True,
+    ) -> np.ndarray:
+        """Vectors of documents: `encode` with the model's own document instruction, which few models have.
+
+        Args:
+            instruction: replaces "document_instruction" of the model's `llm2vec_config.json`. A model without one gets
+                none.
+        """
+        if instruction is None:
+            instruction = self._instruction("document_instruction")
+        return self.encode(
+            texts, instruction=instruction, normalize=normalize, dimensions=dimensions, truncate=truncate
+        )
+
+    def similarity(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        """Cosine similarity of every vector [n, dim] with every other [m, dim]: float32 [n, m]."""
+        first, second = (_unit_length(np.atleast_2d(np.asarray(x, dtype=np.float32))) for x in (first, second))
+        return first @ second.T
+
+    def _instruction(self, key: str) -> str:
+        instruction = self.checkpoint.encoder_config.get(key) or ""
+        if not isinstance(instruction, str):
+            raise CheckpointError(f"llm2vec_config.json of {self.name} has {key}={instruction!r}; it must be a text")
+        return instruction
 
     def encode_prompts(self, prompts: Sequence[Prompt]) -> np.ndarray:
         """Raw vectors of prepared prompts, float32 [n, dim], in their order."""
@@ -249,18 +326,18 @@ class Encoder:
             vectors[members] = result
         return vectors
 
-    def map_packs(self, function: Callable[[_Pack], _Result], packs: Sequence[_Pack]) -> list[_Result]:
-        """`function` of every pack, in order, as many of them at once as suits the device."""
-        return parallel_map(function, packs) if self._gpu is None else pipelined_map(function, packs)
+    def map_packs(self, function: Callable[[_Item], _Result], packs: Sequence[_Item]) -> list[_Result]:
+        """`function` of every pack, in order, as many at the same time as suit the device."""
+        return self._runtime.map_packs(function, packs)
 
     @torch.inference_mode()
     def forward_pack(self, prompts: Sequence[Prompt]) -> np.ndarray:
-        """One forward over all prompts given, float32 [n, dim]. Keep prompts of equal length together."""
-        if self._gpu is not None:
-            pooled = self._gpu.vectors(prompts)
-        else:
-            pooled = pool(self.states([prompt.ids for prompt in prompts]), prompts, self.pooling).cpu().numpy()
-        # On the host in float32, on every device: a few hundred vectors cost less than a transfer.
+        """One forward over all prompts given, float32 [n, dim]. Keep prompts of equal length together.
+
+        This is the whole way from prompts to vectors: forward and pooling on the device, then the head. The head runs
+        on the host in float32 for every device: a few hundred vectors cost less than a transfer.
+        """
+        pooled = self._runtime.pooled_states(prompts)  # [N, W]
         return pooled if self.head is None else self.head(torch.from_numpy(pooled)).numpy()
 
     @torch.inference_mode()
@@ -270,10 +347,10 @@ class Encoder:
         return self._decoder(ids, [len(sequence) for sequence in sequences])
 
     def count_tokens(self, texts: str | Sequence[str], *, instruction: str = "") -> np.ndarray:
-        """Tokens that each text's sequence has before any truncation: BOS, template and instruction included.
+        """Tokens of each text's sequence before any truncation: BOS, template and instruction included.
 
         Returns:
-            int64 [n]. Compare with `max_length` to see what would be cut.
+            int64 [n]. Whatever exceeds `max_length` would be cut.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         _require_strings(texts)
@@ -281,27 +358,54 @@ class Encoder:
 
 
 def postprocess(vectors: np.ndarray, *, normalize: bool, dimensions: int | None) -> np.ndarray:
-    """Cut and scale raw vectors [n, dim] as a caller asked.
+    """Cut raw vectors [n, dim] to `dimensions`, then scale them to length 1 if `normalize`.
 
     Raises:
-        UsageError: more dimensions than there are, or fewer than one.
+        UsageError: `dimensions` is not between 1 and dim.
     """
     if dimensions is not None:
         if not 1 <= dimensions <= vectors.shape[1]:
             raise UsageError(f"dimensions={dimensions}: this model's vectors have 1 to {vectors.shape[1]}")
         vectors = np.ascontiguousarray(vectors[:, :dimensions])
-    if normalize:
-        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-        vectors = vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
-    return vectors
+    return _unit_length(vectors) if normalize else vectors
 
 
-def _build(
-    checkpoint: Checkpoint, compat: Compat, dtype: torch.dtype, device: str, causal: bool
-) -> tuple[nn.Module, int]:
+def _unit_length(vectors: np.ndarray) -> np.ndarray:
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
+
+
+def _prompts(checkpoint: Checkpoint, options: LoadOptions) -> tuple[str, int, PromptBuilder]:
+    """Pooling, max_length and the prompts of a model: from the options, else its llm2vec_config.json, else defaults."""
+    config, tokenizer = checkpoint.encoder_config, checkpoint.tokenizer
+    pooling = str(options.pooling or config.get("pooling_mode") or "mean")
+    skip = options.skip_instruction
+    skip = bool(config.get("skip_instruction", True) if skip is None else skip)
+    max_length = _require_length("max_length", options.max_length or config.get("max_length") or 512)
+    doc_max_length = _require_length("doc_max_length", config.get("doc_max_length") or 400)
+    if pooling not in POOLINGS:
+        raise UsageError(f"pooling={pooling!r}: choose one of {', '.join(POOLINGS)}")
+    name = checkpoint.name
+    if pooling == "bos_token" and not (tokenizer.prefix and tokenizer.prefix[0] == tokenizer.bos_id):
+        raise UsageError(f"pooling='bos_token' needs a model whose sequences begin with BOS; {name} adds none")
+    template = template_for(checkpoint.trained_as, config)
+    eos = pooling == "eos_token"
+    if eos and options.compat == "default" and tokenizer.eos_id is None:
+        raise UsageError(f"pooling='eos_token' needs an end-of-sequence token; {name} names none")
+    if options.compat == "reference":
+        kind = str(checkpoint.config.get("model_type"))
+        prompts = ReferencePrompts(tokenizer, template, max_length, doc_max_length, kind, eos, skip)
+    else:
+        prompts = DefaultPrompts(tokenizer, template, max_length, eos, skip)
+    return pooling, max_length, prompts
+
+
+def _load_decoder(checkpoint: Checkpoint, options: LoadOptions) -> tuple[nn.Module, int]:
+    """The decoder of a checkpoint and its hidden size."""
     config: dict[str, Any] = dict(checkpoint.config)
-    if compat == "reference":
+    if options.compat == "reference":
         config["sliding_window"] = None  # the reference's mask knows no window
+    dtype, device, causal = _DTYPES[options.dtype], options.device, options.causal
     shape = shape_of(config)
     try:
         if shape is None:
@@ -313,7 +417,7 @@ def _build(
 
 
 def require_device(device: str, dtype: Dtype) -> None:
-    """Nothing, where a model in this precision can be computed on this device here.
+    """Check that this machine can compute a model in a precision on a device.
 
     Raises:
         UsageError: torch does not know the device or there is none, or the precision is not for it.
@@ -329,12 +433,12 @@ def require_device(device: str, dtype: Dtype) -> None:
 
 
 def _return_memory() -> None:
-    """Give the system back what loading took and freed: glibc keeps it otherwise, 100 MB for a model of 135M."""
+    """Return the memory that loading freed to the system: glibc keeps it otherwise, 100 MB for a model of 135M."""
     with suppress(OSError, AttributeError, TypeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _length(name: str, value: Any) -> int:
+def _require_length(name: str, value: Any) -> int:
     if not isinstance(value, int) or value < 1:
         raise UsageError(f"{name}={value!r}: expected a positive whole number of tokens")
     return value

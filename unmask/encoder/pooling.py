@@ -1,4 +1,4 @@
-"""From the states of a sequence to one vector."""
+"""Pooling: hidden states of a pack to one vector per sequence."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -25,7 +25,7 @@ def _last(states: Tensor) -> Tensor:
     return states[-1]
 
 
-# How the pooled states [P, W] of one sequence become its vector [W].
+# Pooled states [P, W] of one sequence -> its vector [W].
 _POOLERS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": _mean,
     "weighted_mean": _weighted_mean,
@@ -36,36 +36,36 @@ POOLINGS = (*_POOLERS, "bos_token")
 
 
 def pool(hidden: Tensor, prompts: Sequence[Prompt], pooling: str) -> Tensor:
-    """Vectors of a pack.
+    """Vectors of a pack. `pool_bags` is the same for a GPU.
 
     Args:
-        hidden: states of all sequences end to end, [T, W].
-        prompts: the pack's sequences, in the same order.
+        hidden: hidden states of all sequences end to end, [T, W].
+        prompts: the sequences of the pack, in the same order.
         pooling: one of POOLINGS. `bos_token` takes the first state of a sequence, which is BOS.
 
     Returns:
-        [len(prompts), W] in float32. The sum is taken in float32 too, whatever the weights' precision.
+        [len(prompts), W] in float32, summed in float32 whatever the weights' precision.
     """
     vectors = []
     # One split rather than a slice per prompt: the gradient of each slice would be as large as the whole pack.
     for prompt, sequence in zip(prompts, hidden.split([len(prompt.ids) for prompt in prompts]), strict=True):
-        first, stop = _pooled(prompt, pooling)
+        first, stop = _pooled_span(prompt, pooling)
         states = sequence[first:stop].float()  # [P, W]
         vectors.append(_POOLERS["last_token" if pooling == "bos_token" else pooling](states))
     return torch.stack(vectors)
 
 
-def _pooled(prompt: Prompt, pooling: str) -> tuple[int, int]:
+def _pooled_span(prompt: Prompt, pooling: str) -> tuple[int, int]:
     return (0, 1) if pooling == "bos_token" else prompt.pooled
 
 
-class Bags(NamedTuple):
-    """The pooled states of a pack, those of one sequence together.
+class PoolingBags(NamedTuple):
+    """The pooled states of a pack and their weights, grouped by sequence.
 
     Attributes:
-        rows: which state of the pack, [P].
-        weights: how much of it goes into the vector, float32 [P]; of one sequence they add up to 1.
-        starts: where each sequence begins in `rows`, [N].
+        rows: index of each pooled state in the pack, [P].
+        weights: weight of each state in the vector of its sequence, float32 [P]; they sum to 1 per sequence.
+        starts: first entry of each sequence in `rows`, [N].
     """
 
     rows: np.ndarray
@@ -73,10 +73,10 @@ class Bags(NamedTuple):
     starts: np.ndarray
 
 
-def bags_of(prompts: Sequence[Prompt], pooling: str) -> Bags:
-    """What `pool` does to a pack, as numbers that can be sent to a GPU."""
+def pooling_bags(prompts: Sequence[Prompt], pooling: str) -> PoolingBags:
+    """Describe `pool` as indices and weights, which can be sent to a GPU."""
     begins = np.cumsum([0, *(len(prompt.ids) for prompt in prompts[:-1])])
-    first, stop = np.array([_pooled(prompt, pooling) for prompt in prompts]).T + begins
+    first, stop = np.array([_pooled_span(prompt, pooling) for prompt in prompts]).T + begins
     if pooling not in ("mean", "weighted_mean"):
         first = stop - 1
     counts = stop - first
@@ -87,19 +87,19 @@ def bags_of(prompts: Sequence[Prompt], pooling: str) -> Bags:
     if pooling == "weighted_mean":
         shares, totals = place + 1.0, counts * (counts + 1) / 2
     weights = (shares / np.repeat(totals, counts)).astype(np.float32)
-    return Bags(np.repeat(first, counts) + place, weights, starts)
+    return PoolingBags(np.repeat(first, counts) + place, weights, starts)
 
 
 def pool_bags(hidden: Tensor, rows: Tensor, weights: Tensor, bags: Tensor) -> Tensor:
-    """Vectors of a pack in a few kernels, however many its sequences are.
+    """Vectors of a pack in a few kernels, whatever its number of sequences.
 
     Args:
-        hidden: states of all sequences end to end, [T, W].
-        rows, weights: as in `Bags`, with any rows at all behind the last sequence's.
-        bags: where each sequence begins in `rows`, and where the last one ends, [N+1].
+        hidden: hidden states of all sequences end to end, [T, W].
+        rows, weights: as in `PoolingBags`; entries behind the last sequence are ignored.
+        bags: first entry in `rows` of each sequence, and the end of the last one, [N+1].
 
     Returns:
         [N, W] in float32, summed in float32.
     """
     summed = F.embedding_bag(rows, hidden.float(), bags, mode="sum", per_sample_weights=weights)  # [N+1, W]
-    return summed[:-1]  # the last bag is all that comes after
+    return summed[:-1]  # the last bag holds the ignored entries

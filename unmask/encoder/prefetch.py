@@ -1,4 +1,4 @@
-"""Work that is done one step ahead of whoever uses it."""
+"""Prefetch: compute the next item in a background thread."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,13 +8,13 @@ _Item = TypeVar("_Item")
 
 
 def prefetch(items: Iterator[_Item]) -> Iterator[_Item]:
-    """The same items; each is made in a thread of its own while the one before is used.
+    """The same items in the same order; each is computed in a background thread while the one before is used.
 
-    What making an item raises comes in its place, after the items before it.
+    An exception of the iterator is raised in its place, after the items before it.
     """
     end = object()
-    with ThreadPoolExecutor(1, thread_name_prefix="unmask-ahead") as worker:
-        making = worker.submit(next, items, end)
-        while (item := making.result()) is not end:
-            making = worker.submit(next, items, end)
+    with ThreadPoolExecutor(1, thread_name_prefix="unmask-prefetch") as worker:
+        pending = worker.submit(next, items, end)
+        while (item := pending.result()) is not end:
+            pending = worker.submit(next, items, end)
             yield item  # pyright: ignore[reportReturnType] - `end` has gone

@@ -1,4 +1,4 @@
-"""Text to ids, and which of them are pooled.
+"""Prompts: text to token ids and pooled positions.
 
 A prompt reads `BOS, template prefix, instruction, text, template suffix`. All of it is attended to; the vector is
 made from the text and the closing template tokens, as LLM2Vec was trained, never from BOS or the instruction.
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from tokenizers import Encoding
+from tokenizers import Encoding, Tokenizer
 
 from unmask.checkpoint.tokenizer import TextTokenizer
 from unmask.encoder.templates import Template
@@ -37,7 +37,13 @@ class Prompt:
 
 
 class PromptBuilder(Protocol):
-    """Either mode of text handling."""
+    """Text handling: `DefaultPrompts`, or `ReferencePrompts` for the published LLM2Vec vectors.
+
+    Attributes:
+        skip_instruction: the instruction is left out of the pooled positions.
+    """
+
+    skip_instruction: bool
 
     def build(
         self, texts: Sequence[str], instruction: str = "", truncate: bool = True, first: int = 0
@@ -50,8 +56,8 @@ class DefaultPrompts:
     """Token-exact prompts: nothing in a user's text can act as a separator, a special token or an instruction.
 
     Args:
-        tokenizer: the model's own; its special-token recognition is switched off for user text.
-        template: what stands around the words.
+        tokenizer: of the model; special tokens are recognised in the template, and not in a user's text.
+        template: text before and after the user's.
         max_length: tokens a prompt may have, everything included.
         close_with_eos: append EOS, for `eos_token` pooling.
         skip_instruction: leave the instruction out of the pooled positions.
@@ -65,13 +71,14 @@ class DefaultPrompts:
         close_with_eos: bool = False,
         skip_instruction: bool = True,
     ) -> None:
-        self._tokenizer = tokenizer.text
+        # In `plain`, `<|im_end|>` in a text is ten characters, not a control token.
+        self._tokenizer = tokenizer.plain
         self._highest_id = tokenizer.highest_id
         self._max_length = max_length
         self.skip_instruction = skip_instruction
         self._templated = bool(template.prefix or template.suffix)
-        head, self._plain_head = self._split_specials(template.prefix, plain_last=True)
-        tail, self._plain_tail = self._split_specials(template.suffix, plain_last=False)
+        head, self._plain_head = _split_specials(tokenizer.text, template.prefix, plain_last=True)
+        tail, self._plain_tail = _split_specials(tokenizer.text, template.suffix, plain_last=False)
         self._bos = list(tokenizer.prefix)
         self._head = self._bos + head
         if self._bos and head[: len(self._bos)] == self._bos:
@@ -79,19 +86,6 @@ class DefaultPrompts:
         self._tail = tail + list(tokenizer.suffix)
         if close_with_eos and not template.closes and tokenizer.eos_id is not None and not tokenizer.suffix:
             self._tail.append(tokenizer.eos_id)
-        # From here on `<|im_end|>` in a text is nine characters, not a control token.
-        self._tokenizer.encode_special_tokens = True
-
-    def _split_specials(self, part: str, plain_last: bool) -> tuple[list[int], str]:
-        """Ids of a template part up to its outermost special token, and the plain rest, tokenised with the text."""
-        specials = [t.content for t in self._tokenizer.get_added_tokens_decoder().values() if t.special]
-        if plain_last:
-            cut = max((part.rfind(s) + len(s) for s in specials if s in part), default=0)
-            fixed, plain = part[:cut], part[cut:]
-        else:
-            cut = min((part.find(s) for s in specials if s in part), default=len(part))
-            plain, fixed = part[:cut], part[cut:]
-        return (self._tokenizer.encode(fixed, add_special_tokens=False).ids if fixed else []), plain
 
     def build(self, texts: Sequence[str], instruction: str = "", truncate: bool = True, first: int = 0) -> list[Prompt]:
         """One prompt per text. `first` is the first one's index, for errors.
@@ -129,8 +123,8 @@ class DefaultPrompts:
         before = self._tokenizer.encode(opening, add_special_tokens=False).ids if opening else []
         after = self._tokenizer.encode(self._plain_tail, add_special_tokens=False).ids if self._plain_tail else []
         prompts = []
-        for index, given in enumerate(sequences):
-            ids = list(given)
+        for index, sequence in enumerate(sequences):
+            ids = list(sequence)
             unknown = next((token for token in ids if not 0 <= token <= self._highest_id), None)
             if unknown is not None:
                 raise InputError(f"input {index} has token id {unknown}; the model's end at {self._highest_id}", index)
@@ -199,3 +193,15 @@ def _span(encoding: Encoding, start: int, stop: int) -> tuple[int, int]:
         if begin < stop:
             last = position + 1
     return (0, 0) if first is None else (first, last)
+
+
+def _split_specials(tokenizer: Tokenizer, part: str, plain_last: bool) -> tuple[list[int], str]:
+    """Ids of a template part up to its outermost special token, and the plain rest, tokenised with the text."""
+    specials = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+    if plain_last:
+        cut = max((part.rfind(s) + len(s) for s in specials if s in part), default=0)
+        fixed, plain = part[:cut], part[cut:]
+    else:
+        cut = min((part.find(s) for s in specials if s in part), default=len(part))
+        plain, fixed = part[:cut], part[cut:]
+    return (tokenizer.encode(fixed, add_special_tokens=False).ids if fixed else []), plain

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from unmask.encoder import Encoder
-from unmask.encoder.runtime.linear import parallel_map
+from unmask.encoder.runtime.threads import parallel_map
 from unmask.errors import UsageError
 from unmask.evaluate.linear_probe import fit_probe
 from unmask.evaluate.word_states import STATES, States, WordTokens, tokenize_words, word_states

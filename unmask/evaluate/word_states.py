@@ -82,7 +82,7 @@ def tokenize_words(tokenizer: TextTokenizer, sentences: Sequence[Sequence[str]],
         raise UsageError(f"max_length={max_length} leaves no room for words")
     space = _space_before(tokenizer.text)
     spaced_words = [[space + word for word in words] for words in sentences]
-    encodings = tokenizer.text.encode_batch(spaced_words, is_pretokenized=True, add_special_tokens=False)
+    encodings = tokenizer.plain.encode_batch(spaced_words, is_pretokenized=True, add_special_tokens=False)
     sentence_tokens = []
     for words, encoding in zip(sentences, encodings, strict=True):
         counts = np.bincount(np.array(encoding.word_ids, dtype=np.int64), minlength=len(words))

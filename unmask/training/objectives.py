@@ -206,7 +206,7 @@ def _mntp(recipe: Recipe, trainee: Trainee) -> Objective:
 
     def step(batch: TextBatch, number: int) -> StepReport:
         generator = np.random.default_rng([recipe.seed, 1, number])
-        encodings = tokenizer.text.encode_batch_fast(
+        encodings = tokenizer.plain.encode_batch_fast(
             [example.query for part in batch.parts for example in part.examples], add_special_tokens=False
         )
         documents = [np.array([*tokenizer.prefix, *encoding.ids], dtype=np.int64) for encoding in encodings]

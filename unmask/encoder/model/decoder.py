@@ -1,16 +1,28 @@
 """The forward: one decoder stack, bidirectional, over sequences laid end to end without padding.
 
 Dimension letters, used in every shape comment:
-    T  tokens in the pack, all sequences together      W  width of the residual stream
-    H  query heads        K  key-value heads           D  size of a head        I  inner width of the MLP
-    N  sequences of one length                         L  that length
+    T  tokens in the pack, all sequences together      W  hidden size, the width of the residual stream
+    H  query heads        K  key-value heads           D  size of a head        I  intermediate size of the MLP
+    N  sequences of one length, or of the pack         L  tokens of a sequence
 
-Only attention needs to know where a sequence ends; everything else sees T tokens. The same code trains and serves:
-it is an ordinary `nn.Module` whose parameters are fused (query+key+value, gate+up) and can take gradients.
+A pack of three sequences, from token ids to vectors:
+
+    pack         a a a a | b b b b | c c c c c c c      input_ids [T], cu_seqlens [0, 4, 8, 15]
+                 |             |             |
+    embedding, norms, linear layers: per token          [T, W]; sequences do not matter
+                 |             |             |
+    attention    a x a,  b x b |  c x c                 groups of equal length: [2, H, 4, D] and [1, H, 7, D],
+                 |             |             |          or one variable-length kernel over [T, H, D]
+    hidden states                                       [T, W]
+                 |             |             |
+    pool         mean of the  mean of the  mean of the
+                 pooled a     pooled b     pooled c     vectors [3, W]
+
+Only attention uses the borders of sequences. The same code trains and serves: it is an ordinary `nn.Module` whose
+parameters are fused (query+key+value, gate+up) and can take gradients.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -19,46 +31,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from unmask.checkpoint.tensors import TensorSource
-from unmask.encoder.model import attention as packed
-from unmask.encoder.model import fused_autograd
+from unmask.encoder.model import attention, fused_autograd
 from unmask.encoder.model.architectures import Rope, Shape
+from unmask.encoder.model.attention import LengthGroup, PackLayout
 from unmask.encoder.runtime.linear import Linear
 from unmask.errors import CheckpointError
-
-Run = tuple[int, int, int]  # first token, number of sequences, their common length
-
-
-@dataclass(frozen=True)
-class PackLayout:
-    """Where the sequences of a pack lie.
-
-    Attributes:
-        runs: neighbours of equal length.
-        bounds: where each begins, int32 [N+1] on the device; None where no kernel takes a whole pack.
-        longest: tokens of the longest.
-    """
-
-    runs: list[Run]
-    bounds: Tensor | None
-    longest: int
-
-
-def length_groups(lengths: list[int]) -> list[Run]:
-    """Neighbouring sequences of equal length, to be attended as one batch.
-
-    >>> length_groups([4, 4, 7])
-    [(0, 2, 4), (8, 1, 7)]
-    """
-    runs: list[Run] = []
-    start = 0
-    for length in lengths:
-        if runs and runs[-1][2] == length:
-            first, count, _ = runs[-1]
-            runs[-1] = (first, count + 1, length)
-        else:
-            runs.append((start, 1, length))
-        start += length
-    return runs
 
 
 class Norm(nn.Module):
@@ -77,7 +54,7 @@ class Norm(nn.Module):
 
 
 class Layer(nn.Module):
-    """One decoder layer: attention and MLP, each on the residual stream."""
+    """One decoder layer: attention and MLP, each added to the residual stream."""
 
     def __init__(self, shape: Shape, window: int | None, causal: bool = False) -> None:
         super().__init__()
@@ -99,14 +76,15 @@ class Layer(nn.Module):
         self.attention_out_norm = norm(shape.hidden_size) if shape.sandwich_norm else None
         self.mlp_out_norm = norm(shape.hidden_size) if shape.sandwich_norm else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, spans: PackLayout) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: PackLayout) -> Tensor:
         """x [T, W]; cos, sin [T, 1, D/2] -> [T, W]."""
-        attended = self.attend(self.attention_norm(x), cos, sin, spans)  # [T, W]
-        x = added(x, self.attention_out_norm(attended) if self.attention_out_norm else attended)
-        mixed = self.mlp(self.mlp_norm(x))  # [T, W]
-        return added(x, self.mlp_out_norm(mixed) if self.mlp_out_norm else mixed)
+        attended = self.attend(self.attention_norm(x), cos, sin, layout)  # [T, W]
+        x = add_residual(x, self.attention_out_norm(attended) if self.attention_out_norm else attended)
+        transformed = self.mlp(self.mlp_norm(x))  # [T, W]
+        return add_residual(x, self.mlp_out_norm(transformed) if self.mlp_out_norm else transformed)
 
-    def attend(self, x: Tensor, cos: Tensor, sin: Tensor, spans: PackLayout) -> Tensor:
+    def attend(self, x: Tensor, cos: Tensor, sin: Tensor, layout: PackLayout) -> Tensor:
+        """x [T, W]; cos, sin [T, 1, D/2] -> [T, W]. Each token attends to the tokens of its own sequence."""
         s = self.shape
         heads = self.qkv(x).view(x.shape[0], s.heads + 2 * s.kv_heads, s.head_dim)  # [T, H+2K, D]
         qk, v = heads.split((s.heads + s.kv_heads, s.kv_heads), dim=1)  # [T, H+K, D], [T, K, D]
@@ -114,35 +92,39 @@ class Layer(nn.Module):
             q, k = qk.split((s.heads, s.kv_heads), dim=1)
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
         q, k = rotate(qk, cos, sin).split((s.heads, s.kv_heads), dim=1)  # [T, H, D], [T, K, D]
-        dropped = self.training and self.attention_dropout > 0
-        if spans.bounds is not None and not dropped and packed.takes(q.dtype, s.softcap):
-            return self.out(self._attend_pack(q, k, v, spans.bounds, spans.longest).flatten(1))
-        # Each run's heads by one split: the gradient of a slice would be as large as the whole pack.
-        sizes = [count * length for _, count, length in spans.runs]
-        heads_of_runs = zip(spans.runs, *(x.split(sizes) for x in (q, k, v)), strict=True)
-        parts = [self._attend_run(q, k, v, run) for run, q, k, v in heads_of_runs]
+        has_dropout = self.training and self.attention_dropout > 0
+        if layout.cu_seqlens is not None and not has_dropout and attention.kernel_supports(q.dtype, s.softcap):
+            return self.out(self._attend_pack(q, k, v, layout.cu_seqlens, layout.max_seqlen).flatten(1))
+        # One split instead of a slice per group: the gradient of each slice would be as large as the whole pack.
+        sizes = [count * length for _, count, length in layout.groups]
+        heads_of_groups = zip(layout.groups, *(x.split(sizes) for x in (q, k, v)), strict=True)
+        parts = [self._attend_group(q, k, v, group) for group, q, k, v in heads_of_groups]
         return self.out(parts[0] if len(parts) == 1 else torch.cat(parts))
 
-    def _attend_pack(self, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int) -> Tensor:
-        """q [T, H, D]; k, v [T, K, D]; bounds [N+1] -> [T, H, D]."""
-        attend = packed.kernel()
-        assert attend is not None
+    def _attend_pack(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """q [T, H, D]; k, v [T, K, D]; cu_seqlens [N+1] -> [T, H, D]."""
+        kernel = attention.varlen_kernel()
+        assert kernel is not None
         reach = -1 if self.window is None else self._reach(self.window)  # -1: no limit
         window = (reach, 0 if self.causal else reach)
-        return attend(q, k, v, bounds, longest, self.shape.attention_scale, window, self.shape.softcap or 0.0)
+        return kernel(q, k, v, cu_seqlens, max_seqlen, self.shape.attention_scale, window, self.shape.softcap or 0.0)
 
     def _reach(self, window: int) -> int:
         # transformers counts the token itself in a causal window, and not in a bidirectional one.
         return window - 1 if self.causal else window
 
-    def _attend_run(self, q: Tensor, k: Tensor, v: Tensor, run: Run) -> Tensor:
-        _, count, length = run
+    def _attend_group(self, q: Tensor, k: Tensor, v: Tensor, group: LengthGroup) -> Tensor:
+        """q [N*L, H, D]; k, v [N*L, K, D] -> [N*L, H*D]."""
+        _, count, length = group
         # [N*L, heads, D] -> [N, heads, L, D]
         q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
         mask = self._mask(length, q.device)
-        if self.shape.softcap is None and mask is None and self._trains_on_cpu(q):
-            out = grouped_attention(q, k, v, self.shape.attention_scale)
-        elif self.shape.softcap is None:
+        scale, softcap = self.shape.attention_scale, self.shape.softcap
+        if softcap is not None:
+            out = attention.softcapped_attention(q, k, v, mask, scale, softcap)
+        elif mask is None and self._trains_on_cpu(q):
+            out = attention.grouped_query_attention(q, k, v, scale)
+        else:
             out = F.scaled_dot_product_attention(
                 q,
                 k,
@@ -150,102 +132,77 @@ class Layer(nn.Module):
                 attn_mask=mask,
                 dropout_p=self.attention_dropout if self.training else 0.0,
                 is_causal=self.causal and mask is None,
-                scale=self.shape.attention_scale,
+                scale=scale,
                 enable_gqa=q.shape[1] != k.shape[1],
             )
-        else:
-            out = capped_attention(q, k, v, mask, self.shape.attention_scale, self.shape.softcap)
         return out.transpose(1, 2).flatten(0, 1).flatten(1)  # [N*L, H*D]
 
     def _trains_on_cpu(self, q: Tensor) -> bool:
-        dropped = self.training and self.attention_dropout > 0
-        return q.requires_grad and q.device.type == "cpu" and not self.causal and not dropped
+        has_dropout = self.training and self.attention_dropout > 0
+        return q.requires_grad and q.device.type == "cpu" and not self.causal and not has_dropout
 
     def _mask(self, length: int, device: torch.device) -> Tensor | None:
-        """Which token [L] may see which [L]; None where all may, or where the kernel's own causal mask does."""
+        """bool [L, L], True where query i may see key j. None if all may, or if the kernel's causal mask is enough."""
         reach = self._reach(length if self.window is None else self.window)
         if length <= reach + 1 and not (self.causal and self.shape.softcap is not None):
             return None
         position = torch.arange(length, device=device)
-        behind = position[:, None] - position[None, :]  # [L, L]
-        return (behind <= reach) & (behind >= (0 if self.causal else -reach))
+        distance = position[:, None] - position[None, :]  # [L, L]
+        return (distance <= reach) & (distance >= (0 if self.causal else -reach))
 
     def mlp(self, x: Tensor) -> Tensor:
+        """x [T, W] -> [T, W], in place where no gradient needs the intermediate values."""
         gate_up = self.gate_up(x)  # [T, 2 I]
         if torch.is_grad_enabled() and self.shape.activation == "silu":
             return self.down(fused_autograd.SwiGlu.apply(gate_up))  # [T, W]
         gate, up = gate_up.chunk(2, dim=-1)  # [T, I] twice
-        serving = not torch.is_grad_enabled()  # then nobody needs the gate again, and its memory is at hand
-        gate = F.silu(gate, inplace=serving) if self.shape.activation == "silu" else F.gelu(gate, approximate="tanh")
-        return self.down(gate.mul_(up) if serving else gate * up)  # [T, W]
+        inference = not torch.is_grad_enabled()
+        gate = F.silu(gate, inplace=inference) if self.shape.activation == "silu" else F.gelu(gate, approximate="tanh")
+        return self.down(gate.mul_(up) if inference else gate * up)  # [T, W]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + D/2]) by its position's angle, in place when no gradient needs x.
+    """Rotate each pair (x[i], x[i + D/2]) by the angle of its position, in place when no gradient needs x.
 
     x [T, heads, D]; cos, sin [T, 1, D/2].
     """
     if torch.is_grad_enabled():
         return fused_autograd.Rotate.apply(x, cos, sin)  # pyright: ignore[reportReturnType]
     first, second = x.chunk(2, dim=-1)  # [T, heads, D/2] twice
-    turned = (first * cos).addcmul_(second, sin, value=-1)
+    rotated = (first * cos).addcmul_(second, sin, value=-1)
     second.mul_(cos).addcmul_(first, sin)
-    first.copy_(turned)
+    first.copy_(rotated)
     return x
 
 
 @cache
-def rounded(number: float, dtype: torch.dtype) -> float:
-    """What a number is in this precision, without a tensor that would have to be sent to a GPU each time."""
-    return torch.tensor(number, dtype=dtype).item()
+def round_to(value: float, dtype: torch.dtype) -> float:
+    """Round a Python float to a precision. Cached, because a tensor would be sent to the GPU at every forward."""
+    return torch.tensor(value, dtype=dtype).item()
 
 
-def added(x: Tensor, update: Tensor) -> Tensor:
-    """x + update, in the update's memory when no gradient needs it. Fresh memory costs as much as the sum."""
+def add_residual(x: Tensor, update: Tensor) -> Tensor:
+    """x + update, in the memory of `update` when no gradient needs it. New memory costs as much as the addition."""
     return x + update if torch.is_grad_enabled() else update.add_(x)
 
 
-def grouped_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Attention by plain products, the query heads of one key head side by side.
-
-    For training on a CPU: torch's fused kernel takes five times as long for the backward of short sequences.
-
-    q [N, H, L, D]; k, v [N, K, L, D] -> [N, H, L, D].
-    """
-    kv_heads, length = k.shape[1], q.shape[2]
-    q = q.unflatten(1, (kv_heads, -1)).flatten(2, 3).flatten(0, 1)  # [N*K, H/K*L, D]
-    k, v = k.flatten(0, 1), v.flatten(0, 1)  # [N*K, L, D]
-    weights = (q @ k.transpose(1, 2) * scale).softmax(dim=-1, dtype=torch.float32).to(v.dtype)  # [N*K, H/K*L, L]
-    return (weights @ v).unflatten(1, (-1, length)).unflatten(0, (-1, kv_heads)).flatten(1, 2)
-
-
-def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float) -> Tensor:
-    """Attention with scores squashed into (-cap, cap), as in Gemma 2 (arXiv 2408.00118).
-
-    q [N, H, L, D]; k, v [N, K, L, D] -> [N, H, L, D].
-    """
-    repeat = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
-    scores = cap * torch.tanh(q @ k.transpose(-1, -2) * (scale / cap))  # [N, H, L, L]
-    if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype) @ v
-
-
 class Decoder(nn.Module):
-    """A decoder-only transformer with its causal mask removed; `causal` leaves it in place, for comparison."""
+    """A decoder-only transformer with its causal mask removed. `causal` keeps the mask, for comparison."""
 
     def __init__(self, shape: Shape, causal: bool = False) -> None:
         super().__init__()
         self.shape = shape
-        # Given its weight, it draws no random one, for which torch would import its compiler: 150 MB, and seconds.
-        self.embedding = nn.Embedding(
-            shape.vocabulary, shape.hidden_size, _weight=torch.empty(shape.vocabulary, shape.hidden_size)
-        )
+        # Without a weight, nn.Embedding draws a random one, for which torch imports its compiler: 150 MB, and seconds.
+        weight = torch.empty(shape.vocabulary, shape.hidden_size)
+        self.embedding = nn.Embedding(shape.vocabulary, shape.hidden_size, _weight=weight)
         self.layers = nn.ModuleList(Layer(shape, window, causal) for window in shape.windows)
         self.norm = Norm(shape.hidden_size, shape.eps, shape.norm_offset)
         self.checkpointing = False  # recompute a layer's activations in the backward instead of keeping them
         self._angles: dict[tuple[Rope, int, torch.device], tuple[Tensor, Tensor]] = {}
+
+    @property
+    def hidden_size(self) -> int:
+        return self.shape.hidden_size
 
     def forward(self, ids: Tensor, lengths: list[int]) -> Tensor:
         """Final hidden states of a pack.
@@ -257,26 +214,37 @@ class Decoder(nn.Module):
         Returns:
             [T, W], after the final norm, in the weights' precision.
         """
-        runs = length_groups(lengths)
-        positions = torch.cat([torch.arange(length, device=ids.device).repeat(n) for _, n, length in runs])  # [T]
-        bounds = packed.bounds_of(lengths, ids.device) if packed.on(ids.device) else None
-        return self.through(ids, positions, PackLayout(runs, bounds, max(lengths)))
+        groups = attention.length_groups(lengths)
+        positions = torch.cat([torch.arange(length, device=ids.device).repeat(n) for _, n, length in groups])  # [T]
+        has_kernel = attention.has_varlen_kernel(ids.device)
+        cu_seqlens = attention.cu_seqlens_of(lengths, ids.device) if has_kernel else None
+        return self.forward_pack(ids, positions, PackLayout(groups, cu_seqlens, max(lengths)))
 
-    def through(self, ids: Tensor, positions: Tensor, spans: PackLayout) -> Tensor:
-        """As `forward`, for a pack whose tokens know their positions, [T]. Asks nothing of the processor.
+    def forward_pack(self, ids: Tensor, positions: Tensor, layout: PackLayout) -> Tensor:
+        """Forward with precomputed positions [T]. Performs no host-device synchronisation.
 
-        Tokens behind the last sequence are allowed where a kernel takes the whole pack; their states mean nothing.
+        It can therefore be captured in a CUDA graph, if `can_capture`. Tokens behind the last sequence are allowed
+        where a kernel reads `cu_seqlens`; their states have no meaning.
         """
         x = self.embedding(ids)  # [T, W]
         if self.shape.embedding_scale != 1.0:
-            x = x * rounded(self.shape.embedding_scale, x.dtype)
-        rotations = {rope: self._rotation(rope, positions, spans.longest, x.dtype) for rope in set(self.shape.ropes)}
+            x = x * round_to(self.shape.embedding_scale, x.dtype)
+        rotations = {
+            rope: self._rotation(rope, positions, layout.max_seqlen, x.dtype) for rope in set(self.shape.ropes)
+        }
         for layer, rope in zip(self.layers, self.shape.ropes, strict=True):
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, *rotations[rope], spans, use_reentrant=False)
+                x = checkpoint(layer, x, *rotations[rope], layout, use_reentrant=False)
             else:
-                x = layer(x, *rotations[rope], spans)
+                x = layer(x, *rotations[rope], layout)
         return self.norm(x)
+
+    def can_capture(self) -> bool:
+        """True if attention reads `cu_seqlens` from device memory; only then can a graph serve other lengths."""
+        weight = self.embedding.weight
+        return attention.has_varlen_kernel(weight.device) and attention.kernel_supports(
+            weight.dtype, self.shape.softcap
+        )
 
     def states_by_layer(self, ids: Tensor, lengths: list[int]) -> Iterator[Tensor]:
         """States [T, W] of decoders cut after the embedding, after the first layer, and so on, final norm included."""
@@ -306,26 +274,16 @@ class Decoder(nn.Module):
     def load(
         cls, shape: Shape, tensors: TensorSource, dtype: torch.dtype, device: str, causal: bool = False
     ) -> "Decoder":
-        """Build the model and fill it, one tensor at a time, converting as it goes.
+        """Build the model and fill it, one tensor at a time, converting each to `dtype`.
 
         Raises:
             CheckpointError: a tensor is missing, has another shape than the config says, or is left over.
         """
         with torch.device("meta"):
             decoder = cls(shape, causal)
-        known = set(tensors.names())
-        wanted = decoder.sources()
-        missing = [name for names in wanted.values() for name in names if name not in known]
-        if missing:
-            raise CheckpointError(f"the weights lack {len(missing)} tensors, for example {missing[0]!r}")
-        used = {name for names in wanted.values() for name in names}
-        extra = sorted(name for name in known - used if name.startswith("layers.") and "inv_freq" not in name)
-        if extra:
-            raise CheckpointError(
-                f"the weights hold {len(extra)} tensors this architecture has no place for, for example {extra[0]!r}; "
-                "the config does not describe them"
-            )
-        for target, names in wanted.items():
+        sources = decoder.sources()
+        check_names(sources, tensors)
+        for target, names in sources.items():
             module, _, name = target.rpartition(".")
             owner = decoder.get_submodule(module)
             # Not `Module.to_empty`, for which torch would import its symbolic shapes and sympy.
@@ -358,6 +316,25 @@ class Decoder(nn.Module):
         return table
 
 
+def check_names(sources: dict[str, list[str]], tensors: TensorSource) -> None:
+    """Check that a checkpoint has the tensors that a decoder is made of, and no others in its layers.
+
+    Raises:
+        CheckpointError: a tensor is missing, or the architecture has no place for one.
+    """
+    available = set(tensors.names())
+    missing = [name for names in sources.values() for name in names if name not in available]
+    if missing:
+        raise CheckpointError(f"the weights lack {len(missing)} tensors, for example {missing[0]!r}")
+    used = {name for names in sources.values() for name in names}
+    extra = sorted(name for name in available - used if name.startswith("layers.") and "inv_freq" not in name)
+    if extra:
+        raise CheckpointError(
+            f"the weights hold {len(extra)} tensors this architecture has no place for, for example {extra[0]!r}; "
+            "the config does not describe them"
+        )
+
+
 def fill(parameter: nn.Parameter, names: list[str], tensors: TensorSource) -> None:
     """Copy hub tensors into one parameter, stacked along the first axis.
 
@@ -367,9 +344,9 @@ def fill(parameter: nn.Parameter, names: list[str], tensors: TensorSource) -> No
     shapes = [tensors.shape(name) for name in names]
     rows = sum(shape[0] for shape in shapes if shape)
     if rows != parameter.shape[0] or any(shape[1:] != tuple(parameter.shape[1:]) for shape in shapes):
-        told = ", ".join(f"{name} {list(shape)}" for name, shape in zip(names, shapes, strict=True))
+        listing = ", ".join(f"{name} {list(shape)}" for name, shape in zip(names, shapes, strict=True))
         raise CheckpointError(
-            f"wrong shape: {told}; the config calls for {list(parameter.shape)} in all. "
+            f"wrong shape: {listing}; the config calls for {list(parameter.shape)} in all. "
             "The config belongs to other weights, or the file is damaged"
         )
     start = 0

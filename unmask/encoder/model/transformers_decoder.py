@@ -1,4 +1,4 @@
-"""Decoders without a row in our table, through `transformers` with `config.is_causal = False`: slower, but right."""
+"""Decoders without a row in our table, run by `transformers` with `config.is_causal = False`: slower, same result."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,23 +7,32 @@ import torch
 from torch import Tensor, nn
 
 from unmask.checkpoint.tensors import TensorSource
+from unmask.encoder.model.attention import PackLayout
 from unmask.errors import CheckpointError, UnsupportedArchitecture
 
 
 class TransformersDecoder(nn.Module):
-    """Any decoder of the transformers library behind the same call as `Decoder`."""
+    """Any decoder of the transformers library, with the methods of `Decoder` that a runtime calls."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, ids: Tensor, lengths: list[int]) -> Tensor:
-        """ids [T] and their sequences' lengths -> final hidden states [T, W]."""
+        """ids [T] and the lengths of their sequences -> final hidden states [T, W]."""
         rows = ids.split(lengths)
         padded = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)  # [n, longest]
         real = torch.arange(padded.shape[1], device=ids.device) < torch.tensor(lengths, device=ids.device)[:, None]
         hidden = self.model(input_ids=padded, attention_mask=real.long(), use_cache=False).last_hidden_state
         return hidden[real]  # [T, W]
+
+    def forward_pack(self, ids: Tensor, positions: Tensor, layout: PackLayout) -> Tensor:
+        """As `forward`; the model computes its own positions."""
+        return self(ids.long(), layout.lengths)
+
+    def can_capture(self) -> bool:
+        """False: the padded shape depends on the lengths."""
+        return False
 
     @classmethod
     def load(
@@ -48,8 +57,7 @@ class TransformersDecoder(nn.Module):
                 f"{str(error).splitlines()[0]}"
             ) from error
         state = model.state_dict()
-        known = set(tensors.names())
-        missing = sorted(set(state) - known)
+        missing = sorted(set(state) - set(tensors.names()))
         if missing:
             raise CheckpointError(f"the weights lack {len(missing)} tensors of {kind}, for example {missing[0]!r}")
         with torch.no_grad():

@@ -1,10 +1,10 @@
-"""Products of 8-bit weights and 8-bit activations on a CPU: almost twice the speed of float32.
+"""8-bit weights and 8-bit activations on a CPU: almost twice the speed of float32.
 
-One scale per token and one per row of a weight are all that such a product can carry at full speed. A decoder does not
-fit them as it is: a few of its channels are a hundred times larger than the rest, and would leave the rest a handful of
-steps. So the inputs of every product are turned first, in blocks of 64 by a Hadamard matrix, which spreads an outlier
-evenly over its block (QuaRot, arXiv 2404.00456); the weights are turned alike, and turning changes no product. On
-SmolLM2-135M that takes the worst cosine to float32 from 0.96 to above 0.99, and three layers in float32 to 0.997.
+A fast 8-bit GEMM allows one scale per token and one per row of a weight. A decoder does not fit that as it is: a few of
+its channels are a hundred times larger than the rest, and would leave the rest a handful of steps. So the input of
+every linear layer is rotated first, in blocks of 64 by a Hadamard matrix, which spreads an outlier evenly over its
+block (QuaRot, arXiv 2404.00456). The weights are rotated alike, so the exact result is the same. On SmolLM2-135M that
+takes the worst cosine to float32 from 0.96 to above 0.99, and three layers in float32 to 0.997.
 
 Sums of integers are exact, so a text has the same vector, to the bit, in any batch.
 """
@@ -14,37 +14,37 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from unmask.encoder.runtime.linear import Linear, is_batch_invariant, prepacked_weight, product
+from unmask.encoder.runtime.linear import Linear, invariant_linear, is_batch_invariant, prepack_weight
 from unmask.errors import UsageError
 
-# To be changed with anything that changes a vector: finished vectors are kept and gone on with by these words.
-METHOD = "int8, the first tenth of the layers in float32"
-# Channels turned together: more would spread outliers further, and take longer to turn.
-_BLOCK = 64
-# Zero of the activations: oneDNN's fast product reads unsigned bytes.
-_ZERO = 128
-# From here on, float32 has whole numbers only.
-_LAST_BYTE = 2.0**23
+# Cache key. Change it whenever int8 output changes: cached vectors and resumed jobs are matched by it.
+INT8_PRECISION = "int8, the first tenth of the layers in float32"
+# Channels rotated together: more would spread outliers further, and take longer to rotate.
+_BLOCK_SIZE = 64
+# Zero point of the activations: oneDNN's fast GEMM reads unsigned bytes.
+_ZERO_POINT = 128
+# From here on, float32 has whole numbers only: adding it rounds, and leaves the integer in the last byte.
+_ROUNDING_OFFSET = 2.0**23
 _EXPECTED_ROWS = 512
-# One layer in so many stays in float32, the first ones: what is rounded there goes through all others.
-_EXACT = 10
+# The first 1/N of the layers stay in float32: their rounding errors would pass through all others.
+_FLOAT32_FRACTION = 10
 
 
 class Int8Linear(Linear):
-    """A `Linear` that keeps 8-bit weights only. It serves; it has no gradient, and no plain weight to give back."""
+    """A `Linear` with 8-bit weights only: for inference, without gradients, and without a way back to float32."""
 
     def __init__(self, linear: Linear) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.register_parameter("weight", None)
         self.bias = linear.bias
-        block = _block(linear.in_features)
-        self.turn = prepacked_weight(_turn(block).T.contiguous()) if block > 1 else None
+        block = _block_size(linear.in_features)
+        self.rotation = prepack_weight(_rotation(block).T.contiguous()) if block > 1 else None
         self.block = block
         weight = linear.plain_weight().float()  # [out, in]
         if block > 1:
-            weight = (weight.view(-1, block) @ _turn(block)).view_as(weight)
-        top = _weight_steps()
+            weight = (weight.view(-1, block) @ _rotation(block)).view_as(weight)
+        top = _weight_limit()
         scale = weight.abs().amax(1).clamp_min_(torch.finfo(torch.float32).tiny).div_(top)  # [out]
         steps = (weight / scale[:, None]).round_().clamp_(-top, top).to(torch.int8)
         self.scale = scale
@@ -52,68 +52,70 @@ class Int8Linear(Linear):
         self.packed = torch.ops.onednn.qlinear_prepack(steps, [_EXPECTED_ROWS, self.in_features])
 
     def prepack(self) -> None:
-        """Nothing to do: the weight is in its serving form."""
+        """Nothing to do: the 8-bit weight is prepacked already."""
 
     def unpack(self) -> None:
-        """Nothing to do: the plain weight is gone."""
+        """Nothing to do: no float32 weight is left."""
 
     def forward(self, input: Tensor) -> Tensor:
         """[T, in] -> [T, out], float32."""
-        if self.turn is None:
+        if self.rotation is None:
             x = input.clone()
         else:
-            x = product(input.reshape(-1, self.block), self.turn, None).view(-1, self.in_features)
-        # Of all ways to the largest magnitude this reads fastest: `vector_norm` takes 26 times as long.
+            x = invariant_linear(input.reshape(-1, self.block), self.rotation, None).view(-1, self.in_features)
+        # The fastest way to the largest magnitude: `vector_norm` takes 26 times as long.
         largest = torch.maximum(x.amax(1, keepdim=True), x.amin(1, keepdim=True).neg_()).clamp_min_(1e-30)  # [T, 1]
-        # The last byte of such a sum is its rounded value, at a quarter of the time of casting to bytes, or less.
-        steps = x.mul_(127.0 / largest).add_(_LAST_BYTE + _ZERO).view(torch.int32).to(torch.uint8)  # [T, in]
-        out = _product(steps, self.packed, self.scale, self.zero).mul_(largest.div_(127.0))  # [T, out]
+        # The last byte of this sum is the rounded value, in at most a quarter of the time of a cast to bytes.
+        steps = (
+            x.mul_(127.0 / largest).add_(_ROUNDING_OFFSET + _ZERO_POINT).view(torch.int32).to(torch.uint8)
+        )  # [T, in]
+        out = _int8_gemm(steps, self.packed, self.scale, self.zero).mul_(largest.div_(127.0))  # [T, out]
         return out if self.bias is None else out.add_(self.bias.detach())
 
 
 def quantise(module: nn.Module) -> None:
-    """Replace the `Linear`s of a decoder by their 8-bit form, one at a time, so that memory never holds both.
+    """Replace the `Linear` layers of a decoder by `Int8Linear`, one at a time, so that memory never holds both.
 
-    The first tenth of the layers keeps its products in float32.
+    The first tenth of the layers stays in float32.
 
     Raises:
         UsageError: the module has none, or this machine has no exact 8-bit product.
     """
-    found = [
+    linears = [
         (parent, name, child)
         for parent in module.modules()
         for name, child in parent.named_children()
         if isinstance(child, Linear)
     ]
     layers: list[nn.Module] = list(getattr(module, "layers", []))
-    exact = {id(part) for layer in layers[: len(layers) // _EXACT] for part in layer.modules()}
-    if not found:
+    float32_modules = {id(part) for layer in layers[: len(layers) // _FLOAT32_FRACTION] for part in layer.modules()}
+    if not linears:
         raise UsageError("dtype='int8' needs an architecture of unmask's own table; choose float32 or bfloat16")
-    if not is_batch_invariant() or not _weight_steps():
+    if not is_batch_invariant() or not _weight_limit():
         raise UsageError("dtype='int8': torch has no exact 8-bit product on this machine; choose float32")
     with torch.inference_mode(False), torch.no_grad():
-        for parent, name, linear in found:
-            if id(linear) not in exact:
+        for parent, name, linear in linears:
+            if id(linear) not in float32_modules:
                 setattr(parent, name, Int8Linear(linear))
 
 
-def _product(steps: Tensor, packed: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """uint8 [T, in] less 128, times int8 [in, out], times the scale of each output: float32 [T, out]."""
+def _int8_gemm(steps: Tensor, packed: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """(uint8 [T, in] - 128) @ int8 [in, out] * the scale of each output: float32 [T, out]."""
     return torch.ops.onednn.qlinear_pointwise(
-        steps, 1.0, _ZERO, packed, scale, zero, None, 1.0, 0, torch.float32, "none", [], ""
+        steps, 1.0, _ZERO_POINT, packed, scale, zero, None, 1.0, 0, torch.float32, "none", [], ""
     )
 
 
-def _block(width: int) -> int:
-    """The largest power of two up to 64 that divides a width."""
-    return min(_BLOCK, width & -width)
+def _block_size(features: int) -> int:
+    """The largest power of two up to 64 that divides a number of features."""
+    return min(_BLOCK_SIZE, features & -features)
 
 
 @cache
-def _turn(size: int) -> Tensor:
-    """A rotation [size, size] of entries +-1/sqrt(size): Sylvester's Hadamard matrix, its rows' signs shuffled.
+def _rotation(size: int) -> Tensor:
+    """A rotation [size, size] with entries +-1/sqrt(size): Sylvester's Hadamard matrix with random signs per row.
 
-    Without the signs, a constant offset of the channels, which gated activations have, would gather in one of them.
+    Without the signs, a constant offset of the channels, which gated activations have, would add up in one of them.
     """
     matrix = torch.ones(1, 1)
     while matrix.shape[0] < size:
@@ -123,22 +125,22 @@ def _turn(size: int) -> Tensor:
 
 
 @cache
-def _weight_steps() -> int:
-    """How far weights may reach: 127, or 63 where the processor adds pairs of products in 16 bits; 0: not at all.
+def _weight_limit() -> int:
+    """Largest magnitude of an 8-bit weight whose products are exact here: 127, 63, or 0 if there is none.
 
-    Processors without VNNI saturate in the middle of a sum, silently, if both sides use all their bits.
+    CPUs without VNNI add pairs of products in 16 bits and saturate silently if both sides use all their bits.
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(0, 256, (64, 256), generator=generator)
     for top in (127, 63):
         weight = torch.randint(-top, top + 1, (96, 256), generator=generator)
-        weight[:32] = top  # the largest sums there are
+        weight[:32] = top  # the largest possible sums
         x[:8] = 255
         try:
             packed = torch.ops.onednn.qlinear_prepack(weight.to(torch.int8), list(x.shape))
-            found = _product(x.to(torch.uint8), packed, torch.ones(96), torch.zeros(96, dtype=torch.int32))
+            actual = _int8_gemm(x.to(torch.uint8), packed, torch.ones(96), torch.zeros(96, dtype=torch.int32))
         except (AttributeError, RuntimeError, NotImplementedError):
             return 0
-        if torch.equal(found, ((x - _ZERO) @ weight.T).float()):
+        if torch.equal(actual, ((x - _ZERO_POINT) @ weight.T).float()):
             return top
     return 0

@@ -1,0 +1,44 @@
+"""The runtime for CPUs, and for every device without a runtime of its own: one eager forward per pack."""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from unmask.encoder.pooling import pool
+from unmask.encoder.prompts import Prompt
+from unmask.encoder.runtime.threads import parallel_map
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+class CpuRuntime:
+    """Packs in parallel, one per core.
+
+    Args:
+        decoder: gives hidden states [T, W] of ids [T] and lengths.
+        pooling: one of POOLINGS.
+        device: of the decoder's weights.
+    """
+
+    prefetches = False  # tokenising in the background would take a core from the forwards
+
+    def __init__(self, decoder: nn.Module, pooling: str, device: torch.device) -> None:
+        self._decoder, self._pooling, self._device = decoder, pooling, device
+
+    @torch.inference_mode()
+    def pooled_states(self, prompts: Sequence[Prompt]) -> np.ndarray:
+        """Pooled hidden states of a pack, float32 [N, W], in its order."""
+        ids = torch.from_numpy(np.concatenate([prompt.ids for prompt in prompts])).to(self._device)  # [T]
+        hidden = self._decoder(ids, [len(prompt.ids) for prompt in prompts])  # [T, W]
+        return pool(hidden, prompts, self._pooling).cpu().numpy()
+
+    def map_packs(self, function: Callable[[_Item], _Result], packs: Sequence[_Item]) -> list[_Result]:
+        """`function` of every pack, in order: several at once, each on one core."""
+        return parallel_map(function, packs)
+
+    def allow_weight_changes(self) -> None:
+        """Nothing to do: every forward reads the parameters anew."""
