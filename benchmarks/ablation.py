@@ -25,9 +25,9 @@ from unmask.cli.train import training_progress
 from unmask.disk import atomic_write
 from unmask.errors import UnmaskError, UsageError
 from unmask.evaluate.results import ModelResult, Results
-from unmask.evaluate.run import Evaluation, evaluate
+from unmask.evaluate.run import Evaluation, run_evaluation
 from unmask.training.recipe import read_recipe
-from unmask.training.train import train
+from unmask.training.train import run_training
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "smollm2"
 WORDS = "WordLevel"
@@ -91,7 +91,7 @@ def trained(
     chosen = read_recipe(recipe, [*overrides, *options.set])
     console.print(f"{step}: training")
     with training_progress() as progress:
-        train(
+        run_training(
             chosen,
             data=options.train,
             output=run,
@@ -225,7 +225,7 @@ def main() -> None:
     console = Console(stderr=True)
     try:
         adapters = adapters_of(options, console)
-        results = evaluate(
+        results = run_evaluation(
             Evaluation(
                 models=[specification(row, options.model, adapters) for row in ROWS],
                 suites=options.suite or ([] if options.task else ["local"]),

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from unmask.encoder import Encoder
     from unmask.errors import UnmaskError
     from unmask.evaluate import evaluate
-    from unmask.recipe.recipe import Recipe
-    from unmask.recipe.train import Outcome
+    from unmask.training.recipe import Recipe
+    from unmask.training.train import Outcome
 
 # Imported at first use: torch takes seconds, and `unmask --help` must not pay for it.
-_LAZY_NAMES = {"Encoder": "unmask.encoder", "Recipe": "unmask.recipe.recipe", "UnmaskError": "unmask.errors"}
+_LAZY_NAMES = {"Encoder": "unmask.encoder", "Recipe": "unmask.training.recipe", "UnmaskError": "unmask.errors"}
 _LAZY_MODULES = ("errors", "evaluate")  # the package `evaluate` can be called
 
 
@@ -52,8 +52,8 @@ def train(
         UsageError: the recipe and the data do not fit, or `output` holds another run.
         TrainingError, StorageError: the run cannot go on.
     """
-    from unmask.recipe.recipe import read_recipe
-    from unmask.recipe.train import train as run_training
+    from unmask.training.recipe import read_recipe
+    from unmask.training.train import run_training
 
     folder = Path()
     if isinstance(recipe, (str, Path)):

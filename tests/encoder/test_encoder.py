@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def test_encode_query_reads_the_instruction_of_the_model(copied) -> None:
 
 def test_a_model_without_instructions_encodes_queries_as_texts(golden_dir: Path) -> None:
     encoder = Encoder.load(golden_dir / "tiny_llama")
-    options = {"normalize": True, "dimensions": 5}
+    options: Any = {"normalize": True, "dimensions": 5}
     np.testing.assert_array_equal(encoder.encode_query("a text", **options), encoder.encode("a text", **options))
 
 
@@ -52,11 +53,12 @@ def test_similarity_is_the_cosine(golden_dir: Path) -> None:
 
 
 def test_load_options_are_checked_before_anything_is_read(golden_dir: Path) -> None:
-    for options, message in (
+    refused: list[tuple[Any, str]] = [
         ({"compat": "exact"}, "compat='exact': choose 'default' or 'reference'"),
         ({"dtype": "float8"}, "dtype='float8': choose one of float32"),
         ({"device": "toaster"}, "device='toaster'"),
-    ):
+    ]
+    for options, message in refused:
         with pytest.raises(UsageError, match=message):
             LoadOptions(**options)
         with pytest.raises(UsageError, match=message):

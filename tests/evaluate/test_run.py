@@ -16,7 +16,7 @@ import pytest
 from unmask.errors import UsageError
 from unmask.evaluate import run
 from unmask.evaluate.results import read_example_values, read_results
-from unmask.evaluate.run import Evaluation, evaluate
+from unmask.evaluate.run import Evaluation, run_evaluation
 from unmask.evaluate.statistics import score_of
 from unmask.evaluate.suites import SUITES, plan_jobs
 
@@ -51,7 +51,7 @@ def test_scores_examples_and_files(
         data=data,
         output=output,
     )
-    results = evaluate(evaluation)
+    results = run_evaluation(evaluation)
     assert [model.name for model in results.models] == ["wordllama-l2_supercat-256", "tiny_llama"]
     for model in results.models:
         assert [score.task for score in model.scores] == list(TASKS)
@@ -72,7 +72,7 @@ def test_scores_examples_and_files(
 
     # Nothing is measured twice, and nothing is lost by reading it back.
     monkeypatch.setattr(run, "_measure", refuse)
-    again = evaluate(evaluation)
+    again = run_evaluation(evaluation)
     assert [model.scores for model in again.models] == [model.scores for model in results.models]
 
 
@@ -80,7 +80,7 @@ def test_a_truncated_model_is_scored_from_the_vectors_of_its_base(
     data: Path, golden_dir: Path, tmp_path: Path, fresh_home: Path
 ) -> None:
     model = str(golden_dir / "tiny_llama")
-    base, truncated = evaluate(
+    base, truncated = run_evaluation(
         Evaluation(
             models=(model, f"{model}?dimensions=8&name=truncated"), tasks=TASKS[:1], data=data, output=tmp_path / "out"
         )
@@ -99,7 +99,7 @@ def test_one_failing_task_does_not_lose_the_others(
         return np.random.default_rng(len(texts)).normal(size=(len(texts), 256)).astype(np.float32)
 
     monkeypatch.setattr("unmask.evaluate.models.static.StaticModel.encode", broken)
-    results = evaluate(
+    results = run_evaluation(
         Evaluation(models=("wordllama:default",), tasks=("STS16", "PassageRetrieval"), data=data, output=tmp_path / "o")
     )
     failed, other = results.models[0].scores
@@ -181,7 +181,7 @@ def test_minilm_scores_what_is_published(real_model, public_data: Path, tmp_path
     if os.environ.get("UNMASK_TEST_ALL"):
         tasks |= {"STS12": 72.37, "STS13": 80.60, "Banking77Classification": 80.04}
     model = str(real_model("all-minilm-l6-v2"))
-    results = evaluate(Evaluation(models=(model,), tasks=tuple(tasks), data=public_data, output=tmp_path))
+    results = run_evaluation(Evaluation(models=(model,), tasks=tuple(tasks), data=public_data, output=tmp_path))
     for score in results.models[0].scores:
         assert score.score == pytest.approx(tasks[score.task], abs=0.05)
         assert score.published == tasks[score.task]

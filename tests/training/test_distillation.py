@@ -19,7 +19,7 @@ from unmask.training.mixture import Mixture
 from unmask.training.model_folder import int8_rows
 from unmask.training.recipe import Recipe
 from unmask.training.run_folder import RunFolder
-from unmask.training.train import load_data, train
+from unmask.training.train import load_data, run_training
 from unmask.training.trainee import Trainee, backward_through
 
 TEXTS = texts_of(12)
@@ -67,9 +67,9 @@ def losses(output: Path) -> list[float]:
 
 def test_the_head_begins_as_the_best_linear_map_and_training_brings_it_nearer(folder: Path) -> None:
     recipe = recipe_for(folder, steps=40, optimiser={"lr": 1e-3}, evaluate_every=20)
-    outcome = train(recipe, data=folder, output=folder / "run")
+    outcome = run_training(recipe, data=folder, output=folder / "run")
     scores = [line["scores"] for line in RunFolder(folder / "run", 1).metrics() if "scores" in line]
-    untrained = train(
+    untrained = run_training(
         recipe_for(folder, steps=1, optimiser={"lr": 1e-12}, evaluate_every=1), data=folder, output=folder / "none"
     ).scores["held-out cosine"]
     assert untrained > 80
@@ -81,7 +81,7 @@ def test_the_head_begins_as_the_best_linear_map_and_training_brings_it_nearer(fo
 @pytest.mark.parametrize("embedding", [True, False], ids=["whole", "layers-alone"])
 def test_what_is_written_is_what_was_trained(folder: Path, precision: str, embedding: bool) -> None:
     recipe = recipe_for(folder, save={"precision": precision, "embedding": embedding}, steps=3)
-    model = train(recipe, data=folder, output=folder / "run").result
+    model = run_training(recipe, data=folder, output=folder / "run").result
     file = load_file(folder / "run" / "model" / "model.safetensors")
     assert (EMBEDDING in file) == embedding
     assert (model / "tokenizer.json").is_file() == embedding
@@ -98,7 +98,7 @@ def test_what_is_written_is_what_was_trained(folder: Path, precision: str, embed
 
 def test_an_embedding_of_another_model_is_part_of_the_revision(folder: Path) -> None:
     recipe = recipe_for(folder, save={"embedding": False}, steps=1)
-    train(recipe, data=folder, output=folder / "run")
+    run_training(recipe, data=folder, output=folder / "run")
     model = folder / "run" / "model"
     before = Encoder.load(model).checkpoint.revision
     assert json.loads((model / "config.json").read_text())["token_embedding_from"] == str(folder / "student")
@@ -112,10 +112,10 @@ def test_an_embedding_of_another_model_is_part_of_the_revision(folder: Path) -> 
 
 def test_a_run_resumes_to_the_digit_with_its_average(folder: Path) -> None:
     recipe = recipe_for(folder, steps=8, ema=0.7)
-    train(recipe, data=folder, output=folder / "whole")
+    run_training(recipe, data=folder, output=folder / "whole")
     with pytest.raises(KeyboardInterrupt):
-        train(recipe, data=folder, output=folder / "cut", progress=_stop_after(6))
-    train(recipe, data=folder, output=folder / "cut", resume=True)
+        run_training(recipe, data=folder, output=folder / "cut", progress=_stop_after(6))
+    run_training(recipe, data=folder, output=folder / "cut", resume=True)
     assert losses(folder / "cut") == losses(folder / "whole")
     assert (folder / "cut" / "model" / "model.safetensors").read_bytes() == (
         folder / "whole" / "model" / "model.safetensors"
@@ -135,7 +135,7 @@ def _stop_after(step: int) -> Any:
 
 def test_the_average_is_what_is_written(folder: Path) -> None:
     recipe = recipe_for(folder, steps=4, ema=0.5)
-    train(recipe, data=folder, output=folder / "run")
+    run_training(recipe, data=folder, output=folder / "run")
     state = torch.load(folder / "run" / "checkpoints" / "step-00000004" / "state.pt")
     head = load_file(folder / "run" / "model" / "head.safetensors")
     assert torch.equal(head["weight"], state["average"]["head.weight"])
@@ -143,9 +143,9 @@ def test_the_average_is_what_is_written(folder: Path) -> None:
 
 
 def test_a_second_stage_keeps_the_head_of_the_first(folder: Path) -> None:
-    first = train(recipe_for(folder, steps=3), data=folder, output=folder / "first").result
+    first = run_training(recipe_for(folder, steps=3), data=folder, output=folder / "first").result
     recipe = recipe_for(folder, base=str(first), layers=None, steps=1, optimiser={"lr": 1e-12}, head={"dimensions": 24})
-    second = train(recipe, data=folder, output=folder / "second").result
+    second = run_training(recipe, data=folder, output=folder / "second").result
     assert np.allclose(Encoder.load(first).encode(TEXTS), Encoder.load(second).encode(TEXTS), atol=1e-5)
 
 
@@ -153,7 +153,7 @@ def test_a_frozen_embedding_and_a_frozen_head_stay(folder: Path) -> None:
     recipe = recipe_for(folder, steps=3, head={"dimensions": 24, "trained": False})
     trainee_names = set(Trainee(recipe, torch.device("cpu")).parameters)
     assert "embedding.weight" not in trainee_names
-    train(recipe, data=folder, output=folder / "run")
+    run_training(recipe, data=folder, output=folder / "run")
     assert not [name for name in torch.load(folder / "run" / "checkpoints" / "step-00000003" / "state.pt")["parameters"]
                 if name.startswith(("head.", "embedding."))]  # fmt: skip
 
@@ -186,7 +186,7 @@ def test_batches_of_several_sets_use_every_set_in_turn(folder: Path) -> None:
 
 def test_merging_takes_the_head_along(folder: Path) -> None:
     for name, seed in (("a", 1), ("b", 2)):
-        train(recipe_for(folder, steps=3, seed=seed), data=folder, output=folder / name)
+        run_training(recipe_for(folder, steps=3, seed=seed), data=folder, output=folder / name)
     models = [str(folder / name / "model") for name in ("a", "b")]
     interpolate(models[0], models[1], 0.5, folder / "mean", "linear", "float32")
     heads = [load_file(Path(name) / "head.safetensors")["weight"] for name in (*models, str(folder / "mean"))]

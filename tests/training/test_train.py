@@ -18,7 +18,7 @@ from unmask.errors import UsageError
 from unmask.training import curves
 from unmask.training.recipe import Recipe
 from unmask.training.run_folder import RunFolder
-from unmask.training.train import train
+from unmask.training.train import run_training
 
 
 @pytest.fixture(autouse=True)
@@ -107,8 +107,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(processes: ForkServerContext, da
     assert latest is not None
     assert latest[0] == 2
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
-    train(recipe, data=data, output=tmp_path / "run", resume=True)
-    train(recipe, data=data, output=tmp_path / "whole")
+    run_training(recipe, data=data, output=tmp_path / "run", resume=True)
+    run_training(recipe, data=data, output=tmp_path / "whole")
     same_state(tmp_path / "run", tmp_path / "whole")
 
 
@@ -118,7 +118,7 @@ def test_a_full_disk_at_the_end_is_an_error_too(processes: ForkServerContext, da
     full.join()
     assert (tmp_path / "run.error").read_text().startswith("StorageError: cannot write")
     assert not (tmp_path / "run" / "adapter").exists()
-    train(recipe, data=data, output=tmp_path / "run", resume=True)
+    run_training(recipe, data=data, output=tmp_path / "run", resume=True)
     assert Encoder.load(tmp_path / "run" / "adapter").dim == 64
 
 
@@ -141,7 +141,7 @@ def test_memory_that_runs_out_leaves_the_last_checkpoint(processes: ForkServerCo
 def test_the_result_is_loaded_by_its_own_name(pooling: str, data: Path, tmp_path: Path) -> None:
     recipe = recipe_of(pooling=pooling, dev=[], steps=3)
     said: list[str] = []
-    outcome = train(recipe, data=data, output=tmp_path / "run", say=said.append)
+    outcome = run_training(recipe, data=data, output=tmp_path / "run", say=said.append)
     assert outcome.result == tmp_path / "run" / "adapter"
     assert said == ["pairs: 40 examples"]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["recipe"]["pooling"] == pooling
@@ -153,10 +153,10 @@ def test_the_result_is_loaded_by_its_own_name(pooling: str, data: Path, tmp_path
 
 
 def test_a_second_stage_is_found_with_the_first_below_it(data: Path, tmp_path: Path) -> None:
-    train(recipe_of(steps=3), data=data, output=tmp_path / "first")
+    run_training(recipe_of(steps=3), data=data, output=tmp_path / "first")
     first = tmp_path / "first" / "adapter"
     second = recipe_of(steps=3, adapters=[str(first)], seed=7)
-    outcome = train(second, data=data, output=tmp_path / "second")
+    outcome = run_training(second, data=data, output=tmp_path / "second")
     texts = texts_of(5)
     explicit = Encoder.load(second.base, adapters=[first, outcome.result]).encode(texts)
     assert Encoder.load(outcome.result).encode(texts) == pytest.approx(explicit, rel=1e-4, abs=1e-5)
@@ -164,7 +164,7 @@ def test_a_second_stage_is_found_with_the_first_below_it(data: Path, tmp_path: P
 
 def test_all_weights_are_written_as_a_model(data: Path, tmp_path: Path) -> None:
     recipe = recipe_of(lora=None, steps=3, optimiser={"lr": 1e-3})
-    outcome = train(recipe, data=data, output=tmp_path / "run")
+    outcome = run_training(recipe, data=data, output=tmp_path / "run")
     assert outcome.result == tmp_path / "run" / "model"
     latest = RunFolder(tmp_path / "run", 1).latest()
     assert latest is not None
@@ -180,27 +180,27 @@ def test_all_weights_are_written_as_a_model(data: Path, tmp_path: Path) -> None:
 
 
 def test_another_recipe_in_the_same_folder_is_refused(data: Path, tmp_path: Path) -> None:
-    train(recipe_of(steps=1), data=data, output=tmp_path)
+    run_training(recipe_of(steps=1), data=data, output=tmp_path)
     with pytest.raises(UsageError, match=r"another recipe; .*recipe.optimiser.lr was 0.01, is 0.5"):
-        train(recipe_of(steps=1, optimiser={"lr": 0.5}), data=data, output=tmp_path, resume=True)
+        run_training(recipe_of(steps=1, optimiser={"lr": 0.5}), data=data, output=tmp_path, resume=True)
     with pytest.raises(UsageError, match="continue it with --resume"):
-        train(recipe_of(steps=1), data=data, output=tmp_path)
+        run_training(recipe_of(steps=1), data=data, output=tmp_path)
 
 
 def test_a_run_from_before_a_field_existed_is_continued(data: Path, tmp_path: Path) -> None:
-    train(recipe_of(steps=2), data=data, output=tmp_path)
+    run_training(recipe_of(steps=2), data=data, output=tmp_path)
     file = tmp_path / "run.json"
     stored = json.loads(file.read_text())
     del stored["recipe"]["max_epochs"], stored["recipe"]["optimiser"]["clip"]
     file.write_text(json.dumps(stored))
-    assert train(recipe_of(steps=2), data=data, output=tmp_path, resume=True).result.is_dir()
+    assert run_training(recipe_of(steps=2), data=data, output=tmp_path, resume=True).result.is_dir()
 
 
 def test_a_run_with_old_keys_is_continued(data: Path, tmp_path: Path) -> None:
-    train(recipe_of(steps=2), data=data, output=tmp_path / "first")
+    run_training(recipe_of(steps=2), data=data, output=tmp_path / "first")
     settings = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "init_from": str(tmp_path / "first" / "adapter")}
     recipe = recipe_of(steps=2, lora=settings, max_epochs=9.0)
-    train(recipe, data=data, output=tmp_path / "second")
+    run_training(recipe, data=data, output=tmp_path / "second")
     file = tmp_path / "second" / "run.json"
     stored = json.loads(file.read_text())
     for table, old, new in (
@@ -215,7 +215,7 @@ def test_a_run_with_old_keys_is_continued(data: Path, tmp_path: Path) -> None:
     file.write_text(json.dumps(stored))
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)  # nobody edits run.json, so nobody is asked to
-        assert train(recipe, data=data, output=tmp_path / "second", resume=True).result.is_dir()
+        assert run_training(recipe, data=data, output=tmp_path / "second", resume=True).result.is_dir()
 
 
 def test_evaluation_data_is_kept_out(data: Path, tmp_path: Path) -> None:
@@ -225,15 +225,15 @@ def test_evaluation_data_is_kept_out(data: Path, tmp_path: Path) -> None:
     (held / "test.tsv").write_text(f"text\n{query}, and so on\n{query.upper()}!\n", encoding="utf-8")
     said: list[str] = []
     recipe = recipe_of(steps=1, decontaminate_against=str(held))
-    train(recipe, data=data, output=tmp_path / "run", say=said.append)
+    run_training(recipe, data=data, output=tmp_path / "run", say=said.append)
     assert said[-1].startswith("pairs: ")
     assert "held apart" in said[-1]
     with pytest.raises(UsageError, match="decontaminate_against: no folder at"):
-        train(recipe_of(steps=1, decontaminate_against="nowhere"), data=data, output=tmp_path / "other")
+        run_training(recipe_of(steps=1, decontaminate_against="nowhere"), data=data, output=tmp_path / "other")
 
 
 def test_max_epochs_ends_the_run(data: Path, tmp_path: Path) -> None:
-    train(recipe_of(steps=100, max_epochs=1.0), data=data, output=tmp_path)
+    run_training(recipe_of(steps=100, max_epochs=1.0), data=data, output=tmp_path)
     assert steps_logged(tmp_path) == [1, 2, 3, 4, 5]  # 40 rows, 8 at a time
     lines = RunFolder(tmp_path, 1).metrics()
     assert lines[-1]["lr"] == pytest.approx(1e-2 / 5)  # the schedule knows
@@ -241,7 +241,7 @@ def test_max_epochs_ends_the_run(data: Path, tmp_path: Path) -> None:
 
 def test_the_recipe_in_the_run_folder_is_the_recipe(data: Path, tmp_path: Path) -> None:
     recipe = recipe_of(steps=1)
-    train(recipe, data=data, output=tmp_path)
+    run_training(recipe, data=data, output=tmp_path)
     stored = json.loads((tmp_path / "run.json").read_text())
     assert msgspec.convert(stored["recipe"], Recipe) == recipe
     assert set(stored["versions"]) >= {"unmask", "python", "torch"}

@@ -22,7 +22,7 @@ from unmask.errors import UnmaskError
 from unmask.training import curves
 from unmask.training.loop import Progress
 from unmask.training.recipe import Recipe
-from unmask.training.train import train
+from unmask.training.train import run_training
 from unmask.training.trainee import Trainee
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -155,7 +155,7 @@ def run_recipe(
             resource.setrlimit(getattr(resource, name), (size, size))
 
     try:
-        train(recipe, data=data, output=output, resume=resume, progress=watch)
+        run_training(recipe, data=data, output=output, resume=resume, progress=watch)
     except UnmaskError as error:
         Path(f"{output}.error").write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
 

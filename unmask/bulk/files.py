@@ -1,7 +1,10 @@
-"""The files of bulk encoding: texts in (txt, jsonl, csv, tsv, parquet), vectors out (npy, parquet, jsonl).
+"""Files of bulk encoding: readers of texts (txt, jsonl, csv, tsv, parquet), writers of vectors (npy, parquet, jsonl).
 
-A reader yields one text per row, in order, with a few rows in memory. No row is skipped: a row that cannot be read is
-an error that names the file and the line. A null in a table is an empty text. `unmask/tables.py` reads the formats.
+A reader gives one text per row, in order, with a few rows in memory. It never skips a row: a row that cannot be read
+is an error that names the file and the line. A null in a table is an empty text.
+
+In a txt file only `\\n` ends a line, with one `\\r` before it if there is one. Every other character belongs to the
+text, U+2028 and a lone `\\r` included. All text files are UTF-8, with or without a byte order mark.
 """
 
 import io
@@ -28,17 +31,17 @@ NPY_HEADER_BYTES = 128
 
 
 def format_of(name: str, chosen: str | None, formats: Sequence[str], standard: str, option: str) -> str:
-    """The format of a file: as chosen, else by the ending of its name.
+    """The format of a file: `chosen`, else from the ending of its name.
 
     Args:
         name: a path, or `-`.
-        chosen: what the user said, if anything.
-        formats: those that exist.
-        standard: the one for `-`.
-        option: how the user can say it, for the message.
+        chosen: the user's choice, if any.
+        formats: all formats that exist.
+        standard: the format for `-`.
+        option: the option of `chosen`, for the message.
 
     Raises:
-        UsageError: no such format, or the name does not tell.
+        UsageError: no such format, or the name has no known ending.
     """
     if chosen is not None:
         if chosen not in formats:
@@ -113,18 +116,18 @@ def open_texts(name: str, file_format: str, column: str = "text") -> Iterator[It
         yield _texts(stream, file_format, label, column)
 
 
-def chunks(texts: Iterable[str], rows: int, characters: int, longest: int) -> Iterator[tuple[list[str], bool]]:
-    """Texts in lists, each with whether it is full; only the last may not be.
+def chunks(texts: Iterable[str], rows: int, characters: int, max_characters: int) -> Iterator[tuple[list[str], bool]]:
+    """Texts in lists, each with True if the list is full; only the last may not be.
 
     Args:
         rows, characters: a chunk is full at the first of these.
-        longest: characters of one text that count, however long it is.
+        max_characters: characters of one text that count, however long it is.
     """
     chunk: list[str] = []
     counted = 0
     for text in texts:
         chunk.append(text)
-        counted += min(len(text), longest)
+        counted += min(len(text), max_characters)
         if len(chunk) == rows or counted >= characters:
             yield chunk, True
             chunk, counted = [], 0

@@ -108,7 +108,7 @@ class EncodeReport(Tally):
 def run(
     job: EncodeJob, load_encoder: Callable[[], Encoder], progress: Callable[[EncodeProgress], None] | None = None
 ) -> EncodeReport:
-    """Encode a file, going on where an earlier run of the same job was interrupted.
+    """Encode a file, continuing where an earlier run of the same job was interrupted.
 
     Args:
         load_encoder: called once, after everything that can be wrong without a model has been checked.
@@ -138,8 +138,8 @@ def run(
         began = time.monotonic()
         if progress is not None:
             progress(EncodeProgress(done.rows, total, 0, 0.0))
-        longest = _CHARACTERS_PER_TOKEN * encoder.max_length
-        made = _tokenised(encoder, job, chunks(texts, CHUNK_ROWS, CHUNK_CHARACTERS, longest), done.rows)
+        max_characters = _CHARACTERS_PER_TOKEN * encoder.max_length
+        made = _tokenised(encoder, job, chunks(texts, CHUNK_ROWS, CHUNK_CHARACTERS, max_characters), done.rows)
         # A GPU need not wait for the next chunk. On a CPU tokenising takes a core, and a pipe may have none yet.
         at_hand = encoder.prefetches and Path(job.input).is_file()
         for chunk, full, prompts in prefetch(made) if at_hand else made:

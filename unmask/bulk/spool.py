@@ -62,7 +62,7 @@ class State:
 
 
 class Spool:
-    """The vectors of an unfinished run, so that a later one can go on. One run at a time may open it.
+    """The vectors of an unfinished run, from which a later one continues. One run at a time may open it.
 
     The folder holds `vectors`, an npy file whose header is written last; `state.json`, replaced only after the
     rows it counts are on disk; and `lock`. A state without vectors is what a finished run leaves if it is killed
@@ -108,7 +108,7 @@ class Spool:
         self._replaces = exists
 
     def resume(self, options: dict[str, Any], dim: int) -> Tally:
-        """Get ready to append rows of `dim` numbers after those that are there, and count these.
+        """Prepare to append rows of `dim` numbers behind the recorded rows; returns the counts of those.
 
         Raises:
             UsageError: they were made with other options.
@@ -141,7 +141,7 @@ class Spool:
                 rest = rest[self._vectors.write(rest) :]
 
     def record(self, tally: Tally, texts_sha256: str) -> None:
-        """Put all rows so far on the disk and then note that they are there: a later run may start after them.
+        """Fsync all rows so far, then record their counts: a later run may continue after them.
 
         Raises:
             StorageError: there is no space. What was recorded before still holds.
@@ -156,7 +156,7 @@ class Spool:
             new.replace(self._state_file)
 
     def deliver(self, target: str, rows: int) -> None:
-        """Make the output of format `target`, all `rows` of it, at once.
+        """Turn the spool into the output of format `target`, atomically.
 
         Raises:
             StorageError: there is no space. The spool is kept.
@@ -181,7 +181,7 @@ class Spool:
         self._vectors_file.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Let another run have the spool. It is removed if it holds no recorded row."""
+        """Release the lock. A spool without a recorded row is removed."""
         if self._vectors is not None:
             self._vectors.close()
         self._finished_file.unlink(missing_ok=True)  # half an output, if the disk is full

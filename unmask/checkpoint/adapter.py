@@ -26,7 +26,7 @@ _HALF = re.compile(r"^(?P<module>.+)\.lora_(?P<half>embedding_A|embedding_B|A|B)
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The part of `adapter_config.json` that decides what is added to which weight."""
+    """The fields of `adapter_config.json` that decide the change of each weight."""
 
     rank: int
     alpha: float
@@ -176,12 +176,12 @@ class MergedTensors:
     def __init__(self, source: TensorSource, adapters: Sequence[Adapter]) -> None:
         self._source = source
         self._adapters = adapters
-        known = set(source.names())
+        names = set(source.names())
         for adapter in adapters:
-            self._check_fit(adapter, known)
+            self._check_fit(adapter, names)
 
-    def _check_fit(self, adapter: Adapter, known: set[str]) -> None:
-        unmatched = [module for module in adapter.modules if f"{module}.weight" not in known]
+    def _check_fit(self, adapter: Adapter, names: set[str]) -> None:
+        unmatched = [module for module in adapter.modules if f"{module}.weight" not in names]
         if not adapter.modules or len(unmatched) == len(adapter.modules):
             example = f" (for example {unmatched[0]!r})" if unmatched else ""
             raise AdapterMismatch(

@@ -1,4 +1,4 @@
-"""One model's files, opened and checked: `open_checkpoint` is the door of this room."""
+"""One model's files, opened and checked: `open_checkpoint` is the entry of this package."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from unmask.errors import CheckpointError, StorageError
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a model's files say, before any of it is run.
+    """The contents of a model's files, before anything is computed.
 
     Attributes:
         name: the id or path it was asked for by.

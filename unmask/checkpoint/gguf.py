@@ -72,14 +72,14 @@ _GEMMA2_BLOCK = _LLAMA_BLOCK | {
 
 @dataclass(frozen=True)
 class _Family:
-    """What a GGUF architecture leaves unsaid.
+    """Facts about an architecture that a GGUF file does not contain.
 
     Attributes:
         block: the tensors of a layer.
         constants: entries of the hub's config.json; a field of the file overrides them.
         interleaved: tensors whose rows the converter reordered for llama.cpp's rotary layout, and the config
             entry that counts their heads.
-        norm_offset: what the converter added to every norm weight.
+        norm_offset: number that the converter added to every norm weight.
         wide_depth: the depth of the one model whose query scalar is hidden_size / heads, not head_dim.
     """
 
@@ -165,8 +165,8 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], TensorSource, TextTokenizer]:
     header = _read_header(path)
     architecture = header.fields.get("general.architecture")
     if not isinstance(architecture, str) or architecture not in _FAMILIES:
-        known = ", ".join(_FAMILIES)
-        raise UnsupportedArchitecture(f"{path} holds architecture {architecture!r}; known are {known}")
+        supported = ", ".join(_FAMILIES)
+        raise UnsupportedArchitecture(f"{path} holds architecture {architecture!r}; known are {supported}")
     config = _config(header, architecture)
     tensors = GgufTensors(header, architecture, config)
     config["vocab_size"] = tensors.shape("embed_tokens.weight")[0]
@@ -221,7 +221,7 @@ class _Cursor:
         return layout.unpack_from(self.data, self.take(layout.size))[0]
 
     def count(self, what: str, smallest: int) -> int:
-        """How many entries follow. Each takes `smallest` bytes or more, so a damaged count shows at once."""
+        """Number of entries that follow. Each takes at least `smallest` bytes, so a damaged count is noticed."""
         count = self.number(_COUNT)
         if count * smallest > self.left:
             raise _damaged(self.path, f"it announces {count} {what}, which {self.left} bytes cannot hold")
@@ -230,18 +230,18 @@ class _Cursor:
     def strings(self, count: int) -> list[str]:
         # Inlined rather than `count` calls of `string`: vocabularies and merges are half a million strings.
         data, at, size = self.data, self.at, len(self.data)
-        found, start = [], at
+        strings, start = [], at
         try:
             for _ in range(count):
                 start = at + 8
                 at = start + int.from_bytes(data[at:start], "little")
                 if at > size:
                     self.take(at - self.at)
-                found.append(data[start:at].decode("utf-8"))
+                strings.append(data[start:at].decode("utf-8"))
         except UnicodeDecodeError as error:
             raise _damaged(self.path, f"the text at byte {start} is not UTF-8 ({error.reason})") from error
         self.at = at
-        return found
+        return strings
 
     def string(self) -> str:
         return self.strings(1)[0]
@@ -391,8 +391,8 @@ def _rope_scaling(header: _Header, architecture: str) -> dict[str, Any] | None:
     if kind == "none":
         return None
     if not isinstance(kind, str) or kind not in _ROPE_SCALING:
-        known = ", ".join(_ROPE_SCALING)
-        raise UnsupportedArchitecture(f"{header.path} stretches its positions by {kind!r}; known are {known}")
+        supported = ", ".join(_ROPE_SCALING)
+        raise UnsupportedArchitecture(f"{header.path} stretches its positions by {kind!r}; known are {supported}")
     scaling: dict[str, Any] = {"rope_type": kind}
     for suffix, entry in _ROPE_SCALING[kind].items():
         value = _number(header, f"{architecture}.{suffix}", real=True)

@@ -24,7 +24,7 @@ _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's spelling of a space
 
 @dataclass(frozen=True)
 class _Pre:
-    """How a byte-level tokenizer cuts text into the words that merges stay within.
+    """Rules by which a byte-level tokenizer cuts text into words; merges stay within a word.
 
     Attributes:
         splits: regular expressions, applied in order; each match becomes a piece of its own.
@@ -133,31 +133,31 @@ class _Vocabulary:
         self.kinds: list[int] = [_NORMAL] * len(self.tokens) if kinds is None else kinds.astype(int).tolist()
 
     def texts(self, name: str) -> list[str]:
-        found = self._fields.get(f"tokenizer.ggml.{name}")
-        if not isinstance(found, list):
+        value = self._fields.get(f"tokenizer.ggml.{name}")
+        if not isinstance(value, list):
             raise CheckpointError(f"{self.file} has no list of texts tokenizer.ggml.{name}")
-        return found
+        return value
 
     def numbers(self, name: str) -> np.ndarray | None:
         """One number for each token, None where the file has no such list."""
-        found = self._fields.get(f"tokenizer.ggml.{name}")
-        if found is None:
+        value = self._fields.get(f"tokenizer.ggml.{name}")
+        if value is None:
             return None
-        if not isinstance(found, np.ndarray) or len(found) != len(self.tokens):
+        if not isinstance(value, np.ndarray) or len(value) != len(self.tokens):
             raise CheckpointError(f"{self.file} is damaged: tokenizer.ggml.{name} is not one number for each token")
-        return found
+        return value
 
     def flag(self, name: str, default: bool) -> bool:
-        found = self._fields.get(f"tokenizer.ggml.{name}")
-        return found if isinstance(found, bool) else default
+        value = self._fields.get(f"tokenizer.ggml.{name}")
+        return value if isinstance(value, bool) else default
 
     def id_in(self, name: str) -> int | None:
-        found = self._fields.get(f"tokenizer.ggml.{name}")
-        if found is None:
+        value = self._fields.get(f"tokenizer.ggml.{name}")
+        if value is None:
             return None
-        if not isinstance(found, int) or not 0 <= found < len(self.tokens):
-            raise CheckpointError(f"{self.file} is damaged: tokenizer.ggml.{name} is {found!r}, not a token's id")
-        return found
+        if not isinstance(value, int) or not 0 <= value < len(self.tokens):
+            raise CheckpointError(f"{self.file} is damaged: tokenizer.ggml.{name} is {value!r}, not a token's id")
+        return value
 
     @property
     def pre(self) -> _Pre:
@@ -174,10 +174,10 @@ class _Vocabulary:
 
     def ids(self, *, without: int | None = None) -> dict[str, int]:
         """Token -> id. Empty tokens, which no text can give, and those of type `without` are left out."""
-        kept = [(token, index) for index, token in enumerate(self.tokens) if token and self.kinds[index] != without]
-        ids = dict(kept)
-        if len(ids) != len(kept):
-            raise CheckpointError(f"{self.file} is damaged: its vocabulary has {len(kept) - len(ids)} tokens twice")
+        pairs = [(token, index) for index, token in enumerate(self.tokens) if token and self.kinds[index] != without]
+        ids = dict(pairs)
+        if len(ids) != len(pairs):
+            raise CheckpointError(f"{self.file} is damaged: its vocabulary has {len(pairs) - len(ids)} tokens twice")
         return ids
 
     def added(self) -> list[AddedToken]:

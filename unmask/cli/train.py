@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from unmask.training.recipe import Recipe
 
 
-def train(
+def run_training(
     recipe: Path,
     /,
     *,
@@ -68,7 +68,7 @@ def train(
 
 
 def _train_one(recipe: "Recipe", data: Path, output: Path, resume: bool) -> Path:
-    from unmask.training.train import train as run_training
+    from unmask.training.train import run_training
 
     with training_progress() as progress:
         outcome = run_training(recipe, data=data, output=output, resume=resume, progress=progress, say=say)

@@ -36,8 +36,7 @@ def evaluate(
         CheckpointError: a model cannot be loaded.
         StorageError: the output cannot be written.
     """
-    from unmask.evaluate.run import Evaluation
-    from unmask.evaluate.run import evaluate as run_evaluation
+    from unmask.evaluate.run import Evaluation, run_evaluation
 
     return run_evaluation(
         Evaluation(

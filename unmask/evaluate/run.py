@@ -78,7 +78,7 @@ class _StoredScore(msgspec.Struct):
     score: TaskScore
 
 
-def evaluate(evaluation: Evaluation) -> Results:
+def run_evaluation(evaluation: Evaluation) -> Results:
     """Measure all models, and write results, per-example values and report.
 
     A task that fails is recorded with its error (`TaskScore.error`), and the others go on.

@@ -29,7 +29,7 @@ from unmask.encoder import Encoder
 from unmask.errors import GateFailed, UsageError
 from unmask.evaluate.cost import measure_peak_memory, sample_texts
 from unmask.evaluate.results import Results
-from unmask.evaluate.run import Evaluation, evaluate, machine
+from unmask.evaluate.run import Evaluation, machine, run_evaluation
 from unmask.onboarding.parity import Parity, against_file, against_transformers, require
 from unmask.onboarding.sweep import DEFAULT_CALLERS, DEFAULT_LENGTHS, sweep
 
@@ -307,7 +307,7 @@ def measure_quality(context: OnboardingContext, report_progress: ProgressReporte
     suites = options.suites if options.suites or options.tasks else ("local",)
     if not options.tasks and suites == ("local",) and options.data is None:
         raise GateFailed("nothing to measure quality on: --data FOLDER for the suite local, or --task NAME")
-    results: Results = evaluate(
+    results: Results = run_evaluation(
         Evaluation(
             models=(f"{options.source}?compat={context.record.compat}&name={options.model}",),
             suites=suites,

@@ -126,7 +126,7 @@ def train_steps(
                 }
             )
         if len(dev) and (done % recipe.evaluate_every == 0 or done == recipe.steps):
-            scores = processes.of_first(evaluate(trainee, dev))
+            scores = processes.of_first(dev_scores(trainee, dev))
             if processes.first:
                 folder.log({"step": done, "scores": scores})
             if _mean(scores) > _mean(best):
@@ -141,7 +141,7 @@ def train_steps(
     return best
 
 
-def evaluate(trainee: Trainee, dev: DevSets) -> dict[str, float]:
+def dev_scores(trainee: Trainee, dev: DevSets) -> dict[str, float]:
     """Scores of the weights as they would be written, dropout off. All processes must call it and have the scores."""
     trainee.decoder.eval()
     trainee.merge()

@@ -61,7 +61,7 @@ class Outcome:
     first: bool
 
 
-def train(
+def run_training(
     recipe: Recipe,
     *,
     data: Path,

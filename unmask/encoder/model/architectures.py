@@ -1,6 +1,6 @@
 """Decoder architectures as data: one row per family, one `Shape` per checkpoint.
 
-A row says what is true of every checkpoint of a `model_type`; `shape_of` adds the numbers of one `config.json`.
+A row holds the properties of every checkpoint of a `model_type`; `shape_of` adds the numbers of one `config.json`.
 The forward in `decoder.py` reads only the Shape. To add a family, add a row; if it needs something no row has,
 add the field there and one branch to the forward.
 """
@@ -20,10 +20,10 @@ _MODELING = "https://github.com/huggingface/transformers/blob/main/src/transform
 
 @dataclass(frozen=True)
 class Architecture:
-    """What all checkpoints of one `model_type` have in common.
+    """Properties of all checkpoints of one `model_type`.
 
     Attributes:
-        source: where the defining code lives.
+        source: URL of the defining code.
         norm_offset: RMSNorm multiplies by (norm_offset + weight); Gemma stores its weights around zero.
         embedding_scaled: token embeddings are multiplied by sqrt(hidden_size).
         qkv_bias: biases on query, key and value: always, never, or as `attention_bias` in the config says (None).
@@ -161,7 +161,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class Shape:
-    """Everything the forward needs to know of one checkpoint. Sizes in elements.
+    """All numbers of one checkpoint that the forward uses. Sizes in elements.
 
     Attributes:
         windows: per layer, the farthest distance |i - j| a token may attend over, or None for any.
@@ -305,7 +305,7 @@ def _ropes(config: Mapping[str, Any], row: Architecture, windows: tuple[int | No
 
 
 def _kinds(config: Mapping[str, Any], row: Architecture, windows: tuple[int | None, ...]) -> tuple[int | None, ...]:
-    """Which layers count as sliding for RoPE, even where the window itself is switched off."""
+    """Windows as RoPE sees them: sliding layers keep their own frequencies even if the window is switched off."""
     if any(window is not None for window in windows):
         return windows
     return _windows({**config, "sliding_window": 1}, row, len(windows))

@@ -36,7 +36,7 @@ class Runtime(Protocol):
 
 
 class DecoderLike(Protocol):
-    """What a runtime needs from a decoder; `Decoder` and `TransformersDecoder` have it."""
+    """The methods of a decoder that a runtime calls; `Decoder` and `TransformersDecoder` have them."""
 
     def __call__(self, ids: Tensor, lengths: list[int]) -> Tensor:
         """ids [T] and the lengths of their sequences -> hidden states [T, W]."""
