@@ -7,20 +7,19 @@ Run it with: python examples/evaluate_and_compare.py DATA RESULTS [TASK ...]
 import subprocess
 import sys
 
-data, results, *tasks = sys.argv[1:]
-tasks = tasks or ["STSBenchmark", "Banking77Classification"]
+import unmask
 
+data, output, *tasks = sys.argv[1:]
 
-def unmask(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "unmask", *arguments], check=True)
-
-
-unmask(
-    "evaluate",
+results = unmask.evaluate(
     "unmask/smollm2-135m-embed",
-    *("--baseline", "unmask/smollm2-135m-embed?dimensions=128&name=short"),
-    *(word for task in tasks for word in ("--task", task)),
-    *("--data", data, "--output", results),
+    baselines=["unmask/smollm2-135m-embed?dimensions=128&name=short"],
+    tasks=tasks or ["STSBenchmark", "Banking77Classification"],
+    data=data,
+    output=output,
 )
-unmask("compare", results, f"{results}:short")
-print(f"The report is {results}/report.html")
+for model in results.models:
+    print(model.name, {score.task: score.score for score in model.scores})
+
+subprocess.run([sys.executable, "-m", "unmask", "compare", output, f"{output}:short"], check=True)
+print(f"The report is {output}/report.html")

@@ -4,11 +4,10 @@ Run it with: python examples/train_on_pairs.py RUN [STEPS]
 """
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
-from unmask import Encoder
+import unmask
 
 PAIRS = [
     ("reset my password", "Open Settings, choose Security, and click Reset."),
@@ -41,21 +40,21 @@ positive = "positive"
 """
 
 
-def mean_cosine(encoder: Encoder) -> float:
+def mean_cosine(model: str | Path) -> float:
     """Mean cosine of each query with its own answer."""
+    encoder = unmask.Encoder.load(model)
     queries, answers = zip(*PAIRS, strict=True)
     return float(encoder.similarity(encoder.encode_query(queries), encoder.encode_document(answers)).diagonal().mean())
 
 
-run = Path(sys.argv[1])
+folder = Path(sys.argv[1])
 steps = int(sys.argv[2]) if len(sys.argv) > 2 else 20
 
-run.mkdir(parents=True, exist_ok=True)
+folder.mkdir(parents=True, exist_ok=True)
 lines = [json.dumps({"query": query, "positive": positive}) for query, positive in PAIRS]
-(run / "pairs.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-(run / "recipe.toml").write_text(RECIPE.format(steps=steps), encoding="utf-8")
-command = ["train", str(run / "recipe.toml"), "--data", str(run), "--output", str(run / "training")]
-subprocess.run([sys.executable, "-m", "unmask", *command], check=True)
+(folder / "pairs.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+(folder / "recipe.toml").write_text(RECIPE.format(steps=steps), encoding="utf-8")
+unmask.train(folder / "recipe.toml", output=folder / "training")
 
-print(f"before: {mean_cosine(Encoder.load('unmask/smollm2-135m-embed')):.2f}")
-print(f"after:  {mean_cosine(Encoder.load(run / 'training' / 'adapter')):.2f}")
+print(f"before: {mean_cosine('unmask/smollm2-135m-embed'):.2f}")
+print(f"after:  {mean_cosine(folder / 'training' / 'adapter'):.2f}")

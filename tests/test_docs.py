@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from unmask import Encoder
+
 ROOT = Path(__file__).parent.parent
 # Reports are generated, and the changelog names files as they were called at the time.
 GENERATED = ("docs/evaluation/", "docs/ablation/", "docs/performance/", "tests/")
@@ -59,6 +61,17 @@ def test_the_readme_shows_everything_needed_on_one_screen():
     assert len(screen.splitlines()) <= 50
     for part in ("make serve", "make test", "Encoder.load", "curl ", "](docs/performance/", "docs/index.md"):
         assert part in screen
+
+
+@pytest.mark.weights
+def test_the_code_of_the_readme_runs():
+    code = re.findall(r"```python\n(.+?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, object] = {}
+    exec(code[0], names)
+    encoder, queries, passages = names["encoder"], names["queries"], names["passages"]
+    assert isinstance(encoder, Encoder)
+    scores = encoder.similarity(queries, passages)
+    assert scores[0, 0] > scores[0, 1]
 
 
 def test_no_text_names_an_install_command_of_the_index():
