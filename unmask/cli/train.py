@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from unmask.training.recipe import Recipe
 
 
-def run_training(
+def train(
     recipe: Path,
     /,
     *,
