@@ -4,15 +4,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cohere
+import httpx
 import numpy as np
 import ollama
 import openai
 import pytest
 from huggingface_hub import InferenceClient
 
-from tests.api.live import KEY, LocalService, running
+from tests.api.live import KEY, LocalService, as_vector, running
 from unmask.accounts import Accounts, keys, ledger, people, tariff
 from unmask.accounts.keys import KeySettings
+from unmask.api.quantisation import quantise_vectors
 from unmask.storage.database import now_ms
 
 TEXTS = ["the first text", "another, with more words in it", "日本語の短い文です。"]
@@ -31,6 +34,11 @@ EMBEDDING_PATHS: list[tuple[str, dict[str, Any], Any]] = [
     ("/api/embed", {"input": TEXTS}, lambda reply: reply["embeddings"]),
     ("/api/embeddings", {"prompt": TEXTS[0]}, lambda reply: [reply["embedding"]]),
     ("/embed", {"inputs": TEXTS}, lambda reply: reply),
+    (
+        "/v2/embed",
+        {"texts": TEXTS, "input_type": "clustering"},
+        lambda reply: reply["embeddings"]["float"],
+    ),
 ]
 PATHS = pytest.mark.parametrize(("path", "body", "vectors"), EMBEDDING_PATHS, ids=[row[0] for row in EMBEDDING_PATHS])
 
@@ -44,7 +52,9 @@ def expected_vectors(service: LocalService, texts: list[str] = TEXTS, **fields: 
 def test_vectors_are_equal_to_the_bit(
     service: LocalService, path: str, body: dict[str, Any], vectors: Any, fields: dict[str, Any]
 ):
-    reply = service.call("POST", path, {"model": service.model, **body, **fields})
+    names = {"dimensions": "output_dimension"} if path == "/v2/embed" else {}
+    sent = {"model": service.model, **body} | {names.get(name, name): value for name, value in fields.items()}
+    reply = service.call("POST", path, sent)
     assert reply.status == 200, reply.body
     found = np.array(vectors(reply.json), dtype=np.float32)
     np.testing.assert_array_equal(found, expected_vectors(service, **fields)[: len(found)])
@@ -57,9 +67,9 @@ def test_vectors_are_equal_to_the_bit(
         ({}, {"authorization": "Bearer wrong"}, 401),
         ({}, {"content-type": "text/plain"}, 415),
         ({"dimensions": 0}, {}, 400),
-        ({"input": None, "inputs": None, "prompt": None}, {}, 400),
-        ({"input": "", "inputs": "", "prompt": ""}, {}, 400),
-        ({"input": {}, "inputs": {}, "prompt": {}}, {}, 400),
+        ({"input": None, "inputs": None, "prompt": None, "texts": None}, {}, 400),
+        ({"input": "", "inputs": "", "prompt": "", "texts": [""]}, {}, 400),
+        ({"input": {}, "inputs": {}, "prompt": {}, "texts": {}}, {}, 400),
         ({"model": "no/such"}, {}, 404),
     ],
 )
@@ -83,6 +93,8 @@ def test_errors_have_the_form_of_the_dialect(
         assert set(reply.json) == {"error"}
     elif path == "/embed":
         assert set(reply.json) == {"error", "error_type"}
+    elif path == "/v2/embed":
+        assert set(reply.json) == {"message"}
     else:
         assert set(reply.error) == {"message", "type", "param", "code"}
 
@@ -193,6 +205,68 @@ def test_text_embeddings_inference_refuses_by_name(service: LocalService, fields
     assert next(iter(fields)) in reply.json["error"]
 
 
+@pytest.fixture
+def cohere_client(service: LocalService) -> Iterator[cohere.ClientV2]:
+    with httpx.Client(timeout=30) as http:
+        yield cohere.ClientV2(KEY, base_url=service.url, httpx_client=http)
+
+
+@pytest.mark.parametrize(("input_type", "side"), [("search_query", "query"), ("search_document", "document")])
+def test_cohere(service: LocalService, cohere_client: cohere.ClientV2, input_type: Any, side: str):
+    response = cohere_client.embed(
+        model=service.model,
+        texts=TEXTS,
+        input_type=input_type,
+        embedding_types=["float", "int8", "uint8", "binary", "ubinary", "base64"],
+    )
+    expected = expected_vectors(service, input_type=side)
+    found = response.embeddings
+    np.testing.assert_array_equal(np.array(found.float_, dtype=np.float32), expected)
+    assert found.base64 is not None
+    np.testing.assert_array_equal(np.stack([as_vector(row) for row in found.base64]), expected)
+    for kind in ("int8", "uint8", "binary", "ubinary"):
+        np.testing.assert_array_equal(np.array(getattr(found, kind)), quantise_vectors(expected, kind))
+    assert response.texts == TEXTS
+    usage = service.embed(TEXTS, input_type=side).json["usage"]["total_tokens"]
+    assert response.meta is not None and response.meta.billed_units is not None
+    assert response.meta.billed_units.input_tokens == usage
+
+
+def test_cohere_cuts_vectors_and_texts(service: LocalService, cohere_client: cohere.ClientV2):
+    long_texts = ["long " * 3000]
+    options: dict[str, Any] = {"model": service.model, "texts": long_texts, "input_type": "clustering"}
+    response = cohere_client.embed(output_dimension=16, **options)
+    expected = expected_vectors(service, long_texts, truncate=True, dimensions=16)
+    np.testing.assert_array_equal(np.array(response.embeddings.float_, dtype=np.float32), expected)
+    with pytest.raises(cohere.BadRequestError):
+        cohere_client.embed(truncate="NONE", **options)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"truncate": "START"},
+        {"input_type": None},
+        {"input_type": "query"},
+        {"embedding_types": []},
+        {"embedding_types": ["int4"]},
+        {"embedding_types": "float"},
+        {"images": ["data:"]},
+        {"inputs": [{}]},
+        {"max_tokens": 5},
+        {"texts": "a"},
+        {"texts": [1]},
+        {"output_dimension": 0},
+    ],
+)
+def test_cohere_refuses_by_name(service: LocalService, fields: dict[str, Any]):
+    body = {"model": service.model, "texts": ["a"], "input_type": "clustering"} | fields
+    reply = service.call("POST", "/v2/embed", body)
+    assert (reply.status, set(reply.json)) == (400, {"message"})
+    if "output_dimension" not in fields:
+        assert next(iter(fields)) in reply.json["message"]
+
+
 @pytest.fixture(scope="module")
 def paid(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LocalService, Accounts, str]]:
     folder = tmp_path_factory.mktemp("dialects")
@@ -219,7 +293,7 @@ def test_each_request_is_charged_once_and_as_v1(
         rows = service.call("GET", "/v1/usage", key=key).json["data"]
         return sum(row["requests"] for row in rows), sum(row["tokens"] for row in rows)
 
-    texts = body.get("input") or body.get("inputs") or body["prompt"]
+    texts = body.get("input") or body.get("inputs") or body.get("texts") or body["prompt"]
     start = usage()
     plain = service.call("POST", "/v1/embeddings", {"model": service.model, "input": texts}, key=key)
     middle = usage()

@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import functools
 import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -51,6 +50,7 @@ class EmbeddingResult:
         num_tokens: tokens that the model processed.
         cost: nano-dollars; None without accounts.
         seconds: time since the headers of the request had arrived.
+        request_id: id of the request.
     """
 
     rows: np.ndarray
@@ -58,6 +58,7 @@ class EmbeddingResult:
     num_tokens: int
     cost: int | None
     seconds: float
+    request_id: str
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,11 @@ class Dialect:
 
     Attributes:
         read: translates the fields of a body to those of `/v1/embeddings`; raises ApiError.
-        write: writes the answer's JSON.
+        write: writes the answer's JSON; gets the fields of the body as well.
     """
 
     read: Callable[[Request, Fields], Fields]
-    write: Callable[[EmbeddingResult, EmbeddingRequest], bytes]
+    write: Callable[[EmbeddingResult, EmbeddingRequest, Fields], bytes]
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +110,8 @@ class EmbeddingsRoute:
 
     async def _embed(self, request: Request, dialect: Dialect, body: bytes, deadline: float) -> Response:
         context = context_of(request)
-        parsed, ignored = request_of(dialect.read(request, read_fields(body)))
+        fields = read_fields(body)
+        parsed, ignored = request_of(dialect.read(request, dict(fields)))
         if dialect is not OPENAI:
             body = f"{request.scope['path']}\n".encode() + body  # the path may name the model
         inputs = read_input(parsed.input)
@@ -131,9 +133,13 @@ class EmbeddingsRoute:
         share = context.share if tier == "default" else _BATCH_SHARE
         async with self.charging.charge(request, model, tier, num_tokens, body, deadline) as charge:
             vectors = await engine.run(prompts, deadline=deadline, caller=share)
-            write = functools.partial(
-                _write, dialect, vectors, parsed, model, num_tokens, charge.cost, context.elapsed_s()
-            )
+
+            def write() -> bytes:
+                rows = _rows(vectors, parsed)
+                cost, seconds = charge.cost, context.elapsed_s()
+                result = EmbeddingResult(rows, model, num_tokens, cost, seconds, context.request_id)
+                return dialect.write(result, parsed, fields)
+
             content = await asyncio.to_thread(write) if vectors.size > _SMALL_ANSWER else write()
             await charge.settle()
         context.tokens = num_tokens
@@ -256,23 +262,13 @@ def _names(fields: Sequence[str]) -> str:
     return ", ".join(names + ["..."] * (len(fields) > 16))
 
 
-def _write(
-    dialect: Dialect,
-    vectors: np.ndarray,
-    parsed: EmbeddingRequest,
-    model: str,
-    num_tokens: int,
-    cost: int | None,
-    seconds: float,
-) -> bytes:
-    normalize = parsed.normalize is not False
-    rows = np.ascontiguousarray(
-        postprocess(vectors, normalize=normalize, dimensions=parsed.dimensions or None), dtype="<f4"
-    )
-    return dialect.write(EmbeddingResult(rows, model, num_tokens, cost, seconds), parsed)
+def _rows(vectors: np.ndarray, parsed: EmbeddingRequest) -> np.ndarray:
+    """Normalise and cut vectors as the request wants."""
+    rows = postprocess(vectors, normalize=parsed.normalize is not False, dimensions=parsed.dimensions or None)
+    return np.ascontiguousarray(rows, dtype="<f4")
 
 
-def _write_openai(result: EmbeddingResult, parsed: EmbeddingRequest) -> bytes:
+def _write_openai(result: EmbeddingResult, parsed: EmbeddingRequest, fields: Fields) -> bytes:
     """Write the answer's JSON row by row: each row is one call into C, and other threads run between two rows."""
     write = _base64_row if parsed.encoding_format == "base64" else float_row
     data = b",".join(

@@ -9,11 +9,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Scope
 
-from unmask.api.dialects import azure, ollama, tei
+from unmask.api.dialects import azure, cohere, ollama, tei
 from unmask.api.embeddings import EmbeddingsRoute
 from unmask.api.errors import ApiError, error_response
 
 _ERROR_BODIES: dict[str, Callable[[ApiError], object]] = {
+    **dict.fromkeys(cohere.PATHS, cohere.error_body),
     **dict.fromkeys(ollama.PATHS, ollama.error_body),
     **dict.fromkeys(tei.PATHS, tei.error_body),
 }
@@ -21,7 +22,7 @@ _ERROR_BODIES: dict[str, Callable[[ApiError], object]] = {
 
 def dialect_routes(embeddings: EmbeddingsRoute) -> list[Route]:
     """Return the routes of all dialects."""
-    return [*azure.routes(embeddings), *ollama.routes(embeddings), *tei.routes(embeddings)]
+    return [*azure.routes(embeddings), *cohere.routes(embeddings), *ollama.routes(embeddings), *tei.routes(embeddings)]
 
 
 def dialect_error(scope: Scope, error: ApiError) -> Response | None:

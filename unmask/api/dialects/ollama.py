@@ -80,7 +80,7 @@ def _with_model(fields: Fields) -> Fields:
     return fields | {"model": msgspec.Raw(msgspec.json.encode(text))}
 
 
-def _write_embed(result: EmbeddingResult, parsed: EmbeddingRequest) -> bytes:
+def _write_embed(result: EmbeddingResult, parsed: EmbeddingRequest, fields: Fields) -> bytes:
     rows = b",".join([float_row(row) for row in result.rows])
     return b'{"model":%b,"embeddings":[%b],"total_duration":%d,"load_duration":0,"prompt_eval_count":%d}' % (
         orjson.dumps(result.model),
@@ -90,7 +90,7 @@ def _write_embed(result: EmbeddingResult, parsed: EmbeddingRequest) -> bytes:
     )
 
 
-def _write_prompt(result: EmbeddingResult, parsed: EmbeddingRequest) -> bytes:
+def _write_prompt(result: EmbeddingResult, parsed: EmbeddingRequest, fields: Fields) -> bytes:
     return b'{"embedding":%b}' % float_row(result.rows[0])
 
 

@@ -76,5 +76,5 @@ def _is_text(inputs: msgspec.Raw) -> bool:
     return first in (b'"', b"]")
 
 
-def _write(result: EmbeddingResult, parsed: EmbeddingRequest) -> bytes:
+def _write(result: EmbeddingResult, parsed: EmbeddingRequest, fields: Fields) -> bytes:
     return b"[%b]" % b",".join([float_row(row) for row in result.rows])

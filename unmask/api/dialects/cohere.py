@@ -1,0 +1,92 @@
+"""Cohere's embed API, version 2: https://docs.cohere.com/reference/embed"""
+
+import base64
+
+import msgspec
+import orjson
+from starlette.requests import Request
+from starlette.routing import Route
+
+from unmask.api.embeddings import Dialect, EmbeddingResult, EmbeddingsRoute, float_row
+from unmask.api.errors import ApiError
+from unmask.api.quantisation import QUANTISED, quantise_vectors
+from unmask.api.schema import EmbeddingRequest, Fields
+
+PATHS = ("/v2/embed",)
+
+_TYPES = msgspec.json.Decoder(list[str])
+_INPUT_TYPES = {
+    b'"search_query"': b'"query"',
+    b'"search_document"': b'"document"',
+    b'"classification"': b"null",
+    b'"clustering"': b"null",
+}
+_TRUNCATIONS = {b'"END"': b"true", b'"NONE"': b"false", b"null": b"true"}
+
+
+def routes(embeddings: EmbeddingsRoute) -> list[Route]:
+    """Return the routes."""
+    return [Route("/v2/embed", embeddings.endpoint(Dialect(_read, _write)), methods=["POST"])]
+
+
+def error_body(error: ApiError) -> dict[str, str]:
+    """Return Cohere's error object."""
+    return {"message": error.body.message}
+
+
+def _read(request: Request, fields: Fields) -> Fields:
+    for name in ("images", "inputs"):
+        if bytes(fields.get(name, msgspec.Raw(b"null"))) != b"null":
+            raise ApiError(400, f"The field '{name}' is not supported: send texts.", param=name)
+    texts = fields.get("texts")
+    if texts is None or bytes(texts)[:1] != b"[" or bytes(texts)[1:].lstrip()[:1] not in (b'"', b"]"):
+        raise ApiError(400, "The field 'texts' is required: an array of texts.", param="texts")
+    if bytes(fields.get("max_tokens", msgspec.Raw(b"null"))) != b"null":
+        raise ApiError(400, "The field 'max_tokens' is not supported: leave it out.", param="max_tokens")
+    _embedding_types(fields)
+    translated = {name: value for name, value in fields.items() if name not in ("texts", "embedding_types")}
+    translated["input"] = texts
+    translated["input_type"] = _choice(fields, "input_type", _INPUT_TYPES)
+    translated["truncate"] = _choice(fields, "truncate", _TRUNCATIONS)
+    if (length := translated.pop("output_dimension", None)) is not None:
+        translated["dimensions"] = length
+    return translated
+
+
+def _choice(fields: Fields, name: str, choices: dict[bytes, bytes]) -> msgspec.Raw:
+    value = bytes(fields.get(name, msgspec.Raw(b"null")))
+    if value not in choices:
+        allowed = ", ".join(choice.decode().strip('"') for choice in choices if choice != b"null")
+        raise ApiError(400, f"The field '{name}' must be one of {allowed}.", param=name)
+    return msgspec.Raw(choices[value])
+
+
+def _embedding_types(fields: Fields) -> list[str]:
+    """Return the types that a request asks for, each once; float by default."""
+    try:
+        types = list(dict.fromkeys(_TYPES.decode(fields.get("embedding_types", msgspec.Raw(b'["float"]')))))
+    except msgspec.DecodeError:
+        types = []
+    allowed = ("float", "base64", *QUANTISED)
+    if not types or not set(types) <= set(allowed):
+        message = f"The field 'embedding_types' must be an array of {', '.join(allowed)}."
+        raise ApiError(400, message, param="embedding_types")
+    return types
+
+
+def _write(result: EmbeddingResult, parsed: EmbeddingRequest, fields: Fields) -> bytes:
+    forms = b",".join(b'"%b":[%b]' % (kind.encode(), _rows(result, kind)) for kind in _embedding_types(fields))
+    meta = {"api_version": {"version": "2"}, "billed_units": {"input_tokens": result.num_tokens}}
+    return b'{"id":%b,"response_type":"embeddings_by_type","embeddings":{%b},"texts":%b,"meta":%b}' % (
+        orjson.dumps(result.request_id),
+        forms,
+        bytes(fields["texts"]),
+        orjson.dumps(meta),
+    )
+
+
+def _rows(result: EmbeddingResult, kind: str) -> bytes:
+    if kind == "base64":
+        return b",".join(b'"%b"' % base64.b64encode(row.tobytes()) for row in result.rows)
+    rows = result.rows if kind == "float" else quantise_vectors(result.rows, kind)
+    return b",".join(float_row(row) for row in rows)
