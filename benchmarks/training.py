@@ -33,7 +33,7 @@ from rich.table import Table
 
 from unmask import Encoder, __version__
 from unmask.training.examples import Example
-from unmask.training.mixture import TextBatch
+from unmask.training.mixture import Part, TextBatch
 from unmask.training.model_folder import write_model
 from unmask.training.objectives import objective_for
 from unmask.training.recipe import ALL_LINEAR, Recipe
@@ -87,7 +87,7 @@ def unmask_turn(options: argparse.Namespace, folder: Path, precision: str) -> Tu
         losses = []
         began = time.perf_counter()
         for step, start in enumerate(range(0, len(rows), options.batch)):
-            report = objective(TextBatch(recipe.data[0], rows[start : start + options.batch]), step)
+            report = objective(TextBatch([Part(recipe.data[0], rows[start : start + options.batch])]), step)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             adamw.step()
             adamw.zero_grad(set_to_none=True)
