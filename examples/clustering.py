@@ -21,7 +21,7 @@ TEXTS = [
 
 encoder = Encoder.load("unmask/smollm2-135m-embed")
 vectors = encoder.encode(TEXTS, normalize=True)  # with length 1, k-means groups by cosine
-labels = KMeans(n_clusters=3, n_init=10, random_state=0).fit_predict(vectors)
+labels = KMeans(n_clusters=3, n_init="auto", random_state=0).fit_predict(vectors)
 
 for cluster in range(3):
     print(f"cluster {cluster}")

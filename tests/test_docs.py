@@ -3,6 +3,7 @@
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,7 +67,7 @@ def test_the_readme_shows_everything_needed_on_one_screen():
 @pytest.mark.weights
 def test_the_code_of_the_readme_runs():
     code = re.findall(r"```python\n(.+?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    names: dict[str, object] = {}
+    names: dict[str, Any] = {}
     exec(code[0], names)
     encoder, queries, passages = names["encoder"], names["queries"], names["passages"]
     assert isinstance(encoder, Encoder)
