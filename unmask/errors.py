@@ -1,4 +1,4 @@
-"""Everything that unmask raises on purpose.
+"""All exceptions that unmask raises on purpose.
 
 UnmaskError
 ├── UsageError                 an argument, option or file name is wrong
@@ -18,17 +18,17 @@ UnmaskError
 │   └── EngineStopped
 ├── AccountError               an account, a key or its limits do not allow it
 │   ├── KeyRefused             the key is unknown, mistyped, revoked or out of date
-│   ├── SignInRefused          the address and password do not fit, or nobody is signed in
-│   ├── ProviderUnavailable    who vouches for people cannot be asked
-│   ├── AddressTaken           somebody signed up with this mail address before
+│   ├── SignInRefused          wrong address or password, or nobody is signed in
+│   ├── ProviderUnavailable    the OpenID Connect provider does not answer
+│   ├── AddressTaken           the mail address belongs to an account already
 │   ├── Forbidden              the key is known, but not for this
 │   ├── InsufficientCredit     the account's credit does not cover the cost
 │   ├── SpendLimitReached      the key's own limit does not cover the cost
 │   ├── RateLimited            carries retry_after, in seconds
-│   ├── RequestInProgress      the same Idempotency-Key is being worked on
+│   ├── RequestInProgress      a request with the same Idempotency-Key is running
 │   ├── KeyReused              the same Idempotency-Key came with another request
 │   ├── NoPrice                the model has no price yet
-│   └── LedgerRefused          a booking that would not be right
+│   └── LedgerRefused          a booking that would break the ledger's rules
 ├── GateFailed                 a model did not pass a gate on its way to live
 ├── TrainingError              a run cannot go on: the loss is not a number, memory is out
 └── StorageError               the disk is full or cannot be written
@@ -114,7 +114,7 @@ class EngineError(UnmaskError):
 
 
 class Overloaded(EngineError):
-    """Admitting the request would break somebody's deadline. Try again after `retry_after` seconds."""
+    """Admitting the request would break a deadline. Try again after `retry_after` seconds."""
 
     def __init__(self, message: str, retry_after: float) -> None:
         super().__init__(message)
@@ -146,15 +146,15 @@ class KeyRefused(AccountError):
 
 
 class SignInRefused(AccountError):
-    """The address and the password do not fit, or the session is over."""
+    """Wrong address or password, or the session is over."""
 
 
 class ProviderUnavailable(AccountError):
-    """The OpenID Connect provider does not answer, or not as the standard says."""
+    """The OpenID Connect provider does not answer, or its answer breaks the standard."""
 
 
 class AddressTaken(AccountError):
-    """Somebody signed up with this mail address before. Not to be told to whoever asks."""
+    """The mail address belongs to an account already. Do not show this to a visitor: it reveals who has one."""
 
 
 class Forbidden(AccountError):
@@ -174,7 +174,7 @@ class RateLimited(AccountError):
 
     Attributes:
         kind: "requests" or "tokens".
-        retry_after: seconds until it would be let through; None if it never will.
+        retry_after: seconds until it would be admitted; None if it never will be.
     """
 
     def __init__(self, message: str, kind: str, retry_after: float | None) -> None:
@@ -196,7 +196,7 @@ class NoPrice(AccountError):
 
 
 class LedgerRefused(AccountError):
-    """A booking that would not be right: a reference used twice, more than there is, a charge that is not open."""
+    """A booking that breaks a rule: a reference used twice, more than the balance, a charge that is not open."""
 
 
 class GateFailed(UnmaskError):
@@ -204,7 +204,7 @@ class GateFailed(UnmaskError):
 
 
 class TrainingError(UnmaskError):
-    """A training run cannot go on. What it had learnt up to its last checkpoint is kept."""
+    """A training run cannot continue. Its last checkpoint is kept."""
 
 
 class StorageError(UnmaskError):

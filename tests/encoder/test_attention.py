@@ -1,4 +1,4 @@
-"""Attention over a whole pack in one kernel. The kernels need a GPU: here a slow one of the same contract stands in."""
+"""Attention over a pack in one kernel. The kernels need a GPU; a slow one with the same contract takes their place."""
 
 import inspect
 import itertools
@@ -22,7 +22,7 @@ TEXTS = ["one", "two words", "three short words", "the river " * 9, "one", "a ma
 def slow_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: tuple[int, int], scale: float, softcap: float
 ) -> Tensor:
-    """What every variable-length kernel computes, a sequence and a head at a time."""
+    """The result of every variable-length kernel, computed one sequence and one head at a time."""
     out = torch.empty_like(q)
     group = q.shape[1] // k.shape[1]
     left, right = window
@@ -41,7 +41,7 @@ def slow_attention(
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict]]:
-    """Let this CPU pass for a device with torch's kernel; what it was called with."""
+    """Make this CPU pass for a device with torch's kernel. Returns the arguments of its calls."""
     found: list[dict] = []
 
     def stand_in(*given: object, **named: object) -> Tensor:
@@ -70,7 +70,7 @@ def near(ours: np.ndarray, theirs: np.ndarray) -> bool:
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_gemma", "tiny_mistral_instruct"])
-def test_one_kernel_gives_what_the_runs_give(
+def test_one_kernel_equals_length_groups(
     name: str, causal: bool, golden_dir: Path, monkeypatch: pytest.MonkeyPatch, calls: list[dict]
 ) -> None:
     encoder = Encoder.load(str(golden_dir / name), dtype="bfloat16", causal=causal)
@@ -93,7 +93,7 @@ def test_windows_reach_as_far(golden_dir: Path, monkeypatch: pytest.MonkeyPatch,
         assert near(narrow, encoder.encode(TEXTS))
 
 
-def test_what_the_kernel_cannot_do_goes_by_runs(golden_dir: Path, calls: list[dict]) -> None:
+def test_unsupported_precision_goes_by_length_groups(golden_dir: Path, calls: list[dict]) -> None:
     encoder = Encoder.load(str(golden_dir / "tiny_llama"))
     encoder.encode(TEXTS)  # float32
     assert not calls

@@ -1,7 +1,7 @@
-"""Forwards on a GPU, without one: what CUDA does is played by a tape of torch's operations.
+"""The CUDA runtime without a GPU: a tape of torch's operations takes the place of a CUDA graph.
 
-A tape has the two properties of a CUDA graph that matter here. It does exactly the operations that were recorded, and
-it reads and writes where they did; whatever Python decided while recording is frozen.
+A tape has the two properties of a CUDA graph that matter here: it repeats exactly the recorded operations, and it reads
+and writes the same memory. Decisions that Python made while recording are frozen.
 """
 
 import inspect
@@ -37,7 +37,7 @@ TEXTS = ["one", "two words", "three short words", "the river " * 9, "one", "a ma
 def varlen(
     query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, left: int, right: int, longest: int, scale: float
 ) -> Tensor:
-    """Attention by bounds, in one operation of the tape. Rows behind the last sequence are left as they come: NaN."""
+    """Attention by cu_seqlens, in one operation of the tape. Rows behind the last sequence are NaN."""
     out = torch.full_like(query, torch.nan)
     group = query.shape[1] // key.shape[1]
     for start, end in zip(bounds.tolist(), bounds.tolist()[1:], strict=False):
@@ -53,9 +53,9 @@ def varlen(
 
 
 class Tape(TorchDispatchMode):
-    """What is done while it is on, to be done again."""
+    """Records torch's operations while it is active, and repeats them."""
 
-    # What reads a number back from the GPU, or makes a tensor of one from Python, cannot be recorded.
+    # Operations that read a number back from the GPU, or send one from Python, cannot be captured.
     FORBIDDEN = ("_local_scalar_dense", "nonzero", "lift_fresh", "unique", "is_pinned")
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class Tape(TorchDispatchMode):
         return out
 
     def play(self, result: Tensor) -> None:
-        """Do everything again and leave the last result where the first one was."""
+        """Repeat all operations and write the last result where the first one was."""
         made: dict[int, Tensor] = {}
 
         def now(value: Any) -> Any:
@@ -87,7 +87,7 @@ class Tape(TorchDispatchMode):
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """A CPU that passes for a GPU; what was recorded and played, in order."""
+    """Make this CPU pass for a GPU. Returns the log: "recorded" and "played", in order."""
     log: list[str] = []
 
     def record(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
@@ -192,7 +192,7 @@ def test_several_threads_do_not_mix(golden_dir: Path, cuda: list[str]) -> None:
     assert all(near(ours, plain.encode(texts)) for ours, texts in zip(found, calls, strict=True))
 
 
-def test_who_asks_for_the_decoder_ends_recording(golden_dir: Path, cuda: list[str]) -> None:
+def test_trainable_decoder_ends_recording(golden_dir: Path, cuda: list[str]) -> None:
     encoder = on_gpu(golden_dir / "tiny_llama")
     before = [encoder.encode(["some words"]) for _ in range(3)][-1]
     assert "played" in cuda
@@ -223,7 +223,7 @@ def test_what_cannot_be_recorded_is_computed(
     ]
 
 
-def test_without_a_kernel_that_fits_runs_are_attended(golden_dir: Path, cuda: list[str]) -> None:
+def test_without_a_suitable_kernel_attention_goes_by_length_groups(golden_dir: Path, cuda: list[str]) -> None:
     encoder, plain = on_gpu(golden_dir / "tiny_llama", dtype="float32"), Encoder.load(golden_dir / "tiny_llama")
     for _ in range(3):
         assert np.abs(encoder.encode(TEXTS) - plain.encode(TEXTS)).max() < 1e-5
@@ -231,7 +231,7 @@ def test_without_a_kernel_that_fits_runs_are_attended(golden_dir: Path, cuda: li
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_bags_are_what_pooling_is(pooling: str, golden_dir: Path) -> None:
+def test_pool_bags_equals_pool(pooling: str, golden_dir: Path) -> None:
     encoder = Encoder.load(golden_dir / "tiny_llama", pooling=pooling)
     prompts = encoder.prompts.build(TEXTS, "find what is meant:")
     hidden = encoder.states([prompt.ids for prompt in prompts])
@@ -251,7 +251,7 @@ def test_a_padded_size_fits_the_pack_with_little_padding(exact: GraphSize) -> No
     assert padded.tokens < exact.tokens + max(16, exact.tokens / 4 + 1)
 
 
-def test_inputs_lie_where_they_are_read(golden_dir: Path) -> None:
+def test_pack_buffer_and_view_agree(golden_dir: Path) -> None:
     prompts = Encoder.load(golden_dir / "tiny_llama").prompts.build(["one", "two words"])
     lengths = [len(prompt.ids) for prompt in prompts]
     size = GraphSize(sum(lengths), 2, max(lengths)).padded()
@@ -266,7 +266,7 @@ def test_inputs_lie_where_they_are_read(golden_dir: Path) -> None:
     assert inputs.weights.sum().item() == pytest.approx(2)
 
 
-def test_two_packs_are_under_way() -> None:
+def test_two_packs_are_in_flight() -> None:
     both = threading.Barrier(2, timeout=10)
 
     def meet(pack: int) -> int:

@@ -1,4 +1,4 @@
-"""Products: the bits of a row whatever the other rows, and weights that can be had as parameters at any time."""
+"""Batch-invariant linear layers: the bits of a row, and prepacked weights that become parameters again."""
 
 from pathlib import Path
 
@@ -25,14 +25,14 @@ ROWS = [*range(1, 18), 31, 32, 33, 63, 64, 65, 100, 127, 128, 255, 256, 257, 511
 
 @pytest.fixture(params=["oneDNN", "OpenBLAS"])
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The product in use."""
+    """The GEMM in use."""
     if request.param == "oneDNN" and not linear_module.is_batch_invariant():
         pytest.skip("torch has no oneDNN here, or one that does not keep a row's bits")
     monkeypatch.setattr(linear_module, "is_batch_invariant", lambda: request.param == "oneDNN")
     return request.param
 
 
-def products_of(linear: Linear, x: torch.Tensor, threads: int) -> torch.Tensor:
+def run_linear(linear: Linear, x: torch.Tensor, threads: int) -> torch.Tensor:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -49,16 +49,16 @@ def test_a_row_has_one_product(library: str, inner: int, outer: int) -> None:
     linear = Linear(inner, min(outer, 192), bias=outer % 3 == 0)
     x = torch.randn(max(ROWS), inner)
     expected = F.linear(x, linear.weight, linear.bias).detach()
-    plain = products_of(linear, x, threads=1)
+    plain = run_linear(linear, x, threads=1)
     torch.testing.assert_close(plain, expected, rtol=1e-4, atol=1e-4)
     linear.prepack()
     assert (linear.prepacked is not None) == (library == "oneDNN")
     for rows in ROWS:
-        assert torch.equal(products_of(linear, x[:rows], threads=1), plain[:rows])
-        assert torch.equal(products_of(linear, x[-rows:], threads=2), plain[-rows:])
+        assert torch.equal(run_linear(linear, x[:rows], threads=1), plain[:rows])
+        assert torch.equal(run_linear(linear, x[-rows:], threads=2), plain[-rows:])
 
 
-def test_sealing_gives_up_the_plain_weight_and_unsealing_brings_it_back() -> None:
+def test_prepack_drops_the_parameter_and_unpack_restores_it() -> None:
     if not linear_module.is_batch_invariant():
         pytest.skip("no oneDNN")
     module = nn.Sequential(Linear(48, 100), nn.Linear(100, 8))

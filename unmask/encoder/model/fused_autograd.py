@@ -15,12 +15,15 @@ from torch import Tensor
 
 
 class RmsNorm(torch.autograd.Function):
-    """x [T, W] * rstd * weight, with rstd = 1 / sqrt(mean(x^2) + eps); computed in float32."""
+    """x [..., W] * rstd * weight, with rstd = 1 / sqrt(mean(x^2) + eps); computed in float32.
+
+    x is [T, W] before attention and MLP, and [T, heads, D] for the norms of queries and keys.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()
-        rstd = wide.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()  # [T, 1]
+        rstd = wide.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()  # [..., 1]
         ctx.save_for_backward(x, weight, rstd)
         return (wide * rstd).mul_(weight).to(x.dtype)
 
@@ -28,9 +31,11 @@ class RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, rstd = ctx.saved_tensors
         wide, dy = x.float(), dy.float()
-        product = dy * wide  # [T, W]
-        d_weight = (rstd.T @ product).squeeze(0) if ctx.needs_input_grad[1] else None  # [W]
-        along = (product @ weight).div_(x.shape[-1]).unsqueeze(1).mul_(rstd.pow(3))  # [T, 1]
+        product = dy * wide  # [..., W]
+        d_weight = None
+        if ctx.needs_input_grad[1]:
+            d_weight = (rstd.flatten(0, -2).T @ product.flatten(0, -2)).squeeze(0)  # [W]
+        along = (product @ weight).div_(x.shape[-1]).unsqueeze(-1).mul_(rstd.pow(3))  # [..., 1]
         dx = torch.mul(dy, weight, out=product).mul_(rstd).addcmul_(wide, along, value=-1)
         return dx.to(x.dtype), d_weight, None
 
