@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from unmask import Encoder
 from unmask.checkpoint import open_checkpoint
+from unmask.checkpoint.adapter import HARMLESS_FIELDS, HONOURED_FIELDS, REFUSED_FIELDS
 from unmask.errors import AdapterMismatch, CheckpointError
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -21,9 +22,11 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 def made_by_peft(model_class: Any, base: Path, target: Path, **settings: Any) -> dict[str, torch.Tensor]:
     """Save a random adapter with PEFT itself; return PEFT's own merged weights by innermost name."""
     torch.manual_seed(3)
-    model = get_peft_model(model_class.from_pretrained(base), LoraConfig(target_modules=TARGETS, **settings))
+    model = get_peft_model(model_class.from_pretrained(base), LoraConfig(**{"target_modules": TARGETS, **settings}))
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
+        if "magnitude" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 2.0)
+        elif parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(str(target))
     merged = model.merge_and_unload().state_dict()
@@ -38,8 +41,17 @@ def made_by_peft(model_class: Any, base: Path, target: Path, **settings: Any) ->
         {"r": 4, "lora_alpha": 8, "use_rslora": True},
         {"r": 4, "lora_alpha": 8, "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 3}},
         {"r": 4, "lora_alpha": 8, "alpha_pattern": {"down_proj": 1.5}},
+        {"r": 4, "lora_alpha": 8, "use_dora": True},
+        {"r": 4, "lora_alpha": 8, "modules_to_save": ["embed_tokens", "norm"]},
+        {"r": 4, "lora_alpha": 8, "trainable_token_indices": [5, 3, 700]},
+        {"r": 4, "lora_alpha": 8, "target_modules": [*TARGETS, "embed_tokens"]},
+        {"r": 4, "lora_alpha": 8, "init_lora_weights": "orthogonal"},
+        {"r": 4, "lora_alpha": 8, "init_lora_weights": "gaussian"},
+        {"r": 4, "lora_alpha": 8, "layers_to_transform": [0, 2], "layers_pattern": "layers"},
+        {"r": 4, "lora_alpha": 8, "exclude_modules": ["layers.1.mlp.up_proj"]},
+        {"r": 4, "lora_alpha": 8, "target_modules": r".*layers\.[02]\..*(q|up)_proj"},
     ],
-    ids=["plain", "rslora", "rank pattern", "alpha pattern"],
+    ids=str,
 )
 def test_merged_as_peft_merges(golden_dir: Path, tmp_path: Path, model_class: Any, settings: dict[str, Any]) -> None:
     base = golden_dir / "tiny_llama"
@@ -85,9 +97,16 @@ def change(adapter: Path, **fields: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"use_dora": True}, "DoRA"),
+        ({"use_dora": True}, "use_dora the magnitude"),
         ({"bias": "all"}, "biases"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"modules_to_save": ["embed_tokens"]}, "modules_to_save"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        *(
+            ({"init_lora_weights": init}, f"init_lora_weights='{init}'")
+            for init in ("pissa", "pissa_niter_4", "olora", "loftq", "corda", "lora_ga", "mica", "of next year")
+        ),
+        *(({name: {"x": 1}}, name) for name in sorted(REFUSED_FIELDS)),
+        ({"bend_lora": True}, "unknown setting bend_lora"),
         ({"peft_type": "LOHA"}, "LOHA"),
         ({"r": 3}, "do not fit rank 3"),
         ({"r": 0}, "at least 1"),
@@ -134,4 +153,41 @@ def test_truncated_adapter(golden_dir: Path, adapter: Path, keep: int) -> None:
     file = adapter / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(CheckpointError, match="damaged or truncated"):
+        open_checkpoint(golden_dir / "tiny_llama", [adapter])
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("half", ["lora_A", "lora_B"])
+def test_an_adapter_that_diverged_is_refused_by_name(golden_dir: Path, adapter: Path, number: float, half: str) -> None:
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(key for key in tensors if half in key and "layers.1.mlp.up_proj" in key)
+    tensors[name][0, 0] = number
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=rf"{half}.weight holds NaN or infinity"):
+        open_checkpoint(golden_dir / "tiny_llama", [adapter])
+
+
+def test_every_field_of_peft_is_honoured_harmless_or_refused() -> None:
+    fields = set(LoraConfig.__dataclass_fields__)
+    assert fields == HONOURED_FIELDS | HARMLESS_FIELDS | REFUSED_FIELDS
+    assert not HONOURED_FIELDS & HARMLESS_FIELDS
+    assert not (HONOURED_FIELDS | HARMLESS_FIELDS) & REFUSED_FIELDS
+
+
+def test_every_targeted_module_without_tensors_is_named(golden_dir: Path, adapter: Path) -> None:
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    modules = sorted({key.rpartition(".lora_")[0] for key in tensors})
+    for module in modules[::5]:
+        save_file({key: value for key, value in tensors.items() if not key.startswith(f"{module}.lora_")}, file)
+        with pytest.raises(AdapterMismatch, match=rf"lacks the tensors of 1 modules .*{module.split('model.')[-1]}"):
+            open_checkpoint(golden_dir / "tiny_llama", [adapter])
+
+
+def test_a_resized_embedding_is_refused_by_name(golden_dir: Path, adapter: Path) -> None:
+    file = adapter / "adapter_model.safetensors"
+    whole = torch.ones(808, 64)
+    save_file({**load_file(file), "base_model.model.embed_tokens.weight": whole}, file)
+    with pytest.raises(AdapterMismatch, match=r"embed_tokens.weight whole \(modules_to_save\)"):
         open_checkpoint(golden_dir / "tiny_llama", [adapter])

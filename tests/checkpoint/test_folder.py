@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from unmask import Encoder
 from unmask.checkpoint import open_checkpoint
-from unmask.checkpoint.tensors import innermost
+from unmask.checkpoint.tensors import innermost, require_finite
 from unmask.errors import CheckpointError, UnmaskError
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -214,3 +214,37 @@ def test_revision_is_the_content(copied) -> None:
     tensors["norm.weight"][0] += 1
     save_file(tensors, folder / "model.safetensors")
     assert open_checkpoint(folder).revision != before
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_weights_that_are_no_numbers_are_refused_by_name(copied, number: float, dtype: torch.dtype, form: str) -> None:
+    folder = copied("tiny_llama")
+    file = folder / "model.safetensors"
+    tensors = {key: tensor.to(dtype) for key, tensor in load_file(file).items()}
+    name = next(key for key in tensors if key.endswith("layers.1.mlp.up_proj.weight"))
+    tensors[name][2, 3] = number
+    if form == "bin":
+        file.unlink()
+        torch.save(tensors, folder / "pytorch_model.bin")
+    else:
+        save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN or infinity in 1 of"):
+        reload(folder)
+
+
+@given(
+    place=st.integers(0, 63),
+    number=st.floats(allow_nan=True, allow_infinity=True, width=16),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2, torch.float64]),
+)
+def test_every_number_that_is_none_is_found_and_no_other(place: int, number: float, dtype: torch.dtype) -> None:
+    tensor = torch.zeros(8, 8)
+    tensor.view(-1)[place] = number
+    tensor = tensor.to(dtype)
+    if torch.isfinite(tensor.float()).all():
+        require_finite(tensor, "w", "file")
+    else:
+        with pytest.raises(CheckpointError, match="file: tensor w holds"):
+            require_finite(tensor, "w", "file")

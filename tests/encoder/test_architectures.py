@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from unmask.encoder.model.architectures import ARCHITECTURES, Rope, shape_of
+from unmask.encoder.model.architectures import ARCHITECTURES, ROPE_TYPES, Rope, shape_of
 from unmask.encoder.model.attention import length_groups
 from unmask.encoder.model.decoder import Decoder
 from unmask.encoder.model.transformers_decoder import TransformersDecoder
@@ -194,6 +194,88 @@ def test_unknown_architecture_is_named() -> None:
 def test_a_row_does_not_swallow_an_unknown_rope() -> None:
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
     assert shape_of({**SMALL, "model_type": "llama", "rope_scaling": yarn}) is None
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "llama3": {**LLAMA3_ROPE},
+    "llama3 with its base in the table": {**LLAMA3_ROPE, "rope_theta": 500_000.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "yarn with its factor alone": {"factor": 4.0},
+    "yarn with mscale": {
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "mscale": 0.7,
+        "mscale_all_dim": 0.4,
+        "beta_fast": 20,
+        "beta_slow": 2,
+    },
+    "dynamic": {"factor": 4.0},
+    "longrope": {
+        "factor": 8.0,
+        "original_max_position_embeddings": 16,
+        "short_factor": [1.0 + 0.2 * i for i in range(8)],
+        "long_factor": [1.5 + 0.7 * i for i in range(8)],
+    },
+    "proportional": {"factor": 2.0, "partial_rotary_factor": 0.5},
+}
+
+
+def test_every_rope_type_of_transformers_is_compared() -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    tested = {name.split()[0] for name in ROPES}
+    assert tested == set(ROPE_TYPES)
+    assert tested >= set(ROPE_INIT_FUNCTIONS) | {"default"}
+
+
+def rope_decoder(config: dict[str, Any], model: torch.nn.Module) -> torch.nn.Module:
+    full = {**SMALL, **config}
+    shape = shape_of(full)
+    state = StateDict(model.state_dict())
+    if shape is None:
+        return TransformersDecoder.load(full, state, torch.float32, "cpu")
+    return Decoder.load(shape, state, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("name", ROPES)
+@torch.no_grad()
+def test_rope_types_match_transformers_in_any_batch(name: str, key: str) -> None:
+    table = {"rope_type": name.split()[0], "rope_theta": 10_000.0, **ROPES[name]}  # may hold a theta of its own
+    config = {"model_type": "llama", "max_position_embeddings": 32, "rope_theta": 10_000.0, key: table}
+    model = transformers_model(config)
+    decoder = rope_decoder(config, model)
+    for lengths in ([50, 11, 11, 1], [11, 40], [33, 17], [9, 9]):  # below, between and beyond both context lengths
+        ids = torch.randint(1, 120, (sum(lengths),))
+        states = decoder(ids, lengths)
+        for sequence, mine in zip(ids.split(lengths), states.split(lengths), strict=True):
+            fresh = transformers_model(config)  # "dynamic" remembers the longest sequence
+            theirs = fresh(input_ids=sequence[None], use_cache=False).last_hidden_state[0]
+            assert (mine - theirs).norm() / theirs.norm() <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo2"])
+def test_an_unknown_rope_type_is_refused_by_name(kind: str) -> None:
+    for table in (
+        {"rope_type": "spiral", "factor": 2.0},
+        {"type": "spiral"},
+        {"full_attention": {"rope_type": "spiral"}},
+    ):
+        for key in ("rope_scaling", "rope_parameters"):
+            with pytest.raises(UnsupportedArchitecture, match="'spiral'"):
+                shape_of({**SMALL, "model_type": kind, key: table})
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ROPE_TYPES if kind != "default"])
+def test_a_rope_without_its_numbers_is_no_traceback(kind: str) -> None:
+    config = {**SMALL, "model_type": "llama", "rope_scaling": {"rope_type": kind}}
+    model = transformers_model({"model_type": "llama"})
+    try:
+        rope_decoder({"model_type": "llama", "rope_scaling": {"rope_type": kind}}, model)
+    except (CheckpointError, UnsupportedArchitecture) as error:
+        assert kind in str(error) or "factor" in str(error), config
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from unmask.checkpoint.adapter import Adapter, MergedTensors
 from unmask.checkpoint.gguf import open_gguf
 from unmask.checkpoint.head import HEAD_FILE, HeadTensors
 from unmask.checkpoint.resolve import Location, resolve
-from unmask.checkpoint.tensors import BorrowedEmbedding, TensorSource, open_tensors
+from unmask.checkpoint.tensors import BorrowedEmbedding, FiniteTensors, TensorSource, open_tensors
 from unmask.checkpoint.tokenizer import TextTokenizer, read_tokenizer
 from unmask.errors import CheckpointError, StorageError
 
@@ -103,7 +103,7 @@ def _open(location: Location) -> Checkpoint:
     return Checkpoint(
         name=location.name,
         config=config,
-        tensors=tensors,
+        tensors=FiniteTensors(tensors, location.name),
         tokenizer=tokenizer,
         encoder_config=_encoder_config((*reversed(location.adapters), base)),
         trained_as=str(config.get("_name_or_path") or location.trained_as),

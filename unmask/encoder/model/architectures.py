@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unmask.errors import CheckpointError
+from unmask.errors import CheckpointError, UnsupportedArchitecture
 
 _MODELING = "https://github.com/huggingface/transformers/blob/main/src/transformers/models"
 
@@ -114,6 +114,10 @@ _ACTIVATIONS = {
 }
 
 
+# Every `rope_type` that gives transformers' vectors here; the types that `Rope` lacks run through transformers.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope", "proportional")
+
+
 @dataclass(frozen=True)
 class Rope:
     """Rotary position embedding (arXiv 2104.09864) of one kind of layer.
@@ -204,7 +208,9 @@ def shape_of(config: Mapping[str, Any]) -> Shape | None:
 
     Raises:
         CheckpointError: a row exists, but a required number is missing or impossible.
+        UnsupportedArchitecture: the config names a RoPE type that is not in ROPE_TYPES.
     """
+    require_known_rope(config)
     row = ARCHITECTURES.get(_model_type(config))
     if row is None:
         return None
@@ -288,19 +294,50 @@ def _windows(config: Mapping[str, Any], row: Architecture, layers: int) -> tuple
     return (None,) * layers
 
 
+def require_known_rope(config: Mapping[str, Any]) -> None:
+    """Check the names of all RoPE types in a config.
+
+    Raises:
+        UnsupportedArchitecture: a type is not in ROPE_TYPES, so its vectors have never been compared.
+    """
+    for kind in rope_types(config):
+        if kind not in ROPE_TYPES:
+            raise UnsupportedArchitecture(
+                f"config.json: RoPE scaling of type {kind!r} is not supported; known types: {', '.join(ROPE_TYPES)}"
+            )
+
+
+def rope_types(config: Mapping[str, Any]) -> set[str]:
+    """RoPE types that a config names, old and new keys, for all kinds of layers."""
+    kinds = set()
+    for key in ("rope_parameters", "rope_scaling"):
+        table = config.get(key)
+        table = table if isinstance(table, Mapping) else {}
+        for part in (table, *(value for value in table.values() if isinstance(value, Mapping))):
+            kind = part.get("rope_type") or part.get("type")
+            if kind is not None:
+                kinds.add(str(kind))
+    return kinds
+
+
 def _ropes(config: Mapping[str, Any], row: Architecture, windows: tuple[int | None, ...]) -> tuple[Rope, ...] | None:
     parameters = config.get("rope_parameters") or {}
     # transformers 5 writes one table, or one per kind of layer; earlier configs have rope_theta and rope_scaling.
     whole = parameters.get("full_attention", parameters)
     local = parameters.get("sliding_attention")
-    theta = float(whole.get("rope_theta") or config.get("rope_theta") or row.default_theta)
-    full = _rope(theta, whole if whole.get("rope_type") else config.get("rope_scaling") or {}, config)
+    scaling = config.get("rope_scaling") or {}
+    if scaling and parameters and scaling != parameters:
+        return None  # two tables that differ: transformers knows which one it reads
+    theta = float(whole.get("rope_theta") or scaling.get("rope_theta") or config.get("rope_theta") or row.default_theta)
+    full = _rope(theta, whole if whole.get("rope_type") else scaling, config)
     if full is None:
         return None
     if row.local_theta is None:
         return (full,) * len(windows)
     local_theta = (local or {}).get("rope_theta") or config.get("rope_local_base_freq") or row.local_theta
-    sliding = Rope(float(local_theta))
+    sliding = _rope(float(local_theta), local or {}, config)
+    if sliding is None:
+        return None
     return tuple(full if window is None else sliding for window in _kinds(config, row, windows))
 
 
@@ -315,17 +352,15 @@ def _rope(theta: float, scaling: Mapping[str, Any], config: Mapping[str, Any]) -
     if config.get("rope_factors"):
         return Rope(theta, factors=tuple(float(f) for f in config["rope_factors"]))
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    share = scaling.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     if kind == "default":
         return Rope(theta)
-    if kind == "linear":
+    if kind == "linear" and share == 1.0 and "factor" in scaling:
         return Rope(theta, kind, float(scaling["factor"]))
-    if kind == "llama3":
-        return Rope(
-            theta,
-            kind,
-            float(scaling["factor"]),
-            float(scaling["low_freq_factor"]),
-            float(scaling["high_freq_factor"]),
-            int(scaling["original_max_position_embeddings"]),
-        )
-    return None  # yarn, longrope, dynamic: transformers knows them
+    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    # transformers lets a number beside the table replace the one in it.
+    outside = config.get("original_max_position_embeddings")
+    if kind == "llama3" and share == 1.0 and outside is None and all(key in scaling for key in keys):
+        factor, low, high, original = (scaling[key] for key in keys)
+        return Rope(theta, kind, float(factor), float(low), float(high), int(original))
+    return None  # transformers knows the other types, and says which number is missing

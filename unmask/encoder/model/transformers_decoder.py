@@ -1,5 +1,6 @@
 """Decoders without a row in our table, run by `transformers` with `config.is_causal = False`: slower, same result."""
 
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,19 +8,50 @@ import torch
 from torch import Tensor, nn
 
 from unmask.checkpoint.tensors import TensorSource
+from unmask.encoder.model.architectures import rope_types
 from unmask.encoder.model.attention import PackLayout
 from unmask.errors import CheckpointError, UnsupportedArchitecture
 
 
 class TransformersDecoder(nn.Module):
-    """Any decoder of the transformers library, with the methods of `Decoder` that a runtime calls."""
+    """Any decoder of the transformers library, with the methods of `Decoder` that a runtime calls.
 
-    def __init__(self, model: nn.Module) -> None:
+    With RoPE of type "dynamic" or "longrope" the angles of a batch depend on its longest sequence, and "dynamic" keeps
+    those of earlier calls. So such a model (`by_length`) runs each length alone, from its initial angles, as
+    transformers runs a single sequence.
+    """
+
+    def __init__(self, model: nn.Module, by_length: bool = False) -> None:
         super().__init__()
         self.model = model
+        self._by_length = by_length
+        self._angles_lock = threading.Lock()
 
     def forward(self, ids: Tensor, lengths: list[int]) -> Tensor:
         """ids [T] and the lengths of their sequences -> final hidden states [T, W]."""
+        if not self._by_length:
+            return self._padded(ids, lengths)
+        rows = ids.split(lengths)
+        states: list[Tensor] = list(rows)
+        with self._angles_lock:
+            for length in sorted(set(lengths)):
+                members = [i for i, other in enumerate(lengths) if other == length]
+                self._reset_angles()
+                found = self._padded(torch.cat([rows[i] for i in members]), [length] * len(members))
+                for member, sequence in zip(members, found.split(length), strict=True):
+                    states[member] = sequence
+        return torch.cat(states)
+
+    def _reset_angles(self) -> None:
+        for module in self.model.modules():
+            if hasattr(module, "original_max_seq_len"):
+                for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
+                    setattr(module, name, module.original_max_seq_len)
+                for name, buffer in list(module.named_buffers(recurse=False)):
+                    if name.endswith("original_inv_freq"):
+                        module.register_buffer(name.replace("original_", ""), buffer.clone(), persistent=False)
+
+    def _padded(self, ids: Tensor, lengths: list[int]) -> Tensor:
         rows = ids.split(lengths)
         padded = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)  # [n, longest]
         real = torch.arange(padded.shape[1], device=ids.device) < torch.tensor(lengths, device=ids.device)[:, None]
@@ -67,7 +99,8 @@ class TransformersDecoder(nn.Module):
                         f"wrong shape: {name} is {list(tensors.shape(name))}, {kind} needs {list(target.shape)}"
                     )
                 target.copy_(tensors.read(name))
-        decoder = cls(model.to(device).eval())
+        by_length = not rope_types(built.to_dict()).isdisjoint(("dynamic", "longrope"))
+        decoder = cls(model.to(device).eval(), by_length)
         if not causal:
             decoder._require_bidirectional(kind, device)
         return decoder
