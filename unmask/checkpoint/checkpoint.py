@@ -11,6 +11,7 @@ from typing import Any
 from unmask.checkpoint.adapter import Adapter, MergedTensors
 from unmask.checkpoint.gguf import open_gguf
 from unmask.checkpoint.head import HEAD_FILE, HeadTensors
+from unmask.checkpoint.modules import read_modules
 from unmask.checkpoint.resolve import Location, resolve
 from unmask.checkpoint.tensors import BorrowedEmbedding, FiniteTensors, TensorSource, open_tensors
 from unmask.checkpoint.tokenizer import TextTokenizer, read_tokenizer
@@ -88,6 +89,10 @@ def _open(location: Location) -> Checkpoint:
         config = _read_config(base)
         tensors, tokenizer = open_tensors(base), read_tokenizer(base)
         files, folder = _deciding_files(base), base
+    encoder_config = _encoder_config((*reversed(location.adapters), base))
+    if folder is not None and not encoder_config:
+        encoder_config = read_modules(folder, config, pools_prefix=bool(tokenizer.prefix))
+        files += sorted(folder.glob("modules.json")) + sorted(folder.glob("*_Pooling/config.json"))
     merged = [Adapter(path) for path in location.adapters]
     for adapter in merged:
         files += [adapter.folder / "adapter_config.json", adapter.weights_file]
@@ -105,7 +110,7 @@ def _open(location: Location) -> Checkpoint:
         config=config,
         tensors=FiniteTensors(tensors, location.name),
         tokenizer=tokenizer,
-        encoder_config=_encoder_config((*reversed(location.adapters), base)),
+        encoder_config=encoder_config,
         trained_as=str(config.get("_name_or_path") or location.trained_as),
         files=tuple(files),
         folder=folder,

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from unmask.checkpoint.gguf_tokenizer import build_tokenizer
+from unmask.checkpoint.modules import require_readable_gguf
 from unmask.checkpoint.tensors import TensorSource
 from unmask.checkpoint.tokenizer import TextTokenizer
 from unmask.errors import CheckpointError, UnsupportedArchitecture
@@ -167,6 +168,7 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], TensorSource, TextTokenizer]:
     if not isinstance(architecture, str) or architecture not in _FAMILIES:
         supported = ", ".join(_FAMILIES)
         raise UnsupportedArchitecture(f"{path} holds architecture {architecture!r}; known are {supported}")
+    require_readable_gguf(path, architecture, header.fields)
     config = _config(header, architecture)
     tensors = GgufTensors(header, architecture, config)
     config["vocab_size"] = tensors.shape("embed_tokens.weight")[0]
