@@ -206,13 +206,13 @@ class TargetModules:
         if self.layers is None or isinstance(self.modules, str):
             return True
         patterns = self.patterns or (r"[^.]*",)
-        found = (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name) for pattern in patterns)
-        number = next((int(match[1]) for match in found if match), None)
+        matches = (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name) for pattern in patterns)
+        number = next((int(match[1]) for match in matches if match), None)
         return number in self.layers
 
 
-def _names(given: Any) -> str | tuple[str, ...]:
-    return given if isinstance(given, str) else tuple(str(name) for name in given or ())
+def _names(value: Any) -> str | tuple[str, ...]:
+    return value if isinstance(value, str) else tuple(str(name) for name in value or ())
 
 
 def _matches(names: str | tuple[str, ...], module: str) -> bool:
@@ -221,9 +221,9 @@ def _matches(names: str | tuple[str, ...], module: str) -> bool:
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 
-def _token_indices(given: Any) -> Mapping[str, Sequence[int]]:
-    named = given if isinstance(given, dict) else {"embed_tokens": given} if given else {}
-    return {str(module): tuple(map(int, indices)) for module, indices in named.items()}
+def _token_indices(value: Any) -> Mapping[str, Sequence[int]]:
+    by_module = value if isinstance(value, dict) else {"embed_tokens": value} if value else {}
+    return {str(module): tuple(map(int, indices)) for module, indices in by_module.items()}
 
 
 def _by_pattern(patterns: Mapping[str, float], module: str, otherwise: float) -> float:
@@ -270,17 +270,17 @@ class Adapter:
                 raise AdapterMismatch(f"{self.weights_file} holds no rows of {module} for trainable_token_indices")
 
     def _token_rows(self, module: str, rows: torch.Tensor) -> tuple[Sequence[int], torch.Tensor]:
-        found = [ids for name, ids in self.config.token_indices.items() if module.endswith(name)]
-        if len(found) != 1 or rows.ndim != 2 or len(found[0]) != rows.shape[0]:
+        indices = [ids for name, ids in self.config.token_indices.items() if module.endswith(name)]
+        if len(indices) != 1 or rows.ndim != 2 or len(indices[0]) != rows.shape[0]:
             raise AdapterMismatch(
                 f"{self.weights_file}: {module} has {tuple(rows.shape)} token rows, which do not fit "
                 "trainable_token_indices in adapter_config.json"
             )
-        return found[0], rows
+        return indices[0], rows
 
     def _check(self, module: str, halves: Mapping[str, torch.Tensor]) -> None:
-        wanted = {"A", "B", "magnitude_vector"} if self.config.dora and module != "embed_tokens" else {"A", "B"}
-        if set(halves) != wanted:
+        parts = {"A", "B", "magnitude_vector"} if self.config.dora and module != "embed_tokens" else {"A", "B"}
+        if set(halves) != parts:
             raise AdapterMismatch(
                 f"{self.weights_file}: {module} has lora_{', lora_'.join(sorted(halves))} only; both A and B are needed"
                 + (", and with use_dora the magnitude" if self.config.dora else "")

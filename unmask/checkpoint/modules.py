@@ -68,9 +68,12 @@ def read_modules(folder: Path, config: Mapping[str, Any], pools_prefix: bool) ->
             "sentence-transformers for its vectors (unmask evaluate does); to encode with the decoder alone, as a "
             'bidirectional mean, write llm2vec_config.json with {"pooling_mode": "mean"} beside it'
         )
-    found = {"pooling_mode": "mean", "skip_instruction": not pooling.get("include_prompt", True)}
+    encoder_config: dict[str, Any] = {
+        "pooling_mode": "mean",
+        "skip_instruction": not pooling.get("include_prompt", True),
+    }
     length = lengths.get("max_seq_length")
-    return {**found, "max_length": length} if length else found
+    return {**encoder_config, "max_length": length} if length else encoder_config
 
 
 def require_readable_gguf(path: Path, architecture: str, fields: Mapping[str, Any]) -> None:

@@ -37,8 +37,8 @@ class TransformersDecoder(nn.Module):
             for length in sorted(set(lengths)):
                 members = [i for i, other in enumerate(lengths) if other == length]
                 self._reset_angles()
-                found = self._padded(torch.cat([rows[i] for i in members]), [length] * len(members))
-                for member, sequence in zip(members, found.split(length), strict=True):
+                hidden = self._padded(torch.cat([rows[i] for i in members]), [length] * len(members))
+                for member, sequence in zip(members, hidden.split(length), strict=True):
                     states[member] = sequence
         return torch.cat(states)
 
