@@ -97,7 +97,7 @@ def trained(
             output=run,
             resume=(run / "run.json").is_file(),
             progress=progress,
-            say=console.print,
+            log=console.print,
         )
     return run / "adapter"
 

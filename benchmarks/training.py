@@ -37,7 +37,7 @@ from unmask.training.mixture import Part, TextBatch
 from unmask.training.model_folder import write_model
 from unmask.training.objectives import objective_for
 from unmask.training.recipe import ALL_LINEAR, Recipe
-from unmask.training.trainee import Trainee
+from unmask.training.training_model import TrainingModel
 
 Rows = list[Example]
 Turn = Callable[[Rows], tuple[float, float]]  # rows -> seconds, loss of the first step
@@ -77,13 +77,13 @@ def unmask_turn(options: argparse.Namespace, folder: Path, precision: str) -> Tu
         },
         Recipe,
     )
-    trainee = Trainee(recipe, torch.device("cpu"))
-    objective = objective_for(recipe, trainee, None)
-    parameters = list(trainee.parameters.values())
+    training_model = TrainingModel(recipe, torch.device("cpu"))
+    objective = objective_for(recipe, training_model, None)
+    parameters = list(training_model.parameters.values())
 
     def turn(rows: Rows) -> tuple[float, float]:
         adamw = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
-        trainee.decoder.train()
+        training_model.decoder.train()
         losses = []
         began = time.perf_counter()
         for step, start in enumerate(range(0, len(rows), options.batch)):
@@ -91,7 +91,7 @@ def unmask_turn(options: argparse.Namespace, folder: Path, precision: str) -> Tu
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             adamw.step()
             adamw.zero_grad(set_to_none=True)
-            trainee.merge()
+            training_model.merge()
             losses.append(report.loss)
         return time.perf_counter() - began, losses[0]
 

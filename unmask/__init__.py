@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from unmask.errors import UnmaskError
     from unmask.evaluate import evaluate
     from unmask.training.recipe import Recipe
-    from unmask.training.train import Outcome
+    from unmask.training.train import TrainingResult
 
 # Imported at first use: torch takes seconds, and `unmask --help` must not pay for it.
 _LAZY_NAMES = {"Encoder": "unmask.encoder", "Recipe": "unmask.training.recipe", "UnmaskError": "unmask.errors"}
@@ -39,7 +39,7 @@ def __getattr__(name: str) -> Any:
 
 def train(
     recipe: "Recipe | str | Path", *, output: str | Path, data: str | Path | None = None, resume: bool = False
-) -> "Outcome":
+) -> "TrainingResult":
     """Train an encoder from a decoder.
 
     Args:

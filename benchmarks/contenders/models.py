@@ -14,7 +14,7 @@ from contenders import LONGEST
 from unmask.checkpoint import open_checkpoint
 from unmask.encoder.model.architectures import shape_of
 from unmask.errors import UsageError
-from unmask.training.model_folder import Settings, write_folder
+from unmask.training.model_folder import EncoderSettings, write_model_folder
 
 WORDS = (  # noqa: SIM905 - 64 quoted words read worse
     "the of and to in is was for on that with by as from at which this be are an it or not have but were their one "
@@ -67,10 +67,10 @@ def write_real(model: str, folder: Path) -> str:
         UsageError: its vectors are no means over all tokens, which is all that the peers are asked for.
     """
     checkpoint = open_checkpoint(model)
-    settings = Settings.of(checkpoint)
+    settings = EncoderSettings.from_checkpoint(checkpoint)
     if settings.pooling != "mean":
         raise UsageError(f"{model} pools by {settings.pooling}; the comparison is written for mean")
-    write_folder(folder, checkpoint, checkpoint.tensors, settings, torch.float32)
+    write_model_folder(folder, checkpoint, checkpoint.tensors, settings, torch.float32)
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     if config["model_type"] == "llama":  # infinity-emb wants the class named, which files of one format do not do

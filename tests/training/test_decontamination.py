@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unmask.training.decontamination import Held, read_held, words_of
+from unmask.training.decontamination import Decontaminator, read_decontaminator, words_of
 
 LONG = "The AFC champion Denver Broncos defeated the NFC champion Carolina Panthers 24 to 10 to earn their third title"
 WORD = st.text(alphabet="abcdefghij", min_size=1, max_size=6)
@@ -25,7 +25,7 @@ WORD = st.text(alphabet="abcdefghij", min_size=1, max_size=6)
     ],
 )
 def test_a_short_text_is_caught_in_other_dress(copy: str) -> None:
-    assert Held(["A man is playing a guitar."]).touches(copy)
+    assert Decontaminator(["A man is playing a guitar."]).overlaps(copy)
 
 
 @pytest.mark.parametrize(
@@ -38,37 +38,37 @@ def test_a_short_text_is_caught_in_other_dress(copy: str) -> None:
     ],
 )
 def test_apostrophes_and_accents_hide_nothing(held: str, copy: str) -> None:
-    assert Held([held]).touches(copy)
-    assert Held([copy]).touches(held)
+    assert Decontaminator([held]).overlaps(copy)
+    assert Decontaminator([copy]).overlaps(held)
 
 
 def test_a_run_of_a_long_text_is_caught() -> None:
-    held = Held([LONG])
-    assert held.touches(f"It is well known that {LONG.lower()}, as everybody saw.")
-    assert held.touches(" ".join(LONG.split()[4:14]))
-    assert not held.touches(" ".join(LONG.split()[4:13]))
+    held = Decontaminator([LONG])
+    assert held.overlaps(f"It is well known that {LONG.lower()}, as everybody saw.")
+    assert held.overlaps(" ".join(LONG.split()[4:14]))
+    assert not held.overlaps(" ".join(LONG.split()[4:13]))
 
 
 @pytest.mark.parametrize(
     "clean", ["A man is playing the guitar", "A man is playing", "A man is playing a guitar on stage", "yes", "", "..."]
 )
 def test_another_text_is_left_alone(clean: str) -> None:
-    assert not Held(["A man is playing a guitar.", LONG, "yes", "Thank you!"]).touches(clean)
+    assert not Decontaminator(["A man is playing a guitar.", LONG, "yes", "Thank you!"]).overlaps(clean)
 
 
 def test_nothing_held_touches_nothing() -> None:
-    assert len(Held([])) == 0
-    assert not Held([]).touches(LONG)
+    assert len(Decontaminator([])) == 0
+    assert not Decontaminator([]).overlaps(LONG)
 
 
 @given(st.lists(WORD, min_size=3, max_size=30), st.lists(WORD, max_size=10), st.lists(WORD, max_size=10))
 def test_every_text_touches_itself_and_long_ones_whatever_surrounds_them(
     words: list[str], before: list[str], after: list[str]
 ) -> None:
-    held = Held([" ".join(words)])
-    assert held.touches(", ".join(words).upper())
+    held = Decontaminator([" ".join(words)])
+    assert held.overlaps(", ".join(words).upper())
     if len(words) >= 10:
-        assert held.touches(" ".join([*before, *words, *after]))
+        assert held.overlaps(" ".join([*before, *words, *after]))
 
 
 @given(st.text())
@@ -87,6 +87,6 @@ def test_every_text_of_a_folder_is_read(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     pq.write_table(pa.table({"text": ["fifth text of all"]}), tmp_path / "e.parquet")
-    held = read_held(tmp_path)
-    assert all(held.touches(f"{number} text of all") for number in ("first", "second", "third", "fourth", "fifth"))
-    assert not held.touches("this is no data at all")
+    held = read_decontaminator(tmp_path)
+    assert all(held.overlaps(f"{number} text of all") for number in ("first", "second", "third", "fourth", "fifth"))
+    assert not held.overlaps("this is no data at all")

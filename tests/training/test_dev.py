@@ -12,7 +12,7 @@ from tests.training.tiny import recipe_of
 from unmask.errors import UsageError
 from unmask.training.dev import DevSets, spearman
 from unmask.training.examples import Example, Examples
-from unmask.training.recipe import Source
+from unmask.training.recipe import DataSource
 from unmask.training.rows import BadRows
 
 
@@ -29,7 +29,7 @@ class Letters:
 
 
 def pairs_of(examples: list[Example], train: list[Example] | None = None, **fields) -> DevSets:
-    source = Source(name="set", path="x.tsv", **(fields or {"query": "q", "positive": "p"}))
+    source = DataSource(name="set", path="x.tsv", **(fields or {"query": "q", "positive": "p"}))
     return DevSets(recipe_of(), [Examples(source, train or [], examples, BadRows(), 0)], None)
 
 

@@ -20,7 +20,7 @@ from unmask.training.model_folder import int8_rows
 from unmask.training.recipe import Recipe
 from unmask.training.run_folder import RunFolder
 from unmask.training.train import load_data, run_training
-from unmask.training.trainee import Trainee, backward_through
+from unmask.training.training_model import TrainingModel, backward_through
 
 TEXTS = texts_of(12)
 
@@ -74,14 +74,14 @@ def test_the_head_begins_as_the_best_linear_map_and_training_brings_it_nearer(fo
     ).scores["held-out cosine"]
     assert untrained > 80
     assert scores[-1]["held-out cosine"] > untrained + 1
-    assert Encoder.load(outcome.result).dim == 24
+    assert Encoder.load(outcome.folder).dim == 24
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("embedding", [True, False], ids=["whole", "layers-alone"])
 def test_what_is_written_is_what_was_trained(folder: Path, precision: str, embedding: bool) -> None:
     recipe = recipe_for(folder, save={"precision": precision, "embedding": embedding}, steps=3)
-    model = run_training(recipe, data=folder, output=folder / "run").result
+    model = run_training(recipe, data=folder, output=folder / "run").folder
     file = load_file(folder / "run" / "model" / "model.safetensors")
     assert (EMBEDDING in file) == embedding
     assert (model / "tokenizer.json").is_file() == embedding
@@ -143,15 +143,15 @@ def test_the_average_is_what_is_written(folder: Path) -> None:
 
 
 def test_a_second_stage_keeps_the_head_of_the_first(folder: Path) -> None:
-    first = run_training(recipe_for(folder, steps=3), data=folder, output=folder / "first").result
+    first = run_training(recipe_for(folder, steps=3), data=folder, output=folder / "first").folder
     recipe = recipe_for(folder, base=str(first), layers=None, steps=1, optimiser={"lr": 1e-12}, head={"dimensions": 24})
-    second = run_training(recipe, data=folder, output=folder / "second").result
+    second = run_training(recipe, data=folder, output=folder / "second").folder
     assert np.allclose(Encoder.load(first).encode(TEXTS), Encoder.load(second).encode(TEXTS), atol=1e-5)
 
 
 def test_a_frozen_embedding_and_a_frozen_head_stay(folder: Path) -> None:
     recipe = recipe_for(folder, steps=3, head={"dimensions": 24, "trained": False})
-    trainee_names = set(Trainee(recipe, torch.device("cpu")).parameters)
+    trainee_names = set(TrainingModel(recipe, torch.device("cpu")).parameters)
     assert "embedding.weight" not in trainee_names
     run_training(recipe, data=folder, output=folder / "run")
     assert not [name for name in torch.load(folder / "run" / "checkpoints" / "step-00000003" / "state.pt")["parameters"]
@@ -162,11 +162,11 @@ def test_kept_graphs_give_the_gradient_of_gradcache(folder: Path) -> None:
     found = []
     for graph_tokens in (1, 10_000):
         recipe = recipe_for(folder, batch={"size": 8, "forward_tokens": 20, "graph_tokens": graph_tokens})
-        trainee = Trainee(recipe, torch.device("cpu"))
-        prompts = trainee.prompts(TEXTS, "")
-        assert len(trainee.turns([len(prompt.ids) for prompt in prompts])) > 2
-        loss = backward_through(trainee, prompts, lambda vectors: vectors.square().mean())
-        found.append((loss, gradients(trainee)))
+        model = TrainingModel(recipe, torch.device("cpu"))
+        prompts = model.prompts(TEXTS, "")
+        assert len(model.micro_batches([len(prompt.ids) for prompt in prompts])) > 2
+        loss = backward_through(model, prompts, lambda vectors: vectors.square().mean())
+        found.append((loss, gradients(model)))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
     for name, gradient in found[0][1].items():
         assert torch.allclose(gradient, found[1][1][name], rtol=1e-4, atol=1e-7), name

@@ -20,7 +20,7 @@ from unmask.training.distributed import Processes
 from unmask.training.distributed import processes as process_group
 from unmask.training.recipe import Recipe
 from unmask.training.run_folder import RunFolder
-from unmask.training.trainee import Trainee
+from unmask.training.training_model import TrainingModel
 
 RUNS: dict[str, dict[str, Any]] = {
     "supervised": {"contrastive": {"false_negative_margin": 0.05}, "matryoshka": [16]},
@@ -121,9 +121,9 @@ def halves(environment: dict[str, str], base: str, output: Path) -> None:
     """In a process of its own: build a sharded model and say how much of it is here."""
     os.environ.update(environment)
     with process_group(CPU) as group:
-        trainee = Trainee(recipe_of(base=base, shard=True), CPU, group)
-        here = sum(p._local_tensor.numel() for p in trainee.decoder.parameters() if isinstance(p, DTensor))
-        all_of_it = sum(p.numel() for p in trainee.decoder.parameters())
+        model = TrainingModel(recipe_of(base=base, shard=True), CPU, group)
+        here = sum(p._local_tensor.numel() for p in model.decoder.parameters() if isinstance(p, DTensor))
+        all_of_it = sum(p.numel() for p in model.decoder.parameters())
         output.with_suffix(f".{group.rank}").write_text(f"{here} {all_of_it}")
 
 
@@ -149,7 +149,7 @@ def test_a_process_alone_changes_nothing() -> None:
     alone.sum_gradients([parameter])
     assert parameter.grad is None
     assert alone.sum(2.5) == 2.5
-    assert alone.first
+    assert alone.is_main
 
 
 @given(st.lists(st.integers(1, 512), max_size=40), st.integers(1, 5))

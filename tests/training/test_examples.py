@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 
 from unmask.errors import UsageError
-from unmask.training.decontamination import Held
+from unmask.training.decontamination import Decontaminator
 from unmask.training.examples import Example, Examples, load_examples
-from unmask.training.recipe import Source
+from unmask.training.recipe import DataSource
 
 
 def load(
-    folder: Path, rows: list[dict[str, Any]], held: Held | None = None, bad: float = 0.0, **fields: Any
+    folder: Path, rows: list[dict[str, Any]], held: Decontaminator | None = None, bad: float = 0.0, **fields: Any
 ) -> Examples:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return load_examples(Source(name="set", path="rows.jsonl", **fields), folder, held, seed=1, max_bad_rows=bad)
+    return load_examples(DataSource(name="set", path="rows.jsonl", **fields), folder, held, seed=1, max_bad_rows=bad)
 
 
 def test_pairs_with_negatives_in_columns_and_lists(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_an_unknown_column_is_an_error_that_lists_the_known(fields: dict[str, An
 def test_an_unknown_column_is_found_behind_bad_rows_too(tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_text("q\tp\nbad\nbad\nbad\na\tb\n", encoding="utf-8")
     with pytest.raises(UsageError, match=r"a.tsv:5 has no column 'x'"):
-        load_examples(Source(name="set", path="a.tsv", query="q", positive="x"), tmp_path, None, 1, 0.9)
+        load_examples(DataSource(name="set", path="a.tsv", query="q", positive="x"), tmp_path, None, 1, 0.9)
 
 
 def test_rows_are_chosen_by_value(tmp_path: Path) -> None:
@@ -80,12 +80,12 @@ def test_the_sample_follows_from_the_seed_and_leaves_out_what_is_held_out(tmp_pa
     assert found.digest() == again.digest()
     assert (len(found.train), len(found.held_out)) == (20, 10)
     assert not {e.query for e in found.train} & {e.query for e in found.held_out}
-    other = load_examples(Source(name="other", path="rows.jsonl", text="t", limit=20), tmp_path, None, 1, 0.0)
+    other = load_examples(DataSource(name="other", path="rows.jsonl", text="t", limit=20), tmp_path, None, 1, 0.0)
     assert other.digest() != found.digest()
 
 
 def test_evaluation_texts_are_dropped_wherever_they_stand(tmp_path: Path) -> None:
-    held = Held(["the quick brown fox"])
+    held = Decontaminator(["the quick brown fox"])
     rows = [
         {"q": "The quick, brown fox!", "p": "b", "n": "c"},
         {"q": "a", "p": "the quick brown fox", "n": "c"},
@@ -93,7 +93,7 @@ def test_evaluation_texts_are_dropped_wherever_they_stand(tmp_path: Path) -> Non
         {"q": "a quick fox", "p": "b", "n": "c"},
     ]
     found = load(tmp_path, rows, held, query="q", positive="p", negatives=["n"])
-    assert found.touching == 3
+    assert found.overlapping == 3
     assert [e.query for e in found.train] == ["a quick fox"]
 
 

@@ -14,7 +14,7 @@ from unmask.encoder import Encoder
 from unmask.encoder.model.decoder import Decoder
 from unmask.errors import UsageError
 from unmask.training.layer_probe import probe_layers, probe_recipe
-from unmask.training.trainee import Trainee
+from unmask.training.training_model import TrainingModel
 
 TEXTS = texts_of(80)
 
@@ -39,13 +39,13 @@ def test_states_by_layer_are_those_of_sheared_decoders(folder: Path) -> None:
 
 
 def test_targets_made_of_one_layer_are_read_best_there(folder: Path) -> None:
-    trainee = Trainee(recipe_of(base=str(folder / "base"), lora=None), CPU)
+    model = TrainingModel(recipe_of(base=str(folder / "base"), lora=None), CPU)
     second = Encoder.load(folder / "base", layers=2).encode(TEXTS, normalize=True)
-    scores = probe_layers(trainee, TEXTS, second, held_out=30, penalty=1.0)
+    scores = probe_layers(model, TEXTS, second, held_out=30, penalty=1.0)
     assert [score.layer for score in scores] == [0, 1, 2, 3]
     assert max(scores, key=lambda score: score.cosine).layer == 2
     with pytest.raises(UsageError, match="30 texts, 30 of them held out"):
-        probe_layers(trainee, TEXTS[:30], second[:30], held_out=30)
+        probe_layers(model, TEXTS[:30], second[:30], held_out=30)
 
 
 def test_a_recipe_is_probed_and_drawn(folder: Path) -> None:

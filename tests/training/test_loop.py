@@ -15,12 +15,12 @@ from tests.training.tiny import CPU, recipe_of
 from unmask.errors import TrainingError
 from unmask.training.dev import DevSets
 from unmask.training.examples import load_examples
-from unmask.training.loop import Progress, learning_rate, train_steps
+from unmask.training.loop import TrainingProgress, learning_rate, train_steps
 from unmask.training.mixture import Mixture, TextBatch
 from unmask.training.objectives import Objective, StepReport, objective_for
 from unmask.training.recipe import Optimiser, Recipe
 from unmask.training.run_folder import RunFolder
-from unmask.training.trainee import Trainee
+from unmask.training.training_model import TrainingModel
 
 SCHEDULES = st.sampled_from(["linear", "cosine", "constant", "wsd"])
 
@@ -67,15 +67,15 @@ def running(
     objective: Callable[[Objective], Objective] = lambda real: real,
     scores: Callable[[int], dict[str, float]] | None = None,
     kept: list[int] | None = None,
-    progress: Callable[[Progress], None] = lambda _: None,
+    progress: Callable[[TrainingProgress], None] = lambda _: None,
     **fields: Any,
 ) -> tuple[Recipe, dict[str, float], RunFolder]:
     """Train with a changed objective or invented scores."""
     recipe = recipe_of(**{"checkpoint_every": 2, "evaluate_every": 2, **fields})
-    trainee = Trainee(recipe, CPU)
+    model = TrainingModel(recipe, CPU)
     sets = [load_examples(source, data, None, recipe.seed, 0.0) for source in recipe.data]
     mixture, dev, run = Mixture(recipe, sets, data, None), DevSets(recipe, [], data), RunFolder(folder, recipe.keep)
-    real = objective(objective_for(recipe, trainee, None))
+    real = objective(objective_for(recipe, model, None))
     steps: list[int] = []
 
     def watched(batch: TextBatch, step: int) -> StepReport:
@@ -85,7 +85,7 @@ def running(
     if scores is not None:
         dev.__class__ = type("Invented", (DevSets,), {"__len__": lambda _: 1, "scores": lambda *_: scores(steps[-1])})
     keep = lambda: kept.append(steps[-1]) if kept is not None else None  # noqa: E731
-    found = train_steps(recipe, trainee, watched, mixture, dev, run, keep, progress)
+    found = train_steps(recipe, model, watched, mixture, dev, run, keep, progress)
     return recipe, found, run
 
 
@@ -157,7 +157,7 @@ def test_the_best_is_kept_and_survives_a_resume(tmp_path: Path, data: Path) -> N
 
 
 def test_every_step_is_logged_once_and_told(tmp_path: Path, data: Path) -> None:
-    told: list[Progress] = []
+    told: list[TrainingProgress] = []
     _, _, run = running(tmp_path, data, progress=told.append)
     lines = run.metrics()
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
@@ -184,18 +184,18 @@ def test_training_lowers_the_loss(tmp_path: Path, data: Path) -> None:
 def test_decay_falls_on_matrices_alone(tmp_path: Path, data: Path) -> None:
     """Biases and norms keep their length where nothing but decay moves them."""
     recipe = recipe_of(lora=None, optimiser={"lr": 0.1, "weight_decay": 0.5})
-    trainee = Trainee(recipe, CPU)
-    before = {name: parameter.detach().clone() for name, parameter in trainee.parameters.items()}
+    model = TrainingModel(recipe, CPU)
+    before = {name: parameter.detach().clone() for name, parameter in model.parameters.items()}
     sets = [load_examples(source, data, None, recipe.seed, 0.0) for source in recipe.data]
 
     def nothing(batch: TextBatch, step: int) -> StepReport:
-        for parameter in trainee.parameters.values():
+        for parameter in model.parameters.values():
             parameter.grad = torch.zeros_like(parameter)
         return StepReport(1.0, 1)
 
     one_step = recipe_of(lora=None, steps=1, optimiser={"lr": 0.1, "weight_decay": 0.5})
-    train_steps(one_step, trainee, nothing, Mixture(recipe, sets, data, None), DevSets(recipe, [], data),
+    train_steps(one_step, model, nothing, Mixture(recipe, sets, data, None), DevSets(recipe, [], data),
                 RunFolder(tmp_path, 1), lambda: None, lambda _: None)  # fmt: skip
-    for name, parameter in trainee.parameters.items():
+    for name, parameter in model.parameters.items():
         factor = 0.95 if parameter.ndim > 1 else 1.0
         torch.testing.assert_close(parameter.detach(), before[name] * factor)

@@ -13,7 +13,7 @@ from unmask.encoder import Encoder
 from unmask.errors import StorageError, UnmaskError, UsageError
 from unmask.training.lora import LoraLinear, adapter_tensors, write_adapter
 from unmask.training.recipe import ALL_LINEAR, Lora, Recipe
-from unmask.training.trainee import Trainee
+from unmask.training.training_model import TrainingModel
 
 TEXTS = texts_of(9)
 BASES = ("tiny_llama", "tiny_gemma", "tiny_llama3_instruct", "qwen2")
@@ -27,21 +27,21 @@ def base_of(tmp_path_factory: pytest.TempPathFactory):
     return lambda name: str(qwen2 if name == "qwen2" else GOLDEN / name)
 
 
-def trained(trainee: Trainee, steps: int = 3) -> Trainee:
+def trained(model: TrainingModel, steps: int = 3) -> TrainingModel:
     """A few real steps on a loss that every parameter has a part in."""
-    adamw = torch.optim.AdamW(trainee.parameters.values(), lr=1e-2)
-    prompts = trainee.prompts(TEXTS, "")
+    adamw = torch.optim.AdamW(model.parameters.values(), lr=1e-2)
+    prompts = model.prompts(TEXTS, "")
     for step in range(steps):
-        trainee.decoder.train()
+        model.decoder.train()
         torch.manual_seed(step)
-        vectors = F.normalize(trainee.vectors(prompts), dim=1)
+        vectors = F.normalize(model.vectors(prompts), dim=1)
         (vectors @ vectors.T).mean().backward()
         adamw.step()
         adamw.zero_grad()
-        trainee.merge()
-    trainee.decoder.eval()
-    trainee.merge()
-    return trainee
+        model.merge()
+    model.decoder.eval()
+    model.merge()
+    return model
 
 
 def far(a: object, b: object) -> float:
@@ -56,34 +56,34 @@ def test_the_saved_adapter_gives_the_trained_vectors(name: str, subset: str, dro
     base = base_of(name)
     lora = {"rank": 4, "alpha": 12.0, "dropout": dropout, "targets": SUBSETS[subset]}
     recipe = recipe_of(base=base, lora=lora)
-    trainee = Trainee(recipe, CPU)
+    model = TrainingModel(recipe, CPU)
     before = Encoder.load(base).encode(TEXTS)
-    trainee.decoder.eval()
-    trainee.merge()
-    assert far(trainee.encoder.encode(TEXTS), before) < 1e-5  # B is zero: training begins at the base
-    mine = trained(trainee).encoder.encode(TEXTS)
+    model.decoder.eval()
+    model.merge()
+    assert far(model.encoder.encode(TEXTS), before) < 1e-5  # B is zero: training begins at the base
+    mine = trained(model).encoder.encode(TEXTS)
     assert far(mine, before) > 0.01
     assert recipe.lora is not None
-    write_adapter(tmp_path / "adapter", adapter_tensors(trainee.adapted), recipe.lora, base, torch.float32)
+    write_adapter(tmp_path / "adapter", adapter_tensors(model.adapted), recipe.lora, base, torch.float32)
     assert far(Encoder.load(base, adapters=[tmp_path / "adapter"]).encode(TEXTS), mine) < 1e-5
     assert far(Encoder.load(tmp_path / "adapter").encode(TEXTS), mine) < 1e-5
     modules = {key.split(".")[-3] for key in load_file(tmp_path / "adapter" / "adapter_model.safetensors")}
     assert modules == set(SUBSETS[subset])
 
 
-def saved(recipe: Recipe, folder: Path) -> Trainee:
+def saved(recipe: Recipe, folder: Path) -> TrainingModel:
     """Train for a moment and write the adapter."""
-    trainee = trained(Trainee(recipe, CPU))
+    model = trained(TrainingModel(recipe, CPU))
     assert recipe.lora is not None
-    write_adapter(folder, adapter_tensors(trainee.adapted), recipe.lora, recipe.base, torch.float32)
-    return trainee
+    write_adapter(folder, adapter_tensors(model.adapted), recipe.lora, recipe.base, torch.float32)
+    return model
 
 
 @pytest.mark.parametrize("alpha", [12.0, 5.0])
 def test_training_goes_on_from_an_adapter(alpha: float, tmp_path: Path) -> None:
     first = saved(recipe_of(lora={"rank": 4, "alpha": 12.0}), tmp_path / "first")
     further = recipe_of(lora={"rank": 4, "alpha": alpha, "start": str(tmp_path / "first")})
-    second = Trainee(further, CPU)
+    second = TrainingModel(further, CPU)
     second.decoder.eval()
     second.merge()
     assert far(second.encoder.encode(TEXTS), first.encoder.encode(TEXTS)) < 1e-5  # begins where the first one ended
@@ -100,20 +100,20 @@ def test_training_goes_on_from_an_adapter(alpha: float, tmp_path: Path) -> None:
     [
         ({"rank": 3}, "rank 4"),
         ({"targets": ["q_proj", "v_proj"]}, "only .* adapts layers.0.mlp.down_proj"),
-        ({"start": str(GOLDEN / "tiny_llama")}, "a whole model, not an adapter"),
-        ({"start": "nowhere/at/all"}, "no model at nowhere/at/all"),
+        ({"init_from": str(GOLDEN / "tiny_llama")}, "a whole model, not an adapter"),
+        ({"init_from": "nowhere/at/all"}, "no model at nowhere/at/all"),
     ],
 )
 def test_an_adapter_that_cannot_be_trained_further_is_refused(change: dict, told: str, tmp_path: Path) -> None:
     saved(recipe_of(lora={"rank": 4}), tmp_path / "first")
     with pytest.raises(UnmaskError, match=told):
-        Trainee(recipe_of(lora={"rank": 4, "start": str(tmp_path / "first"), **change}), CPU)
+        TrainingModel(recipe_of(lora={"rank": 4, "start": str(tmp_path / "first"), **change}), CPU)
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
     saved(recipe_of(base=str(GOLDEN / "tiny_gemma"), lora={"rank": 4}), tmp_path / "first")
     with pytest.raises(UsageError, match=r"was trained on .*tiny_gemma, not on this run's base .*tiny_llama"):
-        Trainee(recipe_of(lora={"rank": 4, "start": str(tmp_path / "first")}), CPU)
+        TrainingModel(recipe_of(lora={"rank": 4, "start": str(tmp_path / "first")}), CPU)
 
 
 @pytest.mark.parametrize("subset", ["all", "q and v"])
@@ -122,18 +122,18 @@ def test_peft_reads_the_adapter(subset: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     base = GOLDEN / "tiny_llama3_instruct"
     recipe = recipe_of(base=str(base), lora={"rank": 4, "alpha": 12.0, "targets": SUBSETS[subset]})
-    trainee = trained(Trainee(recipe, CPU))
+    model = trained(TrainingModel(recipe, CPU))
     assert recipe.lora is not None
-    write_adapter(tmp_path / "adapter", adapter_tensors(trainee.adapted), recipe.lora, str(base), torch.float32)
+    write_adapter(tmp_path / "adapter", adapter_tensors(model.adapted), recipe.lora, str(base), torch.float32)
     config = transformers.AutoConfig.from_pretrained(base)
     config.is_causal = False
     inner = transformers.AutoModel.from_pretrained(base, config=config, attn_implementation="eager")
     theirs = peft.PeftModel.from_pretrained(inner, tmp_path / "adapter").eval()
     with torch.no_grad():
-        for prompt in trainee.prompts(TEXTS[:3], ""):
+        for prompt in model.prompts(TEXTS[:3], ""):
             ids = torch.from_numpy(prompt.ids)
             states = theirs(input_ids=ids[None], use_cache=False).last_hidden_state[0]
-            assert far(trainee.hidden([prompt.ids]), states) < 1e-5
+            assert far(model.hidden([prompt.ids]), states) < 1e-5
 
 
 def linear_of(bias: bool, parts: list[tuple[int, int]], dropout: float = 0.0) -> LoraLinear:
@@ -198,18 +198,18 @@ def test_dropout_falls_on_the_adapter_alone() -> None:
 def test_recomputed_activations_give_the_same_gradients() -> None:
     found = []
     for checkpointing in (False, True):
-        trainee = off_start(Trainee(recipe_of(gradient_checkpointing=checkpointing), CPU))
-        trainee.decoder.train()
-        trainee.vectors(trainee.prompts(TEXTS, "")).square().sum().backward()
-        found.append(gradients(trainee))
+        model = off_start(TrainingModel(recipe_of(gradient_checkpointing=checkpointing), CPU))
+        model.decoder.train()
+        model.vectors(model.prompts(TEXTS, "")).square().sum().backward()
+        found.append(gradients(model))
     assert distance(*found) < 1e-6
 
 
 def test_only_the_adapter_is_trained() -> None:
-    trainee = Trainee(recipe_of(), CPU)
-    frozen = {name: tensor.clone() for name, tensor in trainee.decoder.named_parameters() if not tensor.requires_grad}
-    whole = [linear.frozen.clone() for linear in trainee.adapted]
-    assert set(trainee.parameters) == {
+    model = TrainingModel(recipe_of(), CPU)
+    frozen = {name: tensor.clone() for name, tensor in model.decoder.named_parameters() if not tensor.requires_grad}
+    whole = [linear.frozen.clone() for linear in model.adapted]
+    assert set(model.parameters) == {
         f"layers.{i}.{part}"
         for i in range(3)
         for part in (
@@ -217,27 +217,27 @@ def test_only_the_adapter_is_trained() -> None:
             *("gate_up.down", "gate_up.up.0", "gate_up.up.1", "down.down", "down.up.0"),
         )
     }
-    trained(trainee)
-    assert all(torch.equal(dict(trainee.decoder.named_parameters())[name], was) for name, was in frozen.items())
-    assert all(torch.equal(linear.frozen, was) for linear, was in zip(trainee.adapted, whole, strict=True))
+    trained(model)
+    assert all(torch.equal(dict(model.decoder.named_parameters())[name], was) for name, was in frozen.items())
+    assert all(torch.equal(linear.frozen, was) for linear, was in zip(model.adapted, whole, strict=True))
 
 
 def test_half_precision_trains_float32_adapters() -> None:
-    trainee = Trainee(recipe_of(precision="bfloat16"), CPU)
-    assert {p.dtype for p in trainee.parameters.values()} == {torch.float32}
-    assert trainee.decoder.embedding.weight.dtype == torch.bfloat16
-    before = trainee.parameters["layers.0.qkv.down"].clone()
-    trained(trainee)
-    assert not torch.equal(trainee.parameters["layers.0.qkv.down"], before)
-    assert all(torch.isfinite(p).all() for p in trainee.parameters.values())
+    model = TrainingModel(recipe_of(precision="bfloat16"), CPU)
+    assert {p.dtype for p in model.parameters.values()} == {torch.float32}
+    assert model.decoder.embedding.weight.dtype == torch.bfloat16
+    before = model.parameters["layers.0.qkv.down"].clone()
+    trained(model)
+    assert not torch.equal(model.parameters["layers.0.qkv.down"], before)
+    assert all(torch.isfinite(p).all() for p in model.parameters.values())
 
 
 def test_an_adapter_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     recipe = recipe_of()
-    trainee = Trainee(recipe, CPU)
+    model = TrainingModel(recipe, CPU)
     assert recipe.lora is not None
     with pytest.raises(StorageError, match="cannot write"):
         write_adapter(
-            tmp_path / "file" / "below", adapter_tensors(trainee.adapted), recipe.lora, recipe.base, torch.float32
+            tmp_path / "file" / "below", adapter_tensors(model.adapted), recipe.lora, recipe.base, torch.float32
         )

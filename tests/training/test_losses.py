@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.training.tiny import CPU
-from unmask.training.losses import distil, false_negatives, info_nce, matryoshka, same_text
+from unmask.training.losses import false_negatives, info_nce, matryoshka, same_text, similarity_loss
 
 
 def vectors(rows: int, width: int = 8, seed: int = 0) -> Tensor:
@@ -99,16 +99,16 @@ def test_same_text_is_string_equality(positives: list[str], negatives: list[str]
 @given(st.integers(2, 9), st.integers(0, 100))
 def test_a_student_that_sees_the_teachers_similarities_has_nothing_to_learn(rows: int, seed: int) -> None:
     teacher = vectors(rows, 5, seed)
-    turn = torch.linalg.qr(vectors(12, 12, seed + 1))[0][:5]  # another orientation, other length and width
-    student = ((teacher * 3.0) @ turn).requires_grad_()
-    loss = distil(student, teacher, 0.05, 1.0, 10.0)
+    rotation = torch.linalg.qr(vectors(12, 12, seed + 1))[0][:5]  # another orientation, other length and width
+    student = ((teacher * 3.0) @ rotation).requires_grad_()
+    loss = similarity_loss(student, teacher, 0.05, 1.0, 10.0)
     assert float(loss) == pytest.approx(0.0, abs=1e-9)
     loss.backward()
     assert student.grad is not None
     assert float(student.grad.norm()) < 1e-6
     if rows > 2:  # any others have; with three rows the similarities may be nearly the same by chance
-        assert float(distil(vectors(rows, 5, seed + 2), teacher, 0.05, 1.0, 0.0)) > 1e-6
-        assert float(distil(vectors(rows, 5, seed + 2), teacher, 0.05, 0.0, 1.0)) > 1e-6
+        assert float(similarity_loss(vectors(rows, 5, seed + 2), teacher, 0.05, 1.0, 0.0)) > 1e-6
+        assert float(similarity_loss(vectors(rows, 5, seed + 2), teacher, 0.05, 0.0, 1.0)) > 1e-6
 
 
 def test_distillation_is_the_divergence_written_out() -> None:
@@ -121,12 +121,12 @@ def test_distillation_is_the_divergence_written_out() -> None:
             for v in (student, teacher)
         )
         expected += float((q * (q / p).log()).sum()) / 4
-    assert float(distil(student, teacher, 0.1, 1.0, 0.0)) == pytest.approx(expected)
+    assert float(similarity_loss(student, teacher, 0.1, 1.0, 0.0)) == pytest.approx(expected)
 
 
 def test_one_text_alone_has_no_similarities_and_still_a_gradient() -> None:
     student = vectors(1).requires_grad_()
-    distil(student, vectors(1, 3), 0.1, 1.0, 1.0).backward()
+    similarity_loss(student, vectors(1, 3), 0.1, 1.0, 1.0).backward()
     assert student.grad is not None
     assert not student.grad.any()
 

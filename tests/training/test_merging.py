@@ -30,9 +30,9 @@ from unmask.training.merging import (
     weighted_sum,
     write_factors,
 )
-from unmask.training.recipe import Lora, Recipe, Source
-from unmask.training.run_folder import RunFolder, description_of
-from unmask.training.trainee import Trainee
+from unmask.training.recipe import DataSource, Lora, Recipe
+from unmask.training.run_folder import RunFolder, describe_run
+from unmask.training.training_model import TrainingModel
 
 TEXTS = ["an ordinary text", "x", "a longer one, with punctuation; and numbers 1 2 3"]
 seeds = st.integers(0, 2**32 - 1)
@@ -217,24 +217,24 @@ def test_the_checkpoints_of_a_run(base: Path, tmp_path: Path) -> None:
     recipe = Recipe(
         base=str(base),
         objective="mntp",
-        data=[Source(name="x", path="x.txt", text="text")],
+        data=[DataSource(name="x", path="x.txt", text="text")],
         steps=2,
         precision="float32",
         lora=Lora(rank=2, alpha=6.0, targets=["q_proj", "v_proj", "up_proj"]),
     )
     run = RunFolder(tmp_path / "run", keep=5)
-    run.begin(description_of(msgspec.to_builtins(recipe), {}, "none"), resume=False)
-    trainee = Trainee(recipe, torch.device("cpu"))
+    run.begin(describe_run(msgspec.to_builtins(recipe), {}, "none"), resume=False)
+    training_model = TrainingModel(recipe, torch.device("cpu"))
     vectors = []
     for step in (1, 2):
         torch.manual_seed(step)
-        for parameter in trainee.parameters.values():
+        for parameter in training_model.parameters.values():
             torch.nn.init.normal_(parameter, std=0.05)
-        trainee.merge()
-        trainee.decoder.eval()
-        trainee.merge()
-        vectors.append(trainee.encoder.encode(TEXTS))
-        run.save(step, {"parameters": dict(trainee.parameters)})
+        training_model.merge()
+        training_model.decoder.eval()
+        training_model.merge()
+        vectors.append(training_model.encoder.encode(TEXTS))
+        run.save(step, {"parameters": dict(training_model.parameters)})
     for step in (1, 2):
         one = str(tmp_path / "run" / "checkpoints" / f"step-{step:08d}")
         average([one, one], tmp_path / f"{step}")

@@ -14,7 +14,7 @@ from unmask.errors import UsageError
 from unmask.evaluate.cache import VectorCache
 from unmask.evaluate.models import open_model
 from unmask.training import mining
-from unmask.training.mining import Mining, limits_of, mine, nearest
+from unmask.training.mining import MiningSettings, limits_of, mine, nearest
 
 
 class Compass:
@@ -48,9 +48,9 @@ def corpus_file(folder: Path, texts: list[str]) -> str:
     return str(folder / "corpus.txt")
 
 
-def mined(folder: Path, contender: Any, **fields: Any) -> tuple[list[dict[str, Any]], mining.Mined]:
+def mined(folder: Path, contender: Any, **fields: Any) -> tuple[list[dict[str, Any]], mining.MiningResult]:
     cache = VectorCache(folder / "vectors", contender.revision, contender.dimensions)
-    done = mine(Mining(**fields), contender, folder / "out.jsonl", cache=cache)
+    done = mine(MiningSettings(**fields), contender, folder / "out.jsonl", cache=cache)
     return [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()], done
 
 
@@ -110,7 +110,12 @@ def test_interrupted_it_goes_on_and_gives_the_same_bytes(tmp_path: Path, monkeyp
 
     written = (tmp_path / "out.jsonl").read_bytes()
     with pytest.raises(MemoryError):
-        mine(Mining(source=source), Failing(), tmp_path / "out.jsonl", cache=VectorCache(tmp_path / "new", "x", 2))
+        mine(
+            MiningSettings(source=source),
+            Failing(),
+            tmp_path / "out.jsonl",
+            cache=VectorCache(tmp_path / "new", "x", 2),
+        )
     assert (tmp_path / "out.jsonl").read_bytes() == written
 
 
@@ -125,7 +130,7 @@ def test_the_search_is_exact_in_any_blocks(seed: int, size: int, count: int, ski
     before = mining._TEXTS
     mining._TEXTS = block
     try:
-        chosen, refused = nearest(queries, texts, limits, never, Mining(source="", count=count, skip=skip))
+        chosen, refused = nearest(queries, texts, limits, never, MiningSettings(source="", count=count, skip=skip))
     finally:
         mining._TEXTS = before
     lost = 0

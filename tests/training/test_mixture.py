@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.training.tiny import recipe_of
 from unmask.errors import UsageError
-from unmask.training.decontamination import Held
+from unmask.training.decontamination import Decontaminator
 from unmask.training.examples import load_examples
 from unmask.training.mixture import Mixture, TextBatch
 from unmask.training.recipe import Recipe
@@ -27,7 +27,7 @@ def recipe(*sources: dict[str, Any], **fields: Any) -> Recipe:
     return recipe_of("simcse", data=data, **fields)
 
 
-def mixture(chosen: Recipe, folder: Path, held: Held | None = None) -> Mixture:
+def mixture(chosen: Recipe, folder: Path, held: Decontaminator | None = None) -> Mixture:
     sets = [load_examples(s, folder, held, chosen.seed, chosen.max_bad_rows) for s in chosen.data if not s.stream]
     return Mixture(chosen, sets, folder, held)
 
@@ -111,7 +111,7 @@ def test_a_text_alone_with_its_label_is_its_own_positive(tmp_path: Path) -> None
 
 def test_a_stream_leaves_evaluation_texts_out(folder: Path) -> None:
     chosen = recipe({"name": "c", "weight": 1.0, "stream": True}, batch={"size": 39})
-    batch = next(mixture(chosen, folder, Held(["c text number 5"])).batches())
+    batch = next(mixture(chosen, folder, Decontaminator(["c text number 5"])).batches())
     assert len({e.query for e in batch.examples}) == 39
     assert "c text number 5" not in {e.query for e in batch.examples}
 

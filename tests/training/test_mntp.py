@@ -14,10 +14,17 @@ from tests.training.tiny import CPU, GOLDEN, distance, gradients, off_start, rec
 from unmask.errors import UsageError
 from unmask.training.examples import Example
 from unmask.training.mixture import Part, TextBatch
-from unmask.training.mntp import Head, blocks, head_of, mask, mask_id_of, prediction_loss
+from unmask.training.mntp import (
+    LanguageModelHead,
+    blocks,
+    language_model_head,
+    mask_token_id,
+    mask_tokens,
+    prediction_loss,
+)
 from unmask.training.objectives import objective_for
 from unmask.training.recipe import Mntp
-from unmask.training.trainee import Trainee
+from unmask.training.training_model import TrainingModel
 
 IDS = arrays(np.int64, st.integers(2, 200), elements=st.integers(10, 799))
 
@@ -28,7 +35,7 @@ def test_gaps_are_where_they_say_and_ask_for_what_stood_there(
     ids: np.ndarray, probability: float, masking: Any, seed: int
 ) -> None:
     before = ids.copy()
-    gaps = mask(ids, Mntp(probability=probability, masking=masking), 3, 800, np.random.default_rng(seed))
+    gaps = mask_tokens(ids, Mntp(probability=probability, masking=masking), 3, 800, np.random.default_rng(seed))
     assert (ids == before).all()
     assert 1 <= len(gaps.positions) < len(ids)
     assert (np.diff(gaps.positions) > 0).all()
@@ -39,14 +46,14 @@ def test_gaps_are_where_they_say_and_ask_for_what_stood_there(
     assert ((gaps.ids >= 0) & (gaps.ids < 800)).all()
     if masking == "all":
         assert (gaps.ids[gaps.positions] == 3).all()
-    again = mask(ids, Mntp(probability=probability, masking=masking), 3, 800, np.random.default_rng(seed))
+    again = mask_tokens(ids, Mntp(probability=probability, masking=masking), 3, 800, np.random.default_rng(seed))
     assert (again.ids == gaps.ids).all()
 
 
 @pytest.mark.parametrize("probability", [0.2, 0.8])
 def test_shares_in_the_large(probability: float) -> None:
     ids = np.full(200_000, 500)
-    gaps = mask(ids, Mntp(probability=probability), 3, 100_000, np.random.default_rng(0))
+    gaps = mask_tokens(ids, Mntp(probability=probability), 3, 100_000, np.random.default_rng(0))
     read = gaps.ids[gaps.positions]
     assert len(read) / len(ids) == pytest.approx(probability, abs=0.01)
     assert (read == 3).mean() == pytest.approx(0.8, abs=0.01)
@@ -64,8 +71,8 @@ def test_blocks_are_pieces_of_one_document_each(lengths: list[int], length: int)
     assert sum(map(len, found)) == sum(lengths) - dropped
 
 
-def head(weight: torch.Tensor, cap: float | None = None) -> Head:
-    return Head(weight, torch.nn.Embedding(1, 1), cap)
+def head(weight: torch.Tensor, cap: float | None = None) -> LanguageModelHead:
+    return LanguageModelHead(weight, torch.nn.Embedding(1, 1), cap)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 600])  # 600 is more than a chunk
@@ -120,16 +127,16 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> str:
                              query_pre_attn_scalar=8, head_dim=8, sliding_window=None))  # fmt: skip
 
 
-def by_hand(trainee: Trainee, recipe, texts, weight: torch.Tensor, cap: float | None) -> torch.Tensor:
+def by_hand(model: TrainingModel, recipe, texts, weight: torch.Tensor, cap: float | None) -> torch.Tensor:
     """The step's loss from full logits, one document at a time."""
     generator = np.random.default_rng([recipe.seed, 1, 0])
-    tokenizer = trainee.encoder.checkpoint.tokenizer
+    tokenizer = model.encoder.checkpoint.tokenizer
     total, asked = torch.zeros(()), 0
     for text in texts:
         ids = np.array([*tokenizer.prefix, *tokenizer.text.encode(text, add_special_tokens=False).ids])
         for block in blocks([ids], recipe.mntp.block):
-            gaps = mask(block, recipe.mntp, mask_id_of(trainee, recipe.mntp), 800, generator)
-            logits = trainee.hidden([gaps.ids]) @ weight.T  # logits at i - 1 tell what stands at i
+            gaps = mask_tokens(block, recipe.mntp, mask_token_id(model, recipe.mntp), 800, generator)
+            logits = model.hidden([gaps.ids]) @ weight.T  # logits at i - 1 tell what stands at i
             if cap:
                 logits = cap * torch.tanh(logits / cap)
             shifted = logits[:-1][gaps.positions - 1]
@@ -147,17 +154,17 @@ def test_a_step_has_the_exact_gradient_in_any_packs(head: str, lora: Any, reques
     found: list[dict[str, torch.Tensor]] = []
     for tokens in (10_000, 40):
         recipe = recipe_of("mntp", base=base, lora=lora, batch={"forward_tokens": tokens}, mntp={"block": 20})
-        trainee = off_start(Trainee(recipe, CPU))
-        report = objective_for(recipe, trainee, None)(batch_of(recipe, texts), 0)
-        found.append(gradients(trainee))
-        weight = trainee.decoder.embedding.weight
+        model = off_start(TrainingModel(recipe, CPU))
+        report = objective_for(recipe, model, None)(batch_of(recipe, texts), 0)
+        found.append(gradients(model))
+        weight = model.decoder.embedding.weight
         if head == "untied":
-            weight = trainee.encoder.checkpoint.tensors.read("lm_head.weight")
+            weight = model.encoder.checkpoint.tensors.read("lm_head.weight")
             assert weight.shape == (800, 32)
-        expected = by_hand(trainee, recipe, texts, weight, 5.0 if head == "tied" else None)
+        expected = by_hand(model, recipe, texts, weight, 5.0 if head == "tied" else None)
         assert report.loss == pytest.approx(float(expected), rel=1e-5)
         expected.backward()
-        found.append(gradients(trainee))
+        found.append(gradients(model))
     assert distance(found[0], found[1]) < 1e-5
     assert distance(found[2], found[1]) < 1e-5
     if lora is None:
@@ -166,25 +173,25 @@ def test_a_step_has_the_exact_gradient_in_any_packs(head: str, lora: Any, reques
 
 def test_steps_draw_other_gaps_and_the_same_step_the_same(untied: str) -> None:
     recipe = recipe_of("mntp", base=untied)
-    step = objective_for(recipe, Trainee(recipe, CPU), None)
+    step = objective_for(recipe, TrainingModel(recipe, CPU), None)
     one, again, other = (step(batch_of(recipe, texts_of(4)), number).loss for number in (0, 0, 1))
     assert one == again != other
 
 
 def test_documents_without_a_gap_teach_nothing(untied: str) -> None:
     recipe = recipe_of("mntp", base=untied, mntp={"block": 1})
-    report = objective_for(recipe, Trainee(recipe, CPU), None)(batch_of(recipe, texts_of(4)), 0)
+    report = objective_for(recipe, TrainingModel(recipe, CPU), None)(batch_of(recipe, texts_of(4)), 0)
     assert (report.loss, report.tokens) == (0.0, 0)
 
 
 def test_a_mask_token_must_be_in_the_vocabulary(untied: str) -> None:
-    trainee = Trainee(recipe_of("mntp", base=untied), CPU)
-    assert mask_id_of(trainee, Mntp()) == trainee.encoder.checkpoint.tokenizer.text.token_to_id("_")
+    model = TrainingModel(recipe_of("mntp", base=untied), CPU)
+    assert mask_token_id(model, Mntp()) == model.encoder.checkpoint.tokenizer.text.token_to_id("_")
     with pytest.raises(UsageError, match=r"mntp.mask_token='<nothing>' is not one token of"):
-        mask_id_of(trainee, Mntp(mask_token="<nothing>"))
+        mask_token_id(model, Mntp(mask_token="<nothing>"))
 
 
 def test_an_inner_model_has_no_head_to_predict_with() -> None:
-    trainee = Trainee(recipe_of("mntp", base=str(GOLDEN / "tiny_llama")), CPU)  # LlamaModel, untied
+    model = TrainingModel(recipe_of("mntp", base=str(GOLDEN / "tiny_llama")), CPU)  # LlamaModel, untied
     with pytest.raises(UsageError, match=r"no language-model head \(lm_head.weight\)"):
-        head_of(trainee)
+        language_model_head(model)

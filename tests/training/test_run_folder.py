@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from unmask.errors import StorageError, UsageError
-from unmask.training.run_folder import RunFolder, description_of
+from unmask.training.run_folder import RunFolder, describe_run
 
 RECIPE: dict[str, Any] = {"steps": 3, "betas": (0.9, 0.99), "optimiser": {"lr": 0.1}, "data": [{"name": "a"}]}
 
 
 def described(**changes: Any) -> dict[str, Any]:
-    return description_of({**RECIPE, **changes}, {"a": "digest"}, "1 x CPU")
+    return describe_run({**RECIPE, **changes}, {"a": "digest"}, "1 x CPU")
 
 
 def test_the_same_run_is_continued_and_only_when_asked(tmp_path: Path) -> None:

@@ -13,12 +13,14 @@ from unmask.encoder.model.architectures import shape_of
 from unmask.encoder.model.decoder import Decoder
 from unmask.encoder.shear import parse_layers, shear
 from unmask.errors import UsageError
-from unmask.training.model_folder import Settings, write_folder
+from unmask.training.model_folder import EncoderSettings, write_model_folder
 
 
 def write_sheared(base: Path, layers: int | list[int], folder: Path) -> Path:
     checkpoint = shear(open_checkpoint(base), layers)
-    write_folder(folder, checkpoint, checkpoint.tensors, Settings.of(checkpoint), torch.float32)
+    write_model_folder(
+        folder, checkpoint, checkpoint.tensors, EncoderSettings.from_checkpoint(checkpoint), torch.float32
+    )
     return folder
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from unmask.errors import UsageError
 from unmask.training.examples import load_examples
-from unmask.training.recipe import Source, read_recipe
+from unmask.training.recipe import DataSource, read_recipe
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def queries(folder: Path, **fields: object) -> set[str]:
-    source = Source(name="x", path="rows.txt", text="text", **fields)  # pyright: ignore[reportArgumentType]
+    source = DataSource(name="x", path="rows.txt", text="text", **fields)  # pyright: ignore[reportArgumentType]
     return {example.query for example in load_examples(source, folder, None, 1, 0.0).train}
 
 

@@ -32,7 +32,7 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 def test_a_single_teacher_is_its_unit_vectors(teacher: str, tmp_path: Path) -> None:
     texts = texts_of(20)
     targets = Targets(Distillation(teacher=teacher), texts, tmp_path / "t.npz")
-    assert np.allclose(targets.of(texts), unit(Encoder.load(teacher).encode(texts)), atol=1e-5)
+    assert np.allclose(targets.encode(texts), unit(Encoder.load(teacher).encode(texts)), atol=1e-5)
     assert targets.dimensions == 32
 
 
@@ -41,7 +41,7 @@ def test_cosines_of_an_ensemble_are_the_weighted_mean_of_the_centred_teachers(te
     settings = Distillation(
         teachers=[Teacher(model=teacher, weight=3.0), Teacher(model=teacher, prompt="moon ", weight=1.0)]
     )
-    targets = Targets(settings, texts, tmp_path / "t.npz").of(texts)
+    targets = Targets(settings, texts, tmp_path / "t.npz").encode(texts)
     encoder = Encoder.load(teacher)
     plain, prompted = (unit(encoder.encode([prompt + text for text in texts])) for prompt in ("", "moon "))
     centred = [unit(each - each.mean(axis=0)) for each in (plain, prompted)]
@@ -53,20 +53,20 @@ def test_the_rotation_orders_the_target_and_is_fitted_once(teacher: str, tmp_pat
     texts, file = texts_of(60), tmp_path / "t.npz"
     settings = Distillation(teachers=[Teacher(model=teacher)], dimensions=12)
     first = Targets(settings, texts, file)
-    vectors = first.of(texts)
+    vectors = first.encode(texts)
     assert vectors.shape == (60, 12)
     variances = (vectors**2).mean(axis=0)
     assert list(variances) == sorted(variances, reverse=True)
     assert 0 < first.rotation.kept < 1
     again = Targets(settings, texts[:5], file)  # another sample: the stored fit counts
-    assert np.array_equal(again.of(texts), vectors)
+    assert np.array_equal(again.encode(texts), vectors)
 
 
 def test_all_components_keep_every_cosine(teacher: str, tmp_path: Path) -> None:
     texts = texts_of(50)
-    whole = Targets(Distillation(teachers=[Teacher(model=teacher)]), texts, tmp_path / "a.npz").of(texts)
+    whole = Targets(Distillation(teachers=[Teacher(model=teacher)]), texts, tmp_path / "a.npz").encode(texts)
     rotated = Targets(Distillation(teachers=[Teacher(model=teacher)], dimensions=32), texts, tmp_path / "b.npz")
-    assert np.allclose(rotated.of(texts) @ rotated.of(texts).T, whole @ whole.T, atol=1e-5)
+    assert np.allclose(rotated.encode(texts) @ rotated.encode(texts).T, whole @ whole.T, atol=1e-5)
     assert rotated.rotation.kept == pytest.approx(1.0)
 
 
@@ -78,7 +78,7 @@ def test_vectors_are_computed_once_for_each_prompt(teacher: str, tmp_path: Path)
     assert sum(count for _, count, _ in done) == 20
     for _, vectors in targets._teachers:
         vectors.model.encode = None  # pyright: ignore[reportAttributeAccessIssue] - nothing may be computed again
-    assert targets.of(texts).shape == (10, 64)
+    assert targets.encode(texts).shape == (10, 64)
 
 
 def test_a_target_longer_than_the_teachers_is_refused(teacher: str, tmp_path: Path) -> None:

@@ -141,13 +141,13 @@ def test_memory_that_runs_out_leaves_the_last_checkpoint(processes: ForkServerCo
 def test_the_result_is_loaded_by_its_own_name(pooling: str, data: Path, tmp_path: Path) -> None:
     recipe = recipe_of(pooling=pooling, dev=[], steps=3)
     said: list[str] = []
-    outcome = run_training(recipe, data=data, output=tmp_path / "run", say=said.append)
-    assert outcome.result == tmp_path / "run" / "adapter"
+    outcome = run_training(recipe, data=data, output=tmp_path / "run", log=said.append)
+    assert outcome.folder == tmp_path / "run" / "adapter"
     assert said == ["pairs: 40 examples"]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["recipe"]["pooling"] == pooling
     texts = texts_of(5)
-    mine = Encoder.load(outcome.result).encode(texts)
-    explicit = Encoder.load(recipe.base, adapters=[outcome.result], pooling=pooling).encode(texts)
+    mine = Encoder.load(outcome.folder).encode(texts)
+    explicit = Encoder.load(recipe.base, adapters=[outcome.folder], pooling=pooling).encode(texts)
     assert mine == pytest.approx(explicit, rel=1e-5, abs=1e-6)
     assert Encoder.load(recipe.base, pooling=pooling).encode(texts) != pytest.approx(mine, rel=1e-2)
 
@@ -158,22 +158,22 @@ def test_a_second_stage_is_found_with_the_first_below_it(data: Path, tmp_path: P
     second = recipe_of(steps=3, adapters=[str(first)], seed=7)
     outcome = run_training(second, data=data, output=tmp_path / "second")
     texts = texts_of(5)
-    explicit = Encoder.load(second.base, adapters=[first, outcome.result]).encode(texts)
-    assert Encoder.load(outcome.result).encode(texts) == pytest.approx(explicit, rel=1e-4, abs=1e-5)
+    explicit = Encoder.load(second.base, adapters=[first, outcome.folder]).encode(texts)
+    assert Encoder.load(outcome.folder).encode(texts) == pytest.approx(explicit, rel=1e-4, abs=1e-5)
 
 
 def test_all_weights_are_written_as_a_model(data: Path, tmp_path: Path) -> None:
     recipe = recipe_of(lora=None, steps=3, optimiser={"lr": 1e-3})
     outcome = run_training(recipe, data=data, output=tmp_path / "run")
-    assert outcome.result == tmp_path / "run" / "model"
+    assert outcome.folder == tmp_path / "run" / "model"
     latest = RunFolder(tmp_path / "run", 1).latest()
     assert latest is not None
-    written = load_file(outcome.result / "model.safetensors")
+    written = load_file(outcome.folder / "model.safetensors")
     trained = latest[1]["parameters"]["layers.0.out.weight"]
     assert trained.dtype == torch.float32
     assert any(tensor.shape == trained.shape and torch.equal(tensor, trained) for tensor in written.values())
     assert not torch.allclose(
-        torch.from_numpy(Encoder.load(outcome.result).encode(texts_of(3))),
+        torch.from_numpy(Encoder.load(outcome.folder).encode(texts_of(3))),
         torch.from_numpy(Encoder.load(recipe.base).encode(texts_of(3))),
         rtol=1e-3,
     )
@@ -193,7 +193,7 @@ def test_a_run_from_before_a_field_existed_is_continued(data: Path, tmp_path: Pa
     stored = json.loads(file.read_text())
     del stored["recipe"]["max_epochs"], stored["recipe"]["optimiser"]["clip"]
     file.write_text(json.dumps(stored))
-    assert run_training(recipe_of(steps=2), data=data, output=tmp_path, resume=True).result.is_dir()
+    assert run_training(recipe_of(steps=2), data=data, output=tmp_path, resume=True).folder.is_dir()
 
 
 def test_a_run_with_old_keys_is_continued(data: Path, tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_a_run_with_old_keys_is_continued(data: Path, tmp_path: Path) -> None:
     file.write_text(json.dumps(stored))
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)  # nobody edits run.json, so nobody is asked to
-        assert run_training(recipe, data=data, output=tmp_path / "second", resume=True).result.is_dir()
+        assert run_training(recipe, data=data, output=tmp_path / "second", resume=True).folder.is_dir()
 
 
 def test_evaluation_data_is_kept_out(data: Path, tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_evaluation_data_is_kept_out(data: Path, tmp_path: Path) -> None:
     (held / "test.tsv").write_text(f"text\n{query}, and so on\n{query.upper()}!\n", encoding="utf-8")
     said: list[str] = []
     recipe = recipe_of(steps=1, decontaminate_against=str(held))
-    run_training(recipe, data=data, output=tmp_path / "run", say=said.append)
+    run_training(recipe, data=data, output=tmp_path / "run", log=said.append)
     assert said[-1].startswith("pairs: ")
     assert "held apart" in said[-1]
     with pytest.raises(UsageError, match="decontaminate_against: no folder at"):

@@ -15,16 +15,16 @@ from tests.training.tiny import CPU, distance, gradients, off_start, recipe_of, 
 from unmask.encoder import Encoder
 from unmask.errors import UnsupportedArchitecture, UsageError
 from unmask.training.losses import info_nce
-from unmask.training.trainee import Trainee, backward_through, choose_device, compute_dtype
+from unmask.training.training_model import TrainingModel, backward_through, choose_device, compute_dtype
 
 TEXTS = texts_of(14)
 PHI = SimpleNamespace(config={"model_type": "phi3"})
 
 
-def trainee_of(objective: str = "supervised", **fields: Any) -> Trainee:
-    trainee = off_start(Trainee(recipe_of(objective, **fields), CPU))
-    trainee.decoder.train()
-    return trainee
+def trainee_of(objective: str = "supervised", **fields: Any) -> TrainingModel:
+    model = off_start(TrainingModel(recipe_of(objective, **fields), CPU))
+    model.decoder.train()
+    return model
 
 
 def loss_of(vectors: torch.Tensor) -> torch.Tensor:
@@ -37,42 +37,42 @@ def loss_of(vectors: torch.Tensor) -> torch.Tensor:
 def test_while_training_a_token_sees_those_after_it(objective: str, checkpointing: bool) -> None:
     """Causal attention must not slip back in, whichever kernel trains."""
     simcse = {"attention_dropout": 0.0}
-    trainee = trainee_of(objective, gradient_checkpointing=checkpointing, simcse=simcse)
+    model = trainee_of(objective, gradient_checkpointing=checkpointing, simcse=simcse)
     ids = np.arange(5, 17)
     other = ids.copy()
     other[-1] = 99
-    moved = (trainee.hidden([ids]) - trainee.hidden([other])).norm(dim=1)
+    moved = (model.hidden([ids]) - model.hidden([other])).norm(dim=1)
     assert (moved[:-1] > 1e-4).all()
-    states = trainee.hidden([ids])
-    (wanted,) = torch.autograd.grad(states[0].sum(), trainee.parameters["layers.0.qkv.down"])
+    states = model.hidden([ids])
+    (wanted,) = torch.autograd.grad(states[0].sum(), model.parameters["layers.0.qkv.down"])
     assert wanted.any()
 
 
 def test_with_attention_dropout_too() -> None:
-    trainee = trainee_of("simcse", simcse={"attention_dropout": 0.1})
+    model = trainee_of("simcse", simcse={"attention_dropout": 0.1})
     states = []
     for last in (16, 99):
         torch.manual_seed(0)
-        states.append(trainee.hidden([np.array([*range(5, 16), last])]))
+        states.append(model.hidden([np.array([*range(5, 16), last])]))
     assert ((states[0] - states[1]).norm(dim=1)[:-1] > 1e-4).all()
 
 
 def test_the_causal_mask_is_kept_where_an_ablation_asks_for_it() -> None:
-    trainee = trainee_of(causal=True)
+    model = trainee_of(causal=True)
     ids = np.arange(5, 17)
     other = ids.copy()
     other[-1] = 99
-    moved = (trainee.hidden([ids]) - trainee.hidden([other])).norm(dim=1)
+    moved = (model.hidden([ids]) - model.hidden([other])).norm(dim=1)
     assert not moved[:-1].any()
     assert moved[-1] > 1e-4
 
 
 def test_sequences_of_a_pack_do_not_see_each_other() -> None:
-    trainee = trainee_of()
+    model = trainee_of()
     first, second = np.arange(5, 17), np.arange(40, 52)
-    together = trainee.hidden([first, second])
-    torch.testing.assert_close(together[:12], trainee.hidden([first]), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(together[12:], trainee.hidden([second]), rtol=1e-4, atol=1e-5)
+    together = model.hidden([first, second])
+    torch.testing.assert_close(together[:12], model.hidden([first]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together[12:], model.hidden([second]), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -88,35 +88,35 @@ def test_sequences_of_a_pack_do_not_see_each_other() -> None:
 @pytest.mark.parametrize("attention_dropout", [0.0, 0.3])
 def test_gradcache_has_the_direct_gradient(fields: dict[str, Any], tokens: int, attention_dropout: float) -> None:
     simcse = {"attention_dropout": attention_dropout}
-    trainee = trainee_of("simcse", simcse=simcse, batch={"forward_tokens": tokens}, **fields)
-    prompts = trainee.prompts(TEXTS, "")
+    model = trainee_of("simcse", simcse=simcse, batch={"forward_tokens": tokens}, **fields)
+    prompts = model.prompts(TEXTS, "")
     torch.manual_seed(3)
-    loss = backward_through(trainee, prompts, loss_of)
-    cached = gradients(trainee)
+    loss = backward_through(model, prompts, loss_of)
+    cached = gradients(model)
     # Directly: the same packs, and so the same dropout, but all their graphs at once.
-    packs = trainee.packs([len(prompt.ids) for prompt in prompts])
+    packs = model.packs([len(prompt.ids) for prompt in prompts])
     assert len(packs) > 2
     torch.manual_seed(3)
-    rows = torch.cat([trainee.vectors([prompts[i] for i in pack]) for pack in packs])
+    rows = torch.cat([model.vectors([prompts[i] for i in pack]) for pack in packs])
     direct = loss_of(rows[torch.tensor([i for pack in packs for i in pack]).argsort()])
     direct.backward()
     assert loss == pytest.approx(float(direct), rel=1e-5)
-    assert distance(cached, gradients(trainee)) < 1e-6
+    assert distance(cached, gradients(model)) < 1e-6
 
 
 def test_the_pack_does_not_change_the_gradient() -> None:
     found = []
     for tokens in (10_000, 40):
-        trainee = trainee_of(batch={"forward_tokens": tokens})
-        backward_through(trainee, trainee.prompts(TEXTS, "Find:"), loss_of)
-        found.append(gradients(trainee))
+        model = trainee_of(batch={"forward_tokens": tokens})
+        backward_through(model, model.prompts(TEXTS, "Find:"), loss_of)
+        found.append(gradients(model))
     assert distance(*found) < 1e-5
 
 
 def test_vectors_in_training_are_those_that_encode_gives() -> None:
-    trainee = trainee_of()
-    vectors = trainee.vectors(trainee.prompts(TEXTS, "Find:"))
-    assert trainee.encoder.encode(TEXTS, instruction="Find:") == pytest.approx(
+    model = trainee_of()
+    vectors = model.vectors(model.prompts(TEXTS, "Find:"))
+    assert model.encoder.encode(TEXTS, instruction="Find:") == pytest.approx(
         vectors.detach().numpy(), rel=1e-3, abs=1e-5
     )
 
@@ -124,9 +124,9 @@ def test_vectors_in_training_are_those_that_encode_gives() -> None:
 @settings(max_examples=50)
 @given(st.lists(st.integers(1, 60), max_size=30), st.integers(1, 100))
 def test_packs_hold_everything_once_and_keep_to_the_limit(lengths: list[int], limit: int) -> None:
-    trainee = object.__new__(Trainee)
-    trainee.forward_tokens = limit
-    packs = trainee.packs(lengths)
+    model = object.__new__(TrainingModel)
+    model.forward_tokens = limit
+    packs = model.packs(lengths)
     assert sorted(i for pack in packs for i in pack) == list(range(len(lengths)))
     for pack in packs:
         sizes = [lengths[i] for i in pack]
@@ -136,18 +136,18 @@ def test_packs_hold_everything_once_and_keep_to_the_limit(lengths: list[int], li
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_full_fine_tuning_changes_float32_weights(precision: str) -> None:
-    trainee = trainee_of(lora=None, precision=precision)
-    assert {p.dtype for p in trainee.parameters.values()} == {torch.float32}
-    assert set(trainee.parameters) == set(dict(trainee.decoder.named_parameters()))
-    adamw = torch.optim.AdamW(trainee.parameters.values(), lr=1e-3)
-    prompts = trainee.prompts(TEXTS, "")
+    model = trainee_of(lora=None, precision=precision)
+    assert {p.dtype for p in model.parameters.values()} == {torch.float32}
+    assert set(model.parameters) == set(dict(model.decoder.named_parameters()))
+    adamw = torch.optim.AdamW(model.parameters.values(), lr=1e-3)
+    prompts = model.prompts(TEXTS, "")
     losses = []
     for _ in range(6):
-        losses.append(backward_through(trainee, prompts, loss_of))
-        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in trainee.parameters.values())
+        losses.append(backward_through(model, prompts, loss_of))
+        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters.values())
         adamw.step()
         adamw.zero_grad()
-        trainee.merge()
+        model.merge()
     assert losses[-1] < losses[0] / 2
 
 
@@ -156,7 +156,7 @@ def test_a_decoder_without_a_row_in_the_table_is_not_trained(monkeypatch: pytest
         Encoder, "load", lambda *_, **__: SimpleNamespace(trainable_decoder=nn.Identity, checkpoint=PHI)
     )
     with pytest.raises(UnsupportedArchitecture, match=r"is a phi3, which has no row in .*; it cannot be trained"):
-        Trainee(recipe_of(), CPU)
+        TrainingModel(recipe_of(), CPU)
 
 
 def test_devices_and_precisions() -> None:
@@ -171,16 +171,16 @@ def test_devices_and_precisions() -> None:
 
 
 def test_the_start_follows_from_the_seed() -> None:
-    one, again, other = (Trainee(recipe_of(seed=seed), CPU).parameters for seed in (1, 1, 2))
+    one, again, other = (TrainingModel(recipe_of(seed=seed), CPU).parameters for seed in (1, 1, 2))
     assert all(torch.equal(one[name], again[name]) for name in one)
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
 def test_dropout_makes_two_views() -> None:
-    trainee = trainee_of("simcse")
-    prompts = trainee.prompts(TEXTS[:1], "")
-    first, second = trainee.vectors(prompts * 2)
+    model = trainee_of("simcse")
+    prompts = model.prompts(TEXTS[:1], "")
+    first, second = model.vectors(prompts * 2)
     assert 0.3 < float(F.cosine_similarity(first, second, dim=0)) < 0.9999
-    trainee.decoder.eval()
-    first, second = trainee.vectors(prompts * 2)
+    model.decoder.eval()
+    first, second = model.vectors(prompts * 2)
     torch.testing.assert_close(first, second)

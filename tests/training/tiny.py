@@ -20,10 +20,10 @@ from unmask.encoder.model.architectures import shape_of
 from unmask.encoder.model.decoder import Decoder
 from unmask.errors import UnmaskError
 from unmask.training import curves
-from unmask.training.loop import Progress
+from unmask.training.loop import TrainingProgress
 from unmask.training.recipe import Recipe
 from unmask.training.train import run_training
-from unmask.training.trainee import Trainee
+from unmask.training.training_model import TrainingModel
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CPU = torch.device("cpu")
@@ -100,12 +100,10 @@ def write_decoder(folder: Path, head: bool = False, **config: Any) -> Path:
     return folder
 
 
-def gradients(trainee: Trainee) -> dict[str, torch.Tensor]:
+def gradients(model: TrainingModel) -> dict[str, torch.Tensor]:
     """A copy of every gradient, after which there is none; parameters without one have zeros."""
-    found = {
-        name: (torch.zeros_like(p) if p.grad is None else p.grad.clone()) for name, p in trainee.parameters.items()
-    }
-    for parameter in trainee.parameters.values():
+    found = {name: (torch.zeros_like(p) if p.grad is None else p.grad.clone()) for name, p in model.parameters.items()}
+    for parameter in model.parameters.values():
         parameter.grad = None
     return found
 
@@ -118,15 +116,15 @@ def distance(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> fl
     return (over / under) ** 0.5
 
 
-def off_start(trainee: Trainee, seed: int = 1) -> Trainee:
+def off_start(model: TrainingModel, seed: int = 1) -> TrainingModel:
     """Move B away from zero, where half of the gradients vanish."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in trainee.parameters.items():
+        for name, parameter in model.parameters.items():
             if ".up." in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    trainee.merge()
-    return trainee
+    model.merge()
+    return model
 
 
 def run_recipe(
@@ -147,7 +145,7 @@ def run_recipe(
     torch.set_num_threads(1)
     curves.draw_curves = lambda folder: None  # a second of work that has a test of its own
 
-    def watch(progress: Progress) -> None:
+    def watch(progress: TrainingProgress) -> None:
         name, size = (limits or {}).get(progress.step, ("", 0))
         if name == "RLIMIT_AS":
             size += int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")

@@ -33,10 +33,12 @@ def shear(
     from unmask.checkpoint import open_checkpoint
     from unmask.encoder.shear import parse_layers
     from unmask.encoder.shear import shear as cut
-    from unmask.training.model_folder import DTYPES, Settings, write_folder
+    from unmask.training.model_folder import DTYPES, EncoderSettings, write_model_folder
 
     checkpoint = cut(open_checkpoint(base), parse_layers(layers))
-    write_folder(Path(output), checkpoint, checkpoint.tensors, Settings.of(checkpoint), DTYPES[dtype])
+    write_model_folder(
+        Path(output), checkpoint, checkpoint.tensors, EncoderSettings.from_checkpoint(checkpoint), DTYPES[dtype]
+    )
     say(f"{checkpoint.config['num_hidden_layers']} layers of {base} -> {output}")
     return 0
 

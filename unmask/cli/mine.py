@@ -8,14 +8,14 @@ from cyclopts import Parameter
 
 from unmask.cli.terminal import Progress, Step, say
 from unmask.evaluate.models import open_model
-from unmask.training.mining import Mining
+from unmask.training.mining import MiningSettings
 from unmask.training.mining import mine as run_mining
 
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class MiningOptions(Mining):
-    """`Mining` as options: the source is an argument."""
+class MiningOptions(MiningSettings):
+    """`MiningSettings` as options: the source is an argument."""
 
     source: Annotated[str, Parameter(name="SOURCE")] = field(kw_only=False)
 

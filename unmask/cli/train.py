@@ -11,8 +11,8 @@ from unmask.cli.terminal import Progress, Step, print_sentence, print_table, say
 from unmask.errors import UsageError
 
 if TYPE_CHECKING:
-    from unmask.training.loop import Progress as TrainingStep
-    from unmask.training.plan import Plan
+    from unmask.training.loop import TrainingProgress
+    from unmask.training.plan import RunPlan
     from unmask.training.recipe import Recipe
 
 
@@ -49,10 +49,10 @@ def train(
     recipes = read_stages(recipe, set)
     folder = data or recipe.parent
     if dry_run:
-        from unmask.training.plan import plan
+        from unmask.training.plan import plan_run
 
         for stage in recipes:
-            _print_plan(plan(stage, folder, say))
+            _print_plan(plan_run(stage, folder, say))
         return 0
     if output is None:
         raise UsageError("--output names the folder of the run; --dry-run needs none")
@@ -71,19 +71,19 @@ def _train_one(recipe: "Recipe", data: Path, output: Path, resume: bool) -> Path
     from unmask.training.train import run_training
 
     with training_progress() as progress:
-        outcome = run_training(recipe, data=data, output=output, resume=resume, progress=progress, say=say)
-    if outcome.first:
+        outcome = run_training(recipe, data=data, output=output, resume=resume, progress=progress, log=say)
+    if outcome.is_main:
         scores = "".join(f", {name} {score:.2f}" for name, score in outcome.scores.items())
-        say(f"{recipe.steps} steps -> {outcome.result}{scores}")
-    return outcome.result
+        say(f"{recipe.steps} steps -> {outcome.folder}{scores}")
+    return outcome.folder
 
 
 @contextmanager
-def training_progress() -> "Iterator[Callable[[TrainingStep], None]]":
+def training_progress() -> "Iterator[Callable[[TrainingProgress], None]]":
     """Return a function that shows the progress of a run; call it after every step."""
     with Progress() as progress:
 
-        def show(step: "TrainingStep") -> None:
+        def show(step: "TrainingProgress") -> None:
             scores = tuple(f"{name} {score:.1f}" for name, score in step.scores.items())
             speed = f"{step.tokens_per_second:,.0f} tokens/s"
             progress.show(Step("train", step.step, step.steps, "steps", (f"loss {step.loss:.4f}", speed, *scores)))
@@ -91,7 +91,7 @@ def training_progress() -> "Iterator[Callable[[TrainingStep], None]]":
         yield show
 
 
-def _print_plan(plan: "Plan") -> None:
+def _print_plan(plan: "RunPlan") -> None:
     """Print the estimate of a dry run."""
     rows = [
         (

@@ -36,7 +36,7 @@ def words_of(text: str) -> list[str]:
     return [word for word in _WORDS.findall(text) if word not in _MARKS]
 
 
-class Held:
+class Decontaminator:
     """Texts that must not be trained on.
 
     Args:
@@ -54,7 +54,7 @@ class Held:
     def __len__(self) -> int:
         return len(self._hashes)
 
-    def touches(self, text: str) -> bool:
+    def overlaps(self, text: str) -> bool:
         """Whether the text is, or shares a run of words with, one that is held back."""
         marks = np.fromiter(self._marks(words_of(text)), dtype=np.uint64)
         if not len(marks) or not len(self._hashes):
@@ -71,7 +71,7 @@ class Held:
             yield int.from_bytes(hashlib.blake2b(part.encode(), digest_size=8).digest(), "little")
 
 
-def read_held(folder: Path, run: int = 10) -> Held:
+def read_decontaminator(folder: Path, run: int = 10) -> Decontaminator:
     """Every text field of every data file below a folder (tsv, csv, jsonl, parquet, txt; gzipped or not)."""
 
     def texts() -> Iterator[str]:
@@ -85,4 +85,4 @@ def read_held(folder: Path, run: int = 10) -> Held:
                     elif isinstance(value, list) and value and isinstance(value[0], str):
                         yield " ".join(map(str, value))  # a sentence kept as its words
 
-    return Held(texts(), run)
+    return Decontaminator(texts(), run)

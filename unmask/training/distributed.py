@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from unmask.encoder.packing import balance
+
 _Value = TypeVar("_Value")
 
 
@@ -24,19 +26,14 @@ class Processes:
         self.rank, self.size = rank, size
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes files and talks to the user."""
         return self.rank == 0
 
     def shares(self, lengths: Sequence[int]) -> list[list[int]]:
         """Indices for each process so that all have about as many tokens to do; longest first."""
-        shares: list[list[int]] = [[] for _ in range(self.size)]
-        tokens = [0] * self.size
-        for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            lightest = min(range(self.size), key=tokens.__getitem__)
-            shares[lightest].append(index)
-            tokens[lightest] += lengths[index]
-        return shares
+        shares = balance(lengths, self.size)
+        return shares + [[] for _ in range(self.size - len(shares))]
 
     def gather(self, own: Tensor, indices: Sequence[int], total: int) -> Tensor:
         """Everybody's rows in one order.
@@ -77,7 +74,7 @@ class Processes:
         dist.all_reduce(total)
         return float(total)
 
-    def of_first(self, value: _Value) -> _Value:
+    def broadcast(self, value: _Value) -> _Value:
         """The first process's value, in all of them."""
         if self.size == 1:
             return value

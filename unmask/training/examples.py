@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from unmask.errors import UsageError
-from unmask.training.decontamination import Held
-from unmask.training.recipe import Source
+from unmask.training.decontamination import Decontaminator
+from unmask.training.recipe import DataSource
 from unmask.training.rows import BadRows, Row, read_rows
 
 
@@ -40,7 +40,7 @@ class Examples:
         touching: rows dropped because they overlap with evaluation data.
     """
 
-    source: Source
+    source: DataSource
     train: list[Example]
     held_out: list[Example]
     bad: BadRows
@@ -55,7 +55,9 @@ class Examples:
         return whole.hexdigest()[:16]
 
 
-def load_examples(source: Source, root: Path | None, held: Held | None, seed: int, max_bad_rows: float) -> Examples:
+def load_examples(
+    source: DataSource, root: Path | None, held: Decontaminator | None, seed: int, max_bad_rows: float
+) -> Examples:
     """Read one data set into memory. The same source and seed give the same examples in the same order.
 
     Raises:
@@ -66,7 +68,7 @@ def load_examples(source: Source, root: Path | None, held: Held | None, seed: in
     examples: list[Example] = []
     touching = 0
     for example in read_examples(source, root, bad):
-        if held is not None and any(held.touches(text) for text in example.texts()):
+        if held is not None and any(held.overlaps(text) for text in example.texts()):
             touching += 1
         else:
             examples.append(example)
@@ -87,7 +89,7 @@ def load_examples(source: Source, root: Path | None, held: Held | None, seed: in
     return Examples(source, train, held_out, bad, touching)
 
 
-def read_examples(source: Source, root: Path | None, bad: BadRows) -> Iterator[Example]:
+def read_examples(source: DataSource, root: Path | None, bad: BadRows) -> Iterator[Example]:
     """Examples of one data set as they come, for streaming; nothing is sampled or checked for overlap."""
     for number, row in enumerate(read_rows(source.path, bad, root)):
         if number == 0:
@@ -107,7 +109,7 @@ def read_examples(source: Source, root: Path | None, bad: BadRows) -> Iterator[E
         yield example
 
 
-def _require_columns(source: Source, row: Row) -> None:
+def _require_columns(source: DataSource, row: Row) -> None:
     wanted = (source.query, source.positive, source.text, source.label, *source.negatives)
     for column in (*filter(None, wanted), *source.only, *source.without):
         if column not in row.fields:
@@ -116,7 +118,7 @@ def _require_columns(source: Source, row: Row) -> None:
             )
 
 
-def _example(source: Source, fields: dict[str, Any]) -> Example:
+def _example(source: DataSource, fields: dict[str, Any]) -> Example:
     if source.text is not None:
         label = fields.get(source.label) if source.label else None
         if source.label and label in (None, ""):
@@ -135,7 +137,7 @@ def _example(source: Source, fields: dict[str, Any]) -> Example:
     return Example(query, positive, tuple(negatives))
 
 
-def _text(fields: dict[str, Any], column: str, source: Source) -> str:
+def _text(fields: dict[str, Any], column: str, source: DataSource) -> str:
     value = fields.get(column)
     if isinstance(value, list) and value and isinstance(value[0], str):
         value = value[0]
@@ -146,7 +148,7 @@ def _text(fields: dict[str, Any], column: str, source: Source) -> str:
     return _cut(value, source)
 
 
-def _cut(text: str, source: Source) -> str:
+def _cut(text: str, source: DataSource) -> str:
     """At most the source's `max_characters`, whole words; a word longer than that is cut."""
     limit = source.max_characters
     text = text.lstrip() if limit else text

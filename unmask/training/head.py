@@ -30,7 +30,7 @@ def ridge(features: np.ndarray, targets: np.ndarray, penalty: float) -> tuple[np
     return weight.T.astype(np.float32), (centre - mean @ weight).astype(np.float32)
 
 
-def head_of(weight: np.ndarray, bias: np.ndarray, device: torch.device) -> nn.Linear:
+def linear_head(weight: np.ndarray, bias: np.ndarray, device: torch.device) -> nn.Linear:
     """A trainable layer of these numbers, float32."""
     with torch.device("meta"):
         head = nn.Linear(weight.shape[1], weight.shape[0])
@@ -41,4 +41,6 @@ def head_of(weight: np.ndarray, bias: np.ndarray, device: torch.device) -> nn.Li
 
 def first_numbers(hidden_size: int, dimensions: int, device: torch.device) -> nn.Linear:
     """A head that keeps the first numbers of the pooled state."""
-    return head_of(np.eye(dimensions, hidden_size, dtype=np.float32), np.zeros(dimensions, dtype=np.float32), device)
+    return linear_head(
+        np.eye(dimensions, hidden_size, dtype=np.float32), np.zeros(dimensions, dtype=np.float32), device
+    )

@@ -20,7 +20,7 @@ from unmask.training.head import ridge
 from unmask.training.recipe import Recipe
 from unmask.training.targets import FILE, Targets
 from unmask.training.train import distilled_texts, load_data
-from unmask.training.trainee import Trainee, choose_device
+from unmask.training.training_model import TrainingModel, choose_device
 
 Count = Callable[[int], None]  # texts done just now
 
@@ -40,7 +40,7 @@ class LayerScore:
 
 
 def probe_layers(
-    trainee: Trainee,
+    model: TrainingModel,
     texts: Sequence[str],
     targets: np.ndarray,
     held_out: int,
@@ -51,7 +51,7 @@ def probe_layers(
     """Scores of every layer.
 
     Args:
-        trainee: the decoder as a recipe loads it.
+        model: the decoder as a recipe loads it.
         texts: to fit and to judge on. targets: theirs, [N, W].
         held_out: so many of the last texts are judged on and not fitted.
         progress: told how many texts have been encoded.
@@ -64,8 +64,8 @@ def probe_layers(
         raise UsageError(f"{len(texts)} texts, {held_out} of them held out: both parts need one at least")
     pairs = list(dict.fromkeys(text for each in graded for text in (*each.first, *each.second)))
     rows = {text: row for row, text in enumerate(pairs)}
-    states = _pooled_by_layer(trainee, texts, progress)  # [layers + 1, N, hidden_size]
-    pair_states = _pooled_by_layer(trainee, pairs, progress) if pairs else [np.empty((0, 0))] * len(states)
+    states = _pooled_by_layer(model, texts, progress)  # [layers + 1, N, hidden_size]
+    pair_states = _pooled_by_layer(model, pairs, progress) if pairs else [np.empty((0, 0))] * len(states)
     scores = []
     for layer, (features, of_pairs) in enumerate(zip(states, pair_states, strict=True)):
         weight, bias = ridge(features[:fitted], targets[:fitted], penalty)
@@ -86,7 +86,7 @@ def probe_recipe(
     texts: int,
     held_out: int,
     causal: bool = False,
-    say: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
 ) -> dict[str, list[LayerScore]]:
     """Probe the base of a recipe with its data, teachers and dev sets; write probe.json, probe.svg and probe.png.
 
@@ -100,7 +100,7 @@ def probe_recipe(
     """
     if recipe.distillation is None:
         raise UsageError("probe-layers needs a teacher: the recipe has no [distillation]")
-    sets, _ = load_data(recipe, data, say)
+    sets, _ = load_data(recipe, data, log)
     known = distilled_texts(recipe, sets)
     chosen = [known[i] for i in np.random.default_rng([recipe.seed, 4]).permutation(len(known))[:texts]]
     output.mkdir(parents=True, exist_ok=True)
@@ -108,10 +108,10 @@ def probe_recipe(
     graded = DevSets(recipe, sets, data).graded
     curves: dict[str, list[LayerScore]] = {}
     for name, masked in (("mask off", False), *((("causal", True),) if causal else ())):
-        say(f"{name}: {len(chosen)} texts through {recipe.base}")
+        log(f"{name}: {len(chosen)} texts through {recipe.base}")
         whole = msgspec.structs.replace(recipe, layers=None, lora=None, causal=masked)
-        trainee = Trainee(whole, choose_device(recipe.device))
-        curves[name] = probe_layers(trainee, chosen, targets.of(chosen), held_out, graded)
+        model = TrainingModel(whole, choose_device(recipe.device))
+        curves[name] = probe_layers(model, chosen, targets.encode(chosen), held_out, graded)
     with atomic_write(output / "probe.json") as partial:
         partial.write_bytes(msgspec.json.format(msgspec.json.encode(curves), indent=1) + b"\n")
     for ending in ("svg", "png"):
@@ -120,18 +120,18 @@ def probe_recipe(
 
 
 @torch.no_grad()
-def _pooled_by_layer(trainee: Trainee, texts: Sequence[str], progress: Count) -> list[np.ndarray]:
+def _pooled_by_layer(model: TrainingModel, texts: Sequence[str], progress: Count) -> list[np.ndarray]:
     """Pooled states after the embedding and after each layer, each through the final norm: [N, hidden_size] each."""
-    trainee.decoder.eval()
-    prompts = trainee.prompts(texts, "")
-    size = (len(texts), trainee.decoder.shape.hidden_size)
-    pooled = [np.empty(size, dtype=np.float32) for _ in range(trainee.decoder.shape.layers + 1)]
-    for pack in trainee.packs([len(prompt.ids) for prompt in prompts]):
+    model.decoder.eval()
+    prompts = model.prompts(texts, "")
+    size = (len(texts), model.decoder.shape.hidden_size)
+    pooled = [np.empty(size, dtype=np.float32) for _ in range(model.decoder.shape.layers + 1)]
+    for pack in model.packs([len(prompt.ids) for prompt in prompts]):
         chosen = [prompts[i] for i in pack]
-        ids = torch.from_numpy(np.concatenate([prompt.ids for prompt in chosen])).to(trainee.device)
-        states = trainee.decoder.states_by_layer(ids, [len(prompt.ids) for prompt in chosen])
+        ids = torch.from_numpy(np.concatenate([prompt.ids for prompt in chosen])).to(model.device)
+        states = model.decoder.states_by_layer(ids, [len(prompt.ids) for prompt in chosen])
         for layer, hidden in enumerate(states):
-            pooled[layer][pack] = pool(hidden, chosen, trainee.encoder.pooling).cpu().numpy()
+            pooled[layer][pack] = pool(hidden, chosen, model.encoder.pooling).cpu().numpy()
         progress(len(pack))
     return pooled
 

@@ -16,12 +16,12 @@ from unmask.training.mixture import Mixture
 from unmask.training.objectives import Objective
 from unmask.training.recipe import Optimiser, Recipe
 from unmask.training.run_folder import RunFolder
-from unmask.training.sharding import copy_whole, split_as, whole
-from unmask.training.trainee import Trainee
+from unmask.training.sharding import copy_unsharded, shard_like, unshard
+from unmask.training.training_model import TrainingModel
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class TrainingProgress:
     """What a progress bar shows after a step."""
 
     step: int
@@ -53,13 +53,13 @@ def learning_rate(step: int, optimiser: Optimiser, steps: int) -> float:
 
 def train_steps(
     recipe: Recipe,
-    trainee: Trainee,
+    model: TrainingModel,
     objective: Objective,
     mixture: Mixture,
     dev: DevSets,
     folder: RunFolder,
     keep_best: Callable[[], object],
-    progress: Callable[[Progress], None],
+    progress: Callable[[TrainingProgress], None],
 ) -> dict[str, float]:
     """Run the recipe's steps, from the last checkpoint if there is one.
 
@@ -70,18 +70,18 @@ def train_steps(
         TrainingError: the loss is not a number, or memory ran out; the last checkpoint is as it was.
         StorageError: a checkpoint could not be written; earlier ones are as they were.
     """
-    processes = trainee.processes
-    adamw = _adamw(recipe, trainee)
+    processes = model.processes
+    adamw = _adamw(recipe, model)
     begin, best = 0, {}
     latest = folder.latest()
     if latest is not None:
         begin, state = latest
-        best = _restore(state, trainee, adamw)
-    if processes.first:
+        best = _restore(state, model, adamw)
+    if processes.is_main:
         folder.forget_after(begin)  # also of a run that was killed before its first checkpoint
     scores = dict(best)
     losses: deque[float] = deque(maxlen=20)
-    parameters = list(trainee.parameters.values())
+    parameters = list(model.parameters.values())
     batches = mixture.batches(skip=begin)
     for step in range(begin, recipe.steps):
         began = time.perf_counter()
@@ -89,7 +89,7 @@ def train_steps(
         for group in adamw.param_groups:
             group["lr"] = rate * group["lr_share"]
         batch = next(batches)
-        trainee.decoder.train()
+        model.decoder.train()
         # Dropout follows from the step and the process alone, so that a resumed run has what the unbroken one had.
         torch.manual_seed((recipe.seed * 1_000_003 + step) * 1_024 + processes.rank)
         with _memory_watched(step, recipe, folder):
@@ -97,8 +97,8 @@ def train_steps(
             # Sharded, the backward has summed the decoder's already; the head is whole in every process.
             processes.sum_gradients(
                 parameter
-                for name, parameter in trainee.parameters.items()
-                if not trainee.sharded or name.startswith("head.")
+                for name, parameter in model.parameters.items()
+                if not model.sharded or name.startswith("head.")
             )
             norm = _clip(parameters, recipe.optimiser.clip)
             if not math.isfinite(report.loss) or not math.isfinite(norm):
@@ -108,12 +108,12 @@ def train_steps(
                 )
             adamw.step()
             adamw.zero_grad(set_to_none=True)
-            trainee.merge()
-            trainee.update_average()
+            model.merge()
+            model.update_average()
         seconds = time.perf_counter() - began
         losses.append(report.loss)
         done = step + 1
-        if processes.first:
+        if processes.is_main:
             folder.log(
                 {
                     "step": done,
@@ -126,29 +126,29 @@ def train_steps(
                 }
             )
         if len(dev) and (done % recipe.evaluate_every == 0 or done == recipe.steps):
-            scores = processes.of_first(dev_scores(trainee, dev))
-            if processes.first:
+            scores = processes.broadcast(dev_scores(model, dev))
+            if processes.is_main:
                 folder.log({"step": done, "scores": scores})
             if _mean(scores) > _mean(best):
                 best = dict(scores)
                 keep_best()
             processes.wait()
         if done % recipe.checkpoint_every == 0 or done == recipe.steps:
-            state = _state(trainee, adamw, best)
-            if processes.first:
+            state = _state(model, adamw, best)
+            if processes.is_main:
                 folder.save(done, state)
-        progress(Progress(done, recipe.steps, sum(losses) / len(losses), report.tokens / seconds, scores))
+        progress(TrainingProgress(done, recipe.steps, sum(losses) / len(losses), report.tokens / seconds, scores))
     return best
 
 
-def dev_scores(trainee: Trainee, dev: DevSets) -> dict[str, float]:
+def dev_scores(model: TrainingModel, dev: DevSets) -> dict[str, float]:
     """Scores of the weights as they would be written, dropout off. All processes must call it and have the scores."""
-    trainee.decoder.eval()
-    trainee.merge()
-    with trainee.averaged():
-        scores = {name: round(score, 3) for name, score in dev.scores(trainee.encode).items()}
-    trainee.decoder.train()
-    trainee.merge()
+    model.decoder.eval()
+    model.merge()
+    with model.averaged():
+        scores = {name: round(score, 3) for name, score in dev.scores(model.encode).items()}
+    model.decoder.train()
+    model.merge()
     return scores
 
 
@@ -156,12 +156,12 @@ def _mean(scores: Mapping[str, float]) -> float:
     return sum(scores.values()) / len(scores) if scores else -math.inf
 
 
-def _adamw(recipe: Recipe, trainee: Trainee) -> torch.optim.AdamW:
+def _adamw(recipe: Recipe, model: TrainingModel) -> torch.optim.AdamW:
     optimiser = recipe.optimiser
     head_share = (recipe.head.lr or optimiser.lr) / optimiser.lr if recipe.head is not None else 1.0
     groups: list[dict[str, Any]] = []
     for head in (False, True):
-        own = [p for name, p in trainee.parameters.items() if name.startswith("head.") == head]
+        own = [p for name, p in model.parameters.items() if name.startswith("head.") == head]
         # Vectors (norms, biases) are not decayed, as usual.
         for decay, parameters in (
             (optimiser.weight_decay, [p for p in own if p.ndim > 1]),
@@ -174,24 +174,24 @@ def _adamw(recipe: Recipe, trainee: Trainee) -> torch.optim.AdamW:
 
 
 def _clip(parameters: list[torch.nn.Parameter], limit: float) -> float:
-    return float(whole(torch.nn.utils.clip_grad_norm_(parameters, limit if limit else math.inf)))
+    return float(unshard(torch.nn.utils.clip_grad_norm_(parameters, limit if limit else math.inf)))
 
 
-def _state(trainee: Trainee, adamw: torch.optim.AdamW, best: Mapping[str, float]) -> dict[str, Any]:
-    state = {"parameters": trainee.parameters, "optimiser": adamw.state_dict(), "best": dict(best)}
-    return whole(state | ({"average": trainee.average} if trainee.average else {}))
+def _state(model: TrainingModel, adamw: torch.optim.AdamW, best: Mapping[str, float]) -> dict[str, Any]:
+    state = {"parameters": model.parameters, "optimiser": adamw.state_dict(), "best": dict(best)}
+    return unshard(state | ({"average": model.average} if model.average else {}))
 
 
-def _restore(state: Mapping[str, Any], trainee: Trainee, adamw: torch.optim.AdamW) -> dict[str, float]:
-    for name, parameter in trainee.parameters.items():
-        copy_whole(parameter, state["parameters"][name])
-    trainee.average = {
-        name: split_as(value, trainee.parameters[name]) for name, value in state.get("average", {}).items()
+def _restore(state: Mapping[str, Any], model: TrainingModel, adamw: torch.optim.AdamW) -> dict[str, float]:
+    for name, parameter in model.parameters.items():
+        copy_unsharded(parameter, state["parameters"][name])
+    model.average = {
+        name: shard_like(value, model.parameters[name]) for name, value in state.get("average", {}).items()
     }
     # torch numbers an optimiser's parameters through its groups; moments are split as their parameters are.
     ordered = [parameter for group in adamw.param_groups for parameter in group["params"]]
     moments = {
-        number: {name: split_as(value, ordered[number]) for name, value in each.items()}
+        number: {name: shard_like(value, ordered[number]) for name, value in each.items()}
         for number, each in state["optimiser"]["state"].items()
     }
     stored = state["optimiser"]
@@ -200,7 +200,7 @@ def _restore(state: Mapping[str, Any], trainee: Trainee, adamw: torch.optim.Adam
         for own, group in zip(adamw.param_groups, stored["param_groups"], strict=True)
     ]
     adamw.load_state_dict({"param_groups": groups, "state": moments})
-    trainee.merge()
+    model.merge()
     return dict(state["best"])
 
 

@@ -25,7 +25,7 @@ from unmask.encoder.model.architectures import Shape
 from unmask.encoder.model.decoder import Decoder
 from unmask.errors import AdapterMismatch
 from unmask.training.recipe import Lora
-from unmask.training.sharding import whole
+from unmask.training.sharding import unshard
 
 
 class LoraLinear(nn.Module):
@@ -176,9 +176,9 @@ def adapter_tensors(adapted: list[LoraLinear]) -> dict[str, Tensor]:
 
 def _named_halves(adapted: list[LoraLinear]) -> Iterator[tuple[str, Tensor]]:
     for linear in adapted:
-        for (module, _, _), a, b in zip(linear.parts, whole(linear.down).split(linear.rank), linear.up, strict=True):
+        for (module, _, _), a, b in zip(linear.parts, unshard(linear.down).split(linear.rank), linear.up, strict=True):
             yield f"base_model.model.{module}.lora_A.weight", a
-            yield f"base_model.model.{module}.lora_B.weight", whole(b)
+            yield f"base_model.model.{module}.lora_B.weight", unshard(b)
 
 
 @torch.no_grad()

@@ -68,7 +68,9 @@ def same_text(queries: Sequence[str], candidates: Sequence[str], device: torch.d
     return (candidate[None] == query[:, None]) | (candidate[None] == positive[:, None])
 
 
-def distil(vectors: Tensor, teacher: Tensor, temperature: float, weight: float, similarity_weight: float) -> Tensor:
+def similarity_loss(
+    vectors: Tensor, teacher: Tensor, temperature: float, weight: float, similarity_weight: float
+) -> Tensor:
     """How far the similarities among the batch's texts are from a teacher's.
 
     For each text, the Kullback-Leibler divergence of its similarity distribution over the other texts from the

@@ -27,9 +27,9 @@ from unmask.disk import atomic_write
 from unmask.encoder.model.architectures import shape_of
 from unmask.errors import AdapterMismatch, CheckpointError, UsageError
 from unmask.training.lora import parts_of
-from unmask.training.model_folder import DTYPES, Settings, require_new, write_folder, write_model
+from unmask.training.model_folder import DTYPES, EncoderSettings, require_new, write_model, write_model_folder
 from unmask.training.recipe import stored_recipe
-from unmask.training.trainee import adapter_base
+from unmask.training.training_model import adapter_base
 
 __all__ = ["Factors", "average", "compress", "interpolate", "merge_adapters", "stack", "weighted_sum", "write_model"]
 
@@ -57,7 +57,9 @@ def merge_adapters(base: str, adapters: Sequence[str], output: Path, dtype: Dtyp
     merged = [file for file in checkpoint.files if file.name == "adapter_config.json"]
     if not merged:
         raise UsageError(f"{base} is a model without adapters, and none was named; there is nothing to merge")
-    write_folder(output, checkpoint, checkpoint.tensors, Settings.of(checkpoint), DTYPES[dtype])
+    write_model_folder(
+        output, checkpoint, checkpoint.tensors, EncoderSettings.from_checkpoint(checkpoint), DTYPES[dtype]
+    )
 
 
 def interpolate(
@@ -87,7 +89,7 @@ def interpolate(
     between = slerp if method == "slerp" else torch.lerp
     blend = _Combined([model.tensors for model in models], lambda tensors: between(tensors[0], tensors[1], weight))
     chosen = next((model for model in reversed(models) if model.encoder_config), models[0])
-    write_folder(output, models[0], blend, Settings.of(chosen), DTYPES[dtype])
+    write_model_folder(output, models[0], blend, EncoderSettings.from_checkpoint(chosen), DTYPES[dtype])
 
 
 def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
@@ -203,7 +205,7 @@ def average(models: Sequence[str], output: Path, rank: int | None = None, dtype:
     checkpoints = [open_checkpoint(name) for name in names]
     _require_alike(checkpoints)
     mean = _Combined([checkpoint.tensors for checkpoint in checkpoints], _mean)
-    write_folder(output, checkpoints[0], mean, Settings.of(checkpoints[0]), DTYPES[dtype])
+    write_model_folder(output, checkpoints[0], mean, EncoderSettings.from_checkpoint(checkpoints[0]), DTYPES[dtype])
     return Combination(0, 0.0)
 
 

@@ -24,7 +24,7 @@ _QUERIES, _TEXTS = 512, 16_384
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mining:
+class MiningSettings:
     """Rows to mine negatives for, and the limits of a negative. These fields are options of `unmask mine`.
 
     Attributes:
@@ -66,7 +66,7 @@ class Mining:
 
 
 @dataclass(frozen=True)
-class Mined:
+class MiningResult:
     """What was found.
 
     Attributes:
@@ -82,16 +82,16 @@ class Mined:
     refused: int
 
 
-Told = Callable[[str, int, int], None]  # what is going on, steps done just now, steps of it in all
+ReportMining = Callable[[str, int, int], None]  # what is going on, steps done just now, steps of it in all
 
 
 def mine(
-    mining: Mining,
+    mining: MiningSettings,
     contender: EmbeddingModel,
     output: Path,
-    told: Told = lambda *_: None,
+    told: ReportMining = lambda *_: None,
     cache: VectorCache | None = None,
-) -> Mined:
+) -> MiningResult:
     """Write `query`, `positive`, `negatives` for each row, as JSON lines in the rows' order.
 
     Vectors are kept as they are computed, so a run that was killed continues where it was. The same rows and the same
@@ -151,7 +151,7 @@ def mine(
                 line = {"query": query, "positive": positive, "negatives": negatives}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
             told("search", len(part), len(pairs))
-    return Mined(len(pairs), len(corpus), tuple(counts), refused)
+    return MiningResult(len(pairs), len(corpus), tuple(counts), refused)
 
 
 def limits_of(positive: np.ndarray, max_share: float | None, margin: float | None) -> np.ndarray:
@@ -174,7 +174,7 @@ def limits_of(positive: np.ndarray, max_share: float | None, margin: float | Non
 
 
 def nearest(
-    queries: np.ndarray, texts: np.ndarray, limits: np.ndarray, never: Sequence[Sequence[int]], mining: Mining
+    queries: np.ndarray, texts: np.ndarray, limits: np.ndarray, never: Sequence[Sequence[int]], mining: MiningSettings
 ) -> tuple[list[list[int]], int]:
     """For each query the nearest texts below its limit, nearest first, equals by their place in the corpus.
 
@@ -241,7 +241,7 @@ def _bare(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def _pairs(mining: Mining, bad: BadRows) -> Iterator[tuple[str, str]]:
+def _pairs(mining: MiningSettings, bad: BadRows) -> Iterator[tuple[str, str]]:
     columns = (mining.query, mining.positive)
     for row in read_rows(mining.source, bad):
         values = [_text_in(row.fields, column, mining.source) for column in columns]
@@ -252,7 +252,7 @@ def _pairs(mining: Mining, bad: BadRows) -> Iterator[tuple[str, str]]:
             bad.report(row.place, f"no text in {columns[values.index('')]}")
 
 
-def _texts(mining: Mining, bad: BadRows) -> Iterator[str]:
+def _texts(mining: MiningSettings, bad: BadRows) -> Iterator[str]:
     assert mining.corpus is not None
     for row in read_rows(mining.corpus, bad):
         text = _text_in(row.fields, mining.text, mining.corpus)

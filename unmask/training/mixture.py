@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from unmask.errors import UsageError
-from unmask.training.decontamination import Held
+from unmask.training.decontamination import Decontaminator
 from unmask.training.examples import Example, Examples, read_examples
-from unmask.training.recipe import Recipe, Source
+from unmask.training.recipe import DataSource, Recipe
 from unmask.training.rows import BadRows
 
 
@@ -23,7 +23,7 @@ from unmask.training.rows import BadRows
 class Part:
     """Examples of one data set within a batch."""
 
-    source: Source
+    source: DataSource
     examples: list[Example]
 
 
@@ -54,7 +54,7 @@ class Mixture:
         held: texts that must not be trained on, for streamed sources.
     """
 
-    def __init__(self, recipe: Recipe, sets: list[Examples], root: Path | None, held: Held | None) -> None:
+    def __init__(self, recipe: Recipe, sets: list[Examples], root: Path | None, held: Decontaminator | None) -> None:
         self._recipe, self._root, self._held = recipe, root, held
         self._sets = {examples.source.name: examples for examples in sets}
         self._sources = recipe.data
@@ -72,7 +72,7 @@ class Mixture:
             steps += 1
         return steps
 
-    def _size(self, source: Source) -> int:
+    def _size(self, source: DataSource) -> int:
         """Examples of a source each time it is drawn."""
         return max(1, (source.batch or self._recipe.batch.size) // self._recipe.batch.sets)
 
@@ -93,7 +93,7 @@ class Mixture:
             if number >= skip:
                 yield TextBatch([Part(self._sources[which], examples) for which, examples in drawn.items()])
 
-    def _examples(self, source: Source) -> Iterator[Example]:
+    def _examples(self, source: DataSource) -> Iterator[Example]:
         seed = [self._recipe.seed, *source.name.encode()]
         if source.stream:
             yield from self._streamed(source, seed)
@@ -118,7 +118,7 @@ class Mixture:
                 yield Example(example.query, examples[other].query, (), example.label)
             epoch += 1
 
-    def _streamed(self, source: Source, seed: list[int]) -> Iterator[Example]:
+    def _streamed(self, source: DataSource, seed: list[int]) -> Iterator[Example]:
         """Rows as they come, each swapped with a random one of the buffer, epoch after epoch."""
         epoch = 0
         while True:
@@ -126,7 +126,7 @@ class Mixture:
             bad = BadRows(self._recipe.max_bad_rows)
             buffer: list[Example] = []
             for example in read_examples(source, self._root, bad):
-                if self._held is not None and any(self._held.touches(text) for text in example.texts()):
+                if self._held is not None and any(self._held.overlaps(text) for text in example.texts()):
                     continue
                 if len(buffer) < self._recipe.shuffle_buffer:
                     buffer.append(example)

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from unmask.encoder.model.decoder import Decoder
 from unmask.errors import UsageError
 from unmask.training.recipe import Mntp
-from unmask.training.trainee import Trainee
+from unmask.training.training_model import TrainingModel
 
 # Logits of one chunk: 512 x 128k vocabulary in float32 is 256 MB.
 _CHUNK_ROWS = 512
 
 
 @dataclass(frozen=True, slots=True)
-class Gaps:
+class MaskedSequence:
     """A sequence with gaps.
 
     Attributes:
@@ -37,7 +37,9 @@ class Gaps:
     targets: np.ndarray
 
 
-def mask(ids: np.ndarray, mntp: Mntp, mask_id: int, vocabulary: int, generator: np.random.Generator) -> Gaps:
+def mask_tokens(
+    ids: np.ndarray, mntp: Mntp, mask_id: int, vocabulary: int, generator: np.random.Generator
+) -> MaskedSequence:
     """Choose gaps at random and fill them as BERT does (80 % mask token, 10 % a random token, 10 % as it was), or all
     with the mask token. At least one token of a sequence of two or more is asked for."""
     chosen = generator.random(len(ids)) < mntp.probability
@@ -53,7 +55,7 @@ def mask(ids: np.ndarray, mntp: Mntp, mask_id: int, vocabulary: int, generator: 
         read[positions[fate < 0.8]] = mask_id
         random = positions[(fate >= 0.8) & (fate < 0.9)]
         read[random] = generator.integers(0, vocabulary, len(random))
-    return Gaps(read, positions, ids[positions])
+    return MaskedSequence(read, positions, ids[positions])
 
 
 def blocks(sequences: list[np.ndarray], length: int) -> list[np.ndarray]:
@@ -62,20 +64,20 @@ def blocks(sequences: list[np.ndarray], length: int) -> list[np.ndarray]:
     return [piece for piece in pieces if len(piece) > 1]
 
 
-def mask_id_of(trainee: Trainee, mntp: Mntp) -> int:
+def mask_token_id(model: TrainingModel, mntp: Mntp) -> int:
     """The id of the token that stands for a gap.
 
     Raises:
         UsageError: the tokenizer has no such single token.
     """
-    token = trainee.encoder.checkpoint.tokenizer.text.token_to_id(mntp.mask_token)
+    token = model.encoder.checkpoint.tokenizer.text.token_to_id(mntp.mask_token)
     if token is None:
-        raise UsageError(f"mntp.mask_token={mntp.mask_token!r} is not one token of {trainee.encoder.name}'s vocabulary")
+        raise UsageError(f"mntp.mask_token={mntp.mask_token!r} is not one token of {model.encoder.name}'s vocabulary")
     return token
 
 
 @dataclass(frozen=True)
-class Head:
+class LanguageModelHead:
     """The language-model head.
 
     Attributes:
@@ -94,29 +96,29 @@ class Head:
         return self.embedding.weight if self.own is None else self.own
 
 
-def head_of(trainee: Trainee) -> Head:
+def language_model_head(model: TrainingModel) -> LanguageModelHead:
     """The base's own head, frozen unless it is the embedding and that is trained.
 
     Raises:
         UsageError: the base is an inner model, whose head is elsewhere.
     """
-    checkpoint, decoder = trainee.encoder.checkpoint, trainee.decoder
+    checkpoint, decoder = model.encoder.checkpoint, model.decoder
     assert isinstance(decoder, Decoder)
     cap = checkpoint.config.get("final_logit_softcapping")
     tied = checkpoint.config.get("tie_word_embeddings")
     if "lm_head.weight" in checkpoint.tensors.names() and not tied:
-        own = checkpoint.tensors.read("lm_head.weight").to(trainee.device, trainee.dtype)
+        own = checkpoint.tensors.read("lm_head.weight").to(model.device, model.dtype)
     elif tied is False:
         raise UsageError(
-            f"{trainee.encoder.name} has no language-model head (lm_head.weight) and its config ties none to the "
+            f"{model.encoder.name} has no language-model head (lm_head.weight) and its config ties none to the "
             "embedding, so there is nothing to predict tokens with; name the whole CausalLM as the base"
         )
     else:
         own = None
-    return Head(own, decoder.embedding, float(cap) if cap else None)
+    return LanguageModelHead(own, decoder.embedding, float(cap) if cap else None)
 
 
-def prediction_loss(states: Tensor, targets: Tensor, head: Head) -> Tensor:
+def prediction_loss(states: Tensor, targets: Tensor, head: LanguageModelHead) -> Tensor:
     """Summed cross-entropy of the targets, logits a chunk at a time.
 
     Args:

@@ -49,7 +49,7 @@ _LLAMA3_RULE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_p
 
 
 @dataclass(frozen=True)
-class Settings:
+class EncoderSettings:
     """How a model wants its vectors to be made; becomes `llm2vec_config.json`.
 
     Attributes:
@@ -65,7 +65,7 @@ class Settings:
     embedding_from: str | None = None
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> "Settings":
+    def of(cls, checkpoint: Checkpoint) -> "EncoderSettings":
         """What a model's files say."""
         said = checkpoint.encoder_config
         return cls(
@@ -129,7 +129,7 @@ def write_model(
         tensors |= {HEAD_WEIGHT: head["weight"], HEAD_BIAS: head["bias"]}
     elif encoder.head is not None:
         tensors |= {name: checkpoint.tensors.read(name) for name in (HEAD_WEIGHT, HEAD_BIAS)}
-    settings = Settings(
+    settings = EncoderSettings(
         pooling=encoder.pooling,
         max_length=encoder.max_length,
         doc_max_length=int(checkpoint.encoder_config.get("doc_max_length") or 400),
@@ -138,7 +138,7 @@ def write_model(
         embedding_from=base if save is not None and not save.embedding else None,
     )
     dtype = save.precision if save is not None else str(next(decoder.parameters()).dtype).removeprefix("torch.")
-    write_folder(folder, checkpoint, NamedTensors(tensors), settings, DTYPES[dtype])
+    write_model_folder(folder, checkpoint, NamedTensors(tensors), settings, DTYPES[dtype])
 
 
 def write_head(folder: Path, head: Mapping[str, Tensor]) -> None:
@@ -164,8 +164,8 @@ def hub_tensors(
     return views
 
 
-def write_folder(
-    folder: Path, checkpoint: Checkpoint, tensors: TensorSource, settings: Settings, dtype: torch.dtype
+def write_model_folder(
+    folder: Path, checkpoint: Checkpoint, tensors: TensorSource, settings: EncoderSettings, dtype: torch.dtype
 ) -> None:
     """Write `tensors` as a model like `checkpoint`: its configuration and tokenizer, other weights.
 
@@ -286,7 +286,7 @@ def int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / size[:, None]).round().clamp(-127, 127).to(torch.int8), size
 
 
-def _config(checkpoint: Checkpoint, settings: Settings, dtype: torch.dtype) -> dict[str, Any]:
+def _config(checkpoint: Checkpoint, settings: EncoderSettings, dtype: torch.dtype) -> dict[str, Any]:
     config = {key: value for key, value in checkpoint.config.items() if key not in _NOT_OURS}
     if not Path(checkpoint.trained_as).expanduser().exists():
         config["_name_or_path"] = checkpoint.trained_as  # LLM2Vec's own package finds the chat template by it
@@ -313,7 +313,7 @@ def _llama3_rule(config: Mapping[str, Any], factors: Sequence[float]) -> dict[st
     return None
 
 
-def _encoder_config(checkpoint: Checkpoint, settings: Settings) -> dict[str, Any]:
+def _encoder_config(checkpoint: Checkpoint, settings: EncoderSettings) -> dict[str, Any]:
     config: dict[str, Any] = {
         "pooling_mode": settings.pooling,
         "max_length": settings.max_length,

@@ -14,19 +14,27 @@ from torch import Tensor
 
 from unmask.encoder.prompts import Prompt
 from unmask.training.losses import (
-    distil,
     false_negatives,
     info_nce,
     matryoshka,
     ranking,
     same_text,
+    similarity_loss,
     vector_distance,
 )
 from unmask.training.mixture import Part, TextBatch
-from unmask.training.mntp import Gaps, Head, blocks, head_of, mask, mask_id_of, prediction_loss
-from unmask.training.recipe import Distillation, Recipe, Source
+from unmask.training.mntp import (
+    LanguageModelHead,
+    MaskedSequence,
+    blocks,
+    language_model_head,
+    mask_token_id,
+    mask_tokens,
+    prediction_loss,
+)
+from unmask.training.recipe import DataSource, Distillation, Recipe
 from unmask.training.targets import RankingTeacher
-from unmask.training.trainee import Trainee, backward_through
+from unmask.training.training_model import TrainingModel, backward_through
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +61,13 @@ class Teachers:
     ranking: RankingTeacher | None = None
 
 
-def objective_for(recipe: Recipe, trainee: Trainee, teachers: Teachers | None) -> Objective:
+def objective_for(recipe: Recipe, model: TrainingModel, teachers: Teachers | None) -> Objective:
     """The objective a recipe names, bound to the model it trains."""
     if recipe.objective == "mntp":
-        return _mntp(recipe, trainee)
+        return _mntp(recipe, model)
     if recipe.objective == "simcse":
-        return lambda batch, step: simcse(batch, recipe, trainee)
-    return lambda batch, step: supervised(batch, recipe, trainee, teachers)
+        return lambda batch, step: simcse(batch, recipe, model)
+    return lambda batch, step: supervised(batch, recipe, model, teachers)
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,7 @@ class _Candidates:
         share: of the batch's queries.
     """
 
-    source: Source
+    source: DataSource
     rows: Tensor
     queries: int
     masked: Tensor
@@ -82,7 +90,7 @@ class _Candidates:
     share: float
 
 
-def supervised(batch: TextBatch, recipe: Recipe, trainee: Trainee, teachers: Teachers | None) -> StepReport:
+def supervised(batch: TextBatch, recipe: Recipe, model: TrainingModel, teachers: Teachers | None) -> StepReport:
     """Contrastive loss over labels, distillation over all texts of the batch, or both."""
     prompts: list[Prompt] = []
     place: dict[tuple[str, str, int | None], int] = {}  # instruction, text, length -> row of its vector
@@ -100,17 +108,17 @@ def supervised(batch: TextBatch, recipe: Recipe, trainee: Trainee, teachers: Tea
         keys += [(source.instruction if source.symmetric else "", text) for text in documents]
         unseen = [key for key in dict.fromkeys(keys) if (*key, source.max_length) not in place]
         place.update(((*key, source.max_length), len(prompts) + i) for i, key in enumerate(unseen))
-        prompts += _prompts(unseen, trainee, source.max_length)
+        prompts += _prompts(unseen, model, source.max_length)
         rows = [place[*key, source.max_length] for key in keys]
         if teachers is not None and source.use_teacher:
             distilled.update((row, text) for row, (_, text) in zip(rows, keys, strict=True))
         if len(positives) == len(queries):
             share = len(queries) / examples
-            candidates.append(_candidates(part, rows, queries, documents, share, recipe, trainee, teachers))
-    places = torch.tensor(sorted(distilled), dtype=torch.long, device=trainee.device)  # [D]
+            candidates.append(_candidates(part, rows, queries, documents, share, recipe, model, teachers))
+    places = torch.tensor(sorted(distilled), dtype=torch.long, device=model.device)  # [D]
     targets = None
     if teachers is not None and len(distilled):
-        targets = _shared(trainee, teachers.targets, [distilled[row] for row in sorted(distilled)])  # [D, W']
+        targets = _shared(model, teachers.targets, [distilled[row] for row in sorted(distilled)])  # [D, W']
 
     def loss_of(vectors: Tensor) -> Tensor:  # [U, w] -> scalar
         loss = vectors.new_zeros(())
@@ -120,7 +128,7 @@ def supervised(batch: TextBatch, recipe: Recipe, trainee: Trainee, teachers: Tea
             loss = loss + each.share * _candidates_loss(each, vectors, recipe, _judge(each, vectors, places, targets))
         return loss
 
-    loss = backward_through(trainee, prompts, lambda v: matryoshka(loss_of, v, recipe.matryoshka))
+    loss = backward_through(model, prompts, lambda v: matryoshka(loss_of, v, recipe.matryoshka))
     return StepReport(loss, sum(len(prompt.ids) for prompt in prompts))
 
 
@@ -131,22 +139,22 @@ def _candidates(
     documents: list[str],
     share: float,
     recipe: Recipe,
-    trainee: Trainee,
+    model: TrainingModel,
     teachers: Teachers | None,
 ) -> _Candidates:
-    masked = same_text(queries, documents, trainee.device)
+    masked = same_text(queries, documents, model.device)
     if part.source.label is not None:
         labels = [str(example.label) for example in part.examples]
-        masked[:, : len(labels)] |= same_text(labels, labels, trainee.device)
+        masked[:, : len(labels)] |= same_text(labels, labels, model.device)
     scores = None
     if teachers is not None and teachers.ranking is not None and part.source.use_teacher:
-        q = _shared(trainee, teachers.ranking.queries, queries)
-        scores = q @ _shared(trainee, teachers.ranking.documents, documents).T  # [Q, C]
-    return _Candidates(part.source, torch.tensor(rows, device=trainee.device), len(queries), masked, scores, share)
+        q = _shared(model, teachers.ranking.queries, queries)
+        scores = q @ _shared(model, teachers.ranking.documents, documents).T  # [Q, C]
+    return _Candidates(part.source, torch.tensor(rows, device=model.device), len(queries), masked, scores, share)
 
 
 def _distillation(vectors: Tensor, targets: Tensor, settings: Distillation) -> Tensor:
-    loss = distil(vectors, targets, settings.temperature, settings.weight, settings.similarity_weight)
+    loss = similarity_loss(vectors, targets, settings.temperature, settings.weight, settings.similarity_weight)
     if settings.vector_weight:
         loss = loss + settings.vector_weight * vector_distance(vectors, targets)
     return loss
@@ -176,33 +184,33 @@ def _candidates_loss(each: _Candidates, vectors: Tensor, recipe: Recipe, judge: 
     return loss
 
 
-def _shared(trainee: Trainee, vectors: Callable[[Sequence[str]], np.ndarray], texts: list[str]) -> Tensor:
+def _shared(model: TrainingModel, vectors: Callable[[Sequence[str]], np.ndarray], texts: list[str]) -> Tensor:
     """Vectors of texts, [N, W']: each process looks up its share of them and has all."""
-    processes = trainee.processes
+    processes = model.processes
     own = range(processes.rank, len(texts), processes.size)
-    rows = torch.from_numpy(vectors([texts[i] for i in own])).to(trainee.device)
+    rows = torch.from_numpy(vectors([texts[i] for i in own])).to(model.device)
     return processes.gather(rows, own, len(texts))
 
 
-def simcse(batch: TextBatch, recipe: Recipe, trainee: Trainee) -> StepReport:
+def simcse(batch: TextBatch, recipe: Recipe, model: TrainingModel) -> StepReport:
     """Each text is its own positive; dropout makes the two views differ."""
     prompts: list[Prompt] = []
     for part in batch.parts:
         texts = dict.fromkeys(example.query for example in part.examples)
-        prompts += _prompts([(part.source.instruction, text) for text in texts], trainee, part.source.max_length)
+        prompts += _prompts([(part.source.instruction, text) for text in texts], model, part.source.max_length)
 
     def loss_of(vectors: Tensor) -> Tensor:
         first, second = vectors.split(len(prompts))
         return info_nce(first, second, recipe.simcse.temperature)
 
-    loss = backward_through(trainee, prompts * 2, lambda v: matryoshka(loss_of, v, recipe.matryoshka))
+    loss = backward_through(model, prompts * 2, lambda v: matryoshka(loss_of, v, recipe.matryoshka))
     return StepReport(loss, 2 * sum(len(prompt.ids) for prompt in prompts))
 
 
-def _mntp(recipe: Recipe, trainee: Trainee) -> Objective:
-    head, mask_id = head_of(trainee), mask_id_of(trainee, recipe.mntp)
-    vocabulary = trainee.decoder.shape.vocabulary
-    tokenizer = trainee.encoder.checkpoint.tokenizer
+def _mntp(recipe: Recipe, model: TrainingModel) -> Objective:
+    head, mask_id = language_model_head(model), mask_token_id(model, recipe.mntp)
+    vocabulary = model.decoder.shape.vocabulary
+    tokenizer = model.encoder.checkpoint.tokenizer
 
     def step(batch: TextBatch, number: int) -> StepReport:
         generator = np.random.default_rng([recipe.seed, 1, number])
@@ -210,35 +218,38 @@ def _mntp(recipe: Recipe, trainee: Trainee) -> Objective:
             [example.query for part in batch.parts for example in part.examples], add_special_tokens=False
         )
         documents = [np.array([*tokenizer.prefix, *encoding.ids], dtype=np.int64) for encoding in encodings]
-        gaps = [mask(ids, recipe.mntp, mask_id, vocabulary, generator) for ids in blocks(documents, recipe.mntp.block)]
+        gaps = [
+            mask_tokens(ids, recipe.mntp, mask_id, vocabulary, generator)
+            for ids in blocks(documents, recipe.mntp.block)
+        ]
         asked = sum(len(gap.positions) for gap in gaps)
         loss = 0.0
-        for turn in trainee.turns([len(gap.ids) for gap in gaps]):
-            if turn:
-                loss += _mntp_pack([gaps[i] for i in turn], asked, trainee, head)
+        for micro_batch in model.micro_batches([len(gap.ids) for gap in gaps]):
+            if micro_batch:
+                loss += _mntp_pack([gaps[i] for i in micro_batch], asked, model, head)
             else:
-                (trainee.hidden([gaps[0].ids]).sum() * 0.0).backward()
-        return StepReport(trainee.processes.sum(loss), sum(len(gap.ids) for gap in gaps))
+                (model.hidden([gaps[0].ids]).sum() * 0.0).backward()
+        return StepReport(model.processes.sum(loss), sum(len(gap.ids) for gap in gaps))
 
     return step
 
 
-def _mntp_pack(gaps: list[Gaps], asked: int, trainee: Trainee, head: Head) -> float:
-    states = trainee.hidden([gap.ids for gap in gaps])  # [T, W]
+def _mntp_pack(gaps: list[MaskedSequence], asked: int, model: TrainingModel, head: LanguageModelHead) -> float:
+    states = model.hidden([gap.ids for gap in gaps])  # [T, W]
     starts = np.cumsum([0, *(len(gap.ids) for gap in gaps[:-1])])
     before = np.concatenate([start + gap.positions - 1 for start, gap in zip(starts, gaps, strict=True)])
-    targets = torch.from_numpy(np.concatenate([gap.targets for gap in gaps])).to(trainee.device)
+    targets = torch.from_numpy(np.concatenate([gap.targets for gap in gaps])).to(model.device)
     # Divided by the step's gaps, not the pack's: packs then add up to exactly the gradient of one large forward.
-    loss = prediction_loss(states[torch.from_numpy(before).to(trainee.device)], targets, head) / asked
+    loss = prediction_loss(states[torch.from_numpy(before).to(model.device)], targets, head) / asked
     loss.backward()
     return float(loss.detach())
 
 
-def _prompts(asked: Sequence[tuple[str, str]], trainee: Trainee, max_length: int | None) -> list[Prompt]:
+def _prompts(asked: Sequence[tuple[str, str]], model: TrainingModel, max_length: int | None) -> list[Prompt]:
     """Prompts in the order asked, built together where they share an instruction."""
     found: dict[int, Prompt] = {}
     for instruction in dict.fromkeys(instruction for instruction, _ in asked):
         indices = [i for i, (given, _) in enumerate(asked) if given == instruction]
-        built = trainee.prompts([asked[i][1] for i in indices], instruction, max_length)
+        built = model.prompts([asked[i][1] for i in indices], instruction, max_length)
         found.update(zip(indices, built, strict=True))
     return [found[i] for i in range(len(asked))]

@@ -13,9 +13,9 @@ from unmask.checkpoint import open_checkpoint
 from unmask.encoder.model.architectures import Shape, shape_of
 from unmask.errors import UnsupportedArchitecture
 from unmask.training.examples import Example, Examples
-from unmask.training.recipe import Recipe, Source
+from unmask.training.recipe import DataSource, Recipe
 from unmask.training.train import load_data
-from unmask.training.trainee import choose_device, compute_dtype
+from unmask.training.training_model import choose_device, compute_dtype
 
 _SAMPLE = 200
 # Of the matrix products' own speed, what a whole step reaches: measured on CPUs with the shipped recipe.
@@ -35,7 +35,7 @@ class SourcePlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """Estimates for a whole run.
 
     Attributes:
@@ -54,7 +54,7 @@ class Plan:
     trained: int
 
 
-def plan(recipe: Recipe, data: Path, say: Callable[[str], None]) -> Plan:
+def plan_run(recipe: Recipe, data: Path, log: Callable[[str], None]) -> RunPlan:
     """Read the data, count a sample's tokens, and estimate. Nothing is written and no weight is read.
 
     Raises:
@@ -66,7 +66,7 @@ def plan(recipe: Recipe, data: Path, say: Callable[[str], None]) -> Plan:
         raise UnsupportedArchitecture(
             f"{recipe.base} has no row in unmask.encoder.model.architectures; it cannot be trained"
         )
-    sets, _ = load_data(recipe, data, say)
+    sets, _ = load_data(recipe, data, log)
     found = {examples.source.name: examples for examples in sets}
     weights = np.array([s.weight or len(found[s.name].train) for s in recipe.data], dtype=float)
     shares = weights / weights.sum()
@@ -84,11 +84,11 @@ def plan(recipe: Recipe, data: Path, say: Callable[[str], None]) -> Plan:
     if per_step > recipe.batch.forward_tokens and recipe.objective != "mntp":
         passes += 1.0  # GradCache forwards twice
     seconds = tokens * shape.flops_per_token * passes / (_product_speed(device, dtype) * _EFFICIENCY)
-    return Plan(sources, recipe.steps, tokens, _memory(shape, recipe, dtype, per_step, trained), seconds, trained)
+    return RunPlan(sources, recipe.steps, tokens, _memory(shape, recipe, dtype, per_step, trained), seconds, trained)
 
 
 def _source_plan(
-    source: Source, examples: Examples | None, share: float, recipe: Recipe, tokenizer: Tokenizer
+    source: DataSource, examples: Examples | None, share: float, recipe: Recipe, tokenizer: Tokenizer
 ) -> SourcePlan:
     longest = source.max_length or recipe.max_length
     size = source.batch or recipe.batch.size
@@ -98,7 +98,7 @@ def _source_plan(
     return SourcePlan(source.name, len(examples.train), len(examples.held_out), float(np.mean(lengths)), size, share)
 
 
-def _tokens(example: Example, recipe: Recipe, source: Source, tokenizer: Tokenizer, longest: int) -> int:
+def _tokens(example: Example, recipe: Recipe, source: DataSource, tokenizer: Tokenizer, longest: int) -> int:
     texts = [example.query] * (2 if example.label is not None else 1)
     if example.positive is not None:
         texts += [example.positive, *example.negatives[: recipe.contrastive.hard_negatives]]

@@ -28,7 +28,7 @@ ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 STAGES = "stages"
 
 
-class Source(Struct, forbid_unknown_fields=True, kw_only=True):
+class DataSource(Struct, forbid_unknown_fields=True, kw_only=True):
     """One data set of the mixture.
 
     Which fields are named decides what a row gives:
@@ -255,7 +255,7 @@ class Distillation(Struct, forbid_unknown_fields=True, kw_only=True):
         return self.teachers or [Teacher(model=self.teacher or "", centre=False)]
 
 
-class Head(Struct, forbid_unknown_fields=True, kw_only=True):
+class HeadSettings(Struct, forbid_unknown_fields=True, kw_only=True):
     """A linear layer behind the pooling, trained and saved with the model.
 
     Attributes:
@@ -363,7 +363,7 @@ class Recipe(Struct, forbid_unknown_fields=True, kw_only=True):
 
     base: str
     objective: Literal["mntp", "simcse", "supervised"]
-    data: Annotated[list[Source], Meta(min_length=1)]
+    data: Annotated[list[DataSource], Meta(min_length=1)]
     steps: Positive
     name: str = "run"
     layers: Positive | list[Annotated[int, Meta(ge=0)]] | None = None
@@ -373,7 +373,7 @@ class Recipe(Struct, forbid_unknown_fields=True, kw_only=True):
     pooling: Literal["mean", "weighted_mean", "eos_token", "last_token", "bos_token"] = "mean"
     causal: bool = False
     matryoshka: list[Positive] = []
-    head: Head | None = None
+    head: HeadSettings | None = None
     lora: Lora | None = msgspec.field(default_factory=Lora)
     freeze_embedding: bool = False
     ema: Annotated[float, Meta(gt=0.0, lt=1.0)] | None = None
@@ -426,7 +426,7 @@ class Recipe(Struct, forbid_unknown_fields=True, kw_only=True):
             if pairs is not None:
                 raise ValueError(f"data {pairs!r}: {self.objective} learns from texts; name a text column")
 
-    def _check_teaches(self, source: Source) -> None:
+    def _check_teaches(self, source: DataSource) -> None:
         distils = self.distillation is not None and source.use_teacher
         if distils:
             return

@@ -148,7 +148,7 @@ class RunFolder:
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 
-def description_of(
+def describe_run(
     recipe: Mapping[str, Any], data: Mapping[str, Any], hardware: str, precision: str = "float32"
 ) -> dict[str, Any]:
     """What `run.json` says: enough to run it again elsewhere.

@@ -32,24 +32,24 @@ def shard(decoder: Decoder, device: torch.device, processes: Processes) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
-def whole(state: Any) -> Any:
+def unshard(state: Any) -> Any:
     """A tensor, or a dict or list with tensors in it, with the split ones collected. All processes must call it."""
     if isinstance(state, dict):
-        return {key: whole(value) for key, value in state.items()}
+        return {key: unshard(value) for key, value in state.items()}
     if isinstance(state, list):
-        return [whole(value) for value in state]
+        return [unshard(value) for value in state]
     if isinstance(state, DTensor):
         return state.full_tensor().detach().cpu()
     return state.detach() if isinstance(state, Tensor) else state
 
 
-def copy_whole(target: Tensor, value: Tensor) -> None:
+def copy_unsharded(target: Tensor, value: Tensor) -> None:
     """Set a parameter from a whole tensor; each process takes its part of it."""
     with torch.no_grad():
-        target.copy_(split_as(value, target))
+        target.copy_(shard_like(value, target))
 
 
-def split_as(value: Tensor, like: Tensor) -> Tensor:
+def shard_like(value: Tensor, like: Tensor) -> Tensor:
     """A whole tensor split as another one is, or as it is if that is not split."""
     if isinstance(like, DTensor) and value.shape == like.shape:
         return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)

@@ -44,7 +44,7 @@ class TeacherVectors:
         self.model: EmbeddingModel = open_model(model)
         self.cache = VectorCache(home() / "vectors", self.model.revision, self.model.dimensions)
 
-    def of(self, texts: Sequence[str], prompt: str | None, progress: Count | None = None) -> np.ndarray:
+    def encode(self, texts: Sequence[str], prompt: str | None, progress: Count | None = None) -> np.ndarray:
         """float32 [N, dimensions], each of length 1.
 
         Args:
@@ -133,7 +133,7 @@ class Targets:
             texts = list(dict.fromkeys((*sample, *ahead)))
             report = partial(_report, progress, f"vectors of {vectors.model.name}", len(texts))
             for start in range(0, len(texts), _BLOCK):
-                vectors.of(texts[start : start + _BLOCK], teacher.prompt, report)
+                vectors.encode(texts[start : start + _BLOCK], teacher.prompt, report)
         self.rotation = Rotation.load(file) if file.is_file() else self._fit(settings, sample)
         if not file.is_file():
             self.rotation.save(file)
@@ -145,7 +145,7 @@ class Targets:
         """Content address of each teacher, by its name in the recipe."""
         return {teacher.model: vectors.model.revision for teacher, vectors in self._teachers}
 
-    def of(self, texts: Sequence[str]) -> np.ndarray:
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
         """float32 [N, W], each of length 1."""
         joined = self._joined(texts, self.rotation.means)
         components = self.rotation.components
@@ -154,7 +154,7 @@ class Targets:
     def _joined(self, texts: Sequence[str], means: Sequence[np.ndarray]) -> np.ndarray:
         """[N, A]: centred unit vectors side by side, each scaled by the root of its weight."""
         parts = [
-            _unit(vectors.of(texts, teacher.prompt) - mean) * np.float32(teacher.weight**0.5)
+            _unit(vectors.encode(texts, teacher.prompt) - mean) * np.float32(teacher.weight**0.5)
             for (teacher, vectors), mean in zip(self._teachers, means, strict=True)
         ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
@@ -186,7 +186,7 @@ class Targets:
             return np.zeros(vectors.model.dimensions, dtype=np.float32)
         total = np.zeros(vectors.model.dimensions)
         for start in range(0, len(sample), _BLOCK):
-            total += vectors.of(sample[start : start + _BLOCK], teacher.prompt).sum(axis=0, dtype=np.float64)
+            total += vectors.encode(sample[start : start + _BLOCK], teacher.prompt).sum(axis=0, dtype=np.float64)
         return (total / len(sample)).astype(np.float32)
 
 
@@ -198,11 +198,11 @@ class RankingTeacher:
 
     def queries(self, texts: Sequence[str], progress: Count | None = None) -> np.ndarray:
         """Unit vectors of queries, float32 [N, dimensions]."""
-        return self._vectors.of(texts, self._settings.query_prompt or None, progress)
+        return self._vectors.encode(texts, self._settings.query_prompt or None, progress)
 
     def documents(self, texts: Sequence[str], progress: Count | None = None) -> np.ndarray:
         """Unit vectors of documents, float32 [N, dimensions]."""
-        return self._vectors.of(texts, self._settings.document_prompt or None, progress)
+        return self._vectors.encode(texts, self._settings.document_prompt or None, progress)
 
 
 def _report(progress: Callable[[str, int, int], None], name: str, total: int, done: int) -> None:

@@ -22,43 +22,43 @@ import torch
 
 from unmask.disk import atomic_write
 from unmask.errors import UsageError
-from unmask.training.decontamination import Held, read_held
+from unmask.training.decontamination import Decontaminator, read_decontaminator
 from unmask.training.dev import DevSets
 from unmask.training.distributed import Processes, processes
 from unmask.training.examples import Examples, load_examples
-from unmask.training.head import first_numbers, head_of, ridge
-from unmask.training.loop import Progress, train_steps
+from unmask.training.head import first_numbers, linear_head, ridge
+from unmask.training.loop import TrainingProgress, train_steps
 from unmask.training.lora import adapter_tensors, write_adapter
 from unmask.training.mixture import Mixture
 from unmask.training.model_folder import write_head, write_model
 from unmask.training.objectives import Teachers, objective_for
-from unmask.training.recipe import Head, Recipe, stored_recipe
-from unmask.training.run_folder import RunFolder, description_of
-from unmask.training.sharding import whole
+from unmask.training.recipe import HeadSettings, Recipe, stored_recipe
+from unmask.training.run_folder import RunFolder, describe_run
+from unmask.training.sharding import unshard
 from unmask.training.targets import FILE, RankingTeacher, Targets
-from unmask.training.trainee import (
-    Trainee,
+from unmask.training.training_model import (
+    TrainingModel,
     adapter_base,
     choose_device,
     compute_dtype,
     embedding_base,
-    starting_adapter,
+    initial_adapter,
 )
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainingResult:
     """What a run ended with.
 
     Attributes:
-        result: folder of the adapter or model.
+        folder: the adapter or model with the best scores, or the last one if the recipe names no dev set.
         scores: of the best evaluation, 0-100; empty if the recipe names no dev set.
-        first: whether this process speaks for the run. Only the first one evaluates.
+        is_main: this process writes files and reports for the run.
     """
 
-    result: Path
+    folder: Path
     scores: dict[str, float]
-    first: bool
+    is_main: bool
 
 
 def run_training(
@@ -67,9 +67,9 @@ def run_training(
     data: Path,
     output: Path,
     resume: bool = False,
-    progress: Callable[[Progress], None] = lambda _: None,
-    say: Callable[[str], None] = lambda _: None,
-) -> Outcome:
+    progress: Callable[[TrainingProgress], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
+) -> TrainingResult:
     """Run a recipe to its end.
 
     Args:
@@ -77,7 +77,7 @@ def run_training(
         output: the run's folder; see `run_folder`.
         resume: continue the run that is there.
         progress: told after every step.
-        say: told what is worth a line.
+        log: told what is worth a line.
 
     Raises:
         UsageError: the recipe and the data do not fit, or `output` holds another run.
@@ -85,23 +85,23 @@ def run_training(
     """
     device = choose_device(recipe.device)
     with processes(device) as group:
-        tell = progress if group.first else lambda _: None
-        sets, held = load_data(recipe, data, say if group.first else lambda _: None)
+        tell = progress if group.is_main else lambda _: None
+        sets, held = load_data(recipe, data, log if group.is_main else lambda _: None)
         folder = RunFolder(output, recipe.keep)
         precision = recipe.precision
-        if group.first:
+        if group.is_main:
             digests = {examples.source.name: examples.digest() for examples in sets}
             if recipe.lora is not None and recipe.lora.init_from is not None:
-                digests["lora.init_from"] = starting_adapter(recipe).digest()
+                digests["lora.init_from"] = initial_adapter(recipe).digest()
             chosen = str(compute_dtype(recipe.precision, device)).removeprefix("torch.")
-            description = description_of(_plain(recipe), digests, _hardware(device, group), chosen)
+            description = describe_run(_plain(recipe), digests, _hardware(device, group), chosen)
             precision = folder.begin(description, resume, _upgraded).get("precision", chosen)
-        recipe = msgspec.structs.replace(recipe, precision=group.of_first(precision))
+        recipe = msgspec.structs.replace(recipe, precision=group.broadcast(precision))
         teachers = open_teachers(recipe, sets, folder, group) if recipe.distillation is not None else None
-        trainee = Trainee(recipe, device, group)
+        model = TrainingModel(recipe, device, group)
         if recipe.head is not None:
-            set_head(recipe, recipe.head, trainee, sets, teachers)
-        objective = objective_for(recipe, trainee, teachers)
+            set_head(recipe, recipe.head, model, sets, teachers)
+        objective = objective_for(recipe, model, teachers)
         mixture = Mixture(recipe, sets, data, held)
         if recipe.max_epochs is not None:
             recipe = msgspec.structs.replace(recipe, steps=min(recipe.steps, mixture.steps_of(recipe.max_epochs)))
@@ -110,36 +110,36 @@ def run_training(
         base = adapter_base(recipe)
 
         def keep(name: str) -> Path:
-            return _write_result(output / name, trainee, recipe, base)
+            return _write_result(output / name, model, recipe, base)
 
-        scores = train_steps(recipe, trainee, objective, mixture, dev, folder, lambda: keep("best"), tell)
+        scores = train_steps(recipe, model, objective, mixture, dev, folder, lambda: keep("best"), tell)
         result = output / ("adapter" if recipe.lora is not None else "model")
         keep(result.name)
-        if group.first:
+        if group.is_main:
             from unmask.training.curves import draw_curves
 
             draw_curves(folder)
         group.wait()
-        return Outcome(output / "best" if scores else result, scores, group.first)
+        return TrainingResult(output / "best" if scores else result, scores, group.is_main)
 
 
-def load_data(recipe: Recipe, data: Path, say: Callable[[str], None]) -> tuple[list[Examples], Held | None]:
+def load_data(recipe: Recipe, data: Path, log: Callable[[str], None]) -> tuple[list[Examples], Decontaminator | None]:
     """Every data set that is kept in memory, evaluation texts taken out, and the texts that were held apart."""
     held = None
     if recipe.decontaminate_against is not None:
         folder = data / recipe.decontaminate_against
         if not folder.is_dir():
             raise UsageError(f"decontaminate_against: no folder at {folder}")
-        say(f"reading the texts of {recipe.decontaminate_against}, which must not be trained on")
-        held = read_held(folder)
+        log(f"reading the texts of {recipe.decontaminate_against}, which must not be trained on")
+        held = read_decontaminator(folder)
     sets = []
     for source in recipe.data:
         if source.stream:
             continue
         examples = load_examples(source, data, held, recipe.seed, recipe.max_bad_rows)
-        dropped = f", {examples.touching} held apart" if examples.touching else ""
+        dropped = f", {examples.overlapping} held apart" if examples.overlapping else ""
         dropped += f", {examples.bad.bad} unusable ({examples.bad.places[0]})" if examples.bad.bad else ""
-        say(f"{source.name}: {len(examples.train)} examples{dropped}")
+        log(f"{source.name}: {len(examples.train)} examples{dropped}")
         sets.append(examples)
     return sets, held
 
@@ -168,9 +168,9 @@ def open_teachers(
             pairs = [e for examples in sets if examples.source.query for e in examples.train]
             ranking.queries([e.query for e in pairs])
             ranking.documents([text for e in pairs for text in e.texts()[1:]])
-        return Teachers(targets.of, ranking)
+        return Teachers(targets.encode, ranking)
 
-    teachers = build() if group.first else None
+    teachers = build() if group.is_main else None
     group.wait()
     return teachers or build()
 
@@ -190,13 +190,13 @@ def distilled_texts(recipe: Recipe, sets: Sequence[Examples]) -> list[str]:
 
 
 def set_head(
-    recipe: Recipe, settings: Head, trainee: Trainee, sets: Sequence[Examples], teachers: Teachers | None
+    recipe: Recipe, settings: HeadSettings, model: TrainingModel, sets: Sequence[Examples], teachers: Teachers | None
 ) -> None:
-    """Give the model under training the head that the recipe asks for; see `recipe.Head` for where it begins."""
-    hidden_size = trainee.decoder.shape.hidden_size
-    own = trainee.head
+    """Put the head that the recipe asks for on a model; see `HeadSettings` for its initial weights."""
+    hidden_size = model.decoder.shape.hidden_size
+    own = model.head
     if own is not None and own.out_features == settings.dimensions and not settings.refit:
-        trainee.set_head(own, settings.trained)
+        model.set_head(own, settings.trained)
         return
     if teachers is None or not settings.ridge:
         if settings.dimensions > hidden_size:
@@ -204,7 +204,7 @@ def set_head(
                 f"head.dimensions = {settings.dimensions} is more than the decoder's {hidden_size} and there is no "
                 "teacher to fit it to; lower it, or add a distillation with head.ridge above 0"
             )
-        trainee.set_head(first_numbers(hidden_size, settings.dimensions, trainee.device), settings.trained)
+        model.set_head(first_numbers(hidden_size, settings.dimensions, model.device), settings.trained)
         return
     texts = distilled_texts(recipe, sets)
     order = np.random.default_rng([recipe.seed, 3]).permutation(len(texts))[: settings.ridge]
@@ -215,9 +215,9 @@ def set_head(
             f"head.dimensions = {settings.dimensions}, but targets have {targets.shape[1]} numbers; set "
             "distillation.dimensions to the same"
         )
-    trainee.decoder.eval()
-    weight, bias = trainee.processes.of_first(ridge(trainee.encode_pooled(chosen), targets, settings.penalty))
-    trainee.set_head(head_of(weight, bias, trainee.device), settings.trained)
+    model.decoder.eval()
+    weight, bias = model.processes.broadcast(ridge(model.encode_pooled(chosen), targets, settings.penalty))
+    model.set_head(linear_head(weight, bias, model.device), settings.trained)
 
 
 def _plain(recipe: Recipe) -> dict[str, Any]:
@@ -231,25 +231,25 @@ def _upgraded(stored: dict[str, Any]) -> dict[str, Any]:
     return {**stored, "recipe": _plain(stored_recipe(stored["recipe"])), "data": data}
 
 
-def _write_result(folder: Path, trainee: Trainee, recipe: Recipe, base: str) -> Path:
+def _write_result(folder: Path, model: TrainingModel, recipe: Recipe, base: str) -> Path:
     """Replace `folder` by the weights as they are. All processes must call it; the first one writes."""
-    with trainee.averaged():
-        weights = adapter_tensors(trainee.adapted) if recipe.lora is not None else whole(trainee.trained_decoder())
-        head = None if trainee.head is None else {n: p.detach().clone() for n, p in trainee.head.named_parameters()}
-    if not trainee.processes.first:
+    with model.averaged():
+        weights = adapter_tensors(model.adapted) if recipe.lora is not None else unshard(model.trained_decoder())
+        head = None if model.head is None else {n: p.detach().clone() for n, p in model.head.named_parameters()}
+    if not model.processes.is_main:
         return folder
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     if recipe.lora is not None:
         write_adapter(partial, weights, recipe.lora, base, torch.float32)
         # The vectors are those of this pooling. The length is not written: one may train short and encode long.
-        said = {**trainee.encoder.checkpoint.encoder_config, "pooling_mode": recipe.pooling}
+        said = {**model.encoder.checkpoint.encoder_config, "pooling_mode": recipe.pooling}
         with atomic_write(partial / "llm2vec_config.json") as file:
             file.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
         if head is not None:
             write_head(partial, head)
     else:
-        write_model(partial, trainee.encoder, weights, head, recipe.save, embedding_base(recipe))
+        write_model(partial, model.encoder, weights, head, recipe.save, embedding_base(recipe))
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return folder

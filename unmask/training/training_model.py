@@ -21,13 +21,13 @@ from unmask.encoder.pooling import pool
 from unmask.encoder.prompts import DefaultPrompts, Prompt
 from unmask.errors import UnsupportedArchitecture, UsageError
 from unmask.training.distributed import Processes
-from unmask.training.head import head_of
+from unmask.training.head import linear_head
 from unmask.training.lora import LoraLinear, add_lora, start_from
 from unmask.training.recipe import Recipe
 from unmask.training.sharding import shard
 
 
-class Trainee:
+class TrainingModel:
     """What an objective trains.
 
     Attributes:
@@ -66,7 +66,7 @@ class Trainee:
         if recipe.lora is not None:
             self.adapted = add_lora(decoder, recipe.lora, self.dtype, apart=self.sharded)
             if recipe.lora.init_from is not None:
-                start_from(self.adapted, starting_adapter(recipe), recipe.lora)
+                start_from(self.adapted, initial_adapter(recipe), recipe.lora)
         elif recipe.freeze_embedding:
             decoder.embedding.requires_grad_(False)
         if recipe.objective == "simcse":
@@ -86,7 +86,7 @@ class Trainee:
         self._ema = recipe.ema
         if self.encoder.head is not None:
             weight, bias = self.encoder.head.plain_weight(), self.encoder.head.bias
-            self.set_head(head_of(weight.numpy(), bias.detach().numpy(), device), trained=False)
+            self.set_head(linear_head(weight.numpy(), bias.detach().numpy(), device), trained=False)
 
     @property
     def dimensions(self) -> int:
@@ -177,20 +177,25 @@ class Trainee:
         self, texts: Sequence[str], instruction: str, forward: Callable[[Sequence[Prompt]], Tensor], dimensions: int
     ) -> Tensor:
         prompts = self.prompts(texts, instruction)
-        turns = self.turns([len(prompt.ids) for prompt in prompts])
+        micro_batches = self.micro_batches([len(prompt.ids) for prompt in prompts])
         parts = [torch.empty(0, dimensions, device=self.device)]
         # A process with nothing left to do computes one text that does not count, as in `vectors_of`.
-        parts += [forward([prompts[i] for i in turn] or prompts[:1])[: len(turn)] for turn in turns]
-        return self.processes.gather(torch.cat(parts), [i for turn in turns for i in turn], len(prompts))
+        parts += [
+            forward([prompts[i] for i in micro_batch] or prompts[:1])[: len(micro_batch)]
+            for micro_batch in micro_batches
+        ]
+        return self.processes.gather(
+            torch.cat(parts), [i for micro_batch in micro_batches for i in micro_batch], len(prompts)
+        )
 
     def vectors_of(self, prompts: Sequence[Prompt], chosen: Sequence[int]) -> Tensor:
-        """Vectors of some prompts, float32 [n, W], with gradients; of none at the price of one (see `turns`)."""
+        """Vectors of some prompts, float32 [n, W], with gradients; of none at the price of one."""
         return self.vectors([prompts[i] for i in chosen] or [prompts[0]])[: len(chosen)]
 
-    def turns(self, lengths: Sequence[int]) -> list[list[int]]:
+    def micro_batches(self, lengths: Sequence[int]) -> list[list[int]]:
         """What this process computes of a batch: the sequences of each of its forwards.
 
-        Sharded, all processes have as many turns as the busiest one; where there is nothing left to do, they are empty.
+        Sharded, all processes have as many as the busiest one; the surplus ones are empty.
         """
         packs_of = [
             [[own[i] for i in pack] for pack in self.packs([lengths[i] for i in own])]
@@ -249,7 +254,7 @@ def embedding_base(recipe: Recipe) -> str:
     return str(path.absolute()) if location.name not in SHIPPED and path.exists() else location.name
 
 
-def starting_adapter(recipe: Recipe) -> Adapter:
+def initial_adapter(recipe: Recipe) -> Adapter:
     """The adapter that a run trains further.
 
     Raises:
@@ -269,7 +274,7 @@ def starting_adapter(recipe: Recipe) -> Adapter:
     return Adapter(start.adapters[-1])
 
 
-def backward_through(trainee: Trainee, prompts: Sequence[Prompt], loss_of: Callable[[Tensor], Tensor]) -> float:
+def backward_through(model: TrainingModel, prompts: Sequence[Prompt], loss_of: Callable[[Tensor], Tensor]) -> float:
     """Gradients of a loss over the vectors of many prompts, in memory for one pack at a time.
 
     GradCache (arXiv 2101.06983): vectors without gradients first, the loss's gradient with respect to them, then each
@@ -287,35 +292,35 @@ def backward_through(trainee: Trainee, prompts: Sequence[Prompt], loss_of: Calla
     Returns:
         The loss.
     """
-    turns = trainee.turns([len(prompt.ids) for prompt in prompts])
-    gather = trainee.processes.gather
-    order = [i for turn in turns for i in turn]
+    micro_batches = model.micro_batches([len(prompt.ids) for prompt in prompts])
+    gather = model.processes.gather
+    order = [i for micro_batch in micro_batches for i in micro_batch]
     # Sharded, several graphs cannot be alive at once: the second forward would free the weights of the first.
-    within = not trainee.sharded and sum(len(prompts[i].ids) for i in order) <= trainee.graph_tokens
-    if len(turns) == 1 or within:
-        kept = [trainee.vectors_of(prompts, turn) for turn in turns]
-        # What each process has lies in the order of its turns; everybody's in the order of the prompts.
-        own = torch.cat([torch.empty(0, trainee.dimensions, device=trainee.device), *(v.detach() for v in kept)])
+    within = not model.sharded and sum(len(prompts[i].ids) for i in order) <= model.graph_tokens
+    if len(micro_batches) == 1 or within:
+        kept = [model.vectors_of(prompts, micro_batch) for micro_batch in micro_batches]
+        # What each process has lies in the order of its micro_batches; everybody's in the order of the prompts.
+        own = torch.cat([torch.empty(0, model.dimensions, device=model.device), *(v.detach() for v in kept)])
         everybody = gather(own, order, len(prompts)).requires_grad_()
         loss = loss_of(everybody)
         loss.backward()
         assert everybody.grad is not None
-        for turn in turns:
-            kept.pop(0).backward(everybody.grad[turn])  # its activations are free after it
+        for micro_batch in micro_batches:
+            kept.pop(0).backward(everybody.grad[micro_batch])  # its activations are free after it
         return float(loss.detach())
     randomness: list[_Randomness] = []
-    parts = [torch.empty(0, trainee.dimensions, device=trainee.device)]
+    parts = [torch.empty(0, model.dimensions, device=model.device)]
     with torch.no_grad():
-        for turn in turns:
-            randomness.append(_Randomness(trainee.device))
-            parts.append(trainee.vectors_of(prompts, turn))
+        for micro_batch in micro_batches:
+            randomness.append(_Randomness(model.device))
+            parts.append(model.vectors_of(prompts, micro_batch))
     everybody = gather(torch.cat(parts), order, len(prompts)).requires_grad_()
     loss = loss_of(everybody)
     loss.backward()
     assert everybody.grad is not None
-    for turn, random in zip(turns, randomness, strict=True):
+    for micro_batch, random in zip(micro_batches, randomness, strict=True):
         with random.again():
-            trainee.vectors_of(prompts, turn).backward(everybody.grad[turn])
+            model.vectors_of(prompts, micro_batch).backward(everybody.grad[micro_batch])
     return float(loss.detach())
 
 
