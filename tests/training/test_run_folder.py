@@ -106,7 +106,7 @@ def test_metrics_survive_a_line_cut_off(tmp_path: Path) -> None:
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
     assert [line["step"] for line in folder.metrics()] == [1, 2, 3]
-    folder.forget_after(2)
+    folder.truncate_metrics(2)
     folder.log({"step": 3, "loss": 0.4})
     assert [line["step"] for line in folder.metrics()] == [1, 2, 3]
 

@@ -1,4 +1,4 @@
-"""The one training loop. Objectives are functions passed to it; everything that must survive a kill is in its state."""
+"""Run the training loop of every objective. All state that must survive a `kill -9` is in its checkpoints."""
 
 import math
 import time
@@ -12,8 +12,8 @@ import torch
 
 from unmask.errors import TrainingError
 from unmask.training.dev import DevSets
-from unmask.training.mixture import Mixture
-from unmask.training.objectives import Objective
+from unmask.training.mixture import Mixture, TextBatch
+from unmask.training.objectives import Objective, StepReport
 from unmask.training.recipe import Optimiser, Recipe
 from unmask.training.run_folder import RunFolder
 from unmask.training.sharding import copy_unsharded, shard_like, unshard
@@ -22,7 +22,7 @@ from unmask.training.training_model import TrainingModel
 
 @dataclass(frozen=True, slots=True)
 class TrainingProgress:
-    """What a progress bar shows after a step."""
+    """Progress after a step, for a progress bar."""
 
     step: int
     steps: int
@@ -32,9 +32,9 @@ class TrainingProgress:
 
 
 def learning_rate(step: int, optimiser: Optimiser, steps: int) -> float:
-    """The rate of step number `step`, counted from 0.
+    """Return the learning rate of step number `step`, counted from 0.
 
-    Linear warm-up to `lr`, then as the schedule says; zero is reached only after the last step.
+    It rises linearly to `lr` during the warm-up, then follows the schedule. Zero is reached only after the last step.
     """
     total = optimiser.total_steps or steps
     if step < optimiser.warmup:
@@ -58,10 +58,14 @@ def train_steps(
     mixture: Mixture,
     dev: DevSets,
     folder: RunFolder,
-    keep_best: Callable[[], object],
+    write_best: Callable[[], object],
     progress: Callable[[TrainingProgress], None],
 ) -> dict[str, float]:
     """Run the recipe's steps, from the last checkpoint if there is one.
+
+    Args:
+        write_best: writes the adapter or model after the best evaluation so far.
+        progress: called after every step.
 
     Returns:
         The scores of the best evaluation, empty if there was none.
@@ -72,44 +76,24 @@ def train_steps(
     """
     processes = model.processes
     adamw = _adamw(recipe, model)
-    begin, best = 0, {}
+    start, best = 0, {}
     latest = folder.latest()
     if latest is not None:
-        begin, state = latest
+        start, state = latest
         best = _restore(state, model, adamw)
     if processes.is_main:
-        folder.forget_after(begin)  # also of a run that was killed before its first checkpoint
+        folder.truncate_metrics(start)  # also after a run that was killed before its first checkpoint
     scores = dict(best)
     losses: deque[float] = deque(maxlen=20)
-    parameters = list(model.parameters.values())
-    batches = mixture.batches(skip=begin)
-    for step in range(begin, recipe.steps):
+    batches = mixture.batches(skip=start)
+    for step in range(start, recipe.steps):
         began = time.perf_counter()
         rate = learning_rate(step, recipe.optimiser, recipe.steps)
         for group in adamw.param_groups:
             group["lr"] = rate * group["lr_share"]
         batch = next(batches)
-        model.decoder.train()
-        # Dropout follows from the step and the process alone, so that a resumed run has what the unbroken one had.
-        torch.manual_seed((recipe.seed * 1_000_003 + step) * 1_024 + processes.rank)
-        with _memory_watched(step, recipe, folder):
-            report = objective(batch, step)
-            # Sharded, the backward has summed the decoder's already; the head is whole in every process.
-            processes.sum_gradients(
-                parameter
-                for name, parameter in model.parameters.items()
-                if not model.sharded or name.startswith("head.")
-            )
-            norm = _clip(parameters, recipe.optimiser.clip)
-            if not math.isfinite(report.loss) or not math.isfinite(norm):
-                raise TrainingError(
-                    f"step {step + 1}: the loss is {report.loss} and the gradient's norm {norm}, in a batch of "
-                    f"{batch.name!r}. {_last_good(folder)} Lower optimiser.lr, or raise optimiser.warmup"
-                )
-            adamw.step()
-            adamw.zero_grad(set_to_none=True)
-            model.merge()
-            model.update_average()
+        with _memory_errors(step, recipe, folder):
+            report, norm = _train_step(recipe, model, adamw, objective, batch, step, folder)
         seconds = time.perf_counter() - began
         losses.append(report.loss)
         done = step + 1
@@ -131,7 +115,7 @@ def train_steps(
                 folder.log({"step": done, "scores": scores})
             if _mean(scores) > _mean(best):
                 best = dict(scores)
-                keep_best()
+                write_best()
             processes.wait()
         if done % recipe.checkpoint_every == 0 or done == recipe.steps:
             state = _state(model, adamw, best)
@@ -141,8 +125,46 @@ def train_steps(
     return best
 
 
+def _train_step(
+    recipe: Recipe,
+    model: TrainingModel,
+    adamw: torch.optim.AdamW,
+    objective: Objective,
+    batch: TextBatch,
+    step: int,
+    folder: RunFolder,
+) -> tuple[StepReport, float]:
+    """Compute the gradients of one batch and update the parameters.
+
+    Returns:
+        The objective's report, and the norm of the gradients before clipping.
+
+    Raises:
+        TrainingError: the loss or the norm is not a number. The parameters are not updated.
+    """
+    model.decoder.train()
+    # Dropout depends only on the step and the process, so that a resumed run has the dropout of an uninterrupted one.
+    torch.manual_seed((recipe.seed * 1_000_003 + step) * 1_024 + model.processes.rank)
+    report = objective(batch, step)
+    # With sharding, the backward has already summed the decoder's gradients. The head is not sharded.
+    model.processes.sum_gradients(
+        parameter for name, parameter in model.parameters.items() if not model.sharded or name.startswith("head.")
+    )
+    norm = _clip(list(model.parameters.values()), recipe.optimiser.clip)
+    if not math.isfinite(report.loss) or not math.isfinite(norm):
+        raise TrainingError(
+            f"step {step + 1}: the loss is {report.loss} and the gradient's norm {norm}, in a batch of "
+            f"{batch.name!r}. {_last_checkpoint(folder)} Lower optimiser.lr, or raise optimiser.warmup"
+        )
+    adamw.step()
+    adamw.zero_grad(set_to_none=True)
+    model.merge()
+    model.update_average()
+    return report, norm
+
+
 def dev_scores(model: TrainingModel, dev: DevSets) -> dict[str, float]:
-    """Scores of the weights as they would be written, dropout off. All processes must call it and have the scores."""
+    """Score the weights that would be written now, without dropout. All processes must call it; all get the scores."""
     model.decoder.eval()
     model.merge()
     with model.averaged():
@@ -162,7 +184,7 @@ def _adamw(recipe: Recipe, model: TrainingModel) -> torch.optim.AdamW:
     groups: list[dict[str, Any]] = []
     for head in (False, True):
         own = [p for name, p in model.parameters.items() if name.startswith("head.") == head]
-        # Vectors (norms, biases) are not decayed, as usual.
+        # Norms and biases are not decayed, as usual.
         for decay, parameters in (
             (optimiser.weight_decay, [p for p in own if p.ndim > 1]),
             (0.0, [p for p in own if p.ndim < 2]),
@@ -188,15 +210,15 @@ def _restore(state: Mapping[str, Any], model: TrainingModel, adamw: torch.optim.
     model.average = {
         name: shard_like(value, model.parameters[name]) for name, value in state.get("average", {}).items()
     }
-    # torch numbers an optimiser's parameters through its groups; moments are split as their parameters are.
+    # torch numbers the parameters of an optimiser across its groups. Moments are sharded like their parameters.
     ordered = [parameter for group in adamw.param_groups for parameter in group["params"]]
     moments = {
-        number: {name: shard_like(value, ordered[number]) for name, value in each.items()}
-        for number, each in state["optimiser"]["state"].items()
+        number: {name: shard_like(value, ordered[number]) for name, value in tensors.items()}
+        for number, tensors in state["optimiser"]["state"].items()
     }
     stored = state["optimiser"]
     groups = [
-        {"lr_share": own["lr_share"], **group}  # older checkpoints know of no share
+        {"lr_share": own["lr_share"], **group}  # older checkpoints have no lr_share
         for own, group in zip(adamw.param_groups, stored["param_groups"], strict=True)
     ]
     adamw.load_state_dict({"param_groups": groups, "state": moments})
@@ -205,20 +227,21 @@ def _restore(state: Mapping[str, Any], model: TrainingModel, adamw: torch.optim.
 
 
 @contextmanager
-def _memory_watched(step: int, recipe: Recipe, folder: RunFolder) -> Iterator[None]:
+def _memory_errors(step: int, recipe: Recipe, folder: RunFolder) -> Iterator[None]:
+    """Turn a lack of memory into an error that says what to lower."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # torch has a class for an accelerator's memory; on a CPU it raises one or the other with these words.
-        told = str(error).lower()
-        if isinstance(error, RuntimeError) and not any(word in told for word in ("memory", "bad_alloc")):
+        # torch has an exception for an accelerator's memory. On a CPU it raises one of these two, with these words.
+        message = str(error).lower()
+        if isinstance(error, RuntimeError) and not any(word in message for word in ("memory", "bad_alloc")):
             raise
         raise TrainingError(
-            f"step {step + 1}: out of memory. {_last_good(folder)} Lower batch.forward_tokens (now "
+            f"step {step + 1}: out of memory. {_last_checkpoint(folder)} Lower batch.forward_tokens (now "
             f"{recipe.batch.forward_tokens}); the batch and its gradient stay the same"
         ) from error
 
 
-def _last_good(folder: RunFolder) -> str:
+def _last_checkpoint(folder: RunFolder) -> str:
     latest = max((folder.path / "checkpoints").glob("step-*"), default=None)
     return f"The last good checkpoint is {latest.name}." if latest else "There is no checkpoint yet."

@@ -65,7 +65,7 @@ class EncoderSettings:
     embedding_from: str | None = None
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> "EncoderSettings":
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> "EncoderSettings":
         """What a model's files say."""
         said = checkpoint.encoder_config
         return cls(

@@ -141,7 +141,7 @@ class RunFolder:
                 break  # the process was killed while it wrote this one
         return lines
 
-    def forget_after(self, step: int) -> None:
+    def truncate_metrics(self, step: int) -> None:
         """Drop the metrics of steps that a resumed run will do again."""
         kept = [line for line in self.metrics() if line.get("step", 0) <= step]
         with atomic_write(self.path / "metrics.jsonl") as partial:
