@@ -98,7 +98,8 @@ def test_evaluation_texts_are_dropped_wherever_they_stand(tmp_path: Path) -> Non
 
 
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"data 'set': no usable row in rows.jsonl \(0 seen, 0 held apart\)"):
+    reason = r"data 'set': no usable row in rows.jsonl \(0 seen, 0 overlap with evaluation data\)"
+    with pytest.raises(UsageError, match=reason):
         load(tmp_path, [], text="t")
     with pytest.raises(UsageError, match="all 2 rows are held out"):
         load(tmp_path, [{"t": "a"}, {"t": "b"}], text="t", held_out=5)

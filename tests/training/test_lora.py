@@ -82,7 +82,7 @@ def saved(recipe: Recipe, folder: Path) -> TrainingModel:
 @pytest.mark.parametrize("alpha", [12.0, 5.0])
 def test_training_goes_on_from_an_adapter(alpha: float, tmp_path: Path) -> None:
     first = saved(recipe_of(lora={"rank": 4, "alpha": 12.0}), tmp_path / "first")
-    further = recipe_of(lora={"rank": 4, "alpha": alpha, "start": str(tmp_path / "first")})
+    further = recipe_of(lora={"rank": 4, "alpha": alpha, "init_from": str(tmp_path / "first")})
     second = TrainingModel(further, CPU)
     second.decoder.eval()
     second.merge()
@@ -107,13 +107,13 @@ def test_training_goes_on_from_an_adapter(alpha: float, tmp_path: Path) -> None:
 def test_an_adapter_that_cannot_be_trained_further_is_refused(change: dict, told: str, tmp_path: Path) -> None:
     saved(recipe_of(lora={"rank": 4}), tmp_path / "first")
     with pytest.raises(UnmaskError, match=told):
-        TrainingModel(recipe_of(lora={"rank": 4, "start": str(tmp_path / "first"), **change}), CPU)
+        TrainingModel(recipe_of(lora={"rank": 4, "init_from": str(tmp_path / "first"), **change}), CPU)
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
     saved(recipe_of(base=str(GOLDEN / "tiny_gemma"), lora={"rank": 4}), tmp_path / "first")
     with pytest.raises(UsageError, match=r"was trained on .*tiny_gemma, not on this run's base .*tiny_llama"):
-        TrainingModel(recipe_of(lora={"rank": 4, "start": str(tmp_path / "first")}), CPU)
+        TrainingModel(recipe_of(lora={"rank": 4, "init_from": str(tmp_path / "first")}), CPU)
 
 
 @pytest.mark.parametrize("subset", ["all", "q and v"])

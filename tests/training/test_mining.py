@@ -60,7 +60,7 @@ def test_the_nearest_that_are_far_enough(tmp_path: Path) -> None:
     # The limit is 0.95 cos 30 = 0.823 = cos 34.6.
     lines, done = mined(tmp_path, Compass(), source=rows, corpus=corpus, count=2)
     assert lines == [{"query": "0 query", "positive": "30 answer", "negatives": ["40 a", "-50 b"]}]
-    assert (done.rows, done.texts, done.found, done.refused) == (1, 7, (0, 0, 1), 2)
+    assert (done.rows, done.texts, done.rows_by_negatives, done.refused) == (1, 7, (0, 0, 1), 2)
     lines, _ = mined(tmp_path, Compass(), source=rows, corpus=corpus, count=2, max_share=None)
     assert lines[0]["negatives"] == ["10 too near", "31 within 5 %"]
     lines, _ = mined(tmp_path, Compass(), source=rows, corpus=corpus, count=9, max_share=None, margin=0.3)
@@ -79,7 +79,7 @@ def test_no_positive_of_the_query_is_its_negative(tmp_path: Path) -> None:
     rows = [("0 query", "10 one"), ("0  Query", "12 two"), ("80 other", "84 three")]
     lines, done = mined(tmp_path, Compass(), source=rows_file(tmp_path, rows), count=5, max_share=None)
     assert [line["negatives"] for line in lines] == [["84 three"], ["84 three"], ["12 two", "10 one"]]
-    assert done.found == (0, 2, 1, 0, 0, 0)
+    assert done.rows_by_negatives == (0, 2, 1, 0, 0, 0)
     assert [line["query"] for line in lines] == [query for query, _ in rows]
 
 

@@ -57,7 +57,7 @@ def test_the_rotation_orders_the_target_and_is_fitted_once(teacher: str, tmp_pat
     assert vectors.shape == (60, 12)
     variances = (vectors**2).mean(axis=0)
     assert list(variances) == sorted(variances, reverse=True)
-    assert 0 < first.rotation.kept < 1
+    assert 0 < first.rotation.explained < 1
     again = Targets(settings, texts[:5], file)  # another sample: the stored fit counts
     assert np.array_equal(again.encode(texts), vectors)
 
@@ -67,7 +67,7 @@ def test_all_components_keep_every_cosine(teacher: str, tmp_path: Path) -> None:
     whole = Targets(Distillation(teachers=[Teacher(model=teacher)]), texts, tmp_path / "a.npz").encode(texts)
     rotated = Targets(Distillation(teachers=[Teacher(model=teacher)], dimensions=32), texts, tmp_path / "b.npz")
     assert np.allclose(rotated.encode(texts) @ rotated.encode(texts).T, whole @ whole.T, atol=1e-5)
-    assert rotated.rotation.kept == pytest.approx(1.0)
+    assert rotated.rotation.explained == pytest.approx(1.0)
 
 
 def test_vectors_are_computed_once_for_each_prompt(teacher: str, tmp_path: Path) -> None:

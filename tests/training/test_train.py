@@ -227,7 +227,7 @@ def test_evaluation_data_is_kept_out(data: Path, tmp_path: Path) -> None:
     recipe = recipe_of(steps=1, decontaminate_against=str(held))
     run_training(recipe, data=data, output=tmp_path / "run", log=said.append)
     assert said[-1].startswith("pairs: ")
-    assert "held apart" in said[-1]
+    assert "overlap with evaluation data" in said[-1]
     with pytest.raises(UsageError, match="decontaminate_against: no folder at"):
         run_training(recipe_of(steps=1, decontaminate_against="nowhere"), data=data, output=tmp_path / "other")
 

@@ -1,4 +1,4 @@
-"""The curves of a run: loss, learning rate and evaluations over steps, for people to look at."""
+"""Draw the curves of a run: losses and dev scores over steps."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from unmask.training.run_folder import RunFolder
 
 
 def draw_curves(folder: RunFolder) -> None:
-    """Write `curves.svg` and `curves.png` beside the metrics they show; without matplotlib, nothing."""
+    """Write `curves.svg` and `curves.png` beside the metrics. Does nothing without matplotlib."""
     try:
         import matplotlib as mpl
     except ImportError:
@@ -24,7 +24,7 @@ def draw_curves(folder: RunFolder) -> None:
     left = panels[0][0]
     for number, name in enumerate(dict.fromkeys(line["data"] for line in steps)):
         own = [line for line in steps if line["data"] == name]
-        dashes = ("-", "--", ":")[number // 10 % 3]  # after ten the colours begin anew
+        dashes = ("-", "--", ":")[number // 10 % 3]  # matplotlib has ten colours
         values = _smooth([line["loss"] for line in own])
         left.plot([line["step"] for line in own], values, dashes, linewidth=1.2, label=name)
     left.set_title("Loss by data set, running mean", loc="left", fontsize=10)
@@ -39,7 +39,7 @@ def draw_curves(folder: RunFolder) -> None:
     for panel in panels[0]:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", linewidth=0.4, alpha=0.5)
-        # Below, where no number of data sets can hide a curve.
+        # Below the plot, where it cannot hide a curve.
         panel.legend(frameon=False, fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.18))
     figure.tight_layout()
     figure.savefig(folder.path / "curves.svg", bbox_inches="tight")

@@ -1,7 +1,7 @@
-"""Keeping evaluation texts out of the training data.
+"""Decontamination: keep evaluation texts out of the training data.
 
-A training text is refused if it is an evaluation text, or shares a run of words with one. Texts are compared as bare
-lowercase words, so that case, accents, punctuation and tokenisation marks do not hide a copy.
+A training text is dropped if it is an evaluation text, or shares ten words in a row with one. Texts are compared as
+lowercase words without accents and punctuation, so that case and tokenisation marks do not hide a copy.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ _MARKS = frozenset(("lrb", "rrb", "lsb", "rsb", "lcb", "rcb"))
 
 
 def words_of(text: str) -> list[str]:
-    """Lowercase words without punctuation.
+    """Split a text into lowercase words without punctuation.
 
     >>> words_of("The AFC -LRB- American -RRB- champion 's 24-10 win: Beyonc\u00e9 did n\u2019t sing.")
     ['the', 'afc', 'american', 'champions', '24', '10', 'win', 'beyonce', 'didnt', 'sing']
@@ -37,42 +37,42 @@ def words_of(text: str) -> list[str]:
 
 
 class Decontaminator:
-    """Texts that must not be trained on.
+    """Finds training texts that overlap with evaluation texts.
 
     Args:
         texts: the evaluation texts.
-        run: number of consecutive words that two texts may not share. Shorter evaluation texts are matched whole.
+        run: number of consecutive words that two texts may not share. Shorter evaluation texts are compared as a whole.
     """
 
     def __init__(self, texts: Iterable[str], run: int = 10) -> None:
         self._run = run
         hashes: set[int] = set()
         for text in texts:
-            hashes.update(self._marks(words_of(text)))
+            hashes.update(self._hashes_of(words_of(text)))
         self._hashes = np.array(sorted(hashes), dtype=np.uint64)
 
     def __len__(self) -> int:
         return len(self._hashes)
 
     def overlaps(self, text: str) -> bool:
-        """Whether the text is, or shares a run of words with, one that is held back."""
-        marks = np.fromiter(self._marks(words_of(text)), dtype=np.uint64)
-        if not len(marks) or not len(self._hashes):
+        """Return True if the text is an evaluation text or shares a run of words with one."""
+        hashes = np.fromiter(self._hashes_of(words_of(text)), dtype=np.uint64)
+        if not len(hashes) or not len(self._hashes):
             return False
-        found = np.minimum(np.searchsorted(self._hashes, marks), len(self._hashes) - 1)
-        return bool((self._hashes[found] == marks).any())
+        places = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
+        return bool((self._hashes[places] == hashes).any())
 
-    def _marks(self, words: list[str]) -> Iterator[int]:
-        """A 64-bit hash of the whole text, if short, else of every run of words."""
+    def _hashes_of(self, words: list[str]) -> Iterator[int]:
+        """Yield a 64-bit hash of every run of words; of the whole text if it is shorter than a run."""
         if len(words) < 3:
-            return  # "yes" and "thank you" are nobody's test set
+            return  # "yes" and "thank you" are in every corpus
         for start in range(max(1, len(words) - self._run + 1)):
             part = " ".join(words[start : start + self._run])
             yield int.from_bytes(hashlib.blake2b(part.encode(), digest_size=8).digest(), "little")
 
 
 def read_decontaminator(folder: Path, run: int = 10) -> Decontaminator:
-    """Every text field of every data file below a folder (tsv, csv, jsonl, parquet, txt; gzipped or not)."""
+    """Read every text field of every data file below a folder (tsv, csv, jsonl, parquet, txt; gzipped or not)."""
 
     def texts() -> Iterator[str]:
         for file in sorted(folder.rglob("*")):

@@ -1,4 +1,4 @@
-"""How good the model is while it trains: graded pairs, and pairs held out of the training sets."""
+"""Evaluation during training: graded pairs, and examples held out of the training sets."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ Encode = Callable[[Sequence[str], str], np.ndarray]
 
 @dataclass(frozen=True)
 class GradedPairs:
-    """Pairs of texts and how alike people found them."""
+    """Pairs of texts with the similarity that people gave them."""
 
     name: str
     first: list[str]
@@ -27,7 +27,7 @@ class GradedPairs:
 
 
 class DevSets:
-    """Everything that is watched, read once.
+    """All sets that are evaluated during a run, read once.
 
     Attributes:
         graded: the sets of graded pairs.
@@ -36,7 +36,7 @@ class DevSets:
         recipe: names the graded sets.
         sets: the training sets with their held-out examples.
         root: the data folder.
-        targets: texts -> the vectors that the model learns, where it learns from a teacher.
+        targets: maps texts to their target vectors, if the model learns from a teacher.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class DevSets:
         targets: Callable[[Sequence[str]], np.ndarray] | None = None,
     ) -> None:
         self._targets = targets if recipe.distillation is not None and recipe.distillation.vector_weight else None
-        self._learnt = {
+        self._held_out_texts = {
             examples.source.name: list(dict.fromkeys(text for e in examples.held_out for text in e.texts()[:2]))
             for examples in sets
             if examples.source.use_teacher and examples.held_out and self._targets is not None
@@ -65,7 +65,7 @@ class DevSets:
                 for number, example in enumerate(examples.held_out)
                 if (positive := example.positive or by_label.get(example.label or "")) is not None
             }.values()
-            if not pairs:  # texts alone: nothing to find
+            if not pairs:  # texts without positives
                 continue
             self._pairs[source.name] = (
                 [q for q, _ in pairs],
@@ -75,36 +75,36 @@ class DevSets:
             )
 
     def __len__(self) -> int:
-        return len(self.graded) + len(self._pairs) + bool(self._learnt)
+        return len(self.graded) + len(self._pairs) + bool(self._held_out_texts)
 
     def scores(self, encode: Encode) -> dict[str, float]:
-        """0-100 per set: Spearman correlation for graded pairs, for held-out pairs the share of queries whose own
-        positive is the nearest of all, and the mean cosine of held-out texts to their targets.
+        """Score every set, 0-100.
+
+        Graded pairs: the Spearman correlation. Held-out pairs: the share of queries whose own positive is the nearest.
+        Held-out texts with a teacher: the mean cosine to their targets.
 
         Args:
-            encode: of texts and an instruction, unit vectors [n, W].
+            encode: maps texts and an instruction to unit vectors [n, W].
         """
-        found: dict[str, float] = {}
+        scores: dict[str, float] = {}
         for pairs in self.graded:
             vectors = encode(pairs.first + pairs.second, "")
             cosines = (vectors[: len(pairs.first)] * vectors[len(pairs.first) :]).sum(axis=1)
-            found[pairs.name] = 100 * spearman(cosines, pairs.gold)
+            scores[pairs.name] = 100 * spearman(cosines, pairs.gold)
         for name, (queries, positives, instruction, symmetric) in self._pairs.items():
             q = encode(queries, instruction)
             p = encode(positives, instruction if symmetric else "")
-            # Two queries may share a positive, as questions about one passage do; either of its copies is right.
-            right = [
-                positives[nearest] == own for nearest, own in zip((q @ p.T).argmax(axis=1), positives, strict=True)
-            ]
-            found[name] = 100 * float(np.mean(right))
-        if self._learnt and self._targets is not None:
-            texts = [text for held_out in self._learnt.values() for text in held_out]
-            found[HELD_OUT_COSINE] = 100 * float((encode(texts, "") * self._targets(texts)).sum(axis=1).mean())
-        return found
+            # Two queries may share a positive, as questions about one passage do. Either copy counts as correct.
+            hits = [positives[nearest] == own for nearest, own in zip((q @ p.T).argmax(axis=1), positives, strict=True)]
+            scores[name] = 100 * float(np.mean(hits))
+        if self._held_out_texts and self._targets is not None:
+            texts = [text for held_out in self._held_out_texts.values() for text in held_out]
+            scores[HELD_OUT_COSINE] = 100 * float((encode(texts, "") * self._targets(texts)).sum(axis=1).mean())
+        return scores
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Rank correlation, ties at their mean rank."""
+    """Rank correlation. Ties get their mean rank."""
     return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
 
 

@@ -1,8 +1,8 @@
-"""Several processes as one: who encodes what, vectors of all to all, gradients summed.
+"""Data-parallel training: split a batch over the processes, gather vectors, sum gradients.
 
-Started by `torchrun` or `accelerate launch`, which set RANK and WORLD_SIZE. Every process draws the same batch, encodes
-its share and computes the whole loss, so that the result is that of one process. The reference implementation called
-the unwrapped model under DDP, which left gradients unsynchronised; here they are summed in plain sight.
+`torchrun` or `accelerate launch` starts the processes and sets RANK and WORLD_SIZE. Every process draws the same batch,
+encodes its share and computes the whole loss, so the result is that of one process. The reference implementation called
+the unwrapped model under DDP, which left gradients unsynchronised. Here they are summed explicitly.
 """
 
 import os
@@ -20,40 +20,44 @@ _Value = TypeVar("_Value")
 
 
 class Processes:
-    """The processes of a run. `Processes()` is one alone."""
+    """The processes of a run. `Processes()` is a single one."""
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and talks to the user."""
+        """True for the process that writes files and prints."""
         return self.rank == 0
 
     def shares(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Indices for each process so that all have about as many tokens to do; longest first."""
+        """Split sequences over the processes, with about equally many tokens each.
+
+        Returns:
+            Indices for each process, longest sequence first.
+        """
         shares = balance(lengths, self.size)
         return shares + [[] for _ in range(self.size - len(shares))]
 
     def gather(self, own: Tensor, indices: Sequence[int], total: int) -> Tensor:
-        """Everybody's rows in one order.
+        """Gather the rows of all processes.
 
         Args:
             own: this process's rows, [n, W].
-            indices: the place of each of them among all.
-            total: number of all rows.
+            indices: the index of each of them among all rows.
+            total: number of rows of all processes.
 
         Returns:
             [total, W], without gradients.
         """
-        whole = own.new_zeros(total, own.shape[1])
-        whole[torch.tensor(indices, dtype=torch.long, device=own.device)] = own.detach()
+        rows = own.new_zeros(total, own.shape[1])
+        rows[torch.tensor(indices, dtype=torch.long, device=own.device)] = own.detach()
         if self.size > 1:
-            dist.all_reduce(whole)  # the others have zeros in our rows
-        return whole
+            dist.all_reduce(rows)  # the other processes have zeros in these rows
+        return rows
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Every parameter's gradient becomes the sum over all processes, in one exchange."""
+        """Replace every gradient by its sum over all processes, in one all-reduce."""
         trained = list(parameters)
         if self.size == 1 or not trained:
             return
@@ -65,7 +69,7 @@ class Processes:
             start += parameter.numel()
 
     def sum(self, value: float) -> float:
-        """The sum of a number over all processes."""
+        """Sum a number over all processes."""
         if self.size == 1:
             return value
         total = torch.tensor([value], dtype=torch.float64)
@@ -75,22 +79,22 @@ class Processes:
         return float(total)
 
     def broadcast(self, value: _Value) -> _Value:
-        """The first process's value, in all of them."""
+        """Return the main process's value in every process."""
         if self.size == 1:
             return value
-        held: list[Any] = [value]
-        dist.broadcast_object_list(held)
-        return held[0]
+        values: list[Any] = [value]
+        dist.broadcast_object_list(values)
+        return values[0]
 
     def wait(self) -> None:
-        """Until all have come here."""
+        """Wait until all processes have called this."""
         if self.size > 1:
             dist.barrier()
 
 
 @contextmanager
 def processes(device: torch.device) -> Iterator[Processes]:
-    """The processes that the launcher started, or this one alone."""
+    """Join the processes that the launcher started; without a launcher, a single process."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Processes()

@@ -1,4 +1,4 @@
-"""From rows to examples: columns chosen, bad rows counted, evaluation texts kept out, the sample drawn by the seed."""
+"""Read rows into examples: choose columns, count bad rows, drop evaluation texts, draw the sample by the seed."""
 
 import hashlib
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from unmask.training.rows import BadRows, Row, read_rows
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """What a row teaches: a text alone, a text with a label, or a query with a positive and hard negatives."""
+    """One training example: a text, a text with a label, or a query with a positive and hard negatives."""
 
     query: str
     positive: str | None = None
@@ -24,7 +24,7 @@ class Example:
     label: str | None = None
 
     def texts(self) -> tuple[str, ...]:
-        """Every text of the example."""
+        """Return every text of the example."""
         return (self.query, *((self.positive,) if self.positive is not None else ()), *self.negatives)
 
 
@@ -37,26 +37,26 @@ class Examples:
         train: examples to learn from.
         held_out: examples that are not trained on.
         bad: rows that could not be used.
-        touching: rows dropped because they overlap with evaluation data.
+        overlapping: number of rows dropped because they overlap with evaluation data.
     """
 
     source: DataSource
     train: list[Example]
     held_out: list[Example]
     bad: BadRows
-    touching: int
+    overlapping: int
 
     def digest(self) -> str:
-        """Content address of what is trained on, 16 hex digits."""
-        whole = hashlib.sha256()
+        """Hash of the training examples, 16 hex digits."""
+        digest = hashlib.sha256()
         for example in self.train:
             for part in (*example.texts(), example.label or ""):
-                whole.update(part.encode("utf-8", "surrogatepass") + b"\0")
-        return whole.hexdigest()[:16]
+                digest.update(part.encode("utf-8", "surrogatepass") + b"\0")
+        return digest.hexdigest()[:16]
 
 
 def load_examples(
-    source: DataSource, root: Path | None, held: Decontaminator | None, seed: int, max_bad_rows: float
+    source: DataSource, root: Path | None, decontaminator: Decontaminator | None, seed: int, max_bad_rows: float
 ) -> Examples:
     """Read one data set into memory. The same source and seed give the same examples in the same order.
 
@@ -66,16 +66,17 @@ def load_examples(
     """
     bad = BadRows(max_bad_rows)
     examples: list[Example] = []
-    touching = 0
+    overlapping = 0
     for example in read_examples(source, root, bad):
-        if held is not None and any(held.overlaps(text) for text in example.texts()):
-            touching += 1
+        if decontaminator is not None and any(decontaminator.overlaps(text) for text in example.texts()):
+            overlapping += 1
         else:
             examples.append(example)
     bad.close()
     if not examples:
         raise UsageError(
-            f"data {source.name!r}: no usable row in {source.path} ({bad.seen} seen, {touching} held apart)"
+            f"data {source.name!r}: no usable row in {source.path} ({bad.seen} seen, "
+            f"{overlapping} overlap with evaluation data)"
         )
     # The order depends on the data set's own name, so that adding another one changes nothing here.
     order = np.random.default_rng([seed, *source.name.encode()]).permutation(len(examples))
@@ -86,11 +87,11 @@ def load_examples(
     train = rest[: source.limit] if source.limit else rest
     if not train:
         raise UsageError(f"data {source.name!r}: all {len(examples)} rows are held out; lower held_out")
-    return Examples(source, train, held_out, bad, touching)
+    return Examples(source, train, held_out, bad, overlapping)
 
 
 def read_examples(source: DataSource, root: Path | None, bad: BadRows) -> Iterator[Example]:
-    """Examples of one data set as they come, for streaming; nothing is sampled or checked for overlap."""
+    """Yield the examples of one data set in the order of its rows, without sampling or decontamination."""
     for number, row in enumerate(read_rows(source.path, bad, root)):
         if number == 0:
             _require_columns(source, row)
@@ -110,8 +111,8 @@ def read_examples(source: DataSource, root: Path | None, bad: BadRows) -> Iterat
 
 
 def _require_columns(source: DataSource, row: Row) -> None:
-    wanted = (source.query, source.positive, source.text, source.label, *source.negatives)
-    for column in (*filter(None, wanted), *source.only, *source.without):
+    columns = (source.query, source.positive, source.text, source.label, *source.negatives)
+    for column in (*filter(None, columns), *source.only, *source.without):
         if column not in row.fields:
             raise UsageError(
                 f"data {source.name!r}: {row.place} has no column {column!r}; it has {', '.join(row.fields)}"
@@ -128,11 +129,11 @@ def _example(source: DataSource, fields: dict[str, Any]) -> Example:
     negatives: list[str] = []
     for column in source.negatives:
         value = fields.get(column)
-        given = value if isinstance(value, list) else [value]
-        wrong = next((text for text in given if text is not None and not isinstance(text, str)), None)
-        if wrong is not None:
-            raise ValueError(f"{column} holds {type(wrong).__name__}, not text")
-        negatives += [_cut(text, source) for text in given if text and text.strip()]
+        texts = value if isinstance(value, list) else [value]
+        invalid = next((text for text in texts if text is not None and not isinstance(text, str)), None)
+        if invalid is not None:
+            raise ValueError(f"{column} holds {type(invalid).__name__}, not text")
+        negatives += [_cut(text, source) for text in texts if text and text.strip()]
     query, positive = (_text(fields, column, source) for column in (source.query, source.positive))
     return Example(query, positive, tuple(negatives))
 
@@ -149,7 +150,7 @@ def _text(fields: dict[str, Any], column: str, source: DataSource) -> str:
 
 
 def _cut(text: str, source: DataSource) -> str:
-    """At most the source's `max_characters`, whole words; a word longer than that is cut."""
+    """Cut a text to the source's `max_characters` at the end of a word. A longer word is cut within."""
     limit = source.max_characters
     text = text.lstrip() if limit else text
     if limit is None or len(text) <= limit:

@@ -1,7 +1,7 @@
-"""The linear layer behind the pooling while it is trained, and its start by ridge regression.
+"""The trainable linear head after the pooling, and its initial weights by ridge regression.
 
-Set to the teacher's vectors before the first step, it spares the decoder from learning a rotation: mean-pooled states
-have a large common direction that the first steps would otherwise go into.
+Fitting it to the teacher's vectors before the first step spares the decoder from learning a rotation. Mean-pooled
+states have a large common direction, which the first steps would otherwise be spent on.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ from torch import nn
 
 
 def ridge(features: np.ndarray, targets: np.ndarray, penalty: float) -> tuple[np.ndarray, np.ndarray]:
-    """The affine map from features to targets of least squared error, with a penalty on its size.
+    """Fit an affine map from features to targets by ridge regression.
 
     Features are standardised for the fit, so that a channel a hundred times larger than the others is penalised like
     them; the result applies to them as they are.
@@ -31,7 +31,7 @@ def ridge(features: np.ndarray, targets: np.ndarray, penalty: float) -> tuple[np
 
 
 def linear_head(weight: np.ndarray, bias: np.ndarray, device: torch.device) -> nn.Linear:
-    """A trainable layer of these numbers, float32."""
+    """Make a trainable float32 layer from a weight and a bias."""
     with torch.device("meta"):
         head = nn.Linear(weight.shape[1], weight.shape[0])
     head.weight = nn.Parameter(torch.from_numpy(np.ascontiguousarray(weight)).to(device))
@@ -40,7 +40,7 @@ def linear_head(weight: np.ndarray, bias: np.ndarray, device: torch.device) -> n
 
 
 def first_numbers(hidden_size: int, dimensions: int, device: torch.device) -> nn.Linear:
-    """A head that keeps the first numbers of the pooled state."""
+    """Make a head that keeps the first `dimensions` numbers of the pooled state."""
     return linear_head(
         np.eye(dimensions, hidden_size, dtype=np.float32), np.zeros(dimensions, dtype=np.float32), device
     )

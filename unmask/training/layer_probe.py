@@ -1,7 +1,7 @@
-"""How much of a teacher's vectors a linear map can read from each layer of a decoder, before any training.
+"""Probe the layers of an untrained decoder: how well a linear map predicts a teacher's vectors from each.
 
 For every layer: mean-pool the states of some texts, fit a ridge regression to their targets, and measure the cosine on
-texts that the fit has not seen. The layer from which the curve no longer rises is where a decoder can be cut.
+held-out texts. From the layer where the curve stops rising, the rest of the decoder can be cut off.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ Count = Callable[[int], None]  # texts done just now
 
 @dataclass(frozen=True)
 class LayerScore:
-    """What can be read after one layer; layer 0 is the token embedding.
+    """Score of one layer; layer 0 is the token embedding.
 
     Attributes:
         cosine: mean cosine to the targets of texts that the map was not fitted on.
@@ -48,13 +48,13 @@ def probe_layers(
     penalty: float = 400.0,
     progress: Count = lambda _: None,
 ) -> list[LayerScore]:
-    """Scores of every layer.
+    """Score every layer.
 
     Args:
         model: the decoder as a recipe loads it.
-        texts: to fit and to judge on. targets: theirs, [N, W].
-        held_out: so many of the last texts are judged on and not fitted.
-        progress: told how many texts have been encoded.
+        texts: texts to fit and to score on. targets: their target vectors, [N, W].
+        held_out: number of texts at the end that are scored and not fitted.
+        progress: called with the number of texts encoded just now.
 
     Raises:
         UsageError: fewer texts than are held out.
@@ -91,9 +91,9 @@ def probe_recipe(
     """Probe the base of a recipe with its data, teachers and dev sets; write probe.json, probe.svg and probe.png.
 
     Args:
-        texts: so many of the data's texts, chosen by the seed; all of them are the sample of centring and PCA.
-        held_out: of these.
-        causal: also with the causal mask on.
+        texts: number of the data's texts, chosen by the seed. Centring and PCA are fitted on all of them.
+        held_out: number of these that are scored and not fitted.
+        causal: probe with the causal mask on as well.
 
     Raises:
         UsageError: the recipe names no teacher.
@@ -101,16 +101,16 @@ def probe_recipe(
     if recipe.distillation is None:
         raise UsageError("probe-layers needs a teacher: the recipe has no [distillation]")
     sets, _ = load_data(recipe, data, log)
-    known = distilled_texts(recipe, sets)
-    chosen = [known[i] for i in np.random.default_rng([recipe.seed, 4]).permutation(len(known))[:texts]]
+    all_texts = distilled_texts(sets, recipe.contrastive.hard_negatives)
+    chosen = [all_texts[i] for i in np.random.default_rng([recipe.seed, 4]).permutation(len(all_texts))[:texts]]
     output.mkdir(parents=True, exist_ok=True)
     targets = Targets(recipe.distillation, chosen, output / FILE)
     graded = DevSets(recipe, sets, data).graded
     curves: dict[str, list[LayerScore]] = {}
     for name, masked in (("mask off", False), *((("causal", True),) if causal else ())):
         log(f"{name}: {len(chosen)} texts through {recipe.base}")
-        whole = msgspec.structs.replace(recipe, layers=None, lora=None, causal=masked)
-        model = TrainingModel(whole, choose_device(recipe.device))
+        probed = msgspec.structs.replace(recipe, layers=None, lora=None, causal=masked)
+        model = TrainingModel(probed, choose_device(recipe.device))
         curves[name] = probe_layers(model, chosen, targets.encode(chosen), held_out, graded)
     with atomic_write(output / "probe.json") as partial:
         partial.write_bytes(msgspec.json.format(msgspec.json.encode(curves), indent=1) + b"\n")
@@ -121,7 +121,7 @@ def probe_recipe(
 
 @torch.no_grad()
 def _pooled_by_layer(model: TrainingModel, texts: Sequence[str], progress: Count) -> list[np.ndarray]:
-    """Pooled states after the embedding and after each layer, each through the final norm: [N, hidden_size] each."""
+    """Pool the states after the embedding and after each layer, through the final norm: [N, hidden_size] each."""
     model.decoder.eval()
     prompts = model.prompts(texts, "")
     size = (len(texts), model.decoder.shape.hidden_size)
@@ -137,7 +137,7 @@ def _pooled_by_layer(model: TrainingModel, texts: Sequence[str], progress: Count
 
 
 def draw_probe(curves: dict[str, list[LayerScore]], file: Path) -> None:
-    """A plot of the scores over the layers, as SVG or PNG by the file's ending.
+    """Plot the scores over the layers, as SVG or PNG by the file's ending.
 
     Args:
         curves: scores by the curve's name, such as "mask off" and "causal".

@@ -1,7 +1,7 @@
-"""Low-rank adapters on the decoder's fused layers, trained here and saved as PEFT knows them.
+"""Low-rank adapters on the decoder's fused layers, saved in PEFT's format.
 
 A layer computes y = W x with W = W0 + scale * B A (LoRA, arXiv 2106.09685). Frameworks usually add the two paths at
-run time: two more products and an addition per layer in the forward, four products in the backward. Where no adapter
+run time: two more GEMMs and an addition per layer in the forward, four GEMMs in the backward. Where no adapter
 dropout stands between them, the sum is formed once per step instead, so that the forward costs what the bare model's
 does; the gradients of A and B follow from the layer's input and output gradient without ever forming that of W:
 
@@ -35,8 +35,8 @@ class LoraLinear(nn.Module):
         linear: the layer; its weight stays as it is.
         parts: hub name and first and last row of each adapted module inside `linear`.
         lora: rank, alpha, dropout.
-        dtype: precision of the products.
-        apart: never sum the two paths; for weights that are split over processes and nowhere whole.
+        dtype: precision of the GEMMs.
+        unmerged: never merge the adapter into the weight; for weights that are sharded over processes.
     """
 
     def __init__(
@@ -45,19 +45,19 @@ class LoraLinear(nn.Module):
         parts: list[tuple[str, int, int]],
         lora: Lora,
         dtype: torch.dtype,
-        apart: bool = False,
+        unmerged: bool = False,
     ) -> None:
         super().__init__()
-        self.apart = apart
+        self.unmerged = unmerged
         self.parts, self.rank, self.scale, self.dropout = parts, lora.rank, lora.alpha / lora.rank, lora.dropout
         weight = linear.weight.detach()  # [out, in]
         self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
-        if apart:
+        if unmerged:
             self.frozen = nn.Parameter(weight.to(dtype), requires_grad=False)  # only parameters are split
         else:
             self.frozen = weight.float()
             self.weight = weight.to(dtype, copy=True)  # W0 + scale * B A, refreshed by `merge`
-        # PEFT's start: A uniform as a linear layer's, B zero, so that the first step begins at the base model.
+        # PEFT's initialisation: A uniform like a linear layer's, B zero, so that training starts at the base model.
         self.down = nn.Parameter(torch.empty(len(parts) * lora.rank, weight.shape[1], device=weight.device))
         for block in self.down.data.split(lora.rank):
             nn.init.kaiming_uniform_(block, a=5**0.5)
@@ -67,20 +67,20 @@ class LoraLinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Form W anew; to be called after every change of A or B."""
-        if self._paths_apart():
+        """Merge A and B into W. Call it after every change of A or B."""
+        if self._is_unmerged():
             return
         merged = self.frozen.clone()
         for (_, start, stop), a, b in zip(self.parts, self.down.split(self.rank), self.up, strict=True):
             merged[start:stop].addmm_(b, a, alpha=self.scale)
         self.weight.copy_(merged)
 
-    def _paths_apart(self) -> bool:
-        return self.apart or bool(self.dropout and self.training)
+    def _is_unmerged(self) -> bool:
+        return self.unmerged or bool(self.dropout and self.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, in] -> [T, out]."""
-        if self._paths_apart():
+        if self._is_unmerged():
             y = F.linear(x, self.frozen.to(x.dtype), self.bias)
             z = F.linear(F.dropout(x, self.dropout, self.training), self.down.to(x.dtype))  # [T, parts * r]
             added = [torch.zeros_like(y[:, :0])]
@@ -126,7 +126,7 @@ class _Merged(torch.autograd.Function):
         return dx, d_down, None, None, None, None, *d_up
 
 
-def add_lora(decoder: Decoder, lora: Lora, dtype: torch.dtype, apart: bool = False) -> list[LoraLinear]:
+def add_lora(decoder: Decoder, lora: Lora, dtype: torch.dtype, unmerged: bool = False) -> list[LoraLinear]:
     """Freeze the decoder, put adapters on the linear layers that `lora.targets` names, and set the rest to `dtype`.
 
     Returns:
@@ -137,7 +137,7 @@ def add_lora(decoder: Decoder, lora: Lora, dtype: torch.dtype, apart: bool = Fal
     for index, layer in enumerate(decoder.layers):
         for field, parts in parts_of(decoder.shape, index, lora.targets).items():
             # Built before the decoder is rounded: W0 stays as the checkpoint has it.
-            adapted.append(LoraLinear(getattr(layer, field), parts, lora, dtype, apart))
+            adapted.append(LoraLinear(getattr(layer, field), parts, lora, dtype, unmerged))
             setattr(layer, field, None)
     decoder.to(dtype)
     waiting = iter(adapted)
@@ -151,7 +151,7 @@ def add_lora(decoder: Decoder, lora: Lora, dtype: torch.dtype, apart: bool = Fal
 
 
 def parts_of(shape: Shape, index: int, targets: list[str]) -> dict[str, list[tuple[str, int, int]]]:
-    """For each of our fused layers in a block, the targeted hub modules in it: name, first row, one past the last."""
+    """Map each fused layer of a block to its targeted hub modules: name, first row, one past the last row."""
     query, value = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     sizes = {
         "qkv": {"self_attn.q_proj": query, "self_attn.k_proj": value, "self_attn.v_proj": value},
@@ -159,18 +159,18 @@ def parts_of(shape: Shape, index: int, targets: list[str]) -> dict[str, list[tup
         "gate_up": {"mlp.gate_proj": shape.intermediate_size, "mlp.up_proj": shape.intermediate_size},
         "down": {"mlp.down_proj": shape.hidden_size},
     }
-    found: dict[str, list[tuple[str, int, int]]] = {}
+    layers: dict[str, list[tuple[str, int, int]]] = {}
     for field, modules in sizes.items():
         row = 0
         for module, rows in modules.items():
             if module.rpartition(".")[2] in targets:
-                found.setdefault(field, []).append((f"layers.{index}.{module}", row, row + rows))
+                layers.setdefault(field, []).append((f"layers.{index}.{module}", row, row + rows))
             row += rows
-    return found
+    return layers
 
 
 def adapter_tensors(adapted: list[LoraLinear]) -> dict[str, Tensor]:
-    """A and B of every module, whole, under the names of LLM2Vec's published adapters (those of an inner model)."""
+    """Return A and B of every module, unsharded, under the names of LLM2Vec's published adapters (an inner model's)."""
     return dict(_named_halves(adapted))
 
 
@@ -182,16 +182,16 @@ def _named_halves(adapted: list[LoraLinear]) -> Iterator[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def start_from(adapted: list[LoraLinear], adapter: Adapter, lora: Lora) -> None:
-    """Set A and B to those of an adapter that was trained before. The layers then compute what it made of its base.
+def load_adapter(adapted: list[LoraLinear], adapter: Adapter, lora: Lora) -> None:
+    """Copy A and B from an adapter that was trained before. The layers then compute what it made of its base.
 
     Raises:
         AdapterMismatch: it has other modules, another rank or other shapes than this run's.
     """
-    wanted = {module for linear in adapted for module, _, _ in linear.parts}
-    odd = sorted(wanted.symmetric_difference(adapter.modules))
+    modules = {module for linear in adapted for module, _, _ in linear.parts}
+    odd = sorted(modules.symmetric_difference(adapter.modules))
     if odd:
-        holder = "only the run" if odd[0] in wanted else f"only {adapter.folder}"
+        holder = "only the run" if odd[0] in modules else f"only {adapter.folder}"
         raise AdapterMismatch(
             f"lora.init_from: {adapter.folder} and this run adapt different modules: {holder} adapts {odd[0]}; "
             "make lora.targets those of the adapter"

@@ -1,7 +1,7 @@
-"""What a batch of vectors is judged by: InfoNCE, distillation of similarities, and both on shortened vectors.
+"""Losses of a batch of vectors: InfoNCE, distillation, and both on truncated (Matryoshka) vectors.
 
 Letters in shape comments:
-    Q  queries     M  hard negatives of the batch, all queries' together     C = Q + M  candidates     W  width
+    Q  queries     M  hard negatives of the batch, all queries' together     C = Q + M  candidates     W  dimensions
 """
 
 from collections.abc import Callable, Sequence
@@ -14,13 +14,13 @@ from torch import Tensor
 def info_nce(
     queries: Tensor, candidates: Tensor, temperature: float, masked: Tensor | None = None, both_ways: bool = False
 ) -> Tensor:
-    """Cross-entropy of finding each query's own positive (arXiv 1807.03748; LLM2Vec's HardNegativeNLLLoss).
+    """InfoNCE: cross-entropy of finding each query's own positive (arXiv 1807.03748; LLM2Vec's HardNegativeNLLLoss).
 
     Args:
         queries: [Q, W].
         candidates: [C, W]; row i < Q is the positive of query i, the rest are hard negatives.
         temperature: of the cosines; LLM2Vec's scale of 50 is 0.02.
-        masked: [Q, C] bool, candidates that are no negatives of a query. Its own positive is never masked.
+        masked: [Q, C] bool, candidates that do not count as negatives of a query. Its own positive is never masked.
         both_ways: average with the loss of finding each positive's query.
 
     Returns:
@@ -40,7 +40,7 @@ def info_nce(
 
 
 def false_negatives(judge_queries: Tensor, judge_candidates: Tensor, margin: float) -> Tensor:
-    """Candidates too close to a query to be called negatives: nearer than its positive less `margin`.
+    """Mark candidates that are too similar to a query to count as negatives: nearer than its positive less `margin`.
 
     Positive-aware filtering as in NV-Retriever (arXiv 2407.15831), inside the batch.
 
@@ -58,7 +58,7 @@ def false_negatives(judge_queries: Tensor, judge_candidates: Tensor, margin: flo
 
 
 def same_text(queries: Sequence[str], candidates: Sequence[str], device: torch.device) -> Tensor:
-    """[Q, C] bool: a candidate that is the query's own text or a copy of its positive is never its negative."""
+    """Mark candidates that are the query's own text or a copy of its positive, which are no negatives: [Q, C] bool."""
     numbers: dict[str, int] = {}
     query, candidate = (
         torch.tensor([numbers.setdefault(text, len(numbers)) for text in texts], device=device)
@@ -71,11 +71,11 @@ def same_text(queries: Sequence[str], candidates: Sequence[str], device: torch.d
 def similarity_loss(
     vectors: Tensor, teacher: Tensor, temperature: float, weight: float, similarity_weight: float
 ) -> Tensor:
-    """How far the similarities among the batch's texts are from a teacher's.
+    """Distillation loss: the difference between the similarities within a batch and the teacher's.
 
     For each text, the Kullback-Leibler divergence of its similarity distribution over the other texts from the
     teacher's (relational distillation, arXiv 1904.05068; with a softmax as in CKD, arXiv 2010.12841), and the squared
-    error of the cosines. Neither asks that the two models have vectors of one length or one orientation.
+    error of the cosines. The two models may have vectors of different lengths and orientations.
 
     Args:
         vectors: [N, W] of the student. teacher: [N, W'].
@@ -116,7 +116,7 @@ def vector_distance(vectors: Tensor, targets: Tensor) -> Tensor:
 
 
 def ranking(scores: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Kullback-Leibler divergence of each query's distribution over the candidates from the teacher's.
+    """Ranking loss: Kullback-Leibler divergence of each query's distribution over the candidates from the teacher's.
 
     Args:
         scores, teacher: cosines [Q, C] of the student and of the teacher.
@@ -126,7 +126,7 @@ def ranking(scores: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 def matryoshka(loss: Callable[[Tensor], Tensor], vectors: Tensor, lengths: Sequence[int]) -> Tensor:
-    """The mean of a loss over the whole vectors and over each shorter length (arXiv 2205.13147).
+    """Average a loss over the full vectors and over each shorter length (arXiv 2205.13147).
 
     Args:
         loss: takes vectors [N, w] of any length w.

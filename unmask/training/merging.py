@@ -1,4 +1,4 @@
-"""Models out of models: adapters into weights, two checkpoints between each other, the checkpoints of a run averaged.
+"""Merge models: adapters into weights, interpolation of two models, the average of a run's checkpoints.
 
 Weights are combined in float32, a tensor at a time. Adapters are combined as their products B A, never as their
 halves: the mean of the As times the mean of the Bs is another matrix than the mean of the products. A sum of products
@@ -70,7 +70,7 @@ def interpolate(
     method: Literal["linear", "slerp"] = "linear",
     dtype: Dtype = "float32",
 ) -> None:
-    """Write the model that lies between two of one architecture.
+    """Interpolate between two models of one architecture and write the result.
 
     Args:
         first, second: whatever `Encoder.load` takes, adapters found by name included.
@@ -87,7 +87,9 @@ def interpolate(
     models = [open_checkpoint(name) for name in (first, second)]
     _require_alike(models)
     between = slerp if method == "slerp" else torch.lerp
-    blend = _Combined([model.tensors for model in models], lambda tensors: between(tensors[0], tensors[1], weight))
+    blend = _CombinedTensors(
+        [model.tensors for model in models], lambda tensors: between(tensors[0], tensors[1], weight)
+    )
     chosen = next((model for model in reversed(models) if model.encoder_config), models[0])
     write_model_folder(output, models[0], blend, EncoderSettings.from_checkpoint(chosen), DTYPES[dtype])
 
@@ -117,7 +119,7 @@ def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Factors:
-    """An adapter as its products.
+    """An adapter as a product B A for each module.
 
     Attributes:
         name: where it came from, for messages.
@@ -131,26 +133,30 @@ class Factors:
 
     @property
     def rank(self) -> int:
-        """The largest of its modules'."""
+        """The largest rank of its modules."""
         return max(a.shape[0] for a, _ in self.halves.values())
 
 
 @dataclass(frozen=True)
 class Combination:
-    """What came of combining adapters: the rank, and how far the update is from the exact one, as the share of its
-    Frobenius norm that was lost; 0 where nothing was left out."""
+    """Result of combining adapters.
+
+    Attributes:
+        rank: rank of the written adapter.
+        error: share of the update's Frobenius norm that was lost; 0 if the result is exact.
+    """
 
     rank: int
     error: float
 
 
 def stack(adapters: Sequence[str], output: Path, rank: int | None = None) -> Combination:
-    """One adapter that does what several do when they are merged in turn, exact at the summed rank.
+    """Combine adapters into one that has the effect of merging them in turn; exact at the summed rank.
 
     Args:
         adapters: folders or hub ids, in merging order; each trained on the base of the first, or on top of those
             before it.
-        rank: cut the result to this rank instead, and say what was lost.
+        rank: compress the result to this rank and report the loss.
 
     Raises:
         AdapterMismatch: they were made for different models.
@@ -170,7 +176,7 @@ def stack(adapters: Sequence[str], output: Path, rank: int | None = None) -> Com
 
 
 def average(models: Sequence[str], output: Path, rank: int | None = None, dtype: Dtype = "float32") -> Combination:
-    """The mean of several checkpoints, usually of one run (model soups, arXiv 2203.05482).
+    """Average several checkpoints, usually of one run (model soups, arXiv 2203.05482).
 
     Adapters, or the `checkpoints/step-N` folders of a run, give an adapter; whole models give a model.
 
@@ -184,7 +190,7 @@ def average(models: Sequence[str], output: Path, rank: int | None = None, dtype:
         UsageError: models and adapters together, or models of different shapes.
     """
     require_new(output)
-    names = _unfolded(models)
+    names = _checkpoints_in(models)
     if len(names) < 2:
         raise UsageError(f"{' '.join(models)}: only one checkpoint is there; an average needs two or more")
     adapters = [_is_adapter(name) for name in names]
@@ -198,20 +204,20 @@ def average(models: Sequence[str], output: Path, rank: int | None = None, dtype:
                 )
         return _write_combined(parts, [1 / len(parts)] * len(parts), rank, output)
     if any(adapters) or rank is not None:
-        whole = next(name for name, adapter in zip(names, adapters, strict=True) if not adapter)
+        model = next(name for name, adapter in zip(names, adapters, strict=True) if not adapter)
         raise UsageError(
-            f"{whole} is a whole model; " + ("--rank is for" if rank else "it cannot be averaged with") + " adapters"
+            f"{model} is a whole model; " + ("--rank is for" if rank else "it cannot be averaged with") + " adapters"
         )
     checkpoints = [open_checkpoint(name) for name in names]
     _require_alike(checkpoints)
-    mean = _Combined([checkpoint.tensors for checkpoint in checkpoints], _mean)
+    mean = _CombinedTensors([checkpoint.tensors for checkpoint in checkpoints], _mean)
     write_model_folder(output, checkpoints[0], mean, EncoderSettings.from_checkpoint(checkpoints[0]), DTYPES[dtype])
     return Combination(0, 0.0)
 
 
 def weighted_sum(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
-    """The weighted sum of adapters' products, exact: their halves side by side. A module that some lack counts as
-    zero there.
+    """Sum the products of adapters with weights, exactly: their halves lie side by side. A missing module counts as
+    zero.
 
     Raises:
         AdapterMismatch: a module has different shapes.
@@ -234,13 +240,13 @@ def weighted_sum(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
 
 
 def compress(factors: Factors, rank: int) -> tuple[Factors, float]:
-    """The nearest adapter of a smaller rank (Eckart-Young), and the share of the update's Frobenius norm that is lost.
+    """Find the nearest adapter of a smaller rank (Eckart-Young), and the lost share of the update's Frobenius norm.
 
     The product is never formed: with B = Qb Rb and A^T = Qa Ra, the singular values of B A are those of the small
     Rb Ra^T.
     """
     halves: dict[str, tuple[Tensor, Tensor]] = {}
-    lost = whole = 0.0
+    lost = total = 0.0
     for module, (a, b) in factors.halves.items():
         q_b, r_b = torch.linalg.qr(b.double())  # [out, R], [R, R]
         q_a, r_a = torch.linalg.qr(a.double().T)  # [in, R], [R, R]
@@ -248,8 +254,8 @@ def compress(factors: Factors, rank: int) -> tuple[Factors, float]:
         root = s[:rank].sqrt()
         halves[module] = (root[:, None] * v[:rank] @ q_a.T).float(), (q_b @ u[:, :rank] * root).float()
         lost += float(s[rank:].square().sum())
-        whole += float(s.square().sum())
-    return Factors(factors.name, factors.base, halves), (lost / whole) ** 0.5 if whole else 0.0
+        total += float(s.square().sum())
+    return Factors(factors.name, factors.base, halves), (lost / total) ** 0.5 if total else 0.0
 
 
 def write_factors(folder: Path, factors: Factors, encoder_config: Mapping[str, Any]) -> None:
@@ -289,21 +295,21 @@ def _write_combined(parts: Sequence[Factors], weights: Sequence[float], rank: in
     combined, error = weighted_sum(parts, weights), 0.0
     if rank is not None and rank < combined.rank:
         combined, error = compress(combined, rank)
-    said: dict[str, Any] = {}
+    encoder_config: dict[str, Any] = {}
     for part in parts:
         file = Path(part.name) / "llm2vec_config.json"
         if file.is_file():
-            said = json.loads(file.read_text(encoding="utf-8"))
+            encoder_config = json.loads(file.read_text(encoding="utf-8"))
     try:
-        write_factors(output, combined, said)
+        write_factors(output, combined, encoder_config)
     except BaseException:
         shutil.rmtree(output, ignore_errors=True)  # it was not there before
         raise
     return Combination(combined.rank, error)
 
 
-def _unfolded(models: Sequence[str]) -> list[str]:
-    """A run's folder stands for the checkpoints in it."""
+def _checkpoints_in(models: Sequence[str]) -> list[str]:
+    """Replace a run's folder by the checkpoints in it."""
     if len(models) == 1 and (Path(models[0]) / "checkpoints").is_dir():
         return sorted(str(step) for step in (Path(models[0]) / "checkpoints").glob("step-*"))
     return list(models)
@@ -324,7 +330,7 @@ def _read_factors(name: str) -> Factors:
 
 
 def _factors_of_state(step: Path) -> Factors:
-    """The adapter in a run's resumable checkpoint, which knows only the trained parameters of our fused layers."""
+    """Read the adapter of a run's resumable checkpoint, which holds only the trained parameters of our fused layers."""
     run = step.parent.parent / "run.json"
     try:
         recipe = stored_recipe(json.loads(run.read_text(encoding="utf-8"))["recipe"])
@@ -342,7 +348,7 @@ def _factors_of_state(step: Path) -> Factors:
             down = parameters[f"layers.{index}.{field}.down"].split(recipe.lora.rank)
             for place, (module, _, _) in enumerate(modules):
                 halves[module] = down[place], scale * parameters[f"layers.{index}.{field}.up.{place}"]
-    return Factors(str(step), adapter_base(recipe), halves)
+    return Factors(str(step), adapter_base(recipe.base, recipe.adapters), halves)
 
 
 def _same_model(a: str | None, b: str | None) -> bool:
@@ -353,10 +359,10 @@ def _same_model(a: str | None, b: str | None) -> bool:
 
 
 def _require_alike(models: Sequence[Checkpoint]) -> None:
-    """Refuse models whose tensors do not stand for the same thing, by the first difference.
+    """Refuse models whose tensors have different meanings.
 
     Raises:
-        UsageError: there is one.
+        UsageError: names the first difference.
     """
     first = models[0]
     shape = shape_of(first.config)
@@ -365,13 +371,13 @@ def _require_alike(models: Sequence[Checkpoint]) -> None:
         kinds = [model.config.get("model_type") for model in (first, other)]
         if kinds[0] != kinds[1]:
             raise UsageError(f"{pair} are of different architectures: {kinds[0]} and {kinds[1]}")
-        known = [{n for n in model.tensors.names() if "inv_freq" not in n} for model in (first, other)]
-        for name in sorted(known[0] ^ known[1]):
+        names = [{n for n in model.tensors.names() if "inv_freq" not in n} for model in (first, other)]
+        for name in sorted(names[0] ^ names[1]):
             if name == "lm_head.weight" and all(model.config.get("tie_word_embeddings") for model in (first, other)):
                 continue
-            holder, lacking = (first, other) if name in known[0] else (other, first)
+            holder, lacking = (first, other) if name in names[0] else (other, first)
             raise UsageError(f"{holder.name} has a tensor {name}, {lacking.name} has not; they cannot be combined")
-        for name in sorted(known[0] & known[1]):
+        for name in sorted(names[0] & names[1]):
             shapes = [list(model.tensors.shape(name)) for model in (first, other)]
             if shapes[0] != shapes[1]:
                 raise UsageError(
@@ -383,8 +389,8 @@ def _require_alike(models: Sequence[Checkpoint]) -> None:
             raise UsageError(f"{pair} have different vocabularies; their embeddings stand for different tokens")
 
 
-class _Combined:
-    """Tensors made of those of several models as they are read."""
+class _CombinedTensors:
+    """A `TensorSource` that combines the tensors of several models as they are read."""
 
     def __init__(self, sources: Sequence[TensorSource], combine: Callable[[list[Tensor]], Tensor]) -> None:
         self._sources, self._combine = sources, combine

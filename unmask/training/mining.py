@@ -1,8 +1,8 @@
-"""Hard negatives: for each query, near texts that are not its answer.
+"""Mine hard negatives: for each query, near texts that do not answer it.
 
-The nearest text that is no known positive is often an unknown one. A negative is therefore kept only if it is less
-similar to the query than the positive is, by a margin (positive-aware mining, NV-Retriever, arXiv 2407.15831). The
-search is exact: products of blocks of queries and blocks of texts, no index.
+The nearest text that is no known positive is often an unknown one. So a negative is taken only if it is less similar to
+the query than the positive is, by a margin (positive-aware mining, NV-Retriever, arXiv 2407.15831). The search is
+exact: GEMMs of blocks of queries and blocks of texts, without an index.
 """
 
 import json
@@ -67,41 +67,41 @@ class MiningSettings:
 
 @dataclass(frozen=True)
 class MiningResult:
-    """What was found.
+    """Counts of a mining run.
 
     Attributes:
         rows: pairs read.
         texts: different texts in the corpus.
-        found: number of rows by how many negatives they got: found[0] got none.
-        refused: texts that would have been taken but for the margin.
+        rows_by_negatives: number of rows by their number of negatives; rows_by_negatives[0] got none.
+        refused: texts that only the limits kept from being negatives.
     """
 
     rows: int
     texts: int
-    found: tuple[int, ...]
+    rows_by_negatives: tuple[int, ...]
     refused: int
 
 
-ReportMining = Callable[[str, int, int], None]  # what is going on, steps done just now, steps of it in all
+ReportMining = Callable[[str, int, int], None]  # task, steps of it done just now, steps in all
 
 
 def mine(
     mining: MiningSettings,
-    contender: EmbeddingModel,
+    model: EmbeddingModel,
     output: Path,
-    told: ReportMining = lambda *_: None,
+    report: ReportMining = lambda *_: None,
     cache: VectorCache | None = None,
 ) -> MiningResult:
     """Write `query`, `positive`, `negatives` for each row, as JSON lines in the rows' order.
 
-    Vectors are kept as they are computed, so a run that was killed continues where it was. The same rows and the same
+    Vectors are cached as they are computed, so a run that was killed continues where it was. The same rows and the same
     vectors give the same file. Rows for which no negative is left are written with an empty list.
 
     Args:
-        contender: whose vectors decide; cosine similarity.
-        output: written whole or not at all.
-        told: for a progress bar.
-        cache: where vectors are kept; left out, with those of `unmask evaluate`.
+        model: gives the vectors whose cosine similarity decides.
+        output: written atomically.
+        report: called for a progress bar.
+        cache: stores vectors; default: the cache of `unmask evaluate`.
 
     Raises:
         UsageError: no such file or column, or nothing in it.
@@ -113,23 +113,23 @@ def mine(
     if not pairs:
         raise UsageError(f"{mining.source} has no usable row; {bad.places[0] if bad.places else 'it is empty'}")
     corpus = list(dict.fromkeys(_texts(mining, bad) if mining.corpus else (positive for _, positive in pairs)))
-    asked = mining.instruction if contender.takes_instructions else ""
+    instruction = mining.instruction if model.takes_instructions else ""
     if cache is None:
-        cache = VectorCache(home() / "vectors", contender.revision, contender.dimensions)
+        cache = VectorCache(home() / "vectors", model.revision, model.dimensions)
     queries = list(dict.fromkeys(query for query, _ in pairs))
     documents = list(dict.fromkeys([*corpus, *(positive for _, positive in pairs)]))
 
-    def vectors(texts: list[str], instruction: str, what: str) -> np.ndarray:
-        found = cache.encode(
+    def vectors(texts: list[str], instruction: str, task: str) -> np.ndarray:
+        rows = cache.encode(
             texts,
             instruction,
-            lambda missing: contender.encode(missing, instruction),
-            progress=lambda done: told(what, done, len(texts)),
+            lambda missing: model.encode(missing, instruction),
+            progress=lambda done: report(task, done, len(texts)),
         )
-        return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
+        return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
-    query_vectors = vectors(queries, asked, "queries")
-    document_vectors = vectors(documents, asked if mining.symmetric else "", "texts")
+    query_vectors = vectors(queries, instruction, "queries")
+    document_vectors = vectors(documents, instruction if mining.symmetric else "", "texts")
     query_row = {text: row for row, text in enumerate(queries)}
     document_row = {text: row for row, text in enumerate(documents)}
     never = _never(pairs, corpus)
@@ -150,12 +150,12 @@ def mine(
                 counts[len(negatives)] += 1
                 line = {"query": query, "positive": positive, "negatives": negatives}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            told("search", len(part), len(pairs))
+            report("search", len(part), len(pairs))
     return MiningResult(len(pairs), len(corpus), tuple(counts), refused)
 
 
 def limits_of(positive: np.ndarray, max_share: float | None, margin: float | None) -> np.ndarray:
-    """The similarity that a negative must stay below, for each query.
+    """Return the similarity that a negative must stay below, for each query.
 
     Args:
         positive: cosine of each query with its positive, [n].
@@ -176,19 +176,19 @@ def limits_of(positive: np.ndarray, max_share: float | None, margin: float | Non
 def nearest(
     queries: np.ndarray, texts: np.ndarray, limits: np.ndarray, never: Sequence[Sequence[int]], mining: MiningSettings
 ) -> tuple[list[list[int]], int]:
-    """For each query the nearest texts below its limit, nearest first, equals by their place in the corpus.
+    """Find the nearest texts below each query's limit, nearest first, ties by their place in the corpus.
 
     Args:
         queries: [b, W], of length 1. texts: [C, W], of length 1.
         limits: [b].
-        never: for each query, the texts that are no negatives of it.
+        never: for each query, texts that must not be its negatives.
         mining: count and skip.
 
     Returns:
         At most `count` rows of `texts` for each query, and how many more there would be without the limits.
     """
-    wanted = mining.skip + mining.count
-    best = np.full((len(queries), 0), -np.inf, dtype=np.float32)  # [b, <= wanted]
+    candidates = mining.skip + mining.count
+    best = np.full((len(queries), 0), -np.inf, dtype=np.float32)  # [b, <= candidates]
     rows = np.zeros((len(queries), 0), dtype=np.int64)
     above = np.zeros(len(queries), dtype=np.int64)  # texts at or above the limit
     for start in range(0, len(texts), _TEXTS):
@@ -200,10 +200,10 @@ def nearest(
         over = scores >= limits[:, None]
         above += over.sum(axis=1)
         scores[over] = -np.inf
-        places = _highest(scores, min(wanted, len(block)))
+        places = _highest(scores, min(candidates, len(block)))
         best = np.concatenate((best, np.take_along_axis(scores, places, axis=1)), axis=1)
         rows = np.concatenate((rows, places + start), axis=1)
-        order = np.lexsort((rows, -best), axis=1)[:, :wanted]
+        order = np.lexsort((rows, -best), axis=1)[:, :candidates]
         best, rows = np.take_along_axis(best, order, axis=1), np.take_along_axis(rows, order, axis=1)
     chosen: list[list[int]] = []
     refused = 0
@@ -217,7 +217,7 @@ def nearest(
 
 
 def _highest(scores: np.ndarray, count: int) -> np.ndarray:
-    """Places of the `count` highest of each row of [b, c], in no order; of equals at the edge, the first ones."""
+    """Find the places of the `count` highest in each row of [b, c], unordered. Ties at the edge: the first win."""
     places = np.argpartition(-scores, count - 1, axis=1)[:, :count]
     edge = np.take_along_axis(scores, places, axis=1).min(axis=1, keepdims=True)
     cut = (scores >= edge).sum(axis=1) > count  # equals lie on both sides
@@ -227,7 +227,7 @@ def _highest(scores: np.ndarray, count: int) -> np.ndarray:
 
 
 def _never(pairs: Sequence[tuple[str, str]], corpus: Sequence[str]) -> dict[str, list[int]]:
-    """For each query, the places in the corpus of itself and of all its positives, however they are spaced or cased."""
+    """Find the corpus places of each query and its positives, never negatives. Ignores case and spacing."""
     places: dict[str, list[int]] = {}
     for place, text in enumerate(corpus):
         places.setdefault(_bare(text), []).append(place)
@@ -264,7 +264,7 @@ def _texts(mining: MiningSettings, bad: BadRows) -> Iterator[str]:
 
 
 def _text_in(fields: dict, column: str, source: str) -> str:
-    """The column's text, or the first of its list; empty where there is none."""
+    """Return the column's text, or the first of its list; empty if there is none."""
     if column not in fields:
         raise UsageError(f"{source} has no column {column!r}; it has {', '.join(fields)}")
     value = fields[column]

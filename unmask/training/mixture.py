@@ -1,8 +1,7 @@
-"""The order in which a run sees its data: a pure function of the recipe's seed.
+"""Draw batches from the data sets of a recipe. The order depends only on the recipe's seed.
 
-Each batch comes from one data set, drawn by weight, so that in-batch negatives are of one kind; or from several, as
-`batch.sets` says. Every process of a run draws the same batches, and a resumed run draws those that the unbroken one
-would have.
+Each batch comes from one data set, drawn by weight, so that in-batch negatives are of one kind; with `batch.sets`, from
+several. Every process of a run draws the same batches, and a resumed run draws those of an uninterrupted one.
 """
 
 from collections.abc import Iterator
@@ -35,34 +34,36 @@ class TextBatch:
 
     @property
     def examples(self) -> list[Example]:
-        """All examples, one data set's after the other's."""
+        """All examples, data set by data set."""
         return [example for part in self.parts for example in part.examples]
 
     @property
     def name(self) -> str:
-        """The data sets' names, for logs."""
+        """Names of the data sets, for logs."""
         return " + ".join(part.source.name for part in self.parts)
 
 
 class Mixture:
-    """Batches without end.
+    """Endless batches of a recipe's data.
 
     Args:
         recipe: for the batch size, weights and seed.
         sets: data sets in memory, in the recipe's order; streamed sources are not among them.
         root: the data folder, for streamed sources.
-        held: texts that must not be trained on, for streamed sources.
+        decontaminator: drops examples of streamed sources that overlap with evaluation data.
     """
 
-    def __init__(self, recipe: Recipe, sets: list[Examples], root: Path | None, held: Decontaminator | None) -> None:
-        self._recipe, self._root, self._held = recipe, root, held
+    def __init__(
+        self, recipe: Recipe, sets: list[Examples], root: Path | None, decontaminator: Decontaminator | None
+    ) -> None:
+        self._recipe, self._root, self._decontaminator = recipe, root, decontaminator
         self._sets = {examples.source.name: examples for examples in sets}
         self._sources = recipe.data
         weights = [source.weight or len(self._sets[source.name].train) for source in self._sources]
         self._weights = np.array(weights, dtype=float) / sum(weights)
 
     def steps_of(self, epochs: float) -> int:
-        """Steps until every data set has been gone through so often."""
+        """Return the number of steps after which every data set has been seen `epochs` times."""
         choices = self._choices()
         left = [epochs * len(self._sets[source.name].train) for source in self._sources]
         steps = 0
@@ -73,7 +74,7 @@ class Mixture:
         return steps
 
     def _size(self, source: DataSource) -> int:
-        """Examples of a source each time it is drawn."""
+        """Number of examples of a source each time it is drawn."""
         return max(1, (source.batch or self._recipe.batch.size) // self._recipe.batch.sets)
 
     def _choices(self) -> Iterator[int]:
@@ -82,7 +83,7 @@ class Mixture:
             yield int(generator.choice(len(self._sources), p=self._weights))
 
     def batches(self, skip: int = 0) -> Iterator[TextBatch]:
-        """Batch after batch, beginning with number `skip`; those before it are drawn and let go."""
+        """Yield batches from number `skip` on. Earlier ones are drawn and discarded."""
         streams = [self._examples(source) for source in self._sources]
         choices = self._choices()
         for number in count():
@@ -110,23 +111,26 @@ class Mixture:
                 if example.label is None:
                     yield example
                     continue
-                # Another text of the same label: the last one stands in for the text itself. One that is alone with
-                # its label is its own positive, and the loss never counts it as a negative.
+                # Draw another text of the same label; the last one replaces the text itself. A text alone with its
+                # label is its own positive, and the loss never counts it as a negative.
                 same = by_label[example.label]
                 drawn = same[generator.integers(max(1, len(same) - 1))]
                 other = same[-1] if drawn == index else drawn
                 yield Example(example.query, examples[other].query, (), example.label)
             epoch += 1
 
+    def _overlaps(self, example: Example) -> bool:
+        return self._decontaminator is not None and any(map(self._decontaminator.overlaps, example.texts()))
+
     def _streamed(self, source: DataSource, seed: list[int]) -> Iterator[Example]:
-        """Rows as they come, each swapped with a random one of the buffer, epoch after epoch."""
+        """Yield rows through a shuffle buffer: each new row replaces a random one. Endless."""
         epoch = 0
         while True:
             generator = np.random.default_rng([*seed, epoch])
             bad = BadRows(self._recipe.max_bad_rows)
             buffer: list[Example] = []
             for example in read_examples(source, self._root, bad):
-                if self._held is not None and any(self._held.overlaps(text) for text in example.texts()):
+                if self._overlaps(example):
                     continue
                 if len(buffer) < self._recipe.shuffle_buffer:
                     buffer.append(example)

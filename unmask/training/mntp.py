@@ -1,8 +1,8 @@
 """Masked next-token prediction (LLM2Vec, arXiv 2404.05961, section 2.2).
 
 A masked token at position i is predicted from the state at i - 1, through the decoder's own language-model head, as
-the decoder was trained to predict. Only those states meet the head, a chunk at a time, so that the logits of a step
-never stand in memory.
+the decoder was trained to predict. Only those states go through the head, a chunk at a time, so that the logits of a
+step are never in memory all at once.
 """
 
 from dataclasses import dataclass
@@ -24,12 +24,12 @@ _CHUNK_ROWS = 512
 
 @dataclass(frozen=True, slots=True)
 class MaskedSequence:
-    """A sequence with gaps.
+    """A sequence with masked tokens.
 
     Attributes:
         ids: what the model reads, int64 [L].
-        positions: which tokens are asked for, ascending, never 0 (nothing comes before it), int64 [M].
-        targets: what stood there, int64 [M].
+        positions: masked positions, ascending, never 0 (no state comes before it), int64 [M].
+        targets: the original tokens at these positions, int64 [M].
     """
 
     ids: np.ndarray
@@ -40,8 +40,10 @@ class MaskedSequence:
 def mask_tokens(
     ids: np.ndarray, mntp: Mntp, mask_id: int, vocabulary: int, generator: np.random.Generator
 ) -> MaskedSequence:
-    """Choose gaps at random and fill them as BERT does (80 % mask token, 10 % a random token, 10 % as it was), or all
-    with the mask token. At least one token of a sequence of two or more is asked for."""
+    """Mask tokens at random, as BERT does (80 % mask token, 10 % random, 10 % unchanged) or all by the mask token.
+
+    At least one token of a sequence of two or more is masked.
+    """
     chosen = generator.random(len(ids)) < mntp.probability
     chosen[0] = False
     if len(ids) > 1 and not chosen.any():
@@ -59,13 +61,13 @@ def mask_tokens(
 
 
 def blocks(sequences: list[np.ndarray], length: int) -> list[np.ndarray]:
-    """Each document's ids in pieces of at most `length`; pieces of one token teach nothing and are left out."""
+    """Cut each document into blocks of at most `length` tokens. Blocks of one token are dropped: nothing to predict."""
     pieces = (ids[start : start + length] for ids in sequences for start in range(0, len(ids), length))
     return [piece for piece in pieces if len(piece) > 1]
 
 
 def mask_token_id(model: TrainingModel, mntp: Mntp) -> int:
-    """The id of the token that stands for a gap.
+    """Return the id of the mask token.
 
     Raises:
         UsageError: the tokenizer has no such single token.
@@ -83,7 +85,7 @@ class LanguageModelHead:
     Attributes:
         own: its matrix [vocabulary, W]; None where the base ties it to the embedding.
         embedding: the decoder's.
-        cap: logits are squashed into (-cap, cap), as in Gemma 2; None for no cap.
+        cap: logit soft cap, as in Gemma 2: logits lie in (-cap, cap). None for no cap.
     """
 
     own: Tensor | None
@@ -92,12 +94,12 @@ class LanguageModelHead:
 
     @property
     def weight(self) -> Tensor:
-        """[vocabulary, W]. Looked up anew each time: a sharded embedding is whole between forward and backward only."""
+        """[vocabulary, W]. Read at each use: a sharded embedding is gathered only between forward and backward."""
         return self.embedding.weight if self.own is None else self.own
 
 
 def language_model_head(model: TrainingModel) -> LanguageModelHead:
-    """The base's own head, frozen unless it is the embedding and that is trained.
+    """Read the base's own language-model head. It is frozen, unless it is the embedding and that is trained.
 
     Raises:
         UsageError: the base is an inner model, whose head is elsewhere.
@@ -119,10 +121,10 @@ def language_model_head(model: TrainingModel) -> LanguageModelHead:
 
 
 def prediction_loss(states: Tensor, targets: Tensor, head: LanguageModelHead) -> Tensor:
-    """Summed cross-entropy of the targets, logits a chunk at a time.
+    """Sum the cross-entropy of the targets, with the logits of one chunk in memory at a time.
 
     Args:
-        states: [M, W], the state before each gap.
+        states: [M, W], the state before each masked token.
         targets: [M].
     """
     loss: Tensor = _ChunkedCrossEntropy.apply(states, head.weight, targets, head.cap)  # pyright: ignore[reportAssignmentType]
@@ -130,7 +132,7 @@ def prediction_loss(states: Tensor, targets: Tensor, head: LanguageModelHead) ->
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """The gradient of a chunk's logits is known as soon as they are, so it is applied at once and they are let go."""
+    """Cross-entropy in chunks. The gradient of a chunk's logits is applied at once, so they can be freed."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, cap: float | None) -> Tensor:
@@ -157,13 +159,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if d_weight is not None:
                 d_weight += (d_logits.T @ states[rows]).float()
         ctx.save_for_backward(*(d for d in (d_states, d_weight) if d is not None))
-        ctx.wanted = (d_states is not None, d_weight is not None)
+        ctx.needs_gradient = (d_states is not None, d_weight is not None)
         ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         saved = list(ctx.saved_tensors)
-        d_states = saved.pop(0) * d_total if ctx.wanted[0] else None
-        d_weight = (saved.pop(0) * d_total).to(ctx.weight_dtype) if ctx.wanted[1] else None
+        d_states = saved.pop(0) * d_total if ctx.needs_gradient[0] else None
+        d_weight = (saved.pop(0) * d_total).to(ctx.weight_dtype) if ctx.needs_gradient[1] else None
         return d_states, d_weight, None, None

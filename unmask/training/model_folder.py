@@ -1,7 +1,7 @@
-"""A model as a folder in the hub's layout, that `Encoder.load` and transformers read alike.
+"""Write a model as a folder in the hub's layout, which `Encoder.load` and transformers read with the same result.
 
-Tensors are written one at a time, so that a model which is merged on the way never stands in memory. The folder
-appears whole or not at all.
+Tensors are written one at a time, so that a model that is merged on the way is never in memory as a whole. The folder
+is written atomically.
 """
 
 import json
@@ -50,7 +50,7 @@ _LLAMA3_RULE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_p
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """How a model wants its vectors to be made; becomes `llm2vec_config.json`.
+    """The settings of an encoder that are stored with it, in `llm2vec_config.json`.
 
     Attributes:
         causal: the weights are used with the causal mask; transformers is told by `is_causal`.
@@ -66,18 +66,18 @@ class EncoderSettings:
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> "EncoderSettings":
-        """What a model's files say."""
-        said = checkpoint.encoder_config
+        """Read the settings from a model's files."""
+        stored_settings = checkpoint.encoder_config
         return cls(
-            pooling=str(said.get("pooling_mode") or "mean"),
-            max_length=int(said.get("max_length") or 512),
-            doc_max_length=int(said.get("doc_max_length") or 400),
-            skip_instruction=bool(said.get("skip_instruction", True)),
+            pooling=str(stored_settings.get("pooling_mode") or "mean"),
+            max_length=int(stored_settings.get("max_length") or 512),
+            doc_max_length=int(stored_settings.get("doc_max_length") or 400),
+            skip_instruction=bool(stored_settings.get("skip_instruction", True)),
         )
 
 
 class NamedTensors:
-    """Tensors at hand as a `TensorSource`."""
+    """A `TensorSource` of tensors in memory."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
@@ -150,7 +150,7 @@ def write_head(folder: Path, head: Mapping[str, Tensor]) -> None:
 def hub_tensors(
     fused: Mapping[str, Tensor], sources: Mapping[str, Sequence[str]], shapes: TensorSource
 ) -> dict[str, Tensor]:
-    """Views of our parameters under the hub's names, as `Decoder.sources` put them together.
+    """Return views of our parameters under the hub's names, as `Decoder.sources` fused them.
 
     Args:
         fused: our parameters by name.
@@ -185,7 +185,7 @@ def write_model_folder(
         partial.mkdir(parents=True)
         names = _names_in_file(checkpoint, tensors)
         if settings.embedding_from is not None:
-            names = {shown: name for shown, name in names.items() if name not in (EMBEDDING, HEAD)}
+            names = {key: name for key, name in names.items() if name not in (EMBEDDING, HEAD)}
         _write_tensors(partial / "model.safetensors", tensors, names, dtype)
         _write_json(partial / "config.json", _config(checkpoint, settings, dtype))
         _write_json(partial / "llm2vec_config.json", _encoder_config(checkpoint, settings))
@@ -203,29 +203,29 @@ def write_model_folder(
 
 
 def require_new(folder: Path) -> None:
-    """Refuse to write over what is there.
+    """Refuse a folder that is not empty, or a file.
 
     Raises:
-        UsageError: something is.
+        UsageError: it is one of these.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} exists already; remove it or choose another --output")
 
 
 def _names_in_file(checkpoint: Checkpoint, tensors: TensorSource) -> dict[str, str]:
-    """Name in the file -> innermost name. With a head of its own the file is that of a whole language model."""
-    known = set(tensors.names())
+    """Map names in the file to innermost names. With its own language-model head, the file is that of a CausalLM."""
+    present = set(tensors.names())
     shape = shape_of(checkpoint.config)
     if shape is None:
         left_out = (HEAD, HEAD_WEIGHT, HEAD_BIAS)
-        inner = [name for name in tensors.names() if name not in left_out and "inv_freq" not in name]
+        innermost = [name for name in tensors.names() if name not in left_out and "inv_freq" not in name]
     else:
         with torch.device("meta"):
-            wanted = Decoder(shape).sources()
-        inner = [name for names in wanted.values() for name in names if name in known]
+            sources = Decoder(shape).sources()
+        innermost = [name for names in sources.values() for name in names if name in present]
     if not _has_own_head(checkpoint.config, tensors):
-        return {name: name for name in inner}
-    return {f"model.{name}": name for name in inner} | {HEAD: HEAD}
+        return {name: name for name in innermost}
+    return {f"model.{name}": name for name in innermost} | {HEAD: HEAD}
 
 
 def _has_own_head(config: Mapping[str, Any], tensors: TensorSource) -> bool:
@@ -237,40 +237,40 @@ def _write_tensors(file: Path, tensors: TensorSource, names: Mapping[str, str], 
     the library's own writer wants all of them at once."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
-    for shown, name in names.items():
+    for key, name in names.items():
         shape = tensors.shape(name)
-        for key, part, stored in _stored(shown, shape, name, dtype):
+        for entry, part, stored in _entries(key, shape, name, dtype):
             size = math.prod(part) * stored.itemsize
-            header[key] = {"dtype": _CODES[stored], "shape": list(part), "data_offsets": [at, at + size]}
+            header[entry] = {"dtype": _CODES[stored], "shape": list(part), "data_offsets": [at, at + size]}
             at += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
-        for shown, name in names.items():
+        for key, name in names.items():
             tensor = tensors.read(name)
             parts = [tensor]
-            if len(_stored(shown, tuple(tensor.shape), name, dtype)) == 2:
+            if len(_entries(key, tuple(tensor.shape), name, dtype)) == 2:
                 parts = list(int8_rows(tensor))
-            for part, (_, _, stored) in zip(parts, _stored(shown, tuple(tensor.shape), name, dtype), strict=True):
+            for part, (_, _, stored) in zip(parts, _entries(key, tuple(tensor.shape), name, dtype), strict=True):
                 out.write(part.to("cpu", stored).contiguous().flatten().view(torch.uint8).numpy().data)
         out.flush()
         os.fsync(out.fileno())
 
 
-def _stored(
-    shown: str, shape: Sequence[int], name: str, dtype: torch.dtype
+def _entries(
+    key: str, shape: Sequence[int], name: str, dtype: torch.dtype
 ) -> list[tuple[str, Sequence[int], torch.dtype]]:
-    """Entries of the file for one tensor: key, shape, precision. 8-bit rows have a second one for their step sizes."""
+    """Return the file's entries for one tensor: key, shape, precision. An int8 matrix also has one for step sizes."""
     if dtype != torch.int8:
-        return [(shown, shape, dtype)]
+        return [(key, shape, dtype)]
     if len(shape) != 2 or name == EMBEDDING:
-        return [(shown, shape, torch.float32)]
-    return [(shown, shape, torch.int8), (shown + STEP, shape[:1], torch.float32)]
+        return [(key, shape, torch.float32)]
+    return [(key, shape, torch.int8), (key + STEP, shape[:1], torch.float32)]
 
 
 def int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix [out, in] as 8-bit steps and the size of a step in each row, [out]: weight ~ steps * size.
+    """Quantise a matrix [out, in] to 8-bit steps and a step size per row, [out]: weight ~ steps * size.
 
     The size is chosen, of a few, for the least squared error: the largest number need not be hit.
     """
@@ -303,7 +303,7 @@ def _config(checkpoint: Checkpoint, settings: EncoderSettings, dtype: torch.dtyp
 
 
 def _llama3_rule(config: Mapping[str, Any], factors: Sequence[float]) -> dict[str, Any] | None:
-    """The rule in the hub's words that gives these divisors of the frequencies, if it is a known one."""
+    """Find the hub's RoPE rule that gives these divisors of the frequencies, if it is Llama 3's."""
     theta, size = float(config["rope_theta"]), 2 * len(factors)
     plain = Rope(theta).frequencies(size)
     for factor in _LLAMA3_FACTORS:
@@ -321,8 +321,8 @@ def _encoder_config(checkpoint: Checkpoint, settings: EncoderSettings) -> dict[s
         "skip_instruction": settings.skip_instruction,
     }
     template = template_for(checkpoint.trained_as, checkpoint.encoder_config)
-    said = {key: value for key, value in asdict(template).items() if value}
-    return config | ({"template": said} if said else {})
+    stored_settings = {key: value for key, value in asdict(template).items() if value}
+    return config | ({"template": stored_settings} if stored_settings else {})
 
 
 def _write_tokenizer(folder: Path, checkpoint: Checkpoint, max_length: int) -> None:
@@ -340,7 +340,7 @@ def _write_tokenizer(folder: Path, checkpoint: Checkpoint, max_length: int) -> N
 
 
 def _adding(tokenizer: Tokenizer, ours: TextTokenizer) -> processors.TemplateProcessing:
-    """A post-processor that puts BOS and EOS where `TextTokenizer` says."""
+    """Make a post-processor that adds BOS and EOS as `TextTokenizer` does."""
     ids = dict.fromkeys((*ours.prefix, *ours.suffix))
     # Named by number, as a token's own text may hold characters that the template gives a meaning to.
     names = {token: f"special{token}" for token in ids}
@@ -355,15 +355,15 @@ def _adding(tokenizer: Tokenizer, ours: TextTokenizer) -> processors.TemplatePro
 
 
 def _special_tokens(checkpoint: Checkpoint) -> dict[str, Any]:
-    said: dict[str, Any] = {}
+    stored_settings: dict[str, Any] = {}
     if checkpoint.folder is not None:
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             file = checkpoint.folder / name
             if file.is_file():
-                said |= json.loads(file.read_text(encoding="utf-8"))
-    settings = {key: said[key] for key in _TOKENIZER_SETTINGS if key in said}
+                stored_settings |= json.loads(file.read_text(encoding="utf-8"))
+    settings = {key: stored_settings[key] for key in _TOKENIZER_SETTINGS if key in stored_settings}
     for key in _SPECIAL:
-        token = said.get(key)
+        token = stored_settings.get(key)
         content = token.get("content") if isinstance(token, dict) else token
         if isinstance(content, str):
             settings[key] = content

@@ -1,7 +1,7 @@
-"""What a step does with a batch of texts: one function per objective, each leaving gradients behind.
+"""The objectives: each takes the batch of one step and computes gradients.
 
-A step's randomness beyond dropout (which tokens are masked) follows from the seed and the step's number, so that a
-resumed run does what the unbroken one would have done.
+Randomness other than dropout (the choice of masked tokens) depends only on the seed and the step's number, so that a
+resumed run equals an uninterrupted one.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,7 +39,7 @@ from unmask.training.training_model import TrainingModel, backward_through
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one step saw: its loss, and the tokens that went forward (once, however often they are recomputed)."""
+    """Loss of one step, and its number of tokens (each counted once, also if GradCache computes it twice)."""
 
     loss: float
     tokens: int
@@ -50,10 +50,10 @@ Objective = Callable[[TextBatch, int], StepReport]
 
 @dataclass(frozen=True)
 class Teachers:
-    """Who is learnt from besides the labels.
+    """Teachers to learn from besides the labels.
 
     Attributes:
-        targets: texts -> their target vectors [N, W'].
+        targets: maps texts to their target vectors [N, W'].
         ranking: scores passages for queries, for data with both.
     """
 
@@ -62,7 +62,7 @@ class Teachers:
 
 
 def objective_for(recipe: Recipe, model: TrainingModel, teachers: Teachers | None) -> Objective:
-    """The objective a recipe names, bound to the model it trains."""
+    """Return the recipe's objective, bound to a model."""
     if recipe.objective == "mntp":
         return _mntp(recipe, model)
     if recipe.objective == "simcse":
@@ -75,11 +75,11 @@ class _Candidates:
     """Queries and candidates of one data set within a batch.
 
     Attributes:
-        rows: the place of each query's vector, then each positive's and each negative's, in the batch: [Q + C].
-        queries: how many of them are queries, Q.
-        masked: [Q, C], candidates that are no negatives of a query.
-        scores: the ranking teacher's cosines [Q, C], where there is one.
-        share: of the batch's queries.
+        rows: row in the batch of each query's vector, then of each positive's and each negative's: [Q + C].
+        queries: number of queries, Q.
+        masked: [Q, C], candidates that do not count as negatives of a query.
+        scores: the ranking teacher's cosines [Q, C], if there is one.
+        share: share of the batch's queries.
     """
 
     source: DataSource
@@ -91,9 +91,9 @@ class _Candidates:
 
 
 def supervised(batch: TextBatch, recipe: Recipe, model: TrainingModel, teachers: Teachers | None) -> StepReport:
-    """Contrastive loss over labels, distillation over all texts of the batch, or both."""
+    """Train on labels (contrastive loss), on a teacher's vectors of all texts (distillation), or both."""
     prompts: list[Prompt] = []
-    place: dict[tuple[str, str, int | None], int] = {}  # instruction, text, length -> row of its vector
+    row_of: dict[tuple[str, str, int | None], int] = {}  # instruction, text, length -> row of its vector
     distilled: dict[int, str] = {}
     candidates: list[_Candidates] = []
     examples = sum(len(part.examples) for part in batch.parts)
@@ -103,22 +103,22 @@ def supervised(batch: TextBatch, recipe: Recipe, model: TrainingModel, teachers:
         positives = [example.positive for example in part.examples if example.positive is not None]
         negatives = [t for example in part.examples for t in example.negatives[: recipe.contrastive.hard_negatives]]
         documents = positives + negatives
-        # Symmetric sets get the instruction on both sides. The reference meant to and lost it (PR 60).
+        # Symmetric sets get the instruction on both sides, which the reference intended and lost (PR 60).
         keys = [(source.instruction, text) for text in queries]
         keys += [(source.instruction if source.symmetric else "", text) for text in documents]
-        unseen = [key for key in dict.fromkeys(keys) if (*key, source.max_length) not in place]
-        place.update(((*key, source.max_length), len(prompts) + i) for i, key in enumerate(unseen))
+        unseen = [key for key in dict.fromkeys(keys) if (*key, source.max_length) not in row_of]
+        row_of.update(((*key, source.max_length), len(prompts) + i) for i, key in enumerate(unseen))
         prompts += _prompts(unseen, model, source.max_length)
-        rows = [place[*key, source.max_length] for key in keys]
+        rows = [row_of[*key, source.max_length] for key in keys]
         if teachers is not None and source.use_teacher:
             distilled.update((row, text) for row, (_, text) in zip(rows, keys, strict=True))
         if len(positives) == len(queries):
             share = len(queries) / examples
-            candidates.append(_candidates(part, rows, queries, documents, share, recipe, model, teachers))
+            candidates.append(_candidates(part, rows, queries, documents, share, model, teachers))
     places = torch.tensor(sorted(distilled), dtype=torch.long, device=model.device)  # [D]
     targets = None
     if teachers is not None and len(distilled):
-        targets = _shared(model, teachers.targets, [distilled[row] for row in sorted(distilled)])  # [D, W']
+        targets = _gathered(model, teachers.targets, [distilled[row] for row in sorted(distilled)])  # [D, W']
 
     def loss_of(vectors: Tensor) -> Tensor:  # [U, w] -> scalar
         loss = vectors.new_zeros(())
@@ -138,7 +138,6 @@ def _candidates(
     queries: list[str],
     documents: list[str],
     share: float,
-    recipe: Recipe,
     model: TrainingModel,
     teachers: Teachers | None,
 ) -> _Candidates:
@@ -148,8 +147,8 @@ def _candidates(
         masked[:, : len(labels)] |= same_text(labels, labels, model.device)
     scores = None
     if teachers is not None and teachers.ranking is not None and part.source.use_teacher:
-        q = _shared(model, teachers.ranking.queries, queries)
-        scores = q @ _shared(model, teachers.ranking.documents, documents).T  # [Q, C]
+        q = _gathered(model, teachers.ranking.queries, queries)
+        scores = q @ _gathered(model, teachers.ranking.documents, documents).T  # [Q, C]
     return _Candidates(part.source, torch.tensor(rows, device=model.device), len(queries), masked, scores, share)
 
 
@@ -161,7 +160,7 @@ def _distillation(vectors: Tensor, targets: Tensor, settings: Distillation) -> T
 
 
 def _judge(each: _Candidates, vectors: Tensor, places: Tensor, targets: Tensor | None) -> Tensor:
-    """Vectors that say which candidates are too near to be negatives: the teacher's, else the model's own, [Q+C, w]."""
+    """Return the vectors that decide on false negatives: the teacher's, else the model's own, [Q + C, w]."""
     if targets is None or not each.source.use_teacher:
         return vectors[each.rows].detach()
     return targets[torch.searchsorted(places, each.rows)]
@@ -178,14 +177,14 @@ def _candidates_loss(each: _Candidates, vectors: Tensor, recipe: Recipe, judge: 
         both = settings.both_ways and each.source.symmetric
         loss = settings.weight * info_nce(own[:count], own[count:], settings.temperature, masked, both)
     if each.scores is not None and recipe.distillation is not None and recipe.distillation.ranking is not None:
-        told = recipe.distillation.ranking
+        ranking_settings = recipe.distillation.ranking
         scores = F.normalize(own[:count], dim=1) @ F.normalize(own[count:], dim=1).T  # [Q, C]
-        loss = loss + told.weight * ranking(scores, each.scores, told.temperature)
+        loss = loss + ranking_settings.weight * ranking(scores, each.scores, ranking_settings.temperature)
     return loss
 
 
-def _shared(model: TrainingModel, vectors: Callable[[Sequence[str]], np.ndarray], texts: list[str]) -> Tensor:
-    """Vectors of texts, [N, W']: each process looks up its share of them and has all."""
+def _gathered(model: TrainingModel, vectors: Callable[[Sequence[str]], np.ndarray], texts: list[str]) -> Tensor:
+    """Look up vectors of texts, [N, W']. Each process looks up its share and gets all."""
     processes = model.processes
     own = range(processes.rank, len(texts), processes.size)
     rows = torch.from_numpy(vectors([texts[i] for i in own])).to(model.device)
@@ -193,7 +192,7 @@ def _shared(model: TrainingModel, vectors: Callable[[Sequence[str]], np.ndarray]
 
 
 def simcse(batch: TextBatch, recipe: Recipe, model: TrainingModel) -> StepReport:
-    """Each text is its own positive; dropout makes the two views differ."""
+    """SimCSE: each text is its own positive, and dropout makes the two views differ."""
     prompts: list[Prompt] = []
     for part in batch.parts:
         texts = dict.fromkeys(example.query for example in part.examples)
@@ -218,38 +217,40 @@ def _mntp(recipe: Recipe, model: TrainingModel) -> Objective:
             [example.query for part in batch.parts for example in part.examples], add_special_tokens=False
         )
         documents = [np.array([*tokenizer.prefix, *encoding.ids], dtype=np.int64) for encoding in encodings]
-        gaps = [
+        sequences = [
             mask_tokens(ids, recipe.mntp, mask_id, vocabulary, generator)
             for ids in blocks(documents, recipe.mntp.block)
         ]
-        asked = sum(len(gap.positions) for gap in gaps)
+        num_masked = sum(len(sequence.positions) for sequence in sequences)
         loss = 0.0
-        for micro_batch in model.micro_batches([len(gap.ids) for gap in gaps]):
+        for micro_batch in model.micro_batches([len(sequence.ids) for sequence in sequences]):
             if micro_batch:
-                loss += _mntp_pack([gaps[i] for i in micro_batch], asked, model, head)
+                loss += _mntp_pack([sequences[i] for i in micro_batch], num_masked, model, head)
             else:
-                (model.hidden([gaps[0].ids]).sum() * 0.0).backward()
-        return StepReport(model.processes.sum(loss), sum(len(gap.ids) for gap in gaps))
+                (model.hidden([sequences[0].ids]).sum() * 0.0).backward()
+        return StepReport(model.processes.sum(loss), sum(len(sequence.ids) for sequence in sequences))
 
     return step
 
 
-def _mntp_pack(gaps: list[MaskedSequence], asked: int, model: TrainingModel, head: LanguageModelHead) -> float:
-    states = model.hidden([gap.ids for gap in gaps])  # [T, W]
-    starts = np.cumsum([0, *(len(gap.ids) for gap in gaps[:-1])])
-    before = np.concatenate([start + gap.positions - 1 for start, gap in zip(starts, gaps, strict=True)])
-    targets = torch.from_numpy(np.concatenate([gap.targets for gap in gaps])).to(model.device)
-    # Divided by the step's gaps, not the pack's: packs then add up to exactly the gradient of one large forward.
-    loss = prediction_loss(states[torch.from_numpy(before).to(model.device)], targets, head) / asked
+def _mntp_pack(
+    sequences: list[MaskedSequence], num_masked: int, model: TrainingModel, head: LanguageModelHead
+) -> float:
+    states = model.hidden([sequence.ids for sequence in sequences])  # [T, W]
+    starts = np.cumsum([0, *(len(sequence.ids) for sequence in sequences[:-1])])
+    before = np.concatenate([start + each.positions - 1 for start, each in zip(starts, sequences, strict=True)])
+    targets = torch.from_numpy(np.concatenate([sequence.targets for sequence in sequences])).to(model.device)
+    # Divided by the step's masked tokens, not the pack's, so that packs add up to the gradient of one large forward.
+    loss = prediction_loss(states[torch.from_numpy(before).to(model.device)], targets, head) / num_masked
     loss.backward()
     return float(loss.detach())
 
 
-def _prompts(asked: Sequence[tuple[str, str]], model: TrainingModel, max_length: int | None) -> list[Prompt]:
-    """Prompts in the order asked, built together where they share an instruction."""
-    found: dict[int, Prompt] = {}
-    for instruction in dict.fromkeys(instruction for instruction, _ in asked):
-        indices = [i for i, (given, _) in enumerate(asked) if given == instruction]
-        built = model.prompts([asked[i][1] for i in indices], instruction, max_length)
-        found.update(zip(indices, built, strict=True))
-    return [found[i] for i in range(len(asked))]
+def _prompts(keys: Sequence[tuple[str, str]], model: TrainingModel, max_length: int | None) -> list[Prompt]:
+    """Build prompts of (instruction, text) keys, in their order; those of one instruction are built together."""
+    prompts: dict[int, Prompt] = {}
+    for instruction in dict.fromkeys(instruction for instruction, _ in keys):
+        indices = [i for i, (own, _) in enumerate(keys) if own == instruction]
+        built = model.prompts([keys[i][1] for i in indices], instruction, max_length)
+        prompts.update(zip(indices, built, strict=True))
+    return [prompts[i] for i in range(len(keys))]

@@ -1,6 +1,6 @@
-"""A training run as one TOML file: what may stand in it, what it means, and what is refused.
+"""The recipe of a training run: the fields of its TOML file, their defaults and their checks.
 
-Every field has a type and a unit; an unknown or ill-typed field is an error that names it. `--set optimiser.lr=1e-4`
+Every field has a type and a unit. An unknown or ill-typed field is an error that names it. `--set optimiser.lr=1e-4`
 overrides one value by its path. The resolved recipe is stored with the result.
 """
 
@@ -20,7 +20,7 @@ Positive = Annotated[int, Meta(ge=1)]
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 Rate = Annotated[float, Meta(gt=0.0)]
 
-# Modules that an adapter changes, by their names on the hub. LLM2Vec's choice: every linear layer of a block.
+# Modules with an adapter, by their names on the hub. LLM2Vec adapts every linear layer of a block.
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -31,27 +31,28 @@ STAGES = "stages"
 class DataSource(Struct, forbid_unknown_fields=True, kw_only=True):
     """One data set of the mixture.
 
-    Which fields are named decides what a row gives:
+    The named columns decide the kind of example:
         `text` alone            a text (MNTP, SimCSE, distillation)
         `text` and `label`      a text whose positive is another text of the same label
         `query` and `positive`  a pair, with any number of hard negatives
 
     Attributes:
-        name: how logs and metrics call it.
-        path: a file below the data folder, or `hf:owner/name:config:split`.
+        name: name in logs and metrics.
+        path: a file in the data folder, or `hf:owner/name:config:split`.
         query, positive, negatives, text, label: column names. A negatives column may hold a list.
-        instruction: given to queries; to both sides if `symmetric`.
+        instruction: added to queries; to both sides if `symmetric`.
         symmetric: query and positive are the same kind of text, so both get the instruction.
-        weight: how often a batch comes from here, relative to the others. Left out: the number of rows.
-        batch: examples per step from here; left out: the run's.
-        limit: use so many rows, chosen by the seed.
-        rows: only every other row, counted from 0, so that one file can give two sets with an instruction each.
-        share: use this share of the rows, chosen by the seed; a limit counts after it.
-        stream: read as it goes, through the run's shuffle buffer, instead of into memory; needs a weight.
-        held_out: so many further rows are kept for the dev set.
+        weight: relative number of batches from this set; default: its number of rows.
+        batch: examples per step from this set; default: the run's.
+        limit: use this many rows, chosen by the seed.
+        rows: even or odd: use every other row, counted from 0, so that one file can give two sets with an instruction
+            each.
+        share: use this share of the rows, chosen by the seed; a limit is applied after it.
+        stream: read row by row through the run's shuffle buffer, not into memory; needs a weight.
+        held_out: number of further rows that are not trained on but evaluated.
         only, without: keep, or drop, the rows whose column has one of these values.
-        max_length: tokens per sequence here; left out: the run's.
-        max_characters: cut each text at the last space within so many, before anybody reads it, the teacher included.
+        max_length: tokens per sequence in this set; default: the run's.
+        max_characters: cut each text at the last space within this many characters, for the teacher too.
         use_teacher: learn from the teacher's vectors of these texts, if there is a teacher.
         use_labels: learn from positives or labels. False leaves only distillation.
     """
@@ -95,7 +96,7 @@ class Lora(Struct, forbid_unknown_fields=True, kw_only=True):
     """Low-rank adapters (arXiv 2106.09685). The update is alpha / rank * B @ A.
 
     Attributes:
-        init_from: an adapter to train further, by folder or name, of this rank and these targets; left out: a new one.
+        init_from: folder or name of an adapter to train further, of the same rank and targets; default: a new adapter.
     """
 
     init_from: str | None = None
@@ -117,8 +118,8 @@ class Optimiser(Struct, forbid_unknown_fields=True, kw_only=True):
         lr: the highest learning rate.
         schedule: after the warm-up: linear or cosine to `final_share` of lr, constant, or wsd (constant, then linear
             over the last `decay_share` of the steps after the warm-up; arXiv 2404.06395).
-        warmup: steps from zero to lr.
-        total_steps: steps that the schedule is computed over; left out: the run's.
+        warmup: steps in which the rate rises from zero to lr.
+        total_steps: steps that the schedule is computed over; default: the run's.
         clip: largest gradient norm; 0 for no limit.
     """
 
@@ -138,10 +139,10 @@ class Mntp(Struct, forbid_unknown_fields=True, kw_only=True):
     """Masked next-token prediction (arXiv 2404.05961, section 2.2).
 
     Attributes:
-        probability: share of the tokens that are predicted.
+        probability: share of the tokens that are masked.
         masking: "bert" replaces 80 % of them by the mask token and 10 % by a random one; "all" replaces all.
-        mask_token: the token that stands for a gap; "_" is what LLM2Vec used for every base.
-        block: tokens per sequence; documents are cut to it and never share attention.
+        mask_token: the mask token; LLM2Vec used "_" for every base.
+        block: tokens per sequence. Documents are cut to this length and never attend to each other.
     """
 
     probability: Annotated[float, Meta(gt=0.0, lt=1.0)] = 0.2
@@ -155,7 +156,7 @@ class SimCse(Struct, forbid_unknown_fields=True, kw_only=True):
 
     Attributes:
         attention_dropout: dropout on attention weights, the noise between the views besides the adapter's own.
-        temperature: of the cosine similarities.
+        temperature: temperature of the cosines.
     """
 
     attention_dropout: Share = 0.3
@@ -166,13 +167,13 @@ class Contrastive(Struct, forbid_unknown_fields=True, kw_only=True):
     """InfoNCE over in-batch and hard negatives, alone or beside distillation.
 
     Attributes:
-        temperature: of the cosine similarities.
-        hard_negatives: at most so many per query.
+        temperature: temperature of the cosines.
+        hard_negatives: maximum number per query.
         false_negative_margin: an in-batch negative counts only if it is less similar to the query than the positive
-            is by this margin (positive-aware; arXiv 2407.15831). Judged by the teacher where there is one, else by
-            the model itself. None: every other text is a negative.
-        both_ways: also positives to queries, for symmetric sets.
-        weight: of this loss; 0 trains by distillation alone.
+            is by this margin (positive-aware; arXiv 2407.15831). The teacher's vectors decide if there is one, else
+            the model's own. None: every other text is a negative.
+        both_ways: for symmetric sets, positives also find their queries.
+        weight: weight of this loss; 0 trains by distillation alone.
     """
 
     temperature: Rate = 0.02
@@ -183,7 +184,7 @@ class Contrastive(Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class Teacher(Struct, forbid_unknown_fields=True, kw_only=True):
-    """One of several models whose vectors, side by side, are the target.
+    """One of several teachers, whose concatenated vectors are the target.
 
     Attributes:
         model: a model that `unmask evaluate` can measure: a folder, an endpoint, one of ours.
@@ -202,12 +203,12 @@ class Teacher(Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class Ranking(Struct, forbid_unknown_fields=True, kw_only=True):
-    """Learning how a teacher ranks the passages of a batch for each query, from data with queries and positives.
+    """Distillation of a teacher's ranking of the batch's passages for each query, for data with queries and positives.
 
     Attributes:
         model: the teacher; its query and document prompts are `query_prompt` and `document_prompt`.
-        weight: of the Kullback-Leibler divergence of the two rankings.
-        temperature: of both.
+        weight: weight of the Kullback-Leibler divergence between the two rankings.
+        temperature: temperature of both.
     """
 
     model: str
@@ -218,21 +219,21 @@ class Ranking(Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class Distillation(Struct, forbid_unknown_fields=True, kw_only=True):
-    """Learning from the vectors of one teacher, or of several side by side.
+    """Distillation of the vectors of one teacher, or of several concatenated.
 
-    The target of a text is the teachers' unit vectors, each centred and scaled, one after the other, and rotated by
-    PCA so that its first numbers carry most. The rotation is fitted once and stored with the run.
+    The target of a text is the concatenation of the teachers' unit vectors, each centred and scaled, rotated by PCA so
+    that its first numbers carry most of the variance. The rotation is fitted once and stored with the run.
 
     Attributes:
-        teacher: a single teacher as it is, without centring.
-        teachers: several, or one with options.
-        dimensions: length of the target; left out: that of the teachers' vectors together.
-        sample: texts of the data that centring and PCA are fitted on.
-        vector_weight: of 1 - cosine between vector and target (LEAF, arXiv 2509.12539; Jasper, arXiv 2412.19048). It
-            needs vectors of the target's length: see `head`.
-        weight: of the Kullback-Leibler divergence between the similarities within a batch.
-        temperature: of both similarity distributions.
-        similarity_weight: of the squared error of the cosines themselves.
+        teacher: a single teacher, not centred.
+        teachers: several teachers, or one with options.
+        dimensions: length of the target; default: that of all teachers' vectors together.
+        sample: number of texts that centring and PCA are fitted on.
+        vector_weight: weight of 1 - cosine between vector and target (LEAF, arXiv 2509.12539; Jasper, arXiv
+            2412.19048). It needs vectors of the target's length: see `head`.
+        weight: weight of the Kullback-Leibler divergence between the similarities within a batch.
+        temperature: temperature of both similarity distributions.
+        similarity_weight: weight of the squared error of the cosines.
         ranking: a further teacher for data with queries and positives.
     """
 
@@ -251,21 +252,21 @@ class Distillation(Struct, forbid_unknown_fields=True, kw_only=True):
             raise ValueError("distillation: name either teacher or teachers")
 
     def ensemble(self) -> list[Teacher]:
-        """All teachers in the one form."""
+        """Return the teachers as a list, whichever of the two fields names them."""
         return self.teachers or [Teacher(model=self.teacher or "", centre=False)]
 
 
 class HeadSettings(Struct, forbid_unknown_fields=True, kw_only=True):
-    """A linear layer behind the pooling, trained and saved with the model.
+    """A linear layer after the pooling, trained and saved with the model.
 
     Attributes:
         dimensions: length of the vectors.
-        ridge: texts on which it is set by ridge regression to the target before the first step; 0 begins with the
-            first `dimensions` numbers of the pooled state. A base that has a head of this size keeps it.
-        penalty: of the regression, on standardised inputs.
-        lr: its own highest learning rate; left out: the optimiser's.
-        trained: whether it goes on learning.
-        refit: fit it anew even if the base has one.
+        ridge: number of texts for the ridge regression to the target that initialises the head. 0: the head starts as
+            the first `dimensions` numbers of the pooled state. A base that has a head of this size keeps it.
+        penalty: penalty of the regression, on standardised inputs.
+        lr: highest learning rate of the head; default: the optimiser's.
+        trained: update the head in training.
+        refit: fit the head again even if the base has one.
     """
 
     dimensions: Positive
@@ -277,12 +278,12 @@ class HeadSettings(Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class Save(Struct, forbid_unknown_fields=True, kw_only=True):
-    """How a fully trained model is written.
+    """Options of writing a model, if all weights are trained.
 
     Attributes:
-        precision: of its matrices. int8 keeps a step size per row: a quarter of the bytes, and the dequantised
+        precision: precision of the matrices. int8 stores a step size per row: a quarter of the bytes. The dequantised
             weights are the model from then on, on every device.
-        embedding: write the token embedding too. Without it the folder names the base for it, and is smaller.
+        embedding: write the token embedding too. Without it the folder is smaller and names the base for it.
     """
 
     precision: Literal["float32", "bfloat16", "int8"] = "float32"
@@ -290,16 +291,15 @@ class Save(Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class Batch(Struct, forbid_unknown_fields=True, kw_only=True):
-    """How many, and how much at once.
+    """Batch size and memory limits.
 
     Attributes:
         size: examples per step, over all processes and accumulation rounds.
-        forward_tokens: tokens of one forward. MNTP steps larger than that accumulate.
-        graph_tokens: tokens whose activations fit in memory together. A larger step goes through GradCache (arXiv
-            2101.06983), which computes each forward twice, so that the batch does not depend on memory. Left out:
-            forward_tokens.
-        sets: data sets that one batch is drawn from. 1: in-batch negatives are all of one kind. More: similarities
-            are learnt across kinds, and labels still within each.
+        forward_tokens: tokens of one forward (a micro-batch). Larger MNTP steps accumulate gradients.
+        graph_tokens: tokens whose activations fit in memory together. A larger step uses GradCache (arXiv 2101.06983),
+            which computes each forward twice, so that the batch does not depend on memory. Default: forward_tokens.
+        sets: number of data sets that one batch is drawn from. 1: all in-batch negatives are of one kind. More: a
+            teacher's similarities are learnt across sets, labels still within each set.
     """
 
     size: Positive = 64
@@ -313,12 +313,12 @@ class Batch(Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class Dev(Struct, forbid_unknown_fields=True, kw_only=True):
-    """Text pairs with gold similarities, whose Spearman correlation is watched during the run.
+    """Text pairs with gold similarities. Their Spearman correlation is evaluated during the run.
 
     Attributes:
         path: a file with two text columns and a score.
-        first, second, score: their names.
-        limit: use so many rows, chosen by the seed.
+        first, second, score: names of the columns.
+        limit: use this many rows, chosen by the seed.
     """
 
     name: str
@@ -333,32 +333,31 @@ class Recipe(Struct, forbid_unknown_fields=True, kw_only=True):
     """One training run.
 
     Attributes:
-        base: the decoder to begin with: any name that `Encoder.load` takes.
-        layers: keep only these of its layers: how many from the first, or their numbers from 0.
-        adapters: merged into it first, in this order.
+        base: the decoder to start from: any name that `Encoder.load` takes.
+        layers: keep only these of its layers: a number of first layers, or a list of layer numbers from 0.
+        adapters: adapters merged into the base first, in this order.
         objective: mntp, simcse or supervised.
-        data: the mixture. Each batch comes from one data set.
+        data: the data sets. Each batch comes from one of them, or from `batch.sets`.
         steps: optimiser steps.
         max_epochs: stop early once every data set has been seen this many times.
         max_length: tokens per sequence, everything counted.
         pooling: as in `Encoder.load`.
         causal: leave the causal mask on. Only for ablations.
-        matryoshka: also train vectors cut to these lengths (arXiv 2205.13147).
-        head: a linear layer behind the pooling; left out: the base's own, which stays as it is.
+        matryoshka: also train vectors truncated to these lengths (arXiv 2205.13147).
+        head: a linear layer after the pooling; default: the base's own, which is not trained.
         lora: adapter to train; `lora = false` trains all weights.
-        freeze_embedding: leave the token embedding as it is when all weights are trained.
-        ema: keep an exponential moving average of the trained parameters with this decay; it is what is evaluated and
-            written.
-        save: how a fully trained model is written.
-        precision: of the forward. auto is bfloat16 where the processor computes in it, else float32. Trained
+        freeze_embedding: do not train the token embedding when all weights are trained.
+        ema: decay of an exponential moving average of the trained parameters. The average is evaluated and written.
+        save: options of writing a model, if all weights are trained.
+        precision: precision of the forward. auto is bfloat16 where the processor computes in it, else float32. Trained
             parameters and the optimiser are float32 in any case.
         gradient_checkpointing: recompute activations in the backward, for less memory.
-        shard: split weights, gradients and optimiser state over the processes (FSDP), for models too large for each.
+        shard: shard weights, gradients and optimiser state over the processes (FSDP), for models too large for one.
         decontaminate_against: folder of evaluation data, relative to the data folder. Training rows that overlap with
             it are dropped.
-        max_bad_rows: share of unreadable rows past which the run stops.
+        max_bad_rows: share of unreadable rows above which the run stops.
         checkpoint_every, evaluate_every: steps.
-        keep: resumable checkpoints that stay on disk.
+        keep: number of resumable checkpoints on disk.
     """
 
     base: str
@@ -476,7 +475,7 @@ def recipe_of_table(table: dict[str, Any], origin: str, overrides: Sequence[str]
         _set(table, override)
         rename_keys(table, origin=f"--set {override}", replace=True)
     for optional in ("lora", "distillation", "decontaminate_against", "head", "ema"):
-        if table.get(optional) is False:  # TOML has no word for nothing
+        if table.get(optional) is False:  # TOML has no null
             table[optional] = None
     try:
         return msgspec.convert(table, Recipe)

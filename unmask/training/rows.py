@@ -1,6 +1,6 @@
-"""Training rows from files and from the hub, each with the place it came from.
+"""Read training rows from files and from the hub, each with its file and line.
 
-A bad row is never dropped in silence: it is counted, its place is kept, and past a set share the run stops.
+A bad row is never dropped silently: it is counted with its place, and above `max_bad_rows` the run stops.
 """
 
 from collections.abc import Iterator
@@ -13,13 +13,13 @@ from unmask.tables import FORMATS, Row, TableError, read_table, table_format
 __all__ = ["FORMATS", "BadRows", "Row", "read_rows"]
 
 _HUB = "hf:"
-# A share means nothing over a handful of rows.
+# Over fewer rows the share of bad ones is too noisy to stop a run.
 _ENOUGH_ROWS = 200
 
 
 @dataclass
 class BadRows:
-    """Rows that could not be used: how many of how many, and the first few places with the reason.
+    """Count of unusable rows, with the places of the first few and the reasons.
 
     Args:
         allowed_share: share of bad rows past which the run stops.
@@ -48,7 +48,11 @@ class BadRows:
             self._check()
 
     def close(self) -> None:
-        """At the end of the data the share counts however few the rows."""
+        """Check the share at the end of the data, however few rows there are.
+
+        Raises:
+            UsageError: too large a share of the rows is bad.
+        """
         self._check()
 
     def _check(self) -> None:
@@ -60,12 +64,12 @@ class BadRows:
 
 
 def read_rows(source: str, bad: BadRows, root: Path | None = None) -> Iterator[Row]:
-    """Rows of a file or of a hub data set, one at a time.
+    """Yield the rows of a file or of a hub data set.
 
     Args:
         source: a .tsv (header line, no quoting), .csv, .jsonl, .parquet or .txt file (one text per line, as field
             "text"), any of the text forms gzipped; or `hf:owner/name`, `hf:owner/name:config:split`.
-        bad: told of every row that does not parse.
+        bad: counts every row that cannot be parsed.
         root: folder that relative paths are taken from.
 
     Raises:

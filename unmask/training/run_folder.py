@@ -1,9 +1,9 @@
-"""What a run keeps on disk, so that it can be killed at any moment and somebody else can repeat it.
+"""The files of a run, with which it can be resumed after a kill at any moment and be repeated elsewhere.
 
 A run's folder holds
     run.json              the resolved recipe, versions, git revision, data digests, hardware
     metrics.jsonl         one line per step: loss, learning rate, tokens/s; and one per evaluation
-    checkpoints/step-N/   parameters, optimiser and random state; written whole, the last few kept
+    checkpoints/step-N/   parameters, optimiser and random state; written atomically; the last few are kept
     best/                 adapter (or weights) of the best evaluation so far
     adapter/ or model/    the result, when the run has ended
     curves.svg, curves.png
@@ -42,7 +42,7 @@ class RunFolder:
 
     def __init__(self, path: Path, keep: int) -> None:
         self.path, self._keep = path, keep
-        with _storage(path):
+        with _wrap_storage_errors(path):
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
 
     def begin(
@@ -81,14 +81,14 @@ class RunFolder:
         return description
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
-        """Keep a checkpoint, whole or not at all, and let the oldest ones go.
+        """Write a checkpoint atomically and remove the oldest ones.
 
         Raises:
             StorageError: no space or no permission; earlier checkpoints are as they were.
         """
         target = self.path / "checkpoints" / f"{_STEP}{step:08d}"
         partial = target.with_name(f".{target.name}.partial")
-        with _storage(self.path):
+        with _wrap_storage_errors(self.path):
             shutil.rmtree(partial, ignore_errors=True)
             try:
                 partial.mkdir()
@@ -106,7 +106,7 @@ class RunFolder:
                 shutil.rmtree(self.path / "checkpoints" / f"{_STEP}{old:08d}", ignore_errors=True)
 
     def latest(self) -> tuple[int, dict[str, Any]] | None:
-        """Step and state of the last checkpoint, if there is one."""
+        """Read step and state of the last checkpoint, if there is one."""
         steps = self._steps()
         if not steps:
             return None
@@ -114,22 +114,23 @@ class RunFolder:
         try:
             return steps[-1], torch.load(file, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            reason = (isinstance(error, OSError) and error.strerror) or "it is damaged"  # torch's own words are a page
+            # torch's own message is a page long.
+            reason = (isinstance(error, OSError) and error.strerror) or "it is damaged"
             raise StorageError(
                 f"{file} cannot be read ({reason}); remove its folder to resume from an earlier one"
             ) from error
 
     def _steps(self) -> list[int]:
-        found = (entry.name.removeprefix(_STEP) for entry in (self.path / "checkpoints").glob(f"{_STEP}*"))
-        return sorted(int(step) for step in found if step.isdigit())
+        numbers = (entry.name.removeprefix(_STEP) for entry in (self.path / "checkpoints").glob(f"{_STEP}*"))
+        return sorted(int(step) for step in numbers if step.isdigit())
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Add a line to `metrics.jsonl`."""
-        with _storage(self.path), (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        with _wrap_storage_errors(self.path), (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All whole lines of `metrics.jsonl`."""
+        """Read all complete lines of `metrics.jsonl`."""
         file = self.path / "metrics.jsonl"
         if not file.is_file():
             return []
@@ -142,16 +143,16 @@ class RunFolder:
         return lines
 
     def truncate_metrics(self, step: int) -> None:
-        """Drop the metrics of steps that a resumed run will do again."""
-        kept = [line for line in self.metrics() if line.get("step", 0) <= step]
+        """Drop the metrics of later steps, which a resumed run will do again."""
+        lines = [line for line in self.metrics() if line.get("step", 0) <= step]
         with atomic_write(self.path / "metrics.jsonl") as partial:
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def describe_run(
     recipe: Mapping[str, Any], data: Mapping[str, Any], hardware: str, precision: str = "float32"
 ) -> dict[str, Any]:
-    """What `run.json` says: enough to run it again elsewhere.
+    """Return the content of `run.json`: enough to repeat the run elsewhere.
 
     Args:
         precision: that of the forward, as measured where the recipe says auto; a resumed run keeps it.
@@ -182,14 +183,14 @@ def _git_revision() -> str | None:
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The first place where two nested descriptions differ."""
+    """Describe the first difference of two nested descriptions."""
 
     def walk(a: Any, b: Any, path: str) -> str | None:
         if isinstance(a, dict) and isinstance(b, dict):
             for key in {**a, **b}:
-                found = walk(a.get(key), b.get(key), f"{path}.{key}" if path else str(key))
-                if found:
-                    return found
+                difference = walk(a.get(key), b.get(key), f"{path}.{key}" if path else str(key))
+                if difference:
+                    return difference
             return None
         if isinstance(a, list) and isinstance(b, list) and len(a) != len(b):
             return f"{path} had {len(a)} entries, has {len(b)}"
@@ -204,7 +205,8 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def _storage(path: Path) -> Iterator[None]:
+def _wrap_storage_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError into a StorageError that says what to do."""
     try:
         yield
     except OSError as error:

@@ -1,9 +1,9 @@
-"""Weights, gradients and optimiser state split over the processes: FSDP, by torch's own `fully_shard`.
+"""Shard weights, gradients and optimiser state over the processes: FSDP, by torch's own `fully_shard`.
 
-A layer's weights are collected when its forward or backward needs them, and let go after it. All processes must
-therefore do as many forwards, in the same order; who has nothing to do computes on a text that does not count.
+A layer's weights are gathered when its forward or backward needs them, and freed after it. So all processes must run
+equally many forwards, in the same order. A process without work runs one on a text that does not count.
 
-What is saved is whole: a checkpoint does not tell how many processes wrote it, and any number may go on from it.
+Checkpoints are written unsharded: they do not depend on the number of processes, and a run may resume with another.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from unmask.training.distributed import Processes
 
 
 def shard(decoder: Decoder, device: torch.device, processes: Processes) -> None:
-    """Split every parameter of a decoder, in place; each layer is collected by itself, embedding and norm together."""
+    """Shard every parameter of a decoder in place. Each layer is one unit; embedding and final norm are another."""
     mesh = init_device_mesh(device.type, (processes.size,))
     for layer in decoder.layers:
         fully_shard(layer, mesh=mesh)
@@ -33,7 +33,7 @@ def shard(decoder: Decoder, device: torch.device, processes: Processes) -> None:
 
 
 def unshard(state: Any) -> Any:
-    """A tensor, or a dict or list with tensors in it, with the split ones collected. All processes must call it."""
+    """Gather the sharded tensors in a tensor, dict or list. All processes must call it."""
     if isinstance(state, dict):
         return {key: unshard(value) for key, value in state.items()}
     if isinstance(state, list):
@@ -44,13 +44,13 @@ def unshard(state: Any) -> Any:
 
 
 def copy_unsharded(target: Tensor, value: Tensor) -> None:
-    """Set a parameter from a whole tensor; each process takes its part of it."""
+    """Copy an unsharded tensor into a parameter. Each process takes its own shard."""
     with torch.no_grad():
         target.copy_(shard_like(value, target))
 
 
 def shard_like(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor split as another one is, or as it is if that is not split."""
+    """Shard a tensor like another one. Returns it unchanged if the other one is not sharded."""
     if isinstance(like, DTensor) and value.shape == like.shape:
         return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
     return value

@@ -32,7 +32,7 @@ Count = Callable[[int], None]  # texts done just now
 
 
 class Prompted(Protocol):
-    """A teacher that is given its prompt with the texts."""
+    """A teacher that takes its prompt beside the texts."""
 
     def encode_with_prompt(self, texts: Sequence[str], prompt: str | None) -> np.ndarray: ...
 
@@ -49,7 +49,7 @@ class TeacherVectors:
 
         Args:
             prompt: put before each text; None for the model's own default.
-            progress: told how many texts each step has settled.
+            progress: called with the number of texts done just now.
         """
 
         def compute(missing: list[str]) -> np.ndarray:
@@ -66,29 +66,29 @@ class TeacherVectors:
 
 @dataclass(frozen=True)
 class Rotation:
-    """From the teachers' unit vectors to targets.
+    """Map from the teachers' unit vectors to targets.
 
     Attributes:
         means: of each teacher's unit vectors, to be subtracted; zeros where a teacher is not centred.
         components: [A, W], orthonormal columns in order of the variance they carry; None: targets are not rotated.
-        kept: share of the sample's squared length that the components carry.
+        explained: share of the sample's squared length that the components carry.
     """
 
     means: tuple[np.ndarray, ...]
     components: np.ndarray | None
-    kept: float
+    explained: float
 
     def save(self, file: Path) -> None:
-        """Write it whole or not at all."""
-        arrays = {f"mean{i}": mean for i, mean in enumerate(self.means)} | {"kept": np.array(self.kept)}
+        """Write the rotation atomically."""
+        arrays = {f"mean{i}": mean for i, mean in enumerate(self.means)} | {"kept": np.array(self.explained)}
         if self.components is not None:
             arrays["components"] = self.components
-        with atomic_write(file) as whole, whole.open("wb") as opened:
+        with atomic_write(file) as partial_file, partial_file.open("wb") as opened:
             np.savez(opened, **arrays)  # pyright: ignore[reportArgumentType]
 
     @classmethod
     def load(cls, file: Path) -> "Rotation":
-        """Read what `save` wrote.
+        """Read a rotation that `save` wrote.
 
         Raises:
             StorageError: the file is damaged.
@@ -104,14 +104,14 @@ class Rotation:
 
 
 class Targets:
-    """Targets of any texts.
+    """Computes the target vectors of texts.
 
     Args:
         settings: the teachers and the length.
         sample: texts of the data that means and components are fitted on.
-        file: where the fit is kept; read instead of fitted where it is there.
-        ahead: texts whose vectors are computed now, with those of the sample.
-        progress: told what is going on, texts done just now, texts of it in all.
+        file: where the rotation is stored. If it exists, it is read and not fitted again.
+        prefetch: further texts whose teacher vectors are computed now.
+        progress: called with a description, the texts done just now, and the number of all texts.
 
     Raises:
         UsageError: a teacher cannot be opened, or the target is longer than its vectors together.
@@ -123,14 +123,14 @@ class Targets:
         settings: Distillation,
         sample: Sequence[str],
         file: Path,
-        ahead: Sequence[str] = (),
+        prefetch: Sequence[str] = (),
         progress: Callable[[str, int, int], None] = lambda *_: None,
     ) -> None:
         self._teachers: list[tuple[Teacher, TeacherVectors]] = [
             (teacher, TeacherVectors(teacher.model)) for teacher in settings.ensemble()
         ]
         for teacher, vectors in self._teachers:
-            texts = list(dict.fromkeys((*sample, *ahead)))
+            texts = list(dict.fromkeys((*sample, *prefetch)))
             report = partial(_report, progress, f"vectors of {vectors.model.name}", len(texts))
             for start in range(0, len(texts), _BLOCK):
                 vectors.encode(texts[start : start + _BLOCK], teacher.prompt, report)
@@ -191,7 +191,7 @@ class Targets:
 
 
 class RankingTeacher:
-    """How a teacher scores passages for queries: cosines of vectors made with its own two prompts."""
+    """Scores passages for queries: cosines of a teacher's vectors, made with its query and document prompts."""
 
     def __init__(self, settings: Ranking) -> None:
         self._settings, self._vectors = settings, TeacherVectors(settings.model)

@@ -1,6 +1,6 @@
-"""`unmask train`: a recipe in, a trained adapter or model out. The pieces are elsewhere; this is their order.
+"""`unmask train`: from a recipe to a trained adapter or model. This module calls the others in order.
 
-On several processes the same command is started by a launcher, and the recipe stays as it is:
+With several processes a launcher starts the same command, and the recipe stays the same:
 
     torchrun --nproc-per-node 8 -m unmask train recipe.toml --output RUN
     accelerate launch --num_processes 8 -m unmask train recipe.toml --output RUN
@@ -48,11 +48,11 @@ from unmask.training.training_model import (
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a run ended with.
+    """Result of a run.
 
     Attributes:
         folder: the adapter or model with the best scores, or the last one if the recipe names no dev set.
-        scores: of the best evaluation, 0-100; empty if the recipe names no dev set.
+        scores: scores of the best evaluation, 0-100; empty if the recipe names no dev set.
         is_main: this process writes files and reports for the run.
     """
 
@@ -70,14 +70,14 @@ def run_training(
     progress: Callable[[TrainingProgress], None] = lambda _: None,
     log: Callable[[str], None] = lambda _: None,
 ) -> TrainingResult:
-    """Run a recipe to its end.
+    """Train as a recipe says.
 
     Args:
         data: folder that the recipe's paths are taken from.
         output: the run's folder; see `run_folder`.
         resume: continue the run that is there.
-        progress: told after every step.
-        log: told what is worth a line.
+        progress: called after every step.
+        log: called with each line of the report.
 
     Raises:
         UsageError: the recipe and the data do not fit, or `output` holds another run.
@@ -85,14 +85,15 @@ def run_training(
     """
     device = choose_device(recipe.device)
     with processes(device) as group:
-        tell = progress if group.is_main else lambda _: None
-        sets, held = load_data(recipe, data, log if group.is_main else lambda _: None)
+        report_progress = progress if group.is_main else lambda _: None
+        sets, decontaminator = load_data(recipe, data, log if group.is_main else lambda _: None)
         folder = RunFolder(output, recipe.keep)
         precision = recipe.precision
         if group.is_main:
             digests = {examples.source.name: examples.digest() for examples in sets}
             if recipe.lora is not None and recipe.lora.init_from is not None:
-                digests["lora.init_from"] = initial_adapter(recipe).digest()
+                adapter = initial_adapter(recipe.lora.init_from, recipe.base, recipe.adapters)
+                digests["lora.init_from"] = adapter.digest()
             chosen = str(compute_dtype(recipe.precision, device)).removeprefix("torch.")
             description = describe_run(_plain(recipe), digests, _hardware(device, group), chosen)
             precision = folder.begin(description, resume, _upgraded).get("precision", chosen)
@@ -102,19 +103,21 @@ def run_training(
         if recipe.head is not None:
             set_head(recipe, recipe.head, model, sets, teachers)
         objective = objective_for(recipe, model, teachers)
-        mixture = Mixture(recipe, sets, data, held)
+        mixture = Mixture(recipe, sets, data, decontaminator)
         if recipe.max_epochs is not None:
             recipe = msgspec.structs.replace(recipe, steps=min(recipe.steps, mixture.steps_of(recipe.max_epochs)))
         dev = DevSets(recipe, sets, data, teachers.targets if teachers is not None else None)
 
-        base = adapter_base(recipe)
+        base = adapter_base(recipe.base, recipe.adapters)
 
-        def keep(name: str) -> Path:
+        def write_result(name: str) -> Path:
             return _write_result(output / name, model, recipe, base)
 
-        scores = train_steps(recipe, model, objective, mixture, dev, folder, lambda: keep("best"), tell)
+        scores = train_steps(
+            recipe, model, objective, mixture, dev, folder, lambda: write_result("best"), report_progress
+        )
         result = output / ("adapter" if recipe.lora is not None else "model")
-        keep(result.name)
+        write_result(result.name)
         if group.is_main:
             from unmask.training.curves import draw_curves
 
@@ -124,24 +127,28 @@ def run_training(
 
 
 def load_data(recipe: Recipe, data: Path, log: Callable[[str], None]) -> tuple[list[Examples], Decontaminator | None]:
-    """Every data set that is kept in memory, evaluation texts taken out, and the texts that were held apart."""
-    held = None
+    """Read every data set that is not streamed, without the rows that overlap with evaluation data.
+
+    Returns:
+        The data sets, and the decontaminator for the streamed ones if the recipe names evaluation data.
+    """
+    decontaminator = None
     if recipe.decontaminate_against is not None:
         folder = data / recipe.decontaminate_against
         if not folder.is_dir():
             raise UsageError(f"decontaminate_against: no folder at {folder}")
-        log(f"reading the texts of {recipe.decontaminate_against}, which must not be trained on")
-        held = read_decontaminator(folder)
+        log(f"reading the texts of {recipe.decontaminate_against}, for decontamination")
+        decontaminator = read_decontaminator(folder)
     sets = []
     for source in recipe.data:
         if source.stream:
             continue
-        examples = load_examples(source, data, held, recipe.seed, recipe.max_bad_rows)
-        dropped = f", {examples.overlapping} held apart" if examples.overlapping else ""
+        examples = load_examples(source, data, decontaminator, recipe.seed, recipe.max_bad_rows)
+        dropped = f", {examples.overlapping} dropped that overlap with evaluation data" if examples.overlapping else ""
         dropped += f", {examples.bad.bad} unusable ({examples.bad.places[0]})" if examples.bad.bad else ""
         log(f"{source.name}: {len(examples.train)} examples{dropped}")
         sets.append(examples)
-    return sets, held
+    return sets, decontaminator
 
 
 def open_teachers(
@@ -151,14 +158,14 @@ def open_teachers(
     group: Processes,
     report: Callable[[str, int, int], None] = lambda *_: None,
 ) -> Teachers:
-    """The teachers, with the vectors of every text in memory computed before the first step.
+    """Open the teachers and compute their vectors of every text in memory.
 
-    Only the first process computes; the others find its vectors on the disk. A run that is killed meanwhile goes on
-    where it was. Vectors of streamed texts are computed as they come.
+    Only the main process computes; the others read its vectors from disk. An interrupted run continues where it was.
+    Vectors of streamed texts are computed when they are needed.
     """
     settings = recipe.distillation
     assert settings is not None
-    texts = distilled_texts(recipe, sets)
+    texts = distilled_texts(sets, recipe.contrastive.hard_negatives)
     sample = [texts[i] for i in np.random.default_rng([recipe.seed, 2]).permutation(len(texts))[: settings.sample]]
 
     def build() -> Teachers:
@@ -175,16 +182,19 @@ def open_teachers(
     return teachers or build()
 
 
-def distilled_texts(recipe: Recipe, sets: Sequence[Examples]) -> list[str]:
-    """Every text that a teacher will be asked about, each once, in the data's order."""
-    hard = recipe.contrastive.hard_negatives
+def distilled_texts(sets: Sequence[Examples], hard_negatives: int) -> list[str]:
+    """Return every text whose teacher vector is needed, each once, in the order of the data.
+
+    Args:
+        hard_negatives: number of hard negatives per example that are used.
+    """
     return list(
         dict.fromkeys(
             text
             for examples in sets
             if examples.source.use_teacher
             for example in (*examples.train, *examples.held_out)
-            for text in (example.query, *filter(None, [example.positive]), *example.negatives[:hard])
+            for text in (example.query, *filter(None, [example.positive]), *example.negatives[:hard_negatives])
         )
     )
 
@@ -206,7 +216,7 @@ def set_head(
             )
         model.set_head(first_numbers(hidden_size, settings.dimensions, model.device), settings.trained)
         return
-    texts = distilled_texts(recipe, sets)
+    texts = distilled_texts(sets, recipe.contrastive.hard_negatives)
     order = np.random.default_rng([recipe.seed, 3]).permutation(len(texts))[: settings.ridge]
     chosen = [texts[i] for i in order]
     targets = teachers.targets(chosen)
@@ -221,7 +231,7 @@ def set_head(
 
 
 def _plain(recipe: Recipe) -> dict[str, Any]:
-    """As JSON gives it back."""
+    """Return a recipe as JSON would give it back."""
     return msgspec.json.decode(msgspec.json.encode(recipe))
 
 
@@ -232,7 +242,7 @@ def _upgraded(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_result(folder: Path, model: TrainingModel, recipe: Recipe, base: str) -> Path:
-    """Replace `folder` by the weights as they are. All processes must call it; the first one writes."""
+    """Replace `folder` by the current weights. All processes must call it; the main one writes."""
     with model.averaged():
         weights = adapter_tensors(model.adapted) if recipe.lora is not None else unshard(model.trained_decoder())
         head = None if model.head is None else {n: p.detach().clone() for n, p in model.head.named_parameters()}
@@ -242,14 +252,14 @@ def _write_result(folder: Path, model: TrainingModel, recipe: Recipe, base: str)
     shutil.rmtree(partial, ignore_errors=True)
     if recipe.lora is not None:
         write_adapter(partial, weights, recipe.lora, base, torch.float32)
-        # The vectors are those of this pooling. The length is not written: one may train short and encode long.
-        said = {**model.encoder.checkpoint.encoder_config, "pooling_mode": recipe.pooling}
+        # The pooling belongs to the vectors. The length is not written: one may train short and encode long.
+        encoder_config = {**model.encoder.checkpoint.encoder_config, "pooling_mode": recipe.pooling}
         with atomic_write(partial / "llm2vec_config.json") as file:
-            file.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+            file.write_text(json.dumps(encoder_config, indent=2) + "\n", encoding="utf-8")
         if head is not None:
             write_head(partial, head)
     else:
-        write_model(partial, model.encoder, weights, head, recipe.save, embedding_base(recipe))
+        write_model(partial, model.encoder, weights, head, recipe.save, embedding_base(recipe.base))
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return folder

@@ -22,20 +22,20 @@ from unmask.encoder.prompts import DefaultPrompts, Prompt
 from unmask.errors import UnsupportedArchitecture, UsageError
 from unmask.training.distributed import Processes
 from unmask.training.head import linear_head
-from unmask.training.lora import LoraLinear, add_lora, start_from
+from unmask.training.lora import LoraLinear, add_lora, load_adapter
 from unmask.training.recipe import Recipe
 from unmask.training.sharding import shard
 
 
 class TrainingModel:
-    """What an objective trains.
+    """The model that an objective trains: an encoder whose parameters are updated.
 
     Attributes:
-        encoder: the encoder; its vectors are those of the weights as they are now.
+        encoder: the encoder. Its vectors are those of the current weights.
         adapted: layers with adapters; empty in full fine-tuning.
-        parameters: what the optimiser changes, by name, float32.
-        head: the linear layer behind the pooling, where the model has one.
-        sharded: whether the weights are split over the processes, so that all must do as many forwards.
+        parameters: the parameters that the optimiser updates, by name, float32.
+        head: the linear layer after the pooling, if the model has one.
+        sharded: the weights are sharded over the processes, so all must run equally many forwards.
     """
 
     def __init__(self, recipe: Recipe, device: torch.device, processes: Processes | None = None) -> None:
@@ -64,9 +64,11 @@ class TrainingModel:
         torch.manual_seed(recipe.seed)
         self.adapted: list[LoraLinear] = []
         if recipe.lora is not None:
-            self.adapted = add_lora(decoder, recipe.lora, self.dtype, apart=self.sharded)
+            self.adapted = add_lora(decoder, recipe.lora, self.dtype, unmerged=self.sharded)
             if recipe.lora.init_from is not None:
-                start_from(self.adapted, initial_adapter(recipe), recipe.lora)
+                load_adapter(
+                    self.adapted, initial_adapter(recipe.lora.init_from, recipe.base, recipe.adapters), recipe.lora
+                )
         elif recipe.freeze_embedding:
             decoder.embedding.requires_grad_(False)
         if recipe.objective == "simcse":
@@ -76,7 +78,7 @@ class TrainingModel:
         decoder.checkpointing = recipe.gradient_checkpointing
         if self.sharded:
             shard(decoder, device, self.processes)
-        # Frozen ones too. Asked for later, sharded ones could be the collected copies of a forward.
+        # Frozen ones too. Taken later, sharded ones could be the gathered copies of a forward.
         self._decoder_parameters = dict(decoder.named_parameters())
         self.parameters: dict[str, nn.Parameter] = {
             name: parameter for name, parameter in self._decoder_parameters.items() if parameter.requires_grad
@@ -94,19 +96,19 @@ class TrainingModel:
         return self.encoder.dim if self.head is None else self.head.out_features
 
     def set_head(self, head: nn.Linear, trained: bool) -> None:
-        """Put a linear layer behind the pooling, in the place of the one before."""
+        """Set the linear layer after the pooling."""
         self.head = head.requires_grad_(trained)
         self.parameters = {n: p for n, p in self.parameters.items() if not n.startswith("head.")}
         if trained:
             self.parameters |= {f"head.{name}": parameter for name, parameter in head.named_parameters()}
 
     def trained_decoder(self) -> dict[str, Tensor]:
-        """Every parameter of the decoder as it is now, frozen ones too, by name."""
+        """Return every parameter of the decoder by name, frozen ones too."""
         return dict(self._decoder_parameters)
 
     @torch.no_grad()
     def update_average(self) -> None:
-        """Let the moving average follow the parameters by one step."""
+        """Update the exponential moving average of the parameters."""
         if self._ema is None:
             return
         if not self.average:
@@ -120,7 +122,7 @@ class TrainingModel:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside, the parameters are their moving average; without one, what they are."""
+        """Use the moving average as parameters inside the block. Does nothing without `ema`."""
         if not self.average:
             yield
             return
@@ -138,39 +140,42 @@ class TrainingModel:
         self.merge()
 
     def merge(self) -> None:
-        """Let the forward see the parameters as the optimiser has left them."""
+        """Merge the adapters into the weights that the forward uses. Call it after every update."""
         for linear in self.adapted:
             linear.merge()
 
     def prompts(self, texts: Sequence[str], instruction: str, max_length: int | None = None) -> list[Prompt]:
-        """Prompts of texts, cut at the run's or the given length. Texts without a token have no prompt: an error."""
+        """Build prompts, truncated to `max_length` or the run's length. A text without a token is an error."""
         builder = self.encoder.prompts
         assert isinstance(builder, DefaultPrompts)
         return (builder.at_most(max_length) if max_length else builder).build(texts, instruction)
 
     def hidden(self, sequences: Sequence[np.ndarray]) -> Tensor:
-        """States of a pack [T, W], with gradients."""
+        """Forward a pack: hidden states [T, hidden_size], with gradients."""
         ids = torch.from_numpy(np.concatenate(sequences)).to(self.device)
         with self._autocast():
             return self.decoder(ids, [len(sequence) for sequence in sequences])
 
     def vectors(self, prompts: Sequence[Prompt]) -> Tensor:
-        """Vectors of one pack, float32 [n, W], with gradients."""
+        """Compute the vectors of one pack, float32 [n, dimensions], with gradients."""
         pooled = self.pooled(prompts)
         return pooled if self.head is None else self.head(pooled)
 
     def pooled(self, prompts: Sequence[Prompt]) -> Tensor:
-        """Pooled states of one pack, before the head, float32 [n, hidden_size], with gradients."""
+        """Compute the pooled states of one pack, before the head, float32 [n, hidden_size], with gradients."""
         return pool(self.hidden([prompt.ids for prompt in prompts]), prompts, self.encoder.pooling)
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str], instruction: str = "") -> np.ndarray:
-        """Unit vectors, float32 [n, W]. Each process computes its share and has all; all must ask for the same."""
+        """Encode texts to unit vectors, float32 [n, dimensions].
+
+        Each process computes its share and gets all vectors. All processes must call it with the same texts.
+        """
         return F.normalize(self._encode(texts, instruction, self.vectors, self.dimensions), dim=1).cpu().numpy()
 
     @torch.no_grad()
     def encode_pooled(self, texts: Sequence[str]) -> np.ndarray:
-        """Pooled states before the head, float32 [n, hidden_size], as `encode` gives vectors."""
+        """Compute the pooled states of texts before the head, float32 [n, hidden_size], in the way of `encode`."""
         return self._encode(texts, "", self.pooled, self.decoder.shape.hidden_size).cpu().numpy()
 
     def _encode(
@@ -179,7 +184,7 @@ class TrainingModel:
         prompts = self.prompts(texts, instruction)
         micro_batches = self.micro_batches([len(prompt.ids) for prompt in prompts])
         parts = [torch.empty(0, dimensions, device=self.device)]
-        # A process with nothing left to do computes one text that does not count, as in `vectors_of`.
+        # A process without work computes one text that does not count, as in `vectors_of`.
         parts += [
             forward([prompts[i] for i in micro_batch] or prompts[:1])[: len(micro_batch)]
             for micro_batch in micro_batches
@@ -193,7 +198,7 @@ class TrainingModel:
         return self.vectors([prompts[i] for i in chosen] or [prompts[0]])[: len(chosen)]
 
     def micro_batches(self, lengths: Sequence[int]) -> list[list[int]]:
-        """What this process computes of a batch: the sequences of each of its forwards.
+        """Split this process's share of a batch into micro-batches, one for each forward.
 
         Sharded, all processes have as many as the busiest one; the surplus ones are empty.
         """
@@ -206,9 +211,9 @@ class TrainingModel:
         return own + [[] for _ in range(busiest - len(own))] if self.sharded else own
 
     def packs(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Sequences into forwards of about equal size, none above the recipe's `forward_tokens`.
+        """Split sequences into micro-batches of about equal size, none above the recipe's `forward_tokens`.
 
-        Equal lengths stand side by side, since they share an attention call.
+        Equal lengths lie side by side, since they share an attention call.
         """
         count = max(1, -(-sum(lengths) // self.forward_tokens))
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
@@ -231,51 +236,58 @@ class TrainingModel:
         return torch.autocast(self.device.type, self.dtype)
 
 
-def adapter_base(recipe: Recipe) -> str:
-    """What the trained adapter names as its base, so that its own name is enough to load it.
+def adapter_base(base: str, adapters: Sequence[str]) -> str:
+    """Return the name that a trained adapter states as its base, so that its own name is enough to load it.
 
-    That is the last adapter below it, where that one leads to all the others; else the decoder.
+    It is the last adapter below it, if that one leads to all the others; else the decoder.
+
+    Args:
+        base: the recipe's base.
+        adapters: the recipe's adapters.
     """
-    name = recipe.base
-    if recipe.adapters:
-        whole, last = resolve(recipe.base, recipe.adapters), resolve(recipe.adapters[-1])
-        if (whole.base, whole.adapters) == (last.base, last.adapters):
-            name = recipe.adapters[-1]
+    name = base
+    if adapters:
+        full, last = resolve(base, adapters), resolve(adapters[-1])
+        if (full.base, full.adapters) == (last.base, last.adapters):
+            name = adapters[-1]
     path = Path(name).expanduser()
     return str(path.absolute()) if name not in SHIPPED and path.exists() else name
 
 
-def embedding_base(recipe: Recipe) -> str:
-    """What a folder of layers alone names for its token embedding: the model that holds it."""
-    location = resolve(recipe.base)
+def embedding_base(base: str) -> str:
+    """Return the name of the model that holds the token embedding of a base.
+
+    A folder written without an embedding states this name.
+    """
+    location = resolve(base)
     while location.embedding is not None:
         location = location.embedding
     path = Path(location.name).expanduser()
     return str(path.absolute()) if location.name not in SHIPPED and path.exists() else location.name
 
 
-def initial_adapter(recipe: Recipe) -> Adapter:
-    """The adapter that a run trains further.
+def initial_adapter(name: str, base: str, adapters: Sequence[str]) -> Adapter:
+    """Open the adapter that a run trains further.
+
+    Args:
+        name: `lora.init_from`.
+        base: the recipe's base.
+        adapters: the recipe's adapters.
 
     Raises:
         UsageError: it was not trained on this run's base.
     """
-    assert recipe.lora is not None and recipe.lora.init_from is not None
-    start, below = resolve(recipe.lora.init_from), resolve(recipe.base, recipe.adapters)
+    start, below = resolve(name), resolve(base, adapters)
     if not start.adapters:
-        raise UsageError(
-            f"lora.init_from: {recipe.lora.init_from} is a whole model, not an adapter; make it the base instead"
-        )
+        raise UsageError(f"lora.init_from: {name} is a whole model, not an adapter; make it the base instead")
     if (start.base, start.adapters[:-1]) != (below.base, below.adapters):
-        told = " + ".join(str(path) for path in (start.base, *start.adapters[:-1]))
-        raise UsageError(
-            f"lora.init_from: {recipe.lora.init_from} was trained on {told}, not on this run's base {recipe.base}"
-        )
+        trained_on = " + ".join(str(path) for path in (start.base, *start.adapters[:-1]))
+        raise UsageError(f"lora.init_from: {name} was trained on {trained_on}, not on this run's base {base}")
     return Adapter(start.adapters[-1])
 
 
 def backward_through(model: TrainingModel, prompts: Sequence[Prompt], loss_of: Callable[[Tensor], Tensor]) -> float:
-    """Gradients of a loss over the vectors of many prompts, in memory for one pack at a time.
+    """Compute the gradients of a loss over the vectors of many prompts, with the memory of one micro-batch.
 
     GradCache (arXiv 2101.06983): vectors without gradients first, the loss's gradient with respect to them, then each
     pack again with it. The gradient is that of the direct computation, dropout included: each pack's random state is
@@ -295,18 +307,18 @@ def backward_through(model: TrainingModel, prompts: Sequence[Prompt], loss_of: C
     micro_batches = model.micro_batches([len(prompt.ids) for prompt in prompts])
     gather = model.processes.gather
     order = [i for micro_batch in micro_batches for i in micro_batch]
-    # Sharded, several graphs cannot be alive at once: the second forward would free the weights of the first.
-    within = not model.sharded and sum(len(prompts[i].ids) for i in order) <= model.graph_tokens
-    if len(micro_batches) == 1 or within:
-        kept = [model.vectors_of(prompts, micro_batch) for micro_batch in micro_batches]
-        # What each process has lies in the order of its micro_batches; everybody's in the order of the prompts.
-        own = torch.cat([torch.empty(0, model.dimensions, device=model.device), *(v.detach() for v in kept)])
-        everybody = gather(own, order, len(prompts)).requires_grad_()
-        loss = loss_of(everybody)
+    # With sharding only one graph can be alive: the second forward would free the weights of the first.
+    fits = not model.sharded and sum(len(prompts[i].ids) for i in order) <= model.graph_tokens
+    if len(micro_batches) == 1 or fits:
+        vectors = [model.vectors_of(prompts, micro_batch) for micro_batch in micro_batches]
+        # A process's own vectors are in the order of its micro-batches, the gathered ones in that of the prompts.
+        own = torch.cat([torch.empty(0, model.dimensions, device=model.device), *(v.detach() for v in vectors)])
+        gathered = gather(own, order, len(prompts)).requires_grad_()
+        loss = loss_of(gathered)
         loss.backward()
-        assert everybody.grad is not None
+        assert gathered.grad is not None
         for micro_batch in micro_batches:
-            kept.pop(0).backward(everybody.grad[micro_batch])  # its activations are free after it
+            vectors.pop(0).backward(gathered.grad[micro_batch])  # frees its activations
         return float(loss.detach())
     randomness: list[_Randomness] = []
     parts = [torch.empty(0, model.dimensions, device=model.device)]
@@ -314,18 +326,18 @@ def backward_through(model: TrainingModel, prompts: Sequence[Prompt], loss_of: C
         for micro_batch in micro_batches:
             randomness.append(_Randomness(model.device))
             parts.append(model.vectors_of(prompts, micro_batch))
-    everybody = gather(torch.cat(parts), order, len(prompts)).requires_grad_()
-    loss = loss_of(everybody)
+    gathered = gather(torch.cat(parts), order, len(prompts)).requires_grad_()
+    loss = loss_of(gathered)
     loss.backward()
-    assert everybody.grad is not None
+    assert gathered.grad is not None
     for micro_batch, random in zip(micro_batches, randomness, strict=True):
         with random.again():
-            model.vectors_of(prompts, micro_batch).backward(everybody.grad[micro_batch])
+            model.vectors_of(prompts, micro_batch).backward(gathered.grad[micro_batch])
     return float(loss.detach())
 
 
 class _Randomness:
-    """The state of the random generators at one moment, to have the same dropout twice."""
+    """The state of the random generators at one moment, to repeat the same dropout."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -343,7 +355,7 @@ class _Randomness:
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The forward's precision. `auto` is bfloat16 where the processor multiplies faster in it."""
+    """Choose the precision of the forward. `auto` is bfloat16 if the device multiplies faster in it."""
     if precision == "auto":
         return torch.bfloat16 if _bfloat16_is_faster(device) else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
@@ -362,7 +374,7 @@ def _bfloat16_is_faster(device: torch.device) -> bool:
 
 
 def _seconds_per_gemm(dtype: torch.dtype) -> float:
-    """Time of a GEMM of a layer's shape in this precision, the best of a few."""
+    """Measure a GEMM of a layer's shape in this precision: the fastest of six runs, in seconds."""
     x, weight = torch.zeros(512, 1024, dtype=dtype), torch.zeros(2048, 1024, dtype=dtype)
     best = float("inf")
     with torch.no_grad():
@@ -374,7 +386,7 @@ def _seconds_per_gemm(dtype: torch.dtype) -> float:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is the accelerator of this process, if there is one.
+    """Choose the device. `auto` is the accelerator of this process, if there is one.
 
     Raises:
         UsageError: no such device here.
