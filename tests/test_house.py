@@ -83,55 +83,7 @@ OLD_NAMES_IN = {
 # First words of a docstring that make a clause out of a noun.
 CLAUSE_WORDS = words("what whatever whether who whoever whom whose how where when which why")
 
-PENDING: dict[str, dict[str, str]] = {
-    "names_without_a_noun": {
-        "training/decontamination.py": "found",
-        "training/dev.py": "found",
-        "training/examples.py": "given wanted wrong",
-        "training/loop.py": "told",
-        "training/lora.py": "found wanted",
-        "training/merging.py": "known",
-        "training/mining.py": "asked found told wanted",
-        "training/mntp.py": "wanted",
-        "training/model_folder.py": "known shown wanted",
-        "training/objectives.py": "asked found given",
-        "training/plan.py": "asked found",
-        "training/run_folder.py": "found kept",
-        "training/trainee.py": "told",
-    },
-    "old_names": {
-        "training/decontamination.py": "touches",
-        "training/distributed.py": "first of_first whole",
-        "training/examples.py": "whole",
-        "training/merging.py": "whole",
-        "training/mntp.py": "Gaps",
-        "training/model_folder.py": "inner",
-        "training/plan.py": "longest say",
-        "training/sharding.py": "split_as whole",
-        "training/train.py": "say",
-        "training/trainee.py": "Trainee turns whole",
-    },
-    "long_functions": {
-        "training/loop.py": "train_steps",
-    },
-    "docstring_clauses": {
-        "training/decontamination.py": "Held.touches",
-        "training/dev.py": "module",
-        "training/distributed.py": "Processes.first",
-        "training/examples.py": "Example",
-        "training/loop.py": "Progress",
-        "training/losses.py": "distil module",
-        "training/merging.py": "Combination",
-        "training/mining.py": "Mined",
-        "training/model_folder.py": "Settings Settings.of",
-        "training/objectives.py": "StepReport module",
-        "training/plan.py": "module",
-        "training/recipe.py": "Batch",
-        "training/run_folder.py": "description_of module",
-        "training/train.py": "Outcome",
-        "training/trainee.py": "Trainee Trainee.turns adapter_base",
-    },
-}
+PENDING: dict[str, dict[str, str]] = {}
 
 Places = dict[str, set[str]]  # path below unmask/ -> names in it that break the rule
 

@@ -441,13 +441,13 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UsageError: the file is not there, is not TOML, has stages, or a field is unknown or has a wrong value.
     """
-    table = read_table(path)
+    table = read_toml(path)
     if STAGES in table:
         raise UsageError(f"{path} has stages; `unmask train` runs them, and nothing else reads such a file")
     return recipe_of_table(table, str(path), overrides)
 
 
-def read_table(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file.
 
     Raises:

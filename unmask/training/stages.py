@@ -1,4 +1,4 @@
-"""Training in several stages from one TOML file: each begins with the model that the stage before it has written.
+"""Train in several stages from one TOML file: each starts from the model that the stage before it has written.
 
 A file with stages is a recipe whose `[[stages]]` tables say what differs: a key of a stage replaces the file's, a table
 is merged key by key, and a list is replaced whole. Each stage is a run of its own, in a folder of its name.
@@ -12,7 +12,8 @@ from typing import Any
 import msgspec
 
 from unmask.errors import UsageError
-from unmask.training.recipe import STAGES, Recipe, read_table, recipe_of_table
+from unmask.training.old_keys import rename_keys
+from unmask.training.recipe import STAGES, Recipe, read_toml, recipe_of_table
 from unmask.training.run_folder import RunFolder
 
 
@@ -25,10 +26,11 @@ def read_stages(path: Path, overrides: Sequence[str] = ()) -> list[Recipe]:
     Raises:
         UsageError: as `read_recipe`, or a stage has no name, or one that is taken.
     """
-    table = read_table(path)
+    table = read_toml(path)
     stages = table.pop(STAGES, None)
     if stages is None:
         return [recipe_of_table(table, str(path), overrides)]
+    rename_keys(table, origin=str(path))
     names = [stage.get("name") if isinstance(stage, dict) else None for stage in stages]
     for number, name in enumerate(names):
         if not isinstance(name, str) or not name or Path(name).name != name or names.index(name) != number:
@@ -41,6 +43,7 @@ def read_stages(path: Path, overrides: Sequence[str] = ()) -> list[Recipe]:
     recipes = []
     for name, stage in zip(names, stages, strict=True):
         prefix = f"{STAGES}.{name}."
+        rename_keys(stage, origin=f"{path}, stage {name}")
         own = [text for text in overrides if not text.startswith(f"{STAGES}.")]
         own += [text.removeprefix(prefix) for text in overrides if text.startswith(prefix)]
         recipes.append(recipe_of_table(merge_tables(table, stage), f"{path}, stage {name}", own))
@@ -71,7 +74,7 @@ def train_stages(
     Args:
         recipes: in order. The `base` of the first is the decoder; those of the others are not read.
         output: gets a folder for each stage, by its name.
-        resume: go on with the first stage that has not ended.
+        resume: continue with the first stage that has not ended.
         run: trains a recipe into a folder, resuming or not, and returns the result's folder.
 
     Returns:
