@@ -62,3 +62,13 @@ def test_what_all_steps_share(base: str, step: str) -> None:
     assert (found.lora.rank, found.lora.alpha, found.lora.dropout, len(found.lora.targets)) == (16, 32, 0.05, 7)
     assert (found.precision, found.gradient_checkpointing, found.seed) == ("bfloat16", True, 42)
     assert found.base == recipe(base, "mntp").base
+
+
+def test_the_complete_recipes_in_the_docs_can_be_read(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    recipes = [block.partition("```")[0] for block in text.split("```toml\n")[1:]]
+    complete = [recipe for recipe in recipes if "objective =" in recipe]
+    assert len(complete) == 2
+    for recipe in complete:
+        (tmp_path / "recipe.toml").write_text(recipe, encoding="utf-8")
+        assert read_recipe(tmp_path / "recipe.toml").data
