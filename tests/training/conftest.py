@@ -1,4 +1,4 @@
-"""Processes that fork from one which has torch loaded, so that a test that kills five of them takes seconds."""
+"""Fixtures: processes that are forked from one with torch loaded, so that a test that kills five takes seconds."""
 
 import multiprocessing
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""`unmask merge` and `unmask mine` as they are typed."""
+"""Tests of `unmask merge` and `unmask mine` as commands."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The picture of a run."""
+"""Tests of the curves of a run."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Evaluation texts are recognised however they are written, and nothing else is."""
+"""Tests of decontamination: copies of evaluation texts are found in any spelling, and nothing else is."""
 
 import gzip
 from pathlib import Path

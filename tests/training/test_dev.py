@@ -1,4 +1,4 @@
-"""The scores that are watched while a run goes on."""
+"""Tests of the evaluation during training."""
 
 from collections.abc import Sequence
 from pathlib import Path

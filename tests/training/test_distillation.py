@@ -1,4 +1,4 @@
-"""Distilling several teachers into a sheared decoder with a head, from recipe to loaded model."""
+"""Distil several teachers into a sheared decoder with a head, from recipe to loaded model."""
 
 import json
 from pathlib import Path
@@ -151,8 +151,8 @@ def test_a_second_stage_keeps_the_head_of_the_first(folder: Path) -> None:
 
 def test_a_frozen_embedding_and_a_frozen_head_stay(folder: Path) -> None:
     recipe = recipe_for(folder, steps=3, head={"dimensions": 24, "trained": False})
-    trainee_names = set(TrainingModel(recipe, torch.device("cpu")).parameters)
-    assert "embedding.weight" not in trainee_names
+    parameter_names = set(TrainingModel(recipe, torch.device("cpu")).parameters)
+    assert "embedding.weight" not in parameter_names
     run_training(recipe, data=folder, output=folder / "run")
     assert not [name for name in torch.load(folder / "run" / "checkpoints" / "step-00000003" / "state.pt")["parameters"]
                 if name.startswith(("head.", "embedding."))]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Two processes over gloo end with the parameters of one: the reference's gradients were never synchronised."""
+"""Compare two processes over gloo with one. The reference implementation never synchronised its gradients."""
 
 import os
 import shutil

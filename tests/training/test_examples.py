@@ -1,4 +1,4 @@
-"""From rows to examples: columns, labels, bad rows, the sample and what is held out."""
+"""Tests of reading rows into examples: columns, labels, bad rows, sampling and held-out rows."""
 
 import json
 from pathlib import Path

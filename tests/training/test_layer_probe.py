@@ -1,4 +1,4 @@
-"""Which layers of a decoder a teacher's vectors can be read from."""
+"""Tests of probing the layers of a decoder."""
 
 import json
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""The training loop: the learning rate, what ends a run, and what is kept when it does."""
+"""Tests of the training loop: learning rate, failures, and the state after them."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The losses against formulas written out, and what must hold of them for any vectors."""
+"""Compare the losses with formulas written out, and check properties that hold for any vectors."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Models out of models: ends, identities and exact sums; what does not fit is refused by name."""
+"""Tests of merging: end points, identities and exact sums; models that do not fit are refused by name."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Hard negatives: what a plain search over everything finds, less what may be an answer."""
+"""Tests of mining: the negatives equal those of a plain search over all texts, within the limits."""
 
 import json
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from unmask.training.mining import MiningSettings, limits_of, mine, nearest
 
 
 class Compass:
-    """A contender whose vectors are directions: the text "N words" lies at N degrees; an instruction turns by 90."""
+    """A model whose vectors are directions: the text "N words" lies at N degrees; an instruction turns by 90."""
 
     kind: Literal["unmask"] = "unmask"
     name, revision, dimensions, takes_instructions = "compass", "compass", 2, True
@@ -48,9 +48,9 @@ def corpus_file(folder: Path, texts: list[str]) -> str:
     return str(folder / "corpus.txt")
 
 
-def mined(folder: Path, contender: Any, **fields: Any) -> tuple[list[dict[str, Any]], mining.MiningResult]:
-    cache = VectorCache(folder / "vectors", contender.revision, contender.dimensions)
-    done = mine(MiningSettings(**fields), contender, folder / "out.jsonl", cache=cache)
+def mined(folder: Path, model: Any, **fields: Any) -> tuple[list[dict[str, Any]], mining.MiningResult]:
+    cache = VectorCache(folder / "vectors", model.revision, model.dimensions)
+    done = mine(MiningSettings(**fields), model, folder / "out.jsonl", cache=cache)
     return [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()], done
 
 
@@ -169,9 +169,9 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
 
 
 def test_with_a_model(golden_dir: Path, tmp_path: Path) -> None:
-    contender = open_model(f"{golden_dir / 'tiny_llama'}?name=tiny")
+    model = open_model(f"{golden_dir / 'tiny_llama'}?name=tiny")
     rows = rows_file(tmp_path, [(f"question {word}", f"answer {word}") for word in ("one", "two", "three", "four")])
-    lines, done = mined(tmp_path, contender, source=rows, count=2, max_share=1.0)
+    lines, done = mined(tmp_path, model, source=rows, count=2, max_share=1.0)
     assert done.rows == len(lines) == 4
     for line in lines:
         assert line["positive"] not in line["negatives"]

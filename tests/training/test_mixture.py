@@ -1,4 +1,4 @@
-"""The order of the data: the same again and after a resume, every row once per epoch, by the weights."""
+"""Tests of the order of the data: reproducible, the same after a resume, each row once per epoch, by weight."""
 
 from collections import Counter
 from itertools import islice

@@ -1,4 +1,4 @@
-"""Masked next-token prediction: what is masked, what is predicted from where, and the exact loss and gradients."""
+"""Tests of masked next-token prediction: the masked tokens, the states they are predicted from, loss and gradients."""
 
 from typing import Any
 
@@ -31,30 +31,30 @@ IDS = arrays(np.int64, st.integers(2, 200), elements=st.integers(10, 799))
 
 @settings(max_examples=100)
 @given(IDS, st.floats(0.01, 0.99), st.sampled_from(["bert", "all"]), st.integers(0, 1000))
-def test_gaps_are_where_they_say_and_ask_for_what_stood_there(
+def test_masked_positions_and_targets_belong_to_the_sequence(
     ids: np.ndarray, probability: float, masking: Any, seed: int
 ) -> None:
     before = ids.copy()
-    gaps = mask_tokens(ids, Mntp(probability=probability, masking=masking), 3, 800, np.random.default_rng(seed))
+    masked = mask_tokens(ids, Mntp(probability=probability, masking=masking), 3, 800, np.random.default_rng(seed))
     assert (ids == before).all()
-    assert 1 <= len(gaps.positions) < len(ids)
-    assert (np.diff(gaps.positions) > 0).all()
-    assert gaps.positions[0] > 0
-    assert (gaps.targets == ids[gaps.positions]).all()
-    untouched = np.setdiff1d(np.arange(len(ids)), gaps.positions)
-    assert (gaps.ids[untouched] == ids[untouched]).all()
-    assert ((gaps.ids >= 0) & (gaps.ids < 800)).all()
+    assert 1 <= len(masked.positions) < len(ids)
+    assert (np.diff(masked.positions) > 0).all()
+    assert masked.positions[0] > 0
+    assert (masked.targets == ids[masked.positions]).all()
+    untouched = np.setdiff1d(np.arange(len(ids)), masked.positions)
+    assert (masked.ids[untouched] == ids[untouched]).all()
+    assert ((masked.ids >= 0) & (masked.ids < 800)).all()
     if masking == "all":
-        assert (gaps.ids[gaps.positions] == 3).all()
+        assert (masked.ids[masked.positions] == 3).all()
     again = mask_tokens(ids, Mntp(probability=probability, masking=masking), 3, 800, np.random.default_rng(seed))
-    assert (again.ids == gaps.ids).all()
+    assert (again.ids == masked.ids).all()
 
 
 @pytest.mark.parametrize("probability", [0.2, 0.8])
 def test_shares_in_the_large(probability: float) -> None:
     ids = np.full(200_000, 500)
-    gaps = mask_tokens(ids, Mntp(probability=probability), 3, 100_000, np.random.default_rng(0))
-    read = gaps.ids[gaps.positions]
+    masked = mask_tokens(ids, Mntp(probability=probability), 3, 100_000, np.random.default_rng(0))
+    read = masked.ids[masked.positions]
     assert len(read) / len(ids) == pytest.approx(probability, abs=0.01)
     assert (read == 3).mean() == pytest.approx(0.8, abs=0.01)
     assert (read == 500).mean() == pytest.approx(0.1, abs=0.01)
@@ -131,18 +131,18 @@ def by_hand(model: TrainingModel, recipe, texts, weight: torch.Tensor, cap: floa
     """The step's loss from full logits, one document at a time."""
     generator = np.random.default_rng([recipe.seed, 1, 0])
     tokenizer = model.encoder.checkpoint.tokenizer
-    total, asked = torch.zeros(()), 0
+    total, num_masked = torch.zeros(()), 0
     for text in texts:
         ids = np.array([*tokenizer.prefix, *tokenizer.text.encode(text, add_special_tokens=False).ids])
         for block in blocks([ids], recipe.mntp.block):
-            gaps = mask_tokens(block, recipe.mntp, mask_token_id(model, recipe.mntp), 800, generator)
-            logits = model.hidden([gaps.ids]) @ weight.T  # logits at i - 1 tell what stands at i
+            masked = mask_tokens(block, recipe.mntp, mask_token_id(model, recipe.mntp), 800, generator)
+            logits = model.hidden([masked.ids]) @ weight.T  # logits at i - 1 tell what stands at i
             if cap:
                 logits = cap * torch.tanh(logits / cap)
-            shifted = logits[:-1][gaps.positions - 1]
-            total = total + F.cross_entropy(shifted, torch.from_numpy(block[gaps.positions]), reduction="sum")
-            asked += len(gaps.positions)
-    return total / asked
+            shifted = logits[:-1][masked.positions - 1]
+            total = total + F.cross_entropy(shifted, torch.from_numpy(block[masked.positions]), reduction="sum")
+            num_masked += len(masked.positions)
+    return total / num_masked
 
 
 @pytest.mark.parametrize("lora", [{"rank": 4}, None])
@@ -171,7 +171,7 @@ def test_a_step_has_the_exact_gradient_in_any_packs(head: str, lora: Any, reques
         assert found[0]["embedding.weight"].any()
 
 
-def test_steps_draw_other_gaps_and_the_same_step_the_same(untied: str) -> None:
+def test_each_step_masks_other_tokens_and_the_same_step_the_same(untied: str) -> None:
     recipe = recipe_of("mntp", base=untied)
     step = objective_for(recipe, TrainingModel(recipe, CPU), None)
     one, again, other = (step(batch_of(recipe, texts_of(4)), number).loss for number in (0, 0, 1))

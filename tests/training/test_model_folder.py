@@ -1,4 +1,4 @@
-"""A model written is the model read: by `Encoder.load` to the bit, by transformers with the same ids and states."""
+"""A written model reads back the same: by `Encoder.load` to the bit, by transformers with the same ids and states."""
 
 from pathlib import Path
 

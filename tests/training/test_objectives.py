@@ -1,4 +1,4 @@
-"""What a step asks the model and what it learns from: instructions, negatives, teachers, masks."""
+"""Tests of the objectives: instructions, negatives, teachers and masks of a step."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,12 +26,12 @@ def source(**fields: Any) -> dict[str, Any]:
     return {"name": "pairs", "path": "x.tsv", "query": "q", "positive": "p", **fields}
 
 
-def trainee_of(recipe: Recipe) -> TrainingModel:
+def model_of(recipe: Recipe) -> TrainingModel:
     return off_start(TrainingModel(recipe, CPU))
 
 
 def step(recipe: Recipe, examples: list[Example], teacher: Any = None) -> tuple[StepReport, TrainingModel]:
-    model = trainee_of(recipe)
+    model = model_of(recipe)
     return supervised(
         TextBatch([Part(recipe.data[0], examples)]), recipe, model, None if teacher is None else Teachers(teacher)
     ), model
@@ -45,7 +45,7 @@ def vectors(model: TrainingModel, texts: Sequence[str], instruction: str = "") -
 def test_symmetric_sets_have_the_instruction_on_both_sides(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference compared the names of its data sets with names they no longer had, and lost the second side."""
     recipe = recipe_of(data=[source(instruction="Find the same:", symmetric=symmetric)])
-    model = trainee_of(recipe)
+    model = model_of(recipe)
     asked: dict[str, str] = {}
     build = model.prompts
 
@@ -166,7 +166,7 @@ def test_a_set_may_have_its_own_length() -> None:
 
 def test_simcse_tells_two_views_of_a_text_from_the_other_texts() -> None:
     recipe = recipe_of("simcse", simcse={"attention_dropout": 0.3})
-    model = trainee_of(recipe)
+    model = model_of(recipe)
     model.decoder.train()
     batch = TextBatch([Part(recipe.data[0], [Example(text) for text in [*Q, Q[0]]])])
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Old keys of a recipe: read with a warning that names the new key, in files, overrides and stored runs."""
+"""Tests of renamed recipe keys: old ones are read with a warning, in files, overrides and stored runs."""
 
 import warnings
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The recipes that ship can be read, and those of LLM2Vec say what was published."""
+"""Compare the recipes that ship with the published LLM2Vec runs."""
 
 from pathlib import Path
 

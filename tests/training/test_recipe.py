@@ -1,4 +1,4 @@
-"""What may stand in a recipe, what is refused, and that every recipe that ships can be read."""
+"""Tests of reading recipes: fields, overrides, refused values, and every recipe that ships."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Reading rows: every format, every way a row can be bad, and the place that is named."""
+"""Tests of reading rows: every format, every kind of bad row, and the place that the message names."""
 
 import gzip
 import json

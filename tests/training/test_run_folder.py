@@ -1,4 +1,4 @@
-"""A run's files: whole or not there, the same run or another one, and metrics that a kill cannot spoil."""
+"""Tests of a run's files: atomic writes, refusal of another run, and metrics after a kill."""
 
 from pathlib import Path
 from typing import Any

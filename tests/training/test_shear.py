@@ -1,4 +1,4 @@
-"""Decoders with some of their layers."""
+"""Tests of decoders with only some of their layers."""
 
 from pathlib import Path
 

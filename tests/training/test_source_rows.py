@@ -1,4 +1,4 @@
-"""Half a file, and a share of one."""
+"""Tests of the fields `rows` and `share` of a data set."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Several stages in one recipe file."""
+"""Tests of several stages in one recipe file."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Target vectors of a distillation."""
+"""Tests of the target vectors of a distillation."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Whole runs: killed and resumed, out of disk and memory, and what they leave behind."""
+"""Tests of whole runs: killed and resumed, without disk or memory, and the files they leave."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""The model under training: no causal mask, no attention across sequences, and gradients that packs do not change."""
+"""Tests of the model under training: no causal mask, no attention across sequences, gradients independent of packs."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +21,7 @@ TEXTS = texts_of(14)
 PHI = SimpleNamespace(config={"model_type": "phi3"})
 
 
-def trainee_of(objective: str = "supervised", **fields: Any) -> TrainingModel:
+def model_of(objective: str = "supervised", **fields: Any) -> TrainingModel:
     model = off_start(TrainingModel(recipe_of(objective, **fields), CPU))
     model.decoder.train()
     return model
@@ -37,7 +37,7 @@ def loss_of(vectors: torch.Tensor) -> torch.Tensor:
 def test_while_training_a_token_sees_those_after_it(objective: str, checkpointing: bool) -> None:
     """Causal attention must not slip back in, whichever kernel trains."""
     simcse = {"attention_dropout": 0.0}
-    model = trainee_of(objective, gradient_checkpointing=checkpointing, simcse=simcse)
+    model = model_of(objective, gradient_checkpointing=checkpointing, simcse=simcse)
     ids = np.arange(5, 17)
     other = ids.copy()
     other[-1] = 99
@@ -49,7 +49,7 @@ def test_while_training_a_token_sees_those_after_it(objective: str, checkpointin
 
 
 def test_with_attention_dropout_too() -> None:
-    model = trainee_of("simcse", simcse={"attention_dropout": 0.1})
+    model = model_of("simcse", simcse={"attention_dropout": 0.1})
     states = []
     for last in (16, 99):
         torch.manual_seed(0)
@@ -58,7 +58,7 @@ def test_with_attention_dropout_too() -> None:
 
 
 def test_the_causal_mask_is_kept_where_an_ablation_asks_for_it() -> None:
-    model = trainee_of(causal=True)
+    model = model_of(causal=True)
     ids = np.arange(5, 17)
     other = ids.copy()
     other[-1] = 99
@@ -68,7 +68,7 @@ def test_the_causal_mask_is_kept_where_an_ablation_asks_for_it() -> None:
 
 
 def test_sequences_of_a_pack_do_not_see_each_other() -> None:
-    model = trainee_of()
+    model = model_of()
     first, second = np.arange(5, 17), np.arange(40, 52)
     together = model.hidden([first, second])
     torch.testing.assert_close(together[:12], model.hidden([first]), rtol=1e-4, atol=1e-5)
@@ -88,7 +88,7 @@ def test_sequences_of_a_pack_do_not_see_each_other() -> None:
 @pytest.mark.parametrize("attention_dropout", [0.0, 0.3])
 def test_gradcache_has_the_direct_gradient(fields: dict[str, Any], tokens: int, attention_dropout: float) -> None:
     simcse = {"attention_dropout": attention_dropout}
-    model = trainee_of("simcse", simcse=simcse, batch={"forward_tokens": tokens}, **fields)
+    model = model_of("simcse", simcse=simcse, batch={"forward_tokens": tokens}, **fields)
     prompts = model.prompts(TEXTS, "")
     torch.manual_seed(3)
     loss = backward_through(model, prompts, loss_of)
@@ -107,14 +107,14 @@ def test_gradcache_has_the_direct_gradient(fields: dict[str, Any], tokens: int, 
 def test_the_pack_does_not_change_the_gradient() -> None:
     found = []
     for tokens in (10_000, 40):
-        model = trainee_of(batch={"forward_tokens": tokens})
+        model = model_of(batch={"forward_tokens": tokens})
         backward_through(model, model.prompts(TEXTS, "Find:"), loss_of)
         found.append(gradients(model))
     assert distance(*found) < 1e-5
 
 
 def test_vectors_in_training_are_those_that_encode_gives() -> None:
-    model = trainee_of()
+    model = model_of()
     vectors = model.vectors(model.prompts(TEXTS, "Find:"))
     assert model.encoder.encode(TEXTS, instruction="Find:") == pytest.approx(
         vectors.detach().numpy(), rel=1e-3, abs=1e-5
@@ -136,7 +136,7 @@ def test_packs_hold_everything_once_and_keep_to_the_limit(lengths: list[int], li
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_full_fine_tuning_changes_float32_weights(precision: str) -> None:
-    model = trainee_of(lora=None, precision=precision)
+    model = model_of(lora=None, precision=precision)
     assert {p.dtype for p in model.parameters.values()} == {torch.float32}
     assert set(model.parameters) == set(dict(model.decoder.named_parameters()))
     adamw = torch.optim.AdamW(model.parameters.values(), lr=1e-3)
@@ -177,7 +177,7 @@ def test_the_start_follows_from_the_seed() -> None:
 
 
 def test_dropout_makes_two_views() -> None:
-    model = trainee_of("simcse")
+    model = model_of("simcse")
     prompts = model.prompts(TEXTS[:1], "")
     first, second = model.vectors(prompts * 2)
     assert 0.3 < float(F.cosine_similarity(first, second, dim=0)) < 0.9999

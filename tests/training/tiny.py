@@ -1,4 +1,4 @@
-"""Runs small enough for a test: decoders of two or three layers, and data of a few dozen rows."""
+"""Helpers for runs small enough for a test: decoders of two or three layers, a few dozen rows of data."""
 
 import json
 import os
