@@ -58,7 +58,7 @@ SLOW = {
     "training/test_objectives.py",
     "training/test_shear.py",
     "training/test_train.py",
-    "training/test_trainee.py",
+    "training/test_training_model.py",
 }
 
 

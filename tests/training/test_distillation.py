@@ -13,6 +13,7 @@ from tests.training.tiny import gradients, recipe_of, texts_of, write_decoder, w
 from unmask.checkpoint.tensors import EMBEDDING
 from unmask.encoder import Encoder
 from unmask.errors import CheckpointError
+from unmask.training.gradcache import backward_through
 from unmask.training.losses import vector_distance
 from unmask.training.merging import interpolate
 from unmask.training.mixture import Mixture
@@ -20,7 +21,7 @@ from unmask.training.model_folder import int8_rows
 from unmask.training.recipe import Recipe
 from unmask.training.run_folder import RunFolder
 from unmask.training.train import load_data, run_training
-from unmask.training.training_model import TrainingModel, backward_through
+from unmask.training.training_model import TrainingModel
 
 TEXTS = texts_of(12)
 

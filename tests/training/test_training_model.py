@@ -14,8 +14,10 @@ from torch import nn
 from tests.training.tiny import CPU, distance, gradients, off_start, recipe_of, texts_of
 from unmask.encoder import Encoder
 from unmask.errors import UnsupportedArchitecture, UsageError
+from unmask.training.device import choose_device, compute_dtype
+from unmask.training.gradcache import backward_through
 from unmask.training.losses import info_nce
-from unmask.training.training_model import TrainingModel, backward_through, choose_device, compute_dtype
+from unmask.training.training_model import TrainingModel
 
 TEXTS = texts_of(14)
 PHI = SimpleNamespace(config={"model_type": "phi3"})

@@ -16,11 +16,12 @@ from unmask.disk import atomic_write
 from unmask.encoder.pooling import pool
 from unmask.errors import UsageError
 from unmask.training.dev import DevSets, GradedPairs, spearman
+from unmask.training.device import choose_device
 from unmask.training.head import ridge
 from unmask.training.recipe import Recipe
 from unmask.training.targets import FILE, Targets
 from unmask.training.train import distilled_texts, load_data
-from unmask.training.training_model import TrainingModel, choose_device
+from unmask.training.training_model import TrainingModel
 
 Count = Callable[[int], None]  # texts done just now
 

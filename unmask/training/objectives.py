@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unmask.encoder.prompts import Prompt
+from unmask.training.gradcache import backward_through
 from unmask.training.losses import (
     false_negatives,
     info_nce,
@@ -34,7 +35,7 @@ from unmask.training.mntp import (
 )
 from unmask.training.recipe import DataSource, Distillation, Recipe
 from unmask.training.targets import RankingTeacher
-from unmask.training.training_model import TrainingModel, backward_through
+from unmask.training.training_model import TrainingModel
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,10 @@ from tokenizers import Tokenizer
 from unmask.checkpoint import open_checkpoint
 from unmask.encoder.model.architectures import Shape, shape_of
 from unmask.errors import UnsupportedArchitecture
+from unmask.training.device import choose_device, compute_dtype
 from unmask.training.examples import Example, Examples
 from unmask.training.recipe import DataSource, Lora, Recipe
 from unmask.training.train import load_data
-from unmask.training.training_model import choose_device, compute_dtype
 
 _SAMPLE = 200
 # Speed of a whole step as a share of the GEMM speed, measured on CPUs with the shipped recipe.

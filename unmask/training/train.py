@@ -24,6 +24,7 @@ from unmask.disk import atomic_write
 from unmask.errors import UsageError
 from unmask.training.decontamination import Decontaminator, read_decontaminator
 from unmask.training.dev import DevSets
+from unmask.training.device import choose_device, compute_dtype
 from unmask.training.distributed import Processes, processes
 from unmask.training.examples import Examples, load_examples
 from unmask.training.head import first_numbers, linear_head, ridge
@@ -36,14 +37,7 @@ from unmask.training.recipe import HeadSettings, Recipe, stored_recipe
 from unmask.training.run_folder import RunFolder, describe_run
 from unmask.training.sharding import unshard
 from unmask.training.targets import FILE, RankingTeacher, Targets
-from unmask.training.training_model import (
-    TrainingModel,
-    adapter_base,
-    choose_device,
-    compute_dtype,
-    embedding_base,
-    initial_adapter,
-)
+from unmask.training.training_model import TrainingModel, adapter_base, embedding_base, initial_adapter
 
 
 @dataclass(frozen=True)

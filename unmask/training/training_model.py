@@ -1,10 +1,7 @@
 """The model under training: an encoder whose decoder takes gradients, in the precision the run computes in."""
 
-import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +17,7 @@ from unmask.encoder.model.decoder import Decoder, Layer
 from unmask.encoder.pooling import pool
 from unmask.encoder.prompts import DefaultPrompts, Prompt
 from unmask.errors import UnsupportedArchitecture, UsageError
+from unmask.training.device import compute_dtype
 from unmask.training.distributed import Processes
 from unmask.training.head import linear_head
 from unmask.training.lora import LoraLinear, add_lora, load_adapter
@@ -284,122 +282,3 @@ def initial_adapter(name: str, base: str, adapters: Sequence[str]) -> Adapter:
         trained_on = " + ".join(str(path) for path in (start.base, *start.adapters[:-1]))
         raise UsageError(f"lora.init_from: {name} was trained on {trained_on}, not on this run's base {base}")
     return Adapter(start.adapters[-1])
-
-
-def backward_through(model: TrainingModel, prompts: Sequence[Prompt], loss_of: Callable[[Tensor], Tensor]) -> float:
-    """Compute the gradients of a loss over the vectors of many prompts, with the memory of one micro-batch.
-
-    GradCache (arXiv 2101.06983): vectors without gradients first, the loss's gradient with respect to them, then each
-    pack again with it. The gradient is that of the direct computation, dropout included: each pack's random state is
-    restored for its second forward. A process whose share is within `graph_tokens` keeps its graphs instead and
-    computes each pack once.
-
-    Several processes each encode their share of the prompts and see the vectors of all, so every one of them computes
-    the whole loss; the sum of their parameters' gradients is the gradient of one process doing everything.
-
-    Args:
-        prompts: of the whole step, the same in every process.
-        loss_of: vectors [len(prompts), W] in the prompts' order -> a scalar.
-
-    Returns:
-        The loss.
-    """
-    micro_batches = model.micro_batches([len(prompt.ids) for prompt in prompts])
-    gather = model.processes.gather
-    order = [i for micro_batch in micro_batches for i in micro_batch]
-    # With sharding only one graph can be alive: the second forward would free the weights of the first.
-    fits = not model.sharded and sum(len(prompts[i].ids) for i in order) <= model.graph_tokens
-    if len(micro_batches) == 1 or fits:
-        vectors = [model.vectors_of(prompts, micro_batch) for micro_batch in micro_batches]
-        # A process's own vectors are in the order of its micro-batches, the gathered ones in that of the prompts.
-        own = torch.cat([torch.empty(0, model.dimensions, device=model.device), *(v.detach() for v in vectors)])
-        gathered = gather(own, order, len(prompts)).requires_grad_()
-        loss = loss_of(gathered)
-        loss.backward()
-        assert gathered.grad is not None
-        for micro_batch in micro_batches:
-            vectors.pop(0).backward(gathered.grad[micro_batch])  # frees its activations
-        return float(loss.detach())
-    randomness: list[_Randomness] = []
-    parts = [torch.empty(0, model.dimensions, device=model.device)]
-    with torch.no_grad():
-        for micro_batch in micro_batches:
-            randomness.append(_Randomness(model.device))
-            parts.append(model.vectors_of(prompts, micro_batch))
-    gathered = gather(torch.cat(parts), order, len(prompts)).requires_grad_()
-    loss = loss_of(gathered)
-    loss.backward()
-    assert gathered.grad is not None
-    for micro_batch, random in zip(micro_batches, randomness, strict=True):
-        with random.again():
-            model.vectors_of(prompts, micro_batch).backward(gathered.grad[micro_batch])
-    return float(loss.detach())
-
-
-class _Randomness:
-    """The state of the random generators at one moment, to repeat the same dropout."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._cpu = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        devices = [self._device] if self._cuda is not None else []
-        with torch.random.fork_rng(devices=devices):
-            torch.set_rng_state(self._cpu)
-            if self._cuda is not None:
-                torch.cuda.set_rng_state(self._cuda, self._device)
-            yield
-
-
-def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Choose the precision of the forward. `auto` is bfloat16 if the device multiplies faster in it."""
-    if precision == "auto":
-        return torch.bfloat16 if _bfloat16_is_faster(device) else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
-
-
-@cache
-def _bfloat16_is_faster(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    # oneDNN has bfloat16 GEMMs without these too, but emulated and slower than float32.
-    if device.type != "cpu" or not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-        return False
-    # Having the instructions is not enough: AVX-512's bfloat16 takes twice the time of float32 on some processors
-    # with two float32 units and one for bfloat16, where AMX takes a fifth.
-    return _seconds_per_gemm(torch.bfloat16) < 0.8 * _seconds_per_gemm(torch.float32)
-
-
-def _seconds_per_gemm(dtype: torch.dtype) -> float:
-    """Measure a GEMM of a layer's shape in this precision: the fastest of six runs, in seconds."""
-    x, weight = torch.zeros(512, 1024, dtype=dtype), torch.zeros(2048, 1024, dtype=dtype)
-    best = float("inf")
-    with torch.no_grad():
-        for _ in range(6):
-            began = time.perf_counter()
-            F.linear(x, weight)
-            best = min(best, time.perf_counter() - began)
-    return best
-
-
-def choose_device(name: str) -> torch.device:
-    """Choose the device. `auto` is the accelerator of this process, if there is one.
-
-    Raises:
-        UsageError: no such device here.
-    """
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        return torch.device("cpu")
-    try:
-        device = torch.device(name)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device={name!r} is not available here: {str(error).splitlines()[0]}") from error
-    return device
