@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from tests.api.live import LocalService
 from unmask.api.quantisation import QUANTISED, quantise_vectors
 
 ROWS = arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 40)), elements=st.floats(-1, 1, width=32))
@@ -43,3 +44,14 @@ def test_signs_unpack(rows: np.ndarray):
 @pytest.mark.parametrize("kind", ["int8", "uint8"])
 def test_a_vector_of_zeros_stays_one(kind: str):
     assert len(np.unique(quantise_vectors(np.zeros((1, 5), np.float32), kind))) == 1
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_embeddings_in_a_quantised_format(service: LocalService, kind: str):
+    texts = ["river stone", "bright lamp"]
+    plain = service.embed(texts, dimensions=16)
+    reply = service.embed(texts, dimensions=16, encoding_format=kind)
+    assert reply.status == 200
+    found = [item["embedding"] for item in reply.json["data"]]
+    assert found == quantise_vectors(plain.vectors, kind).tolist()
+    assert reply.json["usage"] == plain.json["usage"]

@@ -24,6 +24,7 @@ from unmask.api.context import context_of
 from unmask.api.disconnect import cancel_on_disconnect
 from unmask.api.errors import ApiError
 from unmask.api.metrics import Metrics
+from unmask.api.quantisation import QUANTISED, quantise_vectors
 from unmask.api.schema import EmbeddingRequest, Fields, TokenEncoding, read_fields, read_input, request_of
 from unmask.api.settings import ServeSettings
 from unmask.catalogue import Record
@@ -271,11 +272,11 @@ def _rows(vectors: np.ndarray, parsed: EmbeddingRequest) -> np.ndarray:
 def _write_openai(result: EmbeddingResult, parsed: EmbeddingRequest, fields: Fields) -> bytes:
     """Write the answer's JSON row by row: each row is one call into C, and other threads run between two rows."""
     write = _base64_row if parsed.encoding_format == "base64" else float_row
+    rows = result.rows
+    if parsed.encoding_format in QUANTISED:
+        rows = quantise_vectors(rows, parsed.encoding_format)
     data = b",".join(
-        [
-            b'{"object":"embedding","index":%d,"embedding":%b}' % (index, write(row))
-            for index, row in enumerate(result.rows)
-        ]
+        [b'{"object":"embedding","index":%d,"embedding":%b}' % (index, write(row)) for index, row in enumerate(rows)]
     )
     # Dollars in full decimals: a float would round them.
     price = b"" if result.cost is None else b',"cost":%b' % format_dollars(result.cost).encode()

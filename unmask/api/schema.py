@@ -41,7 +41,8 @@ class EmbeddingRequest(msgspec.Struct, kw_only=True):
     ]
     model: Annotated[str, Meta(description="Id or alias of a model, see `/v1/models`.", min_length=1)]
     encoding_format: Annotated[
-        Literal["float", "base64", ""] | None, _doc("`base64` is little-endian float32. Default `float`.")
+        Literal["float", "base64", "int8", "uint8", "binary", "ubinary", ""] | None,
+        _doc("`base64` is little-endian float32; the others are quantised numbers. Default `float`."),
     ] = None
     dimensions: Annotated[
         Annotated[int, Meta(ge=1)] | Literal[""] | None,
