@@ -151,7 +151,7 @@ class PickledFiles:
 class FiniteTensors:
     """Tensors of another source, each refused when it is read if it holds NaN or infinity.
 
-    One pass for the smallest and the largest number, without a copy: 0.1 s for a model of 135M parameters.
+    One pass for the smallest and the largest number, without a copy: 0.09 s for 28M float32 numbers on two busy cores.
     """
 
     def __init__(self, source: TensorSource, name: str) -> None:
