@@ -61,7 +61,7 @@ def test_null_and_empty_options_count_as_absent(absent: Any):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *(("encoding_format", value) for value in ("int8", 1, ["float"])),
+        *(("encoding_format", value) for value in ("int4", 1, ["float"])),
         *(("dimensions", value) for value in (0, -1, 1.5, True, "8", [8])),
         *(("truncate", value) for value in ("start", "START", "left", "both", 1)),
         *(("input_type", value) for value in ("passage", 1)),
