@@ -192,7 +192,9 @@ def _adamw(recipe: Recipe, model: TrainingModel) -> torch.optim.AdamW:
             if parameters:
                 share = head_share if head else 1.0
                 groups.append({"params": parameters, "weight_decay": decay, "lr_share": share})
-    return torch.optim.AdamW(groups, lr=optimiser.lr, betas=optimiser.betas, eps=optimiser.epsilon)
+    # One kernel for all of it; torch has none for split parameters.
+    fused = not model.sharded
+    return torch.optim.AdamW(groups, lr=optimiser.lr, betas=optimiser.betas, eps=optimiser.epsilon, fused=fused)
 
 
 def _clip(parameters: list[torch.nn.Parameter], limit: float) -> float:

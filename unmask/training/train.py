@@ -11,6 +11,7 @@ Across machines, every process must see the output folder if the run is to be re
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,9 @@ def run_training(
             description = describe_run(_plain(recipe), digests, _hardware(device, group), chosen)
             precision = folder.begin(description, resume, _upgraded).get("precision", chosen)
         recipe = msgspec.structs.replace(recipe, precision=group.broadcast(precision))
-        teachers = open_teachers(recipe, sets, folder, group) if recipe.distillation is not None else None
+        teachers = None
+        if recipe.distillation is not None:
+            teachers = open_teachers(recipe, sets, folder, group, _counted(log))
         model = TrainingModel(recipe, device, group)
         if recipe.head is not None:
             set_head(recipe, recipe.head, model, sets, teachers)
@@ -174,6 +177,21 @@ def open_teachers(
     teachers = build() if group.is_main else None
     group.wait()
     return teachers or build()
+
+
+def _counted(log: Callable[[str], None], every: float = 15.0) -> Callable[[str, int, int], None]:
+    """Return a function that counts steps by name and logs the count at most every so many seconds, and at the end."""
+    counts: dict[str, int] = {}
+    last = time.monotonic()
+
+    def report(name: str, done: int, total: int) -> None:
+        nonlocal last
+        counts[name] = counts.get(name, 0) + done
+        if time.monotonic() - last >= every or (counts[name] >= total and done < total):
+            last = time.monotonic()
+            log(f"{name}: {counts[name]:,} of {total:,} texts")
+
+    return report
 
 
 def distilled_texts(sets: Sequence[Examples], hard_negatives: int) -> list[str]:

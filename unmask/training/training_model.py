@@ -21,6 +21,7 @@ from unmask.training.device import compute_dtype
 from unmask.training.distributed import Processes
 from unmask.training.head import linear_head
 from unmask.training.lora import LoraLinear, add_lora, load_adapter
+from unmask.training.master_weights import MasterLinear, use_master_weights
 from unmask.training.recipe import Recipe
 from unmask.training.sharding import shard
 
@@ -69,6 +70,9 @@ class TrainingModel:
                 )
         elif recipe.freeze_embedding:
             decoder.embedding.requires_grad_(False)
+        self.master_layers: list[MasterLinear] = []
+        if recipe.lora is None and self.dtype != torch.float32 and not self.sharded:
+            self.master_layers = use_master_weights(decoder, self.dtype)
         if recipe.objective == "simcse":
             for layer in decoder.layers:
                 assert isinstance(layer, Layer)
@@ -138,9 +142,11 @@ class TrainingModel:
         self.merge()
 
     def merge(self) -> None:
-        """Merge the adapters into the weights that the forward uses. Call it after every update."""
+        """Bring the weights that the forward uses up to date. Call it after every update of the parameters."""
         for linear in self.adapted:
             linear.merge()
+        for layer in self.master_layers:
+            layer.refresh()
 
     def prompts(self, texts: Sequence[str], instruction: str, max_length: int | None = None) -> list[Prompt]:
         """Build prompts, truncated to `max_length` or the run's length. A text without a token is an error."""
@@ -228,8 +234,8 @@ class TrainingModel:
         return [pack for pack in packs if pack]
 
     def _autocast(self) -> AbstractContextManager:
-        # With adapters the frozen weights are in the compute precision already; full fine-tuning keeps float32 ones.
-        if self.adapted or self.dtype == torch.float32:
+        # Adapted and master layers have their weights in the compute precision; only sharded float32 ones have not.
+        if self.adapted or self.master_layers or self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
