@@ -61,24 +61,24 @@ class RunFolder:
         """
         file = self.path / "run.json"
         text = json.dumps(description, indent=1) + "\n"
-        description = json.loads(text)  # as it will be read again: JSON has no tuples
+        new: dict[str, Any] = json.loads(text)  # as it will be read again: JSON has no tuples
         if file.is_file():
             try:
                 before = upgrade(json.loads(file.read_text(encoding="utf-8")))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UsageError(f"{file} is damaged ({error}); remove {self.path} to begin anew") from error
-            changed = sorted(key for key in ("recipe", "data") if before.get(key) != description.get(key))
+            changed = sorted(key for key in ("recipe", "data") if before.get(key) != new.get(key))
             if changed:
                 raise UsageError(
                     f"{self.path} holds a run with another {' and '.join(changed)}; choose another --output, "
-                    f"or remove it to begin anew ({_difference(before, description)})"
+                    f"or remove it to begin anew ({_difference(before, new)})"
                 )
             if not resume:
                 raise UsageError(f"{self.path} holds this run already; continue it with --resume, or remove it")
             return before
         with atomic_write(file) as partial:
             partial.write_text(text, encoding="utf-8")
-        return description
+        return new
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
         """Write a checkpoint atomically and remove the oldest ones.

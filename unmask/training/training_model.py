@@ -116,7 +116,7 @@ class TrainingModel:
         if not self.average:
             self.average = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
             return
-        torch._foreach_lerp_(
+        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]: torch has no public name for it
             [self.average[name] for name in self.parameters],
             [parameter.detach() for parameter in self.parameters.values()],
             1 - self._ema,
