@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -66,8 +67,9 @@ def test_nothing_of_one_account_is_shown_to_another_or_changed(accounts: Account
     numbers = itertools.count()
     seen: set[tuple[str, int]] = set()
     for route in routes:
-        assert set(route.param_convertors) <= {"id", "name"}, f"{route.path}: the walk does not know what to put there"
-        paths = {route.path_format.replace("{id}", id).replace("{name}", id) for id in ids}
+        places = set(route.param_convertors)
+        assert places <= {"id", "name", "model"}, f"{route.path}: the walk does not know what to put there"
+        paths = {reduce(lambda path, place: path.replace(f"{{{place}}}", id), places, route.path_format) for id in ids}
         for path, method in itertools.product(sorted(paths), sorted((route.methods or set()) - {"HEAD"})):
             # Somebody new for each, who may have been signed out or deleted by the one before.
             bob = person(accounts, f"bob{next(numbers)}@example.org", nano=1_000_000)

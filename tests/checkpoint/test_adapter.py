@@ -51,7 +51,7 @@ def made_by_peft(model_class: Any, base: Path, target: Path, **settings: Any) ->
         {"r": 4, "lora_alpha": 8, "exclude_modules": ["layers.1.mlp.up_proj"]},
         {"r": 4, "lora_alpha": 8, "target_modules": r".*layers\.[02]\..*(q|up)_proj"},
     ],
-    ids=str,
+    ids=lambda settings: " ".join(sorted(settings.keys() - {"r", "lora_alpha"})) or "plain",
 )
 def test_merged_as_peft_merges(golden_dir: Path, tmp_path: Path, model_class: Any, settings: dict[str, Any]) -> None:
     base = golden_dir / "tiny_llama"

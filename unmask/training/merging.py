@@ -271,7 +271,9 @@ def write_factors(folder: Path, factors: Factors, encoder_config: Mapping[str, A
         "rank_pattern": {re.escape(module): r for module, r in others.items()},
         "alpha_pattern": {re.escape(module): r for module, r in others.items()},
         "lora_dropout": 0.0,
-        "target_modules": sorted({module.rpartition(".")[2] for module in factors.halves}),
+        # Whole names: the end of one would name it in every layer, also in those that have no tensors here. PEFT's
+        # layers_to_transform finds no layer of an inner model.
+        "target_modules": sorted(factors.halves),
         "bias": "none",
         "use_rslora": False,
         "use_dora": False,
