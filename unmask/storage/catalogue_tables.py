@@ -36,7 +36,7 @@ catalogue_measurements = Table(
     sqlite_autoincrement=True,
 )
 
-# What came of each gate. The last row of a model, gate and fingerprint counts.
+# Outcome of each gate. The last row of a model, gate and fingerprint counts.
 catalogue_gates = Table(
     "catalogue_gates",
     metadata,
