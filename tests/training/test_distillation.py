@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,8 @@ from safetensors.torch import load_file
 from tests.training.tiny import gradients, recipe_of, texts_of, write_decoder, write_pairs
 from unmask.checkpoint.tensors import EMBEDDING
 from unmask.encoder import Encoder
-from unmask.errors import CheckpointError
+from unmask.errors import CheckpointError, UsageError
+from unmask.training.distributed import Processes
 from unmask.training.gradcache import backward_through
 from unmask.training.losses import vector_distance
 from unmask.training.merging import interpolate
@@ -20,7 +22,7 @@ from unmask.training.mixture import Mixture
 from unmask.training.model_folder import int8_rows
 from unmask.training.recipe import Recipe
 from unmask.training.run_folder import RunFolder
-from unmask.training.train import load_data, run_training
+from unmask.training.train import load_data, open_teachers, run_training
 from unmask.training.training_model import TrainingModel
 
 TEXTS = texts_of(12)
@@ -124,6 +126,68 @@ def test_a_run_resumes_to_the_digit_with_its_average(folder: Path) -> None:
     assert (folder / "cut" / "model" / "head.safetensors").read_bytes() == (
         folder / "whole" / "model" / "head.safetensors"
     ).read_bytes()
+
+
+def test_an_exit_is_a_shallower_model_of_its_own(folder: Path) -> None:
+    recipe = recipe_for(folder, layers=3, exits=[{"layers": 1}, {"layers": 2, "weight": 0.25}], steps=30)
+    run_training(recipe, data=folder, output=folder / "run")
+    trained = torch.load(folder / "run" / "checkpoints" / "step-00000030" / "state.pt")["parameters"]
+    whole = Encoder.load(folder / "run" / "model")
+    for layers in (1, 2):
+        shallow = Encoder.load(folder / "run" / f"model-{layers}-layers")
+        decoder = shallow.trainable_decoder()
+        assert len(decoder.layers) == layers
+        for name, parameter in decoder.named_parameters():
+            assert torch.equal(parameter, dict(whole.trainable_decoder().named_parameters())[name]), name
+        assert shallow.head is not None
+        assert torch.equal(shallow.head.plain_weight(), trained[f"head.exit{layers}.weight"])
+        # The exit's own head reads its layer; the head of the full depth, on the same layer, does not.
+        targets, own = _targets_and_vectors(folder, shallow)
+        foreign = Encoder.load(folder / "run" / "model", layers=layers)
+        assert (own * targets).sum(1).mean() > (foreign.encode(TEXTS, normalize=True) * targets).sum(1).mean()
+
+
+def _targets_and_vectors(folder: Path, encoder: Encoder) -> tuple[np.ndarray, np.ndarray]:
+    recipe = recipe_for(folder)
+    sets, _ = load_data(recipe, folder, lambda _: None)
+    teachers = open_teachers(recipe, sets, RunFolder(folder / "run", 1), Processes())
+    return teachers.targets(TEXTS), encoder.encode(TEXTS, normalize=True)
+
+
+def test_an_exit_adds_its_weighted_loss(folder: Path) -> None:
+    def first_loss(name: str, **fields: Any) -> float:
+        run_training(recipe_for(folder, layers=3, steps=1, **fields), data=folder, output=folder / name)
+        return losses(folder / name)[0]
+
+    alone = first_loss("alone")
+    half, whole = (first_loss(f"exit-{w}", exits=[{"layers": 2, "weight": w}]) for w in (0.5, 1.0))
+    assert half > alone
+    assert whole - alone == pytest.approx(2 * (half - alone), rel=1e-4)
+
+
+def test_exits_resume_to_the_digit(folder: Path) -> None:
+    recipe = recipe_for(folder, layers=3, exits=[{"layers": 1}], steps=6, ema=0.7)
+    run_training(recipe, data=folder, output=folder / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run_training(recipe, data=folder, output=folder / "cut", progress=_stop_after(5))
+    run_training(recipe, data=folder, output=folder / "cut", resume=True)
+    for file in ("model.safetensors", "head.safetensors"):
+        whole, cut = (folder / run / "model-1-layers" / file for run in ("whole", "cut"))
+        assert cut.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"exits": [{"layers": 2}]}, "exits: 2 layers, but the model has 2"),
+        ({"exits": [{"layers": 1}], "head": None}, r"exits need a \[head\]"),
+        ({"exits": [{"layers": 1}], "layers": None, "lora": {"rank": 2}}, "exits go with lora = false"),
+        ({"exits": [{"layers": 1}, {"layers": 1}]}, r"exits: layers \[1, 1\] must rise"),
+    ],
+)
+def test_exits_that_cannot_be_are_refused(folder: Path, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises((UsageError, msgspec.ValidationError), match=message):
+        run_training(recipe_for(folder, **fields), data=folder, output=folder / "run")
 
 
 def _stop_after(step: int) -> Any:

@@ -23,7 +23,7 @@ def backward_through(model: TrainingModel, prompts: Sequence[Prompt], loss_of: C
 
     Args:
         prompts: of the whole step, the same in every process.
-        loss_of: vectors [len(prompts), W] in the prompts' order -> a scalar.
+        loss_of: vectors [len(prompts), depths * W] in the prompts' order -> a scalar.
 
     Returns:
         The loss.
@@ -36,7 +36,9 @@ def backward_through(model: TrainingModel, prompts: Sequence[Prompt], loss_of: C
     if len(micro_batches) == 1 or fits:
         vectors = [model.vectors_of(prompts, micro_batch) for micro_batch in micro_batches]
         # A process's own vectors are in the order of its micro-batches, the gathered ones in that of the prompts.
-        own = torch.cat([torch.empty(0, model.dimensions, device=model.device), *(v.detach() for v in vectors)])
+        own = torch.cat(
+            [torch.empty(0, model.depths * model.dimensions, device=model.device), *(v.detach() for v in vectors)]
+        )
         gathered = gather(own, order, len(prompts)).requires_grad_()
         loss = loss_of(gathered)
         loss.backward()
@@ -45,7 +47,7 @@ def backward_through(model: TrainingModel, prompts: Sequence[Prompt], loss_of: C
             vectors.pop(0).backward(gathered.grad[micro_batch])  # frees its activations
         return float(loss.detach())
     randomness: list[_Randomness] = []
-    parts = [torch.empty(0, model.dimensions, device=model.device)]
+    parts = [torch.empty(0, model.depths * model.dimensions, device=model.device)]
     with torch.no_grad():
         for micro_batch in micro_batches:
             randomness.append(_Randomness(model.device))

@@ -26,6 +26,7 @@ from unmask.encoder import Encoder
 from unmask.encoder.model.architectures import Rope, shape_of
 from unmask.encoder.model.decoder import Decoder
 from unmask.encoder.model.transformers_decoder import TransformersDecoder
+from unmask.encoder.shear import shear
 from unmask.encoder.templates import template_for
 from unmask.errors import StorageError, UsageError
 from unmask.training.recipe import Save
@@ -99,6 +100,7 @@ def write_model(
     head: Mapping[str, Tensor] | None = None,
     save: Save | None = None,
     base: str = "",
+    layers: int | None = None,
 ) -> None:
     """Write an encoder as it is in memory: `config.json`, `model.safetensors`, tokenizer, `llm2vec_config.json`.
 
@@ -110,6 +112,7 @@ def write_model(
         head: weight and bias of the layer behind the pooling; left out: the encoder's own.
         save: precision, and whether the token embedding is written; left out: all, as it is in memory.
         base: the model that the folder names for its token embedding, where that is not written.
+        layers: write only so many first layers; default: all.
 
     Raises:
         UsageError: the folder exists already.
@@ -138,7 +141,8 @@ def write_model(
         embedding_from=base if save is not None and not save.embedding else None,
     )
     dtype = save.precision if save is not None else str(next(decoder.parameters()).dtype).removeprefix("torch.")
-    write_model_folder(folder, checkpoint, NamedTensors(tensors), settings, DTYPES[dtype])
+    target = checkpoint if layers is None else shear(checkpoint, layers)
+    write_model_folder(folder, target, NamedTensors(tensors), settings, DTYPES[dtype])
 
 
 def write_head(folder: Path, head: Mapping[str, Tensor]) -> None:

@@ -129,7 +129,11 @@ def supervised(batch: TextBatch, recipe: Recipe, model: TrainingModel, teachers:
             loss = loss + each.share * _candidates_loss(each, vectors, recipe, _judge(each, vectors, places, targets))
         return loss
 
-    loss = backward_through(model, prompts, lambda v: matryoshka(loss_of, v, recipe.matryoshka))
+    def loss_of_depths(vectors: Tensor) -> Tensor:  # [U, depths * W] -> scalar
+        full, *early = (matryoshka(loss_of, v, recipe.matryoshka) for v in vectors.split(model.dimensions, dim=1))
+        return full + sum(each.weight * loss for each, loss in zip(recipe.exits, early, strict=True))
+
+    loss = backward_through(model, prompts, loss_of_depths)
     return StepReport(loss, sum(len(prompt.ids) for prompt in prompts))
 
 

@@ -277,6 +277,21 @@ class HeadSettings(Struct, forbid_unknown_fields=True, kw_only=True):
     refit: bool = False
 
 
+class Exit(Struct, forbid_unknown_fields=True, kw_only=True):
+    """An early exit: a shallower model out of the same run, trained by the same losses on an inner layer's states.
+
+    One run then gives models of several depths (Matryoshka in depth: 2DMSE, arXiv 2402.14776). Each exit has a head of
+    its own, initialised like the main one, and shares the final norm.
+
+    Attributes:
+        layers: number of first layers of the shallower model.
+        weight: weight of its loss; that of the full depth has weight 1.
+    """
+
+    layers: Positive
+    weight: Rate = 0.5
+
+
 class Save(Struct, forbid_unknown_fields=True, kw_only=True):
     """Options of writing a model, if all weights are trained.
 
@@ -345,6 +360,7 @@ class Recipe(Struct, forbid_unknown_fields=True, kw_only=True):
         causal: leave the causal mask on. Only for ablations.
         matryoshka: also train vectors truncated to these lengths (arXiv 2205.13147).
         head: a linear layer after the pooling; default: the base's own, which is not trained.
+        exits: shallower models that the run trains along and writes beside the full one.
         lora: adapter to train; `lora = false` trains all weights.
         freeze_embedding: do not train the token embedding when all weights are trained.
         ema: decay of an exponential moving average of the trained parameters. The average is evaluated and written.
@@ -373,6 +389,7 @@ class Recipe(Struct, forbid_unknown_fields=True, kw_only=True):
     causal: bool = False
     matryoshka: list[Positive] = []
     head: HeadSettings | None = None
+    exits: list[Exit] = []
     lora: Lora | None = msgspec.field(default_factory=Lora)
     freeze_embedding: bool = False
     ema: Annotated[float, Meta(gt=0.0, lt=1.0)] | None = None
@@ -410,6 +427,8 @@ class Recipe(Struct, forbid_unknown_fields=True, kw_only=True):
                 "layers goes with lora = false: an adapter does not say which layers its base has left. "
                 "Write the shallower decoder with `unmask shear` and make it the base"
             )
+        if self.exits:
+            self._check_exits()
         if self.objective == "supervised":
             for source in self.data:
                 self._check_teaches(source)
@@ -424,6 +443,18 @@ class Recipe(Struct, forbid_unknown_fields=True, kw_only=True):
             pairs = next((source.name for source in self.data if source.text is None), None)
             if pairs is not None:
                 raise ValueError(f"data {pairs!r}: {self.objective} learns from texts; name a text column")
+
+    def _check_exits(self) -> None:
+        counts = [each.layers for each in self.exits]
+        if sorted(set(counts)) != counts:
+            raise ValueError(f"exits: layers {counts} must rise, each number once")
+        if self.head is None:
+            raise ValueError("exits need a [head]: an inner layer's states have no common directions with the last's")
+        if self.objective != "supervised":
+            raise ValueError(f"exits go with the supervised objective, not with {self.objective}")
+        if self.lora is not None or self.shard:
+            field = "lora = false" if self.lora is not None else "shard = false"
+            raise ValueError(f"exits go with {field}: they are written as models of their own")
 
     def _check_teaches(self, source: DataSource) -> None:
         distils = self.distillation is not None and source.use_teacher

@@ -12,14 +12,17 @@ Across machines, every process must see the output folder if the run is to be re
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import torch
+from torch import nn
 
 from unmask.disk import atomic_write
 from unmask.errors import UsageError
@@ -98,7 +101,7 @@ def run_training(
             teachers = open_teachers(recipe, sets, folder, group, _counted(log))
         model = TrainingModel(recipe, device, group)
         if recipe.head is not None:
-            set_head(recipe, recipe.head, model, sets, teachers)
+            set_heads(recipe, recipe.head, model, sets, teachers)
         objective = objective_for(recipe, model, teachers)
         mixture = Mixture(recipe, sets, data, decontaminator)
         if recipe.max_epochs is not None:
@@ -211,35 +214,60 @@ def distilled_texts(sets: Sequence[Examples], hard_negatives: int) -> list[str]:
     )
 
 
-def set_head(
+def set_heads(
     recipe: Recipe, settings: HeadSettings, model: TrainingModel, sets: Sequence[Examples], teachers: Teachers | None
 ) -> None:
-    """Put the head that the recipe asks for on a model; see `HeadSettings` for its initial weights."""
-    hidden_size = model.decoder.shape.hidden_size
+    """Put the heads that the recipe asks for on a model: its own and that of each exit.
+
+    See `HeadSettings` for their initial weights.
+    """
     own = model.head
-    if own is not None and own.out_features == settings.dimensions and not settings.refit:
-        model.set_head(own, settings.trained)
-        return
+    keeps_own = own is not None and own.out_features == settings.dimensions and not settings.refit
     if teachers is None or not settings.ridge:
-        if settings.dimensions > hidden_size:
-            raise UsageError(
-                f"head.dimensions = {settings.dimensions} is more than the decoder's {hidden_size} and there is no "
-                "teacher to fit it to; lower it, or add a distillation with head.ridge above 0"
-            )
-        model.set_head(first_numbers(hidden_size, settings.dimensions, model.device), settings.trained)
-        return
-    texts = distilled_texts(sets, recipe.contrastive.hard_negatives)
-    order = np.random.default_rng([recipe.seed, 3]).permutation(len(texts))[: settings.ridge]
-    chosen = [texts[i] for i in order]
-    targets = teachers.targets(chosen)
+        initial_head = partial(_first_numbers, settings, model)
+    elif keeps_own and not recipe.exits:
+        initial_head = None
+    else:
+        texts = distilled_texts(sets, recipe.contrastive.hard_negatives)
+        order = np.random.default_rng([recipe.seed, 3]).permutation(len(texts))[: settings.ridge]
+        initial_head = _ridge_heads(settings, model, [texts[i] for i in order], teachers)
+    if own is not None and keeps_own:
+        model.set_head(own, settings.trained)
+    elif initial_head is not None:
+        model.set_head(initial_head(None), settings.trained)
+    for each in recipe.exits:
+        assert initial_head is not None
+        model.set_exit_head(each.layers, initial_head(each.layers), settings.trained)
+
+
+def _first_numbers(settings: HeadSettings, model: TrainingModel, _layers: int | None) -> nn.Linear:
+    """Make a head that keeps the first numbers of the pooled state, of whatever layer."""
+    hidden_size = model.decoder.shape.hidden_size
+    if settings.dimensions > hidden_size:
+        raise UsageError(
+            f"head.dimensions = {settings.dimensions} is more than the decoder's {hidden_size} and there is no "
+            "teacher to fit it to; lower it, or add a distillation with head.ridge above 0"
+        )
+    return first_numbers(hidden_size, settings.dimensions, model.device)
+
+
+def _ridge_heads(
+    settings: HeadSettings, model: TrainingModel, texts: Sequence[str], teachers: Teachers
+) -> Callable[[int | None], nn.Linear]:
+    """Return a function that fits the head of the decoder cut after a number of layers (None: all) to the teachers."""
+    targets = teachers.targets(texts)
     if targets.shape[1] != settings.dimensions:
         raise UsageError(
             f"head.dimensions = {settings.dimensions}, but targets have {targets.shape[1]} numbers; set "
             "distillation.dimensions to the same"
         )
     model.decoder.eval()
-    weight, bias = model.processes.broadcast(ridge(model.encode_pooled(chosen), targets, settings.penalty))
-    model.set_head(linear_head(weight, bias, model.device), settings.trained)
+
+    def fit(layers: int | None) -> nn.Linear:
+        pooled = model.encode_pooled(texts, layers)
+        return linear_head(*model.processes.broadcast(ridge(pooled, targets, settings.penalty)), model.device)
+
+    return fit
 
 
 def _plain(recipe: Recipe) -> dict[str, Any]:
@@ -254,27 +282,44 @@ def _upgraded(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_result(folder: Path, model: TrainingModel, recipe: Recipe, base: str) -> Path:
-    """Replace `folder` by the current weights. All processes must call it; the main one writes."""
+    """Replace `folder` by the current weights, and `folder`-N-layers by those of each exit.
+
+    All processes must call it; the main one writes.
+    """
     with model.averaged():
         weights = adapter_tensors(model.adapted) if recipe.lora is not None else unshard(model.trained_decoder())
-        head = None if model.head is None else {n: p.detach().clone() for n, p in model.head.named_parameters()}
+        head = None if model.head is None else _copied(model.head)
+        exit_heads = {layers: _copied(each) for layers, each in model.exit_heads.items()}
     if not model.processes.is_main:
         return folder
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     if recipe.lora is not None:
-        write_adapter(partial, weights, recipe.lora, base, torch.float32)
-        # The pooling belongs to the vectors. The length is not written: one may train short and encode long.
-        encoder_config = {**model.encoder.checkpoint.encoder_config, "pooling_mode": recipe.pooling}
-        with atomic_write(partial / "llm2vec_config.json") as file:
-            file.write_text(json.dumps(encoder_config, indent=2) + "\n", encoding="utf-8")
-        if head is not None:
-            write_head(partial, head)
-    else:
-        write_model(partial, model.encoder, weights, head, recipe.save, embedding_base(recipe.base))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+        with _replaced(folder) as new:
+            write_adapter(new, weights, recipe.lora, base, torch.float32)
+            # The pooling belongs to the vectors. The length is not written: one may train short and encode long.
+            encoder_config = {**model.encoder.checkpoint.encoder_config, "pooling_mode": recipe.pooling}
+            with atomic_write(new / "llm2vec_config.json") as file:
+                file.write_text(json.dumps(encoder_config, indent=2) + "\n", encoding="utf-8")
+            if head is not None:
+                write_head(new, head)
+        return folder
+    for layers, own_head in {None: head, **exit_heads}.items():
+        with _replaced(folder if layers is None else folder.with_name(f"{folder.name}-{layers}-layers")) as new:
+            write_model(new, model.encoder, weights, own_head, recipe.save, embedding_base(recipe.base), layers)
     return folder
+
+
+def _copied(head: nn.Linear) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in head.named_parameters()}
+
+
+@contextmanager
+def _replaced(folder: Path) -> Iterator[Path]:
+    """Give a path to write a folder at, which then takes the place of `folder`."""
+    new = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(new, ignore_errors=True)
+    yield new
+    shutil.rmtree(folder, ignore_errors=True)
+    new.rename(folder)
 
 
 def _hardware(device: torch.device, group: Processes) -> str:

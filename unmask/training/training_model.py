@@ -34,6 +34,7 @@ class TrainingModel:
         adapted: layers with adapters; empty in full fine-tuning.
         parameters: the parameters that the optimiser updates, by name, float32.
         head: the linear layer after the pooling, if the model has one.
+        exit_heads: the head of each early exit, by its number of layers.
         sharded: the weights are sharded over the processes, so all must run equally many forwards.
     """
 
@@ -86,6 +87,12 @@ class TrainingModel:
             name: parameter for name, parameter in self._decoder_parameters.items() if parameter.requires_grad
         }
         self.head: nn.Linear | None = None
+        self.exit_heads: dict[int, nn.Linear] = {}
+        deepest = max((each.layers for each in recipe.exits), default=0)
+        if deepest >= len(decoder.layers):
+            raise UsageError(
+                f"exits: {deepest} layers, but the model has {len(decoder.layers)}; an exit needs fewer than the model"
+            )
         self.average: dict[str, Tensor] = {}
         self._ema = recipe.ema
         if self.encoder.head is not None:
@@ -97,12 +104,25 @@ class TrainingModel:
         """Length of a vector."""
         return self.encoder.dim if self.head is None else self.head.out_features
 
+    @property
+    def depths(self) -> int:
+        """Number of models that one forward trains: the full depth and each exit."""
+        return 1 + len(self.exit_heads)
+
     def set_head(self, head: nn.Linear, trained: bool) -> None:
         """Set the linear layer after the pooling."""
-        self.head = head.requires_grad_(trained)
-        self.parameters = {n: p for n, p in self.parameters.items() if not n.startswith("head.")}
-        if trained:
-            self.parameters |= {f"head.{name}": parameter for name, parameter in head.named_parameters()}
+        self.head = head
+        self._train_head("head", head, trained)
+
+    def set_exit_head(self, layers: int, head: nn.Linear, trained: bool) -> None:
+        """Set the head of the early exit after `layers` layers."""
+        self.exit_heads[layers] = head
+        self._train_head(f"head.exit{layers}", head, trained)
+
+    def _train_head(self, name: str, head: nn.Linear, trained: bool) -> None:
+        head.requires_grad_(trained)
+        own = {f"{name}.{part}": parameter for part, parameter in head.named_parameters()}
+        self.parameters = {n: p for n, p in self.parameters.items() if n not in own} | (own if trained else {})
 
     def trained_decoder(self) -> dict[str, Tensor]:
         """Return every parameter of the decoder by name, frozen ones too."""
@@ -165,9 +185,42 @@ class TrainingModel:
         pooled = self.pooled(prompts)
         return pooled if self.head is None else self.head(pooled)
 
-    def pooled(self, prompts: Sequence[Prompt]) -> Tensor:
-        """Compute the pooled states of one pack, before the head, float32 [n, hidden_size], with gradients."""
-        return pool(self.hidden([prompt.ids for prompt in prompts]), prompts, self.encoder.pooling)
+    def vectors_of_depths(self, prompts: Sequence[Prompt]) -> Tensor:
+        """Compute the vectors of the full depth and of each exit, side by side, float32 [n, depths * dimensions]."""
+        if not self.exit_heads:
+            return self.vectors(prompts)
+        states, exit_states = self._states_after(prompts, tuple(self.exit_heads))
+        pooled = [pool(each, prompts, self.encoder.pooling) for each in (states, *exit_states)]
+        heads = [self.head, *self.exit_heads.values()]
+        return torch.cat([each if head is None else head(each) for head, each in zip(heads, pooled, strict=True)], 1)
+
+    def pooled(self, prompts: Sequence[Prompt], layers: int | None = None) -> Tensor:
+        """Compute the pooled states of one pack, before the head, float32 [n, hidden_size], with gradients.
+
+        Args:
+            layers: of the decoder cut after so many layers; default: all.
+        """
+        if layers is None:
+            return pool(self.hidden([prompt.ids for prompt in prompts]), prompts, self.encoder.pooling)
+        _, (states,) = self._states_after(prompts, (layers,))
+        return pool(states, prompts, self.encoder.pooling)
+
+    def _states_after(self, prompts: Sequence[Prompt], layers: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        """States [T, hidden_size] of the whole decoder, and of the decoder cut after each number of layers."""
+        by_layer: dict[int, Tensor] = {}
+        hooks = [
+            self.decoder.layers[count - 1].register_forward_hook(
+                lambda _layer, _inputs, states, count=count: by_layer.update({count: states})
+            )
+            for count in layers
+        ]
+        try:
+            states = self.hidden([prompt.ids for prompt in prompts])
+        finally:
+            for hook in hooks:
+                hook.remove()
+        with self._autocast():
+            return states, [self.decoder.norm(by_layer[count]) for count in layers]
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str], instruction: str = "") -> np.ndarray:
@@ -178,9 +231,17 @@ class TrainingModel:
         return F.normalize(self._encode(texts, instruction, self.vectors, self.dimensions), dim=1).cpu().numpy()
 
     @torch.no_grad()
-    def encode_pooled(self, texts: Sequence[str]) -> np.ndarray:
-        """Compute the pooled states of texts before the head, float32 [n, hidden_size], in the way of `encode`."""
-        return self._encode(texts, "", self.pooled, self.decoder.shape.hidden_size).cpu().numpy()
+    def encode_pooled(self, texts: Sequence[str], layers: int | None = None) -> np.ndarray:
+        """Compute the pooled states of texts before the head, float32 [n, hidden_size], in the way of `encode`.
+
+        Args:
+            layers: of the decoder cut after so many layers; default: all.
+        """
+
+        def forward(prompts: Sequence[Prompt]) -> Tensor:
+            return self.pooled(prompts, layers)
+
+        return self._encode(texts, "", forward, self.decoder.shape.hidden_size).cpu().numpy()
 
     def _encode(
         self, texts: Sequence[str], instruction: str, forward: Callable[[Sequence[Prompt]], Tensor], dimensions: int
@@ -198,8 +259,8 @@ class TrainingModel:
         )
 
     def vectors_of(self, prompts: Sequence[Prompt], chosen: Sequence[int]) -> Tensor:
-        """Vectors of some prompts, float32 [n, W], with gradients; of none at the price of one."""
-        return self.vectors([prompts[i] for i in chosen] or [prompts[0]])[: len(chosen)]
+        """Vectors of some prompts, float32 [n, depths * W], with gradients; of none at the price of one."""
+        return self.vectors_of_depths([prompts[i] for i in chosen] or [prompts[0]])[: len(chosen)]
 
     def micro_batches(self, lengths: Sequence[int]) -> list[list[int]]:
         """Split this process's share of a batch into micro-batches, one for each forward.
