@@ -38,6 +38,8 @@ SLOW = {
     "benchmarks/test_encode.py",
     "bulk/test_job.py",
     "checkpoint/test_packaged_models.py",
+    "cli/test_providers.py",
+    "conformance/test_finding.py",
     "encoder/test_golden.py",
     "encoder/test_shipped_model.py",
     "evaluate/test_public_data.py",

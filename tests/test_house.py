@@ -30,6 +30,7 @@ ORDER = (
     "tables",
     "checkpoint",
     "encoder",
+    "conformance",
     "bulk",
     "charts",
     "evaluate",

@@ -1,0 +1,145 @@
+"""Ask somebody for the vectors of canary texts: a full run, or the few texts of a light one."""
+
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from unmask.conformance.references import References
+
+_REPEATED = 4  # plain texts that are asked for again
+_REPEATS = 2
+_LIGHT_TEXTS = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """The answer to one request, before anything is known to be right about it.
+
+    Attributes:
+        vectors: one per text in the order of the texts, float32 [dim]; their lengths may differ.
+        raw: the bytes that each vector was decoded from, where it came as base64.
+        prompt_tokens: tokens by the count of whoever answered; None if they did not say.
+    """
+
+    vectors: Sequence[np.ndarray]
+    raw: Sequence[bytes] = ()
+    prompt_tokens: int | None = None
+
+
+# Texts and their instruction -> their vectors.
+Ask = Callable[[Sequence[str], str], Awaitable[Answer]]
+
+
+@dataclass(frozen=True, eq=False)
+class CanaryAnswers:
+    """The answers of a full run.
+
+    Attributes:
+        rows: rows of the references that were asked for, [n].
+        vectors, raw: the answer to each, as in `Answer`.
+        repeats: further answers to texts that were asked for alone: (row, vector).
+        arrangements: answers to texts among long neighbours, twice in a request, or after a long text: (row, vector).
+        num_tokens: tokens that the run sent, by our count.
+        their_tokens: tokens by the count of whoever answered; None if they never said.
+    """
+
+    rows: np.ndarray
+    vectors: Sequence[np.ndarray]
+    raw: Sequence[bytes]
+    repeats: Sequence[tuple[int, np.ndarray]]
+    arrangements: Sequence[tuple[int, np.ndarray]]
+    num_tokens: int
+    their_tokens: int | None
+
+
+async def full_run(
+    ask: Ask,
+    references: References,
+    *,
+    max_inputs: int = 2048,
+    max_tokens: int | None = None,
+    instructions: bool = True,
+) -> CanaryAnswers:
+    """Ask for all canary texts, for some of them again, and for some in other company.
+
+    Args:
+        ask: sends one request; whatever it raises ends the run.
+        references: of the model.
+        max_inputs: most texts of one request.
+        max_tokens: longest text to ask for; None for the model's own maximum.
+        instructions: False for somebody who cannot be given instructions.
+    """
+    longest = min(max_tokens or references.max_tokens, references.max_tokens)
+    rows = [
+        row
+        for row, canary in enumerate(references.canaries)
+        if references.num_tokens[row] <= longest and (instructions or not canary.instruction)
+    ]
+    vectors: dict[int, np.ndarray] = {}
+    raw: dict[int, bytes] = {}
+    sent, counted = 0, []
+
+    async def send(batch: Sequence[int]) -> Answer:
+        nonlocal sent
+        canaries = [references.canaries[row] for row in batch]
+        answer = await ask([canary.text for canary in canaries], canaries[0].instruction)
+        sent += int(references.num_tokens[list(batch)].sum())
+        counted.append(answer.prompt_tokens)
+        return answer
+
+    for instruction in dict.fromkeys(references.canaries[row].instruction for row in rows):
+        members = [row for row in rows if references.canaries[row].instruction == instruction]
+        for first in range(0, len(members), max_inputs):
+            batch = members[first : first + max_inputs]
+            answer = await send(batch)
+            vectors |= zip(batch, answer.vectors, strict=True)
+            raw |= zip(batch, answer.raw, strict=False)
+    plain = [row for row in rows if references.canaries[row].group == "plain"]
+    repeats = [(row, (await send([row])).vectors[0]) for _ in range(_REPEATS) for row in plain[:_REPEATED]]
+    arrangements = []
+    for batch in _arrangements(references, rows, plain, max_inputs):
+        answer = await send(batch)
+        arrangements += [(row, vector) for row, vector in zip(batch, answer.vectors, strict=True) if row in plain]
+    return CanaryAnswers(
+        rows=np.array(rows),
+        vectors=[vectors[row] for row in rows],
+        raw=[raw[row] for row in rows] if len(raw) == len(rows) else (),
+        repeats=repeats,
+        arrangements=arrangements,
+        num_tokens=sent,
+        their_tokens=None if None in counted else sum(count for count in counted if count is not None),
+    )
+
+
+def light_rows(references: References, draw: random.Random, *, max_tokens: int | None = None) -> list[int]:
+    """Choose the texts of a light run: one that never changes and two others, in random order.
+
+    A cache on the way would answer the same request for ever, and hide that the model behind it has changed.
+    """
+    longest = max_tokens or references.max_tokens
+    pool = [
+        row
+        for row, canary in enumerate(references.canaries)
+        if row and not canary.instruction and not canary.boundary and references.num_tokens[row] <= longest
+    ]
+    rows = [0, *draw.sample(pool, _LIGHT_TEXTS - 1)]
+    draw.shuffle(rows)
+    return rows
+
+
+def _arrangements(
+    references: References, rows: Sequence[int], plain: Sequence[int], max_inputs: int
+) -> list[list[int]]:
+    """Return requests in which plain texts have company that must not change their vectors."""
+    long = [row for row in rows if references.canaries[row].group == "paragraphs"]
+    long += [row for row in rows if references.canaries[row].boundary][-1:]
+    if len(plain) < 4 or not long:
+        return []
+    first, middle, last, twice = plain[:4]
+    company = long[: max(1, min(max_inputs - 4, 12))]
+    half = len(company) // 2
+    together = [first, *company[:half], middle, *company[half:], last]
+    requests = [together, [twice, twice], [long[-1], twice]]
+    return [request for request in requests if len(request) <= max_inputs]

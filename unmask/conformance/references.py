@@ -1,0 +1,229 @@
+"""`References`: the right vectors of a model's canary texts, the limits of each precision, and the wrong references."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+from zipfile import BadZipFile
+
+import msgspec
+import numpy as np
+
+from unmask.conformance.canaries import CanaryText, canary_set_version, canary_texts, fixed_texts
+from unmask.conformance.wrong_references import WrongReference, canary_prompts, unit_length, wrong_references
+from unmask.disk import atomic_write
+from unmask.encoder import Encoder
+from unmask.encoder.encoder import Dtype, LoadOptions
+from unmask.errors import CheckpointError
+from unmask.home import home
+
+PrecisionClass = Literal["exact", "float16", "bfloat16", "int8"]
+
+# Most exact first. Values: worst and mean of 1 - cosine. "exact" is float32 with other kernels. The figures are floors:
+# the limit of a model is three times the distance of our own engine in that precision, if that is more.
+FLOORS: dict[PrecisionClass, tuple[float, float]] = {
+    "exact": (1e-5, 1e-6),
+    "float16": (1e-4, 2e-5),
+    "bfloat16": (2e-3, 5e-4),
+    "int8": (1e-2, 1e-3),
+}
+_MEASURED: tuple[tuple[PrecisionClass, Dtype], ...] = (
+    ("float16", "float16"),
+    ("bfloat16", "bfloat16"),
+    ("int8", "int8"),
+)
+_MARGIN = 3.0
+
+# Where a model's own rounding comes near this distance, no limit could tell right from wrong any more.
+_MAX_LIMIT = 5e-2
+
+# A mistake that moves no text by more than this is no mistake for the model.
+_NO_MISTAKE = 3e-5
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class References:
+    """Everything that the answers of a provider are compared with.
+
+    Attributes:
+        model, revision: id of the model, and the content address of its weights.
+        pooling, compat: of the model; part of the vector space.
+        max_tokens: longest sequence of the model.
+        canaries: the canary texts; all arrays below are in their order.
+        vectors: the right vectors, float32 [canaries, dim], of length 1.
+        norms: lengths of the raw vectors, float32 [canaries].
+        num_tokens: tokens of each text's sequence, int64 [canaries].
+        limits: precision class -> most worst and mean distance, most exact class first.
+        bank: the vectors under each mistake that changes any.
+    """
+
+    model: str
+    revision: str
+    pooling: str
+    compat: str
+    max_tokens: int
+    canaries: tuple[CanaryText, ...]
+    vectors: np.ndarray
+    norms: np.ndarray
+    num_tokens: np.ndarray
+    limits: dict[PrecisionClass, tuple[float, float]]
+    bank: tuple[WrongReference, ...]
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector."""
+        return self.vectors.shape[1]
+
+    @property
+    def set_version(self) -> str:
+        """Digest of the canary texts."""
+        return canary_set_version(self.canaries)
+
+
+def distances(vectors: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return 1 - cosine of each pair of rows, float64 [n].
+
+    Computed as half the squared distance of the scaled vectors: 1 minus a cosine near 1 would lose all its digits.
+    """
+    a, b = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in map(np.float64, (vectors, others)))
+    return ((a - b) ** 2).sum(axis=1) / 2
+
+
+def build_references(source: str, *, model: str, compat: Literal["default", "reference"] = "default") -> References:
+    """Compute the references of a model with our own engine.
+
+    Loads the weights once for each precision, for the causal mask, and for each adapter left out.
+
+    Args:
+        source: id, folder or file of the weights.
+        model: id of the model.
+        compat: its text handling.
+
+    Raises:
+        CheckpointError: the weights cannot be used.
+    """
+    options = LoadOptions(compat=compat)
+    encoder = Encoder.load_with(source, options)
+    canaries = canary_texts(encoder.prompts, encoder.max_length)
+    prompts = canary_prompts(encoder, canaries)
+    raw = encoder.encode_prompts(prompts)
+    vectors = unit_length(raw)
+    limits: dict[PrecisionClass, tuple[float, float]] = {"exact": FLOORS["exact"]}
+    for precision, dtype in _MEASURED:
+        rounded = Encoder.load_with(source, replace(options, dtype=dtype)).encode_prompts(prompts)
+        if not np.isfinite(rounded).all():
+            continue  # some models overflow in float16: nobody can be right in it
+        off = distances(rounded, vectors)
+        worst, mean = (
+            max(f, _MARGIN * float(m)) for f, m in zip(FLOORS[precision], (off.max(), off.mean()), strict=True)
+        )
+        if worst <= _MAX_LIMIT:
+            limits[precision] = worst, mean
+    bank = tuple(
+        mistake
+        for mistake in wrong_references(encoder, canaries, source, options)
+        if distances(mistake.vectors, vectors).max() > _NO_MISTAKE
+    )
+    return References(
+        model=model,
+        revision=encoder.checkpoint.revision,
+        pooling=encoder.pooling,
+        compat=compat,
+        max_tokens=encoder.max_length,
+        canaries=canaries,
+        vectors=vectors,
+        norms=np.linalg.norm(raw, axis=1),
+        num_tokens=np.array([len(prompt.ids) for prompt in prompts], dtype=np.int64),
+        limits=limits,
+        bank=bank,
+    )
+
+
+def references_file(model: str, revision: str, compat: str) -> Path:
+    """Return the place of stored references: a file under `UNMASK_HOME/conformance`."""
+    return home() / "conformance" / model.replace("/", "--") / f"{revision}-{compat}.npz"
+
+
+def store_references(references: References, file: Path) -> None:
+    """Write references to an .npz file.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    described: dict[str, Any] = {
+        name: getattr(references, name) for name in ("model", "revision", "pooling", "compat", "max_tokens", "limits")
+    }
+    described |= {
+        "format": _FORMAT,
+        "canaries": msgspec.to_builtins(references.canaries),
+        "faults": [mistake.fault for mistake in references.bank],
+    }
+    with atomic_write(file) as partial, partial.open("wb") as opened:
+        np.savez(
+            opened,
+            description=np.array(json.dumps(described)),
+            vectors=references.vectors,
+            norms=references.norms,
+            num_tokens=references.num_tokens,
+            bank=np.stack([mistake.vectors for mistake in references.bank]),
+        )
+
+
+def read_references(file: Path) -> References:
+    """Read references from an .npz file.
+
+    Raises:
+        CheckpointError: there is no such file, or it is damaged or of another version.
+    """
+    try:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as stored:
+            described = json.loads(str(stored["description"]))
+            if described.pop("format") != _FORMAT:
+                raise ValueError("it is of another version of unmask")
+            faults = described.pop("faults")
+            return References(
+                canaries=msgspec.convert(described.pop("canaries"), tuple[CanaryText, ...]),
+                limits={name: tuple(limit) for name, limit in described.pop("limits").items()},
+                vectors=stored["vectors"],
+                norms=stored["norms"],
+                num_tokens=stored["num_tokens"],
+                bank=tuple(map(WrongReference, faults, stored["bank"])),
+                **described,
+            )
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
+        raise CheckpointError(
+            f"{file} holds no references of canary texts: {error}. Delete it to compute them again"
+        ) from error
+
+
+def load_references(
+    source: str, *, model: str, revision: str, compat: Literal["default", "reference"] = "default"
+) -> References:
+    """Return the stored references of weights, or compute and store them.
+
+    Args:
+        source: id, folder or file of the weights.
+        model: id of the model.
+        revision: content address of the weights.
+        compat: text handling.
+
+    Raises:
+        CheckpointError: the weights cannot be used, or the stored file is damaged.
+        StorageError: the file cannot be written.
+    """
+    file = references_file(model, revision, compat)
+    if file.is_file():
+        stored = read_references(file)
+        if stored.set_version == _current_version(stored):
+            return stored
+    references = build_references(source, model=model, compat=compat)
+    store_references(references, file)
+    return references
+
+
+def _current_version(references: References) -> str:
+    """The version that the fixed texts of this release give: boundary pairs follow from the same tokenizer."""
+    pairs = [canary for canary in references.canaries if canary.boundary]
+    return canary_set_version([*fixed_texts(), *pairs])

@@ -1,0 +1,128 @@
+"""Full and light runs of the canaries at one provider."""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from unmask.checkpoint import open_checkpoint
+from unmask.conformance import (
+    Answer,
+    Finding,
+    References,
+    examine,
+    full_run,
+    load_references,
+)
+from unmask.router.outbound import ProviderClient
+from unmask.router.providers import ProviderModel, Providers
+from unmask.router.signals import AttemptFailed
+from unmask.router.wire import ask
+
+_REQUEST_S = 60.0  # for one request of a full run
+_TOKENS_PER_SECOND = 500  # slower than this, a request of many texts is taken for lost
+
+
+async def full_check(client: ProviderClient, model: ProviderModel, references: References) -> Finding:
+    """Ask a provider for all canaries and judge its answers.
+
+    Raises:
+        AttemptFailed: it did not answer, so nothing is known about its vectors.
+    """
+    provider = client.provider
+
+    async def send(texts: Sequence[str], instruction: str) -> Answer:
+        seconds = _REQUEST_S + sum(map(len, texts)) / _TOKENS_PER_SECOND
+        return await ask(client, model, texts, instruction=instruction, dim=references.dim, seconds=seconds)
+
+    try:
+        answers = await full_run(
+            send,
+            references,
+            max_inputs=provider.inputs_per_request(model),
+            max_tokens=model.max_tokens,
+            instructions=provider.takes_instructions,
+        )
+    except AttemptFailed as failure:
+        if failure.signal != "malformed":
+            raise
+        return Finding.unusable(f"gives no usable answer: {failure.detail}")
+    return examine(references, answers, model.precision_class)
+
+
+class ModelSource(NamedTuple):
+    """The place of a model's weights on this machine, and its text handling."""
+
+    weights: str
+    compat: Literal["default", "reference"] = "default"
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """The outcome of a full run at a provider.
+
+    Attributes:
+        provider, model: names.
+        passed: its vectors are the model's.
+        sentence: the fault with its subject, or why there was no answer; "" if it passed.
+        finding: None if it did not answer.
+    """
+
+    provider: str
+    model: str
+    passed: bool
+    sentence: str
+    finding: Finding | None
+
+
+async def check_all(
+    providers: Providers, sources: Mapping[str, ModelSource], report_progress: Callable[[str], None]
+) -> list[CheckResult]:
+    """Make a full run for every model of every provider, one after the other.
+
+    Args:
+        providers: to check.
+        sources: model id -> its weights; a model that is not in it is loaded by its id.
+        report_progress: gets a line before each long step.
+
+    Raises:
+        CheckpointError: a model cannot be loaded here, so there are no right vectors to compare with.
+        UsageError: a key or a certificate authority cannot be read.
+    """
+    references: dict[str, References] = {}
+    results = []
+    for provider in providers.providers:
+        client = ProviderClient(provider)
+        try:
+            for model in provider.models:
+                if model.id not in references:
+                    report_progress(f"the right vectors of {model.id}: computed, or read from an earlier run")
+                    source = sources.get(model.id, ModelSource(model.id))
+                    references[model.id] = await asyncio.to_thread(references_of, model.id, source)
+                report_progress(
+                    f"{provider.name} is asked for {len(references[model.id].canaries)} texts of {model.id}"
+                )
+                results.append(await _check_one(client, model, references[model.id]))
+        finally:
+            await client.close()
+    return results
+
+
+def references_of(model: str, source: ModelSource) -> References:
+    """Return the references of a model, computed once and stored.
+
+    Raises:
+        CheckpointError, StorageError: as `load_references`.
+    """
+    revision = open_checkpoint(source.weights).revision
+    return load_references(source.weights, model=model, revision=revision, compat=source.compat)
+
+
+async def _check_one(client: ProviderClient, model: ProviderModel, references: References) -> CheckResult:
+    name = client.provider.name
+    try:
+        finding = await full_check(client, model, references)
+    except AttemptFailed as failure:
+        return CheckResult(name, model.id, False, str(failure), None)
+    sentence = f"{name} {finding.fault}" if finding.fault else ""
+    return CheckResult(name, model.id, finding.passed, sentence, finding)

@@ -1,0 +1,243 @@
+"""`ProviderClient`: HTTP requests to one provider, with every limit that a hostile one makes necessary.
+
+The connection goes to an address that was checked as connected to. Redirects are not followed, and neither proxies nor
+netrc are taken from the environment. Headers are built here and never copied from a caller. Answers are not
+decompressed, and are read only up to the size that the request can have. A provider's own words reach nobody.
+"""
+
+import errno
+import hashlib
+import socket
+import ssl
+import time
+from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import aiohttp
+
+from unmask import __version__
+from unmask.errors import UsageError
+from unmask.router.addresses import check_address
+from unmask.router.providers import RemoteProvider
+from unmask.router.signals import AttemptFailed, SignalName, signal_of_status
+
+CONNECT_S = 2.0
+
+# An error needs no more than this to say that the credit is used up.
+_ERROR_BYTES = 65_536
+_CHUNK = 65_536
+_KEEP_ALIVE_S = 15.0
+_MAX_RETRY_AFTER_S = 300.0
+_NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+
+
+class Content(NamedTuple):
+    """The body of a successful answer.
+
+    Attributes:
+        body: JSON, not yet parsed.
+        server: the header `server`, "" for none; a change of it makes a full run due.
+    """
+
+    body: bytes
+    server: str
+
+
+class ProviderClient:
+    """Connections to one provider. Make and close it in the event loop that uses it.
+
+    Args:
+        provider: address, key and certificate authority.
+
+    Raises:
+        UsageError: the key or the certificate authority cannot be read.
+    """
+
+    def __init__(self, provider: RemoteProvider) -> None:
+        self.provider = provider
+        self._key = provider.read_key()
+        self._ssl = _ssl_context(provider.ca_file)
+        self._session: aiohttp.ClientSession | None = None
+
+    async def post(
+        self, path: str, body: bytes, *, seconds: float, max_bytes: int, headers: Mapping[str, str] = {}
+    ) -> Content:
+        """Send one request and return the body of its answer.
+
+        A request on a kept connection that the provider closed meanwhile is sent once more, over a new one.
+
+        Args:
+            path: appended to the provider's URL.
+            body: JSON.
+            seconds: for everything; connecting takes at most two of them.
+            max_bytes: largest answer.
+            headers: further headers, of this server's own making.
+
+        Raises:
+            AttemptFailed: there is no answer with status 200 and a JSON body of that size.
+        """
+        until = time.monotonic() + seconds
+        for last in (False, True):
+            state = _Sending()
+            try:
+                return await self._post(path, body, until, max_bytes, headers, state)
+            except (aiohttp.ClientError, OSError, TimeoutError) as error:
+                stale = isinstance(error, aiohttp.ServerDisconnectedError | ConnectionError | aiohttp.ClientOSError)
+                if stale and state.reused and not state.answered and not last:
+                    continue
+                raise self._failure(error, state) from None
+        raise AssertionError("unreachable")
+
+    async def close(self) -> None:
+        """Close all connections."""
+        if self._session is not None:
+            await self._session.close()
+
+    def _open(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            trace = aiohttp.TraceConfig()
+            trace.on_connection_reuseconn.append(_note_reuse)
+            connector = aiohttp.TCPConnector(
+                limit=0,  # the router counts requests
+                ssl=self._ssl,
+                keepalive_timeout=_KEEP_ALIVE_S,
+                use_dns_cache=False,
+                socket_factory=self._checked_socket,
+            )
+            self._session = aiohttp.ClientSession(
+                connector=connector,
+                trust_env=False,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+                trace_configs=[trace],
+                skip_auto_headers=("user-agent", "accept", "accept-encoding"),
+            )
+        return self._session
+
+    def _checked_socket(self, address: tuple[Any, ...]) -> socket.socket:
+        """Make the socket for an address that aiohttp is about to connect to, or refuse it."""
+        family, kind, protocol, _, where = address
+        try:
+            check_address(where[0], private=self.provider.private)
+        except UsageError as refusal:
+            raise OSError(errno.EPERM, str(refusal)) from None
+        return socket.socket(family, kind, protocol)
+
+    def _headers(self, further: Mapping[str, str]) -> dict[str, str]:
+        headers = {
+            "content-type": "application/json",
+            "accept": "application/json",
+            "accept-encoding": "identity",
+            "user-agent": f"unmask/{__version__}",
+            **further,
+        }
+        if self._key:
+            headers["authorization"] = f"Bearer {self._key}"
+        return headers
+
+    async def _post(
+        self, path: str, body: bytes, until: float, max_bytes: int, headers: Mapping[str, str], state: "_Sending"
+    ) -> Content:
+        timeout = aiohttp.ClientTimeout(total=max(0.001, until - time.monotonic()), sock_connect=CONNECT_S)
+        async with self._open().post(
+            self.provider.url.rstrip("/") + path,
+            data=body,
+            headers=self._headers(headers),
+            allow_redirects=False,
+            timeout=timeout,
+            trace_request_ctx=state,
+        ) as response:
+            state.answered = True
+            kind = response.content_type
+            coding = response.headers.get("content-encoding", "identity").strip().lower()
+            if response.status != 200:
+                content = await _read(response, _ERROR_BYTES)
+                raise self._refusal(response, content or b"")
+            if coding != "identity":
+                raise self._fails("failed", "its answer is compressed, which was not asked for", 200)
+            if kind != "application/json" and not kind.endswith("+json"):
+                raise self._fails("failed", f"status 200 with {kind[:60]} in place of JSON", 200)
+            content = await _read(response, max_bytes)
+            if content is None:
+                raise self._fails("malformed", f"its answer is longer than {max_bytes} bytes", 200)
+            return Content(content, response.headers.get("server", "")[:60])
+
+    def _refusal(self, response: aiohttp.ClientResponse, content: bytes) -> AttemptFailed:
+        """Describe a status other than 200. The body is hostile: of it only length and digest are kept."""
+        quota = b'"insufficient_quota"' in content
+        digest = hashlib.sha256(content).hexdigest()[:8]
+        detail = f"status {response.status}, {response.content_type[:60]}, {len(content)} bytes, digest {digest}"
+        return self._fails(
+            signal_of_status(response.status, quota=quota),
+            detail,
+            response.status,
+            retry_after=_retry_after(response.headers.get("retry-after")),
+        )
+
+    def _failure(self, error: Exception, state: "_Sending") -> AttemptFailed:
+        """Describe an exception of the connection."""
+        if isinstance(error, aiohttp.ConnectionTimeoutError):
+            return self._fails("unreachable", f"no connection within {CONNECT_S:g} seconds")
+        if isinstance(error, aiohttp.ClientConnectorCertificateError):
+            return self._fails("unreachable", "its certificate is not valid for this address and authority")
+        if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ClientSSLError):
+            cause = getattr(error, "os_error", None)
+            is_ours = isinstance(cause, OSError) and cause.errno == errno.EPERM
+            return self._fails("unreachable", str(cause.strerror) if is_ours and cause else type(error).__name__)
+        if isinstance(error, TimeoutError):
+            return self._fails("timeout")
+        if isinstance(error, aiohttp.InvalidURL | aiohttp.ClientResponseError | aiohttp.ClientPayloadError):
+            return self._fails("cut_off" if isinstance(error, aiohttp.ClientPayloadError) else "failed", "broken HTTP")
+        return self._fails("cut_off", type(error).__name__)
+
+    def _fails(
+        self, signal: SignalName, detail: str = "", status: int | None = None, retry_after: float | None = None
+    ) -> AttemptFailed:
+        return AttemptFailed(self.provider.name, signal, detail, status=status, retry_after=retry_after)
+
+
+class _Sending:
+    """Progress of one request."""
+
+    reused = False  # over a connection that was kept alive
+    answered = False  # the headers of the answer have come
+
+
+async def _note_reuse(session: aiohttp.ClientSession, context: Any, parameters: Any) -> None:
+    context.trace_request_ctx.reused = True
+
+
+async def _read(response: aiohttp.ClientResponse, most: int) -> bytes | None:
+    """Read a body of at most `most` bytes; None if it is longer, and the connection is then closed."""
+    chunks, size = [], 0
+    async for chunk in response.content.iter_chunked(_CHUNK):
+        size += len(chunk)
+        if size > most:
+            response.close()
+            return None
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Return the seconds of a `Retry-After` header in either form, at most five minutes; None if it says nothing."""
+    if value is None:
+        return None
+    if value.strip().isascii() and value.strip().isdigit():
+        return min(float(value.strip()[:9]), _MAX_RETRY_AFTER_S)
+    try:
+        return min(max(0.0, parsedate_to_datetime(value).timestamp() - time.time()), _MAX_RETRY_AFTER_S)
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def _ssl_context(ca_file: str | None) -> ssl.SSLContext:
+    try:
+        context = ssl.create_default_context(cafile=str(Path(ca_file).expanduser()) if ca_file else None)
+    except (OSError, ssl.SSLError) as error:
+        raise UsageError(f"ca_file {ca_file} is no certificate authority: {error}") from None
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    return context

@@ -1,0 +1,223 @@
+"""The file of providers: who answers for which model, where, and under which conditions."""
+
+import os
+import re
+import stat
+import tomllib
+from collections import Counter
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from unmask.accounts.money import parse_dollars
+from unmask.conformance import PrecisionClass
+from unmask.encoder.encoder import Dtype
+from unmask.errors import UsageError
+from unmask.router.addresses import check_url
+
+Kind = Literal["unmask", "openai", "tei"]
+DataPolicy = Literal["none", "30d", "trains"]
+
+_PRECISION_CLASSES: dict[Dtype, PrecisionClass] = {
+    "float32": "exact",
+    "float16": "float16",
+    "bfloat16": "bfloat16",
+    "int8": "int8",
+}
+
+# Most texts of one request that a kind takes by default.
+_MAX_INPUTS: dict[Kind, int] = {"unmask": 2048, "openai": 1024, "tei": 32}
+
+
+class CostPrice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Price of a provider from a day on.
+
+    Attributes:
+        since: first day, in UTC.
+        usd: dollars per million tokens.
+    """
+
+    since: date = msgspec.field(name="from")
+    usd: str
+
+
+class ProviderModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A model that a provider serves.
+
+    Attributes:
+        id: id of the model here.
+        remote: the provider's name for it; "" for the same id.
+        precision: least exact precision that its vectors may have; the canaries decide what they have.
+        cost: dollars per million tokens, or such prices with the day from which each counts.
+        max_inputs: most texts of one request; None for the usual number of the kind.
+        max_tokens: longest text; None for the model's own maximum.
+        priority: 0 first; a group is asked only when nobody of the one before is left.
+    """
+
+    id: Annotated[str, Meta(min_length=1)]
+    remote: str = ""
+    precision: Dtype = "float16"
+    cost: str | tuple[CostPrice, ...] = "0"
+    max_inputs: Annotated[int, Meta(ge=1, le=2048)] | None = None
+    max_tokens: Annotated[int, Meta(ge=1)] | None = None
+    priority: Annotated[int, Meta(ge=0, le=99)] = 0
+
+    @property
+    def name_there(self) -> str:
+        """The name under which the provider knows the model."""
+        return self.remote or self.id
+
+    @property
+    def precision_class(self) -> PrecisionClass:
+        """The precision in conformance's words."""
+        return _PRECISION_CLASSES[self.precision]
+
+    def cost_on(self, day: date) -> int:
+        """Return the nano-dollars per million tokens on a day."""
+        if isinstance(self.cost, str):
+            return parse_dollars(self.cost)
+        in_force = [price for price in self.cost if price.since <= day]
+        return parse_dollars(max(in_force, key=lambda price: price.since).usd) if in_force else 0
+
+
+class RemoteProvider(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A process or service elsewhere that answers for models.
+
+    Attributes:
+        name: unique; shown to callers.
+        kind: its API: "unmask", "openai" (OpenAI, vLLM, llama.cpp, LiteLLM and others) or "tei".
+        url: its base URL, up to and without `/embeddings` or `/embed`.
+        private: it is inside this network: http and addresses that are not global are allowed.
+        key_env: environment variable with its API key.
+        key_file: file with its API key, readable by the owner alone.
+        ca_file: certificate authority that signed its certificate; None for the system's.
+        max_parallel: most requests at the same time.
+        data: whether it keeps texts: not at all, for 30 days, or to train with.
+        country: ISO code of the country where texts go; "" for not known.
+        models: the models.
+    """
+
+    name: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_.-]{0,39}$")]
+    kind: Kind
+    url: str
+    private: bool = False
+    key_env: str | None = None
+    key_file: str | None = None
+    ca_file: str | None = None
+    max_parallel: Annotated[int, Meta(ge=1, le=1000)] = 16
+    data: DataPolicy = "none"
+    country: Annotated[str, Meta(pattern=r"^([A-Z]{2})?$")] = ""
+    models: Annotated[tuple[ProviderModel, ...], Meta(min_length=1)] = msgspec.field(name="model")
+
+    def inputs_per_request(self, model: ProviderModel) -> int:
+        """Return the most texts of one request."""
+        return model.max_inputs or _MAX_INPUTS[self.kind]
+
+    @property
+    def takes_instructions(self) -> bool:
+        """True if requests can carry an instruction that is not pooled."""
+        return self.kind == "unmask"
+
+    def read_key(self) -> str:
+        """Return the API key, "" for none.
+
+        Raises:
+            UsageError: the variable is not set, or the file cannot be read or is open to others.
+        """
+        if self.key_env is not None:
+            key = os.environ.get(self.key_env, "").strip()
+            if not key:
+                raise UsageError(f"the environment variable {self.key_env}, which key_env names, is not set")
+        elif self.key_file is not None:
+            file = Path(self.key_file).expanduser()
+            try:
+                if file.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+                    raise UsageError(f"key_file {file} is open to other users: chmod 600 {file}")
+                key = file.read_text(encoding="ascii").strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise UsageError(f"key_file {file} cannot be read: {error}") from None
+        else:
+            return ""
+        if not re.fullmatch(r"[\x21-\x7e]+", key):
+            raise UsageError(f"the key of {self.key_env or self.key_file} is empty or has blanks")
+        return key
+
+
+class Providers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The whole file."""
+
+    providers: tuple[RemoteProvider, ...] = msgspec.field(name="provider", default=())
+
+    def of_model(self, model: str) -> list[tuple[RemoteProvider, ProviderModel]]:
+        """Return the providers of a model, in the order of the file."""
+        return [(provider, entry) for provider in self.providers for entry in provider.models if entry.id == model]
+
+    def keys(self) -> tuple[str, ...]:
+        """Return all API keys, to be redacted wherever they appear."""
+        return tuple(filter(None, (provider.read_key() for provider in self.providers)))
+
+
+def read_providers(file: Path) -> Providers:
+    """Read and check a file of providers.
+
+    Raises:
+        UsageError: it cannot be read, or a value is wrong; the message names the file and the key.
+    """
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{file} cannot be read: {error}") from None
+    try:
+        parsed = msgspec.convert(content, Providers)
+    except msgspec.ValidationError as error:
+        reason, _, path = str(error).partition(" - at `$.")
+        names = [entry.get("name") for entry in content.get("provider", []) if isinstance(entry, dict)]
+        raise UsageError(f"{file}: {_with_name(path.rstrip('`'), names)}: {reason[0].lower()}{reason[1:]}") from None
+    for index, provider in enumerate(parsed.providers):
+        for key, problem in _problems(provider):
+            raise UsageError(f"{file}: provider[{index}].{key} ({provider.name}): {problem}")
+    twice = [name for name, count in Counter(provider.name for provider in parsed.providers).items() if count > 1]
+    if twice:
+        raise UsageError(f"{file}: provider.name: two providers are called {twice[0]!r}")
+    return parsed
+
+
+def _problems(provider: RemoteProvider) -> list[tuple[str, str]]:
+    """Return what the types cannot check, as (key, problem)."""
+    problems = []
+    try:
+        check_url(provider.url, private=provider.private)
+    except UsageError as error:
+        problems.append(("url", str(error)))
+    if provider.key_env is not None and provider.key_file is not None:
+        problems.append(("key_env", "there is key_file as well: use one of them"))
+    else:
+        try:
+            provider.read_key()
+        except UsageError as error:
+            problems.append(("key_env" if provider.key_env is not None else "key_file", str(error)))
+    if provider.ca_file is not None and not Path(provider.ca_file).expanduser().is_file():
+        problems.append(("ca_file", f"there is no file {provider.ca_file}"))
+    ids = [model.id for model in provider.models]
+    for index, model in enumerate(provider.models):
+        if ids.index(model.id) != index:
+            problems.append((f"model[{index}].id", f"{model.id} is named twice"))
+        for price in (model.cost,) if isinstance(model.cost, str) else tuple(entry.usd for entry in model.cost):
+            try:
+                parse_dollars(price)
+            except ValueError as error:
+                problems.append((f"model[{index}].cost", str(error)))
+    return problems
+
+
+def _with_name(path: str, names: list[str | None]) -> str:
+    """Add the provider's name to a path such as `provider[1].url`."""
+    match = re.match(r"provider\[(\d+)\]", path)
+    if match is None:
+        return path or "the file"
+    index = int(match[1])
+    name = names[index] if index < len(names) else None
+    return f"{path} ({name})" if name else path

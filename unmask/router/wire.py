@@ -1,0 +1,125 @@
+"""`ask`: one request for vectors in the words of each kind of provider, and the answer checked in its form."""
+
+import base64
+import binascii
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+
+from unmask.conformance import Answer
+from unmask.conformance.finding import usable
+from unmask.router.outbound import ProviderClient
+from unmask.router.providers import ProviderModel
+from unmask.router.signals import AttemptFailed
+
+# Of an answer: per number as Python's repr of a double writes it, per vector, and for the rest.
+_BYTES_PER_NUMBER, _BYTES_PER_VECTOR, _BYTES_BESIDES = 26, 200, 65_536
+
+
+class _Item(msgspec.Struct):
+    embedding: str | list[float]
+    index: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int | None = None
+
+
+class _Envelope(msgspec.Struct):
+    data: list[_Item]
+    usage: _Usage | None = None
+
+
+_OPENAI = msgspec.json.Decoder(_Envelope)
+_TEI = msgspec.json.Decoder(list[list[float]])
+
+
+async def ask(
+    client: ProviderClient,
+    model: ProviderModel,
+    texts: Sequence[str],
+    *,
+    instruction: str = "",
+    dim: int,
+    seconds: float,
+) -> Answer:
+    """Send one request and return its vectors in the order of the texts.
+
+    The vectors are as the provider gave them: their lengths and numbers are not checked, see `require_vectors`.
+
+    Args:
+        client: of the provider.
+        model: the model there.
+        texts: at most as many as the provider takes.
+        instruction: for kinds that take one.
+        dim: length of the model's vectors, which limits the size of the answer.
+        seconds: for everything.
+
+    Raises:
+        AttemptFailed: there is no answer, or not one vector for each text.
+    """
+    kind, name = client.provider.kind, client.provider.name
+    most = _BYTES_BESIDES + len(texts) * (dim * _BYTES_PER_NUMBER + _BYTES_PER_VECTOR)
+    headers: dict[str, str] = {}
+    if kind == "tei":
+        path, body = "/embed", {"inputs": list(texts), "normalize": True, "truncate": False}
+    else:
+        path = "/embeddings"
+        body = {"model": model.name_there, "input": list(texts), "encoding_format": "base64"}
+    if kind == "unmask":
+        headers["request-deadline-ms"] = str(max(1, int(seconds * 1000)))
+        if instruction:
+            body["instruction"] = instruction
+    content = await client.post(path, msgspec.json.encode(body), seconds=seconds, max_bytes=most, headers=headers)
+    try:
+        if kind == "tei":
+            rows = _TEI.decode(content.body)
+            items, usage = [_Item(row, index) for index, row in enumerate(rows)], None
+        else:
+            envelope = _OPENAI.decode(content.body)
+            items, usage = envelope.data, envelope.usage
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        raise AttemptFailed(name, "malformed", f"{len(content.body)} bytes are no answer of the kind {kind}") from None
+    if len(items) != len(texts):
+        raise AttemptFailed(name, "malformed", f"{len(items)} vectors for {len(texts)} texts")
+    ordered = _in_order(items)
+    if ordered is None:
+        raise AttemptFailed(name, "malformed", f"the indices of its vectors are not 0 to {len(texts) - 1}")
+    try:
+        raw = [base64.b64decode(item.embedding, validate=True) for item in ordered if isinstance(item.embedding, str)]
+    except (binascii.Error, ValueError):
+        raise AttemptFailed(name, "malformed", "a vector is no base64") from None
+    if raw and len(raw) != len(ordered):
+        raise AttemptFailed(name, "malformed", "some vectors are base64 and others are numbers")
+    vectors = (
+        [np.frombuffer(content[: len(content) // 4 * 4], dtype="<f4") for content in raw]
+        if raw
+        else [np.array(item.embedding, dtype=np.float32) for item in ordered]
+    )
+    return Answer(vectors, raw, usage.prompt_tokens if usage else None)
+
+
+def require_vectors(answer: Answer, dim: int, provider: str) -> np.ndarray:
+    """Return the vectors of an answer, float32 [n, dim], of length 1.
+
+    Raises:
+        AttemptFailed: a vector has another length, is zero or is not finite.
+    """
+    lengths = {len(vector) for vector in answer.vectors}
+    if lengths != {dim}:
+        raise AttemptFailed(provider, "malformed", f"vectors of {sorted(lengths)[:3]} numbers; the model's have {dim}")
+    vectors = np.stack(answer.vectors).astype(np.float64)
+    if not usable(vectors):
+        raise AttemptFailed(provider, "malformed", "a vector is zero or not finite")
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def _in_order(items: Sequence[_Item]) -> list[_Item] | None:
+    """Return the items by index; in their own order where none has an index; None if the indices are wrong."""
+    indices = [item.index for item in items]
+    if all(index is None for index in indices):
+        return list(items)
+    if sorted(index if index is not None else -1 for index in indices) != list(range(len(items))):
+        return None
+    return sorted(items, key=lambda item: item.index or 0)
