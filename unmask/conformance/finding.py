@@ -8,6 +8,8 @@ import numpy as np
 from unmask.conformance.canary_run import CanaryAnswers
 from unmask.conformance.references import PrecisionClass, References, distances
 
+_PRECISIONS: tuple[PrecisionClass, ...] = ("exact", "float16", "bfloat16", "int8")  # most exact first
+
 # Share of the ten nearest neighbours that must be those of the references; less is asked of rounded vectors.
 _NEIGHBOURS = 10
 _SAME_NEIGHBOURS = {"exact": 0.95}
@@ -125,7 +127,8 @@ def worst_limit(references: References, declared: PrecisionClass) -> float:
 
 def precision_class(references: References, off: np.ndarray) -> PrecisionClass | None:
     """Return the most exact class whose limits the distances [n] keep; None for none."""
-    for name, (worst, mean) in references.limits.items():
+    for name in _PRECISIONS:
+        worst, mean = references.limits.get(name, (-1.0, -1.0))
         if off.max() <= worst and off.mean() <= mean:
             return name
     return None
@@ -133,14 +136,12 @@ def precision_class(references: References, off: np.ndarray) -> PrecisionClass |
 
 def _allowed(references: References, declared: PrecisionClass) -> PrecisionClass:
     """The declared class, or the next more exact one where the model has no limit for it."""
-    order: list[PrecisionClass] = ["exact", "float16", "bfloat16", "int8"]
-    candidates = [name for name in order[: order.index(declared) + 1] if name in references.limits]
+    candidates = [name for name in _PRECISIONS[: _PRECISIONS.index(declared) + 1] if name in references.limits]
     return candidates[-1]
 
 
 def _is_coarser(precision: PrecisionClass, than: PrecisionClass) -> bool:
-    order = ["exact", "float16", "bfloat16", "int8"]
-    return order.index(precision) > order.index(than)
+    return _PRECISIONS.index(precision) > _PRECISIONS.index(than)
 
 
 def _unusable(references: References, answers: CanaryAnswers) -> str:
