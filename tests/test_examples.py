@@ -62,6 +62,19 @@ def test_training_brings_queries_nearer_to_their_answers(capfd: pytest.CaptureFi
 
 
 @pytest.mark.slow
+@pytest.mark.weights
+def test_distillation_writes_two_depths(capfd: pytest.CaptureFixture[str], tmp_path: Path):
+    things, verbs = ("parcel", "invoice", "password", "contract", "phone", "refund"), ("lost", "late", "wrong", "new")
+    texts = [f"my {thing} number {n} is {verb}" for thing in things for verb in verbs for n in range(12)]
+    (tmp_path / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
+    subprocess.run([sys.executable, EXAMPLES / "distil.py", tmp_path / "run", tmp_path / "texts.txt", "6"], check=True)
+    output = capfd.readouterr().out
+    assert "model: 22 MB, vectors of 256 numbers" in output
+    assert "model-4-layers: 15 MB, vectors of 256 numbers" in output
+    assert float(re.findall(r"teacher's vectors: (\S+)", output)[0]) > 0.5
+
+
+@pytest.mark.slow
 def test_evaluation_writes_a_report_and_compares(tmp_path: Path):
     data = write_example_data(tmp_path / "data")
     script = [sys.executable, EXAMPLES / "evaluate_and_compare.py", data, tmp_path / "results", "STSBenchmark"]
