@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from unmask import Encoder
+from unmask.encoder.runtime import kernels
 from unmask.encoder.runtime import linear as linear_module
 from unmask.encoder.runtime.linear import Linear
 
@@ -23,9 +24,14 @@ SHAPES = [
 ROWS = [*range(1, 18), 31, 32, 33, 63, 64, 65, 100, 127, 128, 255, 256, 257, 511, 512, 513, 1024]
 
 
-@pytest.fixture(params=["oneDNN", "OpenBLAS"])
+@pytest.fixture(params=["kernels", "oneDNN", "OpenBLAS"])
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The GEMM in use."""
+    if request.param == "kernels":
+        if kernels.library() is None:
+            pytest.skip("no compiled kernels here")
+        return request.param
+    monkeypatch.setattr(kernels, "library", lambda: None)
     if request.param == "oneDNN" and not linear_module.is_batch_invariant():
         pytest.skip("torch has no oneDNN here, or one that does not keep a row's bits")
     monkeypatch.setattr(linear_module, "is_batch_invariant", lambda: request.param == "oneDNN")
@@ -52,15 +58,15 @@ def test_a_row_has_one_product(library: str, inner: int, outer: int) -> None:
     plain = run_linear(linear, x, threads=1)
     torch.testing.assert_close(plain, expected, rtol=1e-4, atol=1e-4)
     linear.prepack()
-    assert (linear.prepacked is not None) == (library == "oneDNN")
+    assert (linear.prepacked is not None) == (library != "OpenBLAS")
     for rows in ROWS:
         assert torch.equal(run_linear(linear, x[:rows], threads=1), plain[:rows])
         assert torch.equal(run_linear(linear, x[-rows:], threads=2), plain[-rows:])
 
 
 def test_prepack_drops_the_parameter_and_unpack_restores_it() -> None:
-    if not linear_module.is_batch_invariant():
-        pytest.skip("no oneDNN")
+    if kernels.library() is None and not linear_module.is_batch_invariant():
+        pytest.skip("neither kernels nor oneDNN")
     module = nn.Sequential(Linear(48, 100), nn.Linear(100, 8))
     before = {name: value.clone() for name, value in module.state_dict().items()}
     linear_module.prepack(module)

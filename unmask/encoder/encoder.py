@@ -111,8 +111,8 @@ class Encoder:
     def trainable_decoder(self) -> nn.Module:
         """Return the bidirectional transformer with ordinary parameters, which can be read, changed and trained.
 
-        After loading, weights are stored prepacked for oneDNN. This converts them permanently: encoding on a CPU then
-        takes 3 to 6 % longer. On a GPU no CUDA graph is used any more, so few texts take longer.
+        After loading, weights are stored prepacked. This converts them permanently: encoding on a CPU then takes up to
+        a third longer. On a GPU no CUDA graph is used any more, so few texts take longer.
         """
         with self._decoder_lock:
             unpack(self._decoder)

@@ -34,6 +34,8 @@ from unmask.checkpoint.tensors import TensorSource
 from unmask.encoder.model import attention, fused_autograd
 from unmask.encoder.model.architectures import Rope, Shape
 from unmask.encoder.model.attention import LengthGroup, PackLayout
+from unmask.encoder.model.compiled_forward import CompiledForward, StackWeights
+from unmask.encoder.runtime import kernels
 from unmask.encoder.runtime.linear import Linear
 from unmask.errors import CheckpointError
 
@@ -46,8 +48,12 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size))
         self.eps, self.offset = eps, offset
 
+    def factor(self) -> Tensor:
+        """Factor of the normalised states, float32 [size]."""
+        return self.weight.float() + self.offset if self.offset else self.weight.float()
+
     def forward(self, x: Tensor) -> Tensor:
-        scale = self.weight.float() + self.offset if self.offset else self.weight.float()
+        scale = self.factor()
         if torch.is_grad_enabled():
             return fused_autograd.RmsNorm.apply(x, scale, self.eps)  # pyright: ignore[reportReturnType]
         return F.rms_norm(x.float(), (x.shape[-1],), scale, self.eps).to(x.dtype)
@@ -101,11 +107,26 @@ class Layer(nn.Module):
         parts = [self._attend_group(q, k, v, group) for group, q, k, v in heads_of_groups]
         return self.out(parts[0] if len(parts) == 1 else torch.cat(parts))
 
+    def linears(self) -> dict[str, nn.Module]:
+        """The linear layers by name."""
+        return {"qkv": self.qkv, "out": self.out, "gate_up": self.gate_up, "down": self.down}
+
+    def norm_factors(self) -> dict[str, Tensor | None]:
+        """Factors of every norm that a layer may have, by name; None for those that this one lacks."""
+        names = ("attention_norm", "mlp_norm", "q_norm", "k_norm", "attention_out_norm", "mlp_out_norm")
+        norms = {name: getattr(self, name) for name in names}
+        return {name: None if norm is None else norm.factor().detach() for name, norm in norms.items()}
+
+    @property
+    def reach(self) -> int | None:
+        """Farthest distance of a token that is attended to; None for any."""
+        return None if self.window is None else self._reach(self.window)
+
     def _attend_pack(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """q [T, H, D]; k, v [T, K, D]; cu_seqlens [N+1] -> [T, H, D]."""
         kernel = attention.varlen_kernel()
         assert kernel is not None
-        reach = -1 if self.window is None else self._reach(self.window)  # -1: no limit
+        reach = -1 if self.reach is None else self.reach  # -1: no limit
         window = (reach, 0 if self.causal else reach)
         return kernel(q, k, v, cu_seqlens, max_seqlen, self.shape.attention_scale, window, self.shape.softcap or 0.0)
 
@@ -191,7 +212,7 @@ class Decoder(nn.Module):
 
     def __init__(self, shape: Shape, causal: bool = False) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.causal = shape, causal
         # Without a weight, nn.Embedding draws a random one, for which torch imports its compiler: 150 MB, and seconds.
         weight = torch.empty(shape.vocabulary, shape.hidden_size)
         self.embedding = nn.Embedding(shape.vocabulary, shape.hidden_size, _weight=weight)
@@ -239,6 +260,30 @@ class Decoder(nn.Module):
                 x = layer(x, *rotations[rope], layout)
         return self.norm(x)
 
+    def compiled_forward(self) -> CompiledForward | None:
+        """This forward as one call to the compiled kernels, with the present weights; None where they cannot run it.
+
+        They compute float32 on a CPU, from layers as this class makes them.
+        """
+        if kernels.library() is None or len(set(self.shape.ropes)) > 2 or not all(map(_is_plain, self.modules())):
+            return None
+        linears = [layer.linears() for layer in self.layers]
+        if any(type(linear) is not Linear for group in linears for linear in group.values()):
+            return None
+        if any(linear.stored_weight().is_mkldnn for group in linears for linear in group.values()):
+            return None
+        weights = StackWeights(
+            embedding=self.embedding.weight.detach(),
+            linears=linears,
+            norms=[layer.norm_factors() for layer in self.layers],
+            reaches=[layer.reach for layer in self.layers],
+            final_norm=self.norm.factor().detach(),
+        )
+        device = self.embedding.weight.device
+        return CompiledForward(
+            self.shape, self.causal, weights, lambda rope, length: self._angles_table(rope, length, device)
+        )
+
     def can_capture(self) -> bool:
         """True if attention reads `cu_seqlens` from device memory; only then can a graph serve other lengths."""
         weight = self.embedding.weight
@@ -260,15 +305,19 @@ class Decoder(nn.Module):
 
     def _rotation(self, rope: Rope, positions: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin for each token, [T, 1, D/2]."""
-        size, device = 1 << (length - 1).bit_length(), positions.device  # a table for the next power of two, built once
+        cos, sin = self._angles_table(rope, length, positions.device)
+        return cos[positions].to(dtype).unsqueeze(1), sin[positions].to(dtype).unsqueeze(1)
+
+    def _angles_table(self, rope: Rope, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin of the positions 0 to `length` and some more, float32 [positions, D/2]."""
+        size = 1 << (length - 1).bit_length()  # a table for the next power of two, built once
         key = (rope, size, device)
         if key not in self._angles:
             with torch.inference_mode(False), torch.no_grad():  # training may need the table that serving built
                 frequencies = rope.frequencies(self.shape.head_dim).to(device)
                 angles = torch.outer(torch.arange(size, device=device).float(), frequencies)  # [size, D/2]
                 self._angles[key] = (angles.cos(), angles.sin())
-        cos, sin = self._angles[key]
-        return cos[positions].to(dtype).unsqueeze(1), sin[positions].to(dtype).unsqueeze(1)
+        return self._angles[key]
 
     @classmethod
     def load(
@@ -314,6 +363,13 @@ class Decoder(nn.Module):
                 module, kind = name.rsplit(".", 1)
                 table[f"layers.{i}.{name}"] = [f"layers.{i}.{part}.{kind}" for part in hub[module]]
         return table
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """True if a module runs no hooks and its own parameters are float32 on the CPU."""
+    has_hooks = module._forward_hooks or module._forward_pre_hooks
+    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return not has_hooks and all(p.device.type == "cpu" and p.dtype == torch.float32 for p in own)
 
 
 def check_names(sources: dict[str, list[str]], tensors: TensorSource) -> None:

@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from unmask.encoder.pooling import pool
 from unmask.encoder.prompts import Prompt
@@ -28,12 +28,14 @@ class CpuRuntime:
 
     def __init__(self, decoder: nn.Module, pooling: str, device: torch.device) -> None:
         self._decoder, self._pooling, self._device = decoder, pooling, device
+        self._compiled, self._are_weights_fixed = _compile(decoder), True
 
     @torch.inference_mode()
     def pooled_states(self, prompts: Sequence[Prompt]) -> np.ndarray:
         """Pooled hidden states of a pack, float32 [N, W], in its order."""
         ids = torch.from_numpy(np.concatenate([prompt.ids for prompt in prompts])).to(self._device)  # [T]
-        hidden = self._decoder(ids, [len(prompt.ids) for prompt in prompts])  # [T, W]
+        compiled = self._compiled if self._are_weights_fixed else _compile(self._decoder)
+        hidden = (compiled or self._decoder)(ids, [len(prompt.ids) for prompt in prompts])  # [T, W]
         return pool(hidden, prompts, self._pooling).cpu().numpy()
 
     def map_packs(self, function: Callable[[_Item], _Result], packs: Sequence[_Item]) -> list[_Result]:
@@ -41,4 +43,11 @@ class CpuRuntime:
         return parallel_map(function, packs)
 
     def allow_weight_changes(self) -> None:
-        """Nothing to do: every forward reads the parameters anew."""
+        """Read the parameters anew at every forward."""
+        self._compiled, self._are_weights_fixed = None, False
+
+
+def _compile(decoder: nn.Module) -> Callable[[Tensor, list[int]], Tensor] | None:
+    """The decoder's forward in compiled kernels, which computes with its present weights. None where it has none."""
+    compiled_forward = getattr(decoder, "compiled_forward", None)
+    return None if compiled_forward is None else compiled_forward()

@@ -2,9 +2,10 @@
 
 A matrix product must sum a row in the same order whatever the other rows are and however many there are. Otherwise the
 vector of a text depends on its batch: with MKL, torch's default for float32, a text on which the model is
-ill-conditioned moved by 2e-5. The GEMMs of oneDNN and OpenBLAS are batch-invariant. oneDNN's is faster, above all with
-weights prepacked into its own memory layout. OpenBLAS, which numpy's wheels contain, is used where torch has no oneDNN,
-or one that fails the check in `is_batch_invariant`.
+ill-conditioned moved by 2e-5. Our own compiled kernels are batch-invariant, and so are the GEMMs of oneDNN and
+OpenBLAS. The kernels are used where they fit the machine (`kernels.library`), then oneDNN; both are faster with
+weights prepacked into their own memory layout. OpenBLAS, which numpy's wheels contain, is used where torch has no
+oneDNN, or one that fails the check in `is_batch_invariant`.
 """
 
 from functools import cache
@@ -13,6 +14,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from unmask.encoder.runtime import kernels
 
 # oneDNN sums a single row with another kernel in another order, and OpenBLAS very small products.
 _MIN_ROWS = 8
@@ -24,18 +27,25 @@ _EXPECTED_ROWS = 512
 class Linear(nn.Linear):
     """`nn.Linear` with a batch-invariant forward when gradients are off: float32 on a CPU.
 
-    The weight is either an ordinary parameter, or prepacked: stored only in oneDNN's layout, with `weight` None. oneDNN
-    reorders an ordinary weight at every call, which takes 3 to 6 % longer and sees every change of the parameter. The
-    output has the same bits either way.
+    The weight is either an ordinary parameter, or prepacked: stored only in the layout of the compiled kernels or of
+    oneDNN, with `weight` None. An ordinary weight is reordered at every call, which takes longer and sees every change
+    of the parameter. The output has the same bits either way.
     """
 
     prepacked: Tensor | None = None
 
     def prepack(self) -> None:
         """Replace the parameter by the faster layout where there is one. `unpack` restores it bit for bit."""
-        if self.prepacked is None and _is_cpu_float32(self.weight) and is_batch_invariant():
+        if self.prepacked is not None or not _is_cpu_float32(self.weight):
+            return
+        if kernels.library() is not None:
+            with torch.inference_mode(False), torch.no_grad():
+                self.prepacked = kernels.panels_of(self.weight.detach())
+        elif is_batch_invariant():
             self.prepacked = prepack_weight(self.weight.detach())
-            self.register_parameter("weight", None)
+        else:
+            return
+        self.register_parameter("weight", None)
 
     def unpack(self) -> None:
         """Make the weight an ordinary parameter again. Forwards in other threads are not disturbed."""
@@ -44,16 +54,25 @@ class Linear(nn.Linear):
                 self.weight = nn.Parameter(self.plain_weight())
             self.prepacked = None
 
+    def stored_weight(self) -> Tensor:
+        """The weight as it is stored: prepacked, or [out, in] in row-major layout."""
+        return self.weight.detach() if self.prepacked is None else self.prepacked
+
     def plain_weight(self) -> Tensor:
         """The weight [out, in] in row-major layout."""
-        return self.weight.detach() if self.prepacked is None else self.prepacked.to_dense()
+        weight = self.stored_weight()
+        if weight.is_mkldnn:
+            return weight.to_dense()
+        return weight if weight.dim() == 2 else kernels.weight_of(weight, self.out_features)
 
     def forward(self, input: Tensor) -> Tensor:
         """[T, in] -> [T, out]."""
         if torch.is_grad_enabled() or not _is_cpu_float32(input):
             return F.linear(input, self.weight, self.bias)
-        prepacked = self.prepacked
-        return invariant_linear(input, self.weight if prepacked is None else prepacked, self.bias)
+        weight = self.stored_weight()
+        if kernels.library() is not None and not weight.is_mkldnn:
+            return kernels.linear(input, weight, self.out_features, self.bias)
+        return invariant_linear(input, weight, self.bias)
 
 
 def prepack(module: nn.Module) -> None:

@@ -45,6 +45,39 @@ def _workers(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, thread_name_prefix="unmask-core")
 
 
+_team_lock = threading.Lock()
+
+
+def run_parts(run: Callable[[int, int], None], reserve: Callable[[int], object]) -> None:
+    """Run the parts of one computation at the same time, on as many cores as this thread's products may use.
+
+    The parts wait for each other at barriers, so all must run. If another team has the cores, there is a single part.
+
+    Args:
+        run: computes a part, given its index and the number of parts.
+        reserve: called once before, with the number of parts; what it returns is kept until the end.
+    """
+    parts = torch.get_num_threads()
+    alone = parts < 2 or not _team_lock.acquire(blocking=False)
+    memory = reserve(1 if alone else parts)
+    if alone:
+        run(0, 1)
+    else:
+        try:
+            others = [_team(parts - 1).submit(run, part, parts) for part in range(1, parts)]
+            run(0, parts)
+            for other in others:
+                other.result()
+        finally:
+            _team_lock.release()
+    del memory
+
+
+@cache
+def _team(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix="unmask-part")
+
+
 @cache
 def _keep_freed_memory() -> None:
     """Make glibc reuse the memory of one product's output for the next.

@@ -1,0 +1,161 @@
+"""Compiled kernels for CPUs: the binding of `kernels.c`, or nothing where no library fits this machine.
+
+A wheel brings the libraries. From a source tree, the one for this processor is compiled at the first use, where there
+is a C compiler. Otherwise everything runs on torch's operations.
+"""
+
+import ctypes
+import logging
+import os
+import platform
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from unmask.encoder.runtime.kernels import build
+from unmask.home import home
+
+log = logging.getLogger("unmask")
+
+_Pointer = ctypes.c_void_p
+_Integer = ctypes.c_int64
+
+# How a weight is stored, as in kernels.c.
+FLOAT32, BFLOAT16, ROW_MAJOR = 0, 1, 2
+
+
+class LinearWeight(ctypes.Structure):
+    """`Linear` of kernels.c."""
+
+    _fields_ = (("weight", _Pointer), ("bias", _Pointer), ("n", _Integer), ("k", _Integer), ("kind", _Integer))
+
+
+class LayerWeights(ctypes.Structure):
+    """`Layer` of kernels.c."""
+
+    _fields_ = (
+        *((name, LinearWeight) for name in ("qkv", "out", "gate_up", "down")),
+        *((name, _Pointer) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm")),
+        *((name, _Pointer) for name in ("attention_out_norm", "mlp_out_norm")),
+        *((name, _Integer) for name in ("reach", "rope")),
+    )
+
+
+class ModelArguments(ctypes.Structure):
+    """`Model` of kernels.c."""
+
+    _fields_ = (
+        *((name, _Integer) for name in ("hidden", "heads", "kv_heads", "head_dim", "intermediate", "activation")),
+        *((name, _Integer) for name in ("causal", "num_layers")),
+        *((name, ctypes.c_float) for name in ("eps", "attention_scale", "softcap", "embedding_scale")),
+        *((name, _Pointer) for name in ("embedding", "final_norm", "layers")),
+    )
+
+
+class Pack(ctypes.Structure):
+    """`Pack` of kernels.c."""
+
+    _fields_ = (
+        *((name, _Integer) for name in ("tokens", "sequences", "max_seqlen")),
+        *((name, _Pointer) for name in ("ids", "cu_seqlens")),
+        *((name, _Pointer * 2) for name in ("cosines", "sines")),
+        *((name, _Pointer) for name in ("x", "shared", "private")),
+        *((name, ctypes.c_int) for name in ("arrived", "round")),
+    )
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The kernels for this processor; None where there are none."""
+    target = _target()
+    if target is None:
+        return None
+    path = _installed(target) or _compiled(target)
+    if path is None:
+        return None
+    try:
+        kernels = ctypes.CDLL(str(path))
+    except OSError as error:
+        log.warning("compiled kernels are not used: %s", error)
+        return None
+    kernels.panel_columns.restype = _Integer
+    kernels.shared_floats.argtypes, kernels.shared_floats.restype = [_Pointer, _Integer], _Integer
+    kernels.private_floats.argtypes, kernels.private_floats.restype = [_Pointer, _Integer], _Integer
+    kernels.forward.argtypes, kernels.forward.restype = [_Pointer, _Pointer, ctypes.c_int, ctypes.c_int], None
+    kernels.linear.argtypes, kernels.linear.restype = [_Pointer, _Integer, _Pointer, _Pointer, _Pointer], None
+    return kernels
+
+
+def _target() -> str | None:
+    """This processor's entry in `build.TARGETS`."""
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        target = "neon"
+    else:
+        target = torch.backends.cpu.get_cpu_capability().lower()
+    return target if target in build.targets() else None
+
+
+def _folders() -> list[Path]:
+    return [build.SOURCE.parent, home() / "kernels"]
+
+
+def _installed(target: str) -> Path | None:
+    name = build.file_name(target)
+    return next((folder / name for folder in _folders() if (folder / name).exists()), None)
+
+
+def _compiled(target: str) -> Path | None:
+    if build.compiler() is None:
+        log.info("no C compiler: encoding runs on torch's operations, which are slower")
+        return None
+    folder = next((folder for folder in _folders() if os.access(folder, os.W_OK)), _folders()[-1])
+    try:
+        return build.compile_library(target, folder)
+    except (OSError, subprocess.SubprocessError) as error:
+        log.warning("kernels.c was not compiled, encoding runs on torch's operations: %s", error)
+        return None
+
+
+@cache
+def panel_columns() -> int:
+    """Number of columns of a panel, NR in kernels.c."""
+    kernels = library()
+    assert kernels is not None
+    return kernels.panel_columns()
+
+
+def panels_of(weight: Tensor) -> Tensor:
+    """A weight [n, k] in panels, [ceil(n / NR), k, NR], padded with zeros."""
+    columns = panel_columns()
+    n, k = weight.shape
+    padded = torch.nn.functional.pad(weight, (0, 0, 0, -n % columns))
+    return padded.view(-1, columns, k).transpose(1, 2).contiguous()
+
+
+def weight_of(panels: Tensor, n: int) -> Tensor:
+    """The weight [n, k] that `panels_of` made panels of."""
+    return panels.transpose(1, 2).reshape(-1, panels.shape[1])[:n].contiguous()
+
+
+def describe(weight: Tensor, n: int, bias: Tensor | None) -> LinearWeight:
+    """Arguments of a linear layer with n outputs: panels [panels, k, NR], or a contiguous weight [n, k].
+
+    The caller keeps the tensors alive.
+    """
+    kind = ROW_MAJOR if weight.dim() == 2 else FLOAT32
+    return LinearWeight(weight.data_ptr(), None if bias is None else bias.data_ptr(), n, weight.shape[1], kind)
+
+
+def linear(x: Tensor, weight: Tensor, n: int, bias: Tensor | None) -> Tensor:
+    """x [T, k] @ weight.T + bias: float32 [T, n]. `weight` as in `describe`. The bits of a row depend on it alone."""
+    kernels = library()
+    assert kernels is not None
+    x, weight = x.contiguous(), weight.contiguous()
+    out = torch.empty(x.shape[0], n)
+    memory = torch.empty(x.shape[1] * panel_columns() if weight.dim() == 2 else 0)
+    arguments = describe(weight, n, bias)
+    kernels.linear(ctypes.byref(arguments), x.shape[0], x.data_ptr(), out.data_ptr(), memory.data_ptr())
+    return out
