@@ -13,7 +13,7 @@ import numpy as np
 
 from unmask import Encoder
 from unmask.api.quantisation import quantise_vectors
-from unmask.checkpoint.resolve import DEFAULT_MODEL
+from unmask.checkpoint import DEFAULT_MODEL
 from unmask.tables import read_table
 
 TEXTS, QUERIES, NEAREST, CANDIDATES = 1200, 200, 10, 40

@@ -12,7 +12,7 @@ from typing import Any
 
 from aiosmtpd.controller import Controller
 
-from unmask.catalogue.mail import MailServer
+from unmask.catalogue.mail_server import MailServer
 
 
 @dataclass

@@ -17,9 +17,10 @@ from tests.api.live import LocalService, running
 from tests.web.html import Page
 from tests.web.people import PASSWORD, do, person
 from unmask.accounts import Accounts, audit, identity_provider, people
-from unmask.accounts.identity_provider import AuthorizationRequest, Identity, IdentityProvider, IdentityProviderSettings
+from unmask.accounts.identity_provider import AuthorizationRequest, Identity, IdentityProvider
 from unmask.accounts.keys import Peppers
 from unmask.accounts.limits import LocalLimiter
+from unmask.accounts.provider_settings import IdentityProviderSettings
 from unmask.accounts.verification import discrepancies, verify
 from unmask.api import ServeSettings
 from unmask.errors import UsageError

@@ -21,8 +21,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from unmask.bulk import job as job_module
+from unmask.bulk.encode_job import EncodeJob
 from unmask.bulk.files import INPUT_FORMATS, NPY_HEADER_BYTES, OUTPUT_FORMATS
-from unmask.bulk.job import EncodeJob, EncodeProgress, EncodeReport, run
+from unmask.bulk.job import EncodeProgress, EncodeReport, run
 from unmask.bulk.spool import Spool
 from unmask.encoder.encoder import Encoder
 from unmask.errors import CheckpointError, EmptyText, StorageError, TextTooLong, UsageError

@@ -10,7 +10,8 @@ from unmask.catalogue import Catalogue, Event, Record, measurements_of, parse_re
 from unmask.catalogue.figures import SUITES
 from unmask.catalogue.lifecycle import ALLOWED, STATUSES
 from unmask.catalogue.measurement import MTEB
-from unmask.checkpoint.resolve import DEFAULT_MODEL, TRAINED_ON
+from unmask.checkpoint import DEFAULT_MODEL
+from unmask.checkpoint.resolve import TRAINED_ON
 from unmask.evaluate.results import Results
 
 LLM2VEC = [f"McGill-NLP/LLM2Vec-{base}-mntp-{stage}"

@@ -8,7 +8,8 @@ import pytest
 from tests.letterbox import Inbox, free_port, mail_server
 from unmask.accounts import people
 from unmask.accounts.keys import Peppers
-from unmask.catalogue.mail import MailServer, send_notices
+from unmask.catalogue.mail import send_notices
+from unmask.catalogue.mail_server import MailServer
 from unmask.catalogue.model_requests import MOST_VOTES, request_model
 from unmask.catalogue.store import put_fields, read_record, step
 from unmask.catalogue.votes import (

@@ -12,7 +12,8 @@ import pytest
 
 from tests.mirror import published_mirror
 from unmask import Encoder
-from unmask.checkpoint import open_checkpoint, resolve
+from unmask.checkpoint import open_checkpoint
+from unmask.checkpoint.resolve import resolve
 from unmask.checkpoint.shipped import SHIPPED, ShippedModel, fetch_shipped
 from unmask.errors import CheckpointError, ModelNotFound, StorageError
 

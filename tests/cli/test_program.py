@@ -17,6 +17,13 @@ from unmask.cli.program import COMMANDS, build_app
 Ended = subprocess.CompletedProcess[str]
 Command = Callable[..., Ended]
 WIDTHS = (60, 80, 120)
+# Packages that take long to import. A page of help needs none of them.
+HEAVY = {
+    *("torch", "transformers", "numpy", "tokenizers", "safetensors", "pyarrow", "scipy", "sklearn", "pandas"),
+    *("datasets", "mteb", "matplotlib", "starlette", "uvicorn", "huggingface_hub", "alembic", "jinja2", "httpx"),
+}
+# Commands of which nearly every subcommand opens the database.
+WITH_DATABASE = {"accounts", "ledger", "catalogue"}
 # Signs of boxes, cut words and terminals.
 NOT_PLAIN = re.compile("[\u2500-\u257f\x1b…]")
 
@@ -67,15 +74,28 @@ def test_help_groups_the_commands(unmask: Command) -> None:
     assert lines[lines.index("Start here:") + 1].split()[0] == "encode"
 
 
-def test_help_imports_no_package_of_ours_but_cli() -> None:
+def modules_after(*command_lines: tuple[str, ...]) -> list[set[str]]:
+    """Run command lines one after the other in a process. Returns the modules it has imported after each."""
     code = (
         "import sys; from unmask.cli import main\n"
-        "try: main(['--help'])\n"
-        "except SystemExit: print([name for name in sys.modules if name.startswith(('unmask.', 'torch', 'numpy'))])"
+        f"for line in {command_lines}:\n"
+        "    try: main(line)\n"
+        "    except SystemExit: print(*sys.modules, file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    modules = {"unmask.cli", "unmask.cli.help", "unmask.cli.program", "unmask.cli.terminal", "unmask.errors"}
-    assert set(re.findall(r"'([\w.]+)'", done.stdout.splitlines()[-1])) == modules
+    return [set(line.split()) for line in done.stderr.splitlines()]
+
+
+def test_help_imports_no_package_of_ours_but_cli() -> None:
+    ours = {name for name in modules_after(("--help",))[0] if name.startswith("unmask.")}
+    assert ours == {"unmask.cli", "unmask.cli.help", "unmask.cli.program", "unmask.cli.terminal", "unmask.errors"}
+
+
+def test_the_help_of_a_command_imports_nothing_heavy() -> None:
+    names = sorted((command.name for command in COMMANDS), key=lambda name: name in WITH_DATABASE)
+    for name, modules in zip(names, modules_after(*((name, "--help") for name in names)), strict=True):
+        heavy = HEAVY if name in WITH_DATABASE else HEAVY | {"sqlalchemy", "msgspec"}
+        assert not heavy & modules, name
 
 
 @pytest.mark.parametrize("width", WIDTHS)

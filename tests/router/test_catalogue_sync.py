@@ -12,7 +12,7 @@ import pytest
 
 from tests.api.live import LocalService, running, until
 from unmask.api.settings import ServeSettings
-from unmask.catalogue.canary import Canary
+from unmask.catalogue.canary import make_canary
 from unmask.catalogue.store import put_fields, step
 from unmask.encoder import Encoder
 from unmask.router import CatalogueSync, ModelRegistry
@@ -55,7 +55,7 @@ def listed(service: LocalService) -> list[str]:
 def test_from_live_to_retired_without_a_restart(service: LocalService, database: Database, golden_dir: Path) -> None:
     assert embed(service).status == 404
     encoder = Encoder.load(golden_dir / "tiny_gemma", compat="reference")
-    canary = Canary.of("a canary", encoder.encode("a canary")[0])
+    canary = make_canary("a canary", encoder.encode("a canary")[0])
     go_live(
         database, golden_dir / "tiny_gemma", compat="reference", revision=encoder.checkpoint.revision,
         canary={"text": canary.text, "vector": canary.vector},

@@ -15,7 +15,7 @@ import pytest
 from tests.api.live import KEY, LocalService, Service, until
 from tests.api.test_middleware import status_of
 from unmask.api import ServeSettings
-from unmask.catalogue.mail import MailServer
+from unmask.catalogue.mail_server import MailServer
 from unmask.errors import UsageError
 from unmask.server.http_protocol import HEADER_LIMIT_BYTES
 

@@ -13,7 +13,7 @@ from tests.accounts.oidc_provider import CLIENT, SECRET, OidcProvider, provided
 from tests.api.live import LocalService, running, until
 from tests.web.people import PASSWORD, do, key_of, person
 from unmask.accounts import Accounts, keys, people, tariff
-from unmask.accounts.identity_provider import IdentityProviderSettings
+from unmask.accounts.provider_settings import IdentityProviderSettings
 from unmask.catalogue import votes
 from unmask.catalogue.store import GateOutcome, add_gate_outcome, put_fields, step
 from unmask.onboarding.gates import GATES

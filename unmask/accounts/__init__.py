@@ -4,8 +4,22 @@
 functions of a connection, for the command line and the pages: `Accounts.read` and `Accounts.write` run them.
 """
 
-from unmask.accounts.accounts import Accounts, BillableRequest
-from unmask.accounts.keys import Caller
-from unmask.accounts.ledger import HeldCredit
+from typing import TYPE_CHECKING
+
+from unmask.exports import lazy_exports
+
+if TYPE_CHECKING:
+    from unmask.accounts.accounts import Accounts, BillableRequest
+    from unmask.accounts.keys import Caller
+    from unmask.accounts.ledger import HeldCredit
 
 __all__ = ["Accounts", "BillableRequest", "Caller", "HeldCredit"]
+
+__getattr__ = lazy_exports(
+    __name__,
+    {
+        "accounts": ("Accounts", "BillableRequest"),
+        "keys": ("Caller",),
+        "ledger": ("HeldCredit",),
+    },
+)

@@ -15,11 +15,12 @@ from sqlalchemy import Connection
 
 from unmask.accounts import actions, keys, ledger, money, people, tariff
 from unmask.accounts.audit import Actor
-from unmask.accounts.identity_provider import Identity, IdentityProvider, IdentityProviderSettings
+from unmask.accounts.identity_provider import Identity, IdentityProvider
 from unmask.accounts.keys import Caller, Peppers
 from unmask.accounts.ledger import HeldCredit, Hold
 from unmask.accounts.limits import BucketTake, Limiter, LocalLimiter, RateLimitStatus
 from unmask.accounts.people import Person
+from unmask.accounts.provider_settings import IdentityProviderSettings
 from unmask.errors import AddressTaken, RateLimited, SignInRefused, UnmaskError
 from unmask.storage.database import Database, default_url, now_ms
 from unmask.storage.writer import Writer

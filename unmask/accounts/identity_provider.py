@@ -6,18 +6,17 @@ and nobody who has not the very cookie can finish a visit or begin one for anoth
 """
 
 import hmac
-import ipaddress
 import logging
 import secrets
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 from unmask.accounts.keys import Peppers
-from unmask.errors import MissingPackages, ProviderUnavailable, SignInRefused, UsageError
+from unmask.accounts.provider_settings import IdentityProviderSettings, is_protected
+from unmask.errors import MissingPackages, ProviderUnavailable, SignInRefused
 from unmask.storage.database import now_ms
 
 log = logging.getLogger("unmask")
@@ -32,39 +31,6 @@ _METADATA_S = 300.0  # how long the discovery document is believed
 _LEEWAY_S = 60  # how far the provider's clock may be off
 _LONGEST_SUBJECT = 255  # as the standard has it
 _LONGEST_NEXT = 500  # the browser keeps it in a cookie
-
-
-@dataclass(frozen=True, kw_only=True)
-class IdentityProviderSettings:
-    """Settings of an OpenID Connect provider.
-
-    Attributes:
-        issuer: the provider's URL, exactly as it signs it.
-        client_id, client_secret: by which it knows this server.
-        name: what people call it; left out, its host.
-
-    Raises:
-        UsageError: the issuer is no https URL, or an id or secret is missing.
-    """
-
-    issuer: str
-    client_id: str
-    client_secret: str = field(repr=False)
-    name: str = ""
-
-    def __post_init__(self) -> None:
-        if not _is_safe(self.issuer) or any(mark in self.issuer for mark in "?#"):
-            raise UsageError(
-                f"the OIDC issuer {self.issuer!r} cannot be used: give its https address, such as "
-                "https://login.example.org"
-            )
-        if not self.client_id or not self.client_secret:
-            raise UsageError(
-                f"the OIDC issuer {self.issuer} needs a client id (--oidc-client-id) and a client secret "
-                "(--oidc-client-secret-file, or UNMASK_OIDC_CLIENT_SECRET)"
-            )
-        if not self.name:
-            object.__setattr__(self, "name", urlsplit(self.issuer).hostname)
 
 
 @dataclass(frozen=True)
@@ -247,7 +213,7 @@ class IdentityProvider:
         if document["issuer"] != self.settings.issuer:
             raise ValueError(f"it says that its issuer is {str(document['issuer'])[:200]!r}")
         for endpoint in ("authorization_endpoint", "token_endpoint", "jwks_uri"):
-            if not _is_safe(document[endpoint]):
+            if not is_protected(document[endpoint]):
                 raise ValueError(f"its {endpoint} is no https address")
         self._metadata = time.monotonic(), document
         return document
@@ -301,23 +267,3 @@ class IdentityProvider:
         except (HTTPError, InvalidURL, LookupError, TypeError, ValueError) as error:
             log.warning("OIDC: %s cannot be asked: %s: %s", self.settings.issuer, type(error).__name__, error)
             raise unavailable from error
-
-
-def _is_safe(url: object) -> bool:
-    """True if the connection to a URL is protected: https, or this machine."""
-    try:
-        parts = urlsplit(url if isinstance(url, str) else "")
-        host = parts.hostname or ""
-    except ValueError:
-        return False
-    if parts.username is not None:
-        return False
-    return bool(host) and (parts.scheme == "https" or (parts.scheme == "http" and is_this_machine(host)))
-
-
-def is_this_machine(host: str) -> bool:
-    """True if a host is this machine's own address, which no other machine can reach."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

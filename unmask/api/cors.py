@@ -8,25 +8,9 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from unmask.api.context import context_of
-from unmask.errors import UsageError
 
-_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
 _HEADER_NAMES = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+(\s*,\s*[A-Za-z0-9!#$%&'*+.^_`|~-]+)*")
-_DEFAULT_PORT = re.compile(r"(http://.*:80|https://.*:443)")
 _PREFLIGHT_SECONDS = "600"
-
-
-def check_origin(origin: str) -> None:
-    """Check that an origin is written as browsers send it.
-
-    Raises:
-        UsageError: it is not.
-    """
-    if not _ORIGIN.fullmatch(origin) or _DEFAULT_PORT.fullmatch(origin):
-        raise UsageError(
-            f"CORS origin {origin!r}: write it as browsers send it, such as https://app.example.org or "
-            "http://localhost:3000, in small letters, without a path, a slash at the end or the default port"
-        )
 
 
 class CorsMiddleware:

@@ -7,14 +7,17 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from unmask.accounts.identity_provider import IdentityProviderSettings, is_this_machine
 from unmask.accounts.money import MAX_AMOUNT
-from unmask.api.cors import check_origin
-from unmask.catalogue.mail import MailServer
+from unmask.accounts.provider_settings import IdentityProviderSettings, is_this_machine
+from unmask.catalogue.mail_server import MailServer
 from unmask.encoder import Dtype
 from unmask.errors import UsageError
 
 _ADDRESS = re.compile(r"https?://[A-Za-z0-9.:\[\]-]+(/[\w./-]*)?")
+
+# An origin as browsers send it.
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
+_DEFAULT_PORT = re.compile(r"(http://.*:80|https://.*:443)")
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -143,7 +146,7 @@ class ServeSettings:
             except ValueError as error:
                 raise UsageError(f"trusted proxy {proxy!r}: {error}; write it like 10.0.0.1 or 10.0.0.0/8") from None
         for origin in self.cors_origins:
-            check_origin(origin)
+            _check_origin(origin)
         if self.credit_status not in (402, 429):
             raise UsageError(f"credit_status={self.credit_status}: choose 429 or 402")
         if not 0 <= self.free_credit <= MAX_AMOUNT:
@@ -161,3 +164,16 @@ class ServeSettings:
                 f"host {self.host!r} can be reached from other machines and no API key is set: "
                 "turn on accounts, name a key file, or listen on 127.0.0.1"
             )
+
+
+def _check_origin(origin: str) -> None:
+    """Check that an origin is written as browsers send it.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if not _ORIGIN.fullmatch(origin) or _DEFAULT_PORT.fullmatch(origin):
+        raise UsageError(
+            f"CORS origin {origin!r}: write it as browsers send it, such as https://app.example.org or "
+            "http://localhost:3000, in small letters, without a path, a slash at the end or the default port"
+        )

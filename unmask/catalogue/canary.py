@@ -2,8 +2,9 @@
 
 import base64
 
-import msgspec
 import numpy as np
+
+from unmask.catalogue.record import Canary
 
 CANARY_TEXT = "The canary sings while the air is good."
 
@@ -12,21 +13,15 @@ CANARY_TEXT = "The canary sings while the air is good."
 CANARY_COSINE = {"float32": 0.9999, "float16": 0.9999, "bfloat16": 0.998, "int8": 0.99}
 
 
-class Canary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A text and its vector: normalised, in the record's own mode, little-endian float16, base64."""
+def make_canary(text: str, vector: np.ndarray) -> Canary:
+    """Make the canary of a text and its raw vector [dim]."""
+    scaled = (vector / np.linalg.norm(vector)).astype("<f2")
+    return Canary(text=text, vector=base64.b64encode(scaled.tobytes()).decode())
 
-    text: str
-    vector: str
 
-    @classmethod
-    def of(cls, text: str, vector: np.ndarray) -> "Canary":
-        """Make the canary of a text and its raw vector [dim]."""
-        scaled = (vector / np.linalg.norm(vector)).astype("<f2")
-        return cls(text=text, vector=base64.b64encode(scaled.tobytes()).decode())
-
-    def expected(self) -> np.ndarray:
-        """Return the vector as float32 [dim]."""
-        return np.frombuffer(base64.b64decode(self.vector), dtype="<f2").astype(np.float32)
+def expected_vector(canary: Canary) -> np.ndarray:
+    """Return the vector of a canary as float32 [dim]."""
+    return np.frombuffer(base64.b64decode(canary.vector), dtype="<f2").astype(np.float32)
 
 
 def check_vector(vector: np.ndarray, expected: np.ndarray, dtype: str = "float32") -> str:

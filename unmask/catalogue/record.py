@@ -6,8 +6,14 @@ from typing import Literal
 
 import msgspec
 
-from unmask.catalogue.canary import Canary
 from unmask.catalogue.lifecycle import Event, Status, check_history
+
+
+class Canary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A text and its vector: normalised, in the record's own mode, little-endian float16, base64."""
+
+    text: str
+    vector: str
 
 
 class Specification(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

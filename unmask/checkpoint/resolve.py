@@ -13,8 +13,6 @@ from unmask.home import home
 # A `config.json` of layers alone names here the model whose token embedding and tokenizer they go with.
 EMBEDDING_FROM = "token_embedding_from"
 
-DEFAULT_MODEL = "unmask/smollm2-135m-embed"
-
 # The published LLM2Vec adapters of the second stage were trained on (base + this adapter), but their own
 # adapter_config.json may name the base alone. https://github.com/McGill-NLP/llm2vec, "Getting Started".
 TRAINED_ON = {

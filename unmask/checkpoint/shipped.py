@@ -16,6 +16,8 @@ from unmask.home import home
 
 log = logging.getLogger("unmask")
 
+DEFAULT_MODEL = "unmask/smollm2-135m-embed"
+
 
 @dataclass(frozen=True)
 class ShippedModel:

@@ -1,15 +1,18 @@
 """`unmask encode`."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Group, Parameter
 
-from unmask.bulk.job import EncodeJob, EncodeProgress, run
-from unmask.checkpoint.resolve import DEFAULT_MODEL
+from unmask.bulk.encode_job import EncodeJob
+from unmask.checkpoint import DEFAULT_MODEL
 from unmask.cli.options import DeviceOption, DtypeOption
 from unmask.cli.terminal import Progress, Step, say
-from unmask.encoder import Encoder
+
+if TYPE_CHECKING:
+    from unmask.bulk.job import EncodeProgress
+    from unmask.encoder import Encoder
 
 _FILES = Group.create_ordered("Files and texts")
 _MODEL = Group.create_ordered("Model")
@@ -44,8 +47,10 @@ class ModelOptions:
     dtype: DtypeOption = "float32"
     device: DeviceOption = "cpu"
 
-    def load(self) -> Encoder:
+    def load(self) -> "Encoder":
         """Load the encoder."""
+        from unmask.encoder import Encoder
+
         return Encoder.load(
             self.model,
             adapters=self.adapter,
@@ -64,6 +69,8 @@ def encode(
 
     An interrupted run continues when you repeat the command. The output is the same to the byte.
     """
+    from unmask.bulk.job import run
+
     with Progress() as progress:
         report = run(job, model.load, lambda state: progress.show(_step(state)))
     say(f"{report.rows} texts, {report.tokens} tokens, {report.seconds:.1f} s -> {job.output}")
@@ -76,6 +83,6 @@ def encode(
     return 0
 
 
-def _step(state: EncodeProgress) -> Step:
+def _step(state: "EncodeProgress") -> Step:
     speed = f"{state.tokens / state.seconds:,.0f} tokens/s" if state.seconds else ""
     return Step("encode", state.rows, state.total, "rows", (speed,))

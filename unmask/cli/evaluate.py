@@ -47,7 +47,7 @@ def evaluate(
     import shlex
     from pathlib import Path
 
-    from unmask.checkpoint.resolve import DEFAULT_MODEL
+    from unmask.checkpoint import DEFAULT_MODEL
     from unmask.evaluate.run import Evaluation, run_evaluation
 
     results = run_evaluation(

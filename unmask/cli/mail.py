@@ -8,7 +8,7 @@ from cyclopts import Group, Parameter
 from unmask.cli.terminal import say
 
 if TYPE_CHECKING:
-    from unmask.catalogue.mail import MailServer
+    from unmask.catalogue.mail_server import MailServer
     from unmask.storage.database import Database
 
 MAIL_GROUP = Group("Mail to people who voted for the model", sort_key=90)
@@ -40,7 +40,7 @@ class MailOptions:
         Raises:
             UsageError: an address is malformed.
         """
-        from unmask.catalogue.mail import MailServer
+        from unmask.catalogue.mail_server import MailServer
 
         return None if self.mail_server is None else MailServer(self.mail_server, self.mail_from, public_url)
 

@@ -7,7 +7,6 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from unmask.cli.terminal import Progress, Step, say
-from unmask.evaluate.models import open_model
 from unmask.training.mining import MiningSettings
 from unmask.training.mining import mine as run_mining
 
@@ -33,6 +32,8 @@ def mine(options: MiningOptions, *, model: str, output: Annotated[Path, Paramete
     output
         JSON lines with query, positive and negatives, as a recipe takes them.
     """
+    from unmask.evaluate.models import open_model
+
     counts: dict[str, int] = {}
     with Progress() as progress:
 

@@ -7,23 +7,20 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Group, Parameter
 
-from unmask.catalogue import record_for
-from unmask.catalogue.model_requests import check_hub_id
-from unmask.catalogue.store import read_catalogue, source_of
 from unmask.cli.database import DatabaseUrl, open_database
 from unmask.cli.mail import NO_MAIL, MailOptions, PublicUrl, send_waiting_notices
 from unmask.cli.options import ACTOR, amount_option
 from unmask.cli.terminal import Progress, Step, print_sentence, print_table
 from unmask.errors import UsageError
-from unmask.onboarding import OnboardingOptions, OnboardingResult
-from unmask.onboarding import onboard as run_onboarding
-from unmask.onboarding.run import output_for
-from unmask.onboarding.sweep import DEFAULT_LENGTHS
-from unmask.storage.database import Database
+from unmask.onboarding.options import DEFAULT_LENGTHS, OnboardingOptions
+
+if TYPE_CHECKING:
+    from unmask.onboarding import OnboardingResult
+    from unmask.storage.database import Database
 
 _INTERNAL = Parameter(parse=False)
 
@@ -69,6 +66,9 @@ def onboard(
     weights
         Folder with the model's files, if they are not fetched from the hub.
     """
+    from unmask.onboarding import onboard as run_onboarding
+    from unmask.onboarding.run import output_for
+
     server = mail.server(public_url)  # refuse a malformed address before hours of work
     with closing(open_database(database)) as opened, Progress() as progress:
         id, source = _record_and_source(opened, model, weights)
@@ -97,7 +97,7 @@ def _gate_progress(progress: Progress, gate: str) -> Iterator[Callable[[int, int
     progress.log(f"{gate}: {time.perf_counter() - began:.1f} s")
 
 
-def _print_gates(result: OnboardingResult) -> None:
+def _print_gates(result: "OnboardingResult") -> None:
     """Print the findings of the gates and the status of the model."""
     rows = []
     for gate in result.gates:
@@ -111,8 +111,12 @@ def _print_gates(result: OnboardingResult) -> None:
         print_sentence("The proposed price is charged from now on; 'unmask accounts price' changes it.")
 
 
-def _record_and_source(database: Database, model: str, weights: Path | None) -> tuple[str, str]:
+def _record_and_source(database: "Database", model: str, weights: Path | None) -> tuple[str, str]:
     """Return the record's id and the place of its weights, from the user's words."""
+    from unmask.catalogue import record_for
+    from unmask.catalogue.model_requests import check_hub_id
+    from unmask.catalogue.store import read_catalogue, source_of
+
     if weights is not None and not weights.expanduser().exists():
         raise UsageError(f"--weights {weights} does not exist")
     with database.read() as connection:

@@ -8,14 +8,12 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Group, Parameter, Token
 
-from unmask.accounts.identity_provider import IdentityProviderSettings
+from unmask.accounts.provider_settings import IdentityProviderSettings
 from unmask.api.settings import ServeSettings
-from unmask.checkpoint.resolve import DEFAULT_MODEL
+from unmask.checkpoint import DEFAULT_MODEL
 from unmask.cli.mail import NO_MAIL, MailOptions
 from unmask.cli.options import DeviceOption, DtypeOption, amount_option, megabytes_option
 from unmask.errors import UsageError
-from unmask.server import serve as run_server
-from unmask.storage.database import default_url
 
 _LIMITS = Group("Limits", sort_key=10)
 _ACCOUNTS = Group("Accounts", sort_key=20)
@@ -87,6 +85,8 @@ class ServeOptions(ServeSettings):
         Raises:
             UsageError: as `ServeSettings`.
         """
+        from unmask.storage.database import default_url
+
         values = {field.name: getattr(self, field.name) for field in fields(ServeSettings)}
         implied = {
             "warm": (self.models[0], *self.warm),
@@ -143,6 +143,8 @@ def serve(
     *, options: ServeOptions = ServeOptions(), oidc: OidcOptions = OidcOptions(), mail: MailOptions = NO_MAIL
 ) -> int:
     """Serve models behind an OpenAI-compatible API, with pages for people."""
+    from unmask.server import serve as run_server
+
     return run_server(options.settings(provider=oidc.provider(), mail=mail.server(options.public_url or "")))
 
 

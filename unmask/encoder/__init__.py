@@ -1,9 +1,15 @@
 """Text to vectors: prompts, packs, one bidirectional forward, pooling."""
 
-from unmask.encoder.encoder import Dtype, Encoder, LoadOptions, require_device
-from unmask.encoder.model.architectures import ARCHITECTURES, Architecture, Shape
-from unmask.encoder.model.decoder import Decoder
-from unmask.encoder.prompts import Prompt
+from typing import TYPE_CHECKING
+
+from unmask.exports import lazy_exports
+
+if TYPE_CHECKING:
+    from unmask.encoder.encoder import Encoder, LoadOptions, require_device
+    from unmask.encoder.model.architectures import ARCHITECTURES, Architecture, Shape
+    from unmask.encoder.model.decoder import Decoder
+    from unmask.encoder.options import Dtype
+    from unmask.encoder.prompts import Prompt
 
 __all__ = [
     "ARCHITECTURES",
@@ -16,3 +22,14 @@ __all__ = [
     "Shape",
     "require_device",
 ]
+
+__getattr__ = lazy_exports(
+    __name__,
+    {
+        "encoder": ("Encoder", "LoadOptions", "require_device"),
+        "model.architectures": ("ARCHITECTURES", "Architecture", "Shape"),
+        "model.decoder": ("Decoder",),
+        "options": ("Dtype",),
+        "prompts": ("Prompt",),
+    },
+)

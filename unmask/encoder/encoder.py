@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from unmask.encoder.head import load_head
 from unmask.encoder.model.architectures import shape_of
 from unmask.encoder.model.decoder import Decoder
 from unmask.encoder.model.transformers_decoder import TransformersDecoder
+from unmask.encoder.options import Compat, Dtype
 from unmask.encoder.packing import packs_of
 from unmask.encoder.pooling import POOLINGS
 from unmask.encoder.prefetch import prefetch
@@ -28,10 +29,6 @@ from unmask.encoder.runtime.linear import Linear, num_parameters, prepack, unpac
 from unmask.encoder.shear import Layers, shear
 from unmask.encoder.templates import template_for
 from unmask.errors import CheckpointError, InputError, UsageError
-
-Compat = Literal["default", "reference"]
-
-Dtype = Literal["float32", "bfloat16", "float16", "int8"]
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")

@@ -15,83 +15,29 @@ from datetime import UTC, datetime
 from decimal import ROUND_CEILING, Decimal
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from unmask.accounts.money import format_dollars
-from unmask.catalogue.canary import CANARY_TEXT, Canary, check_vector, cosine
+from unmask.catalogue.canary import CANARY_TEXT, check_vector, cosine, expected_vector, make_canary
 from unmask.catalogue.measurement import COST, ONBOARDING, PEAK_MEMORY, Measurement, measurements_of
 from unmask.catalogue.record import Record
 from unmask.catalogue.speed import SpeedPoint, measurements_of_sweep, points_of
 from unmask.checkpoint import Checkpoint
 from unmask.encoder import Encoder
-from unmask.errors import GateFailed, UsageError
+from unmask.errors import GateFailed
 from unmask.evaluate.cost import measure_peak_memory, sample_texts
 from unmask.evaluate.results import Results
 from unmask.evaluate.run import Evaluation, machine, run_evaluation
+from unmask.onboarding.options import OnboardingOptions
 from unmask.onboarding.parity import Parity, against_file, against_transformers, require
-from unmask.onboarding.sweep import DEFAULT_CALLERS, DEFAULT_LENGTHS, sweep
+from unmask.onboarding.sweep import sweep
 
 ProgressReporter = Callable[[int, int], None]
 
 _HOUR_S = 3600
 _MILLION = 1_000_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class OnboardingOptions:
-    """A model to take live, and the settings of its gates. Most fields are options of `unmask onboard`.
-
-    Attributes:
-        model: id of the record.
-        source: id, folder or file to load the weights from.
-        compat: "reference" gives the published LLM2Vec vectors, quirks included. Default: as the record says.
-        licence: Licence of the weights, if the record does not know it.
-        replace_specification: Correct the record where its specification differs from the weights.
-        reference: .npz file with texts and vectors to compare with. Default: compare with transformers.
-        suites: Suite to measure quality on, as "unmask evaluate" names it. Repeat it for several. Default: local.
-        tasks: Task, to measure less than a suite. Repeat it for several.
-        data: Folder with the data of offline tasks.
-        lengths: Tokens per text in the sweep of speeds. Repeat it for several.
-        callers: Concurrent callers in the sweep. Repeat it for several.
-        seconds: Seconds that each point of the sweep takes.
-        cost_per_hour: Dollars that the machine costs per hour, to propose a price (nano-dollars in Python).
-        utilisation: Share of the hours that customers pay for, to propose a price.
-        price: Dollars per million tokens, instead of a proposed price (nano-dollars in Python).
-        stage: Stop before the last step; "unmask catalogue live" takes it.
-        command: command of the operator, for the model's page.
-        by: Author of the measurements, for the model's page.
-        output: folder for the raw files.
-    """
-
-    model: str
-    source: str
-    compat: Literal["default", "reference"] | None = None
-    licence: str | None = None
-    replace_specification: bool = False
-    reference: Path | None = None
-    suites: tuple[str, ...] = ()
-    tasks: tuple[str, ...] = ()
-    data: Path | None = None
-    lengths: tuple[int, ...] = DEFAULT_LENGTHS
-    callers: tuple[int, ...] = DEFAULT_CALLERS
-    seconds: float = 2.0
-    cost_per_hour: int | None = None
-    utilisation: float = 0.5
-    price: int | None = None
-    stage: bool = False
-    command: str = ""
-    by: str = "the operator of this server"
-    output: Path
-
-    def __post_init__(self) -> None:
-        if self.compat not in (None, "default", "reference"):
-            raise UsageError(f"compat={self.compat!r}: choose default or reference")
-        if not 0 < self.utilisation <= 1:
-            raise UsageError(f"--utilisation {self.utilisation:g}: choose more than 0, and 1 at most")
-        if self.reference is not None and not self.reference.is_file():
-            raise UsageError(f"--reference {self.reference} is no file")
 
 
 @dataclass(frozen=True)
@@ -372,10 +318,10 @@ def store_canary(context: OnboardingContext, report_progress: ProgressReporter) 
     text = context.record.canary.text if context.record.canary else CANARY_TEXT
     vector = context.encoder.encode(text)[0]
     # A vector that ships, or that an earlier gate stored for these weights, is checked and not replaced.
-    stored = context.record.canary or Canary.of(text, vector)
-    if (verdict := check_vector(vector, stored.expected())) != "ok":
+    stored = context.record.canary or make_canary(text, vector)
+    if (verdict := check_vector(vector, expected_vector(stored))) != "ok":
         raise GateFailed(f"{verdict}: these are not the weights that the record's canary was made with")
-    in_batch = cosine(context.encoder.encode([text, *sample_texts()[:3]])[0], stored.expected())
+    in_batch = cosine(context.encoder.encode([text, *sample_texts()[:3]])[0], expected_vector(stored))
     return GateResult(
         f"stored, cosine {in_batch:.6f} in a batch",
         {"canary": {"text": stored.text, "vector": stored.vector}},

@@ -36,13 +36,11 @@ from unmask.onboarding.gates import (
     Gate,
     GateResult,
     OnboardingContext,
-    OnboardingOptions,
     ProgressReporter,
     in_order_of_needs,
 )
+from unmask.onboarding.options import OnboardingOptions
 from unmask.storage.database import Database
-
-__all__ = ["OnboardingOptions", "OnboardingResult", "onboard", "output_for"]
 
 # Visitors read this note. The finding itself may name files of this machine.
 _FAILED = "It did not pass the gate '{gate}', and waits."

@@ -12,8 +12,6 @@ from unmask.engine import Engine
 from unmask.errors import UsageError
 from unmask.evaluate.cost import sample_texts
 
-DEFAULT_LENGTHS, DEFAULT_CALLERS = (16, 64, 256), (1, 4, 16)
-
 
 def sweep(
     encoder: Encoder,

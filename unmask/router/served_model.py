@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from unmask.catalogue import Record, record_for
-from unmask.catalogue.canary import CANARY_TEXT, check_vector
+from unmask.catalogue.canary import CANARY_TEXT, check_vector, expected_vector
 from unmask.encoder import Dtype, Encoder
 from unmask.engine import Engine
 from unmask.errors import CheckpointError, EngineError, ModelLoading, UnmaskError
@@ -174,7 +174,7 @@ class ServedModel:
         gc.freeze()
         if (
             record.canary is not None
-            and (verdict := check_vector(canary_vector, record.canary.expected(), dtype)) != "ok"
+            and (verdict := check_vector(canary_vector, expected_vector(record.canary), dtype)) != "ok"
         ):
             raise CheckpointError(f"{record.id} loaded, but its weights are not the published ones: {verdict}")
         config = encoder.checkpoint.config

@@ -3,7 +3,8 @@
 import asyncio
 import logging
 
-from unmask.catalogue.mail import MailServer, send_notices
+from unmask.catalogue.mail import send_notices
+from unmask.catalogue.mail_server import MailServer
 from unmask.errors import UnmaskError
 from unmask.storage.database import Database
 
