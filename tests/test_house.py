@@ -12,7 +12,7 @@ import re
 import sys
 import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -100,6 +100,12 @@ def sources() -> dict[str, ast.Module]:
     }
 
 
+@cache
+def nodes(path: str) -> tuple[ast.AST, ...]:
+    """Every node of a module. One walk serves all rules."""
+    return tuple(ast.walk(sources()[path]))
+
+
 def module_name(path: str) -> str:
     """`encoder/__init__.py` -> `unmask.encoder`."""
     return ".".join(["unmask", *path.removesuffix(".py").split("/")]).removesuffix(".__init__")
@@ -113,24 +119,35 @@ def part_of(path: str) -> str:
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def functions(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, Function]]:
-    """Every function with its qualified name, nested ones and methods too."""
-    for node in ast.iter_child_nodes(tree):
+@cache
+def functions(path: str) -> tuple[tuple[str, Function], ...]:
+    """Every function of a module with its qualified name, nested ones and methods too."""
+    return tuple(_functions_in(sources()[path].body, ""))
+
+
+def _functions_in(statements: Sequence[ast.AST], prefix: str) -> Iterator[tuple[str, Function]]:
+    for node in statements:
+        if isinstance(node, ast.expr):
+            continue  # it holds no definition
+        inner = prefix
         if isinstance(node, Function):
             yield prefix + node.name, node
-            yield from functions(node, f"{prefix}{node.name}.")
-        elif isinstance(node, ast.ClassDef):
-            yield from functions(node, f"{prefix}{node.name}.")
-        else:
-            yield from functions(node, prefix)
+        if isinstance(node, Function | ast.ClassDef):
+            inner = f"{prefix}{node.name}."
+        yield from _functions_in(list(ast.iter_child_nodes(node)), inner)
 
 
+@cache
+def all_modules() -> frozenset[str]:
+    return frozenset(module_name(path) for path in sources())
+
+
+@cache
 def imported_modules(path: str) -> set[str]:
     """Modules of the package that a module imports, wherever in it the import stands."""
-    modules = {module_name(other) for other in sources()}
     package = module_name(path) if path.endswith("__init__.py") else module_name(path).rpartition(".")[0]
     targets: set[str] = set()
-    for node in ast.walk(sources()[path]):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             targets.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -140,15 +157,16 @@ def imported_modules(path: str) -> set[str]:
                 base = ".".join(filter(None, [*parents[: len(parents) - node.level + 1], base]))
             for alias in node.names:
                 inner = f"{base}.{alias.name}"
-                targets.add(inner if inner in modules else base)
-    return {target for target in targets if target in modules and target != module_name(path)}
+                targets.add(inner if inner in all_modules() else base)
+    return {target for target in targets if target in all_modules() and target != module_name(path)}
 
 
+@cache
 def exported_functions() -> set[str]:
     """Names of functions that another module imports or that a package lists in `__all__`."""
     names: set[str] = set()
-    for tree in sources().values():
-        for node in ast.walk(tree):
+    for path in sources():
+        for node in nodes(path):
             if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("unmask")):
                 names.update(alias.name for alias in node.names)
             elif isinstance(node, ast.Assign) and any(
@@ -183,32 +201,33 @@ def module_names() -> Places:
     return {path: {part} for path in sources() for part in path.removesuffix(".py").split("/") if part in MODULE_NAMES}
 
 
-def bound_names(tree: ast.AST) -> Iterator[str]:
-    """Names of classes, functions, parameters, variables, fields and attributes that the code introduces."""
-    for node in ast.walk(tree):
+@cache
+def bound_names(path: str) -> frozenset[str]:
+    """Names of classes, functions, parameters, variables, fields and attributes that a module introduces."""
+    names: set[str] = set()
+    for node in nodes(path):
         if isinstance(node, ast.ClassDef | Function):
-            yield node.name
+            names.add(node.name)
         elif isinstance(node, ast.arg):
-            yield node.arg
+            names.add(node.arg)
         elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
-            yield node.id if isinstance(node, ast.Name) else node.attr
+            names.add(node.id if isinstance(node, ast.Name) else node.attr)
+    return frozenset(names)
 
 
 def names_without_a_noun() -> Places:
     """Parameters, variables, fields and functions that are an adjective or a participle alone."""
     return {
-        path: names
-        for path, tree in sources().items()
-        if (names := {n.strip("_") for n in bound_names(tree)} & ADJECTIVES)
+        path: names for path in sources() if (names := {name.strip("_") for name in bound_names(path)} & ADJECTIVES)
     }
 
 
 def old_names() -> Places:
     """Names for which the field has a word."""
     places: Places = {}
-    for path, tree in sources().items():
+    for path in sources():
         replaced = OLD_NAMES.union(*(names for prefix, names in OLD_NAMES_IN.items() if path.startswith(prefix)))
-        if names := {name.lstrip("_") for name in bound_names(tree)} & replaced:
+        if names := {name.lstrip("_") for name in bound_names(path)} & replaced:
             places[path] = names
     return places
 
@@ -216,8 +235,8 @@ def old_names() -> Places:
 def long_functions() -> Places:
     """Functions longer than MAX_LINES, their docstring not counted."""
     places: Places = defaultdict(set)
-    for path, tree in sources().items():
-        for name, node in functions(tree):
+    for path in sources():
+        for name, node in functions(path):
             lines = (node.end_lineno or 0) - node.lineno + 1
             if ast.get_docstring(node, clean=False) is not None:
                 lines -= (node.body[0].end_lineno or 0) - node.body[0].lineno + 1
@@ -229,8 +248,8 @@ def long_functions() -> Places:
 def many_parameters() -> Places:
     """Functions with more than MAX_PARAMETERS parameters."""
     places: Places = defaultdict(set)
-    for path, tree in sources().items():
-        for name, node in functions(tree):
+    for path in sources():
+        for name, node in functions(path):
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
             arguments += [extra for extra in (node.args.vararg, node.args.kwarg) if extra]
             if len([a for a in arguments if a.arg not in ("self", "cls")]) > MAX_PARAMETERS:
@@ -257,8 +276,8 @@ def upward_imports() -> Places:
 def imports_from_the_door() -> Places:
     """Imports of anything but the version from `unmask` itself, which stands on all packages."""
     places: Places = defaultdict(set)
-    for path, tree in sources().items():
-        for node in ast.walk(tree):
+    for path in sources():
+        for node in nodes(path):
             if isinstance(node, ast.ImportFrom) and node.module == "unmask" and not node.level:
                 modules = {part_of(other) for other in sources()}
                 places[path].update(a.name for a in node.names if a.name not in {"__version__", *modules})
@@ -293,8 +312,8 @@ def docstring_clauses() -> Places:
     """Docstrings that begin with a clause used as a noun ("What ...", "Whether ...") and not with a verb or a noun."""
     places: Places = defaultdict(set)
     for path, tree in sources().items():
-        documented = [("module", tree), *functions(tree)]
-        documented += [(node.name, node) for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+        documented = [("module", tree), *functions(path)]
+        documented += [(node.name, node) for node in nodes(path) if isinstance(node, ast.ClassDef)]
         for name, node in documented:
             first = re.match(r"\W*(\w+)", ast.get_docstring(node) or "")
             if first and first[1].lower() in CLAUSE_WORDS:
@@ -306,9 +325,9 @@ def audit_calls() -> Places:
     """Calls of `audit.note` outside accounts: an act that must be audited writes its own row."""
     return {
         path: {"audit.note"}
-        for path, tree in sources().items()
+        for path in sources()
         if part_of(path) != "accounts"
-        for node in ast.walk(tree)
+        for node in nodes(path)
         if isinstance(node, ast.Attribute)
         and node.attr == "note"
         and isinstance(node.value, ast.Name)
@@ -320,9 +339,9 @@ def device_branches() -> Places:
     """Uses of `._gpu` outside encoder/runtime/: the runtime decides where a forward runs."""
     return {
         path: {"_gpu"}
-        for path, tree in sources().items()
+        for path in sources()
         if not path.startswith("encoder/runtime/")
-        for node in ast.walk(tree)
+        for node in nodes(path)
         if isinstance(node, ast.Attribute) and node.attr == "_gpu"
     }
 
@@ -353,6 +372,11 @@ RULES: dict[str, Callable[[], Places]] = {
 }
 
 
+@cache
+def places_of(rule: str) -> Places:
+    return RULES[rule]()
+
+
 def flat(places: Places) -> set[tuple[str, str]]:
     return {(path, name) for path, names in places.items() for name in names}
 
@@ -363,13 +387,13 @@ def pending(rule: str) -> set[tuple[str, str]]:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_no_new_place_breaks_the_rule(rule: str) -> None:
-    new = flat(RULES[rule]()) - pending(rule)
+    new = flat(places_of(rule)) - pending(rule)
     assert not new, f"{RULES[rule].__doc__} Mend: {sorted(new)}"
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_mended_place_is_off_the_list(rule: str) -> None:
-    mended = pending(rule) - flat(RULES[rule]())
+    mended = pending(rule) - flat(places_of(rule))
     assert not mended, f"no longer break the rule; run python tests/test_house.py --shrink: {sorted(mended)}"
 
 
@@ -384,7 +408,7 @@ def test_the_picture_shows_the_packages_in_their_order() -> None:
 
 def print_by_package() -> None:
     """Print every place that breaks a rule, by package, and the number of each rule."""
-    rows = [(part_of(path), path, rule, name) for rule in RULES for path, name in flat(RULES[rule]())]
+    rows = [(part_of(path), path, rule, name) for rule in RULES for path, name in flat(places_of(rule))]
     for part, group in itertools.groupby(sorted(rows), key=lambda row: row[0]):
         print(f"\n{part}")
         for (path, rule), names in itertools.groupby(group, key=lambda row: row[1:3]):
@@ -401,8 +425,8 @@ def shrink() -> None:
         SystemExit: A rule has more places than before, or places of other names.
     """
     block = ["PENDING: dict[str, dict[str, str]] = {"]
-    for rule, places_of in RULES.items():
-        places = places_of()
+    for rule in RULES:
+        places = places_of(rule)
         new = Counter(name for _, name in flat(places)) - Counter(name for _, name in pending(rule))
         if new and PENDING:
             sys.exit(f"{rule}: new places: {dict(new)}")

@@ -7,8 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from unmask.cli.terminal import Progress, Step, say
-from unmask.training.mining import MiningSettings
-from unmask.training.mining import mine as run_mining
+from unmask.training.mining_settings import MiningSettings
 
 
 @Parameter(name="*")
@@ -33,6 +32,7 @@ def mine(options: MiningOptions, *, model: str, output: Annotated[Path, Paramete
         JSON lines with query, positive and negatives, as a recipe takes them.
     """
     from unmask.evaluate.models import open_model
+    from unmask.training.mining import mine as run_mining
 
     counts: dict[str, int] = {}
     with Progress() as progress:
