@@ -29,6 +29,7 @@ ORDER = (
     "home",
     "disk",
     "tables",
+    "terminal",
     "checkpoint",
     "encoder",
     "conformance",

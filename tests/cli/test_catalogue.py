@@ -1,5 +1,6 @@
 """`unmask catalogue` as the operator meets it: its output, its exit codes."""
 
+import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,10 @@ def test_an_onboarding_that_does_not_pass(shell: Shell, tmp_path: Path, golden_d
     said = shell(home, "onboard", str(golden_dir / "tiny_llama"), code=2)
     assert "not passed" in said and "--licence" in said and "tiny_llama is coming soon." in said
     assert "licence" in shell(home, "catalogue", "gates", "tiny_llama")
+    printed = shell(home, "onboard", str(golden_dir / "tiny_llama"), "--json", code=2)
+    result, _ = json.JSONDecoder().raw_decode(printed)
+    assert (result["model"], result["status"], result["passed"]) == ("tiny_llama", "coming soon", False)
+    assert [gate["gate"] for gate in result["gates"]] == ["licence"]
     assert "does not exist" in shell(home, "onboard", COMING, "--weights", str(tmp_path / "nowhere"), code=1)
     assert "no id of a model" in shell(home, "onboard", "nothing at all", code=1)
     assert "choose more than 0" in shell(home, "onboard", str(golden_dir / "tiny_llama"), "--utilisation", "0", code=1)

@@ -1,6 +1,5 @@
 """Comparison of results: verdicts, refusals of unlike measurements, output formats; and drift of vectors."""
 
-import io
 import json
 import shutil
 import subprocess
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from unmask.errors import UsageError
 from unmask.evaluate.compare import compare_by_name, compare_results, find_results, measure_drift
@@ -166,7 +164,9 @@ def test_failed_and_missing_tasks_are_left_out_with_the_reason(pair: tuple[str, 
         compare_by_name(*pair)
 
 
-def test_without_examples_there_is_a_difference_and_no_test(pair: tuple[str, str]) -> None:
+def test_without_examples_there_is_a_difference_and_no_test(
+    pair: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.rmtree(Path(pair[0]) / "examples")
     comparison, _ = compare_by_name(*pair)
     assert (
@@ -175,9 +175,8 @@ def test_without_examples_there_is_a_difference_and_no_test(pair: tuple[str, str
         and all(row.test is None for row in comparison.tasks)
         and comparison.delta > 0
     )
-    console = Console(file=io.StringIO(), width=100)
-    print_comparison(comparison, console)
-    output = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    print_comparison(comparison)
+    output = capsys.readouterr().out
     assert "nobody knows whether that is noise" in " ".join(output.split()) and "not tested" in output
 
 
@@ -292,6 +291,9 @@ def test_the_commands(
     printed = " ".join(done.stdout.split())
     assert "owner/strong is better than owner/weak on the mean of 1 task" in printed and "A better" in printed
     assert output.is_file()
+    data = json.loads(unmask("compare", *pair, "--json").stdout)
+    assert data["drift"] is None
+    assert {"Hard"} < {row["task"] for row in data["comparison"]["tasks"]}
     assert unmask("report", pair[0]).returncode == 0
     assert (Path(pair[0]) / "report.html").is_file() and (Path(pair[0]) / "report.md").is_file()
     texts = tmp_path / "texts.txt"

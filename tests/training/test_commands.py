@@ -1,4 +1,4 @@
-"""Tests of `unmask merge` and `unmask mine` as commands."""
+"""Tests of `unmask merge`, `unmask mine` and `unmask train --dry-run` as commands."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.training.tiny import GOLDEN, write_pairs
 from unmask import Encoder
 from unmask.cli import build_app
 from unmask.training.merging import Factors, write_factors
@@ -48,3 +49,26 @@ def test_mine(golden_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     said = capsys.readouterr().err
     assert "3 rows over 3 texts" in said and "the margin refused" in said
     assert [json.loads(line)["query"] for line in output.read_text().splitlines()] == [row["q"] for row in rows]
+
+
+def test_a_dry_run_estimates_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_pairs(tmp_path, rows=40)
+    (tmp_path / "recipe.toml").write_text(
+        f"""base = "{GOLDEN / "tiny_llama"}"
+objective = "supervised"
+steps = 6
+max_length = 64
+data = [{{name = "pairs", path = "pairs.tsv", query = "query", positive = "positive", negatives = ["negative"]}}]
+batch = {{size = 8}}
+"""
+    )
+    before = sorted(tmp_path.iterdir())
+    assert run("train", tmp_path / "recipe.toml", "--dry-run", "--json") == 0
+    (plan,) = json.loads(capsys.readouterr().out)
+    (source,) = plan["sources"]
+    assert (source["name"], source["share"], source["examples_per_step"], plan["steps"]) == ("pairs", 1.0, 8, 6)
+    assert plan["tokens"] == int(6 * 8 * source["tokens_per_example"])
+    assert run("train", tmp_path / "recipe.toml", "--dry-run") == 0
+    table = capsys.readouterr().out
+    assert f"{source['examples']}" in table and f"about {plan['tokens']:,} tokens" in table
+    assert sorted(tmp_path.iterdir()) == before

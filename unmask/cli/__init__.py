@@ -5,8 +5,8 @@ import sys
 from collections.abc import Sequence
 
 from unmask.cli.program import build_app
-from unmask.cli.terminal import say
 from unmask.errors import UnmaskError
+from unmask.terminal import say
 
 __all__ = ["build_app", "keep_few_products", "main"]
 

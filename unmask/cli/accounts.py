@@ -13,10 +13,10 @@ from unmask.accounts.money import format_dollars
 from unmask.accounts.verification import discrepancies
 from unmask.cli.database import DatabaseUrl, open_database, read_transaction, write_transaction
 from unmask.cli.options import AsJson
-from unmask.cli.terminal import format_time, print_result, print_table, say
 from unmask.errors import UsageError
 from unmask.storage import backup as backups
 from unmask.storage.database import now_ms
+from unmask.terminal import format_time, print_result, print_table, say
 
 accounts = App(
     name="accounts",

@@ -15,8 +15,8 @@ from unmask.catalogue.store import gate_outcomes, read_catalogue
 from unmask.cli.database import DatabaseUrl, open_database, read_transaction, write_transaction
 from unmask.cli.mail import NO_MAIL, MailOptions, PublicUrl, send_waiting_notices
 from unmask.cli.options import ACTOR, AsJson
-from unmask.cli.terminal import print_table, say
 from unmask.errors import UsageError
+from unmask.terminal import print_table, say
 
 catalogue = App(name="catalogue", help="Manage the models on record and their lifecycle.")
 

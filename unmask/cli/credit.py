@@ -6,8 +6,8 @@ from unmask.accounts.money import format_dollars
 from unmask.cli.accounts import accounts
 from unmask.cli.database import DatabaseUrl, read_transaction, write_transaction
 from unmask.cli.options import AsJson, parse_amount
-from unmask.cli.terminal import format_time, print_table, say
 from unmask.storage.database import now_ms
+from unmask.terminal import format_time, print_table, say
 
 
 @accounts.command

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
-from unmask.cli.terminal import print_result, print_table, say
+from unmask.terminal import print_result, print_table, say
 
 data = App(name="data", help="Fetch public evaluation data.")
 

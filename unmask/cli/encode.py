@@ -8,7 +8,7 @@ from cyclopts import Group, Parameter
 from unmask.bulk.encode_job import EncodeJob
 from unmask.checkpoint import DEFAULT_MODEL
 from unmask.cli.options import DeviceOption, DtypeOption
-from unmask.cli.terminal import Progress, Step, say
+from unmask.terminal import Progress, Step, say
 
 if TYPE_CHECKING:
     from unmask.bulk.job import EncodeProgress

@@ -5,8 +5,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from unmask.cli.options import DeviceOption, DtypeOption
-from unmask.cli.terminal import say
+from unmask.cli.options import AsJson, DeviceOption, DtypeOption
+from unmask.terminal import say
 
 
 def evaluate(
@@ -99,6 +99,7 @@ def compare(
     task: tuple[str, ...] = (),
     texts: str | None = None,
     output: Annotated[str | None, Parameter(name=["--output", "-o"])] = None,
+    as_json: AsJson = False,
 ) -> int:
     """Compare two models, with a test of significance.
 
@@ -117,17 +118,24 @@ def compare(
     """
     from pathlib import Path
 
-    from rich.console import Console
-
     from unmask.evaluate.compare import compare_by_name
-    from unmask.evaluate.report import output_file, print_comparison, print_drift, write_comparison
+    from unmask.evaluate.report import (
+        output_file,
+        print_comparison,
+        print_comparison_json,
+        print_drift,
+        write_comparison,
+    )
 
     file = output_file(output) if output else None
     comparison, drift = compare_by_name(a, b, task, Path(texts) if texts else None)
-    if comparison:
-        print_comparison(comparison, Console())
-    if drift:
-        print_drift(drift, Console())
+    if as_json:
+        print_comparison_json(comparison, drift)
+    else:
+        if comparison:
+            print_comparison(comparison)
+        if drift:
+            print_drift(drift)
     if file:
         write_comparison(file, comparison, drift)
     return 0

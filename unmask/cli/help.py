@@ -5,7 +5,7 @@ import io
 import textwrap
 from typing import TYPE_CHECKING, Any
 
-from unmask.cli.terminal import terminal_width
+from unmask.terminal import terminal_width
 
 if TYPE_CHECKING:
     from cyclopts.help import HelpEntry, HelpPanel

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from unmask.cli.terminal import print_result, print_table, say
+from unmask.terminal import print_result, print_table, say
 
 
 def shear(

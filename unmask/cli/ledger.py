@@ -10,8 +10,8 @@ from unmask.accounts import verification
 from unmask.accounts.money import format_dollars
 from unmask.cli.database import DatabaseUrl, open_database, read_transaction
 from unmask.cli.options import AsJson
-from unmask.cli.terminal import print_json, print_sentence, say
 from unmask.storage.database import now_ms
+from unmask.terminal import print_json, print_sentence, say
 
 ledger = App(name="ledger", help="Check the books.")
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Group, Parameter
 
-from unmask.cli.terminal import say
+from unmask.terminal import say
 
 if TYPE_CHECKING:
     from unmask.catalogue.mail_server import MailServer

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
-from unmask.cli.terminal import say
+from unmask.terminal import say
 
 merge = App(name="merge", help="Make one model or adapter out of several.")
 _Output = Annotated[str, Parameter(name=["--output", "-o"])]

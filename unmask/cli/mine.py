@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from unmask.cli.terminal import Progress, Step, say
+from unmask.terminal import Progress, Step, say
 from unmask.training.mining_settings import MiningSettings
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from unmask.cli.options import AsJson
-from unmask.cli.terminal import print_result, print_table, say
+from unmask.terminal import print_result, print_table, say
 
 models = App(name="models", help="List the models that ship with unmask.")
 

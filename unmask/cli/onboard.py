@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,10 +13,10 @@ from cyclopts import Group, Parameter
 
 from unmask.cli.database import DatabaseUrl, open_database
 from unmask.cli.mail import NO_MAIL, MailOptions, PublicUrl, send_waiting_notices
-from unmask.cli.options import ACTOR, amount_option
-from unmask.cli.terminal import Progress, Step, print_sentence, print_table
+from unmask.cli.options import ACTOR, AsJson, amount_option
 from unmask.errors import UsageError
 from unmask.onboarding.options import DEFAULT_LENGTHS, OnboardingOptions
+from unmask.terminal import Progress, Step, print_json, print_sentence, print_table
 
 if TYPE_CHECKING:
     from unmask.onboarding import OnboardingResult
@@ -49,6 +49,7 @@ def onboard(
     database: DatabaseUrl = None,
     mail: MailOptions = NO_MAIL,
     public_url: PublicUrl = "",
+    as_json: AsJson = False,
 ) -> int:
     """Measure a model and take it live.
 
@@ -81,7 +82,10 @@ def onboard(
             ACTOR,
         )
         progress.close()
-        _print_gates(result)
+        if as_json:
+            print_json({**asdict(result), "passed": result.passed})
+        else:
+            _print_gates(result)
         if result.notified:
             send_waiting_notices(opened, server)
     return 0 if result.passed else 2

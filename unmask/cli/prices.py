@@ -8,8 +8,8 @@ from unmask.accounts.money import format_dollars
 from unmask.cli.accounts import accounts
 from unmask.cli.database import DatabaseUrl, read_transaction, write_transaction
 from unmask.cli.options import AsJson, parse_amount
-from unmask.cli.terminal import print_table
 from unmask.storage.database import now_ms
+from unmask.terminal import print_table
 
 Tier = Literal["default", "batch"]
 

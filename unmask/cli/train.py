@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from unmask.cli.terminal import Progress, Step, print_sentence, print_table, say
+from unmask.cli.options import AsJson
 from unmask.errors import UsageError
+from unmask.terminal import Progress, Step, print_json, print_sentence, print_table, say
 
 if TYPE_CHECKING:
     from unmask.training.loop import TrainingProgress
@@ -25,6 +27,7 @@ def train(
     set: Annotated[tuple[str, ...], Parameter(name="--set")] = (),
     resume: bool = False,
     dry_run: bool = False,
+    as_json: AsJson = False,
 ) -> int:
     """Train an encoder from a decoder, as a recipe says.
 
@@ -43,6 +46,8 @@ def train(
         Continue the run in the output folder.
     dry_run
         Read the data and print counts, tokens, memory and time. Train nothing.
+    as_json
+        Print the estimates of a dry run as JSON, one object per stage.
     """
     from unmask.training.stages import read_stages, train_stages
 
@@ -51,8 +56,12 @@ def train(
     if dry_run:
         from unmask.training.plan import plan_run
 
-        for stage in recipes:
-            _print_plan(plan_run(stage, folder, say))
+        plans = [plan_run(stage, folder, say) for stage in recipes]
+        if as_json:
+            print_json([asdict(plan) for plan in plans])
+        else:
+            for plan in plans:
+                _print_plan(plan)
         return 0
     if output is None:
         raise UsageError("--output names the folder of the run; --dry-run needs none")

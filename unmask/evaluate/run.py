@@ -102,7 +102,7 @@ def run_evaluation(evaluation: Evaluation) -> Results:
         for loaded in loaded_models:
             run = _ModelRun(loaded.model, evaluation, published, progress)
             scores.append([run.score(job) for job in jobs if run.can_run(job)])
-        progress.print("measuring speed, in turns")
+        progress.log("measuring speed, in turns")
         costs = measure_cost(loaded_models, texts)
     results = Results(
         suites=list(evaluation.suites),
@@ -134,7 +134,7 @@ def _load_models(
 
     loaded_models: list[LoadedModel] = []
     for specification in specifications:
-        progress.print(f"loading {specification}")
+        progress.log(f"loading {specification}")
         loaded_models.append(load_model(partial(open_model, specification, defaults), texts))
     names = [loaded.model.name for loaded in loaded_models]
     slugs = [slug_of(name) for name in names]

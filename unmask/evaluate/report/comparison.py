@@ -1,7 +1,6 @@
 """A comparison of two models in words, in the terminal and in files."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -9,9 +8,7 @@ from unmask.charts import formatting
 from unmask.errors import UsageError
 from unmask.evaluate.compare import Comparison, TaskComparison, VectorDrift
 from unmask.evaluate.report.page import render, write_text
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from unmask.terminal import print_result, print_sentence, print_table
 
 _FORMATS = (".html", ".md", ".json")
 
@@ -66,34 +63,31 @@ def drift_sentence(drift: VectorDrift) -> str:
     return f"From {drift.a} to {drift.b}, over {over}: {cosines}; {near}."
 
 
-def print_comparison(comparison: Comparison, console: "Console") -> None:
+def print_comparison(comparison: Comparison) -> None:
     """Print the verdict and a table of tasks."""
-    from rich.table import Table
-    from rich.text import Text
-
-    console.print(Text(verdict_sentence(comparison), style="bold"))
-    console.print(Text(f"{tally_sentence(comparison)}\n\nA  {comparison.a}\nB  {comparison.b}\n"))
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("task", overflow="fold")
-    for heading in ("A", "B", "A − B", "95 % interval", "p", "verdict"):
-        table.add_column(heading, justify="left" if heading == "verdict" else "right", no_wrap=True)
-    for row in comparison.tasks:
-        styles = {"better": "green", "worse": "red"}
-        style = styles.get(row.test.verdict, "") if row.test else "dim"
-        cells = (row.task, formatting.score(row.score_a), formatting.score(row.score_b), *_test_cells(row))
-        table.add_row(*(Text(cell, style=style if at > 2 else "") for at, cell in enumerate(cells)))
-    console.print(table)
+    print_sentence(verdict_sentence(comparison))
+    print_sentence(tally_sentence(comparison))
+    print_result(f"\nA  {comparison.a}\nB  {comparison.b}\n")
+    rows = [
+        (row.task, formatting.score(row.score_a), formatting.score(row.score_b), *_test_cells(row))
+        for row in comparison.tasks
+    ]
+    headings = ("task", "A", "B", "A − B", "95 % interval", "p", "verdict")
+    print_table(headings, rows, right=headings[1:-1])
     for task, reason in comparison.left_out.items():
-        console.print(Text(f"{task} is left out: {reason}", style="dim"))
+        print_sentence(f"{task} is left out: {reason}")
 
 
-def print_drift(drift: VectorDrift, console: "Console") -> None:
+def print_drift(drift: VectorDrift) -> None:
     """Print how far the vectors moved."""
-    from rich.text import Text
-
-    console.print(Text(drift_sentence(drift)))
+    print_sentence(drift_sentence(drift))
     if drift.worst_text is not None:
-        console.print(Text(f"Moved most: {formatting.shortened(' '.join(drift.worst_text.split()), 200)}", style="dim"))
+        print_sentence(f"Moved most: {formatting.shortened(' '.join(drift.worst_text.split()), 200)}")
+
+
+def print_comparison_json(comparison: Comparison | None, drift: VectorDrift | None) -> None:
+    """Print a comparison, a drift or both as JSON: the content of a .json file of `write_comparison`."""
+    print_result(_as_json(comparison, drift))
 
 
 def output_file(name: str) -> Path:
@@ -116,8 +110,7 @@ def write_comparison(file: Path, comparison: Comparison | None, drift: VectorDri
     """
     suffix = output_file(str(file)).suffix.lower()
     if suffix == ".json":
-        content = {"comparison": comparison, "drift": drift}
-        write_text(file, msgspec.json.format(msgspec.json.encode(content), indent=1).decode() + "\n")
+        write_text(file, _as_json(comparison, drift) + "\n")
         return
     sentences = [verdict_sentence(comparison), tally_sentence(comparison)] if comparison else []
     sentences += [drift_sentence(drift)] if drift else []
@@ -134,6 +127,11 @@ def write_comparison(file: Path, comparison: Comparison | None, drift: VectorDri
         "rows": [(row, _test_cells(row)) for row in comparison.tasks] if comparison else [],
     }
     write_text(file, render(f"comparison{suffix}.j2", **values))
+
+
+def _as_json(comparison: Comparison | None, drift: VectorDrift | None) -> str:
+    content = {"comparison": comparison, "drift": drift}
+    return msgspec.json.format(msgspec.json.encode(content), indent=1).decode()
 
 
 def _test_cells(row: TaskComparison) -> tuple[str, str, str, str]:

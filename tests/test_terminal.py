@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unmask.cli import terminal
-from unmask.cli.terminal import Progress, Step, print_table, progress_line, table_lines
+from unmask import terminal
+from unmask.terminal import Progress, Step, print_table, progress_line, table_lines
 
 HEADINGS = ("model", "tokens", "licence", "summary")
 ROWS = (
