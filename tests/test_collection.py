@@ -3,38 +3,41 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
+
+import pytest
 
 from tests.conftest import SLOW
 
 REPOSITORY = Path(__file__).parent.parent
 
 
-def collection(hash_seed: str) -> subprocess.Popen[str]:
-    """Start collecting every test of the suite in a process of its own."""
-    command = [sys.executable, "-m", "pytest", "--collect-only", "--quiet", "--no-header", "-p", "no:cacheprovider"]
-    return subprocess.Popen(
-        [*command, "tests"],
-        cwd=REPOSITORY,
-        env={**os.environ, "PYTHONHASHSEED": hash_seed},
-        stdout=subprocess.PIPE,
+def test_two_collections_give_the_same_short_ids(request: pytest.FixtureRequest) -> None:
+    """Compare this process's collection with one made later, in a process with other hashes."""
+    here = [item.nodeid for item in request.session.items if item.nodeid.startswith("tests/")]
+    config = request.config
+    selection = ["-m", config.option.markexpr, "-k", config.option.keyword, *config.args]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "--collect-only",
+            "--quiet",
+            "--no-header",
+            "-p",
+            "no:cacheprovider",
+            *selection,
+        ],
+        cwd=config.invocation_params.dir,
+        env={**os.environ, "PYTHONHASHSEED": "1"},
+        capture_output=True,
         text=True,
+        check=True,
     )
-
-
-def test_two_collections_give_the_same_short_ids() -> None:
-    first = collection("1")
-    time.sleep(1.1)  # another second of the clock, since a gzip header holds it
-    second = collection("2")
-    lists = [
-        [line for line in process.communicate()[0].splitlines() if line.startswith("tests/")]
-        for process in (first, second)
-    ]
-    assert first.returncode == second.returncode == 0
-    assert len(lists[0]) > 1000
-    assert lists[0] == lists[1]
-    assert not [name for name in lists[0] if len(name) > 200 or not name.isascii() or not name.isprintable()]
+    later = [line for line in done.stdout.splitlines() if line.startswith("tests/")]
+    assert later == here
+    assert not [name for name in here if len(name) > 200 or not name.isascii() or not name.isprintable()]
 
 
 def test_slow_modules_exist() -> None:
