@@ -1,4 +1,4 @@
-"""What each step of LLM2Vec is worth on this machine: one command, one table, one plot.
+"""Measure the gain of each step of LLM2Vec on this machine: one command, one table, one plot.
 
     python benchmarks/ablation.py --train DATA/train --eval DATA/eval --output ablation
 

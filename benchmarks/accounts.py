@@ -1,4 +1,4 @@
-"""What accounts add to a request's time: a server with them and one without, side by side under the same open load.
+"""Measure the time that accounts add to a request: two servers, with and without, under the same open load.
 
     python benchmarks/accounts.py
     python benchmarks/accounts.py --database postgresql://user@host/empty

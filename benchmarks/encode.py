@@ -144,7 +144,7 @@ def processor() -> str:
 
 @dataclass
 class Rounds:
-    """What was found of each contender, by its key.
+    """Measurements of each backend, by its key.
 
     Attributes:
         processes: those that ran to the end.

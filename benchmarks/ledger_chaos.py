@@ -38,7 +38,7 @@ ALL_TIME = 10**6 * 24 * 3600 * 1000
 
 @dataclass
 class Seen:
-    """What the callers saw."""
+    """Answers that the callers got."""
 
     charged: dict[str, int] = field(default_factory=dict)  # nano-dollars by charge, of answers without repetition
     replayed: Counter[str] = field(default_factory=Counter)
@@ -161,7 +161,7 @@ def prepare(url: str, pepper: Path, number: int) -> list[str]:
 
 
 def examine(url: str, seen: Seen) -> list[str]:
-    """What is wrong with the books, given what the callers saw."""
+    """Return the errors in the books, from the answers that the callers got."""
     database = Database(url)
     with database.read() as connection:
         wrong = [str(drift) for drift in verify(connection).drift]

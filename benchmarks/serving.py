@@ -1,4 +1,4 @@
-"""What HTTP adds to the engine, what overload does, and how long the start takes.
+"""Measure the cost of HTTP over the engine, the effect of overload, and the time to start.
 
     python benchmarks/serving.py                      # all four
     python benchmarks/serving.py single saturation    # or some: single, saturation, overload, start
@@ -217,7 +217,7 @@ async def overload(subject: Subject, client: Client, model: str, seconds: float)
 
 
 async def keeps_its_word(client: Client, body: bytes, headers: str, refused: list[Answer]) -> str:
-    """Whether a caller who waits as long as the last refusal said is let in."""
+    """Return True if the server accepts a caller who waited as long as the last refusal said."""
     if not refused:
         return "nothing was refused"
     await asyncio.sleep(float(max(refused, key=lambda answer: answer.due).headers["retry-after"]))

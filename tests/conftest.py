@@ -1,4 +1,4 @@
-"""Fixtures shared by all rooms: where the small models lie, and how to get the large ones."""
+"""Fixtures of all tests: small models, real weights, Postgres, the command line."""
 
 import os
 import re
@@ -103,7 +103,7 @@ REPOSITORY = Path(__file__).parent.parent
 
 
 def model_cache() -> Path:
-    """Where real weights are kept between runs: UNMASK_TEST_MODELS, or beside the user's other caches."""
+    """Folder of real weights, kept between runs: UNMASK_TEST_MODELS, or beside the user's other caches."""
     return Path(os.environ.get("UNMASK_TEST_MODELS", Path.home() / ".cache" / "unmask-test-models"))
 
 

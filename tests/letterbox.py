@@ -17,7 +17,7 @@ from unmask.catalogue.mail_server import MailServer
 
 @dataclass
 class Inbox:
-    """What a mail server received.
+    """Letters that a mail server received.
 
     Attributes:
         letters: in the order in which they came.
@@ -55,7 +55,7 @@ class Inbox:
 
 @contextmanager
 def mail_server() -> Iterator[tuple[MailServer, Inbox]]:
-    """How it is reached, and its inbox."""
+    """Yield the address of a mail server, and its inbox."""
     inbox = Inbox()
     controller = Controller(inbox, hostname="127.0.0.1", port=free_port())
     controller.start()

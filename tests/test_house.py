@@ -322,6 +322,20 @@ def docstring_clauses() -> Places:
     return places
 
 
+def test_no_docstring_beside_the_package_begins_with_a_clause() -> None:
+    """Tests, benchmarks and examples follow the rule of `docstring_clauses` as well."""
+    clauses = [
+        (file.relative_to(REPOSITORY).as_posix(), first[1])
+        for folder in ("tests", "benchmarks", "examples")
+        for file in (REPOSITORY / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Module | ast.ClassDef | Function)
+        and (first := re.match(r"\W*(\w+)", ast.get_docstring(node) or ""))
+        and first[1].lower() in CLAUSE_WORDS
+    ]
+    assert not clauses
+
+
 def audit_calls() -> Places:
     """Calls of `audit.note` outside accounts: an act that must be audited writes its own row."""
     return {

@@ -1,4 +1,4 @@
-"""Who is measured: a row of this table each. Their code is loaded only in a process of their own (`worker.py`).
+"""Table of the libraries to measure, a row each. Their code is loaded only in a process of their own (`worker.py`).
 
 Nothing here imports more than the standard library, because one contender lives in a virtual environment without ours.
 """
@@ -28,7 +28,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Job:
-    """What a contender's `load` gets.
+    """Arguments of a backend's `load`.
 
     Attributes:
         folder: the weights as a hub folder.

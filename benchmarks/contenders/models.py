@@ -111,7 +111,7 @@ def write_random(config: Mapping[str, Any], folder: Path) -> str:
 
 
 def gflop_per_token(folder: Path) -> float:
-    """What the linear layers cost."""
+    """Cost of the linear layers."""
     shape = shape_of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     if shape is None:
         raise UsageError("the comparison is written for decoders in the table of architectures")

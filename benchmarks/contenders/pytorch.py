@@ -41,7 +41,7 @@ def sentence_transformers(job: Job) -> Run:
 
 
 def _options(job: Job) -> dict[str, Any]:
-    """How their weights are loaded: with flash-attn where it is installed and fits, else torch's own attention."""
+    """Options for loading: flash-attn where it is installed and fits, else torch's own attention."""
     flash = job.device != "cpu" and job.dtype != "float32" and find_spec("flash_attn") is not None
     return {
         "dtype": getattr(torch, job.dtype),

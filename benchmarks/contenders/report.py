@@ -1,4 +1,4 @@
-"""What a run found, as a table, a plot, and a section of the project's pages.
+"""Results of a run as a table, a plot, and a section of the project's pages.
 
     python benchmarks/encode.py --publish README.md docs/performance.md
 

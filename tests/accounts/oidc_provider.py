@@ -21,7 +21,7 @@ CLIENT, SECRET = "unmask-of-the-test", "s3cret:of/the test"
 
 @dataclass
 class OidcProvider:
-    """What the provider knows, and how a test bends it.
+    """State of the provider, and the faults that a test turns on.
 
     Attributes:
         person: claims of whoever sits at the browser; None for somebody who does not agree.
@@ -68,7 +68,7 @@ class OidcProvider:
         }
 
     def authorize(self, asked: dict[str, str]) -> str:
-        """Where the browser goes on to."""
+        """Return the address that the browser is redirected to."""
         assert asked["response_type"] == "code" and asked["client_id"] == CLIENT
         assert "openid" in asked["scope"].split() and asked["code_challenge_method"] == "S256"
         assert len(asked["state"]) >= 32 and len(asked["nonce"]) >= 32 and asked["state"] != asked["nonce"]

@@ -79,7 +79,7 @@ class Charge:
 
 @dataclass
 class Model:
-    """What the books should say."""
+    """Expected state of the books."""
 
     balance: dict[str, int] = field(default_factory=dict)
     key: dict[str, str | None] = field(default_factory=dict)

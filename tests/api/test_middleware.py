@@ -1,4 +1,4 @@
-"""What surrounds every route: ids, keys, bodies that are too large or too slow, callers who leave."""
+"""The middlewares around every route: ids, keys, bodies that are too large or too slow, clients that disconnect."""
 
 import json
 import re

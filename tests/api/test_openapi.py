@@ -22,7 +22,7 @@ schema = schemathesis.openapi.from_dict(make_document(secured=True, body_limit=3
 
 
 def harmless(case: schemathesis.Case) -> bool:
-    """Whether what violates the schema may be nothing that a server has to refuse.
+    """Return True if a server may accept this violation of the schema.
 
     HTTP servers ignore header fields and query parameters that they do not know. The key, which a case may leave out,
     is always sent.

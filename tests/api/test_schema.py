@@ -1,4 +1,4 @@
-"""What counts as a request, and what its refusal says."""
+"""Parsing of requests, and the messages of refusals."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What a server takes of memory: the default model under 64 clients for a minute, and any after many lengths."""
+"""Memory of a server: the default model under 64 clients for a minute, and a small one after many lengths."""
 
 import asyncio
 import os

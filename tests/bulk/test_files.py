@@ -45,7 +45,7 @@ def texts_of(file: Path, file_format: str, column: str = "text") -> list[str]:
 
 
 def refused(file: Path, content: bytes, file_format: str, column: str = "text") -> str:
-    """What the error says about a file of this content."""
+    """Return the error message for a file of this content."""
     file.write_bytes(content)
     with pytest.raises(UsageError) as caught:
         texts_of(file, file_format, column)

@@ -1,4 +1,4 @@
-"""What a model costs here: what is charged comes before what was proposed."""
+"""Price of a model on the pages: the charged price comes before the proposed one."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What the operator adds lies over what ships, and only grows."""
+"""The operator's records override the shipped ones, and history only grows."""
 
 from datetime import date, timedelta
 from typing import Any

@@ -113,7 +113,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def permuted(weights: np.ndarray, heads: int) -> np.ndarray:
-    """What LlamaModel.permute in llama.cpp's convert_hf_to_gguf.py does to the rows of Q and K."""
+    """Reorder the rows of Q and K as LlamaModel.permute in llama.cpp's convert_hf_to_gguf.py does."""
     halves = weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:])
     return halves.swapaxes(1, 2).reshape(weights.shape)
 

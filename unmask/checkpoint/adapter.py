@@ -197,7 +197,7 @@ class TargetModules:
         )
 
     def includes(self, module: str) -> bool:
-        """True for a module that PEFT adapts. An adapter of an inner model and of a CausalLM name it differently."""
+        """True if PEFT adapts this module. Adapters of an inner model and of a CausalLM name it differently."""
         return any(self._includes(name) for name in (module, f"model.{module}"))
 
     def _includes(self, name: str) -> bool:
@@ -303,7 +303,7 @@ class Adapter:
         return list(self._halves)
 
     def halves(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [rank, in] and B [out, rank] in float32, the scale within B, so that `delta` is B @ A."""
+        """Return A [rank, in] and B [out, rank] in float32. B is multiplied by the scale, so that `delta` is B @ A."""
         if self.config.dora or self.whole or self.rows or self._transposed(module) != self.config.fan_in_fan_out:
             raise AdapterMismatch(
                 f"{self.folder} is more than LoRA on linear layers (DoRA, an embedding or whole modules), "
@@ -314,7 +314,7 @@ class Adapter:
         return (b.T, a.T) if self.config.fan_in_fan_out else (a, b)
 
     def delta(self, module: str) -> torch.Tensor:
-        """scale * B @ A in float32, shaped like the module's weight."""
+        """Return scale * B @ A in float32, shaped like the module's weight."""
         halves = self._halves[module]
         delta = (halves["B"].float() @ halves["A"].float()).mul_(self.config.scale(module))
         return delta.T if self._transposed(module) else delta
@@ -323,7 +323,7 @@ class Adapter:
         return self.config.fan_in_fan_out or module.endswith("embed_tokens")
 
     def merge(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The base's tensor with this adapter's change."""
+        """Add this adapter's change to a tensor of the base."""
         module = name.removesuffix(".weight")
         tensor = self.whole.get(name, tensor)
         if module in self._halves and name.endswith(".weight"):

@@ -1,10 +1,10 @@
-"""GGUF files: the header parsed, block formats turned back into floats, everything named as the hub names it.
+"""Read GGUF files: parse the header, dequantise block formats to floats, rename tensors and fields to the hub's names.
 
 A file is `magic, version, counts | fields | tensor infos | padding | tensor data`, little-endian throughout
 (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). The `gguf` package reads it too, but builds an
 array per string, which takes seconds for a large vocabulary; only its block formats are used here.
 
-What llama.cpp's converter changed in the weights is undone when a tensor is read:
+llama.cpp's converter changes some weights. Reading a tensor undoes that:
 https://github.com/ggml-org/llama.cpp/blob/master/convert_hf_to_gguf.py
 """
 
@@ -41,7 +41,7 @@ _COUNT, _KIND = _NUMBERS[10], _NUMBERS[4]
 
 # Tensor types that hold plain numbers; every other type is made of blocks.
 _PLAIN = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloat16}
-# Elements dequantised at once: the intermediate arrays of a chunk then stay in the processor's cache.
+# Elements dequantised at once: few enough for the intermediate arrays of a chunk to stay in the CPU's cache.
 _CHUNK = 1 << 17
 
 
@@ -99,7 +99,7 @@ _GEMMA2_CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 _GEMMA3 = _GELU | {"sliding_window": 1024, "sliding_window_pattern": 6}
 _GEMMA3_ROPE = {"rope_theta": 1000000.0, "rope_local_base_freq": 10000.0}
 _FAMILIES = {
-    # Mistral is written as llama too; a file says nothing in which the two differ.
+    # Files of Mistral have the architecture llama as well; nothing in a file tells the two apart.
     "llama": _Family(
         _LLAMA_BLOCK,
         {"model_type": "llama"} | _SILU,
@@ -154,9 +154,9 @@ _IRRELEVANT = re.compile(r"blk\.\d+\.attn_rot_embd\.weight|(?:v|mm)\..+", re.ASC
 
 
 def open_gguf(path: Path) -> tuple[dict[str, Any], TensorSource, TextTokenizer]:
-    """Configuration in the words of the hub's config.json, weights and tokenizer of one `.gguf` file.
+    """Open a `.gguf` file: its configuration with the keys of the hub's config.json, its weights, its tokenizer.
 
-    Beyond the hub's words, `rope_factors` (head_dim / 2 floats) divides the rotary frequencies where the file
+    One key is not the hub's: `rope_factors` (head_dim / 2 floats) divides the rotary frequencies where the file
     says so; Llama 3.1 and later are stored that way.
 
     Raises:
@@ -182,7 +182,7 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], TensorSource, TextTokenizer]:
 
 @dataclass(frozen=True)
 class _Stored:
-    """One tensor as the file holds it: `shape` outermost first, `start` and `size` in bytes."""
+    """Entry of a tensor in the file: `shape` with the outermost dimension first, `start` and `size` in bytes."""
 
     kind: int
     shape: tuple[int, ...]
@@ -203,7 +203,7 @@ def _damaged(path: Path, what: str) -> CheckpointError:
 
 
 class _Cursor:
-    """Reads a header front to back. A read past the end means that the file was cut short, and says so."""
+    """Reader of a header, front to back. A read past the end raises an error that says that the file is truncated."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path, self.data, self.at = path, data, 0
@@ -223,7 +223,7 @@ class _Cursor:
         return layout.unpack_from(self.data, self.take(layout.size))[0]
 
     def count(self, what: str, smallest: int) -> int:
-        """Number of entries that follow. Each takes at least `smallest` bytes, so a damaged count is noticed."""
+        """Read a number of entries. Each entry takes at least `smallest` bytes, so a damaged number is noticed."""
         count = self.number(_COUNT)
         if count * smallest > self.left:
             raise _damaged(self.path, f"it announces {count} {what}, which {self.left} bytes cannot hold")
@@ -249,7 +249,7 @@ class _Cursor:
         return self.strings(1)[0]
 
     def value(self, key: str) -> Any:
-        """A number, a text, a list of texts or a numpy array."""
+        """Read a number, a text, a list of texts or a numpy array."""
         kind = self.number(_KIND)
         if kind == _STRING:
             return self.string()
@@ -328,14 +328,14 @@ def _read_tensors(cursor: _Cursor, count: int, alignment: Any) -> dict[str, _Sto
 
 @cache
 def _block(kind: int) -> tuple[int, int] | None:
-    """Elements and bytes of a block of this tensor type; None where it cannot be turned into floats."""
+    """Return the elements and bytes of a block of a tensor type; None if the type cannot be dequantised."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import dequantize
 
     try:
         elements, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
         if kind not in _PLAIN:
-            # Integers and the formats of intermediate results have a size, but no way back; one block tells.
+            # Integers and the formats of intermediate results cannot be dequantised. Trying one block shows it.
             dequantize(np.zeros(size, np.uint8), GGMLQuantizationType(kind))
     except (ValueError, KeyError, NotImplementedError):
         return None
@@ -371,7 +371,7 @@ def _config(header: _Header, architecture: str) -> dict[str, Any]:
 
 
 def _number(header: _Header, key: str, *, real: bool, needed: bool = False) -> Any:
-    """A positive number; None where an optional one is absent, or 0, which means "not used"."""
+    """Return a positive number; None if an optional one is absent, or 0, which means "not used"."""
     value = header.fields.get(key)
     if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
         value = value[0].item()  # one number per layer, all the same
@@ -404,10 +404,10 @@ def _rope_scaling(header: _Header, architecture: str) -> dict[str, Any] | None:
 
 
 class GgufTensors:
-    """One file's tensors under the hub's names: dequantised to float32 when read, plain ones as stored."""
+    """Tensors of a file under the hub's names. Reading dequantises blocks to float32; other tensors keep their type."""
 
     def __init__(self, header: _Header, architecture: str, config: dict[str, Any]) -> None:
-        """Match every tensor with its hub name and expected shape; adds `rope_factors` to `config`.
+        """Match every tensor with its hub name and expected shape. Adds `rope_factors` to `config`.
 
         Raises:
             UnsupportedArchitecture: there is a tensor that this architecture does not have.
@@ -443,7 +443,8 @@ class GgufTensors:
     def read(self, name: str) -> torch.Tensor:
         tensor = self._load(self._stored[name])
         if hasattr(mmap, "MADV_DONTNEED"):
-            self._header.data.madvise(mmap.MADV_DONTNEED)  # else all that was read once would count as ours for ever
+            # Without this, every page that was ever read counts as memory of this process.
+            self._header.data.madvise(mmap.MADV_DONTNEED)
         if self._family.norm_offset and name.endswith("norm.weight"):
             return tensor.float() - self._family.norm_offset
         part = name.split(".", 2)[-1].rpartition(".")[0]  # layers.0.self_attn.q_proj.bias: self_attn.q_proj
@@ -465,14 +466,14 @@ class GgufTensors:
         values = np.empty(math.prod(stored.shape), np.float32)
         step = _CHUNK // elements
         for block in range(0, stored.size // size, step):
-            # Blocks know nothing of rows; as one long row they escape `dequantize`'s loop over rows.
+            # Blocks do not depend on rows. As one long row they avoid `dequantize`'s loop over rows.
             row = raw[block * size : (block + step) * size]
             values[block * elements : (block + step) * elements] = dequantize(row, kind)
         return torch.from_numpy(values).reshape(stored.shape)
 
 
 def _layout(family: _Family, config: Mapping[str, Any], vocabulary: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name in the file -> the hub's name and the shape, for every tensor that the model may have."""
+    """Return, for every tensor that the model may have: name in the file -> the hub's name and the shape."""
     sizes = {
         "V": vocabulary,
         "H": config["hidden_size"],

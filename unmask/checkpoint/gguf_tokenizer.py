@@ -1,7 +1,8 @@
-"""The tokenizer in a GGUF header, rebuilt so that it gives the ids of the model's own `tokenizer.json`.
+"""Build a tokenizer from a GGUF header. It gives the same ids as the model's own `tokenizer.json`.
 
-A header holds tokens, their types, and merges (`gpt2`) or scores (`llama`, which is SentencePiece BPE). What
-it leaves out is how text is split before the merges: `tokenizer.ggml.pre` names that, the table here says it.
+A header holds tokens, their types, and merges (`gpt2`) or scores (`llama`, which is SentencePiece BPE). It does not
+hold the pre-tokeniser, which splits text before the merges, but only its name: `tokenizer.ggml.pre`. The table here has
+the rules for each name.
 """
 
 from collections.abc import Mapping
@@ -24,15 +25,15 @@ _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's spelling of a space
 
 @dataclass(frozen=True)
 class _Pre:
-    """Rules by which a byte-level tokenizer cuts text into words; merges stay within a word.
+    """Pre-tokeniser: the rules by which a byte-level tokenizer splits text into words. Merges stay within a word.
 
     Attributes:
         splits: regular expressions, applied in order; each match becomes a piece of its own.
         digits: every digit is a piece, after the splits.
         gpt2: the expression of GPT-2 is applied last.
         nfc: text is composed (Unicode NFC) first.
-        ignore_merges: a whole word that is a token is taken as it is, whatever the merges would give.
-        add_bos: BOS goes before every text where the header does not say.
+        ignore_merges: a word that is a token as a whole becomes that token, whatever the merges give.
+        add_bos: add BOS before every text if the header does not decide it.
     """
 
     splits: tuple[str, ...] = ()
@@ -76,7 +77,7 @@ _DEEPSEEK_LLM = (
 _DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+")
 
 # tokenizer.ggml.pre, as named by https://github.com/ggml-org/llama.cpp/blob/master/convert_hf_to_gguf_update.py.
-# A file without it is older than the field; GPT-2's own splitting is then the best guess.
+# A file without this field is older than the field; GPT-2's pre-tokeniser is then the best guess.
 _PRE = {
     "default": _Pre(gpt2=True),
     "gpt-2": _Pre(gpt2=True),
@@ -97,7 +98,7 @@ _PRE = {
 
 
 def build_tokenizer(file: Path, fields: Mapping[str, Any]) -> TextTokenizer:
-    """The tokenizer that the header fields `tokenizer.ggml.*` describe; `file` is only named in messages.
+    """Build the tokenizer from the header fields `tokenizer.ggml.*`. Messages name `file`.
 
     Raises:
         CheckpointError: a field is missing or damaged, or names a tokenizer that is not known here.
@@ -124,7 +125,7 @@ def build_tokenizer(file: Path, fields: Mapping[str, Any]) -> TextTokenizer:
 
 
 class _Vocabulary:
-    """The tokens of a header and the fields about them, checked."""
+    """Tokens of a header with their types and scores, checked."""
 
     def __init__(self, file: Path, fields: Mapping[str, Any]) -> None:
         self.file, self._fields = file, fields
@@ -139,7 +140,7 @@ class _Vocabulary:
         return value
 
     def numbers(self, name: str) -> np.ndarray | None:
-        """One number for each token, None where the file has no such list."""
+        """Read one number for each token; None if the file has no such list."""
         value = self._fields.get(f"tokenizer.ggml.{name}")
         if value is None:
             return None
@@ -167,13 +168,13 @@ class _Vocabulary:
         return _PRE[name]
 
     def mark_spaces(self) -> None:
-        """Spell runs of spaces in SentencePiece's way again; the converter wrote Gemma's as plain spaces."""
+        """Write runs of spaces with SentencePiece's mark. The converter wrote Gemma's runs as plain spaces."""
         for index, token in enumerate(self.tokens):
             if self.kinds[index] == _USER_DEFINED and not token.strip(" "):
                 self.tokens[index] = _SPACE * len(token)
 
     def ids(self, *, without: int | None = None) -> dict[str, int]:
-        """Token -> id. Empty tokens, which no text can give, and those of type `without` are left out."""
+        """Return token -> id, without empty tokens, which no text gives, and without tokens of type `without`."""
         pairs = [(token, index) for index, token in enumerate(self.tokens) if token and self.kinds[index] != without]
         ids = dict(pairs)
         if len(ids) != len(pairs):
@@ -181,7 +182,7 @@ class _Vocabulary:
         return ids
 
     def added(self) -> list[AddedToken]:
-        """Tokens that are found in the text as they stand, before anything else is done to it."""
+        """Return the tokens that are matched in the text before it is normalised or split."""
         return [
             AddedToken(token, normalized=False, special=kind != _USER_DEFINED)
             for token, kind in zip(self.tokens, self.kinds, strict=True)
@@ -236,10 +237,10 @@ def _sentence_piece(vocabulary: _Vocabulary) -> tuple[Tokenizer, bool]:
 
 
 def _merges(vocabulary: _Vocabulary, ids: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Every way to make a piece of two others, in the order in which SentencePiece would join them.
+    """Return every pair of pieces that joins to a piece, in the order in which SentencePiece joins them.
 
-    It joins the pair whose result has the highest score, and the leftmost of equals. Runs of spaces have one
-    score; ranking a longer left half higher makes them grow from the left as they do there.
+    SentencePiece joins the pair whose result has the highest score, and of equals the leftmost. All runs of spaces have
+    the same score. Ranking a longer left half higher makes them grow from the left, as in SentencePiece.
     """
     scores = vocabulary.numbers("scores")
     # User-defined pieces are matched before any joining, and the header has lost their scores.

@@ -1,4 +1,4 @@
-"""From a model's name to local paths: shipped, local, mirrored under UNMASK_HOME, or on the hub."""
+"""Resolve a model's name to local paths: shipped, local, mirrored under UNMASK_HOME, or on the hub."""
 
 import json
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class Location:
     """Local paths of one model.
 
     Attributes:
-        name: as it was asked for.
+        name: the name that the caller gave.
         base: a folder in the hub's layout, or a `.gguf` file.
         adapters: adapter folders, in merging order.
         trained_as: hub name (or path) of the base.
@@ -90,7 +90,7 @@ def _follow(name: str, seen: tuple[str, ...]) -> Location:
 
 
 def _embedding_source(path: Path) -> str | None:
-    """The model that a folder of layers alone names for its token embedding and tokenizer."""
+    """Return the model that a folder with only layers names for its token embedding and tokenizer."""
     file = path / "config.json"
     if not file.is_file() or (path / "tokenizer.json").is_file() or (path / "tokenizer.model").is_file():
         return None
@@ -109,7 +109,7 @@ def _holds_weights(path: Path) -> bool:
 
 
 def _published_name(path: Path) -> str:
-    """`<org>/<name>` from the last two folders, so that a local mirror of a hub model is recognised."""
+    """Return `<org>/<name>` from the last two folders, so that a local mirror of a hub model is recognised."""
     return "/".join(path.parts[-2:])
 
 
@@ -121,7 +121,7 @@ def _adapter_folder(name: str) -> Path:
 
 
 def local_path(name: str) -> Path:
-    """Local path of the files of one name, fetched first if necessary.
+    """Return the local path of a model's files. Downloads them if necessary.
 
     Order: shipped models, an existing path, `UNMASK_HOME/models/<name>`, the hub (its cache first when offline).
     """

