@@ -9,6 +9,9 @@ from typing import IO, Any
 
 from unmask.errors import StorageError
 
+# Advice of an error for files that lie under UNMASK_HOME.
+HOME_IS_FULL = "free some space or set UNMASK_HOME elsewhere"
+
 
 @contextmanager
 def atomic_write(target: Path) -> Iterator[Path]:
@@ -21,7 +24,7 @@ def atomic_write(target: Path) -> Iterator[Path]:
     """
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        with storage_errors(str(target), "free some space or set UNMASK_HOME elsewhere"):
+        with storage_errors(str(target), HOME_IS_FULL):
             target.parent.mkdir(parents=True, exist_ok=True)
             yield partial
             fsync_path(partial)

@@ -170,7 +170,7 @@ def test_simcse_tells_two_views_of_a_text_from_the_other_texts() -> None:
     model.decoder.train()
     batch = TextBatch([Part(recipe.data[0], [Example(text) for text in [*Q, Q[0]]])])
     torch.manual_seed(0)
-    report = simcse(batch, recipe, model)
+    report = simcse(batch, recipe.simcse.temperature, recipe.matryoshka, model)
     torch.manual_seed(0)
     first, second = model.vectors(sorted(model.prompts([*Q, *Q], ""), key=lambda p: -len(p.ids))).split((5, 5))
     assert 0 < report.loss < 10
@@ -178,6 +178,6 @@ def test_simcse_tells_two_views_of_a_text_from_the_other_texts() -> None:
     assert first.shape == second.shape
     model.decoder.eval()  # without dropout, both views are one
     model.merge()
-    report = simcse(batch, recipe, model)
+    report = simcse(batch, recipe.simcse.temperature, recipe.matryoshka, model)
     v = vectors(model, Q)
     assert report.loss == pytest.approx(float(info_nce(v, v, 0.05)), rel=1e-4)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unmask.disk import locked, storage_errors
+from unmask.disk import HOME_IS_FULL, locked, storage_errors
 from unmask.evaluate.models.embedding_model import EmbeddingModel, TruncatedModel
 
 _KEY_BYTES = 32
@@ -134,8 +134,7 @@ class VectorCache:
             yield
 
     def _storage_errors(self) -> AbstractContextManager[None]:
-        advice = "free some space or set UNMASK_HOME elsewhere"
-        return storage_errors(f"vectors in {self._folder}", advice, action="keep")
+        return storage_errors(f"vectors in {self._folder}", HOME_IS_FULL, action="keep")
 
 
 class CachedModel:

@@ -20,7 +20,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from unmask.checkpoint.tokenizer import TextTokenizer
-from unmask.disk import atomic_write, locked, storage_errors
+from unmask.disk import HOME_IS_FULL, atomic_write, locked, storage_errors
 from unmask.encoder import Encoder
 from unmask.encoder.packing import packs_of
 from unmask.errors import UsageError
@@ -258,5 +258,4 @@ class _Store:
             }
 
     def _storage_errors(self) -> AbstractContextManager[None]:
-        advice = "free some space or set UNMASK_HOME elsewhere"
-        return storage_errors(f"states of words in {self._folder}", advice, action="keep")
+        return storage_errors(f"states of words in {self._folder}", HOME_IS_FULL, action="keep")

@@ -75,7 +75,7 @@ def train_steps(
         StorageError: a checkpoint could not be written; earlier ones are as they were.
     """
     processes = model.processes
-    adamw = _adamw(recipe, model)
+    adamw = _adamw(recipe.optimiser, None if recipe.head is None else recipe.head.lr, model)
     start, best = 0, {}
     latest = folder.latest()
     if latest is not None:
@@ -92,8 +92,9 @@ def train_steps(
         for group in adamw.param_groups:
             group["lr"] = rate * group["lr_share"]
         batch = next(batches)
-        with _memory_errors(step, recipe, folder):
-            report, norm = _train_step(recipe, model, adamw, objective, batch, step, folder)
+        with _memory_errors(step, recipe.batch.forward_tokens, folder):
+            _seed_dropout(recipe.seed, step, processes.rank)
+            report, norm = _train_step(model, adamw, recipe.optimiser.clip, objective, batch, step, folder)
         seconds = time.perf_counter() - began
         losses.append(report.loss)
         done = step + 1
@@ -125,10 +126,15 @@ def train_steps(
     return best
 
 
+def _seed_dropout(seed: int, step: int, rank: int) -> None:
+    # Dropout depends only on the step and the process, so that a resumed run has the dropout of an uninterrupted one.
+    torch.manual_seed((seed * 1_000_003 + step) * 1_024 + rank)
+
+
 def _train_step(
-    recipe: Recipe,
     model: TrainingModel,
     adamw: torch.optim.AdamW,
+    clip: float,
     objective: Objective,
     batch: TextBatch,
     step: int,
@@ -143,14 +149,12 @@ def _train_step(
         TrainingError: the loss or the norm is not a number. The parameters are not updated.
     """
     model.decoder.train()
-    # Dropout depends only on the step and the process, so that a resumed run has the dropout of an uninterrupted one.
-    torch.manual_seed((recipe.seed * 1_000_003 + step) * 1_024 + model.processes.rank)
     report = objective(batch, step)
     # With sharding, the backward has already summed the decoder's gradients. The head is not sharded.
     model.processes.sum_gradients(
         parameter for name, parameter in model.parameters.items() if not model.sharded or name.startswith("head.")
     )
-    norm = _clip(list(model.parameters.values()), recipe.optimiser.clip)
+    norm = _clip(list(model.parameters.values()), clip)
     if not math.isfinite(report.loss) or not math.isfinite(norm):
         raise TrainingError(
             f"step {step + 1}: the loss is {report.loss} and the gradient's norm {norm}, in a batch of "
@@ -178,9 +182,8 @@ def _mean(scores: Mapping[str, float]) -> float:
     return sum(scores.values()) / len(scores) if scores else -math.inf
 
 
-def _adamw(recipe: Recipe, model: TrainingModel) -> torch.optim.AdamW:
-    optimiser = recipe.optimiser
-    head_share = (recipe.head.lr or optimiser.lr) / optimiser.lr if recipe.head is not None else 1.0
+def _adamw(optimiser: Optimiser, head_lr: float | None, model: TrainingModel) -> torch.optim.AdamW:
+    head_share = (head_lr or optimiser.lr) / optimiser.lr
     groups: list[dict[str, Any]] = []
     for head in (False, True):
         own = [p for name, p in model.parameters.items() if name.startswith("head.") == head]
@@ -229,7 +232,7 @@ def _restore(state: Mapping[str, Any], model: TrainingModel, adamw: torch.optim.
 
 
 @contextmanager
-def _memory_errors(step: int, recipe: Recipe, folder: RunFolder) -> Iterator[None]:
+def _memory_errors(step: int, forward_tokens: int, folder: RunFolder) -> Iterator[None]:
     """Turn a lack of memory into an error that says what to lower."""
     try:
         yield
@@ -240,7 +243,7 @@ def _memory_errors(step: int, recipe: Recipe, folder: RunFolder) -> Iterator[Non
             raise
         raise TrainingError(
             f"step {step + 1}: out of memory. {_last_checkpoint(folder)} Lower batch.forward_tokens (now "
-            f"{recipe.batch.forward_tokens}); the batch and its gradient stay the same"
+            f"{forward_tokens}); the batch and its gradient stay the same"
         ) from error
 
 

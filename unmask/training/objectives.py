@@ -6,6 +6,7 @@ resumed run equals an uninterrupted one.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ from unmask.training.mntp import (
     mask_tokens,
     prediction_loss,
 )
-from unmask.training.recipe import DataSource, Distillation, Recipe
+from unmask.training.recipe import Contrastive, DataSource, Distillation, Exit, Mntp, Ranking, Recipe
 from unmask.training.targets import RankingTeacher
 from unmask.training.training_model import TrainingModel
 
@@ -62,12 +63,28 @@ class Teachers:
     ranking: RankingTeacher | None = None
 
 
+class SupervisedSettings(Protocol):
+    """The part of a recipe that supervised training reads; see `Recipe` for the fields."""
+
+    @property
+    def contrastive(self) -> Contrastive: ...
+
+    @property
+    def distillation(self) -> Distillation | None: ...
+
+    @property
+    def matryoshka(self) -> Sequence[int]: ...
+
+    @property
+    def exits(self) -> Sequence[Exit]: ...
+
+
 def objective_for(recipe: Recipe, model: TrainingModel, teachers: Teachers | None) -> Objective:
     """Return the recipe's objective, bound to a model."""
     if recipe.objective == "mntp":
-        return _mntp(recipe, model)
+        return _mntp(recipe.mntp, recipe.seed, model)
     if recipe.objective == "simcse":
-        return lambda batch, step: simcse(batch, recipe, model)
+        return lambda batch, step: simcse(batch, recipe.simcse.temperature, recipe.matryoshka, model)
     return lambda batch, step: supervised(batch, recipe, model, teachers)
 
 
@@ -91,8 +108,11 @@ class _Candidates:
     share: float
 
 
-def supervised(batch: TextBatch, recipe: Recipe, model: TrainingModel, teachers: Teachers | None) -> StepReport:
+def supervised(
+    batch: TextBatch, settings: SupervisedSettings, model: TrainingModel, teachers: Teachers | None
+) -> StepReport:
     """Train on labels (contrastive loss), on a teacher's vectors of all texts (distillation), or both."""
+    distillation = settings.distillation
     prompts: list[Prompt] = []
     row_of: dict[tuple[str, str, int | None], int] = {}  # instruction, text, length -> row of its vector
     distilled: dict[int, str] = {}
@@ -102,7 +122,7 @@ def supervised(batch: TextBatch, recipe: Recipe, model: TrainingModel, teachers:
         source = part.source
         queries = [example.query for example in part.examples]
         positives = [example.positive for example in part.examples if example.positive is not None]
-        negatives = [t for example in part.examples for t in example.negatives[: recipe.contrastive.hard_negatives]]
+        negatives = [t for example in part.examples for t in example.negatives[: settings.contrastive.hard_negatives]]
         documents = positives + negatives
         # Symmetric sets get the instruction on both sides, which the reference intended and lost (PR 60).
         keys = [(source.instruction, text) for text in queries]
@@ -123,15 +143,18 @@ def supervised(batch: TextBatch, recipe: Recipe, model: TrainingModel, teachers:
 
     def loss_of(vectors: Tensor) -> Tensor:  # [U, w] -> scalar
         loss = vectors.new_zeros(())
-        if targets is not None and recipe.distillation is not None:
-            loss = loss + _distillation(vectors[places], targets, recipe.distillation)
+        if targets is not None and distillation is not None:
+            loss = loss + _distillation(vectors[places], targets, distillation)
         for each in candidates:
-            loss = loss + each.share * _candidates_loss(each, vectors, recipe, _judge(each, vectors, places, targets))
+            judge = _judge(each, vectors, places, targets)
+            loss = loss + each.share * _candidates_loss(each, vectors, settings.contrastive, judge)
+            if each.scores is not None and distillation is not None and distillation.ranking is not None:
+                loss = loss + each.share * _ranking_loss(each, each.scores, vectors, distillation.ranking)
         return loss
 
     def loss_of_depths(vectors: Tensor) -> Tensor:  # [U, depths * W] -> scalar
-        full, *early = (matryoshka(loss_of, v, recipe.matryoshka) for v in vectors.split(model.dimensions, dim=1))
-        return full + sum(each.weight * loss for each, loss in zip(recipe.exits, early, strict=True))
+        full, *early = (matryoshka(loss_of, v, settings.matryoshka) for v in vectors.split(model.dimensions, dim=1))
+        return full + sum(each.weight * loss for each, loss in zip(settings.exits, early, strict=True))
 
     loss = backward_through(model, prompts, loss_of_depths)
     return StepReport(loss, sum(len(prompt.ids) for prompt in prompts))
@@ -171,8 +194,8 @@ def _judge(each: _Candidates, vectors: Tensor, places: Tensor, targets: Tensor |
     return targets[torch.searchsorted(places, each.rows)]
 
 
-def _candidates_loss(each: _Candidates, vectors: Tensor, recipe: Recipe, judge: Tensor) -> Tensor:
-    settings, count = recipe.contrastive, each.queries
+def _candidates_loss(each: _Candidates, vectors: Tensor, settings: Contrastive, judge: Tensor) -> Tensor:
+    count = each.queries
     own = vectors[each.rows]  # [Q + C, w]
     loss = own.new_zeros(())
     if each.source.use_labels and settings.weight:
@@ -181,11 +204,13 @@ def _candidates_loss(each: _Candidates, vectors: Tensor, recipe: Recipe, judge: 
             masked = masked | false_negatives(judge[:count], judge[count:], settings.false_negative_margin)
         both = settings.both_ways and each.source.symmetric
         loss = settings.weight * info_nce(own[:count], own[count:], settings.temperature, masked, both)
-    if each.scores is not None and recipe.distillation is not None and recipe.distillation.ranking is not None:
-        ranking_settings = recipe.distillation.ranking
-        scores = F.normalize(own[:count], dim=1) @ F.normalize(own[count:], dim=1).T  # [Q, C]
-        loss = loss + ranking_settings.weight * ranking(scores, each.scores, ranking_settings.temperature)
     return loss
+
+
+def _ranking_loss(each: _Candidates, teacher: Tensor, vectors: Tensor, settings: Ranking) -> Tensor:
+    own, count = F.normalize(vectors[each.rows], dim=1), each.queries
+    scores = own[:count] @ own[count:].T  # [Q, C]
+    return settings.weight * ranking(scores, teacher, settings.temperature)
 
 
 def _gathered(model: TrainingModel, vectors: Callable[[Sequence[str]], np.ndarray], texts: list[str]) -> Tensor:
@@ -196,8 +221,12 @@ def _gathered(model: TrainingModel, vectors: Callable[[Sequence[str]], np.ndarra
     return processes.gather(rows, own, len(texts))
 
 
-def simcse(batch: TextBatch, recipe: Recipe, model: TrainingModel) -> StepReport:
-    """SimCSE: each text is its own positive, and dropout makes the two views differ."""
+def simcse(batch: TextBatch, temperature: float, lengths: Sequence[int], model: TrainingModel) -> StepReport:
+    """SimCSE: each text is its own positive, and dropout makes the two views differ.
+
+    Args:
+        lengths: also train vectors truncated to these lengths, see `losses.matryoshka`.
+    """
     prompts: list[Prompt] = []
     for part in batch.parts:
         texts = dict.fromkeys(example.query for example in part.examples)
@@ -205,26 +234,25 @@ def simcse(batch: TextBatch, recipe: Recipe, model: TrainingModel) -> StepReport
 
     def loss_of(vectors: Tensor) -> Tensor:
         first, second = vectors.split(len(prompts))
-        return info_nce(first, second, recipe.simcse.temperature)
+        return info_nce(first, second, temperature)
 
-    loss = backward_through(model, prompts * 2, lambda v: matryoshka(loss_of, v, recipe.matryoshka))
+    loss = backward_through(model, prompts * 2, lambda v: matryoshka(loss_of, v, lengths))
     return StepReport(loss, 2 * sum(len(prompt.ids) for prompt in prompts))
 
 
-def _mntp(recipe: Recipe, model: TrainingModel) -> Objective:
-    head, mask_id = language_model_head(model), mask_token_id(model, recipe.mntp)
+def _mntp(settings: Mntp, seed: int, model: TrainingModel) -> Objective:
+    head, mask_id = language_model_head(model), mask_token_id(model, settings)
     vocabulary = model.decoder.shape.vocabulary
     tokenizer = model.encoder.checkpoint.tokenizer
 
     def step(batch: TextBatch, number: int) -> StepReport:
-        generator = np.random.default_rng([recipe.seed, 1, number])
+        generator = np.random.default_rng([seed, 1, number])
         encodings = tokenizer.plain.encode_batch_fast(
             [example.query for part in batch.parts for example in part.examples], add_special_tokens=False
         )
         documents = [np.array([*tokenizer.prefix, *encoding.ids], dtype=np.int64) for encoding in encodings]
         sequences = [
-            mask_tokens(ids, recipe.mntp, mask_id, vocabulary, generator)
-            for ids in blocks(documents, recipe.mntp.block)
+            mask_tokens(ids, settings, mask_id, vocabulary, generator) for ids in blocks(documents, settings.block)
         ]
         num_masked = sum(len(sequence.positions) for sequence in sequences)
         loss = 0.0

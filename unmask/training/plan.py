@@ -84,7 +84,10 @@ def plan_run(recipe: Recipe, data: Path, log: Callable[[str], None]) -> RunPlan:
     if per_step > recipe.batch.forward_tokens and recipe.objective != "mntp":
         passes += 1.0  # GradCache forwards twice
     seconds = tokens * shape.flops_per_token * passes / (_gemm_speed(device, dtype) * _EFFICIENCY)
-    return RunPlan(sources, recipe.steps, tokens, _memory(shape, recipe, dtype, per_step, trained), seconds, trained)
+    memory = _weight_bytes(shape, dtype, trained, adapted=recipe.lora is not None)
+    per_token = _activation_bytes(shape, dtype, recipe.gradient_checkpointing)
+    memory += int(min(per_step, recipe.batch.forward_tokens) * per_token)
+    return RunPlan(sources, recipe.steps, tokens, memory, seconds, trained)
 
 
 def _source_plan(
@@ -127,18 +130,22 @@ def _trained_parameters(shape: Shape, lora: Lora | None) -> int:
     return shape.layers * sum(a * b for a, b in ends.values()) + shape.vocabulary * shape.hidden_size
 
 
-def _memory(shape: Shape, recipe: Recipe, dtype: torch.dtype, per_step: float, trained: int) -> int:
+def _weight_bytes(shape: Shape, dtype: torch.dtype, trained: int, *, adapted: bool) -> int:
     weights = int(shape.flops_per_token / 2) + shape.vocabulary * shape.hidden_size
     # With adapters: W0 in float32 and the sum in the forward's precision. Adam: weight, gradient, two moments.
-    parameters = weights * (4 + dtype.itemsize if recipe.lora is not None else 4) + trained * 16
-    # Stored for the backward of one layer, per token: the inputs of its GEMMs, norms in float32, heads twice, the MLP.
+    return weights * (4 + dtype.itemsize if adapted else 4) + trained * 16
+
+
+def _activation_bytes(shape: Shape, dtype: torch.dtype, gradient_checkpointing: bool) -> int:
+    """Return the bytes per token that all layers store for the backward."""
+    if gradient_checkpointing:
+        return dtype.itemsize * shape.hidden_size * shape.layers
+    # Of one layer: the inputs of its GEMMs, norms in float32, heads twice, the MLP.
     heads = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
     layer = (
         dtype.itemsize * (4 * shape.hidden_size + 2 * heads + 4 * shape.intermediate_size) + 4 * 2 * shape.hidden_size
     )
-    if recipe.gradient_checkpointing:
-        layer = dtype.itemsize * shape.hidden_size
-    return int(parameters + min(per_step, recipe.batch.forward_tokens) * layer * shape.layers)
+    return layer * shape.layers
 
 
 def _gemm_speed(device: torch.device, dtype: torch.dtype) -> float:

@@ -15,15 +15,15 @@ import pickle
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from unmask import __version__
-from unmask.disk import atomic_write
+from unmask.disk import atomic_write, storage_errors
 from unmask.errors import StorageError, UsageError
 
 _STEP = "step-"
@@ -42,7 +42,7 @@ class RunFolder:
 
     def __init__(self, path: Path, keep: int) -> None:
         self.path, self._keep = path, keep
-        with _wrap_storage_errors(path):
+        with _storage_errors(path):
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
 
     def begin(
@@ -88,7 +88,7 @@ class RunFolder:
         """
         target = self.path / "checkpoints" / f"{_STEP}{step:08d}"
         partial = target.with_name(f".{target.name}.partial")
-        with _wrap_storage_errors(self.path):
+        with _storage_errors(self.path):
             shutil.rmtree(partial, ignore_errors=True)
             try:
                 partial.mkdir()
@@ -126,7 +126,7 @@ class RunFolder:
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Add a line to `metrics.jsonl`."""
-        with _wrap_storage_errors(self.path), (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        with _storage_errors(self.path), (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -204,12 +204,5 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return walk(old, new, "") or "no difference"
 
 
-@contextmanager
-def _wrap_storage_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError into a StorageError that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"cannot write to {path}: {error.strerror or error}; free some space and continue with --resume"
-        ) from error
+def _storage_errors(path: Path) -> AbstractContextManager[None]:
+    return storage_errors(str(path), "free some space and continue with --resume", action="write to")
