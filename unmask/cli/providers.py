@@ -15,11 +15,11 @@ from unmask.catalogue import record_for
 from unmask.catalogue.store import read_catalogue
 from unmask.cli.database import DatabaseUrl, open_database
 from unmask.cli.options import AsJson
-from unmask.cli.terminal import print_json, print_table, say
 from unmask.errors import UsageError
 from unmask.router.checks import ModelSource, check_all
 from unmask.router.providers import Providers, read_providers
 from unmask.storage.database import Database
+from unmask.terminal import print_json, print_table, say
 
 providers = App(name="providers", help="Manage providers of models, and check their vectors.")
 
