@@ -15,7 +15,10 @@ UnmaskError
 │   ├── Overloaded             carries retry_after, in seconds
 │   ├── ModelLoading           carries retry_after, in seconds
 │   ├── DeadlineExceeded
-│   └── EngineStopped
+│   ├── EngineStopped
+│   ├── NoProvider             providers with right vectors cannot answer now; carries retry_after, in seconds
+│   ├── NoConformingProvider   no provider's vectors are known to be right; carries retry_after, in seconds
+│   └── ProviderRefused        a provider failed, and the request was not tried elsewhere
 ├── AccountError               an account, a key or its limits do not allow it
 │   ├── KeyRefused             the key is unknown, mistyped, revoked or out of date
 │   ├── SignInRefused          wrong address or password, or nobody is signed in
@@ -135,6 +138,26 @@ class DeadlineExceeded(EngineError):
 
 class EngineStopped(EngineError):
     """The engine is shutting down."""
+
+
+class NoProvider(EngineError):
+    """The providers whose vectors are right cannot answer now. Try again after `retry_after` seconds."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class NoConformingProvider(EngineError):
+    """No provider of the model is known to give the right vectors. Try again after `retry_after` seconds."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class ProviderRefused(EngineError):
+    """A provider failed, and repeating requests would make matters worse."""
 
 
 class AccountError(UnmaskError):

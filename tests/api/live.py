@@ -23,7 +23,8 @@ from unmask.api import ServeSettings, create_app
 from unmask.api.metrics import Metrics
 from unmask.api.web_pages import WebPages
 from unmask.router import ModelRegistry
-from unmask.server.composition import open_models
+from unmask.router.pool import WatchIntervals
+from unmask.server.composition import open_models, open_providers
 from unmask.server.http_server import HttpServer, base_url, listen
 from unmask.server.process import serve_models
 from unmask.storage.database import Database
@@ -170,10 +171,12 @@ def running(
     accounts: Accounts | None = None,
     build_pages: BuildPages | None = None,
     catalogue: Database | None = None,
+    intervals: WatchIntervals | None = None,
     **changes: Any,
 ) -> Iterator[LocalService]:
     """A server in a thread, by default with a key and without pages, over one warmed model.
 
+    `intervals` are those of the canaries of its providers, where the setting `providers` names any.
     With `accounts`, theirs are the keys, and their database has the operator's side of the catalogue; without accounts
     that of `catalogue`, if there is one.
     """
@@ -183,6 +186,9 @@ def running(
         listener = stack.enter_context(listen(settings.host, settings.port))
         settings = replace(settings, cache_bytes=0)  # each request is work
         models, sync = open_models(settings, accounts.database if accounts else catalogue)
+        if settings.providers is not None:
+            models.providers = open_providers(settings.providers, models, accounts.database if accounts else catalogue)
+            models.providers.intervals = intervals or models.providers.intervals
         stopping, ready = threading.Event(), threading.Event()
         metrics = Metrics()
         pages = build_pages(models, settings, metrics, accounts) if build_pages else None

@@ -4,8 +4,10 @@ import asyncio
 import base64
 import json
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -170,3 +172,31 @@ async def right_then_close(server: FaultServer, request: SeenRequest, writer: as
     """Answer, promise to keep the connection, and close it."""
     await right(server, request, writer)
     return False
+
+
+@contextmanager
+def fault_server_thread(vectors_of: VectorsOf) -> Iterator[FaultServer]:
+    """Run a fault server in a thread of its own, for tests without an event loop."""
+    loop = asyncio.new_event_loop()
+    started: Future[FaultServer] = Future()
+    stop = asyncio.Event()
+
+    async def serve() -> None:
+        async with fault_server(vectors_of) as server:
+            started.set_result(server)
+            await stop.wait()
+
+    def run() -> None:
+        loop.run_until_complete(serve())
+        for task in asyncio.all_tasks(loop):  # connections that still wait
+            task.cancel()
+        loop.run_until_complete(asyncio.sleep(0.01))
+        loop.close()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield started.result(10)
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(10)

@@ -22,6 +22,7 @@ from unmask.api.context import context_of
 from unmask.api.cors import CorsMiddleware
 from unmask.api.dialects import dialect_error, dialect_routes
 from unmask.api.embeddings import EmbeddingsRoute, deprecation_headers, find_model
+from unmask.api.endpoint_info import endpoint_list
 from unmask.api.errors import ApiError
 from unmask.api.metrics import CONTENT_TYPE, Metrics
 from unmask.api.middleware import (
@@ -38,6 +39,7 @@ from unmask.api.web_pages import WebPages, accepts_html
 from unmask.catalogue import Specification
 from unmask.catalogue.pricing import charged_prices
 from unmask.router import ModelRegistry, ServedModel
+from unmask.router.route import space_of
 
 # A canary that takes longer stands behind a stuck engine. A load balancer asks again in any case.
 _CANARY_TIMEOUT_S = 10
@@ -77,6 +79,7 @@ def create_app(
         *dialect_routes(embeddings),  # before the route itself: counters are labelled by the last path of an endpoint
         Route("/v1/embeddings", embeddings.answer, methods=["POST"]),
         Route("/v1/models", service.list_models),
+        Route("/v1/models/{id:path}/endpoints", service.endpoints),  # before the next one, whose id would take it in
         Route("/v1/models/{id:path}", service.model),
         Route("/health", service.health),
         Route("/ready", service.ready),
@@ -156,6 +159,9 @@ class _ServiceRoutes:
         context_of(request).response_headers |= deprecation_headers(served.record)
         return _json(_model_info(served, served.record.id, await self._prices()))
 
+    async def endpoints(self, request: Request) -> Response:
+        return _json(endpoint_list(self.models, find_model(self.models, request.path_params["id"])))
+
     async def _prices(self) -> Sequence[TariffPrice] | None:
         """Return the operator's prices; None where nobody is charged."""
         return await self.accounts.prices() if self.accounts is not None else None
@@ -183,6 +189,10 @@ class _ServiceRoutes:
                 engine = await served.engine()
                 self.metrics.set_waiting_tokens(served.record.id, engine.waiting_tokens())
                 self.metrics.set_reused_inputs(served.record.id, engine.reused_prompts)
+        if self.models.providers is not None:
+            for model, group in self.models.providers.models().items():
+                for endpoint in group.endpoints:
+                    self.metrics.set_provider(model, endpoint)
         return Response(self.metrics.exposition(), headers={"content-type": CONTENT_TYPE})
 
     async def index(self, request: Request) -> Response:
@@ -230,6 +240,7 @@ def _model_info(served: ServedModel, id: str, prices: Sequence[TariffPrice] | No
         "prices": msgspec.to_builtins(record.prices if prices is None else charged_prices(record, prices)),
         "lifecycle": record.status,
         "shutdown_date": until.isoformat() if until else None,
+        "vector_space": space_of(served, served.options.dtype),
     }
     return msgspec.convert(fields, Model)
 

@@ -25,11 +25,20 @@ from unmask.api.disconnect import cancel_on_disconnect
 from unmask.api.errors import ApiError
 from unmask.api.metrics import Metrics
 from unmask.api.quantisation import QUANTISED, quantise_vectors
-from unmask.api.schema import EmbeddingRequest, Fields, TokenEncoding, read_fields, read_input, request_of
+from unmask.api.schema import (
+    EmbeddingRequest,
+    Fields,
+    ProviderOptions,
+    TokenEncoding,
+    read_fields,
+    read_input,
+    request_of,
+)
 from unmask.api.settings import ServeSettings
 from unmask.catalogue import Record
 from unmask.encoder.encoder import postprocess
-from unmask.router import ModelRegistry, ServedModel
+from unmask.router import EmbeddingWork, ModelRegistry, ProviderWishes, ServedModel, find_route
+from unmask.router.providers import PRECISION_CLASSES
 
 MAX_WAIT_S = 60  # for a cold model, by `Prefer: wait`
 MAX_DEADLINE_S = 3600
@@ -123,17 +132,29 @@ class EmbeddingsRoute:
         await self.charging.check_access(request, model, tier)
         instruction = _instruction(parsed, served.record)
         wait = min(_preferred_wait(request.headers), deadline - time.monotonic())
-        engine = await served.engine(max(wait, 0.0))
-        if parsed.dimensions and parsed.dimensions > engine.encoder.dim:
-            message = f"dimensions={parsed.dimensions}: this model's vectors have {engine.encoder.dim} numbers."
+        is_native = parsed.token_encoding == "native" and not isinstance(inputs[0], str)
+        is_raw = parsed.normalize is False
+        route = await find_route(served, self.models.providers, max(wait, 0.0), local=is_native or is_raw)
+        if parsed.dimensions and parsed.dimensions > route.dim:
+            message = f"dimensions={parsed.dimensions}: this model's vectors have {route.dim} numbers."
             raise ApiError(400, message, param="dimensions")
         texts, encoding = await self._decode_inputs(inputs, parsed)
-        prompts = await engine.prepare(texts, instruction=instruction, truncate=bool(parsed.truncate))
+        prompts = await route.prepare(texts, instruction=instruction, truncate=bool(parsed.truncate))
         num_tokens = sum(len(prompt.ids) for prompt in prompts)
         self._check_tokens(num_tokens)
         share = context.share if tier == "default" else _BATCH_SHARE
         async with self.charging.charge(request, model, tier, num_tokens, body, deadline) as charge:
-            vectors = await engine.run(prompts, deadline=deadline, caller=share)
+            work = EmbeddingWork(
+                texts=None if is_native else [text for text in texts if isinstance(text, str)],
+                prompts=prompts,
+                instruction=instruction,
+                raw=is_raw,
+                deadline=deadline,
+                share=share,
+                wishes=_wishes(parsed.provider),
+            )
+            routed = await route.run(work)
+            vectors = routed.vectors
 
             def write() -> bytes:
                 rows = _rows(vectors, parsed)
@@ -145,7 +166,7 @@ class EmbeddingsRoute:
             await charge.settle()
         context.tokens = num_tokens
         self.metrics.count_embedding(model, num_tokens, context.elapsed_s())
-        headers = {}
+        headers = route.headers(routed)
         if encoding:
             headers["x-unmask-token-encoding"] = encoding
         if truncated := sum(prompt.truncated for prompt in prompts):
@@ -255,6 +276,21 @@ def _instruction(parsed: EmbeddingRequest, record: Record) -> str:
     if parsed.instruction:
         return parsed.instruction
     return {"query": record.query_instruction, "document": record.document_instruction}.get(parsed.input_type or "", "")
+
+
+def _wishes(options: ProviderOptions | None) -> ProviderWishes:
+    """Translate the field `provider` to the router's words."""
+    if options is None:
+        return ProviderWishes()
+    return ProviderWishes(
+        only=options.only,
+        ignore=options.ignore,
+        order=options.order,
+        allow_fallbacks=options.allow_fallbacks,
+        sort=options.sort,
+        precision=tuple(PRECISION_CLASSES[name] for name in options.precision),
+        data_collection=options.data_collection,
+    )
 
 
 def _names(fields: Sequence[str]) -> str:

@@ -76,6 +76,9 @@ _ANSWERS: tuple[tuple[type[errors.UnmaskError], _Answer], ...] = (
     # Not 408: the request arrived in time, and the server was late.
     (errors.DeadlineExceeded, _Answer(504, SERVER, "deadline_exceeded", retry_after=1)),
     (errors.EngineStopped, _Answer(503, SERVER, "server_stopping", retry_after=1)),
+    (errors.NoProvider, _Answer(503, SERVER, "no_provider")),
+    (errors.NoConformingProvider, _Answer(503, SERVER, "no_conforming_provider")),
+    (errors.ProviderRefused, _Answer(502, SERVER, "provider_failed")),
     (errors.EngineError, _Answer(503, SERVER, "engine_unavailable", retry_after=1)),
     (errors.KeyRefused, _Answer(401, code="invalid_api_key")),
     (errors.SignInRefused, _Answer(401, code="not_signed_in")),

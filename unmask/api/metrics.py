@@ -4,6 +4,7 @@ import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from unmask.api.traffic import TrafficHistory, TrafficInterval
+from unmask.router.endpoint import ProviderEndpoint
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 
@@ -40,6 +41,34 @@ class Metrics:
             ["model"],
             registry=self._registry,
         )
+        endpoint = ["provider", "model"]
+        self._provider_requests = Gauge(
+            "unmask_provider_requests",
+            "Requests of the last day to a provider by outcome",
+            [*endpoint, "outcome"],
+            registry=self._registry,
+        )
+        self._provider_tokens = Gauge(
+            "unmask_provider_in_flight_tokens", "Tokens in flight at a provider", endpoint, registry=self._registry
+        )
+        self._provider_admitted = Gauge(
+            "unmask_provider_admitted",
+            "1 if a provider's vectors were right in its last runs, else 0",
+            endpoint,
+            registry=self._registry,
+        )
+        self._provider_breaker = Gauge(
+            "unmask_provider_breaker_closed",
+            "1 if traffic may go to a provider, else 0",
+            endpoint,
+            registry=self._registry,
+        )
+        self._provider_distance = Gauge(
+            "unmask_provider_conformance_distance",
+            "1 - cosine of a provider's canaries in its last full run",
+            [*endpoint, "stat"],
+            registry=self._registry,
+        )
         prometheus_client.ProcessCollector(registry=self._registry)
 
     def count_request(self, route: str, status: int, seconds: float) -> None:
@@ -67,6 +96,18 @@ class Metrics:
     def set_reused_inputs(self, model: str, count: int) -> None:
         """Set the number of inputs of a model that were answered from its cache."""
         self._reused.labels(model).set(count)
+
+    def set_provider(self, model: str, endpoint: ProviderEndpoint) -> None:
+        """Set the figures of a provider of a model."""
+        labels = endpoint.provider.name, model
+        for outcome, count in endpoint.outcomes().items():
+            self._provider_requests.labels(*labels, outcome).set(count)
+        self._provider_tokens.labels(*labels).set(endpoint.load.tokens)
+        self._provider_admitted.labels(*labels).set(endpoint.standing == "admitted")
+        self._provider_breaker.labels(*labels).set(endpoint.breaker.lets_in())
+        if endpoint.conformance is not None:
+            self._provider_distance.labels(*labels, "worst").set(endpoint.conformance.worst)
+            self._provider_distance.labels(*labels, "mean").set(endpoint.conformance.mean)
 
     def requests_by_status(self, route: str) -> dict[int, int]:
         """Return the number of requests of a route since the start, by status."""

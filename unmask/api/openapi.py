@@ -13,6 +13,7 @@ from unmask.api.schema import (
     AccountInfo,
     EmbeddingRequest,
     EmbeddingResponse,
+    EndpointList,
     Health,
     Index,
     KeyList,
@@ -36,6 +37,7 @@ ERRORS = {
     422: "This Idempotency-Key was used for another request.",
     429: "Too many tokens wait already. Retry-After says when there will be room.",
     500: "A fault of the server.",
+    502: "A provider failed, and the retry budget of the model is used up.",
     503: "The model is loading, failed to load, or the server is shutting down.",
     504: "The vectors were not ready before the request's deadline.",
 }
@@ -65,6 +67,13 @@ _HEADERS: dict[str, tuple[str, dict[str, Any]]] = {
         {"type": "integer", "minimum": 1},
     ),
     "x-unmask-ignored-fields": ("Fields of the request that nothing reads; absent for none.", _STRING),
+    "x-unmask-provider": ("Who computed the vectors; `local` is this server.", _STRING),
+    "x-unmask-attempts": ("How many providers were asked.", {"type": "integer", "minimum": 1}),
+    "x-unmask-vector-space": ("Vectors of one space may be mixed in an index, and no others.", _STRING),
+    "x-unmask-conformance": (
+        "Precision of the provider's vectors, their worst 1 - cosine, and Unix seconds of the last right canary.",
+        _STRING,
+    ),
     "deprecation": ("Since when the model is deprecated, as @ and Unix seconds (RFC 9745); absent if not.", _STRING),
     "sunset": ("When a deprecated model stops answering (RFC 8594).", _STRING),
 }
@@ -117,7 +126,17 @@ def openapi_document(*, secured: bool, body_limit: int, accounts: bool = False) 
         accounts: the app has accounts, and asks for their keys.
     """
     app = _AppTraits(secured or accounts, body_limit, accounts)
-    types = [EmbeddingRequest, EmbeddingResponse, Model, ModelList, Readiness, Health, Index, ErrorEnvelope]
+    types = [
+        EmbeddingRequest,
+        EmbeddingResponse,
+        Model,
+        ModelList,
+        EndpointList,
+        Readiness,
+        Health,
+        Index,
+        ErrorEnvelope,
+    ]
     types += [AccountInfo, UsageReport, KeyList] if accounts else []
     _, schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     paths = _embedding_paths(app) | _model_paths(app) | _service_paths(app)
@@ -187,6 +206,10 @@ def _embedding_paths(app: _AppTraits) -> dict[str, Any]:
             "x-unmask-token-encoding",
             "x-unmask-truncated-inputs",
             "x-unmask-ignored-fields",
+            "x-unmask-provider",
+            "x-unmask-attempts",
+            "x-unmask-vector-space",
+            "x-unmask-conformance",
             *_END,
             *account_headers,
         ),
@@ -197,12 +220,21 @@ def _embedding_paths(app: _AppTraits) -> dict[str, Any]:
                 "createEmbedding",
                 "Vectors of texts",
                 vectors,
-                (404, 408, 410, 413, 415, 429, 503, 504, *((409, 422) if app.accounts else ())),
+                (404, 408, 410, 413, 415, 429, 502, 503, 504, *((409, 422) if app.accounts else ())),
                 parameters=_parameters("header", request_headers),
                 requestBody={"required": True, "content": _json("EmbeddingRequest")},
             )
         }
     }
+
+
+_MODEL_ID = {
+    "name": "id",
+    "in": "path",
+    "required": True,
+    "description": "An id or alias; slashes are part of it.",
+    "schema": {"type": "string", "minLength": 1},
+}
 
 
 def _model_paths(app: _AppTraits) -> dict[str, Any]:
@@ -216,15 +248,16 @@ def _model_paths(app: _AppTraits) -> dict[str, Any]:
                 "One model",
                 _response("Its catalogue record and status.", _json("Model"), (*_ON_ALL, *_END)),
                 (404, 410),
-                parameters=[
-                    {
-                        "name": "id",
-                        "in": "path",
-                        "required": True,
-                        "description": "An id or alias; slashes are part of it.",
-                        "schema": {"type": "string", "minLength": 1},
-                    }
-                ],
+                parameters=[_MODEL_ID],
+            )
+        },
+        "/v1/models/{id}/endpoints": {
+            "get": app.operation(
+                "listEndpoints",
+                "Who answers for a model, and how well",
+                _json_response("This server's own engine, and the providers.", "EndpointList"),
+                (404, 410),
+                parameters=[_MODEL_ID],
             )
         },
     }

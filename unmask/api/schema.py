@@ -29,6 +29,26 @@ def _doc(description: str) -> Meta:
     return Meta(description=description)
 
 
+ProviderNames = Annotated[tuple[str, ...], Meta(max_length=64)]
+
+
+class ProviderOptions(msgspec.Struct, kw_only=True, frozen=True):
+    """Wishes about who answers, in OpenRouter's words. Providers are listed at `/v1/models/{id}/endpoints`."""
+
+    only: Annotated[ProviderNames, _doc("Names that may answer. `local` is this server's own engine.")] = ()
+    ignore: Annotated[ProviderNames, _doc("Names that may not answer.")] = ()
+    order: Annotated[ProviderNames, _doc("Names to try first, in this order.")] = ()
+    allow_fallbacks: Annotated[bool, _doc("With `order`: others than the first may answer if it fails.")] = True
+    sort: Annotated[
+        Literal["price", "latency", "throughput"] | None, _doc("Take the best by this, in place of balancing.")
+    ] = None
+    precision: Annotated[
+        tuple[Literal["float32", "float16", "bfloat16", "int8"], ...],
+        _doc("Precisions that may answer beyond float32 and float16. Their vectors are another vector space."),
+    ] = ()
+    data_collection: Annotated[Literal["allow", "deny"], _doc("`deny`: only providers that keep no texts.")] = "allow"
+
+
 class EmbeddingRequest(msgspec.Struct, kw_only=True):
     """Body of `POST /v1/embeddings`. Optional fields may be left out, null or "", which all mean the same."""
 
@@ -65,6 +85,7 @@ class EmbeddingRequest(msgspec.Struct, kw_only=True):
         Literal["cl100k_base", "o200k_base", "native", ""] | None,
         _doc("What the ids of a token input are. `native`: the model's own. Default `cl100k_base`."),
     ] = None
+    provider: Annotated[ProviderOptions | None, _doc("Who may answer, on a server with providers.")] = None
 
 
 class Embedding(msgspec.Struct, kw_only=True):
@@ -113,6 +134,55 @@ class Model(Specification, kw_only=True, frozen=True):
     ] = ()
     lifecycle: Annotated[Status | None, _doc("Where its catalogue record stands; null for none.")] = None
     shutdown_date: Annotated[str | None, _doc("Last day on which a deprecated model answers.")] = None
+    vector_space: Annotated[
+        str | None,
+        _doc("Vectors of one space may be mixed in an index, and no others. Null while the model is not loaded."),
+    ] = None
+
+
+class PercentileInfo(msgspec.Struct, kw_only=True):
+    p50: float
+    p75: float
+    p90: float
+    p99: float
+
+
+class ConformanceInfo(msgspec.Struct, kw_only=True):
+    """The last full run of the canaries: 1 - cosine to the right vectors."""
+
+    worst: float
+    mean: float
+    noise: Annotated[float, _doc("Between two answers to the same request.")]
+    set: Annotated[str, _doc("Version of the canary texts.")]
+    checked: Annotated[int, _doc("Unix seconds of the last right canary of either kind of run; 0 for never.")]
+    finding: Annotated[str, _doc("What is wrong, in a sentence; empty if nothing is.")]
+
+
+class EndpointInfo(msgspec.Struct, kw_only=True):
+    """A provider of a model. `local` is this server's own engine."""
+
+    name: str
+    kind: Literal["local", "unmask", "openai", "tei"]
+    status: Literal["unchecked", "admitted", "probation", "quarantined", "open", "held", "cold", "loading", "failed"]
+    precision: Annotated[str | None, _doc("exact, float16, bfloat16 or int8, as measured; null before the first run.")]
+    max_inputs: int | None = None
+    max_tokens: int | None = None
+    priority: int = 0
+    data: Annotated[Literal["none", "30d", "trains"], _doc("What it keeps of texts.")] = "none"
+    country: str | None = None
+    latency_last_30m: Annotated[PercentileInfo | None, _doc("Seconds of a request, as this process saw it.")] = None
+    throughput_last_30m: Annotated[PercentileInfo | None, _doc("Tokens per second of a request.")] = None
+    uptime_last_5m: Annotated[float | None, _doc("Null for fewer than 100 requests.")] = None
+    uptime_last_30m: float | None = None
+    uptime_last_1d: float | None = None
+    conformance: ConformanceInfo | None = None
+
+
+class EndpointList(msgspec.Struct, kw_only=True):
+    object: Literal["list"] = "list"
+    model: str
+    vector_space: str | None
+    data: list[EndpointInfo]
 
 
 class ModelList(msgspec.Struct, kw_only=True):
@@ -253,11 +323,17 @@ def request_of(fields: Fields) -> tuple[EmbeddingRequest, list[str]]:
     missing = next((name for name in ("input", "model") if name not in fields), None)
     if missing is not None:
         raise ApiError(400, f"The field '{missing}' is required.", param=missing)
+    if "models" in fields:
+        message = "A list of 'models' to fall back on is refused: vectors of another model cannot be mixed with these."
+        raise ApiError(400, message, param="models")
     model = _decode(_TEXT, fields["model"], "model")
     if not model:
         raise ApiError(400, "The field 'model' is empty: name a model, see /v1/models.", param="model")
     options = {name: _option(name, fields[name]) for name in _OPTIONAL if name in fields}
     ignored = [name for name in fields if name not in _OPTIONAL and name not in ("input", "model")]
+    if options.get("provider") is not None:
+        wishes = _decode(_FIELDS, fields["provider"], "provider")
+        ignored += [f"provider.{name}" for name in wishes if name not in ProviderOptions.__struct_fields__]
     return EmbeddingRequest(input=fields["input"], model=model, **options), ignored
 
 

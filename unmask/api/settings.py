@@ -5,6 +5,7 @@ import ipaddress
 import re
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from unmask.accounts.money import MAX_AMOUNT
@@ -86,6 +87,7 @@ class ServeSettings:
             X-Forwarded-Proto are believed. Repeat it for several.
         cors_origins: Origin whose pages may call the API from a browser, such as https://app.example.org. Cookies are
             never accepted from there. Repeat it for several.
+        providers: File of providers that answer for models elsewhere, see the how-to guide. Read again on SIGHUP.
         playground: Let visitors try models on the pages. Default: only where no key is needed.
         mail: mail server for notices to people who voted for a model; None for notices on the pages alone.
 
@@ -122,6 +124,7 @@ class ServeSettings:
     public_url: str | None = None
     trusted_proxies: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
+    providers: Path | None = None
     playground: bool | None = None
     mail: MailServer | None = None
 

@@ -138,7 +138,7 @@ def put_fields(connection: Connection, model: str, fields: Mapping[str, Any], *,
     """
     if forbidden := {"id", "history"}.intersection(fields):
         raise UsageError(f"{', '.join(sorted(forbidden))} of {model} cannot be set: steps are taken one by one")
-    _raise_version(connection)
+    raise_version(connection)
     before = _fields(connection, model)
     if before is None:
         before = {} if model in shipped_records() else {"created": now_ms() // 1000}
@@ -178,7 +178,7 @@ def step(
     Raises:
         UsageError: the step does not follow from the one before it.
     """
-    _raise_version(connection)
+    raise_version(connection)
     record = read_record(connection, model)
     day = on or datetime.now(UTC).date()
     if record is not None and record.history:
@@ -201,7 +201,7 @@ def add_measurements(connection: Connection, measurements: Iterable[Measurement]
     ]
     if rows:
         connection.execute(catalogue_measurements.insert(), rows)
-        _raise_version(connection)
+        raise_version(connection)
 
 
 def add_gate_outcome(connection: Connection, model: str, outcome: GateOutcome) -> None:
@@ -246,6 +246,7 @@ def _by_model(
     return rows
 
 
-def _raise_version(connection: Connection) -> None:
+def raise_version(connection: Connection) -> None:
+    """Raise the number by which running servers notice a change."""
     # At the head of each change: on Postgres the row is also what makes two changes follow one another.
     connection.execute(catalogue_version.update().values(number=catalogue_version.c.number + 1))

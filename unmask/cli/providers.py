@@ -13,11 +13,12 @@ from cyclopts import App, Parameter
 from unmask.accounts.money import format_dollars
 from unmask.catalogue import record_for
 from unmask.catalogue.store import read_catalogue
-from unmask.cli.database import DatabaseUrl, open_database
-from unmask.cli.options import AsJson
+from unmask.cli.database import DatabaseUrl, open_database, read_transaction, write_transaction
+from unmask.cli.options import ACTOR, AsJson
 from unmask.errors import UsageError
 from unmask.router.checks import ModelSource, check_all
 from unmask.router.providers import Providers, read_providers
+from unmask.router.verdicts import Verdict, add_verdict, read_verdicts, verdict_history
 from unmask.storage.database import Database
 from unmask.terminal import print_json, print_table, say
 
@@ -98,6 +99,76 @@ def check(
         ]
         print_table(headings, rows, right=("worst", "mean"))
     return 0 if all(result.passed for result in results) else 2
+
+
+@providers.command
+def quarantine(name: str, model: str, *, reason: str, database: DatabaseUrl = None) -> int:
+    """Take a provider of a model out of traffic, in all running servers within a second.
+
+    Parameters
+    ----------
+    name
+        Name of the provider.
+    model
+        Id of the model.
+    reason
+        Why, in a sentence for the history.
+    """
+    with write_transaction(database) as connection:
+        finding = f"{name} was quarantined by the operator: {reason}"
+        verdict = Verdict(provider=name, model=model, verdict="quarantined", finding=finding, actor=ACTOR)
+        add_verdict(connection, verdict)
+    return 0
+
+
+@providers.command
+def admit(name: str, model: str, *, database: DatabaseUrl = None) -> int:
+    """End a quarantine. Running servers make a full run, and use the provider only if it passes.
+
+    Parameters
+    ----------
+    name
+        Name of the provider.
+    model
+        Id of the model.
+    """
+    with write_transaction(database) as connection:
+        if not read_verdicts(connection).get((name, model)):
+            raise UsageError(f"{name} is not quarantined for {model}: see 'unmask providers history'")
+        add_verdict(connection, Verdict(provider=name, model=model, verdict="admitted", actor=ACTOR))
+    return 0
+
+
+@providers.command
+def history(*, model: str | None = None, as_json: AsJson = False, database: DatabaseUrl = None) -> int:
+    """List quarantines and admissions, newest first.
+
+    Parameters
+    ----------
+    model
+        Only those of this model.
+    """
+    with read_transaction(database) as connection:
+        verdicts = verdict_history(connection, model)
+    rows = [
+        (
+            _time(verdict.at),
+            verdict.provider,
+            verdict.model,
+            verdict.verdict,
+            _time(verdict.passed_at) if verdict.passed_at else None,
+            verdict.actor,
+            verdict.finding,
+        )
+        for verdict in verdicts
+    ]
+    headings = ("time", "provider", "model", "verdict", "last right", "by", "finding")
+    print_table(headings, rows, as_json=as_json)
+    return 0
+
+
+def _time(milliseconds: int) -> str:
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def _chosen(file: Providers, name: str) -> Providers:

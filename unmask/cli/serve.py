@@ -50,6 +50,7 @@ class ServeOptions(ServeSettings):
     public_url: Annotated[str | None, Parameter(env_var="UNMASK_PUBLIC_URL")] = None
     trusted_proxies: Annotated[tuple[str, ...], Parameter(name="--trusted-proxy")] = ()
     cors_origins: Annotated[tuple[str, ...], Parameter(name="--cors-origin")] = ()
+    providers: Annotated[Path | None, Parameter(env_var="UNMASK_PROVIDERS")] = None
     playground: Annotated[bool | None, Parameter(negative="--no-playground")] = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 

@@ -127,6 +127,7 @@ def worst_limit(references: References, declared: PrecisionClass) -> float:
 
 def precision_class(references: References, off: np.ndarray) -> PrecisionClass | None:
     """Return the most exact class whose limits the distances [n] keep; None for none."""
+    name: PrecisionClass
     for name in _PRECISIONS:
         worst, mean = references.limits.get(name, (-1.0, -1.0))
         if off.max() <= worst and off.mean() <= mean:
@@ -136,7 +137,8 @@ def precision_class(references: References, off: np.ndarray) -> PrecisionClass |
 
 def _allowed(references: References, declared: PrecisionClass) -> PrecisionClass:
     """The declared class, or the next more exact one where the model has no limit for it."""
-    candidates = [name for name in _PRECISIONS[: _PRECISIONS.index(declared) + 1] if name in references.limits]
+    no_coarser = _PRECISIONS[: _PRECISIONS.index(declared) + 1]
+    candidates: list[PrecisionClass] = [name for name in no_coarser if name in references.limits]
     return candidates[-1]
 
 

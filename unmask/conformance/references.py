@@ -1,5 +1,6 @@
 """`References`: the right vectors of a model's canary texts, the limits of each precision, and the wrong references."""
 
+import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,9 @@ _MEASURED: tuple[tuple[PrecisionClass, Dtype], ...] = (
     ("int8", "int8"),
 )
 _MARGIN = 3.0
+
+# Vectors of these may be mixed in one index.
+SHARED_PRECISIONS: tuple[PrecisionClass, ...] = ("exact", "float16")
 
 # Where a model's own rounding comes near this distance, no limit could tell right from wrong any more.
 _MAX_LIMIT = 5e-2
@@ -76,10 +80,29 @@ class References:
         """Length of a vector."""
         return self.vectors.shape[1]
 
+    def vector_space(self, precision: PrecisionClass) -> str:
+        """Return the id of the model's vector space in a precision, see `vector_space`."""
+        return vector_space(self.model, self.revision, self.pooling, self.compat, precision)
+
     @property
     def set_version(self) -> str:
         """Digest of the canary texts."""
         return canary_set_version(self.canaries)
+
+
+def vector_space(model: str, revision: str, pooling: str, compat: str, precision: PrecisionClass) -> str:
+    """Return the id of a vector space. Vectors of one id may be mixed in an index, and no others.
+
+    It does not depend on the canary texts: new ones must not make anybody embed an index again.
+
+    Args:
+        model, revision, pooling, compat: as in `References`.
+        precision: of the vectors; exact and float16 ones may be mixed.
+    """
+    parts = [model, revision, pooling, compat]
+    if precision not in SHARED_PRECISIONS:
+        parts.append(precision)
+    return f"vs_{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:12]}"
 
 
 def distances(vectors: np.ndarray, others: np.ndarray) -> np.ndarray:

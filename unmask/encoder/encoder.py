@@ -372,6 +372,14 @@ def _unit_length(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
 
 
+def open_prompts(model: str | Path, options: LoadOptions) -> PromptBuilder:
+    """Return the text handling of a model, without reading its weights.
+
+    Raises: as `Encoder.load`.
+    """
+    return _prompts(open_checkpoint(model, options.adapters), options)[2]
+
+
 def _prompts(checkpoint: Checkpoint, options: LoadOptions) -> tuple[str, int, PromptBuilder]:
     """Pooling, max_length and the prompts of a model: from the options, else its llm2vec_config.json, else defaults."""
     config, tokenizer = checkpoint.encoder_config, checkpoint.tokenizer

@@ -1,14 +1,23 @@
-"""Find the engine that answers for a model id, and check that its vectors are right."""
+"""Find who answers for a model id, this process or a provider, and check that the vectors are right."""
 
+from unmask.router.attempts import EmbeddingWork
 from unmask.router.catalogue_sync import CatalogueSync, retired_models, sources_of_answering_models
+from unmask.router.choosing import ProviderWishes
+from unmask.router.pool import ProviderPool
 from unmask.router.registry import ModelRegistry
+from unmask.router.route import ModelRoute, find_route
 from unmask.router.served_model import ModelOptions, ServedModel
 
 __all__ = [
     "CatalogueSync",
+    "EmbeddingWork",
     "ModelOptions",
     "ModelRegistry",
+    "ModelRoute",
+    "ProviderPool",
+    "ProviderWishes",
     "ServedModel",
+    "find_route",
     "retired_models",
     "sources_of_answering_models",
 ]

@@ -10,6 +10,7 @@ from unmask.catalogue.lifecycle import Status
 from unmask.catalogue.store import StoredCatalogue, read_catalogue, version
 from unmask.errors import UnmaskError
 from unmask.router.registry import ModelRegistry
+from unmask.router.verdicts import read_verdicts
 from unmask.storage.database import Database
 
 log = logging.getLogger("unmask")
@@ -77,13 +78,16 @@ class CatalogueSync:
 
     async def poll(self) -> bool:
         """Apply changes of the catalogue since the last poll. Return True if there were any."""
-        stored = await asyncio.to_thread(self._read)
-        if stored is None:
+        changes = await asyncio.to_thread(self._read)
+        if changes is None:
             return False
+        stored, verdicts = changes
         newly_live = _live_models(stored.catalogue) - _live_models(self._models.catalogue)
         self._models.catalogue.take(stored.catalogue)
         self._update_served(stored)
         self._add_answering(stored)
+        if self._models.providers is not None:
+            self._models.providers.take_verdicts(verdicts)
         self._version = stored.version
         if newly_live:
             self._on_live()
@@ -117,9 +121,11 @@ class CatalogueSync:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    def _read(self) -> StoredCatalogue | None:
+    def _read(self) -> tuple[StoredCatalogue, dict[tuple[str, str], str]] | None:
         with self._database.read() as connection:
-            return None if version(connection) == self._version else read_catalogue(connection)
+            if version(connection) == self._version:
+                return None
+            return read_catalogue(connection), read_verdicts(connection)
 
 
 def _live_models(catalogue: Catalogue) -> set[str]:

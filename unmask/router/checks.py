@@ -1,6 +1,7 @@
 """Full and light runs of the canaries at one provider."""
 
 import asyncio
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -12,15 +13,19 @@ from unmask.conformance import (
     References,
     examine,
     full_run,
+    light_distance,
+    light_rows,
     load_references,
+    worst_limit,
 )
 from unmask.router.outbound import ProviderClient
 from unmask.router.providers import ProviderModel, Providers
 from unmask.router.signals import AttemptFailed
-from unmask.router.wire import ask
+from unmask.router.wire import ask, require_vectors
 
 _REQUEST_S = 60.0  # for one request of a full run
 _TOKENS_PER_SECOND = 500  # slower than this, a request of many texts is taken for lost
+_LIGHT_S = 10.0
 
 
 async def full_check(client: ProviderClient, model: ProviderModel, references: References) -> Finding:
@@ -48,6 +53,26 @@ async def full_check(client: ProviderClient, model: ProviderModel, references: R
             raise
         return Finding.unusable(f"gives no usable answer: {failure.detail}")
     return examine(references, answers, model.precision_class)
+
+
+async def light_check(
+    client: ProviderClient, model: ProviderModel, references: References, draw: random.Random
+) -> float:
+    """Ask a provider for three canaries, and return the largest 1 - cosine.
+
+    Raises:
+        AttemptFailed: it did not answer. "malformed" is a failure of conformance, everything else one of health.
+    """
+    rows = light_rows(references, draw, max_tokens=model.max_tokens)
+    texts = [references.canaries[row].text for row in rows]
+    answer = await ask(client, model, texts, dim=references.dim, seconds=_LIGHT_S)
+    vectors = require_vectors(answer, references.dim, client.provider.name)
+    return light_distance(references, rows, vectors)
+
+
+def light_limit(model: ProviderModel, references: References) -> float:
+    """Return the largest 1 - cosine that a light run of a provider may have."""
+    return worst_limit(references, model.precision_class)
 
 
 class ModelSource(NamedTuple):

@@ -5,6 +5,7 @@ netrc are taken from the environment. Headers are built here and never copied fr
 decompressed, and are read only up to the size that the request can have. A provider's own words reach nobody.
 """
 
+import asyncio
 import errno
 import hashlib
 import socket
@@ -61,6 +62,9 @@ class ProviderClient:
         self._key = provider.read_key()
         self._ssl = _ssl_context(provider.ca_file)
         self._session: aiohttp.ClientSession | None = None
+        self._under_way = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     async def post(
         self, path: str, body: bytes, *, seconds: float, max_bytes: int, headers: Mapping[str, str] = {}
@@ -79,17 +83,19 @@ class ProviderClient:
         Raises:
             AttemptFailed: there is no answer with status 200 and a JSON body of that size.
         """
-        until = time.monotonic() + seconds
-        for last in (False, True):
-            state = _Sending()
-            try:
-                return await self._post(path, body, until, max_bytes, headers, state)
-            except (aiohttp.ClientError, OSError, TimeoutError) as error:
-                stale = isinstance(error, aiohttp.ServerDisconnectedError | ConnectionError | aiohttp.ClientOSError)
-                if stale and state.reused and not state.answered and not last:
-                    continue
-                raise self._failure(error, state) from None
-        raise AssertionError("unreachable")
+        self._under_way += 1
+        self._idle.clear()
+        try:
+            return await self._post_twice(path, body, time.monotonic() + seconds, max_bytes, headers)
+        finally:
+            self._under_way -= 1
+            if not self._under_way:
+                self._idle.set()
+
+    async def close_when_idle(self) -> None:
+        """Close all connections once the requests under way have ended."""
+        await self._idle.wait()
+        await self.close()
 
     async def close(self) -> None:
         """Close all connections."""
@@ -138,6 +144,20 @@ class ProviderClient:
             headers["authorization"] = f"Bearer {self._key}"
         return headers
 
+    async def _post_twice(
+        self, path: str, body: bytes, until: float, max_bytes: int, headers: Mapping[str, str]
+    ) -> Content:
+        """Send a request, and once more if a kept connection was closed before it answered."""
+        for last in (False, True):
+            state = _Sending()
+            try:
+                return await self._post(path, body, until, max_bytes, headers, state)
+            except (aiohttp.ClientError, OSError, TimeoutError) as error:
+                stale = isinstance(error, aiohttp.ServerDisconnectedError | ConnectionError | aiohttp.ClientOSError)
+                if last or not (stale and state.reused and not state.answered):
+                    raise self._failure(error) from None
+        raise AssertionError("the second time returns or raises")
+
     async def _post(
         self, path: str, body: bytes, until: float, max_bytes: int, headers: Mapping[str, str], state: "_Sending"
     ) -> Content:
@@ -177,7 +197,7 @@ class ProviderClient:
             retry_after=_retry_after(response.headers.get("retry-after")),
         )
 
-    def _failure(self, error: Exception, state: "_Sending") -> AttemptFailed:
+    def _failure(self, error: Exception) -> AttemptFailed:
         """Describe an exception of the connection."""
         if isinstance(error, aiohttp.ConnectionTimeoutError):
             return self._fails("unreachable", f"no connection within {CONNECT_S:g} seconds")

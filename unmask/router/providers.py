@@ -21,7 +21,7 @@ from unmask.router.addresses import check_url
 Kind = Literal["unmask", "openai", "tei"]
 DataPolicy = Literal["none", "30d", "trains"]
 
-_PRECISION_CLASSES: dict[Dtype, PrecisionClass] = {
+PRECISION_CLASSES: dict[Dtype, PrecisionClass] = {
     "float32": "exact",
     "float16": "float16",
     "bfloat16": "bfloat16",
@@ -73,7 +73,7 @@ class ProviderModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     @property
     def precision_class(self) -> PrecisionClass:
         """The precision in conformance's words."""
-        return _PRECISION_CLASSES[self.precision]
+        return PRECISION_CLASSES[self.precision]
 
     def cost_on(self, day: date) -> int:
         """Return the nano-dollars per million tokens on a day."""
@@ -147,8 +147,13 @@ class RemoteProvider(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class Providers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The whole file."""
+    """The whole file.
 
+    Attributes:
+        remote_only: ids of models that this server never loads: providers alone answer for them.
+    """
+
+    remote_only: tuple[str, ...] = ()
     providers: tuple[RemoteProvider, ...] = msgspec.field(name="provider", default=())
 
     def of_model(self, model: str) -> list[tuple[RemoteProvider, ProviderModel]]:
@@ -179,6 +184,10 @@ def read_providers(file: Path) -> Providers:
     for index, provider in enumerate(parsed.providers):
         for key, problem in _problems(provider):
             raise UsageError(f"{file}: provider[{index}].{key} ({provider.name}): {problem}")
+    ids = {model.id for provider in parsed.providers for model in provider.models}
+    for index, id in enumerate(parsed.remote_only):
+        if id not in ids:
+            raise UsageError(f"{file}: remote_only[{index}]: {id} has no provider, so nobody would answer for it")
     twice = [name for name, count in Counter(provider.name for provider in parsed.providers).items() if count > 1]
     if twice:
         raise UsageError(f"{file}: provider.name: two providers are called {twice[0]!r}")

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from unmask.catalogue import Catalogue, Record
 from unmask.encoder import require_device
 from unmask.errors import UnmaskError, UsageError
+from unmask.router.pool import ProviderPool
 from unmask.router.served_model import ModelOptions, ServedModel
 
 log = logging.getLogger("unmask")
@@ -21,6 +22,9 @@ class ModelRegistry:
         options: precision, device, queue and cache of every model.
         catalogue: the records; None for the shipped ones. Served models that it lacks are added to it.
         sources: model id -> place of its weights, for models whose id does not say it.
+
+    Attributes:
+        providers: providers of models elsewhere; None for none.
 
     Raises:
         UsageError: two models share a name, a warm one is not among `names`, or the device is not available.
@@ -44,6 +48,7 @@ class ModelRegistry:
             entry = self.catalogue.get(name)
             record = entry.record if entry is not None and entry.record.id == name else None
             self.add((sources or {}).get(name, name), record)
+        self.providers: ProviderPool | None = None
         self._warm = [self._warm_model(name) for name in dict.fromkeys(warm)]
 
     def add(self, source: str, record: Record | None = None) -> ServedModel:
@@ -91,23 +96,37 @@ class ModelRegistry:
 
     def preload(self) -> None:
         """Begin to load the warm models in threads, while the rest of the process is still being built."""
-        for model in self._warm:
+        for model in self._loaded_here():
             model.preload()
 
     async def start_loading(self) -> None:
         """Begin to load those warm models that `preload` has not begun, without waiting for any."""
-        for model in self._warm:
+        for model in self._loaded_here():
             try:
                 await model.engine()
             except UnmaskError as error:
                 log.info("%s", error)
 
+    def _loaded_here(self) -> Sequence[ServedModel]:
+        """The warm models without those that only providers answer for."""
+        pool = self.providers
+        return [model for model in self._warm if pool is None or not pool.is_remote_only(model.record.id)]
+
     async def canaries(self) -> dict[str, str]:
-        """Return for each warm or loaded model "ok", or the reason why it cannot answer."""
-        models = [model for model in self._models if model in self._warm or model.state != "cold"]
+        """Return for each model that is warm, loaded or has providers "ok", or the reason why it cannot answer."""
+        warm = self._loaded_here()
+        models = [model for model in self._models if model in warm or model.state != "cold"]
         verdicts = await asyncio.gather(*(model.canary() for model in models))
-        return {model.record.id: verdict for model, verdict in zip(models, verdicts, strict=True)}
+        by_id = {model.record.id: verdict for model, verdict in zip(models, verdicts, strict=True)}
+        groups = self.providers.models() if self.providers is not None else {}
+        # A model that is not loaded here is ready if a provider's canaries were right.
+        for id, group in groups.items():
+            if by_id.get(id) != "ok" and self.find(id) is not None:
+                by_id[id] = "ok" if group.any_admitted() else by_id.get(id, "no provider is admitted")
+        return by_id
 
     async def close(self, grace: float = 30.0) -> None:
         """Finish accepted requests within `grace` seconds, then stop every engine."""
         await asyncio.gather(*(model.close(grace) for model in self._models))
+        if self.providers is not None:
+            await self.providers.close()

@@ -95,9 +95,8 @@ class ServedModel:
         now = time.monotonic()
         if self.state == "failed" and now - self._changed_at < _RETRY_FAILED_S:
             raise CheckpointError(self.reason)
-        if self._load_task is None or self._load_task.done():
-            self._set_state("loading")
-            self._load_task = asyncio.create_task(self._load())
+        self.load_in_background()
+        assert self._load_task is not None
         # `asyncio.wait` leaves the task running: one caller giving up must not stop the load for the others.
         await asyncio.wait([self._load_task], timeout=wait)
         if self._engine is not None:
@@ -106,6 +105,13 @@ class ServedModel:
             raise CheckpointError(self.reason)
         seconds_left = self._load_seconds - (time.monotonic() - self._changed_at)
         raise ModelLoading(f"{self.record.id} is being loaded; try again shortly", retry_after=max(1.0, seconds_left))
+
+    def load_in_background(self) -> None:
+        """Begin to load, if nothing has begun it and it did not fail lately. Needs a running event loop."""
+        failed_lately = self.state == "failed" and time.monotonic() - self._changed_at < _RETRY_FAILED_S
+        if self._engine is None and not failed_lately and (self._load_task is None or self._load_task.done()):
+            self._set_state("loading")
+            self._load_task = asyncio.create_task(self._load())
 
     async def canary(self) -> str:
         """Compute the canary's vector with the running engine. Return "ok", or what is wrong."""

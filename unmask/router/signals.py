@@ -16,7 +16,7 @@ class Signal(NamedTuple):
         meaning: what happened, in words.
         another: another provider may be tried.
         breaker: "failure" counts in the run of failures and in the rate, "rate" in the rate only, "open" opens it until
-            the operator closes it, "none" leaves it alone.
+            a canary is answered again, "none" leaves it alone.
         check: a full run of the canaries is due.
         price: share of the request's tokens that another attempt takes from the retry budget.
     """

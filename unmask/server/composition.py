@@ -3,6 +3,7 @@
 import logging
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 
 from starlette.types import ASGIApp
 
@@ -11,7 +12,17 @@ from unmask.accounts.limits import SharedLimiter
 from unmask.api import ServeSettings, create_app
 from unmask.api.metrics import Metrics
 from unmask.catalogue.store import open_database, read_catalogue
-from unmask.router import CatalogueSync, ModelOptions, ModelRegistry, retired_models, sources_of_answering_models
+from unmask.errors import UsageError
+from unmask.router import (
+    CatalogueSync,
+    ModelOptions,
+    ModelRegistry,
+    ProviderPool,
+    retired_models,
+    sources_of_answering_models,
+)
+from unmask.router.checks import ModelSource
+from unmask.router.verdicts import Verdict, add_verdict, read_verdicts
 from unmask.server.notices import NoticeMailer
 from unmask.storage.database import Database
 
@@ -58,6 +69,8 @@ def build_application(settings: ServeSettings) -> Application:
     if database is None and settings.catalogue is not None:
         database = open_database(settings.catalogue)
     models, sync = open_models(settings, database)
+    if settings.providers is not None:
+        models.providers = open_providers(settings.providers, models, database)
     models.preload()
     from unmask.web import website  # takes a while to import, and the first model is being loaded meanwhile
 
@@ -83,6 +96,40 @@ def open_accounts(settings: ServeSettings) -> Accounts | None:
         flush_charges=settings.flush_charges,
         provider=settings.provider,
     )
+
+
+def open_providers(file: Path, models: ModelRegistry, database: Database | None) -> ProviderPool:
+    """Open the providers of a file. They are watched and used once the event loop runs.
+
+    Args:
+        file: the file.
+        models: the served models.
+        database: keeps quarantines, for all processes and for the next start; None for this process alone.
+
+    Raises:
+        UsageError: the file is wrong, or names a model that is not served.
+    """
+
+    def source_of(model: str) -> ModelSource:
+        served = models.find(model)
+        return ModelSource(model) if served is None else ModelSource(served.source, served.record.compat)
+
+    def report(verdict: Verdict) -> None:
+        if database is not None:
+            with database.begin() as connection:
+                add_verdict(connection, verdict)
+
+    pool = ProviderPool(file, source_of, report)
+    if database is not None:
+        with database.read() as connection:
+            pool.take_verdicts(read_verdicts(connection))
+    for provider in pool.settings.providers:
+        for model in provider.models:
+            served = models.find(model.id)
+            if served is None or served.record.id != model.id:
+                ids = ", ".join(served.record.id for served in models.list())
+                raise UsageError(f"{file}: {provider.name} has the model {model.id}, but this server serves {ids}")
+    return pool
 
 
 def open_models(settings: ServeSettings, database: Database | None) -> tuple[ModelRegistry, CatalogueSync | None]:

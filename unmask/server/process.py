@@ -1,16 +1,23 @@
 """`serve`: run a server in this process until a signal ends it."""
 
 import asyncio
+import logging
 import os
+import signal
 import socket
 import sys
+from contextlib import suppress
 
 from unmask.api.logs import configure_logging
 from unmask.api.settings import ServeSettings
-from unmask.router import CatalogueSync, ModelRegistry
+from unmask.errors import UsageError
+from unmask.router import CatalogueSync, ModelRegistry, ProviderPool
+from unmask.router.providers import read_providers
 from unmask.server.announcement import announce, create_invitation
 from unmask.server.composition import build_application
 from unmask.server.http_server import HttpServer, base_url, listen
+
+log = logging.getLogger("unmask")
 
 
 def serve(settings: ServeSettings) -> int:
@@ -23,6 +30,8 @@ def serve(settings: ServeSettings) -> int:
         UsageError, CheckpointError, StorageError: see `build_application`.
     """
     secrets = (settings.provider.client_secret,) if settings.provider else ()
+    if settings.providers is not None:
+        secrets += read_providers(settings.providers).keys()
     configure_logging(settings.log_level, (*settings.api_keys, *secrets))
     try:
         listener = listen(settings.host, settings.port)
@@ -53,6 +62,9 @@ async def serve_models(
 ) -> None:
     """Start the models, serve until the server stops, and close the models after their last request."""
     await models.start_loading()
+    if models.providers is not None:
+        models.providers.start()
+        reload_on_hangup(models.providers)
     sync_task = asyncio.create_task(sync.run()) if sync else None
     try:
         await server.serve([listener])
@@ -60,3 +72,18 @@ async def serve_models(
         if sync_task is not None:
             sync_task.cancel()
         await models.close(server.grace_left())
+
+
+def reload_on_hangup(pool: ProviderPool) -> None:
+    """Read the file of providers again on SIGHUP. A file that is wrong changes nothing."""
+
+    def reload() -> None:
+        try:
+            pool.reload()
+        except UsageError as error:
+            log.error("the providers stay as they were: %s", error)
+        else:
+            log.info("the providers were read again")
+
+    with suppress(NotImplementedError, ValueError, RuntimeError):  # Windows, or not the main thread, as in tests
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)

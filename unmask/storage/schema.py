@@ -1,6 +1,6 @@
 """Every table. The newest migration leaves exactly these; a test compares the two.
 
-Import tables from here: `metadata` is only complete once both modules of tables are loaded.
+Import tables from here: `metadata` is only complete once all modules of tables are loaded.
 """
 
 from unmask.storage.account_tables import (
@@ -28,8 +28,9 @@ from unmask.storage.catalogue_tables import (
     votes,
 )
 from unmask.storage.metadata import metadata
+from unmask.storage.provider_tables import provider_events
 
-APPEND_ONLY = ("entries", "audit", "catalogue_events", "catalogue_measurements", "catalogue_gates")
+APPEND_ONLY = ("entries", "audit", "catalogue_events", "catalogue_measurements", "catalogue_gates", "provider_events")
 
 __all__ = [
     "APPEND_ONLY",
@@ -51,6 +52,7 @@ __all__ = [
     "people",
     "plans",
     "prices",
+    "provider_events",
     "replays",
     "sessions",
     "votes",

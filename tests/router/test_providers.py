@@ -1,0 +1,408 @@
+"""Serving through providers: real HTTP on both sides, providers that fail as scripted, and right vectors only."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.api.live import LocalService, Reply, running, until
+from tests.router.fault_server import (
+    Behaviour,
+    FaultServer,
+    after,
+    changed,
+    fault_server_thread,
+    reply,
+    reset,
+    right,
+    silent,
+)
+from unmask.catalogue.store import open_database
+from unmask.encoder import Encoder
+from unmask.errors import UsageError
+from unmask.router.endpoint import ProviderEndpoint
+from unmask.router.pool import ProviderPool, WatchIntervals
+
+FAST = WatchIntervals(busy=0.3, idle=0.3, second=0.05, full=3600.0, retry=0.1)
+SLOW = WatchIntervals(second=0.05, retry=0.1)
+MODEL = "tiny_llama"
+TEXTS = ["a ferry leaves", "bread rises", "the clock is repaired", "rain washed the path", "interest is paid"]
+
+
+class Upstreams:
+    """Two scripted providers and the server before them.
+
+    Attributes:
+        a: of the kind openai, takes four texts at a time.
+        b: of the kind unmask.
+        service: the server, which never loads the model itself.
+    """
+
+    def __init__(self, a: FaultServer, b: FaultServer, service: LocalService) -> None:
+        self.a, self.b, self.service = a, b, service
+
+    @property
+    def pool(self) -> ProviderPool:
+        assert self.service.models.providers is not None
+        return self.service.models.providers
+
+    def endpoint(self, name: str) -> ProviderEndpoint:
+        return next(one for one in self.pool.models()[MODEL].endpoints if one.provider.name == name)
+
+    def embed(self, texts: Any = "a ferry leaves", headers: dict[str, str] | None = None, **fields: Any) -> Reply:
+        return self.service.call("POST", "/v1/embeddings", {"model": MODEL, "input": texts} | fields, headers)
+
+    def take_verdicts(self, verdicts: dict[tuple[str, str], str]) -> None:
+        self.in_loop(self.pool.take_verdicts, verdicts)
+
+    def in_loop(self, call: Callable[..., None], *arguments: Any) -> None:
+        """Call a function in the server's event loop, as its signal handler and its sync do."""
+        next(iter(self.pool._watches)).get_loop().call_soon_threadsafe(call, *arguments)
+
+    def seen(self, server: FaultServer) -> list[list[str]]:
+        """The requests that the server has had and that were no canaries."""
+        return [request.texts for request in server.requests if set(request.texts) <= {*TEXTS}]
+
+    def reset(self) -> None:
+        for server in (self.a, self.b):
+            server.script[:] = [right]
+        until(lambda: all(not endpoint.full_due for endpoint in self.pool.models()[MODEL].endpoints))
+        if any(endpoint.standing == "quarantined" for endpoint in self.pool.models()[MODEL].endpoints):
+            self.take_verdicts({("a", MODEL): "", ("b", MODEL): ""})
+        until(lambda: all(endpoint.standing == "admitted" for endpoint in self.pool.models()[MODEL].endpoints))
+        for endpoint in self.pool.models()[MODEL].endpoints:
+            endpoint.breaker.close()
+            endpoint._avoid_until = 0.0
+            endpoint.full_due = False
+        for server in (self.a, self.b):
+            server.requests.clear()
+
+
+def providers_file(folder: Path, a: str, b: str, *, remote_only: bool = True) -> Path:
+    file = folder / "providers.toml"
+    file.write_text(
+        (f'remote_only = ["{MODEL}"]\n' if remote_only else "")
+        + f'[[provider]]\nname = "a"\nkind = "openai"\nurl = "{a}"\nprivate = true\ndata = "30d"\n'
+        f'[[provider.model]]\nid = "{MODEL}"\ncost = "0.004"\nmax_inputs = 4\n'
+        f'[[provider]]\nname = "b"\nkind = "unmask"\nurl = "{b}"\nprivate = true\n'
+        f'[[provider.model]]\nid = "{MODEL}"\ncost = "0.004"\n'
+    )
+    return file
+
+
+@pytest.fixture(scope="module")
+def vectors_of(encoder: Encoder):
+    lock = threading.Lock()
+
+    def embed(texts: Sequence[str], instruction: str) -> np.ndarray:
+        with lock:
+            return encoder.encode(list(texts), instruction=instruction)
+
+    return embed
+
+
+@pytest.fixture(scope="module")
+def both(vectors_of, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Upstreams]:
+    with fault_server_thread(vectors_of) as a, fault_server_thread(vectors_of) as b:
+        file = providers_file(tmp_path_factory.mktemp("providers"), a.url, b.url)
+        with running(tiny_llama, providers=file, intervals=SLOW, warm=()) as service:
+            yield Upstreams(a, b, service)
+
+
+@pytest.fixture
+def upstreams(both: Upstreams) -> Upstreams:
+    both.reset()
+    return both
+
+
+def test_a_model_without_an_engine_is_answered_by_providers(upstreams: Upstreams, encoder: Encoder) -> None:
+    got = upstreams.embed(TEXTS)
+    assert got.status == 200, got.body
+    np.testing.assert_allclose(got.vectors, encoder.encode(TEXTS, normalize=True), atol=1e-6)
+    assert got.json["usage"]["prompt_tokens"] == encoder.count_tokens(TEXTS).sum()
+    assert got.headers["x-unmask-provider"] in ("a", "b") and got.headers["x-unmask-attempts"] == "1"
+    assert got.headers["x-unmask-vector-space"].startswith("vs_")
+    precision, worst, checked = got.headers["x-unmask-conformance"].split(";")
+    assert precision == "exact" and float(worst.removeprefix("worst=")) < 1e-9
+    assert abs(int(checked.removeprefix("checked=")) - time.time()) < 600
+    served = upstreams.service.models.list()[0]
+    assert served.state == "cold"
+    assert upstreams.service.call("GET", "/ready").json["models"] == {MODEL: "ok"}
+
+
+def test_callers_choose_in_openrouters_words(upstreams: Upstreams) -> None:
+    for wish, answers in (
+        ({"only": ["a"]}, "a"), ({"ignore": ["a"]}, "b"), ({"order": ["b", "a"]}, "b"), ({"order": ["a"]}, "a"),
+        ({"data_collection": "deny"}, "b"),
+    ):  # fmt: skip
+        for _ in range(3):
+            assert upstreams.embed(provider=wish).headers["x-unmask-provider"] == answers
+    nobody = upstreams.embed(provider={"only": ["c"]})
+    assert (nobody.status, nobody.error["code"]) == (503, "no_provider")
+    assert upstreams.embed(provider={"onyl": ["a"]}).headers["x-unmask-ignored-fields"] == "provider.onyl"
+    for wrong in ({"provider": {"sort": "beauty"}}, {"provider": {"only": "a"}}, {"provider": "a"}):
+        assert upstreams.embed(**wrong).error["param"] == "provider"  # pyright: ignore[reportArgumentType]
+    other = upstreams.embed(models=["another/model"])
+    assert other.status == 400 and "cannot be mixed" in other.error["message"]
+
+
+def test_a_request_is_split_to_the_providers_limit_and_keeps_its_order(upstreams: Upstreams, encoder: Encoder) -> None:
+    texts = TEXTS * 2
+    got = upstreams.embed(texts, provider={"only": ["a"]})
+    np.testing.assert_allclose(got.vectors, encoder.encode(texts, normalize=True), atol=1e-6)
+    assert sorted(map(len, upstreams.seen(upstreams.a))) == [2, 4, 4]
+
+
+def test_an_instruction_goes_to_those_who_take_one(upstreams: Upstreams, encoder: Encoder) -> None:
+    got = upstreams.embed(instruction="Find the boat:")
+    assert got.headers["x-unmask-provider"] == "b"
+    expected = encoder.encode("a ferry leaves", instruction="Find the boat:", normalize=True)
+    np.testing.assert_allclose(got.vectors, expected, atol=1e-6)
+    upstreams.b.script[:] = [silent]
+    got = upstreams.embed(instruction="Find the boat:", headers={"request-deadline-ms": "300"})
+    assert got.status == 504
+
+
+FAILURES: dict[str, Behaviour] = {
+    "busy": reply({}, 429, {"retry-after": "1"}),
+    "error": reply({}, 500),
+    "unavailable": reply({}, 503),
+    "key": reply({}, 401),
+    "limits": reply({}, 422),
+    "HTML": reply(b"<html>", 502, {"content-type": "text/html"}),
+    "broken": reset(b"HTTP/1.1 200 OK\r\n"),
+    "too few": changed(lambda answer: answer["data"].clear()),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failure_moves_the_request(upstreams: Upstreams, encoder: Encoder, name: str) -> None:
+    upstreams.a.script[:] = [FAILURES[name]]
+    got = upstreams.embed(TEXTS[:3], provider={"order": ["a"]})
+    assert got.status == 200, got.body
+    assert (got.headers["x-unmask-provider"], got.headers["x-unmask-attempts"]) == ("b", "2")
+    np.testing.assert_allclose(got.vectors, encoder.encode(TEXTS[:3], normalize=True), atol=1e-6)
+    assert len(upstreams.seen(upstreams.b)) == 1
+    held = upstreams.endpoint("a").breaker.state == "held"
+    assert held == (name == "key")
+
+
+def test_a_part_that_fails_moves_the_whole_request(upstreams: Upstreams, encoder: Encoder) -> None:
+    upstreams.a.script[:] = [right, reply({}, 500), right]
+    got = upstreams.embed(TEXTS * 2, provider={"order": ["a"]})
+    assert got.headers["x-unmask-provider"] == "b" and [len(texts) for texts in upstreams.seen(upstreams.b)] == [10]
+    np.testing.assert_allclose(got.vectors, encoder.encode(TEXTS * 2, normalize=True), atol=1e-6)
+
+
+def test_five_failures_open_the_breaker_and_a_right_canary_closes_it(upstreams: Upstreams) -> None:
+    upstreams.a.script[:] = [reply({}, 500)]
+    for _ in range(5):
+        assert upstreams.embed(provider={"order": ["a"]}).headers["x-unmask-provider"] == "b"
+    assert upstreams.endpoint("a").breaker.state == "open"
+    before = len(upstreams.a.requests)
+    assert upstreams.embed(provider={"order": ["a"]}).headers["x-unmask-attempts"] == "1"
+    assert len(upstreams.a.requests) == before
+    upstreams.a.script[:] = [right]
+    until(lambda: upstreams.endpoint("a").breaker.state == "closed")
+    assert upstreams.endpoint("a").status(time.monotonic()) == "probation"
+
+
+def test_the_callers_own_deadline_is_nobodys_fault(upstreams: Upstreams) -> None:
+    upstreams.a.script[:] = [silent]
+    for _ in range(8):
+        got = upstreams.embed(headers={"request-deadline-ms": "60"}, provider={"only": ["a"]})
+        assert (got.status, got.error["code"]) == (504, "deadline_exceeded")
+    assert upstreams.endpoint("a").breaker.state == "closed"
+
+
+def test_when_all_fail_the_answer_says_when_to_come_back(upstreams: Upstreams) -> None:
+    for server in (upstreams.a, upstreams.b):
+        server.script[:] = [reply({"error": {"message": "the key is sk-secret-12345678"}}, 503)]
+    got = upstreams.embed()
+    assert (got.status, got.error["code"]) == (503, "no_provider") and "sk-secret" not in got.body.decode()
+    assert 1 <= int(got.headers["retry-after"]) <= 60 and got.headers["x-should-retry"] == "true"
+
+
+def test_what_no_provider_can_do_is_refused(upstreams: Upstreams) -> None:
+    assert upstreams.embed(normalize=False).error["code"] == "no_conforming_provider"
+    assert upstreams.embed([[1, 2, 3]], token_encoding="native").error["code"] == "no_conforming_provider"
+    too_long = upstreams.embed("word " * 600)
+    assert too_long.status == 400 and "maximum context length" in too_long.error["message"]
+
+
+def test_a_file_that_is_wrong_changes_nothing(upstreams: Upstreams) -> None:
+    file, good = upstreams.pool.file, upstreams.pool.file.read_text()
+    endpoints = upstreams.pool.models()[MODEL].endpoints
+    file.write_text(good.replace("private = true", "private = maybe"))
+    with pytest.raises(UsageError, match=r"providers.toml cannot be read"):
+        upstreams.pool.reload()
+    file.write_text(good)
+    assert upstreams.pool.models()[MODEL].endpoints == endpoints and upstreams.embed().status == 200
+
+
+def test_a_file_that_is_read_again_keeps_what_is_known(upstreams: Upstreams) -> None:
+    file, good = upstreams.pool.file, upstreams.pool.file.read_text()
+    before = upstreams.endpoint("a")
+    file.write_text(good.replace("max_inputs = 4", "max_inputs = 2"))
+    upstreams.in_loop(upstreams.pool.reload)
+    until(lambda: upstreams.endpoint("a") is not before)
+    assert upstreams.endpoint("a").standing == "admitted" and upstreams.endpoint("a").load is before.load
+    upstreams.a.requests.clear()
+    assert upstreams.embed(TEXTS, provider={"only": ["a"]}).status == 200
+    assert sorted(map(len, upstreams.seen(upstreams.a))) == [1, 2, 2]
+    file.write_text(good.replace('kind = "openai"', 'kind = "unmask"'))
+    upstreams.in_loop(upstreams.pool.reload)
+    until(lambda: upstreams.endpoint("a").provider.kind == "unmask")
+    assert upstreams.endpoint("a").load is not before.load  # another server, as far as anybody knows
+    file.write_text(good)
+    upstreams.in_loop(upstreams.pool.reload)
+    until(lambda: upstreams.endpoint("a").provider.kind == "openai")
+
+
+def test_a_cold_model_is_answered_by_a_provider_while_it_loads(
+    vectors_of, tiny_llama: Path, encoder: Encoder, tmp_path: Path
+) -> None:
+    with fault_server_thread(vectors_of) as a:
+        file = providers_file(tmp_path, a.url, "http://127.0.0.1:1/v1", remote_only=False)
+        with running(tiny_llama, providers=file, intervals=SLOW, warm=()) as service:
+            assert service.models.providers is not None
+            until(lambda: service.models.providers.models()[MODEL].any_admitted())  # pyright: ignore[reportOptionalMemberAccess]
+            assert service.models.list()[0].state == "cold"
+            cold = service.embed("a ferry leaves")
+            assert (cold.status, cold.headers["x-unmask-provider"]) == (200, "a")
+            until(lambda: service.models.list()[0].state == "ready")
+            own = service.embed("a ferry leaves", provider={"only": ["local"]})
+            assert own.headers["x-unmask-provider"] == "local"
+            np.testing.assert_allclose(cold.vectors, own.vectors, atol=1e-6)
+            assert cold.headers["x-unmask-vector-space"] == own.headers["x-unmask-vector-space"]
+            listed = service.call("GET", f"/v1/models/{MODEL}").json
+            assert listed["vector_space"] == own.headers["x-unmask-vector-space"]
+
+
+def test_a_provider_that_drifts_under_load_is_out_after_two_light_runs(
+    vectors_of, tiny_llama: Path, encoder: Encoder, tmp_path: Path
+) -> None:
+    """No wrong vector reaches a caller after the quarantine, answers on their way are moved, the rest is right."""
+    drifted = threading.Event()
+
+    def drifting(texts: Sequence[str], instruction: str) -> np.ndarray:
+        vectors = vectors_of(texts, instruction)
+        return np.roll(vectors, 3, axis=1) if drifted.is_set() else vectors
+
+    expected = encoder.encode("a ferry leaves", normalize=True)
+    with fault_server_thread(drifting) as a, fault_server_thread(vectors_of) as b:
+        file = providers_file(tmp_path, a.url, b.url)
+        with running(tiny_llama, providers=file, intervals=FAST, warm=()) as service:
+            upstreams = Upstreams(a, b, service)
+            until(lambda: all(e.standing == "admitted" for e in upstreams.pool.models()[MODEL].endpoints))
+            stop = threading.Event()
+
+            def call() -> list[tuple[float, bool, str]]:
+                answers = []
+                while not stop.is_set():
+                    got = upstreams.embed()
+                    if got.status == 200:
+                        is_right = bool(np.abs(got.vectors - expected).max() < 1e-5)
+                        answers.append((time.monotonic(), is_right, got.headers["x-unmask-provider"]))
+                return answers
+
+            with ThreadPoolExecutor(4) as callers:
+                running_calls = [callers.submit(call) for _ in range(4)]
+                until(lambda: len(a.requests) > 60)
+                drifted.set()
+                began = time.monotonic()
+                until(lambda: upstreams.endpoint("a").standing == "quarantined")
+                quarantined = time.monotonic()
+                a.script[:] = [after(0.2)]
+                until(lambda: len(b.requests) > 100)
+                stop.set()
+                answers = [one for future in running_calls for one in future.result()]
+            wrong = [at for at, is_right, _ in answers if not is_right]
+            assert all(began - 0.1 <= at <= quarantined + 0.1 for at in wrong)
+            assert {name for at, _, name in answers if at > quarantined + 0.1} == {"b"}
+            until(lambda: "full run" not in upstreams.endpoint("a").finding)
+            sentence = "a rotates or mirrors the space: only inner products are right"
+            assert upstreams.endpoint("a").finding == sentence
+            b.script[:] = [changed(lambda answer: answer["data"].reverse()), right]
+            upstreams.take_verdicts({("b", MODEL): "b was taken out by the operator"})
+            until(lambda: upstreams.endpoint("b").standing == "quarantined")
+            nobody = upstreams.embed()
+            assert (nobody.status, nobody.error["code"]) == (503, "no_conforming_provider")
+            assert nobody.headers["retry-after"] == "120" and nobody.headers["x-should-retry"] == "true"
+            assert service.call("GET", "/ready").status == 503
+            drifted.clear()
+            a.script[:] = [right]
+            upstreams.take_verdicts({("a", MODEL): ""})
+            until(lambda: upstreams.embed().status == 200)
+
+
+def test_endpoints_say_who_answers_and_how_well(upstreams: Upstreams) -> None:
+    for _ in range(3):
+        assert upstreams.embed(TEXTS).status == 200
+    listed = upstreams.service.call("GET", f"/v1/models/{MODEL}/endpoints").json
+    assert listed["model"] == MODEL
+    a, b = listed["data"]
+    assert (a["name"], a["kind"], a["data"], a["max_inputs"]) == ("a", "openai", "30d", 4)
+    assert (b["name"], b["kind"], b["data"], b["max_inputs"]) == ("b", "unmask", "none", 2048)
+    for endpoint in (a, b):
+        assert endpoint["status"] in ("admitted", "probation") and endpoint["precision"] == "exact"
+        assert endpoint["conformance"]["worst"] < 1e-9 and endpoint["conformance"]["finding"] == ""
+        assert endpoint["uptime_last_1d"] is None  # fewer than 100 requests
+    latency = next(one["latency_last_30m"] for one in (a, b) if one["latency_last_30m"])
+    assert 0 < latency["p50"] <= latency["p99"]
+    assert listed["vector_space"] == upstreams.embed().headers["x-unmask-vector-space"]
+    assert upstreams.service.call("GET", "/v1/models/no/such/endpoints").status == 404
+    text = upstreams.service.call("GET", "/metrics").body.decode()
+    for name in ("a", "b"):
+        assert f'unmask_provider_admitted{{model="{MODEL}",provider="{name}"}} 1.0' in text
+    assert upstreams.service.metric("unmask_provider_requests{") >= 3
+
+
+def test_a_quarantine_reaches_all_processes_and_survives_a_restart(
+    vectors_of, tiny_llama: Path, tmp_path: Path, unmask
+) -> None:
+    url = f"sqlite:///{tmp_path / 'catalogue.sqlite'}"
+    database = open_database(url)
+    drifted = threading.Event()
+
+    def drifting(texts: Sequence[str], instruction: str) -> np.ndarray:
+        return -vectors_of(texts, instruction) if drifted.is_set() else vectors_of(texts, instruction)
+
+    def status(service: LocalService) -> str:
+        return service.call("GET", f"/v1/models/{MODEL}/endpoints").json["data"][0]["status"]
+
+    with fault_server_thread(drifting) as a:
+        file = providers_file(tmp_path, a.url, "http://127.0.0.1:1/v1")
+        options: dict[str, Any] = {"providers": file, "warm": (), "catalogue": database}
+        with (
+            running(tiny_llama, intervals=FAST, **options) as watching,
+            running(tiny_llama, intervals=WatchIntervals(), **options) as other,
+        ):
+            until(lambda: status(watching) != "unchecked" and status(other) != "unchecked")
+            drifted.set()
+            until(lambda: status(watching) == "quarantined")
+            began = time.monotonic()
+            until(lambda: status(other) == "quarantined")
+            assert time.monotonic() - began < 15  # a full run that names the fault, then at most a second
+            printed = unmask("providers", "history", "--database", url, "--json").stdout
+            (verdict,) = json.loads(printed[printed.index("[\n") :])
+            assert (verdict["provider"], verdict["by"], verdict["verdict"]) == ("a", "canaries", "quarantined")
+            assert verdict["finding"].startswith("a ") and verdict["last_right"] is not None
+        with running(tiny_llama, intervals=FAST, **options) as again:
+            assert status(again) == "quarantined"
+            drifted.clear()
+            assert unmask("providers", "admit", "a", MODEL, "--database", url).returncode == 0
+            until(lambda: status(again) == "probation")
+            assert "is not quarantined" in unmask("providers", "admit", "a", MODEL, "--database", url).stderr
+            reason = ["--reason", "maintenance", "--database", url]
+            assert unmask("providers", "quarantine", "a", MODEL, *reason).returncode == 0
+            until(lambda: status(again) == "quarantined")
+            got = again.call("POST", "/v1/embeddings", {"model": MODEL, "input": "a text"})
+            assert (got.status, got.error["code"]) == (503, "no_conforming_provider")
+    database.close()

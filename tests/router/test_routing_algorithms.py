@@ -1,0 +1,293 @@
+"""The pure parts of the router: load, breaker, retry budget, choice. The clock is handed in, so nothing waits."""
+
+import math
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from unmask.router import breaker as breakers
+from unmask.router.breaker import Breaker
+from unmask.router.choosing import Candidate, ProviderWishes, choose, permitted
+from unmask.router.load import DECAY_S, MIN_TOKENS, PENALTY_S, EndpointLoad, PeakEwma, slow_start
+from unmask.router.retry_budget import LIFE_S, RESERVE_PER_S, SHARE, RetryBudget
+from unmask.router.signals import SIGNALS
+
+steps = st.lists(st.tuples(st.floats(0, 30), st.floats(1e-6, 100)), min_size=1, max_size=40)
+
+
+@given(st.floats(1e-6, 10), steps)
+def test_the_average_follows_its_closed_form(first: float, observations: list[tuple[float, float]]) -> None:
+    average, now, expected = PeakEwma(first, 0.0), 0.0, first
+    for seconds, value in observations:
+        now += seconds
+        weight = math.exp(-seconds / DECAY_S)
+        expected = max(value, expected * weight + value * (1 - weight))
+        average.observe(value, now)
+        assert average.read(now) == pytest.approx(expected, rel=1e-9) and average.read(now) >= value
+        assert average.read(now + DECAY_S) == pytest.approx(expected / math.e, rel=1e-9)
+
+
+def test_a_clock_that_stands_still_or_steps_back_does_no_harm() -> None:
+    average = PeakEwma(1.0, 100.0)
+    average.observe(0.5, 100.0)
+    average.observe(0.5, 50.0)
+    assert average.read(20.0) == 1.0
+
+
+@given(st.lists(st.tuples(st.floats(0, 3), st.booleans(), st.integers(1, 300_000)), max_size=120))
+def test_withdrawals_never_exceed_the_budget_in_any_window(events: list[tuple[float, bool, int]]) -> None:
+    budget, now = RetryBudget(), 0.0
+    deposits: list[tuple[float, int]] = []
+    withdrawals: list[tuple[float, int]] = []
+    for seconds, is_deposit, tokens in events:
+        now += seconds
+        if is_deposit:
+            budget.deposit(tokens, now)
+            deposits.append((now, tokens))
+        else:
+            within = sum(amount for at, amount in withdrawals if at > now - LIFE_S) + tokens
+            allowed = SHARE * sum(amount for at, amount in deposits if at > now - LIFE_S) + RESERVE_PER_S * LIFE_S
+            done = budget.withdraw(tokens, now)
+            assert done == (within <= allowed)
+            withdrawals += [(now, tokens)] * done
+
+
+class BreakerMachine(RuleBasedStateMachine):
+    """The breaker against a plain model of its rules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.breaker = Breaker(random.Random(1))
+        self.run = 0
+        self.outcomes: list[tuple[float, bool]] = []
+        self.opened_for = 0.0
+
+    @rule(seconds=st.floats(0.001, 40))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+    @precondition(lambda self: self.breaker.state == "closed")
+    @rule()
+    def succeed(self) -> None:
+        self.breaker.succeeded(self.now)
+        self.run = 0
+        self.outcomes.append((self.now, True))
+
+    @precondition(lambda self: self.breaker.state == "closed")
+    @rule(in_run=st.booleans(), alone=st.booleans())
+    def fail(self, in_run: bool, alone: bool) -> None:
+        self.run += in_run
+        self.outcomes.append((self.now, False))
+        recent = [ok for at, ok in self.outcomes if at > self.now - breakers.WINDOW_S]
+        trips = self.run >= breakers.RUN or (
+            len(recent) >= breakers.MIN_REQUESTS and sum(recent) < breakers.MIN_SUCCESS * len(recent)
+        )
+        self.breaker.failed(self.now, in_run=in_run, alone=alone)
+        assert (self.breaker.state == "open") == trips
+        if trips:
+            most = breakers.ALONE_MAX_S if alone else breakers.MAX_S
+            assert self.now + breakers.FIRST_S / 2 <= self.breaker.probe_at <= self.now + most
+            self.run, self.outcomes = 0, []
+
+    @precondition(lambda self: self.breaker.state == "open")
+    @rule(passed=st.booleans())
+    def probe(self, passed: bool) -> None:
+        due = self.now >= self.breaker.probe_at
+        assert self.breaker.probe(self.now) == due
+        if due:
+            assert self.breaker.state == "half_open" and not self.breaker.probe(self.now)
+            self.breaker.failed(self.now)  # a request that began before it opened
+            self.breaker.succeeded(self.now)
+            assert self.breaker.state == "half_open"
+            self.breaker.probed(passed, self.now)
+            assert self.breaker.state == ("closed" if passed else "open")
+
+    @rule()
+    def hold(self) -> None:
+        self.breaker.hold()
+        self.breaker.succeeded(self.now)
+        self.breaker.failed(self.now)
+        assert self.breaker.state == "held" and not self.breaker.probe(self.now + 1e9)
+        self.breaker.close()
+        self.run, self.outcomes = 0, []
+
+    @invariant()
+    def only_closed_lets_in(self) -> None:
+        assert self.breaker.lets_in() == (self.breaker.state == "closed")
+
+
+TestBreaker = BreakerMachine.TestCase
+TestBreaker.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_a_breaker_stays_open_longer_each_time() -> None:
+    breaker, now, waits = Breaker(random.Random(3)), 0.0, []
+    for _ in range(9):
+        for _ in range(breakers.RUN):
+            breaker.failed(now)
+        waits.append(breaker.probe_at - now)
+        now = breaker.probe_at
+        assert breaker.probe(now)
+        breaker.probed(False, now)
+        waits.append(breaker.probe_at - now)
+        now = breaker.probe_at
+        assert breaker.probe(now)
+        breaker.probed(False, now)
+    assert 2.5 <= waits[0] <= 5 < waits[2] and max(waits) <= 300
+    assert all(wait >= 150 for wait in waits[8:])
+
+
+candidates = st.lists(
+    st.builds(
+        Candidate,
+        name=st.sampled_from("abcdefgh"),
+        priority=st.integers(0, 3),
+        price=st.sampled_from([0, 1, 4_000_000, 20_000_000]),
+        share=st.floats(0.1, 1),
+        seconds=st.floats(0, 1000),
+    ),
+    max_size=8,
+    unique_by=lambda candidate: candidate.name,
+)
+wishes = st.builds(
+    ProviderWishes,
+    order=st.lists(st.sampled_from("abcdefgh"), max_size=2).map(tuple),
+    sort=st.sampled_from([None, "price", "latency", "throughput"]),
+)
+
+
+@given(candidates, wishes, st.integers(0, 1000))
+def test_a_choice_is_a_candidate_of_the_first_group(group: list[Candidate], wish: ProviderWishes, seed: int) -> None:
+    chosen = choose(group, wish, random.Random(seed))
+    if not group:
+        assert chosen is None
+        return
+    assert chosen in group and chosen is not None
+    named = [name for name in wish.order if name in {candidate.name for candidate in group}]
+    if named:
+        assert chosen.name == named[0]
+        return
+    first = [candidate for candidate in group if candidate.priority == min(c.priority for c in group)]
+    assert chosen in first
+    if wish.sort == "price":
+        assert chosen.price == min(candidate.price for candidate in first)
+    elif wish.sort or len(first) == 2:
+        assert chosen.seconds == min(candidate.seconds for candidate in first)
+
+
+@given(
+    st.sampled_from("abc"),
+    st.sampled_from(["none", "30d", "trains"]),
+    st.sets(st.sampled_from("abc")),
+    st.sets(st.sampled_from("abc")),
+    st.sampled_from(["allow", "deny"]),
+)
+def test_wishes_filter(name: str, data: str, only: set[str], ignore: set[str], collection: str) -> None:
+    wish = ProviderWishes(only=tuple(only), ignore=tuple(ignore), data_collection=collection)  # pyright: ignore[reportArgumentType]
+    expected = name not in ignore and (not only or name in only) and (collection == "allow" or data == "none")
+    assert permitted(name, data, wish) == expected
+    alone = ProviderWishes(order=("a", "b"), allow_fallbacks=False)
+    assert permitted(name, data, alone) == (name == "a")
+
+
+def test_cheap_endpoints_get_most_and_not_all() -> None:
+    group = [Candidate(name, 0, price, 1.0, 1.0) for name, price in (("cheap", 1), ("twice", 2), ("ten", 10))]
+    draw = random.Random(5)
+    first = Counter(choose([one], ProviderWishes(), draw) for one in group)
+    assert len(first) == 3
+    drawn = Counter(
+        candidate.name for _ in range(4000) for candidate in [choose(group, ProviderWishes(), draw)] if candidate
+    )
+    assert drawn["cheap"] > drawn["twice"] > drawn["ten"]
+
+
+def simulate(seconds_of: dict[str, list[float]], *, failing: str = "", seed: int = 7) -> list[Counter[str]]:
+    """Requests of 64 tokens, 100 a second, to endpoints whose latency in each second is given. Counts per second."""
+    draw = random.Random(seed)
+    loads = {name: EndpointLoad(64, 0.01 / MIN_TOKENS, 0.0) for name in seconds_of}
+    running: list[tuple[float, str, float]] = []
+    counts = []
+    for second in range(len(next(iter(seconds_of.values())))):
+        counted: Counter[str] = Counter()
+        for tick in range(100):
+            now = second + tick / 100
+            for end, name, began in [entry for entry in running if entry[0] <= now]:
+                running.remove((end, name, began))
+                loads[name].finish(64)
+                if name == failing:
+                    loads[name].failed(64, end, busy=True)
+                else:
+                    loads[name].succeeded(64, end - began, end)
+            group = [
+                Candidate(name, 0, 1, 1.0, load.estimate(64, now)) for name, load in loads.items() if load.has_room()
+            ]
+            chosen = choose(group, ProviderWishes(), draw)
+            if chosen is None:
+                continue
+            loads[chosen.name].start(64)
+            counted[chosen.name] += 1
+            running.append((now + seconds_of[chosen.name][second], chosen.name, now))
+        counts.append(counted)
+    return counts
+
+
+def test_traffic_leaves_an_endpoint_that_becomes_slow_and_returns() -> None:
+    slow = [0.01] * 10 + [0.2] * 30 + [0.01] * 70
+    counts = simulate({"a": slow, "b": [0.01] * 110, "c": [0.01] * 110})
+    before = sum(count["a"] for count in counts[5:10]) / 5
+    assert 20 < before < 50
+    assert all(count["a"] <= 0.25 * before for count in counts[12:40])
+    assert sum(count["a"] for count in counts[100:110]) / 10 > 0.5 * before
+
+
+def test_an_endpoint_that_fails_fast_loses_traffic() -> None:
+    counts = simulate({"a": [0.002] * 30, "b": [0.02] * 30, "c": [0.02] * 30}, failing="a")
+    assert sum(count["a"] for count in counts[2:]) < 0.1 * sum(sum(count.values()) for count in counts[2:])
+
+
+@given(st.lists(st.sampled_from(["good", "bad", "busy"]), max_size=200))
+def test_the_limit_adapts_within_its_bounds(outcomes: list[str]) -> None:
+    load, now = EndpointLoad(8, 0.001, 0.0), 0.0
+    for outcome in outcomes:
+        now += 0.1
+        before = load.limit
+        if outcome == "good":
+            load.succeeded(10, 0.1, now)
+            assert before <= load.limit <= before + 1
+        else:
+            load.failed(10, now, busy=outcome == "busy")
+            assert load.limit <= before and (outcome == "busy" or load.limit == before)
+        assert 1 <= load.limit <= 8
+    for _ in range(200):
+        load.succeeded(10, 0.1, now)
+    assert load.limit == 8
+
+
+def test_a_penalty_is_never_below_what_is_known() -> None:
+    load = EndpointLoad(8, 1.0, 0.0)
+    load.failed(1000, 0.0)
+    assert load.estimate(1000, 0.0) == pytest.approx(1000)  # slower than the penalty already
+    fresh = EndpointLoad(8, 1e-6, 0.0)
+    fresh.failed(1000, 0.0)
+    assert fresh.estimate(1000, 0.0) == pytest.approx(PENALTY_S)
+    fresh.failed(1000, 0.0, retry_after=60)
+    assert fresh.estimate(1000, 0.0) == pytest.approx(60)
+    fresh.failed(1000, 0.0, retry_after=1e9)
+    assert fresh.estimate(1000, 0.0) == pytest.approx(300)
+
+
+def test_slow_start() -> None:
+    assert [slow_start(seconds) for seconds in (0, 3, 15, 30, 300)] == [0.1, 0.1, 0.5, 1.0, 1.0]
+
+
+def test_the_table_of_signals_never_blames_a_provider_for_its_caller() -> None:
+    assert not SIGNALS["cancelled"].another and SIGNALS["cancelled"].breaker == "none"
+    assert SIGNALS["rejected"].breaker == "none" and SIGNALS["rate_limited"].breaker == "rate"
+    assert SIGNALS["unreachable"].price < 1 and [name for name, signal in SIGNALS.items() if signal.check] == [
+        "malformed"
+    ]

@@ -1,0 +1,286 @@
+"""`answer`: the vectors of one request, from the local engine or from a provider, within the caller's deadline."""
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from unmask.conformance import References
+from unmask.conformance.references import SHARED_PRECISIONS
+from unmask.encoder import Prompt
+from unmask.encoder.prompts import PromptBuilder
+from unmask.engine import Engine
+from unmask.errors import (
+    DeadlineExceeded,
+    EngineError,
+    EngineStopped,
+    NoConformingProvider,
+    NoProvider,
+    Overloaded,
+    ProviderRefused,
+)
+from unmask.router.choosing import Candidate, ProviderWishes, choose, permitted
+from unmask.router.endpoint import ProviderEndpoint
+from unmask.router.retry_budget import RetryBudget
+from unmask.router.signals import SIGNALS, AttemptFailed
+from unmask.router.wire import ask, require_vectors
+
+LOCAL = "local"  # name of this process's own engine among the providers
+
+# A third attempt only if the second provider could not even be connected to.
+_MAX_ATTEMPTS = 3
+_ATTEMPTS_WITH_BYTES = 2
+
+# An attempt may take this long, or four times the estimate; then another provider is more likely to answer.
+_MIN_ATTEMPT_S = 10.0
+_ATTEMPT_FACTOR = 4.0
+# Usual seconds until a model without an admitted endpoint has one: while its references are computed, while endpoints
+# are being checked, and while all are quarantined, which takes a person.
+_REFERENCES_S, _CHECK_S, _OPERATOR_S = 30.0, 5.0, 120.0
+
+_ANSWER_S = 0.02  # left for writing the answer
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddingWork:
+    """The inputs of one request, ready to be embedded.
+
+    Attributes:
+        texts: the texts; None for token ids of the model, which only the local engine takes.
+        prompts: their prompts.
+        instruction: "" for none.
+        raw: vectors are wanted as they leave the model, which only the local engine gives.
+        deadline: `time.monotonic()` by which the caller needs them.
+        share: the caller, for the fair queue of the local engine.
+        wishes: about providers.
+    """
+
+    texts: Sequence[str] | None
+    prompts: Sequence[Prompt]
+    instruction: str
+    raw: bool
+    deadline: float
+    share: str
+    wishes: ProviderWishes
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all prompts."""
+        return sum(len(prompt.ids) for prompt in self.prompts)
+
+
+@dataclass(frozen=True, eq=False)
+class RoutedVectors:
+    """The vectors of a request.
+
+    Attributes:
+        vectors: float32 [n, dim]; of length 1 if a provider answered.
+        provider: its name; `LOCAL` for this process's own engine.
+        attempts: number of attempts.
+        endpoint: the endpoint that answered; None for the local engine.
+    """
+
+    vectors: np.ndarray
+    provider: str
+    attempts: int
+    endpoint: ProviderEndpoint | None = None
+
+
+class ModelEndpoints:
+    """All endpoints of a model.
+
+    Args:
+        endpoints: in the order of the file.
+
+    Attributes:
+        references: of the model; None until they are computed, and before that nobody is admitted.
+        prompts: its text handling, which needs no weights; None until it is read.
+    """
+
+    def __init__(self, endpoints: Sequence[ProviderEndpoint]) -> None:
+        self.endpoints = list(endpoints)
+        self.references: References | None = None
+        self.prompts: PromptBuilder | None = None
+        self.budget = RetryBudget()
+
+    def any_admitted(self) -> bool:
+        """True if some endpoint's vectors may be used."""
+        return any(endpoint.standing == "admitted" for endpoint in self.endpoints)
+
+    def checked_in(self) -> float:
+        """Return the seconds after which an endpoint may have been admitted, for a model of which none is."""
+        if self.references is None:
+            return _REFERENCES_S
+        return _CHECK_S if any(endpoint.standing == "unchecked" for endpoint in self.endpoints) else _OPERATOR_S
+
+
+async def answer(
+    model: ModelEndpoints, engine: Engine | None, work: EmbeddingWork, draw: random.Random
+) -> RoutedVectors:
+    """Embed the inputs of a request: all of them at one provider, or not at all.
+
+    Args:
+        model: its endpoints.
+        engine: this process's own engine, if it is loaded.
+        work: the request.
+        draw: source of chance.
+
+    Raises:
+        NoConformingProvider: nobody's vectors are known to be right.
+        NoProvider: those whose vectors are right cannot answer now; carries `retry_after`.
+        ProviderRefused: an attempt failed and the retry budget is used up.
+        Overloaded, DeadlineExceeded, EngineStopped: as `Engine.run`.
+    """
+    tokens = work.num_tokens
+    model.budget.deposit(tokens, time.monotonic())
+    tried: set[str] = set()
+    failure: AttemptFailed | EngineError | None = None
+    for attempt in range(1, _MAX_ATTEMPTS + 1):
+        now = time.monotonic()
+        left = work.deadline - now - _ANSWER_S
+        if left <= 0:
+            raise DeadlineExceeded("the deadline passed before the vectors were ready")
+        candidates = _candidates(model, engine, work, tried, now)
+        chosen = choose([one for one in candidates if one.fits(left)], work.wishes, draw)
+        if chosen is None:
+            raise _nobody(model, engine, candidates, failure, left, now)
+        if isinstance(failure, AttemptFailed):
+            signal = SIGNALS[failure.signal]
+            if attempt > _ATTEMPTS_WITH_BYTES and failure.signal != "unreachable":
+                raise _nobody(model, engine, [], failure, left, now)
+            if not model.budget.withdraw(round(tokens * signal.price), now):
+                raise ProviderRefused("a provider failed, and too many requests of this model were repeated lately")
+        tried.add(chosen.name)
+        try:
+            if chosen.name == LOCAL and engine is not None:
+                vectors = await engine.run(work.prompts, deadline=work.deadline, caller=work.share)
+                return RoutedVectors(vectors, LOCAL, attempt)
+            endpoint = next(one for one in model.endpoints if one.provider.name == chosen.name)
+            answered = await _attempt(model, endpoint, work, chosen.seconds, left)
+            if answered is not None:
+                return RoutedVectors(answered, chosen.name, attempt, endpoint)
+        except AttemptFailed as failed:
+            failure = failed
+        except (DeadlineExceeded, EngineStopped):
+            raise
+        except EngineError as failed:
+            failure = failed
+    raise _nobody(model, engine, [], failure, work.deadline - time.monotonic(), time.monotonic())
+
+
+def _candidates(
+    model: ModelEndpoints, engine: Engine | None, work: EmbeddingWork, tried: set[str], now: float
+) -> list[Candidate]:
+    """Return whoever may answer and can, in the order of the filters: admitted, able, permitted, available."""
+    candidates = [
+        endpoint.candidate(work.num_tokens, now)
+        for endpoint in model.endpoints
+        if endpoint.standing == "admitted"
+        and _is_able(endpoint, work)
+        and _has_precision(endpoint, work.wishes)
+        and permitted(endpoint.provider.name, endpoint.provider.data, work.wishes)
+        and endpoint.provider.name not in tried
+        and endpoint.is_available(now)
+    ]
+    if engine is not None and LOCAL not in tried and permitted(LOCAL, "none", work.wishes):
+        rate = engine.tokens_per_second
+        seconds = 0.0 if rate is None else (engine.waiting_tokens() + work.num_tokens) / rate
+        # The engine refuses by itself what it cannot do in time, and says when it could.
+        alone = not candidates
+        candidates.insert(0, Candidate(LOCAL, 0, 0, 1.0, 0.0 if alone else seconds))
+    return candidates
+
+
+def _is_able(endpoint: ProviderEndpoint, work: EmbeddingWork) -> bool:
+    """True if the provider's API can carry the request without changing what it means."""
+    if work.texts is None or work.raw or (work.instruction and not endpoint.provider.takes_instructions):
+        return False
+    longest = endpoint.model.max_tokens
+    return all(not prompt.truncated and (longest is None or len(prompt.ids) <= longest) for prompt in work.prompts)
+
+
+def _has_precision(endpoint: ProviderEndpoint, wishes: ProviderWishes) -> bool:
+    return endpoint.precision in SHARED_PRECISIONS or endpoint.precision in wishes.precision
+
+
+async def _attempt(
+    model: ModelEndpoints, endpoint: ProviderEndpoint, work: EmbeddingWork, estimate: float, left: float
+) -> np.ndarray | None:
+    """Ask one provider for all texts. Returns None if it was quarantined meanwhile.
+
+    Raises:
+        AttemptFailed: it failed, which is counted already.
+        DeadlineExceeded: the caller's time is over, which is no fault of the provider.
+    """
+    tokens, started = work.num_tokens, time.monotonic()
+    seconds = min(left, max(_MIN_ATTEMPT_S, _ATTEMPT_FACTOR * estimate))
+    endpoint.load.start(tokens)
+    try:
+        vectors = await _vectors_from(model, endpoint, work, seconds)
+    except AttemptFailed as failure:
+        now = time.monotonic()
+        if failure.signal == "timeout" and seconds == left:
+            raise DeadlineExceeded("the deadline passed before the vectors were ready") from None
+        endpoint.failed(failure, tokens, now - started, now, alone=len(model.endpoints) == 1)
+        raise
+    finally:
+        endpoint.load.finish(tokens)
+    now = time.monotonic()
+    if endpoint.standing != "admitted":
+        endpoint.discarded(tokens, now - started, now)
+        return None
+    endpoint.answered(tokens, now - started, now)
+    return vectors
+
+
+async def _vectors_from(
+    model: ModelEndpoints, endpoint: ProviderEndpoint, work: EmbeddingWork, seconds: float
+) -> np.ndarray:
+    """Send the texts in requests of the size that the provider takes, at the same time, and join their vectors."""
+    references = model.references
+    assert references is not None and work.texts is not None  # the endpoint is admitted, and able
+    size = endpoint.provider.inputs_per_request(endpoint.model)
+
+    async def part(texts: Sequence[str]) -> np.ndarray:
+        received = await ask(
+            endpoint.client, endpoint.model, texts, instruction=work.instruction, dim=references.dim, seconds=seconds
+        )
+        return require_vectors(received, references.dim, endpoint.provider.name)
+
+    parts = [work.texts[first : first + size] for first in range(0, len(work.texts), size)]
+    if len(parts) == 1:
+        return await part(parts[0])
+    tasks = [asyncio.ensure_future(part(texts)) for texts in parts]
+    try:
+        return np.concatenate(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()  # whole or not at all
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _nobody(
+    model: ModelEndpoints,
+    engine: Engine | None,
+    candidates: Sequence[Candidate],
+    failure: Exception | None,
+    left: float,
+    now: float,
+) -> EngineError:
+    """Return the error of a request that nobody answers."""
+    if isinstance(failure, EngineError):
+        return failure
+    if candidates:
+        seconds = min(candidate.seconds for candidate in candidates) - left
+        return Overloaded("no provider can answer by the deadline", retry_after=max(1.0, seconds))
+    if engine is None and not model.any_admitted():
+        message = "no provider of this model has been found to give the right vectors: none is better than wrong ones"
+        return NoConformingProvider(message, retry_after=model.checked_in())
+    soonest = min((endpoint.available_in(now) for endpoint in model.endpoints), default=float("inf"))
+    return NoProvider(
+        "no provider of this model that fits the request can answer now",
+        retry_after=min(max(1.0, soonest), 60.0),
+    )

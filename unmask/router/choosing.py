@@ -1,0 +1,107 @@
+"""`choose`: which endpoint answers a request. Filters first, then two drawn by weight, and the less loaded of them."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+# A free endpoint weighs as much as one of a tenth of the dearest one's price: not everything.
+_CHEAPEST_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class ProviderWishes:
+    """A caller's field `provider`, in OpenRouter's words.
+
+    Attributes:
+        only: names that may answer; empty for all.
+        ignore: names that may not.
+        order: names to try in this order, before all others.
+        allow_fallbacks: others than the first choice may answer if it fails.
+        sort: take the best by "price", "latency" or "throughput" in place of balancing; None to balance.
+        precision: classes that may answer, beyond the model's own; empty for the model's.
+        data_collection: "deny" for providers that keep nothing.
+    """
+
+    only: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    order: tuple[str, ...] = ()
+    allow_fallbacks: bool = True
+    sort: Literal["price", "latency", "throughput"] | None = None
+    precision: tuple[str, ...] = ()
+    data_collection: Literal["allow", "deny"] = "allow"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An endpoint that could answer a request.
+
+    Attributes:
+        name: of the provider.
+        priority: 0 first.
+        price: cost of a million tokens there, in nano-dollars.
+        share: of its traffic that it may have, below 1 while it starts slowly.
+        seconds: estimate for this request.
+        idle: nothing is in flight there. An idle endpoint may always be tried: after a failure the estimate is a
+            penalty and no measurement.
+    """
+
+    name: str
+    priority: int
+    price: int
+    share: float
+    seconds: float
+    idle: bool = False
+
+    def fits(self, seconds: float) -> bool:
+        """True if the request may be tried there by a caller who has so many seconds."""
+        return self.idle or self.seconds <= seconds
+
+
+def choose(candidates: Sequence[Candidate], wishes: ProviderWishes, draw: random.Random) -> Candidate | None:
+    """Return the endpoint that should answer; None if there is no candidate.
+
+    Args:
+        candidates: endpoints that can answer and may; see `permitted` for the caller's wishes.
+        wishes: of the caller, for order and sorting.
+        draw: source of chance.
+    """
+    if not candidates:
+        return None
+    for name in wishes.order:
+        if match := next((candidate for candidate in candidates if candidate.name == name), None):
+            return match
+    first = min(candidate.priority for candidate in candidates)
+    group = [candidate for candidate in candidates if candidate.priority == first]
+    if wishes.sort == "price":
+        return min(group, key=lambda candidate: (candidate.price, candidate.seconds))
+    if wishes.sort is not None:
+        return min(group, key=lambda candidate: candidate.seconds)
+    return min(_two(group, draw), key=lambda candidate: candidate.seconds)
+
+
+def permitted(name: str, data: str, wishes: ProviderWishes) -> bool:
+    """True if the caller's wishes let a provider answer.
+
+    Args:
+        name: of the provider.
+        data: whether it keeps texts: "none", "30d" or "trains".
+        wishes: of the caller.
+    """
+    if name in wishes.ignore or (wishes.only and name not in wishes.only):
+        return False
+    if not wishes.allow_fallbacks and wishes.order and name != wishes.order[0]:
+        return False
+    return data == "none" or wishes.data_collection == "allow"
+
+
+def _two(group: Sequence[Candidate], draw: random.Random) -> list[Candidate]:
+    """Draw two different candidates by weight: 1 / price squared, times the share of a slow start."""
+    floor = max(1.0, _CHEAPEST_SHARE * max(candidate.price for candidate in group))
+    weights = [candidate.share / max(candidate.price, floor) ** 2 for candidate in group]
+    first = draw.choices(range(len(group)), weights)[0]
+    if len(group) == 1:
+        return [group[first]]
+    weights[first] = 0.0
+    second = draw.choices(range(len(group)), weights)[0]
+    return [group[first], group[second]]

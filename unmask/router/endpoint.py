@@ -1,0 +1,245 @@
+"""`ProviderEndpoint`: one model at one provider, with everything that this process knows about it."""
+
+import asyncio
+import random
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from unmask.conformance import Finding, PrecisionClass
+from unmask.router.breaker import Breaker
+from unmask.router.choosing import Candidate
+from unmask.router.load import EndpointLoad, slow_start
+from unmask.router.outbound import ProviderClient
+from unmask.router.providers import ProviderModel, RemoteProvider
+from unmask.router.signals import SIGNALS, AttemptFailed, SignalName
+
+Standing = Literal["unchecked", "admitted", "quarantined"]
+EndpointStatus = Literal["unchecked", "admitted", "probation", "quarantined", "open", "held"]
+Outcome = Literal["answered", "discarded"] | SignalName
+
+# Seconds per token before anything was measured: 2,000 tokens per second.
+FIRST_RATE = 1 / 2000
+
+_MAX_AVOID_S = 60.0
+_HISTORY_S = 24 * 3600.0
+_HISTORY_LENGTH = 50_000
+_LATENCY_S = 30 * 60.0
+_MIN_REQUESTS = 100  # below this, an uptime would be chance
+
+# Outcomes that say nothing about the provider's health: it was busy, or we or the caller were at fault.
+_NOT_COUNTED: frozenset[Outcome] = frozenset({"rate_limited", "rejected", "cancelled", "discarded"})
+
+
+class _Entry(NamedTuple):
+    at: float
+    seconds: float
+    tokens: int
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
+class Percentiles:
+    """Percentiles of some measure; None where there was no request."""
+
+    p50: float
+    p75: float
+    p90: float
+    p99: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Percentiles | None":
+        """Compute the percentiles of values; None if there are none."""
+        if not values:
+            return None
+        return cls(*(round(float(value), 4) for value in np.percentile(values, (50, 75, 90, 99))))
+
+
+@dataclass(eq=False)
+class ProviderEndpoint:
+    """A model at a provider.
+
+    Attributes:
+        client: connections to the provider, shared by its models.
+        model: the model there.
+        draw: source of chance.
+        standing: whether its vectors may be used; only a full run or the operator changes it.
+        finding: the fault with its subject; "" for none.
+        conformance: last full run; None before it.
+        passed_at: Unix seconds of the last passed run of either kind; 0 for never.
+        wake: set when a check is due at once.
+        full_due: a full run is due, whatever the time.
+    """
+
+    client: ProviderClient
+    model: ProviderModel
+    draw: random.Random
+    standing: Standing = "unchecked"
+    finding: str = ""
+    conformance: Finding | None = None
+    passed_at: float = 0.0
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    full_due: bool = True
+    breaker: Breaker = field(init=False)
+    load: EndpointLoad = field(init=False)
+    in_traffic_since: float = field(init=False)
+    last_used: float = field(init=False, default=float("-inf"))
+    _avoid_until: float = field(init=False, default=float("-inf"))
+    _history: deque[_Entry] = field(init=False)
+
+    def __post_init__(self) -> None:
+        now = time.monotonic()
+        self.breaker = Breaker(self.draw)
+        self.load = EndpointLoad(self.provider.max_parallel, FIRST_RATE, now)
+        self.in_traffic_since = now
+        self._history = deque(maxlen=_HISTORY_LENGTH)
+
+    @property
+    def provider(self) -> RemoteProvider:
+        """The provider."""
+        return self.client.provider
+
+    @property
+    def precision(self) -> PrecisionClass | None:
+        """Class that its vectors were found to have; None before the first full run."""
+        return self.conformance.precision if self.conformance is not None else None
+
+    def status(self, now: float) -> EndpointStatus:
+        """Return its state in one word; "probation" while it starts slowly."""
+        if self.standing != "admitted":
+            return self.standing
+        if self.breaker.state == "held":
+            return "held"
+        if not self.breaker.lets_in():
+            return "open"
+        return "probation" if slow_start(now - self.in_traffic_since) < 1 else "admitted"
+
+    def is_available(self, now: float) -> bool:
+        """True if a request may be sent now."""
+        return (
+            self.standing == "admitted" and self.breaker.lets_in() and now >= self._avoid_until and self.load.has_room()
+        )
+
+    def available_in(self, now: float) -> float:
+        """Return the seconds after which it might be available; infinity if nobody knows."""
+        if self.standing != "admitted" or self.breaker.state == "held":
+            return float("inf")
+        if self.breaker.state == "half_open":
+            return 1.0
+        if self.breaker.state == "open":
+            return max(0.0, self.breaker.probe_at - now)
+        return max(1.0, self._avoid_until - now)
+
+    def candidate(self, tokens: int, now: float) -> Candidate:
+        """Describe it for the choice."""
+        return Candidate(
+            name=self.provider.name,
+            priority=self.model.priority,
+            price=self.model.cost_on(datetime.now(UTC).date()),
+            share=slow_start(now - self.in_traffic_since),
+            seconds=self.load.estimate(tokens, now),
+            idle=not self.load.requests,
+        )
+
+    def admit(self, finding: Finding, rate: float, now: float) -> None:
+        """Let traffic in after a passed full run.
+
+        Args:
+            finding: of the run.
+            rate: seconds per token that it took.
+            now: time.
+        """
+        if self.standing != "admitted":
+            self.in_traffic_since = now
+            self.load = EndpointLoad(self.provider.max_parallel, rate, now)
+        self.standing, self.finding, self.conformance = "admitted", "", finding
+        self.passed_at = time.time()
+
+    def is_same(self, provider: RemoteProvider, model: ProviderModel) -> bool:
+        """True if an entry of the file describes the same server, model and number of requests at a time."""
+
+        def key(provider: RemoteProvider, model: ProviderModel) -> tuple[object, ...]:
+            return (
+                provider.name,
+                provider.kind,
+                provider.url,
+                provider.max_parallel,
+                model.name_there,
+                model.precision,
+            )
+
+        return key(provider, model) == key(self.provider, self.model)
+
+    def inherit(self, earlier: "ProviderEndpoint") -> None:
+        """Take over everything that is known of the same endpoint, after the file was read again."""
+        for name in ("standing", "finding", "conformance", "passed_at", "breaker", "load", "in_traffic_since"):
+            setattr(self, name, getattr(earlier, name))
+        self.last_used, self._avoid_until, self._history = earlier.last_used, earlier._avoid_until, earlier._history
+
+    def quarantine(self, finding: str) -> None:
+        """Take it out of traffic until a full run is asked for and passed. Answers on their way are discarded."""
+        self.standing, self.finding = "quarantined", finding
+
+    def answered(self, tokens: int, seconds: float, now: float) -> None:
+        """Count a good answer."""
+        self.breaker.succeeded(now)
+        self.load.succeeded(tokens, seconds, now)
+        self._note(_Entry(now, seconds, tokens, "answered"))
+
+    def failed(self, failure: AttemptFailed, tokens: int, seconds: float, now: float, *, alone: bool) -> None:
+        """Count a failure, by the table of signals."""
+        signal = SIGNALS[failure.signal]
+        if signal.breaker == "open":
+            self.breaker.hold()
+        elif signal.breaker != "none":
+            self.breaker.failed(now, in_run=signal.breaker == "failure", alone=alone)
+        if signal.breaker != "none":
+            busy = failure.signal == "rate_limited" or failure.status == 503
+            self.load.failed(tokens, now, retry_after=failure.retry_after, busy=busy)
+            if failure.retry_after is not None:
+                self._avoid_until = now + min(failure.retry_after, _MAX_AVOID_S)
+        if signal.check:
+            self.full_due = True
+        if signal.check or self.breaker.state == "open":
+            self.wake.set()
+        self._note(_Entry(now, seconds, tokens, failure.signal))
+
+    def discarded(self, tokens: int, seconds: float, now: float) -> None:
+        """Count an answer that came after the endpoint was quarantined."""
+        self._note(_Entry(now, seconds, tokens, "discarded"))
+
+    def uptime(self, seconds: float, now: float) -> float | None:
+        """Return the share of good answers in the last seconds; None for fewer than 100 requests."""
+        entries = [entry for entry in self._history if entry.at > now - seconds and entry.outcome not in _NOT_COUNTED]
+        if len(entries) < _MIN_REQUESTS:
+            return None
+        return round(sum(entry.outcome == "answered" for entry in entries) / len(entries), 4)
+
+    def latency(self, now: float) -> Percentiles | None:
+        """Return percentiles of the seconds of the answers of the last 30 minutes."""
+        return Percentiles.of([entry.seconds for entry in self._answers(now)])
+
+    def throughput(self, now: float) -> Percentiles | None:
+        """Return percentiles of the tokens per second of the answers of the last 30 minutes."""
+        return Percentiles.of([entry.tokens / max(entry.seconds, 1e-6) for entry in self._answers(now)])
+
+    def outcomes(self) -> dict[Outcome, int]:
+        """Return the number of requests of the last day by outcome."""
+        counts: dict[Outcome, int] = {}
+        for entry in self._history:
+            counts[entry.outcome] = counts.get(entry.outcome, 0) + 1
+        return counts
+
+    def _answers(self, now: float) -> list[_Entry]:
+        return [entry for entry in self._history if entry.outcome == "answered" and entry.at > now - _LATENCY_S]
+
+    def _note(self, entry: _Entry) -> None:
+        self.last_used = entry.at
+        self._history.append(entry)
+        while self._history[0].at < entry.at - _HISTORY_S:
+            self._history.popleft()

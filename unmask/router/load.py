@@ -1,0 +1,119 @@
+"""The load of an endpoint: peak EWMA of seconds per token, tokens in flight, how many requests it takes at a time.
+
+All times are handed in, in seconds of a monotonic clock.
+"""
+
+import math
+
+# Time constant of the average, as in Finagle's PeakEwma.
+DECAY_S = 10.0
+
+# A request costs as much as one of this many tokens, however short it is: the network and the overhead of the server.
+MIN_TOKENS = 256
+
+# A failure counts as a request that took this long. Otherwise who refuses at once would look fast, and draw traffic.
+PENALTY_S = 5.0
+MAX_PENALTY_S = 300.0
+
+_SLOW_START_S = 30.0
+_SLOW_START_SHARE = 0.1
+
+_DECREASE = 0.7
+
+
+class PeakEwma:
+    """An average that rises at once and falls slowly, so that a provider that becomes slow is noticed at once.
+
+    Finagle's PeakEwma: an observation above the average replaces it, one below it moves it. Between observations it
+    decays towards 0, so that an idle provider is tried again.
+
+    Args:
+        value: first average; must be measured, since a small one would look free.
+        now: time of it.
+    """
+
+    def __init__(self, value: float, now: float) -> None:
+        self._value, self._at = value, now
+
+    def observe(self, value: float, now: float) -> None:
+        """Take one observation into the average."""
+        weight = math.exp(-max(0.0, now - self._at) / DECAY_S)
+        self._value = max(value, self._value * weight + value * (1 - weight))
+        self._at = max(now, self._at)
+
+    def read(self, now: float) -> float:
+        """Return the average, decayed."""
+        return self._value * math.exp(-max(0.0, now - self._at) / DECAY_S)
+
+
+class EndpointLoad:
+    """Load of one endpoint, as seen by this process.
+
+    Args:
+        max_parallel: most requests at a time.
+        seconds_per_token: of the admission run.
+        now: time.
+
+    Attributes:
+        tokens: tokens in flight.
+        requests: requests in flight.
+    """
+
+    def __init__(self, max_parallel: int, seconds_per_token: float, now: float) -> None:
+        self.tokens = 0
+        self.requests = 0
+        self._rate = PeakEwma(seconds_per_token, now)
+        self._max_parallel = max_parallel
+        self._limit = float(max_parallel)
+        self._successes = 0
+
+    @property
+    def limit(self) -> int:
+        """Most requests that may be in flight now."""
+        return int(self._limit)
+
+    def has_room(self) -> bool:
+        """True if one more request may start."""
+        return self.requests < self.limit
+
+    def estimate(self, tokens: int, now: float) -> float:
+        """Return the seconds that a request of `tokens` would take, behind those in flight."""
+        return self._rate.read(now) * (self.tokens + max(tokens, MIN_TOKENS))
+
+    def start(self, tokens: int) -> None:
+        """Count a request in."""
+        self.tokens += tokens
+        self.requests += 1
+
+    def finish(self, tokens: int) -> None:
+        """Count a request out, whatever became of it."""
+        self.tokens -= tokens
+        self.requests -= 1
+
+    def succeeded(self, tokens: int, seconds: float, now: float) -> None:
+        """Take the duration of a good answer into account."""
+        self._rate.observe(seconds / max(tokens, MIN_TOKENS), now)
+        self._successes += 1
+        if self._successes >= self._limit:
+            self._limit = min(self._limit + 1, self._max_parallel)
+            self._successes = 0
+
+    def failed(self, tokens: int, now: float, *, retry_after: float | None = None, busy: bool = False) -> None:
+        """Take a failure into account as a very slow answer.
+
+        Args:
+            tokens: of the request.
+            now: time.
+            retry_after: seconds that the provider asked for.
+            busy: it said that it has too much to do, so fewer requests are sent at a time.
+        """
+        seconds = max(PENALTY_S, min(retry_after or 0.0, MAX_PENALTY_S))
+        self._rate.observe(max(seconds / max(tokens, MIN_TOKENS), self._rate.read(now)), now)
+        if busy:
+            self._limit = max(1.0, self._limit * _DECREASE)
+            self._successes = 0
+
+
+def slow_start(seconds: float) -> float:
+    """Return the share of its traffic that an endpoint gets so many seconds after it was admitted or came back."""
+    return min(1.0, max(_SLOW_START_SHARE, seconds / _SLOW_START_S))

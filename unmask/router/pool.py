@@ -1,0 +1,316 @@
+"""`ProviderPool`: all providers of one process. Admits them by the canaries, watches them, and answers through them."""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from unmask.conformance import Finding, References
+from unmask.encoder.encoder import LoadOptions, open_prompts
+from unmask.engine import Engine
+from unmask.errors import UnmaskError
+from unmask.router.attempts import EmbeddingWork, ModelEndpoints, RoutedVectors, answer
+from unmask.router.checks import ModelSource, full_check, light_check, light_limit, references_of
+from unmask.router.endpoint import ProviderEndpoint
+from unmask.router.load import MIN_TOKENS
+from unmask.router.outbound import ProviderClient
+from unmask.router.providers import Providers, read_providers
+from unmask.router.signals import AttemptFailed
+from unmask.router.verdicts import Verdict
+
+log = logging.getLogger("unmask")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchIntervals:
+    """Times of the canaries, in seconds.
+
+    Attributes:
+        busy, idle: between two light runs of an endpoint with traffic and without.
+        second: between a wrong light run and the one that decides.
+        full: between two full runs, give or take a tenth.
+        retry: after a full run that got no answer; twice as long each time, up to `idle`.
+    """
+
+    busy: float = 60.0
+    idle: float = 600.0
+    second: float = 2.0
+    full: float = 24 * 3600.0
+    retry: float = 5.0
+
+
+@dataclass(eq=False)
+class ProviderPool:
+    """The providers of one process.
+
+    Args:
+        file: the file of providers.
+        source_of: model id -> its weights on this machine, of which the references are made.
+        report: told of a quarantine that this process ordered. Runs in a thread.
+        intervals: of the canaries.
+        draw: source of chance.
+
+    Attributes:
+        settings: the content of the file.
+
+    Raises:
+        UsageError: the file is wrong.
+    """
+
+    file: Path
+    source_of: Callable[[str], ModelSource]
+    report: Callable[[Verdict], None] = lambda verdict: None
+    intervals: WatchIntervals = field(default_factory=WatchIntervals)
+    draw: random.Random = field(default_factory=random.Random)
+    settings: Providers = field(init=False)
+    _models: dict[str, ModelEndpoints] = field(init=False, default_factory=dict)
+    _clients: list[ProviderClient] = field(init=False, default_factory=list)
+    _watches: set[asyncio.Task[None]] = field(init=False, default_factory=set)
+    _verdicts: dict[tuple[str, str], str] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.settings = read_providers(self.file)
+
+    def reload(self) -> None:
+        """Read the file again. Requests under way are finished with the providers they began with.
+
+        Raises:
+            UsageError: the file is wrong; nothing has changed then.
+        """
+        settings = read_providers(self.file)
+        self._replace(settings)
+        self.settings = settings
+
+    def start(self) -> None:
+        """Begin to watch the providers, in the running event loop. None is used before its canaries were right."""
+        self._replace(self.settings)
+
+    def _replace(self, providers: Providers) -> None:
+        """Make clients and endpoints of all providers, in place of all earlier ones.
+
+        Raises:
+            UsageError: a key or a certificate authority cannot be read; nothing has changed then.
+        """
+        clients = [ProviderClient(provider) for provider in providers.providers]
+        endpoints: dict[str, list[ProviderEndpoint]] = {}
+        for client in clients:
+            for model in client.provider.models:
+                endpoint = ProviderEndpoint(client, model, random.Random(self.draw.random()))
+                earlier_endpoint = self._endpoint(client.provider.name, model.id)
+                if earlier_endpoint is not None and earlier_endpoint.is_same(client.provider, model):
+                    endpoint.inherit(earlier_endpoint)
+                self._keep_standing(endpoint)
+                endpoints.setdefault(model.id, []).append(endpoint)
+        earlier = self._models
+        self._models = {id: ModelEndpoints(group) for id, group in endpoints.items()}
+        for id, model in self._models.items():
+            if id in earlier:
+                model.references, model.prompts = earlier[id].references, earlier[id].prompts
+        for task in self._watches:
+            task.cancel()
+        self._watches = {self._begin(id, model) for id, model in self._models.items()}
+        old, self._clients = self._clients, clients
+        for client in old:
+            task = asyncio.ensure_future(client.close_when_idle())
+            self._watches.add(task)
+            task.add_done_callback(self._watches.discard)
+
+    def _begin(self, id: str, model: ModelEndpoints) -> asyncio.Task[None]:
+        return asyncio.create_task(self._watch_model(id, model), name=f"watch {id}")
+
+    def _keep_standing(self, endpoint: ProviderEndpoint) -> None:
+        """Quarantine an endpoint that is quarantined already."""
+        finding = self._verdicts.get((endpoint.provider.name, endpoint.model.id))
+        if finding:
+            endpoint.quarantine(finding)
+
+    def take_verdicts(self, verdicts: Mapping[tuple[str, str], str]) -> None:
+        """Apply verdicts of the operator or of another process. An endpoint that is admitted again gets a full run.
+
+        Args:
+            verdicts: (provider, model) -> finding; "" to admit again.
+        """
+        for key, finding in verdicts.items():
+            before = self._verdicts.get(key, "")
+            self._verdicts[key] = finding
+            endpoint = self._endpoint(*key)
+            if endpoint is None or before == finding:
+                continue
+            if finding:
+                endpoint.quarantine(finding)
+            else:
+                endpoint.standing, endpoint.full_due = "unchecked", True
+                endpoint.breaker.close()
+            endpoint.wake.set()
+
+    def models(self) -> Mapping[str, ModelEndpoints]:
+        """Return the models that have providers, by id."""
+        return self._models
+
+    def of_model(self, model: str) -> ModelEndpoints | None:
+        """Return the endpoints of a model; None if it has no provider."""
+        return self._models.get(model)
+
+    def is_remote_only(self, model: str) -> bool:
+        """True if this server never loads the model."""
+        return model in self.settings.remote_only
+
+    async def answer(self, model: ModelEndpoints, engine: Engine | None, work: EmbeddingWork) -> RoutedVectors:
+        """Embed the inputs of a request, see `attempts.answer`."""
+        return await answer(model, engine, work, self.draw)
+
+    async def close(self) -> None:
+        """Stop watching and close all connections."""
+        for task in self._watches:
+            task.cancel()
+        await asyncio.gather(*self._watches, return_exceptions=True)
+        for client in self._clients:
+            await client.close()
+
+    def _endpoint(self, provider: str, model: str) -> ProviderEndpoint | None:
+        group = self._models.get(model)
+        endpoints: Sequence[ProviderEndpoint] = group.endpoints if group else ()
+        return next((endpoint for endpoint in endpoints if endpoint.provider.name == provider), None)
+
+    async def _watch_model(self, id: str, model: ModelEndpoints) -> None:
+        """Make the references of a model, then watch its endpoints until cancelled."""
+        while model.references is None:
+            try:
+                source = self.source_of(id)
+                model.prompts = await asyncio.to_thread(open_prompts, source.weights, LoadOptions(compat=source.compat))
+                model.references = await asyncio.to_thread(references_of, id, source)
+            except UnmaskError as error:
+                log.error("the right vectors of %s cannot be computed, so no provider of it is used: %s", id, error)
+                await asyncio.sleep(self.intervals.busy)
+        async with asyncio.TaskGroup() as group:
+            for endpoint in model.endpoints:
+                group.create_task(self._watch_always(endpoint, model.references))
+
+    async def _watch_always(self, endpoint: ProviderEndpoint, references: References) -> None:
+        """Watch an endpoint until cancelled. An error of ours takes it out of traffic: nobody is watching it then."""
+        while True:
+            try:
+                await self._watch(endpoint, references)
+            except Exception:
+                log.exception("%s cannot be watched, so it is not used", endpoint.provider.name)
+                endpoint.standing, endpoint.full_due = "unchecked", True
+                await asyncio.sleep(self.intervals.busy)
+
+    async def _watch(self, endpoint: ProviderEndpoint, references: References) -> None:
+        """Run the canaries of an endpoint when they are due, until cancelled."""
+        next_full, next_light, silent_runs = 0.0, float("inf"), 0
+        while True:
+            if endpoint.standing == "quarantined":
+                endpoint.wake.clear()
+                await endpoint.wake.wait()
+                continue
+            now = time.monotonic()
+            if endpoint.full_due or now >= next_full:
+                silent_runs = 0 if await self._run_full(endpoint, references) else silent_runs + 1
+                now = time.monotonic()
+                if silent_runs:
+                    next_full = now + min(self.intervals.retry * 2 ** (silent_runs - 1), self.intervals.idle)
+                else:
+                    next_full = now + self.intervals.full * self.draw.uniform(0.9, 1.1)
+                    next_light = now + self._light_interval(endpoint, now)
+            elif endpoint.breaker.probe(now) or now >= next_light:
+                if await self._run_light(endpoint, references):
+                    await self._name_fault(endpoint, references)
+                now = time.monotonic()
+                next_light = now + self._light_interval(endpoint, now)
+            due = min(next_full, next_light, endpoint.breaker.probe_at)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, due - now)):
+                    await endpoint.wake.wait()
+            endpoint.wake.clear()
+
+    def _light_interval(self, endpoint: ProviderEndpoint, now: float) -> float:
+        is_busy = now - endpoint.last_used < self.intervals.idle
+        return self.intervals.busy if is_busy else self.intervals.idle
+
+    async def _run_full(self, endpoint: ProviderEndpoint, references: References) -> bool:
+        """Admit or quarantine an endpoint by all canaries. Returns False if it did not answer."""
+        started = time.monotonic()
+        endpoint.full_due = False
+        try:
+            finding = await full_check(endpoint.client, endpoint.model, references)
+        except AttemptFailed as failure:
+            log.warning("%s for %s: %s", endpoint.provider.name, endpoint.model.id, failure)
+            now = time.monotonic()
+            endpoint.failed(failure, MIN_TOKENS, now - started, now, alone=False)
+            return False
+        now = time.monotonic()
+        if finding.passed:
+            if endpoint.standing == "unchecked":
+                log.info("%s is admitted for %s", endpoint.provider.name, endpoint.model.id)
+            rate = (now - started) / max(finding.num_tokens, 1)
+            endpoint.admit(finding, rate, now)
+            endpoint.breaker.close()
+        else:
+            await self._quarantine(endpoint, finding)
+        return True
+
+    async def _run_light(self, endpoint: ProviderEndpoint, references: References) -> bool:
+        """Run the health check. Returns True if two in a row gave wrong vectors: the endpoint is then quarantined."""
+        for last in (False, True):
+            started = time.monotonic()
+            distance = float("inf")
+            try:
+                distance = await light_check(endpoint.client, endpoint.model, references, self.draw)
+            except AttemptFailed as failure:
+                if failure.signal != "malformed":
+                    self._note_silence(endpoint, failure, started)
+                    return False
+            if distance <= light_limit(endpoint.model, references):
+                self._note_health(endpoint)
+                return False
+            log.warning("%s for %s: a canary is off by %.1e", endpoint.provider.name, endpoint.model.id, distance)
+            if not last:
+                await asyncio.sleep(self.intervals.second)
+        endpoint.quarantine(f"{endpoint.provider.name} gives wrong vectors; a full run is under way")
+        return True
+
+    def _note_silence(self, endpoint: ProviderEndpoint, failure: AttemptFailed, started: float) -> None:
+        """Count a health check without an answer. A busy provider is not a sick one."""
+        now = time.monotonic()
+        if endpoint.breaker.state == "half_open":
+            endpoint.breaker.probed(False, now)
+        elif failure.signal != "rate_limited":
+            endpoint.failed(failure, MIN_TOKENS, now - started, now, alone=False)
+
+    def _note_health(self, endpoint: ProviderEndpoint) -> None:
+        """Count a right health check, which lets traffic in again."""
+        endpoint.passed_at = time.time()
+        if endpoint.breaker.state == "half_open":
+            endpoint.in_traffic_since = time.monotonic()
+            endpoint.breaker.probed(True, endpoint.in_traffic_since)
+        elif endpoint.breaker.state == "held":
+            endpoint.breaker.close()  # key, credit and model name are accepted again
+
+    async def _name_fault(self, endpoint: ProviderEndpoint, references: References) -> None:
+        """Make a full run at an endpoint that was just quarantined, to say why."""
+        try:
+            finding = await full_check(endpoint.client, endpoint.model, references)
+        except AttemptFailed as failure:
+            finding = Finding.unusable(f"gave wrong vectors, then no answer: {failure.detail}")
+        if finding.passed:
+            finding = Finding.unusable("gave wrong vectors in two light runs, and right ones afterwards")
+        await self._quarantine(endpoint, finding)
+
+    async def _quarantine(self, endpoint: ProviderEndpoint, finding: Finding) -> None:
+        name, model = endpoint.provider.name, endpoint.model.id
+        sentence = f"{name} {finding.fault}"
+        endpoint.conformance = finding
+        endpoint.quarantine(sentence)
+        self._verdicts[name, model] = sentence
+        log.error("%s is quarantined for %s: %s", name, model, sentence)
+        passed_at = round(endpoint.passed_at * 1000) or None
+        verdict = Verdict(provider=name, model=model, verdict="quarantined", finding=sentence, passed_at=passed_at)
+        try:
+            await asyncio.to_thread(self.report, verdict)
+        except UnmaskError as error:
+            log.error("other processes do not know of the quarantine: %s", error)

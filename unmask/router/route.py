@@ -1,0 +1,133 @@
+"""`ModelRoute`: from the texts of one request to their vectors, whoever computes them."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from unmask.conformance import PrecisionClass
+from unmask.conformance.references import vector_space
+from unmask.encoder import Prompt
+from unmask.encoder.encoder import Dtype
+from unmask.engine import Engine
+from unmask.errors import NoConformingProvider
+from unmask.router.attempts import LOCAL, EmbeddingWork, ModelEndpoints, RoutedVectors
+from unmask.router.pool import ProviderPool
+from unmask.router.providers import PRECISION_CLASSES
+from unmask.router.served_model import ServedModel
+
+# Texts of fewer characters are tokenised faster than they are handed to a thread.
+_INLINE_CHARACTERS = 2000
+
+
+@dataclass(frozen=True, eq=False)
+class ModelRoute:
+    """The way of one request.
+
+    Attributes:
+        served: the model.
+        engine: this process's own engine; None where the model is not loaded and providers answer.
+        endpoints: its providers; None for none.
+        pool: of the providers; None for a server without any.
+    """
+
+    served: ServedModel
+    engine: Engine | None
+    endpoints: ModelEndpoints | None
+    pool: ProviderPool | None
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector."""
+        if self.engine is not None:
+            return self.engine.encoder.dim
+        assert self.endpoints is not None and self.endpoints.references is not None  # somebody is admitted
+        return self.endpoints.references.dim
+
+    async def prepare(
+        self, texts: Sequence[str] | Sequence[Sequence[int]], *, instruction: str, truncate: bool
+    ) -> list[Prompt]:
+        """Tokenise texts with the model's own tokenizer, so that tokens are counted before anything is sent.
+
+        Raises:
+            InputError and its subclasses, with the index of the input.
+        """
+        if self.engine is not None:
+            return await self.engine.prepare(texts, instruction=instruction, truncate=truncate)
+        assert self.endpoints is not None and self.endpoints.prompts is not None
+        strings = [text for text in texts if isinstance(text, str)]
+        build = self.endpoints.prompts.build
+        if sum(map(len, strings)) <= _INLINE_CHARACTERS:
+            return build(strings, instruction, truncate)
+        return await asyncio.to_thread(build, strings, instruction, truncate)
+
+    async def run(self, work: EmbeddingWork) -> RoutedVectors:
+        """Compute the vectors.
+
+        Raises:
+            NoProvider, NoConformingProvider, ProviderRefused: see `attempts.answer`.
+            Overloaded, DeadlineExceeded, EngineStopped: see `Engine.run`.
+        """
+        if self.pool is None or self.endpoints is None:
+            assert self.engine is not None  # `find_route` gives one or the other
+            vectors = await self.engine.run(work.prompts, deadline=work.deadline, caller=work.share)
+            return RoutedVectors(vectors, LOCAL, 1)
+        return await self.pool.answer(self.endpoints, self.engine, work)
+
+    def headers(self, routed: RoutedVectors) -> dict[str, str]:
+        """Return the headers that say who answered, and in which vector space the vectors are."""
+        headers = {"x-unmask-provider": routed.provider, "x-unmask-attempts": str(routed.attempts)}
+        endpoint = routed.endpoint
+        if endpoint is None:
+            precision = PRECISION_CLASSES[self.served.options.dtype]
+        else:
+            precision = endpoint.precision or "exact"
+            worst = endpoint.conformance.worst if endpoint.conformance is not None else 1.0
+            headers["x-unmask-conformance"] = f"{precision};worst={worst:.1e};checked={endpoint.passed_at:.0f}"
+        if space := self.vector_space(precision):
+            headers["x-unmask-vector-space"] = space
+        return headers
+
+    def vector_space(self, precision: PrecisionClass) -> str | None:
+        """Return the id of the vector space in a precision; None while nothing of the model is known."""
+        references = self.endpoints.references if self.endpoints is not None else None
+        if references is not None:
+            return references.vector_space(precision)
+        return space_of(self.served, self.served.options.dtype)
+
+
+def space_of(served: ServedModel, dtype: Dtype) -> str | None:
+    """Return the id of a loaded model's vector space in a precision; None if it is not loaded."""
+    record = served.record
+    if record.revision is None or record.pooling is None:
+        return None
+    return vector_space(record.id, record.revision, record.pooling, record.compat, PRECISION_CLASSES[dtype])
+
+
+async def find_route(served: ServedModel, pool: ProviderPool | None, wait: float, *, local: bool = False) -> ModelRoute:
+    """Return the way of a request. A model that is not loaded is answered for by its providers meanwhile.
+
+    Args:
+        served: the model.
+        pool: the providers; None for none.
+        wait: seconds that the caller waits for a model that is being loaded.
+        local: only the engine can do what the request needs.
+
+    Raises:
+        ModelLoading, CheckpointError: as `ServedModel.engine`.
+        NoConformingProvider: the model is never loaded here, and no provider is admitted.
+    """
+    endpoints = pool.of_model(served.record.id) if pool is not None else None
+    if endpoints is None or pool is None:
+        return ModelRoute(served, await served.engine(wait), None, None)
+    if pool.is_remote_only(served.record.id):
+        if local:
+            message = "this server answers for the model through providers alone, which cannot do this"
+            raise NoConformingProvider(message, retry_after=60.0)
+        if not endpoints.any_admitted():
+            message = "no provider of this model has been found to give the right vectors: try again later"
+            raise NoConformingProvider(message, retry_after=endpoints.checked_in())
+        return ModelRoute(served, None, endpoints, pool)
+    if served.state != "ready" and endpoints.any_admitted() and not local:
+        served.load_in_background()
+        return ModelRoute(served, None, endpoints, pool)
+    return ModelRoute(served, await served.engine(wait), endpoints, pool)
