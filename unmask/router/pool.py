@@ -112,14 +112,14 @@ class ProviderPool:
                 model.references, model.prompts = earlier[id].references, earlier[id].prompts
         for task in self._watches:
             task.cancel()
-        self._watches = {self._begin(id, model) for id, model in self._models.items()}
+        self._watches = {self._start_watch(id, model) for id, model in self._models.items()}
         old, self._clients = self._clients, clients
         for client in old:
             task = asyncio.ensure_future(client.close_when_idle())
             self._watches.add(task)
             task.add_done_callback(self._watches.discard)
 
-    def _begin(self, id: str, model: ModelEndpoints) -> asyncio.Task[None]:
+    def _start_watch(self, id: str, model: ModelEndpoints) -> asyncio.Task[None]:
         return asyncio.create_task(self._watch_model(id, model), name=f"watch {id}")
 
     def _keep_standing(self, endpoint: ProviderEndpoint) -> None:
