@@ -1,6 +1,6 @@
 """The tables of `unmask.router`: verdicts on providers."""
 
-from sqlalchemy import BigInteger, CheckConstraint, Column, Index, Table, Text
+from sqlalchemy import BigInteger, Column, Index, Table, Text
 
 from unmask.storage.metadata import Serial, metadata
 
@@ -16,7 +16,6 @@ provider_events = Table(
     Column("finding", Text, nullable=False),  # one sentence; empty for admitted
     Column("passed_at", BigInteger),  # when a canary was last right there, as the process knew that wrote the row
     Column("actor", Text, nullable=False),  # "canaries", or a person's id, or "command line"
-    CheckConstraint("verdict IN ('quarantined', 'admitted')", name="verdict"),
     Index("ix_provider_events_model_id", "model", "id"),
     sqlite_autoincrement=True,
 )

@@ -20,7 +20,6 @@ def upgrade() -> None:
         sa.Column("finding", sa.Text(), nullable=False),
         sa.Column("passed_at", sa.BigInteger(), nullable=True),
         sa.Column("actor", sa.Text(), nullable=False),
-        sa.CheckConstraint("verdict IN ('quarantined', 'admitted')", name=op.f("ck_provider_events_verdict")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_provider_events")),
         sqlite_autoincrement=True,
     )
