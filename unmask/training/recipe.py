@@ -505,7 +505,7 @@ def recipe_of_table(table: dict[str, Any], origin: str, overrides: Sequence[str]
     for override in overrides:
         _set(table, override)
         rename_keys(table, origin=f"--set {override}", replace=True)
-    for optional in ("lora", "distillation", "decontaminate_against", "head", "ema"):
+    for optional in ("lora", "layers", "distillation", "decontaminate_against", "head", "ema"):
         if table.get(optional) is False:  # TOML has no null
             table[optional] = None
     try:

@@ -43,6 +43,8 @@ from unmask.training.sharding import unshard
 from unmask.training.targets import FILE, RankingTeacher, Targets
 from unmask.training.training_model import TrainingModel, adapter_base, embedding_base, initial_adapter
 
+LoadedData = tuple[list[Examples], Decontaminator | None]
+
 
 @dataclass(frozen=True)
 class TrainingResult:
@@ -65,6 +67,7 @@ def run_training(
     data: Path,
     output: Path,
     resume: bool = False,
+    loaded: LoadedData | None = None,
     progress: Callable[[TrainingProgress], None] = lambda _: None,
     log: Callable[[str], None] = lambda _: None,
 ) -> TrainingResult:
@@ -74,6 +77,7 @@ def run_training(
         data: folder that the recipe's paths are taken from.
         output: the run's folder; see `run_folder`.
         resume: continue the run that is there.
+        loaded: the data, where `load_data` has read it already for another run of the same data section and seed.
         progress: called after every step.
         log: called with each line of the report.
 
@@ -84,7 +88,7 @@ def run_training(
     device = choose_device(recipe.device)
     with processes(device) as group:
         report_progress = progress if group.is_main else lambda _: None
-        sets, decontaminator = load_data(recipe, data, log if group.is_main else lambda _: None)
+        sets, decontaminator = loaded or load_data(recipe, data, log if group.is_main else lambda _: None)
         folder = RunFolder(output, recipe.keep)
         precision = recipe.precision
         if group.is_main:
@@ -126,7 +130,7 @@ def run_training(
         return TrainingResult(output / "best" if scores else result, scores, group.is_main)
 
 
-def load_data(recipe: Recipe, data: Path, log: Callable[[str], None]) -> tuple[list[Examples], Decontaminator | None]:
+def load_data(recipe: Recipe, data: Path, log: Callable[[str], None]) -> LoadedData:
     """Read every data set that is not streamed, without the rows that overlap with evaluation data.
 
     Returns:

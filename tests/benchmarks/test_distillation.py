@@ -1,0 +1,76 @@
+"""`benchmarks/distillation.py`: variations are trained once, and stand in one table."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.training.tiny import texts_of, write_decoder
+
+SCRIPT = Path(__file__).parent.parent.parent / "benchmarks" / "distillation.py"
+RECIPE = """
+base = "{base}"
+objective = "supervised"
+steps = 1
+layers = 2
+lora = false
+precision = "float32"
+device = "cpu"
+
+[[exits]]
+layers = 1
+
+[head]
+dimensions = 16
+ridge = 40
+
+[batch]
+size = 8
+
+[distillation]
+dimensions = 16
+vector_weight = 10.0
+
+[[distillation.teachers]]
+name = "mpnet"
+model = "{teacher}"
+
+[[data]]
+name = "texts"
+path = "texts.txt"
+text = "text"
+use_labels = false
+held_out = 6
+"""
+
+
+def test_variations_are_trained_once_and_stand_in_one_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("UNMASK_HOME", str(tmp_path / "home"))
+    write_decoder(tmp_path / "teacher")
+    write_decoder(tmp_path / "student", num_hidden_layers=3)
+    (tmp_path / "texts.txt").write_text("\n".join(texts_of(60)), encoding="utf-8")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE.format(base=tmp_path / "student", teacher=tmp_path / "teacher"), encoding="utf-8")
+    output = tmp_path / "ablation"
+    names = ("as in the recipe", "vectors alone", "batch 256", "no exit")
+    command = [str(SCRIPT), str(recipe), "--train", str(tmp_path), "--output", str(output), "--steps", "4"]
+    command += [part for name in names for part in ("--only", name)]
+    monkeypatch.setattr(sys, "argv", command)
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    table = capsys.readouterr().out
+    assert [name in table for name in names] == [True] * 4
+    results = json.loads((output / "distillation.json").read_text())
+    assert {name: sorted(seeds) for name, seeds in results.items()} == {name: ["0", "1"] for name in names}
+    # A batch of twice the size is made half as often; the data and their number of tokens are about the same.
+    runs = output / "runs"
+    steps = [(runs / n / "seed-0" / "metrics.jsonl").read_text().count('"loss"') for n in ("no-exit", "batch-256")]
+    assert steps == [4, 2]
+    assert (output / "distillation.svg").is_file()
+    before = {file: file.stat().st_mtime_ns for file in runs.rglob("metrics.jsonl")}
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert {file: file.stat().st_mtime_ns for file in runs.rglob("metrics.jsonl")} == before
+    assert capsys.readouterr().out == table
