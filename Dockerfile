@@ -4,8 +4,10 @@ FROM python:3.13-slim AS build
 WORKDIR /src
 # The CPU build of torch is a fifth of the size of the default one. For a GPU, set TORCH_INDEX=https://pypi.org/simple
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# The compiler builds the kernels into the wheel; the image itself has none.
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 RUN python -m venv /opt/unmask
-COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY pyproject.toml hatch_build.py constraints.txt README.md LICENSE ./
 COPY unmask unmask
 RUN /opt/unmask/bin/pip install --no-cache-dir --constraint constraints.txt --extra-index-url ${TORCH_INDEX} .[oidc,postgres,redis]
 
