@@ -1,4 +1,4 @@
-"""Build hook: a wheel carries the compiled kernels where there is a C compiler, and is a pure one where there is none."""
+"""Build hook: a wheel carries the compiled kernels, or is a pure one where there is no C compiler."""
 
 import importlib.util
 import sysconfig

@@ -15,6 +15,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from unmask import Encoder
 from unmask.encoder.model import attention
+from unmask.encoder.runtime import kernels
 
 TEXTS = ["one", "two words", "three short words", "the river " * 9, "one", "a market in winter, and then " * 12]
 
@@ -56,6 +57,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict]]:
     stand_in.__signature__ = inspect.signature(varlen_attn)  # pyright: ignore[reportFunctionMemberAccess]
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in)
     monkeypatch.setattr(attention, "has_varlen_kernel", lambda device: True)
+    monkeypatch.setattr(kernels, "library", lambda: None)  # those are for CPUs
     for cached in (attention.varlen_kernel, attention._torch_kernel, attention._flash_attn_kernel):
         cached.cache_clear()
     yield found

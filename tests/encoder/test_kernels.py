@@ -98,6 +98,39 @@ def test_a_sequence_has_the_same_bits_in_any_pack(lengths: list[int], random: Ra
         assert torch.equal(compiled_states(decoder, sequence, [len(sequence)]), states)
 
 
+def test_bfloat16_rounds_the_weights_and_nothing_else(golden_dir: Path) -> None:
+    texts = ["one text", "another one, which is longer", "a " * 90]
+    exact, rounded = (Encoder.load(golden_dir / "tiny_llama", dtype=dtype) for dtype in ("float32", "bfloat16"))
+    assert rounded.num_parameters == exact.num_parameters
+    vectors = rounded.encode(texts, normalize=True)
+    off = 1 - (vectors * exact.encode(texts, normalize=True)).sum(axis=1)
+    assert 1e-9 < off.max() <= 1e-4
+    for text, vector in zip(texts, vectors, strict=True):
+        assert np.array_equal(rounded.encode(text, normalize=True)[0], vector)
+    weight = exact.trainable_decoder().get_parameter("layers.0.qkv.weight")
+    assert torch.equal(
+        rounded.trainable_decoder().get_parameter("layers.0.qkv.weight"), weight.to(torch.bfloat16).float()
+    )
+    assert np.array_equal(rounded.encode(texts, normalize=True), vectors)  # from plain, rounded weights
+
+
+def test_bfloat16_on_torch_keeps_the_residual_stream_in_float32(
+    golden_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["one text", "another one, which is longer", "a " * 90]
+    exact = Encoder.load(golden_dir / "tiny_llama").encode(texts, normalize=True)
+    monkeypatch.setattr(kernels, "has_amx", lambda: True)
+    rounded = Encoder.load(golden_dir / "tiny_llama", dtype="bfloat16")
+    assert rounded.dtype == torch.bfloat16 and rounded.precision == "bfloat16"
+    inputs: list[torch.dtype] = []
+    layers = rounded.trainable_decoder().get_submodule("layers")
+    for layer in layers.children():
+        layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0].dtype))
+    off = 1 - (rounded.encode(texts, normalize=True) * exact).sum(axis=1)
+    assert 1e-9 < off.max() <= 2e-4
+    assert set(inputs) == {torch.float32}
+
+
 @pytest.mark.parametrize("prepacked", [False, True])
 def test_a_linear_layer_of_few_and_many_rows(prepacked: bool) -> None:
     weight, bias = torch.randn(75, 200), torch.randn(75)
@@ -112,6 +145,11 @@ def test_a_linear_layer_of_few_and_many_rows(prepacked: bool) -> None:
 def test_panels_keep_every_weight() -> None:
     weight = torch.randn(75, 20)
     assert torch.equal(kernels.weight_of(kernels.panels_of(weight), 75), weight)
+    rounded = weight.to(torch.bfloat16)
+    assert torch.equal(kernels.weight_of(kernels.panels_of(weight, torch.bfloat16), 75), rounded)
+    x, bias = torch.randn(17, 20), torch.randn(75)
+    from_panels = kernels.linear(x, kernels.panels_of(weight, torch.bfloat16), 75, bias)
+    assert torch.equal(from_panels, kernels.linear(x, rounded.float(), 75, bias))
 
 
 def test_a_token_that_does_not_exist_is_refused() -> None:

@@ -56,7 +56,7 @@ class Norm(nn.Module):
         scale = self.factor()
         if torch.is_grad_enabled():
             return fused_autograd.RmsNorm.apply(x, scale, self.eps)  # pyright: ignore[reportReturnType]
-        return F.rms_norm(x.float(), (x.shape[-1],), scale, self.eps).to(x.dtype)
+        return F.rms_norm(x.float(), (x.shape[-1],), scale, self.eps).to(self.weight.dtype)
 
 
 class Layer(nn.Module):
@@ -203,8 +203,10 @@ def round_to(value: float, dtype: torch.dtype) -> float:
 
 
 def add_residual(x: Tensor, update: Tensor) -> Tensor:
-    """x + update, in the memory of `update` when no gradient needs it. New memory costs as much as the addition."""
-    return x + update if torch.is_grad_enabled() else update.add_(x)
+    """x + update, in the memory of one of them when no gradient needs it. New memory costs as much as the addition."""
+    if torch.is_grad_enabled():
+        return x + update
+    return update.add_(x) if update.dtype == x.dtype else x.add_(update)
 
 
 class Decoder(nn.Module):
@@ -248,10 +250,13 @@ class Decoder(nn.Module):
         where a kernel reads `cu_seqlens`; their states have no meaning.
         """
         x = self.embedding(ids)  # [T, W]
+        if self._keeps_residual(x):
+            x = x.float()
         if self.shape.embedding_scale != 1.0:
             x = x * round_to(self.shape.embedding_scale, x.dtype)
         rotations = {
-            rope: self._rotation(rope, positions, layout.max_seqlen, x.dtype) for rope in set(self.shape.ropes)
+            rope: self._rotation(rope, positions, layout.max_seqlen, self.norm.weight.dtype)
+            for rope in set(self.shape.ropes)
         }
         for layer, rope in zip(self.layers, self.shape.ropes, strict=True):
             if self.checkpointing and torch.is_grad_enabled():
@@ -259,6 +264,11 @@ class Decoder(nn.Module):
             else:
                 x = layer(x, *rotations[rope], layout)
         return self.norm(x)
+
+    @staticmethod
+    def _keeps_residual(x: Tensor) -> bool:
+        """True if the residual stream is float32 between products in bfloat16: on a CPU, where memory is cheap."""
+        return x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
 
     def compiled_forward(self) -> CompiledForward | None:
         """This forward as one call to the compiled kernels, with the present weights; None where they cannot run it.

@@ -51,7 +51,7 @@ class Int8Linear(Linear):
         self.zero = torch.zeros(self.out_features, dtype=torch.int32)
         self.packed = torch.ops.onednn.qlinear_prepack(steps, [_EXPECTED_ROWS, self.in_features])
 
-    def prepack(self) -> None:
+    def prepack(self, dtype: torch.dtype = torch.float32) -> None:
         """Nothing to do: the 8-bit weight is prepacked already."""
 
     def unpack(self) -> None:

@@ -34,13 +34,16 @@ class Linear(nn.Linear):
 
     prepacked: Tensor | None = None
 
-    def prepack(self) -> None:
-        """Replace the parameter by the faster layout where there is one. `unpack` restores it bit for bit."""
+    def prepack(self, dtype: torch.dtype = torch.float32) -> None:
+        """Replace the parameter by the faster layout where there is one. `unpack` restores it bit for bit.
+
+        With `dtype` bfloat16 the compiled kernels keep it rounded, and still multiply and sum in float32.
+        """
         if self.prepacked is not None or not _is_cpu_float32(self.weight):
             return
         if kernels.library() is not None:
             with torch.inference_mode(False), torch.no_grad():
-                self.prepacked = kernels.panels_of(self.weight.detach())
+                self.prepacked = kernels.panels_of(self.weight.detach(), dtype)
         elif is_batch_invariant():
             self.prepacked = prepack_weight(self.weight.detach())
         else:
@@ -63,7 +66,7 @@ class Linear(nn.Linear):
         weight = self.stored_weight()
         if weight.is_mkldnn:
             return weight.to_dense()
-        return weight if weight.dim() == 2 else kernels.weight_of(weight, self.out_features)
+        return weight if weight.dim() == 2 else kernels.weight_of(weight, self.out_features).float()
 
     def forward(self, input: Tensor) -> Tensor:
         """[T, in] -> [T, out]."""
@@ -75,11 +78,11 @@ class Linear(nn.Linear):
         return invariant_linear(input, weight, self.bias)
 
 
-def prepack(module: nn.Module) -> None:
+def prepack(module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
     """Prepack every `Linear` of a module, for faster inference. No other code may hold their weights as parameters."""
     for linear in module.modules():
         if isinstance(linear, Linear):
-            linear.prepack()
+            linear.prepack(dtype)
 
 
 def unpack(module: nn.Module) -> None:

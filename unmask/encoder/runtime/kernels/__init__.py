@@ -98,6 +98,12 @@ def _target() -> str | None:
     return target if target in build.targets() else None
 
 
+@cache
+def has_amx() -> bool:
+    """True if the processor multiplies bfloat16 in tiles (Intel AMX)."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+
+
 def _folders() -> list[Path]:
     return [build.SOURCE.parent, home() / "kernels"]
 
@@ -127,25 +133,34 @@ def panel_columns() -> int:
     return kernels.panel_columns()
 
 
-def panels_of(weight: Tensor) -> Tensor:
-    """A weight [n, k] in panels, [ceil(n / NR), k, NR], padded with zeros."""
+def panels_of(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A weight [n, k] in panels of float32 or bfloat16, [ceil(n / NR), k, NR], padded with zeros.
+
+    In bfloat16, the columns of the two halves of a panel alternate.
+    """
     columns = panel_columns()
     n, k = weight.shape
-    padded = torch.nn.functional.pad(weight, (0, 0, 0, -n % columns))
-    return padded.view(-1, columns, k).transpose(1, 2).contiguous()
+    padded = torch.nn.functional.pad(weight.to(dtype), (0, 0, 0, -n % columns))
+    panels = padded.view(-1, columns, k).transpose(1, 2)
+    if dtype == torch.bfloat16:
+        panels = panels.unflatten(2, (2, -1)).transpose(2, 3)  # [panels, k, NR / 2, 2]
+    return panels.contiguous().view(-1, k, columns)
 
 
 def weight_of(panels: Tensor, n: int) -> Tensor:
-    """The weight [n, k] that `panels_of` made panels of."""
+    """The weight [n, k] that `panels_of` made panels of, in their precision."""
+    if panels.dtype == torch.bfloat16:
+        panels = panels.unflatten(2, (-1, 2)).transpose(2, 3).flatten(2)
     return panels.transpose(1, 2).reshape(-1, panels.shape[1])[:n].contiguous()
 
 
 def describe(weight: Tensor, n: int, bias: Tensor | None) -> LinearWeight:
-    """Arguments of a linear layer with n outputs: panels [panels, k, NR], or a contiguous weight [n, k].
+    """Arguments of a linear layer with n outputs: panels [panels, k, NR], or a contiguous float32 weight [n, k].
 
     The caller keeps the tensors alive.
     """
-    kind = ROW_MAJOR if weight.dim() == 2 else FLOAT32
+    panels = BFLOAT16 if weight.dtype == torch.bfloat16 else FLOAT32
+    kind = ROW_MAJOR if weight.dim() == 2 else panels
     return LinearWeight(weight.data_ptr(), None if bias is None else bias.data_ptr(), n, weight.shape[1], kind)
 
 
