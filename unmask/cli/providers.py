@@ -6,21 +6,19 @@ from contextlib import closing
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 
-from unmask.accounts.money import format_dollars
-from unmask.catalogue import record_for
-from unmask.catalogue.store import read_catalogue
 from unmask.cli.database import DatabaseUrl, open_database, read_transaction, write_transaction
 from unmask.cli.options import ACTOR, AsJson
 from unmask.errors import UsageError
-from unmask.router.checks import ModelSource, check_all
-from unmask.router.providers import Providers, read_providers
-from unmask.router.verdicts import Verdict, add_verdict, read_verdicts, verdict_history
-from unmask.storage.database import Database
 from unmask.terminal import print_json, print_table, say
+
+if TYPE_CHECKING:
+    from unmask.router.checks import ModelSource
+    from unmask.router.providers import Providers
+    from unmask.storage.database import Database
 
 providers = App(name="providers", help="Manage providers of models, and check their vectors.")
 
@@ -33,6 +31,9 @@ ProvidersPath = Annotated[
 @providers.command(name="list")
 def list_providers(*, file: ProvidersPath = Path("providers.toml"), as_json: AsJson = False) -> int:
     """Check the file of providers and list what it says."""
+    from unmask.accounts.money import format_dollars
+    from unmask.router.providers import read_providers
+
     today = datetime.now(UTC).date()
     rows = [
         (
@@ -77,6 +78,9 @@ def check(
     weights
         Folder or file with a model's weights, if its id does not say where they are. Repeat it for several models.
     """
+    from unmask.router.checks import check_all
+    from unmask.router.providers import read_providers
+
     chosen = _chosen(read_providers(file), name)
     with closing(open_database(database)) as opened:
         sources = _sources(opened, weights)
@@ -114,6 +118,8 @@ def quarantine(name: str, model: str, *, reason: str, database: DatabaseUrl = No
     reason
         Why, in a sentence for the history.
     """
+    from unmask.router.verdicts import Verdict, add_verdict
+
     with write_transaction(database) as connection:
         finding = f"{name} was quarantined by the operator: {reason}"
         verdict = Verdict(provider=name, model=model, verdict="quarantined", finding=finding, actor=ACTOR)
@@ -132,6 +138,8 @@ def admit(name: str, model: str, *, database: DatabaseUrl = None) -> int:
     model
         Id of the model.
     """
+    from unmask.router.verdicts import Verdict, add_verdict, read_verdicts
+
     with write_transaction(database) as connection:
         if not read_verdicts(connection).get((name, model)):
             raise UsageError(f"{name} is not quarantined for {model}: see 'unmask providers history'")
@@ -148,6 +156,8 @@ def history(*, model: str | None = None, as_json: AsJson = False, database: Data
     model
         Only those of this model.
     """
+    from unmask.router.verdicts import verdict_history
+
     with read_transaction(database) as connection:
         verdicts = verdict_history(connection, model)
     rows = [
@@ -171,8 +181,10 @@ def _time(milliseconds: int) -> str:
     return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
-def _chosen(file: Providers, name: str) -> Providers:
+def _chosen(file: "Providers", name: str) -> "Providers":
     """Return the providers to check."""
+    from unmask.router.providers import Providers
+
     if not name:
         return file
     matching = tuple(provider for provider in file.providers if provider.name == name)
@@ -182,8 +194,12 @@ def _chosen(file: Providers, name: str) -> Providers:
     return Providers(providers=matching)
 
 
-def _sources(database: Database, weights: Sequence[str]) -> dict[str, ModelSource]:
+def _sources(database: "Database", weights: Sequence[str]) -> "dict[str, ModelSource]":
     """Return model id -> weights and text handling, for models whose id does not say where the weights are."""
+    from unmask.catalogue import record_for
+    from unmask.catalogue.store import read_catalogue
+    from unmask.router.checks import ModelSource
+
     with database.read() as connection:
         stored = read_catalogue(connection)
     sources = {
