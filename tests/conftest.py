@@ -9,9 +9,11 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from argon2 import PasswordHasher
 
 from tests.accounts.postgres import Cluster, cluster, server_programs
 from tests.evaluate.example_data import write_example_data
+from unmask.accounts import people
 from unmask.checkpoint.packaged_models import fetch_packaged
 from unmask.cli import keep_few_products
 
@@ -22,13 +24,17 @@ hypothesis.settings.load_profile("unmask")
 keep_few_products()
 
 
+# The tests of `make check`, as its -m has it.
+FAST_TESTS = "not (service or browser or weights or slow)"
+
 # Fixtures by the marker that a test which uses them gets.
 NEEDS = {
     "service": {"postgres", "server", "mail", "elsewhere"},
     "browser": {"browser"},
     "weights": {"real_model"},
 }
-# Modules whose tests start processes, train, or draw many examples. `make check` leaves them out.
+# Modules whose tests take more than about five seconds of CPU together: they start processes, train, or draw many
+# examples. `make check` leaves them out, and does not import them.
 SLOW = {
     "accounts/test_chaos.py",
     "accounts/test_ledger_machine.py",
@@ -41,6 +47,7 @@ SLOW = {
     "cli/test_providers.py",
     "conformance/test_finding.py",
     "encoder/test_golden.py",
+    "encoder/test_int8.py",
     "encoder/test_shipped_model.py",
     "evaluate/test_public_data.py",
     "evaluate/test_run.py",
@@ -51,6 +58,7 @@ SLOW = {
     "test_container.py",
     "web/test_founding_case.py",
     "training/test_commands.py",
+    "training/test_distillation.py",
     "training/test_distributed.py",
     "training/test_loop.py",
     "training/test_lora.py",
@@ -62,6 +70,15 @@ SLOW = {
     "training/test_train.py",
     "training/test_training_model.py",
 }
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Skip the modules of SLOW where `-m` leaves slow tests out: importing them costs seconds as well."""
+    return True if config.option.markexpr == FAST_TESTS and _is_slow(collection_path) else None
+
+
+def _is_slow(path: Path) -> bool:
+    return "/".join(path.parts[-2:]) in SLOW or path.name in SLOW
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -77,7 +94,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for marker, names in NEEDS.items():
             if fixtures & names or (marker == "service" and "postgresql" in backends):
                 item.add_marker(marker)
-        if "/".join(item.path.parts[-2:]) in SLOW or item.path.name in SLOW:
+        if _is_slow(item.path):
             item.add_marker("slow")
     if "UNMASK_TEST_DATA" not in os.environ:
         left_out = [item for item in items if item.get_closest_marker("public_data")]
@@ -114,6 +131,15 @@ def isolated_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     chosen.mkdir(parents=True, exist_ok=True)
     os.environ["UNMASK_HOME"] = str(chosen)
     return chosen
+
+
+@pytest.fixture(scope="session", autouse=True)
+def real_hasher() -> Iterator[Callable[[], PasswordHasher]]:
+    """Let all tests hash passwords with little work. Yields the function that makes the real hasher."""
+    real, cheap = people._hasher, PasswordHasher(time_cost=1, memory_cost=64, parallelism=1)
+    with pytest.MonkeyPatch.context() as scope:
+        scope.setattr(people, "_hasher", lambda: cheap)
+        yield real
 
 
 @pytest.fixture(scope="session")

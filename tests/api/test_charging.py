@@ -507,6 +507,6 @@ def test_the_old_name_of_a_setting_is_read_with_a_warning():
     from unmask.api import ServeSettings
 
     values: dict[str, Any] = {"database": "sqlite:///x", "limits": "redis://host", "limits_without": "refuse"}
-    with pytest.warns(DeprecationWarning, match="limits_without is now called on_redis_failure"):
+    with pytest.warns(FutureWarning, match="limits_without is now called on_redis_failure"):
         settings = ServeSettings(**values)
     assert settings.on_redis_failure == "refuse"

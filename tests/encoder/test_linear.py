@@ -24,7 +24,7 @@ SHAPES = [
 ROWS = [*range(1, 18), 31, 32, 33, 63, 64, 65, 100, 127, 128, 255, 256, 257, 511, 512, 513, 1024]
 
 
-@pytest.fixture(params=["kernels", "oneDNN", "OpenBLAS"])
+@pytest.fixture(params=["kernels", "oneDNN", pytest.param("OpenBLAS", marks=pytest.mark.slow)])
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The GEMM in use."""
     if request.param == "kernels":

@@ -82,6 +82,7 @@ def test_two_models_of_one_name(golden_dir: Path, copied) -> None:
         ModelRegistry([str(golden_dir / "tiny_llama")], warm=["other"])
 
 
+@pytest.mark.slow
 async def test_eight_bits_are_served_and_their_canary_holds() -> None:
     models = ModelRegistry([DEFAULT_MODEL], warm=[DEFAULT_MODEL], options=ModelOptions(dtype="int8"))
     engine = await models.list()[0].engine(wait=60)

@@ -332,6 +332,7 @@ def test_a_body_that_breaks_after_its_answer_gets_no_second_one(service: LocalSe
         assert connection.recv(65536) == b""
 
 
+@pytest.mark.slow
 def test_a_refusal_waits_for_slow_answers(service: LocalService):
     long_work = json.dumps(service.long_work).encode()
     with service.connect() as connection:

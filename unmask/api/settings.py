@@ -38,7 +38,7 @@ def _accept_old_names(settings: type[T]) -> type[T]:
         for old, new in _RENAMED.items():
             if old in values:
                 message = f"the setting {old} is now called {new}; the old name will not be read in the next release"
-                warnings.warn(message, DeprecationWarning, stacklevel=2)
+                warnings.warn(message, FutureWarning, stacklevel=2)
                 values[new] = values.pop(old)
         init(self, **values)
 

@@ -24,6 +24,7 @@ from unmask.api.settings import ServeSettings
 from unmask.errors import SignInRefused
 from unmask.storage.database import now_ms
 from unmask.web.forms import Form
+from unmask.web.page_context import page_context
 from unmask.web.rendering import HEADERS
 
 PageHandler = Callable[[Request], Awaitable[Response]]
@@ -39,7 +40,7 @@ _MAX_FIELDS = 500
 
 @dataclass(frozen=True)
 class SessionMiddleware:
-    """Resolves the visitor before a page is made. The functions of this module find it in `request.state`."""
+    """Resolves the visitor before a page is made. The functions of this module find it in the `PageContext`."""
 
     accounts: Accounts
     settings: ServeSettings
@@ -48,7 +49,8 @@ class SessionMiddleware:
         """Return the handler with the visitor resolved before it runs."""
 
         async def page(request: Request) -> Response:
-            request.state.sessions = self
+            context = page_context(request)
+            context.accounts, context.settings = self.accounts, self.settings
             await current_visitor(request)
             return await handler(request)
 
@@ -115,23 +117,25 @@ async def current_visitor(request: Request) -> Person | None:
     Raises:
         StorageError: the accounts cannot be reached.
     """
-    sessions = _middleware(request)
+    context = page_context(request)
     token = _cookie(request, _SESSION)
-    if sessions is None or not token:
+    if context.accounts is None or not token:
         return None
-    if not hasattr(request.state, "visitor"):
+    if not context.is_resolved:
         now = now_ms()
         try:
-            person = await sessions.accounts.read(lambda connection: people.person_of_session(connection, token, now))
+            context.visitor = await context.accounts.read(
+                lambda connection: people.person_of_session(connection, token, now)
+            )
         except SignInRefused:
-            person = None
-        request.state.visitor = person
-    return request.state.visitor
+            context.visitor = None
+        context.is_resolved = True
+    return context.visitor
 
 
 def cached_visitor(request: Request) -> Person | None:
     """Return the visitor without a database query; None if `current_visitor` has not been called before."""
-    return getattr(request.state, "visitor", None)
+    return page_context(request).visitor
 
 
 def visitor_links(request: Request) -> list[tuple[str, str]]:
@@ -147,15 +151,15 @@ def form_token(request: Request) -> str:
 
     Needs the visitor, which `SessionMiddleware` resolves before every page.
     """
-    sessions = _middleware(request)
-    assert sessions is not None, "forms with a token are for servers with accounts"
+    context = page_context(request)
+    assert context.accounts is not None, "forms with a token are for servers with accounts"
     secret = _token_secret(request)
     if not secret:
         secret = secrets.token_urlsafe(24)
         # Kept for the other forms of this page, which are to have the same token.
-        request.state.form_cookie = secret
+        context.form_cookie = secret
         context_of(request).response_headers["set-cookie"] = _set_cookie(request, _FORM, secret)
-    return sessions.accounts.peppers.permanent_digest(f"form {secret}")
+    return context.accounts.peppers.permanent_digest(f"form {secret}")
 
 
 async def read_form(request: Request) -> Form:
@@ -164,8 +168,8 @@ async def read_form(request: Request) -> Form:
     Raises:
         ApiError: 400, 408 or 413 if it cannot be read; 403 if its token is not this visitor's.
     """
-    sessions = _middleware(request)
-    body = await read_body(request, _BODY_LIMIT_BYTES, sessions.settings.receive_timeout_s if sessions else 30)
+    settings = page_context(request).settings
+    body = await read_body(request, _BODY_LIMIT_BYTES, settings.receive_timeout_s if settings else 30)
     try:
         text = body.decode("utf-8")
         fields = parse_qs(text, keep_blank_values=True, max_num_fields=_MAX_FIELDS, errors="strict")
@@ -215,10 +219,10 @@ def clear_visit_cookie(request: Request, response: Response) -> None:
 
 
 def _check_token(request: Request, form: Form) -> None:
-    sessions = _middleware(request)
+    accounts = page_context(request).accounts
     secret = _token_secret(request)
-    valid = sessions is not None and hmac.compare_digest(
-        sessions.accounts.peppers.permanent_digest(f"form {secret}").encode(), form.raw(TOKEN_FIELD).encode()
+    valid = accounts is not None and hmac.compare_digest(
+        accounts.peppers.permanent_digest(f"form {secret}").encode(), form.raw(TOKEN_FIELD).encode()
     )
     if not secret or not valid:
         raise ApiError(
@@ -234,20 +238,16 @@ def _require_admin(person: Person, admin: bool) -> None:
         raise ApiError(403, "These pages are for the admins of this server.", code="permission_denied")
 
 
-def _middleware(request: Request) -> SessionMiddleware | None:
-    return getattr(request.state, "sessions", None)
-
-
 def _token_secret(request: Request) -> str:
     """Return the cookie that form tokens are made from: that of the session, else the form cookie."""
     if cached_visitor(request) is not None:
         return _cookie(request, _SESSION)
-    return getattr(request.state, "form_cookie", "") or _cookie(request, _FORM)
+    return page_context(request).form_cookie or _cookie(request, _FORM)
 
 
 def _is_https(request: Request) -> bool:
-    sessions = _middleware(request)
-    public = sessions.settings.public_url if sessions else None
+    settings = page_context(request).settings
+    public = settings.public_url if settings else None
     return (public or str(request.url)).startswith("https://")
 
 

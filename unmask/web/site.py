@@ -20,12 +20,13 @@ from unmask.router import ModelRegistry
 from unmask.web.account_hooks import AccountHooks
 from unmask.web.catalogue.model_view import ModelView, find_model_view, model_views
 from unmask.web.catalogue.playground import TrialLimit
+from unmask.web.page_context import page_context
 from unmask.web.rendering import render_template, site_url
 
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """Parts of one server. Data of a request, such as the prices shown, is in `request.state` instead.
+    """Parts of one server. Data of a request, such as the prices shown, is in its `PageContext` instead.
 
     Attributes:
         catalogue: all models with their measurements.
@@ -113,4 +114,4 @@ class Site:
 
 def _prices(request: Request) -> Sequence[TariffPrice] | None:
     """Return the prices of a request; None on a server without accounts."""
-    return getattr(request.state, "prices", None)
+    return page_context(request).prices

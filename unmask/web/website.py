@@ -24,6 +24,7 @@ from unmask.web.admin.models import ModelAdminPages
 from unmask.web.admin.pages import AdminPages
 from unmask.web.catalogue import feeds, pages
 from unmask.web.catalogue.playground_page import playground_page
+from unmask.web.page_context import page_context
 from unmask.web.rendering import HEADERS, assets
 from unmask.web.sessions import PageHandler, SessionMiddleware
 from unmask.web.site import Site
@@ -81,7 +82,7 @@ def _account_middleware(accounts: Accounts, settings: ServeSettings) -> Callable
 
     def wrap(handler: PageHandler) -> PageHandler:
         async def with_prices(request: Request) -> Response:
-            request.state.prices = await prices.read()
+            page_context(request).prices = await prices.read()
             return await handler(request)
 
         return sessions.wrap(with_prices)
