@@ -12,12 +12,9 @@ from unmask.errors import UsageError
 from unmask.tables import Row, TableError, first_surrogate, json_name, open_table, read_table, table_format
 
 
-def rows_of(
-    content: bytes, file_format: str, *, quoted_tsv: bool = False, bare_strings: bool = False
-) -> list[dict[str, str]]:
+def rows_of(content: bytes, file_format: str) -> list[dict[str, str]]:
     """Read strictly: the first bad row raises."""
-    table = open_table(io.BytesIO(content), file_format, "a", quoted_tsv=quoted_tsv, bare_strings=bare_strings)
-    return [row.fields for row in table.rows()]
+    return [row.fields for row in open_table(io.BytesIO(content), file_format, "a").rows()]
 
 
 def reported(content: bytes, file_format: str) -> tuple[list[dict[str, str]], list[str]]:
@@ -34,6 +31,8 @@ def reported(content: bytes, file_format: str) -> tuple[list[dict[str, str]], li
     [
         ("a.tsv", "tsv"),
         ("a.v2.csv.gz", "csv"),
+        ("A.TSV.GZ", "tsv"),
+        ("a.ndjson", "jsonl"),
         ("a.parquet", "parquet"),
         ("a.docx", None),
         ("a.gz", None),
@@ -53,16 +52,42 @@ def test_a_row_knows_its_place(tmp_path: Path) -> None:
     assert next(read_table(tmp_path / "a.csv.gz")).place == "a.csv.gz:3"
 
 
-def test_quotes_in_tsv_are_text_unless_the_caller_says_otherwise() -> None:
-    content = b'q\tp\n"a"\tb\n'
-    assert rows_of(content, "tsv") == [{"q": '"a"', "p": "b"}]
-    assert rows_of(content, "tsv", quoted_tsv=True) == [{"q": "a", "p": "b"}]
+def test_quotes_in_tsv_are_text() -> None:
+    assert rows_of(b'q\tp\n"a"\tb\n"open\t5" pipe\n', "tsv") == [{"q": '"a"', "p": "b"}, {"q": '"open', "p": '5" pipe'}]
 
 
-def test_bare_strings_are_rows_only_where_the_caller_accepts_them() -> None:
-    assert rows_of(b'"a"\n{"text": "b"}\n', "jsonl", bare_strings=True) == [{"text": "a"}, {"text": "b"}]
-    with pytest.raises(UsageError, match="a, line 1: string found where an object is needed"):
-        rows_of(b'"a"\n', "jsonl")
+def test_a_bare_string_is_a_row_of_the_text_column() -> None:
+    assert rows_of(b'"a"\n{"text": "b"}\n', "jsonl") == [{"text": "a"}, {"text": "b"}]
+
+
+def test_two_columns_of_one_name_are_refused_where_they_are_read() -> None:
+    table = open_table(io.BytesIO(b"text\ttext\tn\t\t\na\tb\tc\td\te\n"), "tsv", "a")
+    with pytest.raises(UsageError, match="a has 2 columns named 'text'; rename all but one"):
+        table.rows()
+    with pytest.raises(UsageError, match="2 columns named 'text'"):
+        table.rows(["text"])
+    assert [row.fields["n"] for row in table.rows(["n"])] == ["c"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"t": "a"}, "a"),
+        ({"t": None}, ""),
+        ({"t": 3}, "field 't': number found where a string is needed"),
+        ({"t": ["a"]}, "field 't': list found"),
+        ({"t": "\ud83d"}, r"field 't': \\ud83d is half a surrogate pair"),
+        ({"s": "a"}, "no field 't'; it has the fields 's'"),
+    ],
+    ids=["text", "null", "number", "list", "surrogate", "missing"],
+)
+def test_the_text_of_a_row(fields: dict[str, object], text: str) -> None:
+    row = Row(fields, "a", 1)
+    if isinstance(fields.get("t", ""), str | None) and "field" not in text:
+        assert row.text("t") == text
+    else:
+        with pytest.raises(ValueError, match=text):
+            row.text("t")
 
 
 @pytest.mark.parametrize(
@@ -73,9 +98,11 @@ def test_bare_strings_are_rows_only_where_the_caller_accepts_them() -> None:
         ("csv", b'q\n"open\n', "line 2: unexpected end of data"),
         ("csv", b"", "is empty"),
         ("jsonl", b"{}\n\n", "line 2: blank"),
+        ("tsv", b"", "is empty"),
+        ("tsv", b"q\tp\n\n", "line 2: 1 fields where the header has 2"),
         ("txt", b"a\n\xff\n", "line 2: byte 1 of the line is not UTF-8"),
     ],
-    ids=["tsv-fields", "csv-blank", "csv-quote", "csv-empty", "jsonl-blank", "txt-utf8"],
+    ids=["tsv-fields", "csv-blank", "csv-quote", "csv-empty", "jsonl-blank", "tsv-empty", "tsv-blank", "txt-utf8"],
 )
 def test_a_strict_reader_stops_at_the_first_bad_row(file_format: str, content: bytes, problem: str) -> None:
     with pytest.raises(UsageError, match=f"a.*{problem}"):
@@ -85,13 +112,36 @@ def test_a_strict_reader_stops_at_the_first_bad_row(file_format: str, content: b
 def test_a_lenient_reader_reports_bad_rows_and_reads_the_others() -> None:
     assert reported(b"q\tp\n1\t2\nx\n\n\xff\t3\n4\t5\n", "tsv") == (
         [{"q": "1", "p": "2"}, {"q": "4", "p": "5"}],
-        ["a:3: 1 fields where the header has 2", "a:5: q is not valid UTF-8"],
+        [
+            "a:3: 1 fields where the header has 2",
+            "a:4: 1 fields where the header has 2",
+            "a:5: byte 1 of the line is not UTF-8",
+        ],
     )
-    assert reported(b'{"q": 1}\n\n[2]\n{"q": "\\ud83d"}\n', "jsonl") == (
+    assert reported(b'{"q": 1}\n\n[2]\n', "jsonl") == (
         [{"q": 1}],
-        ["a:3: list found where an object is needed", "a:4: q is not valid UTF-8"],
+        ["a:2: blank, so it is no JSON", "a:3: list found where an object or a string is needed"],
     )
-    assert reported(b"", "csv") == ([], [])
+    assert reported(b'q,p\n1,"a\n\xff"\n3,4\n', "csv") == (
+        [{"q": "3", "p": "4"}],
+        ["a:3: byte 1 of the line is not UTF-8"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("file_format", "content", "problem"),
+    [
+        ("csv", b'q,p\n1,2\n3,"open\n5,6\n', "a, line 3: unexpected end of data"),
+        ("csv", b'q,p\n"a" b,2\n5,6\n', "a, line 2: ',' expected after '\"'"),
+        ("csv", b"q,p\nlone\rreturn,2\n", "a, line 2: new-line character seen"),
+        ("csv", b"q\xff,p\n1,2\n", "first line must name the columns"),
+        ("tsv", b"q\xff\tp\n1\t2\n", "first line must name the columns"),
+        ("tsv", b"", "is empty"),
+    ],
+)
+def test_a_lenient_reader_stops_where_the_rows_are_not_known(file_format: str, content: bytes, problem: str) -> None:
+    with pytest.raises(UsageError, match=problem):
+        reported(content, file_format)
 
 
 def test_parquet_gives_columns_and_types_before_any_row(tmp_path: Path) -> None:

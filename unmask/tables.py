@@ -1,10 +1,13 @@
 """Tables in files: txt, jsonl, csv, tsv and parquet, read row by row. Text formats may be gzipped.
 
-Bulk encoding, training and evaluation read their files here. No row is dropped in silence. A row that cannot be read
-stops the reader with an error that names its line, or, if the caller passes `on_bad_row`, is reported and skipped.
+Bulk encoding, training and evaluation read their files here, and a file has the same rows for all of them. No row is
+dropped in silence. A row that cannot be read stops the reader with an error that names its line, or, if the caller
+passes `on_bad_row`, is reported and skipped. Callers choose between the two; they do not choose which rows are bad.
 
-All text files are UTF-8, with or without a byte order mark. Only `\\n` ends a line; U+2028 and a lone `\\r` belong to
-the text.
+All text files are UTF-8, with or without a byte order mark. Only `\\n` ends a line, with one `\\r` before it if there
+is one; U+2028 and a lone `\\r` belong to the text. Tsv has no quoting: a quote is a character, and a text with a tab or
+a line break needs csv or jsonl. (IANA's text/tab-separated-values; natural text is full of quotes that close nothing.)
+A quote in csv that breaks RFC 4180 stops every caller, since the rows after it are not known.
 """
 
 import csv
@@ -12,12 +15,12 @@ import gzip
 import itertools
 import json
 import re
-import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any, NoReturn, cast
 
 from unmask.errors import UsageError
 
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
 FORMATS = ("tsv", "csv", "jsonl", "parquet", "txt")
+_ALIASES = {"ndjson": "jsonl"}
 
 # A longer line is a binary file or an unclosed quote; without a limit it would be read into memory whole.
 MAX_LINE_BYTES = 64 * 2**20
@@ -62,6 +66,25 @@ class Row:
         """Return the place of the row as in `triplets.tsv.gz:17`."""
         return f"{self.source}:{self.number}"
 
+    def text(self, column: str) -> str:
+        """Return the text of a column; "" for null.
+
+        Raises:
+            ValueError: the row has no such field, or the field is not a text.
+        """
+        if column not in self.fields:
+            raise ValueError(f"no field {column!r}; it has the fields {list_names(list(self.fields))}")
+        value = self.fields[column]
+        if value is None:
+            return ""
+        if not isinstance(value, str):
+            raise ValueError(f"field {column!r}: {json_name(value)} found where a string is needed")
+        if (half := first_surrogate(value)) is not None:
+            raise ValueError(
+                f"field {column!r}: \\u{ord(half):04x} is half a surrogate pair, not a character; repair it"
+            )
+        return value
+
 
 @dataclass(frozen=True)
 class Table:
@@ -82,28 +105,43 @@ class Table:
         """Yield the rows in order. Call it once.
 
         Args:
-            columns: the only columns to decode in a parquet file; other formats give all of theirs.
+            columns: the columns that the caller reads; default: all. Of a parquet file only they are decoded; other
+                formats give all of theirs.
 
         Raises:
-            UsageError: a row cannot be read and the table was opened without `on_bad_row`.
+            UsageError: there is no such column, or two have its name; or a row cannot be read and the table was opened
+                without `on_bad_row`.
             TableError: the file is damaged.
         """
+        if self.columns is not None:
+            counts = Counter(self.columns)
+            # Columns without a name, as spreadsheets write them, cannot be asked for.
+            chosen = filter(None, self.columns) if columns is None else columns
+            twice = next((name for name in chosen if counts[name] > 1), None)
+            if twice is not None:
+                raise UsageError(f"{self.source} has {counts[twice]} columns named {twice!r}; rename all but one")
+            missing = next((name for name in columns or () if name not in counts), None)
+            if missing is not None:
+                raise UsageError(
+                    f"{self.source} has no column {missing!r}; it has the columns {list_names(self.columns)}"
+                )
         return self._read(columns)
 
 
 def table_format(path: Path) -> str | None:
-    """Return the format that a file name ends in, `.gz` left aside; None if it is none of FORMATS.
+    """Return the format that a file name ends in, `.gz` and case left aside; None if it is none of FORMATS.
 
-    >>> table_format(Path("pairs.v2.tsv.gz"))
+    >>> table_format(Path("pairs.v2.TSV.gz"))
     'tsv'
     """
-    suffixes = [suffix.removeprefix(".") for suffix in path.suffixes if suffix != ".gz"]
-    return suffixes[-1] if suffixes and suffixes[-1] in FORMATS else None
+    suffixes = [suffix.lower().removeprefix(".") for suffix in path.suffixes if suffix.lower() != ".gz"]
+    ending = _ALIASES.get(suffixes[-1], suffixes[-1]) if suffixes else None
+    return ending if ending in FORMATS else None
 
 
 def open_binary(path: Path) -> IO[bytes]:
     """Open a file for reading; a name that ends in `.gz` is decompressed on the way. Raises OSError."""
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         return cast(IO[bytes], gzip.open(path, "rb"))
     return path.open("rb")
 
@@ -113,8 +151,6 @@ def open_table(
     file_format: str,
     source: str,
     *,
-    quoted_tsv: bool = False,
-    bare_strings: bool = False,
     text_column: str = "text",
     on_bad_row: OnBadRow | None = None,
 ) -> Table:
@@ -124,40 +160,51 @@ def open_table(
         stream: the content, decompressed; seekable for parquet.
         file_format: one of FORMATS.
         source: name of the file for messages and places.
-        quoted_tsv: read tsv as csv with tabs. Otherwise a quote in a tsv file is a character like any other.
-        bare_strings: accept jsonl lines that are a string instead of an object.
-        text_column: column name for lines of a txt file and for bare strings.
-        on_bad_row: called for every row that cannot be read; the other rows are read then. Blank lines are skipped,
-            csv is read leniently, and a field with bytes that are not UTF-8 makes its row bad. Without it, the first
-            bad row raises, and so does a blank line except in txt, where it is an empty text.
+        text_column: column name for lines of a txt file and for jsonl lines that are a string instead of an object.
+        on_bad_row: called for every row that cannot be read: too few or too many fields, bytes that are not UTF-8, no
+            JSON, a blank line (in txt and in tsv of one column it is an empty text). The other rows are read then.
+            Without it, the first bad row raises.
 
     Raises:
-        UsageError: the header cannot be read.
+        UsageError: the header cannot be read, or (while iterating) a quote in csv closes nothing or too early.
         TableError: the file is damaged.
     """
     if file_format == "parquet":
         return _open_parquet(stream, source)
     reader = _TextReader(stream, source, on_bad_row)
     if file_format == "txt":
-        return Table(source, None, lambda _: reader.checked(reader.txt(text_column)))
+        return Table(source, None, lambda _: reader.txt(text_column))
     if file_format == "jsonl":
-        return Table(source, None, lambda _: reader.checked(reader.jsonl(text_column if bare_strings else None)))
-    if file_format == "tsv" and not quoted_tsv:
-        columns, rows = reader.tsv()
-    else:
-        columns, rows = reader.csv("\t" if file_format == "tsv" else ",")
-    return Table(source, columns, lambda _: reader.checked(rows))
+        return Table(source, None, lambda _: reader.jsonl(text_column))
+    columns, rows = reader.tsv() if file_format == "tsv" else reader.csv()
+    return Table(source, columns, lambda _: rows)
 
 
-def read_table(path: Path, *, on_bad_row: OnBadRow | None = None) -> Iterator[Row]:
-    """Yield the rows of a file in the format of its name, gzipped or not. Tsv is read without quoting.
+def read_table(
+    path: Path,
+    *,
+    columns: Sequence[str] | None = None,
+    text_column: str = "text",
+    on_bad_row: OnBadRow | None = None,
+) -> Iterator[Row]:
+    """Yield the rows of a file in the format of its name, gzipped or not.
+
+    Args:
+        columns: as in `Table.rows`.
+        text_column, on_bad_row: as in `open_table`.
 
     Raises:
         OSError: the file cannot be opened.
         UsageError, TableError: as `open_table` and `Table.rows`.
     """
     with open_binary(path) as stream:
-        yield from open_table(stream, table_format(path) or "", path.name, on_bad_row=on_bad_row).rows()
+        table = open_table(stream, table_format(path) or "", path.name, text_column=text_column, on_bad_row=on_bad_row)
+        yield from table.rows(columns)
+
+
+def list_names(names: Sequence[str]) -> str:
+    """Return names of columns for a message, the first ten of many."""
+    return (", ".join(repr(name) for name in names[:10]) + (", ..." if len(names) > 10 else "")) or "(none)"
 
 
 def first_surrogate(text: str) -> str | None:
@@ -225,120 +272,100 @@ class _TextReader:
     source: str
     on_bad_row: OnBadRow | None
 
-    @property
-    def lenient(self) -> bool:
-        return self.on_bad_row is not None
-
     def bad(self, number: int, problem: str, advice: str = "") -> None:
         """Report a bad row, or raise UsageError if nobody listens."""
-        if self.on_bad_row is not None:
+        if self.on_bad_row is None:
+            self.stop(number, problem, advice)
+        else:
             self.on_bad_row(f"{self.source}:{number}", problem)
-            return
+
+    def stop(self, number: int, problem: str, advice: str) -> NoReturn:
+        """Raise UsageError: the rows after this line cannot be known."""
         raise UsageError(f"{self.source}, line {number}: {problem}" + (f"; {advice}" if advice else ""))
 
-    def checked(self, rows: Iterator[Row]) -> Iterator[Row]:
-        """Yield the rows; where bad rows are reported, those with a surrogate in a field are."""
-        if not self.lenient:
-            yield from rows
-            return
-        for row in rows:
-            broken = next((name for name, value in row.fields.items() if _has_surrogate(value)), None)
-            if broken is None:
-                yield row
-            else:
-                self.bad(row.number, f"{broken} is not valid UTF-8")
+    def lines(self, *, skip_bad: bool = True) -> Iterator[tuple[int, str]]:
+        """Yield decoded lines with their `\\n`, numbered from 1.
 
-    def lines(self) -> Iterator[tuple[int, str]]:
-        """Yield decoded lines with their `\\n`, numbered from 1."""
-        limit = -1 if self.lenient else MAX_LINE_BYTES
+        Args:
+            skip_bad: leave out a line that is not UTF-8 after reporting it. Otherwise its bad bytes become surrogates,
+                because it may be a part of a row.
+        """
         for number in itertools.count(1):
             try:
-                line = self.stream.readline(limit)
+                line = self.stream.readline(MAX_LINE_BYTES)
             except (OSError, EOFError, zlib.error) as error:
                 raise TableError(f"{self.source} cannot be read to its end (line {number}): {error}") from error
             if not line:
                 return
-            if len(line) == limit and not line.endswith(b"\n"):
+            if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
                 advice = "check that this is the right file and --input-format"
-                self.bad(number, f"longer than {MAX_LINE_BYTES // 2**20} MiB", advice)
+                self.stop(number, f"longer than {MAX_LINE_BYTES // 2**20} MiB", advice)
             encoding = "utf-8-sig" if number == 1 else "utf-8"
             try:
-                text = line.decode(encoding, "surrogateescape" if self.lenient else "strict")
+                text = line.decode(encoding)
             except UnicodeDecodeError as error:
                 advice = "convert the file first, for example with iconv -f latin1 -t utf-8"
                 self.bad(number, f"byte {error.start + 1} of the line is not UTF-8", advice)
-                continue
+                if skip_bad:
+                    continue
+                text = line.decode(encoding, "surrogateescape")
             if text:  # empty only where a file is nothing but its byte order mark
                 yield number, text
 
     def txt(self, column: str) -> Iterator[Row]:
         for number, line in self.lines():
-            if self.lenient:
-                if line.strip():
-                    yield Row({column: line.rstrip("\r\n")}, self.source, number)
-            else:
-                text = line[:-1].removesuffix("\r") if line.endswith("\n") else line
-                yield Row({column: text}, self.source, number)
+            yield Row({column: _without_ending(line)}, self.source, number)
 
-    def jsonl(self, bare_column: str | None) -> Iterator[Row]:
-        """Yield objects; bare strings too, as the field `bare_column`, unless it is None."""
+    def jsonl(self, bare_column: str) -> Iterator[Row]:
+        """Yield objects; a bare string is the field `bare_column`."""
         for number, line in self.lines():
             if not line.strip():
-                if not self.lenient:
-                    self.bad(number, "blank, so it is no JSON", "remove the line")
+                self.bad(number, "blank, so it is no JSON", "remove the line")
                 continue
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
                 self.bad(number, f"not JSON ({error})", "each line is one object or string")
                 continue
-            if isinstance(value, str) and bare_column is not None:
+            if isinstance(value, str):
                 value = {bare_column: value}
             if isinstance(value, dict):
                 yield Row(value, self.source, number)
             else:
-                expected = "an object" if bare_column is None else "an object or a string"
-                self.bad(number, f"{json_name(value)} found where {expected} is needed")
+                self.bad(number, f"{json_name(value)} found where an object or a string is needed")
 
     def tsv(self) -> tuple[tuple[str, ...], Iterator[Row]]:
-        """Return the columns and the rows of a tsv file without quoting."""
-        lines = self.lines()
-        _, first = next(lines, (1, ""))
-        header = tuple(first.rstrip("\r\n").split("\t"))
+        """Return the columns and the rows of a tsv file."""
+        records = ((number, _without_ending(line).split("\t")) for number, line in self.lines(skip_bad=False))
+        return self._rows(records, "tsv has no quoting: a text with a tab or a line break needs csv or jsonl")
 
-        def rows() -> Iterator[Row]:
-            for number, line in lines:
-                line = line.rstrip("\r\n")
-                if not line and len(header) > 1:
-                    continue  # an empty line at the end of a file is no row
-                values = line.split("\t")
-                if self._fits(number, values, header):
-                    yield Row(dict(zip(header, values, strict=True)), self.source, number)
-
-        return header, rows()
-
-    def csv(self, delimiter: str) -> tuple[tuple[str, ...], Iterator[Row]]:
+    def csv(self) -> tuple[tuple[str, ...], Iterator[Row]]:
         """Return the columns and the rows of a csv file."""
-        records = self._csv_records(delimiter)
-        header = tuple(next(records, (0, []))[1])
-        if not header and not self.lenient:
+        return self._rows(self._csv_records(), "quote fields that hold the separator, and remove blank lines")
+
+    def _rows(self, records: Iterator[tuple[int, list[str]]], advice: str) -> tuple[tuple[str, ...], Iterator[Row]]:
+        """Split records into the header and the rows that have a field for each of its columns."""
+        _, header = next(records, (0, None))
+        if header is None:
             raise UsageError(f"{self.source} is empty; its first line must name the columns")
+        if any(map(first_surrogate, header)):
+            raise UsageError(f"{self.source}: its first line must name the columns, and is not UTF-8")
 
         def rows() -> Iterator[Row]:
             for number, values in records:
-                if self.lenient and not values:
-                    continue
-                if self._fits(number, values, header):
+                if any(map(first_surrogate, values)):
+                    continue  # reported with its line already
+                if self._fits(number, values, header, advice):
                     yield Row(dict(zip(header, values, strict=True)), self.source, number)
 
-        return header, rows()
+        return tuple(header), rows()
 
-    def _csv_records(self, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    def _csv_records(self) -> Iterator[tuple[int, list[str]]]:
         """Yield the fields of each record with the number of its last line."""
         # The module's own limit of 131,072 characters would refuse long texts.
-        csv.field_size_limit(min(sys.maxsize, 2**31 - 1) if self.lenient else MAX_LINE_BYTES)
+        csv.field_size_limit(MAX_LINE_BYTES)
         # `strict`, because otherwise an unclosed quote silently makes one row of many.
-        reader = csv.reader((line for _, line in self.lines()), delimiter=delimiter, strict=not self.lenient)
+        reader = csv.reader((line for _, line in self.lines(skip_bad=False)), strict=True)
         first_line = 1
         while True:
             try:
@@ -346,31 +373,25 @@ class _TextReader:
             except StopIteration:
                 return
             except csv.Error as error:
-                if self.lenient:
-                    self.bad(reader.line_num, f"not CSV ({error})")
-                else:
-                    self.bad(first_line, str(error), "check its quotes (a quote in a quoted field is doubled)")
-                continue
+                self.stop(first_line, str(error), "check its quotes (a quote in a quoted field is doubled)")
             yield reader.line_num, values
             first_line = reader.line_num + 1
 
-    def _fits(self, number: int, values: Sequence[str], header: Sequence[str]) -> bool:
+    def _fits(self, number: int, values: Sequence[str], header: Sequence[str], advice: str) -> bool:
         if len(values) == len(header):
             return True
-        advice = "quote fields that hold the separator, and remove blank lines"
         self.bad(number, f"{len(values)} fields where the header has {len(header)}", advice)
         return False
+
+
+def _without_ending(line: str) -> str:
+    """Return a line without its `\\n` and the `\\r` before it."""
+    return line[:-1].removesuffix("\r") if line.endswith("\n") else line
 
 
 def json_name(value: object) -> str:
     """Return the JSON name of a decoded value's type: null, boolean, number, list, string or object."""
     return _JSON_NAMES.get(type(value), "object")
-
-
-def _has_surrogate(value: object) -> bool:
-    if isinstance(value, list):
-        return any(map(_has_surrogate, value))
-    return isinstance(value, str) and first_surrogate(value) is not None
 
 
 def _one_line(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """Readers lose nothing and refuse what they cannot read; writers can be read back."""
 
 import csv
+import gzip
 import io
 import itertools
 import json
@@ -18,6 +19,7 @@ from unmask import tables
 from unmask.bulk.files import (
     INPUT_FORMATS,
     NPY_HEADER_BYTES,
+    OUTPUT_FORMATS,
     chunks,
     format_of,
     jsonl_lines,
@@ -66,15 +68,33 @@ def test_jsonl_keeps_any_text(scratch: Path, texts: list[str], bare: bool, ascii
 
 
 @given(texts=st.lists(any_text))
-@pytest.mark.parametrize(("file_format", "delimiter"), [("csv", ","), ("tsv", "\t")])
-def test_tables_keep_any_text(scratch: Path, texts: list[str], file_format: str, delimiter: str) -> None:
+def test_csv_keeps_any_text(scratch: Path, texts: list[str]) -> None:
     file = scratch / "a.csv"
     with file.open("w", encoding="utf-8", newline="") as out:
-        writer = csv.writer(out, delimiter=delimiter)
+        writer = csv.writer(out)
         writer.writerow(["id", "text"])
         writer.writerows(enumerate(texts))
-    assert texts_of(file, file_format) == texts
-    assert row_count(str(file), file_format) == len(texts)
+    assert texts_of(file, "csv") == texts
+    assert row_count(str(file), "csv") == len(texts)
+
+
+@given(texts=st.lists(line_text.filter(lambda text: "\t" not in text)))
+def test_tsv_keeps_any_text_of_one_field_as_it_stands(scratch: Path, texts: list[str]) -> None:
+    file = scratch / "a.tsv"
+    rows = "".join(f"{number}\t{text}\n" for number, text in enumerate(texts))
+    file.write_text("id\ttext\n" + rows, encoding="utf-8", newline="")
+    assert texts_of(file, "tsv") == texts
+    assert row_count(str(file), "tsv") == len(texts)
+
+
+def test_a_gzipped_file_is_read_by_its_name(tmp_path: Path) -> None:
+    file = tmp_path / "a.tsv.gz"
+    file.write_bytes(gzip.compress(b"text\na\nb\n"))
+    assert format_of(str(file), None, INPUT_FORMATS, "txt", "--input-format") == "tsv"
+    assert texts_of(file, "tsv") == ["a", "b"]
+    assert row_count(str(file), "tsv") is None
+    with pytest.raises(UsageError, match=r"does not tell its format"):
+        format_of("a.npy.gz", None, OUTPUT_FORMATS, "jsonl", "--output-format")
 
 
 @given(texts=st.lists(any_text))
@@ -143,11 +163,11 @@ def test_bytes_that_are_not_utf8_are_refused(tmp_path: Path, file_format: str) -
     [
         (b'"a"\n{"text": \n', "line 2: not JSON (Expecting value"),
         (b'"a"\n\n"b"\n', "line 2: blank"),
-        (b'{"body": "a", "id": 1}\n', "line 1: no field 'text'; it has the fields 'body', 'id': choose with --column"),
-        (b'{"text": 3}\n', "line 1, field 'text': number found"),
-        (b'{"text": ["a"]}\n', "line 1, field 'text': list found"),
+        (b'{"body": "a", "id": 1}\n', "line 1: no field 'text'; it has the fields 'body', 'id'; choose with --column"),
+        (b'{"text": 3}\n', "line 1: field 'text': number found"),
+        (b'{"text": ["a"]}\n', "line 1: field 'text': list found"),
         (b'"a"\nnull\n', "line 2: null found"),
-        (b'"a"\n"x\\ud800y"\n', "line 2: \\ud800 is half a surrogate pair"),
+        (b'"a"\n"x\\ud800y"\n', "line 2: field 'text': \\ud800 is half a surrogate pair"),
         (b"[" * 100_000 + b"\n", "line 1: not JSON"),
         (b"9" * 5000 + b"\n", "line 1: not JSON"),
     ],

@@ -87,8 +87,10 @@ def write_texts(file: Path, texts: list[str]) -> None:
             file.write_text("".join(text + "\n" for text in texts))
         case ".jsonl":
             file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        case ".csv" | ".tsv":
+        case ".csv":
             file.write_text("text\n" + "".join(f'"{text}"\n' for text in texts))
+        case ".tsv":
+            file.write_text("text\n" + "".join(f"{text}\n" for text in texts))
         case ".parquet":
             pq.write_table(pa.table({"text": texts}), file)
 

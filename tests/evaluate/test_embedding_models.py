@@ -3,7 +3,7 @@
 import base64
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import pytest
 
 from unmask.errors import CheckpointError, EngineError, UsageError
 from unmask.evaluate.models import open_model
+from unmask.evaluate.models.embedding_model import EmbeddingModel
 
 TEXTS = ["a text", "another, somewhat longer text", "a text"]
 
@@ -155,3 +156,156 @@ def test_an_endpoint_that_refuses(server: HTTPServer) -> None:
     with pytest.raises(EngineError, match="HTTP 401"):
         open_model(f"http://127.0.0.1:{server.server_port}/v1#model")
     assert len(Server.bodies) == 1
+
+
+class ForeignServer(Server):
+    """An endpoint that answers its first request with two numbers, and then with `content`."""
+
+    content = b""
+    headers_sent: tuple[tuple[str, str], ...] = ()
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        type(self).bodies.append({})
+        first = len(self.bodies) == 1
+        content = vectors_answer([1.0, 2.0]) if first else self.content
+        self.send_response(200 if first else self.status)
+        for name, value in () if first else self.headers_sent:
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+@pytest.fixture
+def foreign(server: HTTPServer) -> tuple[HTTPServer, EmbeddingModel]:
+    server.RequestHandlerClass = ForeignServer
+    ForeignServer.bodies, ForeignServer.status, ForeignServer.headers_sent = [], 200, ()
+    return server, open_model(f"http://127.0.0.1:{server.server_port}/v1#model")
+
+
+def vectors_answer(*vectors: object, indices: Sequence[object] | None = None) -> bytes:
+    """An answer of OpenAI's form with these embeddings, and these values as their indices."""
+    indices = range(len(vectors)) if indices is None else indices
+    return json.dumps({"data": [{"index": i, "embedding": v} for i, v in zip(indices, vectors, strict=True)]}).encode()
+
+
+def packed(*numbers: float, kind: str = "<f4") -> str:
+    return base64.b64encode(np.array(numbers, dtype=kind).tobytes()).decode()
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"<html><body>Bad\x1b[31m gateway</body></html>", "no JSON: <html><body>Bad"),
+        (b"", r"no JSON: \(nothing\)"),
+        (b"\xff\xfe", "no JSON"),
+        (b"[" * 100_000, "no JSON"),
+        (b"null", "no list of vectors: null"),
+        (b"[1, 2]", "no list of vectors"),
+        (b'{"error": {"message": "quota\\nused up"}}', "no list of vectors: .*quota"),
+        (b'{"data": null}', "no list of vectors"),
+        (b'{"data": {"index": 0}}', "no list of vectors"),
+        (b'{"data": []}', "0 vectors for 2 texts"),
+        (vectors_answer([1, 2]), "1 vectors for 2 texts"),
+        (vectors_answer([1, 2], [1, 2], [1, 2]), "3 vectors for 2 texts"),
+        (b'{"data": [null, null]}', "index is not each of 0 to 1 once"),
+        (b'{"data": [{"embedding": [1, 2]}, {"embedding": [1, 2]}]}', "index is not each of 0 to 1 once: None"),
+        (vectors_answer([1, 2], [1, 2], indices=[0, 0]), "index is not each of 0 to 1 once: 0"),
+        (vectors_answer([1, 2], [1, 2], indices=[1, 2]), "index is not each of 0 to 1 once: 2"),
+        (vectors_answer([1, 2], [1, 2], indices=[0, True]), "index is not each of 0 to 1 once: True"),
+        (vectors_answer([1, 2], [1, 2], indices=["0", "1"]), "index is not each"),
+        (vectors_answer([1, 2], None), "no vector for text 2 of 2: null found where"),
+        (vectors_answer([1, 2], {"values": [1]}), "text 2 of 2: object found where"),
+        (vectors_answer([1, 2], [1, None]), "text 2 of 2: a list that holds something else than numbers"),
+        (vectors_answer([1, 2], [[1, 2]]), "a list that holds something else than numbers"),
+        (vectors_answer([1, 2], ["1", "2"]), "a list that holds something else than numbers"),
+        (vectors_answer([1, 2], [True, False]), "a list that holds something else than numbers"),
+        (vectors_answer([1, 2], []), "it has no numbers"),
+        (vectors_answer([1, 2], ""), "it has no numbers"),
+        (vectors_answer([1, 2], [1, 2, 3]), "vectors of 3 and of 2 numbers"),
+        (vectors_answer([1, 2], [1]), "vectors of 1 and of 2 numbers"),
+        (vectors_answer([1, 2, 3], [1, 2, 3]), "vectors of 3 and of 2 numbers"),
+        (vectors_answer([1, 2], packed(1, 2, kind="<f8")), "vectors of 4 and of 2 numbers"),
+        (vectors_answer([1, 2], [1, float("nan")]), "text 2 of 2: a number that is not finite"),
+        (vectors_answer([1, 2], [1, float("inf")]), "a number that is not finite"),
+        (vectors_answer([1, 2], [1, 1e300]), "a number that is not finite"),
+        (vectors_answer([1, 2], [1, 10**400]), "a number that is not finite"),
+        (vectors_answer([1, 2], packed(1, float("nan"))), "a number that is not finite"),
+        (vectors_answer([1, 2], [0, 0]), "all its numbers are 0"),
+        (vectors_answer([1, 2], "AAAA!AAA"), "text 2 of 2: "),
+        (vectors_answer([1, 2], "AAAAAAA="), "text 2 of 2: "),
+    ],
+)  # fmt: skip
+def test_an_answer_that_is_no_vectors_is_one_sentence(
+    foreign: tuple[HTTPServer, EmbeddingModel], content: bytes, problem: str
+) -> None:
+    server, model = foreign
+    ForeignServer.content = content
+    with pytest.raises(EngineError, match=problem) as caught:
+        model.encode(["one", "two"])
+    message = str(caught.value)
+    assert f"127.0.0.1:{server.server_port}" in message and "model" in message
+    assert message.isprintable() and len(message) < 500
+    assert len(ForeignServer.bodies) == 2, "an answer that came is not asked for again"
+
+
+def test_vectors_in_any_order_and_form_are_read(foreign: tuple[HTTPServer, EmbeddingModel]) -> None:
+    _, model = foreign
+    ForeignServer.content = vectors_answer([3, 4.5], packed(1, 2), indices=[1, 0])
+    np.testing.assert_array_equal(model.encode(["one", "two"]), [[1, 2], [3, 4.5]])
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "problem", "tries"),
+    [
+        (302, (("Location", "http://elsewhere.example/"),), r"HTTP 302 \(to http://elsewhere.example/\)", 1),
+        (404, (), "HTTP 404: a body over two lines", 1),
+        (503, (("Retry-After", "-5"),), "HTTP 503", 6),
+        (503, (("Retry-After", "nan"),), "HTTP 503", 6),
+        (200, (("Content-Encoding", "gzip"),), "DecodingError", 6),
+    ],
+)
+def test_another_status_is_one_sentence(
+    foreign: tuple[HTTPServer, EmbeddingModel],
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+    headers: tuple[tuple[str, str], ...],
+    problem: str,
+    tries: int,
+) -> None:
+    _, model = foreign
+    ForeignServer.status, ForeignServer.headers_sent, ForeignServer.content = status, headers, b"a body\nover two lines"
+    waits: list[float] = []
+    monkeypatch.setattr("unmask.evaluate.models.endpoint.time.sleep", waits.append)
+    with pytest.raises(EngineError, match=problem) as caught:
+        model.encode(["one"])
+    assert str(caught.value).isprintable()
+    assert len(ForeignServer.bodies) == 1 + tries
+    assert all(0 <= wait <= 60 for wait in waits)
+
+
+def test_an_answer_without_end_is_cut(
+    foreign: tuple[HTTPServer, EmbeddingModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, model = foreign
+    ForeignServer.content = b" " * 5000
+    monkeypatch.setattr("unmask.evaluate.models.endpoint._MAX_ANSWER_BYTES", 4000)
+    with pytest.raises(EngineError, match="gave more than 0 MiB"):
+        model.encode(["one"])
+    monkeypatch.setattr("unmask.evaluate.models.endpoint._ANSWER_S", -1.0)
+    ForeignServer.content = b" " * 50
+    with pytest.raises(EngineError, match="an answer that has not ended"):
+        model.encode(["one"])
+
+
+@pytest.mark.parametrize(
+    ("url", "key"), [("http://127.0.0.1:port/v1", "sk"), ("http://127.0.0.1:9/v1", "sk-schl\u00fcssel")]
+)
+def test_an_endpoint_that_cannot_be_called_is_a_usage_error(
+    monkeypatch: pytest.MonkeyPatch, url: str, key: str
+) -> None:
+    monkeypatch.setenv("SOME_KEY", key)
+    with pytest.raises(UsageError, match="cannot be called") as caught:
+        open_model(f"{url}#model?key=SOME_KEY")
+    assert key not in str(caught.value) or key == "sk"

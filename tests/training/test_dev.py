@@ -42,8 +42,11 @@ def test_graded_pairs_by_rank(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("x\ty\nab\tab\n", r"dev 'sts': dev.tsv has no column 's'; it has x, y"),
-        ("x\ty\ts\nab\tab\thigh\n", "dev 'sts': a score in dev.tsv is no number"),
+        ("x\ty\nab\tab\n", r"dev.tsv has no column 's'; it has the columns 'x', 'y'"),
+        ("x\ty\ts\nab\tab\thigh\n", "dev.tsv:2: field 's': 'high' is no finite number"),
+        ("x\ty\ts\nab\tab\tnan\n", "dev.tsv:2: field 's': 'nan' is no finite number"),
+        ("x\ty\ts\nab\t\t3\n", "dev.tsv:2: field 'y' is empty"),
+        ("x\ty\ts\nab\ta\t3\nab\tb\t3\n", "dev 'sts': all scores in dev.tsv are 3"),
         ("x\ty\ts\n", "dev 'sts': dev.tsv holds no rows"),
         ("x\ty\ts\nab\tab\t3\nbad\nab\tac\t1\n", "1 of 3 rows are unusable"),
     ],

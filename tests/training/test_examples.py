@@ -36,10 +36,19 @@ def test_labels_may_be_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "fields", "reason"),
     [
-        ({"q": " ", "p": "b"}, {"query": "q", "positive": "p"}, "rows.jsonl:2: q is empty"),
-        ({"q": 3, "p": "b"}, {"query": "q", "positive": "p"}, "rows.jsonl:2: q is int, not text"),
-        ({"q": "a"}, {"query": "q", "positive": "p"}, "rows.jsonl:2: p is NoneType, not text"),
-        ({"q": "a", "p": "b", "n": 3}, {"query": "q", "positive": "p", "negatives": ["n"]}, "n holds int, not text"),
+        ({"q": " ", "p": "b"}, {"query": "q", "positive": "p"}, "rows.jsonl:2: field 'q' is empty"),
+        (
+            {"q": 3, "p": "b"},
+            {"query": "q", "positive": "p"},
+            "rows.jsonl:2: field 'q': number found where a string is needed",
+        ),
+        ({"q": "a"}, {"query": "q", "positive": "p"}, "rows.jsonl:2: no field 'p'; it has the fields 'q'"),
+        ({"q": "a", "p": "b", "n": 3}, {"query": "q", "positive": "p", "negatives": ["n"]}, "field 'n': number found"),
+        (
+            {"q": "half \ud83d", "p": "b"},
+            {"query": "q", "positive": "p"},
+            "field 'q': \\ud83d is half a surrogate pair",
+        ),
         ({"q": "a", "p": None}, {"text": "q", "label": "p"}, "rows.jsonl:2: no p"),
     ],
 )
@@ -62,7 +71,7 @@ def test_an_unknown_column_is_an_error_that_lists_the_known(fields: dict[str, An
 
 def test_an_unknown_column_is_found_behind_bad_rows_too(tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_text("q\tp\nbad\nbad\nbad\na\tb\n", encoding="utf-8")
-    with pytest.raises(UsageError, match=r"a.tsv:5 has no column 'x'"):
+    with pytest.raises(UsageError, match=r"a.tsv has no column 'x'; it has the columns 'q', 'p'"):
         load_examples(DataSource(name="set", path="a.tsv", query="q", positive="x"), tmp_path, None, 1, 0.9)
 
 

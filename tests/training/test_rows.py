@@ -2,11 +2,17 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from unmask.bulk.files import open_texts
 from unmask.errors import StorageError, UsageError
+from unmask.training.examples import read_examples
+from unmask.training.recipe import DataSource
 from unmask.training.rows import BadRows, Row, read_rows
 
 ROWS = [{"query": "größer als 日本 🙂", "positive": "a"}, {"query": "b\rc", "positive": "d"}]
@@ -49,6 +55,7 @@ def test_a_text_file_has_a_text_per_line(tmp_path: Path) -> None:
     file.write_bytes(b"one\n\n two\rhalf \r\nthree")
     assert [(row.fields["text"], row.place) for row in rows_of(file)] == [
         ("one", "a.txt:1"),
+        ("", "a.txt:2"),
         (" two\rhalf ", "a.txt:3"),
         ("three", "a.txt:4"),
     ]
@@ -57,12 +64,18 @@ def test_a_text_file_has_a_text_per_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "places"),
     [
-        ("a.tsv", b"q\tp\n1\t2\nonly one\n1\t2\t3\n1\t2\n\n", ["a.tsv:3: 1 fields", "a.tsv:4: 3 fields"]),
+        (
+            "a.tsv",
+            b"q\tp\n1\t2\nonly one\n1\t2\t3\n1\t2\n\n",
+            ["a.tsv:3: 1 fields", "a.tsv:4: 3 fields", "a.tsv:6: 1 fields"],
+        ),
         ("a.csv", b"q,p\n1,2\nonly one\n1,2,3\n1,2\n", ["a.csv:3: 1 fields", "a.csv:4: 3 fields"]),
-        ("a.csv", b"q,p\n1,2\nlone\rreturn,2\n1,2\n", ["a.csv:3: not CSV"]),
-        ("a.jsonl", b'{"q": 1}\n{"q": \n[1]\n\n{"q": 2}\n', ["a.jsonl:2: not JSON", "a.jsonl:3: list found"]),
-        ("a.tsv", b"q\tp\n1\t2\nbroken \xff byte\t2\n1\t2\n", ["a.tsv:3: q is not valid UTF-8"]),
-        ("a.jsonl", b'{"q": "x"}\n{"q": ["ok", "half \\ud83d"]}\n{"q": "y"}\n', ["a.jsonl:2: q is not valid UTF-8"]),
+        (
+            "a.jsonl",
+            b'{"q": 1}\n{"q": \n[1]\n\n{"q": 2}\n',
+            ["a.jsonl:2: not JSON", "a.jsonl:3: list found", "a.jsonl:4: blank"],
+        ),
+        ("a.tsv", b"q\tp\n1\t2\nbroken \xff byte\t2\n1\t2\n", ["a.tsv:3: byte 8 of the line is not UTF-8"]),
     ],
 )
 def test_a_bad_row_is_named_and_the_others_are_read(
@@ -151,3 +164,74 @@ def test_a_hub_data_set_is_streamed(tmp_path: Path) -> None:
     assert rows[1].place == f"hf:{tmp_path}:2"
     with pytest.raises(UsageError, match="cannot be read from the hub"):
         list(read_rows(f"hf:{tmp_path / 'none'}", BadRows()))
+
+
+def encode_reads(file: Path, file_format: str) -> list[str] | str:
+    """The texts that `unmask encode` reads, empty ones left out, or the place where it stops."""
+    try:
+        with open_texts(str(file), file_format, "text") as texts:
+            return [text for text in texts if text.strip()]
+    except UsageError as error:
+        return place_in(str(error))
+
+
+def train_reads(file: Path) -> list[str] | str:
+    """The texts that `unmask train` reads, or the place of the first row that it refuses."""
+    bad = BadRows(0.0)
+    source = DataSource(name="set", path=str(file), text="text")
+    try:
+        texts = [example.query for example in read_examples(source, None, bad)]
+        bad.close()
+    except (UsageError, StorageError) as error:
+        return place_in(str(error))
+    return texts
+
+
+def place_in(message: str) -> str:
+    """The line that a message names; "whole file" if it names none."""
+    line = re.search(r"(?:, line |\.(?:tsv|csv|jsonl|txt):)(\d+)", message)
+    return f"line {line[1]}" if line else "whole file"
+
+
+MESSY = {
+    "quotes": b'"Hello, he said\n5" pipe\nplain\na "quoted" word\n"unclosed\nlast\n',
+    "swallowed": b'"opened here\nplain\nand closed there"\nlast\n',
+    "doubled": b'"He said ""yes"""\n"plain"\n',
+    "blank": b"one\n\ntwo\n\n",
+    "endings": b"one\r\ntwo\r\r\nthree\r",
+    "returns": b"one\rhalf\ntwo\n",
+    "separators": "a\u2028b\x85c\x0bd\n".encode(),
+    "latin-1": b"one\ncaf\xe9\ntwo\n",
+    "tabs": b"one\ttwo\nthree\n",
+    "commas": b"one, two\nthree\n",
+    "json": b'{"text": "one"}\n{"text": null}\n{"body": "two"}\n',
+    "json-types": b'{"text": "one"}\n{"text": 3}\n',
+    "json-strings": b'"one"\n"two"\n{"text": "three"}\n',
+    "json-surrogate": b'{"text": "one"}\n{"text": "\\ud83d"}\n',
+    "json-surrogate-elsewhere": b'{"text": "one", "other": "\\ud83d"}\n',
+    "nothing": b"",
+    "zero": b"one\x00two\n",
+}
+
+
+@pytest.mark.parametrize("header", [b"", b"text\n", b"\xef\xbb\xbftext\n", b"n\ttext\n", b"text,text\n", b"other\n"])
+@pytest.mark.parametrize("file_format", ["tsv", "csv", "jsonl", "txt"])
+@pytest.mark.parametrize("name", MESSY)
+def test_encode_and_train_read_the_same_rows(name: str, file_format: str, header: bytes, tmp_path: Path) -> None:
+    file = tmp_path / f"a.{file_format}"
+    file.write_bytes(header + MESSY[name])
+    assert encode_reads(file, file_format) == train_reads(file)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    pieces=st.lists(st.sampled_from([*b'"\t,\n\r\\ax', *[b'""', b'"text"', b"\xff", "é\u2028".encode()]]), max_size=25),
+    file_format=st.sampled_from(["tsv", "csv", "jsonl", "txt"]),
+)
+def test_encode_and_train_read_any_bytes_alike(
+    pieces: list[int | bytes], file_format: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    file = tmp_path_factory.getbasetemp() / f"any.{file_format}"
+    content = b"".join(bytes([piece]) if isinstance(piece, int) else piece for piece in pieces)
+    file.write_bytes((b"text\n" if file_format in ("tsv", "csv") else b"") + content)
+    assert encode_reads(file, file_format) == train_reads(file)

@@ -3,8 +3,7 @@
 A reader gives one text per row, in order, with a few rows in memory. It never skips a row: a row that cannot be read
 is an error that names the file and the line. A null in a table is an empty text.
 
-In a txt file only `\\n` ends a line, with one `\\r` before it if there is one. Every other character belongs to the
-text, U+2028 and a lone `\\r` included. All text files are UTF-8, with or without a byte order mark.
+The formats are those of `unmask.tables`, which training and evaluation read too. A text file may be gzipped.
 """
 
 import io
@@ -20,7 +19,7 @@ import numpy as np
 
 from unmask.disk import storage_errors
 from unmask.errors import StorageError, UsageError
-from unmask.tables import Row, first_surrogate, json_name, open_parquet, open_table
+from unmask.tables import Row, list_names, open_binary, open_parquet, open_table, table_format
 
 INPUT_FORMATS = ("txt", "jsonl", "csv", "tsv", "parquet")
 OUTPUT_FORMATS = ("npy", "parquet", "jsonl")
@@ -49,9 +48,9 @@ def format_of(name: str, chosen: str | None, formats: Sequence[str], standard: s
         return chosen
     if name == STANDARD_STREAM:
         return standard
-    ending = Path(name).suffix.lower().removeprefix(".")
-    ending = "jsonl" if ending == "ndjson" else ending
-    if ending not in formats:
+    # Inputs may be gzipped; an output named so would not be.
+    ending = table_format(Path(name)) if formats is INPUT_FORMATS else Path(name).suffix.lower().removeprefix(".")
+    if ending is None or ending not in formats:
         raise UsageError(f"the name {name} does not tell its format; add {option} with one of {', '.join(formats)}")
     return ending
 
@@ -64,16 +63,16 @@ def label_of(name: str) -> str:
 def row_count(name: str, file_format: str) -> int | None:
     """Rows of a file, for display only: a quote inside an unquoted csv field makes it inexact.
 
-    None where it cannot be known without using the input up: standard input, a pipe, or a damaged file.
+    None where it cannot be known without using the input up or decompressing it: standard input, a pipe, a gzipped or a
+    damaged file.
     """
-    if name == STANDARD_STREAM or not Path(name).is_file():
+    if name == STANDARD_STREAM or not Path(name).is_file() or Path(name).suffix.lower() == ".gz":
         return None
     try:
         with Path(name).open("rb") as stream:
             if file_format == "parquet":
                 return open_parquet(stream, name).metadata.num_rows
-            quoted = file_format in ("csv", "tsv")
-            return _count_records(stream, quoted) - quoted
+            return _count_records(stream, file_format == "csv") - (file_format in ("csv", "tsv"))
     except (UsageError, OSError):
         return None
 
@@ -108,7 +107,7 @@ def open_texts(name: str, file_format: str, column: str = "text") -> Iterator[It
             stream: IO[bytes] = sys.stdin.buffer
         else:
             try:
-                stream = stack.enter_context(Path(name).open("rb"))
+                stream = stack.enter_context(open_binary(Path(name)))
             except OSError as error:
                 raise UsageError(f"cannot read {name}: {error.strerror or error}") from error
         if file_format == "parquet" and not stream.seekable():
@@ -156,41 +155,22 @@ _STRING_TYPES = ("string", "large_string", "string_view")
 
 def _texts(stream: IO[bytes], file_format: str, label: str, column: str) -> Iterator[str]:
     """Open the table and check its column at once; return an iterator over the texts of the column."""
-    table = open_table(stream, file_format, label, quoted_tsv=True, bare_strings=True, text_column=column)
-    if table.columns is not None:
-        _require_column(column, table.columns, label)
+    table = open_table(stream, file_format, label, text_column=column)
+    if table.columns is not None and column not in table.columns:
+        raise UsageError(
+            f"{label} has no column {column!r}; it has the columns {list_names(table.columns)}: choose with --column"
+        )
+    rows = table.rows([column])
     if table.types and table.types[column] not in _STRING_TYPES:
         raise UsageError(f"{label}: column {column!r} holds {table.types[column]}, not strings; choose with --column")
-    return (_text_of(row, column) for row in table.rows([column]))
+    return (_text_of(row, column) for row in rows)
 
 
 def _text_of(row: Row, column: str) -> str:
-    """Return the text of a row; "" for null."""
-    place = f"{row.source}, line {row.number}"
-    if column not in row.fields:
-        raise UsageError(f"{place}: no field {column!r}; {_choice('fields', list(row.fields))}")
-    text = row.fields[column]
-    if text is None:
-        return ""
-    if not isinstance(text, str):
-        kind = json_name(text)
-        raise UsageError(f"{place}, field {column!r}: {kind} found where a string is needed; only strings are encoded")
-    if (half := first_surrogate(text)) is not None:
-        raise UsageError(f"{place}: \\u{ord(half):04x} is half a surrogate pair, not a character; repair it")
-    return text
-
-
-def _require_column(column: str, columns: Sequence[str], label: str) -> None:
-    count = columns.count(column)
-    if count == 0:
-        raise UsageError(f"{label} has no column {column!r}; {_choice('columns', columns)}")
-    if count > 1:
-        raise UsageError(f"{label} has {count} columns named {column!r}; rename all but one")
-
-
-def _choice(kind: str, names: Sequence[str]) -> str:
-    listed = ", ".join(repr(name) for name in names[:10]) + (", ..." if len(names) > 10 else "")
-    return f"it has the {kind} {listed or '(none)'}: choose with --column"
+    try:
+        return row.text(column)
+    except ValueError as error:
+        raise UsageError(f"{row.source}, line {row.number}: {error}; choose with --column") from error
 
 
 def npy_header(rows: int, dim: int) -> bytes:

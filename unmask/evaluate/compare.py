@@ -12,6 +12,7 @@ from unmask.evaluate.models import EmbeddingModel, open_model
 from unmask.evaluate.results import Category, ModelResult, Statistic, TaskScore, read_example_values, read_results
 from unmask.evaluate.statistics import Paired, holm, paired, paired_mean
 from unmask.home import home
+from unmask.tables import open_binary, open_table
 
 NEIGHBOURS = 10
 
@@ -360,8 +361,10 @@ def _open_model(spec: str, measured: MeasuredModel | None) -> EmbeddingModel:
 
 def _read_lines(file: Path) -> list[str]:
     try:
-        return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+        with open_binary(file) as stream:
+            texts = [row.text("text") for row in open_table(stream, "txt", file.name).rows()]
+        return [text for text in texts if text.strip()]
+    except (OSError, UsageError) as error:
         raise UsageError(f"--texts {file} cannot be read: {error}") from error
 
 

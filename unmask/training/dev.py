@@ -1,5 +1,6 @@
 """Evaluation during training: graded pairs, and examples held out of the training sets."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from unmask.errors import UsageError
+from unmask.tables import Row, list_names
 from unmask.training.examples import Examples
 from unmask.training.recipe import Dev, Recipe
 from unmask.training.rows import BadRows, read_rows
@@ -116,23 +118,47 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 def _read_graded(dev: Dev, root: Path | None, seed: int, max_bad_rows: float) -> GradedPairs:
     bad = BadRows(max_bad_rows)
-    rows = []
-    for row in read_rows(dev.path, bad, root):
-        bad.good()
-        rows.append(row.fields)
+    columns = (dev.first, dev.second, dev.score)
+    rows: list[tuple[str, str, float]] = []
+    for row in read_rows(dev.path, bad, root, columns):
+        missing = next((column for column in columns if column not in row.fields), None)
+        if missing is not None:
+            raise UsageError(
+                f"dev {dev.name!r}: {row.place} has no column {missing!r}; it has {list_names(list(row.fields))}"
+            )
+        try:
+            rows.append((_text(row, dev.first), _text(row, dev.second), _score(row, dev.score)))
+        except ValueError as error:
+            bad.report(row.place, str(error))
+        else:
+            bad.good()
     bad.close()
     if not rows:
         raise UsageError(f"dev {dev.name!r}: {dev.path} holds no rows")
+    if len({score for _, _, score in rows}) == 1:
+        raise UsageError(
+            f"dev {dev.name!r}: all scores in {dev.path} are {rows[0][2]:g}, so there is no rank to compare"
+        )
     if dev.limit is not None and dev.limit < len(rows):
         chosen = np.random.default_rng([seed, *dev.name.encode()]).permutation(len(rows))[: dev.limit]
         rows = [rows[i] for i in sorted(chosen)]
+    first, second, gold = (list(column) for column in zip(*rows, strict=True))
+    return GradedPairs(dev.name, first, second, np.array(gold))
+
+
+def _text(row: Row, column: str) -> str:
+    text = row.text(column)
+    if not text.strip():
+        raise ValueError(f"field {column!r} is empty")
+    return text
+
+
+def _score(row: Row, column: str) -> float:
+    value = row.fields[column]
     try:
-        first, second = ([str(row[column]) for row in rows] for column in (dev.first, dev.second))
-        gold = np.array([float(row[dev.score]) for row in rows])
-    except KeyError as error:
-        raise UsageError(
-            f"dev {dev.name!r}: {dev.path} has no column {error.args[0]!r}; it has {', '.join(rows[0])}"
-        ) from error
-    except ValueError as error:
-        raise UsageError(f"dev {dev.name!r}: a score in {dev.path} is no number ({error})") from error
-    return GradedPairs(dev.name, first, second, gold)
+        score = float(value)
+    except (TypeError, ValueError):
+        score = math.nan
+    if not math.isfinite(score):
+        raise ValueError(f"field {column!r}: {str(value)[:40]!r} is no finite number")
+    return score

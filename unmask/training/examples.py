@@ -2,9 +2,8 @@
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -92,7 +91,8 @@ def load_examples(
 
 def read_examples(source: DataSource, root: Path | None, bad: BadRows) -> Iterator[Example]:
     """Yield the examples of one data set in the order of its rows, without sampling or decontamination."""
-    for number, row in enumerate(read_rows(source.path, bad, root)):
+    columns = source.columns()
+    for number, row in enumerate(read_rows(source.path, bad, root, columns, source.text or "text")):
         if number == 0:
             _require_columns(source, row)
         if source.rows != "all" and number % 2 != (source.rows == "odd"):
@@ -102,7 +102,10 @@ def read_examples(source: DataSource, root: Path | None, bad: BadRows) -> Iterat
         if any(str(row.fields.get(column)) in values for column, values in source.without.items()):
             continue
         try:
-            example = _example(source, row.fields)
+            if source.text is not None and not _text(row, source.text).strip():
+                bad.skip_empty(row.place)
+                continue
+            example = _example(source, row)
         except ValueError as error:
             bad.report(row.place, str(error))
             continue
@@ -111,42 +114,39 @@ def read_examples(source: DataSource, root: Path | None, bad: BadRows) -> Iterat
 
 
 def _require_columns(source: DataSource, row: Row) -> None:
-    columns = (source.query, source.positive, source.text, source.label, *source.negatives)
-    for column in (*filter(None, columns), *source.only, *source.without):
+    for column in source.columns():
         if column not in row.fields:
             raise UsageError(
                 f"data {source.name!r}: {row.place} has no column {column!r}; it has {', '.join(row.fields)}"
             )
 
 
-def _example(source: DataSource, fields: dict[str, Any]) -> Example:
+def _example(source: DataSource, row: Row) -> Example:
     if source.text is not None:
-        label = fields.get(source.label) if source.label else None
+        label = row.fields.get(source.label) if source.label else None
         if source.label and label in (None, ""):
             raise ValueError(f"no {source.label}")
-        return Example(_text(fields, source.text, source), label=None if label is None else str(label))
+        return Example(_cut(_text(row, source.text), source), label=None if label is None else str(label))
     assert source.query is not None and source.positive is not None  # Source requires it
     negatives: list[str] = []
     for column in source.negatives:
-        value = fields.get(column)
+        value = row.fields.get(column)
         texts = value if isinstance(value, list) else [value]
-        invalid = next((text for text in texts if text is not None and not isinstance(text, str)), None)
-        if invalid is not None:
-            raise ValueError(f"{column} holds {type(invalid).__name__}, not text")
-        negatives += [_cut(text, source) for text in texts if text and text.strip()]
-    query, positive = (_text(fields, column, source) for column in (source.query, source.positive))
-    return Example(query, positive, tuple(negatives))
+        texts = [replace(row, fields={column: text}).text(column) for text in texts]
+        negatives += [_cut(text, source) for text in texts if text.strip()]
+    query, positive = (_text(row, column) for column in (source.query, source.positive))
+    for column, text in ((source.query, query), (source.positive, positive)):
+        if not text.strip():
+            raise ValueError(f"field {column!r} is empty")
+    return Example(_cut(query, source), _cut(positive, source), tuple(negatives))
 
 
-def _text(fields: dict[str, Any], column: str, source: DataSource) -> str:
-    value = fields.get(column)
+def _text(row: Row, column: str) -> str:
+    """Return the text of a column, or the first text of a list; "" for null."""
+    value = row.fields.get(column)
     if isinstance(value, list) and value and isinstance(value[0], str):
-        value = value[0]
-    if not isinstance(value, str):
-        raise ValueError(f"{column} is {type(value).__name__}, not text")
-    if not value.strip():
-        raise ValueError(f"{column} is empty")
-    return _cut(value, source)
+        row = replace(row, fields={column: value[0]})
+    return row.text(column)
 
 
 def _cut(text: str, source: DataSource) -> str:

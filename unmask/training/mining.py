@@ -202,7 +202,7 @@ def _bare(text: str) -> str:
 
 def _pairs(mining: MiningSettings, bad: BadRows) -> Iterator[tuple[str, str]]:
     columns = (mining.query, mining.positive)
-    for row in read_rows(mining.source, bad):
+    for row in read_rows(mining.source, bad, columns=columns):
         values = [_text_in(row.fields, column, mining.source) for column in columns]
         if all(values):
             bad.good()
@@ -213,7 +213,7 @@ def _pairs(mining: MiningSettings, bad: BadRows) -> Iterator[tuple[str, str]]:
 
 def _texts(mining: MiningSettings, bad: BadRows) -> Iterator[str]:
     assert mining.corpus is not None
-    for row in read_rows(mining.corpus, bad):
+    for row in read_rows(mining.corpus, bad, columns=[mining.text], text_column=mining.text):
         text = _text_in(row.fields, mining.text, mining.corpus)
         if text:
             bad.good()

@@ -91,6 +91,11 @@ class DataSource(Struct, forbid_unknown_fields=True, kw_only=True):
         if self.stream and (self.weight is None or self.label or self.limit or self.share or self.held_out):
             raise ValueError(f"data {self.name!r}: stream needs a weight, and excludes label, limit, share, held_out")
 
+    def columns(self) -> list[str]:
+        """Return the names of all columns that this set is read from."""
+        names = (self.query, self.positive, self.text, self.label, *self.negatives, *self.only, *self.without)
+        return list(dict.fromkeys(filter(None, names)))
+
 
 class Lora(Struct, forbid_unknown_fields=True, kw_only=True):
     """Low-rank adapters (arXiv 2106.09685). The update is alpha / rank * B @ A.

@@ -3,7 +3,7 @@
 A bad row is never dropped silently: it is counted with its place, and above `max_bad_rows` the run stops.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,16 +23,32 @@ class BadRows:
 
     Args:
         allowed_share: share of bad rows past which the run stops.
+
+    Attributes:
+        seen: rows read.
+        bad: rows that could not be used.
+        places: places and reasons of the first bad rows.
+        empty: rows whose text is empty. There is nothing to learn from them and nothing wrong with them, so they do
+            not count as bad.
+        first_empty: place of the first of those.
     """
 
     allowed_share: float = 0.01
     seen: int = 0
     bad: int = 0
     places: list[str] = field(default_factory=list)
+    empty: int = 0
+    first_empty: str = ""
 
     def good(self) -> None:
         """Count one row that could be used."""
         self.seen += 1
+
+    def skip_empty(self, place: str) -> None:
+        """Count one row whose text is empty."""
+        self.seen += 1
+        self.empty += 1
+        self.first_empty = self.first_empty or place
 
     def report(self, place: str, reason: str) -> None:
         """Count one bad row.
@@ -63,17 +79,25 @@ class BadRows:
             )
 
 
-def read_rows(source: str, bad: BadRows, root: Path | None = None) -> Iterator[Row]:
-    """Yield the rows of a file or of a hub data set.
+def read_rows(
+    source: str,
+    bad: BadRows,
+    root: Path | None = None,
+    columns: Sequence[str] | None = None,
+    text_column: str = "text",
+) -> Iterator[Row]:
+    """Yield the rows of a file or of a hub data set. `unmask encode` reads the same rows from the same file.
 
     Args:
-        source: a .tsv (header line, no quoting), .csv, .jsonl, .parquet or .txt file (one text per line, as field
-            "text"), any of the text forms gzipped; or `hf:owner/name`, `hf:owner/name:config:split`.
+        source: a .tsv (header line, no quoting), .csv, .jsonl, .parquet or .txt file (one text per line), any of the
+            text forms gzipped; or `hf:owner/name`, `hf:owner/name:config:split`.
         bad: counts every row that cannot be parsed.
         root: folder that relative paths are taken from.
+        columns: the columns that the caller reads; default: all.
+        text_column: name of the field for lines of a txt file and for bare strings in jsonl.
 
     Raises:
-        UsageError: there is no such file, or its format is unknown.
+        UsageError: there is no such file, its format is unknown, or two of the columns have one name.
         StorageError: it cannot be read.
     """
     if source.startswith(_HUB):
@@ -86,7 +110,7 @@ def read_rows(source: str, bad: BadRows, root: Path | None = None) -> Iterator[R
     if not path.is_file():
         raise UsageError(f"no training data at {path}; paths in a recipe are taken from --data or the recipe's folder")
     try:
-        yield from read_table(path, on_bad_row=bad.report)
+        yield from read_table(path, columns=columns, text_column=text_column, on_bad_row=bad.report)
     except (TableError, OSError) as error:
         raise StorageError(f"{path}: {error}") from error
 

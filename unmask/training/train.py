@@ -149,6 +149,7 @@ def load_data(recipe: Recipe, data: Path, log: Callable[[str], None]) -> LoadedD
             continue
         examples = load_examples(source, data, decontaminator, recipe.seed, recipe.max_bad_rows)
         dropped = f", {examples.overlapping} dropped that overlap with evaluation data" if examples.overlapping else ""
+        dropped += f", {examples.bad.empty} empty ({examples.bad.first_empty})" if examples.bad.empty else ""
         dropped += f", {examples.bad.bad} unusable ({examples.bad.places[0]})" if examples.bad.bad else ""
         log(f"{source.name}: {len(examples.train)} examples{dropped}")
         sets.append(examples)
