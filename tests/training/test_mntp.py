@@ -135,7 +135,9 @@ def by_hand(model: TrainingModel, recipe, texts, weight: torch.Tensor, cap: floa
     for text in texts:
         ids = np.array([*tokenizer.prefix, *tokenizer.text.encode(text, add_special_tokens=False).ids])
         for block in blocks([ids], recipe.mntp.block):
-            masked = mask_tokens(block, recipe.mntp, mask_token_id(model, recipe.mntp), 800, generator)
+            masked = mask_tokens(
+                block, recipe.mntp, mask_token_id(model.encoder.checkpoint, recipe.mntp), 800, generator
+            )
             logits = model.hidden([masked.ids]) @ weight.T  # logits at i - 1 tell what stands at i
             if cap:
                 logits = cap * torch.tanh(logits / cap)
@@ -186,9 +188,9 @@ def test_documents_without_a_gap_teach_nothing(untied: str) -> None:
 
 def test_a_mask_token_must_be_in_the_vocabulary(untied: str) -> None:
     model = TrainingModel(recipe_of("mntp", base=untied), CPU)
-    assert mask_token_id(model, Mntp()) == model.encoder.checkpoint.tokenizer.text.token_to_id("_")
+    assert mask_token_id(model.encoder.checkpoint, Mntp()) == model.encoder.checkpoint.tokenizer.text.token_to_id("_")
     with pytest.raises(UsageError, match=r"mntp.mask_token='<nothing>' is not one token of"):
-        mask_token_id(model, Mntp(mask_token="<nothing>"))
+        mask_token_id(model.encoder.checkpoint, Mntp(mask_token="<nothing>"))
 
 
 def test_an_inner_model_has_no_head_to_predict_with() -> None:

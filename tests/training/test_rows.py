@@ -167,12 +167,17 @@ def test_a_hub_data_set_is_streamed(tmp_path: Path) -> None:
 
 
 def encode_reads(file: Path, file_format: str) -> list[str] | str:
-    """The texts that `unmask encode` reads, empty ones left out, or the place where it stops."""
+    """The texts that `unmask encode` reads, or the place where it stops."""
+    read: list[str] = []
     try:
         with open_texts(str(file), file_format, "text") as texts:
-            return [text for text in texts if text.strip()]
+            for text in texts:
+                if not text.strip():
+                    return EMPTY
+                read.append(text)
     except UsageError as error:
         return place_in(str(error))
+    return read
 
 
 def train_reads(file: Path) -> list[str] | str:
@@ -188,11 +193,14 @@ def train_reads(file: Path) -> list[str] | str:
 
 
 def place_in(message: str) -> str:
-    """The line that a message names; "whole file" if it names none."""
+    """The line that a message names; "whole file" if it names none, and EMPTY for an empty text."""
+    if "is empty" in message and "first line" not in message:
+        return EMPTY
     line = re.search(r"(?:, line |\.(?:tsv|csv|jsonl|txt):)(\d+)", message)
     return f"line {line[1]}" if line else "whole file"
 
 
+EMPTY = "an empty text"
 MESSY = {
     "quotes": b'"Hello, he said\n5" pipe\nplain\na "quoted" word\n"unclosed\nlast\n',
     "swallowed": b'"opened here\nplain\nand closed there"\nlast\n',

@@ -127,7 +127,7 @@ def test_memory_that_runs_out_leaves_the_last_checkpoint(processes: ForkServerCo
     rows = [" ".join(chosen.choices(WORDS, k=900)) for _ in range(8)]  # attention weights of some 50 MB
     (tmp_path / "long.tsv").write_text("text\n" + "\n".join(rows) + "\n", encoding="utf-8")
     data = [{"name": "long", "path": "long.tsv", "text": "text"}]
-    recipe = recipe_of("simcse", data=data, batch={"size": 1}, steps=4, checkpoint_every=1, max_length=1500)
+    recipe = recipe_of("simcse", data=data, batch={"size": 2}, steps=4, checkpoint_every=1, max_length=1500)
     out = run(processes, recipe, tmp_path, tmp_path / "run", limits={2: ("RLIMIT_AS", 8_000_000)})
     out.join()
     message = (tmp_path / "run.error").read_text()

@@ -56,7 +56,10 @@ def train(
     if dry_run:
         from unmask.training.plan import plan_run
 
-        plans = [plan_run(stage, folder, say) for stage in recipes]
+        plans: list[RunPlan] = []
+        for stage in recipes:
+            # A stage starts from the vectors of the one before it.
+            plans.append(plan_run(stage, folder, say, plans[-1].dimensions if plans else None))
         if as_json:
             print_json([asdict(plan) for plan in plans])
         else:

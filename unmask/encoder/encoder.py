@@ -391,7 +391,9 @@ def _prompts(checkpoint: Checkpoint, options: LoadOptions) -> tuple[str, int, Pr
     pooling = str(options.pooling or config.get("pooling_mode") or "mean")
     skip = options.skip_instruction
     skip = bool(config.get("skip_instruction", True) if skip is None else skip)
-    max_length = _require_length("max_length", options.max_length or config.get("max_length") or 512)
+    # An explicit 0 is refused, and not read as if nothing were given.
+    max_length = config.get("max_length") or 512 if options.max_length is None else options.max_length
+    max_length = _require_length("max_length", max_length)
     doc_max_length = _require_length("doc_max_length", config.get("doc_max_length") or 400)
     if pooling not in POOLINGS:
         raise UsageError(f"pooling={pooling!r}: choose one of {', '.join(POOLINGS)}")

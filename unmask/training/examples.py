@@ -102,9 +102,6 @@ def read_examples(source: DataSource, root: Path | None, bad: BadRows) -> Iterat
         if any(str(row.fields.get(column)) in values for column, values in source.without.items()):
             continue
         try:
-            if source.text is not None and not _text(row, source.text).strip():
-                bad.skip_empty(row.place)
-                continue
             example = _example(source, row)
         except ValueError as error:
             bad.report(row.place, str(error))
@@ -126,7 +123,7 @@ def _example(source: DataSource, row: Row) -> Example:
         label = row.fields.get(source.label) if source.label else None
         if source.label and label in (None, ""):
             raise ValueError(f"no {source.label}")
-        return Example(_cut(_text(row, source.text), source), label=None if label is None else str(label))
+        return Example(_filled(row, source.text, source), label=None if label is None else str(label))
     assert source.query is not None and source.positive is not None  # Source requires it
     negatives: list[str] = []
     for column in source.negatives:
@@ -134,11 +131,14 @@ def _example(source: DataSource, row: Row) -> Example:
         texts = value if isinstance(value, list) else [value]
         texts = [replace(row, fields={column: text}).text(column) for text in texts]
         negatives += [_cut(text, source) for text in texts if text.strip()]
-    query, positive = (_text(row, column) for column in (source.query, source.positive))
-    for column, text in ((source.query, query), (source.positive, positive)):
-        if not text.strip():
-            raise ValueError(f"field {column!r} is empty")
-    return Example(_cut(query, source), _cut(positive, source), tuple(negatives))
+    return Example(_filled(row, source.query, source), _filled(row, source.positive, source), tuple(negatives))
+
+
+def _filled(row: Row, column: str, source: DataSource) -> str:
+    text = _text(row, column)
+    if not text.strip():
+        raise ValueError(f"field {column!r} is empty")
+    return _cut(text, source)
 
 
 def _text(row: Row, column: str) -> str:

@@ -101,6 +101,8 @@ def probe_recipe(
     """
     if recipe.distillation is None:
         raise UsageError("probe-layers needs a teacher: the recipe has no [distillation]")
+    if not 0 < held_out < texts:
+        raise UsageError(f"--texts {texts}, --held-out {held_out}: hold out 1 or more, and fewer than there are")
     sets, _ = load_data(recipe, data, log)
     all_texts = distilled_texts(sets, recipe.contrastive.hard_negatives)
     chosen = [all_texts[i] for i in np.random.default_rng([recipe.seed, 4]).permutation(len(all_texts))[:texts]]

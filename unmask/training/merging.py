@@ -81,7 +81,7 @@ def interpolate(
         UsageError: the weight is not between 0 and 1, or the models do not fit each other; the first tensor that
             does not is named.
     """
-    if not 0.0 <= weight <= 1.0:
+    if not 0.0 <= weight <= 1.0:  # also refuses NaN
         raise UsageError(f"--weight {weight}: 0 is the first model, 1 the second; choose something between")
     require_new(output)
     models = [open_checkpoint(name) for name in (first, second)]
@@ -162,6 +162,7 @@ def stack(adapters: Sequence[str], output: Path, rank: int | None = None) -> Com
         AdapterMismatch: they were made for different models.
     """
     require_new(output)
+    _require_rank(rank)
     if len(adapters) < 2:
         raise UsageError("name two adapters or more to be stacked")
     parts = [_read_factors(name) for name in adapters]
@@ -190,6 +191,7 @@ def average(models: Sequence[str], output: Path, rank: int | None = None, dtype:
         UsageError: models and adapters together, or models of different shapes.
     """
     require_new(output)
+    _require_rank(rank)
     names = _checkpoints_in(models)
     if len(names) < 2:
         raise UsageError(f"{' '.join(models)}: only one checkpoint is there; an average needs two or more")
@@ -291,6 +293,11 @@ def write_factors(folder: Path, factors: Factors, encoder_config: Mapping[str, A
             partial.write_text(json.dumps(encoder_config, indent=2) + "\n", encoding="utf-8")
     with atomic_write(folder / "adapter_config.json") as partial:  # last: without it the folder is no adapter
         partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _require_rank(rank: int | None) -> None:
+    if rank is not None and rank < 1:
+        raise UsageError(f"--rank {rank}: give 1 or more, or leave it out to lose nothing")
 
 
 def _write_combined(parts: Sequence[Factors], weights: Sequence[float], rank: int | None, output: Path) -> Combination:

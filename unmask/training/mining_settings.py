@@ -43,5 +43,7 @@ class MiningSettings:
             raise UsageError(f"count={self.count}, skip={self.skip}: one negative or more, skipping none or more")
         if self.max_share is not None and not 0 < self.max_share <= 1:
             raise UsageError(f"max_share={self.max_share}: a share of the positive's similarity, above 0 and up to 1")
+        if not 0 <= self.max_bad_rows <= 1:
+            raise UsageError(f"max_bad_rows={self.max_bad_rows}: a share of the rows, 0 to 1")
         if self.margin is not None and not 0 <= self.margin < 2:
             raise UsageError(f"margin={self.margin}: a difference of cosines, 0 or more")

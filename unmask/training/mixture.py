@@ -43,6 +43,11 @@ class TextBatch:
         return " + ".join(part.source.name for part in self.parts)
 
 
+def examples_per_draw(recipe: Recipe, source: DataSource) -> int:
+    """Return the number of examples of a source each time it is drawn; a batch has `batch.sets` draws."""
+    return max(1, (source.batch or recipe.batch.size) // recipe.batch.sets)
+
+
 class Mixture:
     """Endless batches of a recipe's data.
 
@@ -69,13 +74,9 @@ class Mixture:
         steps = 0
         while any(examples > 0 for examples in left):
             for which in (next(choices) for _ in range(self._recipe.batch.sets)):
-                left[which] -= self._size(self._sources[which])
+                left[which] -= examples_per_draw(self._recipe, self._sources[which])
             steps += 1
         return steps
-
-    def _size(self, source: DataSource) -> int:
-        """Number of examples of a source each time it is drawn."""
-        return max(1, (source.batch or self._recipe.batch.size) // self._recipe.batch.sets)
 
     def _choices(self) -> Iterator[int]:
         generator = np.random.default_rng([self._recipe.seed, 0])
@@ -89,7 +90,7 @@ class Mixture:
         for number in count():
             drawn: dict[int, list[Example]] = {}
             for which in (next(choices) for _ in range(self._recipe.batch.sets)):
-                examples = [next(streams[which]) for _ in range(self._size(self._sources[which]))]
+                examples = [next(streams[which]) for _ in range(examples_per_draw(self._recipe, self._sources[which]))]
                 drawn.setdefault(which, []).extend(examples)
             if number >= skip:
                 yield TextBatch([Part(self._sources[which], examples) for which, examples in drawn.items()])

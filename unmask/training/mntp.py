@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unmask.checkpoint.checkpoint import Checkpoint
 from unmask.encoder.model.decoder import Decoder
 from unmask.errors import UsageError
 from unmask.training.recipe import Mntp
@@ -66,15 +67,15 @@ def blocks(sequences: list[np.ndarray], length: int) -> list[np.ndarray]:
     return [piece for piece in pieces if len(piece) > 1]
 
 
-def mask_token_id(model: TrainingModel, mntp: Mntp) -> int:
+def mask_token_id(checkpoint: Checkpoint, mntp: Mntp) -> int:
     """Return the id of the mask token.
 
     Raises:
         UsageError: the tokenizer has no such single token.
     """
-    token = model.encoder.checkpoint.tokenizer.text.token_to_id(mntp.mask_token)
+    token = checkpoint.tokenizer.text.token_to_id(mntp.mask_token)
     if token is None:
-        raise UsageError(f"mntp.mask_token={mntp.mask_token!r} is not one token of {model.encoder.name}'s vocabulary")
+        raise UsageError(f"mntp.mask_token={mntp.mask_token!r} is not one token of {checkpoint.name}'s vocabulary")
     return token
 
 

@@ -241,7 +241,7 @@ def simcse(batch: TextBatch, temperature: float, lengths: Sequence[int], model: 
 
 
 def _mntp(settings: Mntp, seed: int, model: TrainingModel) -> Objective:
-    head, mask_id = language_model_head(model), mask_token_id(model, settings)
+    head, mask_id = language_model_head(model), mask_token_id(model.encoder.checkpoint, settings)
     vocabulary = model.decoder.shape.vocabulary
     tokenizer = model.encoder.checkpoint.tokenizer
 

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from unmask.checkpoint import open_checkpoint
 from unmask.encoder.model.architectures import Shape, shape_of
 from unmask.errors import UnsupportedArchitecture
+from unmask.training.checks import check_run
 from unmask.training.device import choose_device, compute_dtype
 from unmask.training.examples import Example, Examples
 from unmask.training.recipe import DataSource, Lora, Recipe
@@ -44,6 +45,7 @@ class RunPlan:
         memory_bytes: weights, optimiser and the activations of one forward.
         seconds: training time, from this machine's GEMM speed, which is measured now.
         trained: number of parameters that the optimiser updates.
+        dimensions: length of the vectors.
     """
 
     sources: list[SourcePlan]
@@ -52,10 +54,14 @@ class RunPlan:
     memory_bytes: int
     seconds: float
     trained: int
+    dimensions: int
 
 
-def plan_run(recipe: Recipe, data: Path, log: Callable[[str], None]) -> RunPlan:
+def plan_run(recipe: Recipe, data: Path, log: Callable[[str], None], base_dimensions: int | None = None) -> RunPlan:
     """Read the data, count the tokens of a sample, and estimate. Writes nothing and reads no weights.
+
+    Args:
+        base_dimensions: length of the base's vectors if a stage before this one writes it; default: read from it.
 
     Raises:
         UsageError, CheckpointError: as the run itself would raise at its start.
@@ -67,6 +73,7 @@ def plan_run(recipe: Recipe, data: Path, log: Callable[[str], None]) -> RunPlan:
             f"{recipe.base} has no row in unmask.encoder.model.architectures; it cannot be trained"
         )
     sets, _ = load_data(recipe, data, log)
+    dimensions = check_run(recipe, data, sets, base_dimensions)
     examples_of = {examples.source.name: examples for examples in sets}
     weights = np.array([s.weight or len(examples_of[s.name].train) for s in recipe.data], dtype=float)
     shares = weights / weights.sum()
@@ -87,7 +94,7 @@ def plan_run(recipe: Recipe, data: Path, log: Callable[[str], None]) -> RunPlan:
     memory = _weight_bytes(shape, dtype, trained, adapted=recipe.lora is not None)
     per_token = _activation_bytes(shape, dtype, recipe.gradient_checkpointing)
     memory += int(min(per_step, recipe.batch.forward_tokens) * per_token)
-    return RunPlan(sources, recipe.steps, tokens, memory, seconds, trained)
+    return RunPlan(sources, recipe.steps, tokens, memory, seconds, trained, dimensions)
 
 
 def _source_plan(

@@ -5,8 +5,9 @@ overrides one value by its path. The resolved recipe is stored with the result.
 """
 
 import copy
+import math
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +20,8 @@ from unmask.training.old_keys import rename_keys
 Positive = Annotated[int, Meta(ge=1)]
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 Rate = Annotated[float, Meta(gt=0.0)]
+# Dropout of everything leaves nothing to learn from.
+DropoutRate = Annotated[float, Meta(ge=0.0, lt=1.0)]
 
 # Modules with an adapter, by their names on the hub. LLM2Vec adapts every linear layer of a block.
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -107,7 +110,7 @@ class Lora(Struct, forbid_unknown_fields=True, kw_only=True):
     init_from: str | None = None
     rank: Positive = 16
     alpha: Rate = 32.0
-    dropout: Share = 0.05
+    dropout: DropoutRate = 0.05
     targets: list[str] = msgspec.field(default_factory=lambda: list(ALL_LINEAR))
 
     def __post_init__(self) -> None:
@@ -139,6 +142,10 @@ class Optimiser(Struct, forbid_unknown_fields=True, kw_only=True):
     epsilon: Rate = 1e-8
     clip: Annotated[float, Meta(ge=0.0)] = 1.0
 
+    def __post_init__(self) -> None:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimiser.betas = {list(self.betas)}: both are 0 or more and below 1")
+
 
 class Mntp(Struct, forbid_unknown_fields=True, kw_only=True):
     """Masked next-token prediction (arXiv 2404.05961, section 2.2).
@@ -164,7 +171,7 @@ class SimCse(Struct, forbid_unknown_fields=True, kw_only=True):
         temperature: temperature of the cosines.
     """
 
-    attention_dropout: Share = 0.3
+    attention_dropout: DropoutRate = 0.3
     temperature: Rate = 0.05
 
 
@@ -183,7 +190,8 @@ class Contrastive(Struct, forbid_unknown_fields=True, kw_only=True):
 
     temperature: Rate = 0.02
     hard_negatives: Annotated[int, Meta(ge=0)] = 1
-    false_negative_margin: float | None = None
+    # At 2, every candidate of whatever cosine would count as a false negative.
+    false_negative_margin: Annotated[float, Meta(gt=-2.0, lt=2.0)] | None = None
     both_ways: bool = True
     weight: Annotated[float, Meta(ge=0.0)] = 1.0
 
@@ -427,6 +435,15 @@ class Recipe(Struct, forbid_unknown_fields=True, kw_only=True):
             streamed = next((source.name for source in self.data if source.stream), None)
             if streamed is not None:
                 raise ValueError(f"max_epochs: data {streamed!r} is streamed, so its length is not known")
+        if len(set(self.matryoshka)) < len(self.matryoshka):
+            raise ValueError(f"matryoshka = {self.matryoshka}: each length once")
+        dev_names = [dev.name for dev in self.dev] + [source.name for source in self.data if source.held_out]
+        shared = next((name for name in dev_names if dev_names.count(name) > 1), None)
+        if shared is not None:
+            raise ValueError(f"dev: the name {shared!r} is given twice; scores are told apart by it")
+        self._check_distillation()
+        self._check_schedule()
+        self._check_objective()
         if self.layers is not None and self.lora is not None:
             raise ValueError(
                 "layers goes with lora = false: an adapter does not say which layers its base has left. "
@@ -448,6 +465,33 @@ class Recipe(Struct, forbid_unknown_fields=True, kw_only=True):
             pairs = next((source.name for source in self.data if source.text is None), None)
             if pairs is not None:
                 raise ValueError(f"data {pairs!r}: {self.objective} learns from texts; name a text column")
+
+    def _check_distillation(self) -> None:
+        settings = self.distillation
+        if settings is None or settings.ranking is not None or self.contrastive.false_negative_margin is not None:
+            return  # a teacher may also only judge which negatives are false
+        if not (settings.weight or settings.vector_weight or settings.similarity_weight):
+            raise ValueError("distillation: weight, vector_weight and similarity_weight are all 0, and no ranking")
+
+    def _check_schedule(self) -> None:
+        total, decays = self.optimiser.total_steps, self.optimiser.schedule != "constant"
+        if total is not None and total < self.steps and decays and not self.optimiser.final_share:
+            raise ValueError(
+                f"optimiser.total_steps = {total} is below steps = {self.steps}: the learning rate would be 0 after "
+                "it; raise it, lower steps, or set optimiser.final_share"
+            )
+
+    def _check_objective(self) -> None:
+        """Refuse parts of a recipe that its objective never reads."""
+        unread: dict[str, object] = {}
+        if self.objective == "mntp":
+            unread |= {"matryoshka": self.matryoshka, "head": self.head}
+        if self.objective != "supervised":
+            unread |= {"distillation": self.distillation}
+        for name, value in unread.items():
+            if value:
+                advice = f"{name} = {'[]' if isinstance(value, list) else 'false'}"
+                raise ValueError(f"{name}: {self.objective} does not train it; leave it out, in a stage by {advice}")
 
     def _check_exits(self) -> None:
         counts = [each.layers for each in self.exits]
@@ -513,10 +557,25 @@ def recipe_of_table(table: dict[str, Any], origin: str, overrides: Sequence[str]
     for optional in ("lora", "layers", "distillation", "decontaminate_against", "head", "ema"):
         if table.get(optional) is False:  # TOML has no null
             table[optional] = None
+    infinite = next(_infinite_numbers(table), None)
+    if infinite is not None:
+        raise UsageError(f"{origin}: Expected a finite number, got {infinite}")
     try:
         return msgspec.convert(table, Recipe)
     except msgspec.ValidationError as error:
         raise UsageError(f"{origin}: {error}") from error
+
+
+def _infinite_numbers(value: Any, path: str = "$") -> Iterator[str]:
+    """Yield value and path of each infinity and NaN, which TOML can write and no field can use, in msgspec's words."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{value} - at `{path}`"
+    elif isinstance(value, dict):
+        for key, below in value.items():
+            yield from _infinite_numbers(below, f"{path}.{key}")
+    elif isinstance(value, list):
+        for number, below in enumerate(value):
+            yield from _infinite_numbers(below, f"{path}[{number}]")
 
 
 def stored_recipe(stored: Any) -> Recipe:

@@ -28,27 +28,16 @@ class BadRows:
         seen: rows read.
         bad: rows that could not be used.
         places: places and reasons of the first bad rows.
-        empty: rows whose text is empty. There is nothing to learn from them and nothing wrong with them, so they do
-            not count as bad.
-        first_empty: place of the first of those.
     """
 
     allowed_share: float = 0.01
     seen: int = 0
     bad: int = 0
     places: list[str] = field(default_factory=list)
-    empty: int = 0
-    first_empty: str = ""
 
     def good(self) -> None:
         """Count one row that could be used."""
         self.seen += 1
-
-    def skip_empty(self, place: str) -> None:
-        """Count one row whose text is empty."""
-        self.seen += 1
-        self.empty += 1
-        self.first_empty = self.first_empty or place
 
     def report(self, place: str, reason: str) -> None:
         """Count one bad row.
@@ -113,6 +102,9 @@ def read_rows(
         yield from read_table(path, columns=columns, text_column=text_column, on_bad_row=bad.report)
     except (TableError, OSError) as error:
         raise StorageError(f"{path}: {error}") from error
+    except UsageError:
+        bad.close()  # rows before this one may be too many already, and are named first
+        raise
 
 
 def _hub_rows(source: str) -> Iterator[Row]:

@@ -26,6 +26,7 @@ from torch import nn
 
 from unmask.disk import atomic_write
 from unmask.errors import UsageError
+from unmask.training.checks import check_run
 from unmask.training.decontamination import Decontaminator, read_decontaminator
 from unmask.training.dev import DevSets
 from unmask.training.device import choose_device, compute_dtype
@@ -44,6 +45,9 @@ from unmask.training.targets import FILE, RankingTeacher, Targets
 from unmask.training.training_model import TrainingModel, adapter_base, embedding_base, initial_adapter
 
 LoadedData = tuple[list[Examples], Decontaminator | None]
+
+# Any text tells the length of the targets.
+_PROBE = "The length of this text's target is asked for."
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,7 @@ def run_training(
     with processes(device) as group:
         report_progress = progress if group.is_main else lambda _: None
         sets, decontaminator = loaded or load_data(recipe, data, log if group.is_main else lambda _: None)
+        check_run(recipe, data, sets)
         folder = RunFolder(output, recipe.keep)
         precision = recipe.precision
         if group.is_main:
@@ -107,6 +112,8 @@ def run_training(
         if recipe.head is not None:
             set_heads(recipe, recipe.head, model, sets, teachers)
         objective = objective_for(recipe, model, teachers)
+        if teachers is not None:
+            _check_target_length(recipe, model, teachers)
         mixture = Mixture(recipe, sets, data, decontaminator)
         if recipe.max_epochs is not None:
             recipe = msgspec.structs.replace(recipe, steps=min(recipe.steps, mixture.steps_of(recipe.max_epochs)))
@@ -149,7 +156,6 @@ def load_data(recipe: Recipe, data: Path, log: Callable[[str], None]) -> LoadedD
             continue
         examples = load_examples(source, data, decontaminator, recipe.seed, recipe.max_bad_rows)
         dropped = f", {examples.overlapping} dropped that overlap with evaluation data" if examples.overlapping else ""
-        dropped += f", {examples.bad.empty} empty ({examples.bad.first_empty})" if examples.bad.empty else ""
         dropped += f", {examples.bad.bad} unusable ({examples.bad.places[0]})" if examples.bad.bad else ""
         log(f"{source.name}: {len(examples.train)} examples{dropped}")
         sets.append(examples)
@@ -185,6 +191,19 @@ def open_teachers(
     teachers = build() if group.is_main else None
     group.wait()
     return teachers or build()
+
+
+def _check_target_length(recipe: Recipe, model: TrainingModel, teachers: Teachers) -> None:
+    """Refuse vectors longer than their targets, whose length is known only when the teachers are open."""
+    settings = recipe.distillation
+    if settings is None or not settings.vector_weight:
+        return
+    length = teachers.targets([_PROBE]).shape[1]
+    if model.dimensions > length:
+        raise UsageError(
+            f"distillation.vector_weight: vectors have {model.dimensions} numbers and targets {length}; add a [head] "
+            f"with dimensions = {length}"
+        )
 
 
 def _counted(log: Callable[[str], None], every: float = 15.0) -> Callable[[str, int, int], None]:
