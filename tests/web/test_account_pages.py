@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from argon2 import Parameters, PasswordHasher, extract_parameters
@@ -211,7 +212,55 @@ def test_only_a_trusted_proxy_says_who_comes(site: LocalService, accounts: Accou
     assert read(site, "203.0.113.7") == 403
 
 
-@pytest.mark.parametrize("next", ["//evil.example", "https://evil.example/", "/\\evil.example", "javascript:alert(1)"])
+ELSEWHERE = (
+    "//evil.example", "///evil.example", "https://evil.example/", "https:evil.example", "https:/evil.example",
+    "HTTPS://evil.example", "/\\evil.example", "\\\\evil.example", "\\/evil.example", "/\t/evil.example",
+    "/%09/evil.example",
+    "/%0a/evil.example", "/%00/evil.example", "/.//evil.example", "/..//evil.example", "/%2e//evil.example",
+    "/account//evil.example", "/account/..//evil.example", "/account/%2e%2e//evil.example", "/%2f/evil.example",
+    "/%2fevil.example", "/%5cevil.example", "/%255cevil.example", "/%252fevil.example", "//user@evil.example",
+    "/@evil.example", "/account@evil.example/", "javascript:alert(1)", "data:text/html,x", " //evil.example",
+    "\u3000//evil.example", "/account\r\nLocation: https://evil.example", "/account%0d%0aLocation:x",
+    "?next=//evil.example",
+    "evil.example", "/account;@evil.example", "/account#//evil.example", "/acc\u00f6unt", "\uff0f\uff0fevil.example",
+)  # fmt: skip
+NO_PAGES = (
+    "/no-such-page",
+    "/account/no-such-page",
+    "/v1/../account",
+    "/sign-out",
+    "/sign-in",
+    "/sign-in/provider",
+    "/account/delete",
+)
+
+
+@pytest.mark.parametrize("next", [*ELSEWHERE, *NO_PAGES])
+def test_an_address_that_is_no_page_here_is_not_gone_on_to(site: LocalService, accounts: Accounts, next: str) -> None:
+    who = person(accounts, "return@example.org") if not site_person(accounts) else site_person(accounts)
+    reply = Visitor.signed_in(site, accounts, who).get(f"/sign-in?next={quote(next, safe='')}")
+    assert (reply.status, reply.headers["location"]) == (303, "/account")
+    shown = Visitor(site).get(f"/sign-in?next={quote(next, safe='')}")
+    assert 'name="next" value=""' in shown.body.decode()
+
+
+@pytest.mark.parametrize(
+    "next", ["/", "/account", "/account/usage?by=key&days=7", "/models", "/models/unmask/smollm2-135m", "/compare"]
+)
+def test_a_page_here_is_gone_on_to(site: LocalService, accounts: Accounts, next: str) -> None:
+    who = site_person(accounts) or person(accounts, "return@example.org")
+    reply = Visitor.signed_in(site, accounts, who).get(f"/sign-in?next={quote(next, safe='')}")
+    assert (reply.status, reply.headers["location"]) == (303, next)
+
+
+def site_person(accounts: Accounts) -> people.Person | None:
+    """The person whom the tests of return addresses share."""
+    return next((each for each in do(accounts, people.list_people) if each.email == "return@example.org"), None)
+
+
+@pytest.mark.parametrize(
+    "next", ["//evil.example", "https://evil.example/", "/\\evil.example", "javascript:alert(1)", "/.//evil"]
+)
 def test_signing_in_leads_nowhere_else(site: LocalService, accounts: Accounts, next: str) -> None:
     if not do(accounts, lambda c: people.stored_password(c, "lead@example.org")):
         person(accounts, "lead@example.org")

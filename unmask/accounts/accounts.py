@@ -19,9 +19,10 @@ from unmask.accounts.identity_provider import Identity, IdentityProvider
 from unmask.accounts.keys import Caller, Peppers
 from unmask.accounts.ledger import HeldCredit, Hold
 from unmask.accounts.limits import BucketTake, Limiter, LocalLimiter, RateLimitStatus
+from unmask.accounts.mail_address import normalize_email
 from unmask.accounts.people import Person
 from unmask.accounts.provider_settings import IdentityProviderSettings
-from unmask.errors import AddressTaken, RateLimited, SignInRefused, UnmaskError
+from unmask.errors import AddressTaken, RateLimited, SignInRefused, UnmaskError, UsageError
 from unmask.storage.database import Database, default_url, now_ms
 from unmask.storage.writer import Writer
 
@@ -406,9 +407,11 @@ class Accounts:
 
     async def _throttle(self, address: str, email: str) -> None:
         """Limit attempts to ten a minute per mail address, and thirty per IP address."""
-        who = self.peppers.permanent_digest(
-            f"sign-in {email.strip().lower()[:254]}"
-        )  # the buckets may lie outside this process
+        try:
+            mailbox = normalize_email(email)
+        except UsageError:
+            mailbox = email[:254]  # nobody's, and refused after it was counted
+        who = self.peppers.permanent_digest(f"sign-in {mailbox}")  # the buckets may lie outside this process
         await self._draw([BucketTake(f"sign-in:{who}", 10, 1), _from_place(address)])
 
     async def _draw(self, draws: Sequence[BucketTake]) -> None:

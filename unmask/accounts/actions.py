@@ -38,7 +38,7 @@ def create_account(
         UsageError: the name, the address or the plan is wrong.
         AddressTaken: the address is taken.
     """
-    if email:
+    if email is not None:
         account = people.sign_up(connection, peppers, email, password_hash, now, admin=admin).account_id
     else:
         account = people.open_account(connection, name, now)

@@ -5,7 +5,6 @@ they stand apart from the functions that hold a transaction.
 """
 
 import hashlib
-import re
 import secrets
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +16,7 @@ from sqlalchemy import Connection
 from unmask.accounts import ledger
 from unmask.accounts.identity_provider import Identity
 from unmask.accounts.keys import Peppers
+from unmask.accounts.mail_address import normalize_email
 from unmask.errors import AddressTaken, LedgerRefused, SignInRefused, UsageError
 from unmask.storage.database import insert
 from unmask.storage.schema import (
@@ -40,8 +40,6 @@ INVITATION_MS = 24 * 3600 * 1000
 SHORTEST_PASSWORD = 10
 NO_PASSWORD = ""  # no password fits it
 _LONGEST_PASSWORD = 1000
-
-_EMAIL = re.compile(r"[^@\s]{1,64}@[^@\s]{1,190}\.[^@\s.]{2,63}")
 
 
 @dataclass(frozen=True)
@@ -197,18 +195,6 @@ def close_account(connection: Connection, id: str, now: int) -> int:
         .values(name="", networks=None, revoked_at=sa.func.coalesce(keys.c.revoked_at, now))
     )
     return closed.balance
-
-
-def normalize_email(email: str) -> str:
-    """Return a mail address as it is stored: stripped, in lower case.
-
-    Raises:
-        UsageError: it is malformed.
-    """
-    email = email.strip().lower()
-    if len(email) > 254 or not _EMAIL.fullmatch(email) or not email.isprintable():
-        raise UsageError("that is no mail address: write it like name@example.org")
-    return email
 
 
 @cache

@@ -2,6 +2,7 @@
 
 import functools
 import ipaddress
+import math
 import re
 import warnings
 from dataclasses import dataclass, field
@@ -133,9 +134,9 @@ class ServeSettings:
             raise UsageError(f"port {self.port}: choose 0 to 65535")
         for name, value in vars(self).items():
             counts = isinstance(value, int | float) and not isinstance(value, bool)
-            if counts and name not in ("port", "cache_bytes", "free_credit") and value <= 0:
-                raise UsageError(f"{name}={value}: must be greater than 0")
-        if self.cache_bytes < 0:
+            if counts and name not in ("port", "cache_bytes", "free_credit") and not 0 < value < math.inf:
+                raise UsageError(f"{name}={value}: must be greater than 0, and finite")
+        if not 0 <= self.cache_bytes < math.inf:
             raise UsageError(f"cache_bytes={self.cache_bytes}: must be 0 (no cache) or greater")
         if self.log_level not in LOG_LEVELS:
             raise UsageError(f"log_level={self.log_level!r}: choose one of {', '.join(LOG_LEVELS)}")

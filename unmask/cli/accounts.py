@@ -12,7 +12,7 @@ from unmask.accounts.keys import Peppers
 from unmask.accounts.money import format_dollars
 from unmask.accounts.verification import discrepancies
 from unmask.cli.database import DatabaseUrl, open_database, read_transaction, write_transaction
-from unmask.cli.options import AsJson
+from unmask.cli.options import AsJson, LineCount
 from unmask.errors import UsageError
 from unmask.storage import backup as backups
 from unmask.storage.database import now_ms
@@ -50,7 +50,7 @@ def create(
         Plan with the limits of the account, see "unmask accounts plan".
     """
     peppers = Peppers()
-    password_hash = people.hash_password(_password(password_file)) if email else ""
+    password_hash = people.hash_password(_password(password_file)) if email is not None else ""
     with write_transaction(database) as connection:
         id = actions.create_account(
             connection,
@@ -120,7 +120,7 @@ def close(account: str, *, yes: bool = False, database: DatabaseUrl = None) -> i
 
 
 @accounts.command(name="audit")
-def list_audit_events(*, lines: int = 100, as_json: AsJson = False, database: DatabaseUrl = None) -> int:
+def list_audit_events(*, lines: LineCount = 100, as_json: AsJson = False, database: DatabaseUrl = None) -> int:
     """List changes with their authors, newest first.
 
     Parameters
@@ -169,7 +169,8 @@ def _password(file: Path | None) -> str:
     if file is None:
         return getpass.getpass("Password: ")
     try:
-        return (file.read_text(encoding="utf-8").splitlines() or [""])[0]
+        # Only a newline ends the line; a password may hold whatever else Unicode counts as a line end.
+        return file.read_text(encoding="utf-8").partition("\n")[0].removesuffix("\r")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--password-file {file} cannot be read: {error}") from error
 

@@ -5,7 +5,7 @@ from unmask.accounts.audit import COMMAND_LINE
 from unmask.accounts.money import format_dollars
 from unmask.cli.accounts import accounts
 from unmask.cli.database import DatabaseUrl, read_transaction, write_transaction
-from unmask.cli.options import AsJson, parse_amount
+from unmask.cli.options import AsJson, LineCount, parse_amount
 from unmask.storage.database import now_ms
 from unmask.terminal import format_time, print_table, say
 
@@ -75,7 +75,7 @@ def refund(charge: str, *, note: str = "", database: DatabaseUrl = None) -> int:
 
 
 @accounts.command
-def statement(account: str, *, lines: int = 100, as_json: AsJson = False, database: DatabaseUrl = None) -> int:
+def statement(account: str, *, lines: LineCount = 100, as_json: AsJson = False, database: DatabaseUrl = None) -> int:
     """List the entries of an account's balance, newest first.
 
     Parameters

@@ -7,7 +7,7 @@ from unmask.accounts.audit import COMMAND_LINE
 from unmask.accounts.money import format_dollars
 from unmask.cli.accounts import accounts
 from unmask.cli.database import DatabaseUrl, read_transaction, write_transaction
-from unmask.cli.options import AsJson, parse_amount
+from unmask.cli.options import AsJson, duration_ms, parse_amount
 from unmask.storage.database import now_ms
 from unmask.terminal import format_time, print_result, print_table, say
 
@@ -48,7 +48,7 @@ def create_key(
     spend_window
         Period after which the spend limit starts anew, in UTC. Default: never.
     days
-        Days until the key ends. Default: it works until it is revoked.
+        Days until the key ends, 1 or more. Default: it works until it is revoked.
     """
     now = now_ms()
     settings = keys.KeySettings(
@@ -60,7 +60,7 @@ def create_key(
         tokens_per_minute=tokens_per_minute,
         spend_limit=None if spend_limit is None else parse_amount(spend_limit, zero=True),
         spend_window=spend_window,
-        expires_at=None if days is None else now + int(days * 24 * 3600 * 1000),
+        expires_at=None if days is None else now + duration_ms(days, "--days", hours=24, least=1),
     )
     peppers = keys.Peppers()
     with write_transaction(database) as connection:
@@ -107,7 +107,7 @@ def rotate(account: str, key: str, *, overlap_hours: float = 24.0, database: Dat
     peppers = keys.Peppers()
     with write_transaction(database) as connection:
         id = people.find_account(connection, account).id
-        overlap_ms = int(overlap_hours * 3_600_000)
+        overlap_ms = duration_ms(overlap_hours, "--overlap-hours", hours=1, least=0)
         secret = actions.rotate_key(connection, COMMAND_LINE, peppers, id, key, now_ms(), overlap_ms=overlap_ms)
     print_result(secret)
     return 0

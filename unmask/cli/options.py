@@ -28,6 +28,14 @@ DtypeOption = Annotated[
 AsJson = Annotated[bool, Parameter(name="--json", help="Print JSON, for scripts.")]
 
 
+def _at_least_one(_: type, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{value} is less than 1")
+
+
+LineCount = Annotated[int, Parameter(name="--lines", validator=_at_least_one)]
+
+
 def amount_option(*, zero: bool = False) -> Parameter:
     """Return the converter of an option with an amount of dollars, see `parse_amount`."""
 
@@ -45,9 +53,16 @@ def megabytes_option(name: str) -> Parameter:
     return Parameter(
         name=name,
         metavar="MEGABYTES",
-        converter=lambda _, tokens: int(float(tokens[0].value) * 1_000_000),
+        converter=_bytes_of_megabytes,
         show_default=lambda number: f"{number / 1_000_000:g}",
     )
+
+
+def _bytes_of_megabytes(_: type, tokens: Sequence[Token]) -> int:
+    try:
+        return int(float(tokens[0].value) * 1_000_000)
+    except (ValueError, OverflowError):
+        raise UsageError(f"{tokens[0].keyword} {tokens[0].value[:40]!r}: give a number of megabytes") from None
 
 
 def parse_amount(text: str, *, zero: bool = False) -> int:
@@ -68,3 +83,19 @@ def parse_amount(text: str, *, zero: bool = False) -> int:
     if amount == 0 and not zero:
         raise UsageError(f"{text} dollars: it must be more than 0")
     return amount
+
+
+def duration_ms(count: float, option: str, *, hours: float, least: float) -> int:
+    """Convert a typed number of days or hours to milliseconds.
+
+    Args:
+        option: names it in the message.
+        hours: of one unit.
+        least: the smallest number that makes sense.
+
+    Raises:
+        UsageError: the number is smaller, or longer than a century.
+    """
+    if not least <= count <= 100 * 366 * 24 / hours:  # also refuses NaN
+        raise UsageError(f"{option} {count:g}: give {least:g} or more, and a century at most")
+    return int(count * hours * 3_600_000)

@@ -60,5 +60,10 @@ class OnboardingOptions:
             raise UsageError(f"compat={self.compat!r}: choose default or reference")
         if not 0 < self.utilisation <= 1:
             raise UsageError(f"--utilisation {self.utilisation:g}: choose more than 0, and 1 at most")
+        if not 0 < self.seconds <= 3600:
+            raise UsageError(f"--seconds {self.seconds:g}: choose more than 0, and an hour at most")
+        for option, counts in (("--length", self.lengths), ("--callers", self.callers)):
+            if not counts or min(counts) < 1:
+                raise UsageError(f"{option} {', '.join(map(str, counts)) or '(none)'}: choose 1 or more")
         if self.reference is not None and not self.reference.is_file():
             raise UsageError(f"--reference {self.reference} is no file")

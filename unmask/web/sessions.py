@@ -9,10 +9,11 @@ import re
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from urllib.parse import parse_qs, quote
+from urllib.parse import parse_qs, quote, unquote
 
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
+from starlette.routing import Match
 
 from unmask.accounts import Accounts, people
 from unmask.accounts.identity_provider import AUTHORIZATION_MS, AuthorizationRequest
@@ -32,6 +33,8 @@ PageHandler = Callable[[Request], Awaitable[Response]]
 TOKEN_FIELD = "token"
 
 _SESSION, _FORM, _VISIT = "unmask_session", "unmask_form", "unmask_visit"
+# First segments of the pages by which one signs in; going on to them would go in a circle.
+_ENTRY_PAGES = ("sign-in", "sign-up", "sign-out", "first-admin")
 # A path without characters that a browser could read as another host.
 _LOCAL_PATH = re.compile(r"/(?:[A-Za-z0-9_~.%-][A-Za-z0-9_~.%/-]*)?(?:\?[A-Za-z0-9_~.%/=&+-]*)?")
 _BODY_LIMIT_BYTES = 64 * 1024
@@ -106,9 +109,26 @@ def redirect(address: str) -> Response:
     return RedirectResponse(address, 303, HEADERS | {"cache-control": "private, no-store"})
 
 
-def same_site_path(text: str) -> str:
-    """Return the text if it is a path on this site; otherwise an empty text. Prevents open redirects."""
-    return text if _LOCAL_PATH.fullmatch(text) else ""
+def own_page(request: Request, address: str) -> str:
+    """Return an address to go on to if it is that of a page here; otherwise an empty text. Prevents open redirects.
+
+    The address must be in the one form that every browser and proxy reads alike: a path without empty or dot segments,
+    backslashes and control characters, encoded or not. What it leads to must be a route of this server that a browser
+    may open, and not one for signing in.
+    """
+    if not _LOCAL_PATH.fullmatch(address):
+        return ""
+    path = unquote(address.partition("?")[0])
+    segments = path.split("/")[1:]
+    # A percent sign that is left is an address encoded twice, which something behind this server may decode again.
+    odd = "%" in path or "\\" in path or not path.isprintable()
+    if odd or any(segment in ("", ".", "..") for segment in segments[:-1]) or segments[-1] in (".", ".."):
+        return ""
+    if segments[0] in _ENTRY_PAGES:
+        return ""
+    scope = {**request.scope, "method": "GET", "path": path, "raw_path": path.encode()}
+    is_route = any(route.matches(scope)[0] is Match.FULL for route in request.scope["router"].routes)
+    return address if is_route else ""
 
 
 async def current_visitor(request: Request) -> Person | None:
@@ -175,8 +195,11 @@ async def read_form(request: Request) -> Form:
         fields = parse_qs(text, keep_blank_values=True, max_num_fields=_MAX_FIELDS, errors="strict")
     except ValueError as error:
         raise ApiError(400, "The form could not be read: send it as the page has it.", code="bad_form") from error
-    form = Form({name: [value.replace("\x00", "") for value in values] for name, values in fields.items()})
+    form = Form(fields)
     _check_token(request, form)
+    if any("\x00" in value for values in fields.values() for value in values):
+        # No database takes it, and a text without it would be another text.
+        raise ApiError(400, "A field holds the character U+0000: remove it, and send the form again.", code="bad_form")
     return form
 
 

@@ -69,8 +69,8 @@ class ModelSpecification:
         value = self.one(option)
         if value is None:
             return None
-        if not value.isdigit():
-            raise UsageError(f"{self.target}: {option}={value!r}; expected a whole number")
+        if not (value.isascii() and value.isdigit() and len(value) < 19) or int(value) < 1:
+            raise UsageError(f"{self.target}: {option}={value[:40]!r}; expected a whole number of 1 or more")
         return int(value)
 
     @property

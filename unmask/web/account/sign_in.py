@@ -20,11 +20,11 @@ from unmask.web.sessions import (
     clear_visit_cookie,
     client_address,
     current_visitor,
+    own_page,
     read_form,
     read_visit_cookie,
     redirect,
     require_form,
-    same_site_path,
     session_token,
     set_session_cookie,
     set_visit_cookie,
@@ -65,7 +65,7 @@ class SignInPages:
     async def sign_up(self, request: Request) -> Response:
         """Create an account. Response and work are the same for a new and a known address, so neither is disclosed."""
         form = await read_form(request)
-        email = form.get("email")
+        email = form.raw("email")
         try:
             await self.accounts.sign_up(email, form.raw("password"), address=client_address(request))
         except AddressTaken:
@@ -79,16 +79,16 @@ class SignInPages:
 
     async def sign_in(self, request: Request) -> Response:
         form = await read_form(request)
-        email, next = form.get("email"), form.get("next")
+        email, next = form.raw("email"), form.raw("next")
         try:
             token = await self.accounts.sign_in(email, form.raw("password"), address=client_address(request))
         except AccountError as error:
             return await self._entry_page(request, "sign-in", error, email, next)
-        return await self._sign_in(request, token, same_site_path(next) or "/account")
+        return await self._sign_in(request, token, own_page(request, next) or "/account")
 
     async def to_provider(self, request: Request) -> Response:
         """Send the browser to the provider. Changes nothing here, so it needs no form token."""
-        next = same_site_path(request.query_params.get("next", ""))
+        next = own_page(request, request.query_params.get("next", ""))
         visit = AuthorizationRequest.begin(next=next)
         try:
             await self.accounts.throttle_address(client_address(request))
@@ -107,7 +107,7 @@ class SignInPages:
             assert visit is not None, "the provider returns no identity without a visit"
             if not visit.person:
                 token = await self.accounts.sign_in_with_identity(identity, address=address)
-                response = await self._sign_in(request, token, same_site_path(visit.next) or "/account")
+                response = await self._sign_in(request, token, own_page(request, visit.next) or "/account")
             elif person is None or person.id != visit.person:
                 raise SignInRefused("you have signed out, or in as somebody else, in between: begin again")
             else:
@@ -142,7 +142,7 @@ class SignInPages:
 
     async def first_admin(self, request: Request) -> Response:
         form = await read_form(request)
-        email, password, invitation = form.get("email"), form.raw("password"), form.get("invitation")
+        email, password, invitation = form.raw("email"), form.raw("password"), form.get("invitation")
         address = client_address(request)
         try:
             await self.accounts.sign_up(email, password, address=address, invitation=invitation)
@@ -162,14 +162,14 @@ class SignInPages:
         self, request: Request, template: str, error: UnmaskError | None = None, email: str = "", next: str = ""
     ) -> Response:
         if error is None and await current_visitor(request) is not None:
-            return redirect(same_site_path(next) or "/account")
+            return redirect(own_page(request, next) or "/account")
         return render_private_page(
             self.render,
             request,
             f"account/{template}.html.j2",
             error=error,
             email=email,
-            next=same_site_path(next),
+            next=own_page(request, next),
             free_credit=self.accounts.free_credit,
             provider=self.accounts.provider.name if self.accounts.provider else "",
             shortest=people.SHORTEST_PASSWORD,
