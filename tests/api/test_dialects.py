@@ -16,6 +16,7 @@ from tests.api.live import KEY, LocalService, as_vector, running
 from unmask.accounts import Accounts, keys, ledger, people, tariff
 from unmask.accounts.keys import KeySettings
 from unmask.api.quantisation import quantise_vectors
+from unmask.encoder import Encoder
 from unmask.storage.database import now_ms
 
 TEXTS = ["the first text", "another, with more words in it", "日本語の短い文です。"]
@@ -203,6 +204,79 @@ def test_text_embeddings_inference_refuses_by_name(service: LocalService, fields
     reply = service.call("POST", "/embed", {"inputs": "a", **fields})
     assert reply.status == 400
     assert next(iter(fields)) in reply.json["error"]
+
+
+def test_tokens_are_those_that_the_model_reads(service: LocalService, encoder: Encoder):
+    tokens = service.call("POST", "/tokenize", {"inputs": TEXTS}).json
+    for text, own in zip(TEXTS, tokens, strict=True):
+        assert [token["id"] for token in own] == encoder.prompts.build([text])[0].ids.tolist()
+        plain = [token for token in own if not token["special"]]
+        assert all(token["text"] == text[token["start"] : token["stop"]] for token in plain)
+        assert [token["start"] for token in own if token["special"]] == [None] * (len(own) - len(plain))
+    bare = service.call("POST", "/tokenize", {"inputs": TEXTS[0], "add_special_tokens": False}).json
+    assert bare == [[token for token in tokens[0] if not token["special"]]]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"inputs": [1]}, {"inputs": ""}, {"inputs": None}, {"add_special_tokens": 1}, {"prompt_name": "query"}],
+)
+def test_tokenize_refuses_by_name(service: LocalService, fields: dict[str, Any]):
+    reply = service.call("POST", "/tokenize", {"inputs": "a", **fields})
+    assert (reply.status, set(reply.json)) == (400, {"error", "error_type"})
+    assert next(iter(fields)).removesuffix("s") in reply.json["error"]
+
+
+@pytest.mark.parametrize(
+    ("jina", "ours"),
+    [
+        ({"task": "retrieval.query"}, {"input_type": "query"}),
+        ({"task": "retrieval.passage", "late_chunking": False}, {"input_type": "document"}),
+        ({"task": "text-matching", "normalized": True}, {}),
+        ({"task": None, "late_chunking": None, "embedding_type": None}, {}),
+        ({"embedding_type": ["float"], "normalized": False}, {"normalize": False}),
+        ({"embedding_type": "int8", "dimensions": 16}, {"encoding_format": "int8", "dimensions": 16}),
+        ({"input": [{"text": text} for text in TEXTS]}, {}),
+    ],
+)
+def test_jina_fields(service: LocalService, jina: dict[str, Any], ours: dict[str, Any]):
+    sent = service.call("POST", "/v1/embeddings", {"model": service.model, "input": TEXTS, **jina})
+    expected = service.call("POST", "/v1/embeddings", {"model": service.model, "input": TEXTS, **ours})
+    assert (sent.status, sent.json) == (200, expected.json)
+    assert "x-unmask-ignored-fields" not in sent.headers
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"late_chunking": True},
+        {"late_chunking": "yes"},
+        {"task": "code.query"},
+        {"task": 3},
+        {"task": "retrieval.query", "input_type": "document"},
+        {"embedding_type": ["float", "binary"]},
+        {"embedding_type": "float", "encoding_format": "base64"},
+        {"normalized": True, "normalize": False},
+        {"input": [{"image": "https://example.org/a.png"}]},
+        {"input": [{"text": "a", "title": "b"}]},
+        {"input": [{"text": 3}]},
+    ],
+)
+def test_jina_fields_that_are_refused_by_name(service: LocalService, fields: dict[str, Any]):
+    reply = service.call("POST", "/v1/embeddings", {"model": service.model, "input": TEXTS, **fields})
+    assert reply.status == 400
+    assert reply.error["param"] == next(iter(fields))
+
+
+def test_models_are_listed_with_a_slash_at_the_end_too(service: LocalService):
+    assert service.call("GET", "/v1/models/").json == service.call("GET", "/v1/models").json
+
+
+def test_every_route_is_in_the_description(service: LocalService):
+    described = service.call("GET", "/openapi.json").json["paths"]
+    # Base URLs with a slash at the end need no line of their own.
+    routes = {route.path.replace(":path", "") for route in service.routes} - {""}
+    assert {path for path in routes if path == "/" or not path.endswith("/")} == set(described)
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from unmask.web import website
 FREE = 1_000_000_000
 POISON = "<img src=x onerror=alert(1)>\"'>{{7*7}}"
 # Where the API answers, in every dialect. It takes keys and no sessions, so its requests need no token of a form.
-API_PATHS = ("/v1/", "/v2/", "/api/", "/openai/", "/embed")
+API_PATHS = ("/v1/", "/v2/", "/api/", "/openai/", "/embed", "/tokenize")
 
 
 @pytest.fixture(scope="module")

@@ -79,6 +79,7 @@ def create_app(
         *dialect_routes(embeddings),  # before the route itself: counters are labelled by the last path of an endpoint
         Route("/v1/embeddings", embeddings.answer, methods=["POST"]),
         Route("/v1/models", service.list_models),
+        Route("/v1/models/", service.list_models),  # from base URLs with a slash at the end
         Route("/v1/models/{id:path}/endpoints", service.endpoints),  # before the next one, whose id would take it in
         Route("/v1/models/{id:path}", service.model),
         Route("/health", service.health),

@@ -23,6 +23,7 @@ from unmask.api.charging import Charging, read_tier
 from unmask.api.context import context_of
 from unmask.api.disconnect import cancel_on_disconnect
 from unmask.api.errors import ApiError
+from unmask.api.jina_fields import translate_jina_fields
 from unmask.api.metrics import Metrics
 from unmask.api.quantisation import QUANTISED, quantise_vectors
 from unmask.api.schema import (
@@ -189,6 +190,15 @@ class EmbeddingsRoute:
             if encoding == "native":
                 return sequences, encoding
             texts = await asyncio.to_thread(tokens.decode, sequences, encoding)
+        self.check_characters(texts)
+        return texts, encoding
+
+    def check_characters(self, texts: Sequence[str]) -> None:
+        """Refuse texts that would take too long to tokenise.
+
+        Raises:
+            ApiError: 400.
+        """
         characters = sum(map(len, texts))
         if characters > self.settings.max_request_characters:
             raise ApiError(
@@ -197,7 +207,6 @@ class EmbeddingsRoute:
                 type="max_characters_per_request",
                 code="max_characters_per_request",
             )
-        return texts, encoding
 
     def _check_tokens(self, count: int) -> None:
         if count > self.settings.max_request_tokens:
@@ -329,4 +338,4 @@ def _base64_row(row: np.ndarray) -> bytes:
     return b'"%b"' % base64.b64encode(row.tobytes())
 
 
-OPENAI = Dialect(read=lambda request, fields: fields, write=_write_openai)
+OPENAI = Dialect(read=lambda request, fields: translate_jina_fields(fields), write=_write_openai)

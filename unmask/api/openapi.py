@@ -42,6 +42,22 @@ ERRORS = {
     504: "The vectors were not ready before the request's deadline.",
 }
 
+# Path of a dialect -> method, operation id, summary, page of the documentation.
+_DIALECTS = {
+    "/openai/deployments/{model}/embeddings": ("post", "azureEmbeddings", "Vectors, as Azure OpenAI", "azure"),
+    "/openai/v1/embeddings": ("post", "azureEmbeddingsV1", "Vectors, as Azure OpenAI's newer API", "azure"),
+    "/embeddings": ("post", "createEmbeddingWithoutV1", "Vectors, for base URLs without /v1", "azure"),
+    "/v2/embed": ("post", "cohereEmbed", "Vectors, as Cohere", "cohere"),
+    "/api/embed": ("post", "ollamaEmbed", "Vectors, as Ollama", "ollama"),
+    "/api/embeddings": ("post", "ollamaEmbeddings", "The vector of one text, as Ollama", "ollama"),
+    "/api/tags": ("get", "ollamaTags", "The models, as Ollama", "ollama"),
+    "/api/show": ("post", "ollamaShow", "One model, as Ollama", "ollama"),
+    "/api/version": ("get", "ollamaVersion", "The version, as Ollama", "ollama"),
+    "/embed": ("post", "teiEmbed", "Vectors, as Text Embeddings Inference", "tei"),
+    "/info": ("get", "teiInfo", "The first model, as Text Embeddings Inference", "tei"),
+    "/tokenize": ("post", "teiTokenize", "Tokens of texts, as Text Embeddings Inference", "tei"),
+}
+
 _INTEGER = {"type": "integer", "minimum": 0}
 _STRING = {"type": "string"}
 
@@ -139,7 +155,7 @@ def openapi_document(*, secured: bool, body_limit: int, accounts: bool = False) 
     ]
     types += [AccountInfo, UsageReport, KeyList] if accounts else []
     _, schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
-    paths = _embedding_paths(app) | _model_paths(app) | _service_paths(app)
+    paths = _embedding_paths(app) | _model_paths(app) | _service_paths(app) | _dialect_paths(app)
     if accounts:
         paths |= _account_paths(app)
     security: dict[str, Any] = {"security": [{"key": []}]} if app.secured else {}
@@ -226,6 +242,28 @@ def _embedding_paths(app: _AppTraits) -> dict[str, Any]:
             )
         }
     }
+
+
+def _dialect_paths(app: _AppTraits) -> dict[str, Any]:
+    """Describe the paths of other servers' clients. Their own documents describe the bodies."""
+    errors = (404, 408, 410, 413, 415, 429, 503, 504, *((409, 422) if app.accounts else ()))
+    paths: dict[str, Any] = {}
+    for path, (method, id, summary, page) in _DIALECTS.items():
+        more: dict[str, Any] = {
+            "tags": ["dialects"],
+            "externalDocs": {"description": "Fields, and differences to the original.", "url": f"/docs#{page}"},
+        }
+        if "{" in path:
+            more["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": _STRING}]
+        if method == "post":
+            more["requestBody"] = {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}
+        content: dict[str, Any] = {"application/json": {"schema": {}}}
+        operation = app.operation(id, summary, _response("In that server's form.", content, _ON_ALL), errors, **more)
+        for status, response in operation["responses"].items():
+            if status != "200":
+                response["content"] = {"application/json": {"schema": {"type": "object"}}}
+        paths[path] = {method: operation}
+    return paths
 
 
 _MODEL_ID = {

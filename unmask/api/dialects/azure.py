@@ -25,4 +25,4 @@ def routes(embeddings: EmbeddingsRoute) -> list[Route]:
 
 def _read(request: Request, fields: Fields) -> Fields:
     """Take the model from the path: Azure ignores that of the body, and its older clients send none."""
-    return fields | {"model": msgspec.Raw(msgspec.json.encode(request.path_params["model"]))}
+    return OPENAI.read(request, fields) | {"model": msgspec.Raw(msgspec.json.encode(request.path_params["model"]))}

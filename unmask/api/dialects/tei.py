@@ -3,6 +3,9 @@
 Requests name no model: the first model of the server answers.
 """
 
+import asyncio
+from collections.abc import Sequence
+
 import msgspec
 import orjson
 from starlette.requests import Request
@@ -10,11 +13,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from unmask import __version__
+from unmask.api.body import read_body
 from unmask.api.embeddings import Dialect, EmbeddingResult, EmbeddingsRoute, float_row
 from unmask.api.errors import ApiError
-from unmask.api.schema import MAX_INPUTS, EmbeddingRequest, Fields
+from unmask.api.schema import MAX_INPUTS, EmbeddingRequest, Fields, read_fields, read_input
+from unmask.checkpoint.tokenizer import TextTokenizer
 
-PATHS = ("/embed", "/info")
+PATHS = ("/embed", "/info", "/tokenize")
 
 _ERROR_TYPES = {429: "Overloaded", 503: "Unhealthy"}
 _INPUT_TYPES = {b'"query"': b'"query"', b'"document"': b'"document"', b'"passage"': b'"document"', b"null": b"null"}
@@ -43,9 +48,20 @@ def routes(embeddings: EmbeddingsRoute) -> list[Route]:
         }
         return Response(orjson.dumps(content), media_type="application/json")
 
+    async def tokenize(request: Request) -> Response:
+        settings, served = embeddings.settings, embeddings.models.list()[0]
+        fields = read_fields(await read_body(request, settings.body_limit_bytes, settings.receive_timeout_s))
+        texts, special = _read_tokenize(fields)
+        embeddings.check_characters(texts)
+        await embeddings.charging.check_access(request, served.record.id, "default")
+        tokenizer = (await served.engine()).encoder.checkpoint.tokenizer
+        tokens = await asyncio.to_thread(_tokens, tokenizer, texts, special)
+        return Response(orjson.dumps(tokens), media_type="application/json")
+
     return [
         Route("/embed", embeddings.endpoint(Dialect(read, _write)), methods=["POST"]),
         Route("/info", info),
+        Route("/tokenize", tokenize, methods=["POST"]),
     ]
 
 
@@ -67,6 +83,43 @@ def _read(fields: Fields) -> Fields:
     if prompt not in _INPUT_TYPES:
         raise ApiError(400, "prompt_name: choose query, document or passage.", param="prompt_name")
     return translated | {"input": inputs, "input_type": msgspec.Raw(_INPUT_TYPES[prompt])}
+
+
+def _read_tokenize(fields: Fields) -> tuple[list[str], bool]:
+    """Return the texts of a request for tokens, and whether it wants the special ones around them."""
+    inputs = fields.get("inputs")
+    if inputs is None or not _is_text(inputs):
+        raise ApiError(400, "The field 'inputs' is required: one text, or an array of texts.", param="inputs")
+    special = bytes(fields.get("add_special_tokens", msgspec.Raw(b"true")))
+    if special not in (b"true", b"false"):
+        raise ApiError(400, "The field 'add_special_tokens' must be true or false.", param="add_special_tokens")
+    if bytes(fields.get("prompt_name", msgspec.Raw(b"null"))) != b"null":
+        raise ApiError(400, "prompt_name: tokens of a prompt are not given; leave it out.", param="prompt_name")
+    texts: list[str] = read_input(inputs)  # pyright: ignore[reportAssignmentType] - no ids, as `_is_text` has found
+    return texts, special == b"true"
+
+
+def _tokens(tokenizer: TextTokenizer, texts: list[str], special: bool) -> list[list[dict[str, object]]]:
+    """Return the tokens of each text as TEI describes them; `start` and `stop` count characters."""
+
+    def around(ids: Sequence[int]) -> list[dict[str, object]]:
+        return [
+            {"id": id, "text": tokenizer.text.id_to_token(id), "special": True, "start": None, "stop": None}
+            for id in (ids if special else ())
+        ]
+
+    encodings = tokenizer.plain.encode_batch(texts, add_special_tokens=False)
+    return [
+        [
+            *around(tokenizer.prefix),
+            *(
+                {"id": id, "text": text[start:stop], "special": False, "start": start, "stop": stop}
+                for id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)
+            ),
+            *around(tokenizer.suffix),
+        ]
+        for text, encoding in zip(texts, encodings, strict=True)
+    ]
 
 
 def _is_text(inputs: msgspec.Raw) -> bool:
