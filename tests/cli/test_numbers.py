@@ -120,7 +120,7 @@ def test_a_number_that_makes_no_sense_is_refused(
     places: dict[str, str], monkeypatch: pytest.MonkeyPatch, command: str, option: str, value: str
 ) -> None:
     monkeypatch.setenv("UNMASK_HOME", places["tmp"])
-    monkeypatch.setattr("unmask.cli.serve.run_server", lambda _: pytest.fail("the server was started"))
+    monkeypatch.setattr("unmask.server.serve", lambda _: pytest.fail("the server was started"))
     arguments = [argument.format(**places) for argument in NUMBERS[command][0]]
     with pytest.raises((UnmaskError, CycloptsError)) as refused:
         build_app("*")(
