@@ -19,7 +19,7 @@ from unmask.accounts import Accounts
 from unmask.api import ServeSettings, create_app
 from unmask.api.logs import configure_logging
 from unmask.catalogue import Record
-from unmask.router import ModelRegistry
+from unmask.router import ModelOptions, ModelRegistry
 from unmask.server.http_server import HttpServer, base_url, listen
 from unmask.server.process import serve_models
 
@@ -54,6 +54,7 @@ class Engine:
 class Served:
     record = Record(id=MODEL)
     state = "ready"
+    options = ModelOptions()
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -63,6 +64,8 @@ class Served:
 
 
 class Stub:
+    providers = None
+
     def __init__(self, slowest_ms: float) -> None:
         self._served = Served(Engine(slowest_ms))
 

@@ -188,6 +188,8 @@ def running(
         models, sync = open_models(settings, accounts.database if accounts else catalogue)
         if settings.providers is not None:
             models.providers = open_providers(settings.providers, models, accounts.database if accounts else catalogue)
+            if accounts is not None:
+                models.providers.record_attempts = accounts.record_attempts
             models.providers.intervals = intervals or models.providers.intervals
         stopping, ready = threading.Event(), threading.Event()
         metrics = Metrics()

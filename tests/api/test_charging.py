@@ -293,7 +293,7 @@ def test_a_caller_who_leaves_pays_nothing(bank: Bank, paid: LocalService, monkey
 def test_no_charge_no_answer(bank: Bank, paid: LocalService, monkeypatch: pytest.MonkeyPatch):
     account, key = bank.customer()
 
-    async def lost(self: Accounts, charge: str) -> None:
+    async def lost(self: Accounts, *booked: object) -> None:
         raise StorageError("the disk is full at /private/path")
 
     monkeypatch.setattr(Accounts, "settle", lost)

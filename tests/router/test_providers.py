@@ -5,17 +5,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
+from sqlalchemy import Connection
 
 from tests.api.live import LocalService, Reply, running, until
 from tests.router.fault_server import (
     Behaviour,
     FaultServer,
-    after,
     changed,
     fault_server_thread,
     reply,
@@ -23,11 +25,17 @@ from tests.router.fault_server import (
     right,
     silent,
 )
+from unmask.accounts import Accounts, keys, ledger, money, people, tariff
+from unmask.accounts.keys import KeySettings
+from unmask.accounts.verification import verify
 from unmask.catalogue.store import open_database
 from unmask.encoder import Encoder
 from unmask.errors import UsageError
 from unmask.router.endpoint import ProviderEndpoint
 from unmask.router.pool import ProviderPool, WatchIntervals
+from unmask.storage.database import now_ms
+from unmask.storage.schema import provider_attempts
+from unmask.web import website
 
 FAST = WatchIntervals(busy=0.3, idle=0.3, second=0.05, full=3600.0, retry=0.1)
 SLOW = WatchIntervals(second=0.05, retry=0.1)
@@ -111,7 +119,7 @@ def vectors_of(encoder: Encoder):
 def both(vectors_of, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Upstreams]:
     with fault_server_thread(vectors_of) as a, fault_server_thread(vectors_of) as b:
         file = providers_file(tmp_path_factory.mktemp("providers"), a.url, b.url)
-        with running(tiny_llama, providers=file, intervals=SLOW, warm=()) as service:
+        with running(tiny_llama, build_pages=website, providers=file, intervals=SLOW, warm=()) as service:
             yield Upstreams(a, b, service)
 
 
@@ -319,8 +327,8 @@ def test_a_provider_that_drifts_under_load_is_out_after_two_light_runs(
                 began = time.monotonic()
                 until(lambda: upstreams.endpoint("a").standing == "quarantined")
                 quarantined = time.monotonic()
-                a.script[:] = [after(0.2)]
-                until(lambda: len(b.requests) > 100)
+                before = len(b.requests)
+                until(lambda: len(b.requests) > before + 40)  # well after the last answer that was on its way
                 stop.set()
                 answers = [one for future in running_calls for one in future.result()]
             wrong = [at for at, is_right, _ in answers if not is_right]
@@ -362,6 +370,22 @@ def test_endpoints_say_who_answers_and_how_well(upstreams: Upstreams) -> None:
     for name in ("a", "b"):
         assert f'unmask_provider_admitted{{model="{MODEL}",provider="{name}"}} 1.0' in text
     assert upstreams.service.metric("unmask_provider_requests{") >= 3
+
+
+def test_pages_show_providers_and_findings(upstreams: Upstreams) -> None:
+    def page(path: str) -> str:
+        reply = upstreams.service.call("GET", path, headers={"accept": "text/html"}, key=None)
+        assert reply.status == 200
+        return reply.body.decode()
+
+    for path in (f"/models/{MODEL}", "/status"):
+        text = page(path)
+        assert "Keeps texts" in text and ">a</th>" in text and "30 days" in text and "quarantined" not in text
+    upstreams.take_verdicts({("a", MODEL): "a pools the last token; the model pools the mean"})
+    until(lambda: upstreams.endpoint("a").standing == "quarantined")
+    for path in (f"/models/{MODEL}", "/status"):
+        text = page(path)
+        assert "quarantined" in text and "a pools the last token; the model pools the mean" in text
 
 
 def test_a_quarantine_reaches_all_processes_and_survives_a_restart(
@@ -406,3 +430,72 @@ def test_a_quarantine_reaches_all_processes_and_survives_a_restart(
             got = again.call("POST", "/v1/embeddings", {"model": MODEL, "input": "a text"})
             assert (got.status, got.error["code"]) == (503, "no_conforming_provider")
     database.close()
+
+
+def test_a_request_is_charged_once_and_every_attempt_is_in_the_books(
+    vectors_of, tiny_llama: Path, tmp_path: Path, unmask
+) -> None:
+    url = f"sqlite:///{tmp_path / 'accounts.sqlite'}"
+    accounts = Accounts(url, pepper=tmp_path / "pepper")
+
+    def customer(connection: Connection) -> tuple[str, str]:
+        id = people.open_account(connection, "customer", now_ms())
+        ledger.top_up(connection, id, 1_000_000_000, "payment", now_ms())
+        tariff.set_price(connection, tariff.TariffPrice(MODEL, "default", 8_000_000), now_ms())
+        return id, keys.create(connection, accounts.peppers, id, KeySettings(), now_ms())
+
+    with accounts.database.begin() as connection:
+        account, key = customer(connection)
+
+    def attempts() -> list[tuple[str, str, str, int, int | None, bool]]:
+        with accounts.database.read() as connection:
+            rows = connection.execute(sa.select(provider_attempts).where(provider_attempts.c.reason != "probe"))
+            return [(r.provider, r.outcome, r.reason, r.cost, r.their_tokens, r.charge is not None) for r in rows]
+
+    def balance() -> int:
+        until(lambda: unsettled() == 0)
+        with accounts.database.read() as connection:
+            assert verify(connection).drift == ()
+            return people.account(connection, account).balance
+
+    def unsettled() -> int:
+        with accounts.database.read() as connection:
+            return people.account(connection, account).held
+
+    with fault_server_thread(vectors_of) as a, fault_server_thread(vectors_of) as b:
+        file = providers_file(tmp_path, a.url, b.url)
+        options: dict[str, Any] = {"api_keys": (), "database": url, "providers": file, "warm": ()}
+        with running(tiny_llama, accounts, intervals=SLOW, **options) as service:
+            upstreams = Upstreams(a, b, service)
+
+            def embed(**fields: Any) -> Reply:
+                body = {"model": MODEL, "input": "a ferry leaves"} | fields
+                return service.call("POST", "/v1/embeddings", body, key=key)
+
+            until(lambda: all(e.standing == "admitted" for e in upstreams.pool.models()[MODEL].endpoints))
+            a.script[:] = [reply({}, 500)]
+            moved = embed(provider={"order": ["a"]})
+            assert (moved.status, moved.headers["x-unmask-attempts"]) == (200, "2")
+            tokens = moved.json["usage"]["total_tokens"]
+            assert balance() == 1_000_000_000 - 8 * tokens
+            assert attempts() == [
+                ("a", "failed", "answer", money.cost(tokens, 4_000_000), None, True),
+                ("b", "answered", "retry", money.cost(7, 4_000_000), 7, True),
+            ]
+            b.script[:] = [reply({}, 429)]
+            nobody = embed()
+            assert nobody.status == 503 and balance() == 1_000_000_000 - 8 * tokens
+            until(lambda: len(attempts()) == 4)
+            assert all(cost == 0 or outcome == "failed" for _, outcome, _, cost, _, _ in attempts()[2:])
+            assert not any(is_charged for *_, is_charged in attempts()[2:])
+            used = service.call("GET", "/v1/usage?group_by=provider", key=key).json["data"]
+            assert [(row["provider"], row["requests"], row["tokens"]) for row in used] == [("b", 1, tokens)]
+    rows = attempts()
+    month = datetime.now(UTC).strftime("%Y-%m")
+    printed = unmask("providers", "bill", "b", "--month", month, "--database", url, "--json").stdout
+    lines = {line["reason"]: line for line in json.loads(printed[printed.index("[\n") :])}
+    retries = [row for row in rows if (row[0], row[2]) == ("b", "retry")]
+    assert lines["retry"]["attempts"] == len(retries) >= 1
+    assert lines["probe"]["attempts"] >= 1 and float(lines["probe"]["dollars"]) > 0
+    assert "write it like 2026-11" in unmask("providers", "bill", "b", "--month", "May").stderr
+    accounts.close()

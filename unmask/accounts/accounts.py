@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from sqlalchemy import Connection
 
-from unmask.accounts import actions, keys, ledger, money, people, tariff
+from unmask.accounts import actions, costs, keys, ledger, money, people, tariff
 from unmask.accounts.audit import Actor
 from unmask.accounts.identity_provider import Identity, IdentityProvider
 from unmask.accounts.keys import Caller, Peppers
@@ -208,14 +208,35 @@ class Accounts:
             self.release(new_hold.id)
             raise
 
-    async def settle(self, charge: str) -> None:
+    async def settle(
+        self, charge: str, provider: str | None = None, attempts: Sequence[costs.AttemptRecord] = ()
+    ) -> None:
         """Charge a held amount. Continues if the caller is cancelled.
+
+        Args:
+            charge: id of the charge.
+            provider: name of the provider that computed the vectors; None for this server's own engine.
+            attempts: at providers, written in the same transaction.
 
         Raises:
             StorageError: it could not be written; the charge is then held until it expires.
             InsufficientCredit, LedgerRefused: as `ledger.settle`.
         """
-        await asyncio.shield(self._book(lambda connection: ledger.settle(connection, charge, now_ms())))
+
+        def book(connection: Connection) -> None:
+            if ledger.settle(connection, charge, now_ms(), provider) and attempts:
+                costs.add_attempts(connection, attempts, charge)
+
+        await asyncio.shield(self._book(book))
+
+    def record_attempts(self, attempts: Sequence[costs.AttemptRecord]) -> None:
+        """Write attempts that no charge settles, without waiting: canaries, and those of requests that failed."""
+        if not attempts:
+            return
+        try:
+            self._writer.submit(lambda connection: costs.add_attempts(connection, attempts))
+        except UnmaskError as error:
+            log.warning("%d attempts at providers are not in the books: %s", len(attempts), error)
 
     def release(self, charge: str) -> None:
         """Give a held amount back, without waiting. If it fails, the sweeper does it."""

@@ -98,6 +98,7 @@ _END = RawStatement(
     "UPDATE charges SET state = :after, ended_at = :now WHERE id = :charge AND state = :before "
     "RETURNING account_id, key_id, amount, window_start"
 )
+_ANSWERED_BY = RawStatement("UPDATE charges SET provider = :provider WHERE id = :charge")
 _BOOK = RawStatement(
     "INSERT INTO entries (at, kind, debit, credit, amount, reference, note) "
     "VALUES (:at, :kind, :debit, :credit, :amount, :reference, :note) "
@@ -161,10 +162,16 @@ def hold(connection: Connection, new_hold: Hold, now: int) -> HeldCredit:
     return HeldCredit(new_hold.id, new_hold.amount)
 
 
-def settle(connection: Connection, charge: str, now: int) -> bool:
+def settle(connection: Connection, charge: str, now: int, provider: str | None = None) -> bool:
     """Turn a hold into money spent. Doing it again changes nothing.
 
     A hold that the sweeper gave back meanwhile is taken again, if the credit is still there: the work was done.
+
+    Args:
+        connection: of a transaction that writes.
+        charge: id of the charge.
+        now: Unix milliseconds.
+        provider: name of the provider that computed the vectors; None for this server's own engine.
 
     Returns:
         True if this call settled it, False if an earlier one did.
@@ -193,6 +200,8 @@ def settle(connection: Connection, charge: str, now: int) -> bool:
         _adjust_spent(connection, row, row.amount)
     if row.amount:
         _book(connection, now, "charge", row.account_id, REVENUE, row.amount, charge)
+    if provider is not None:
+        _ANSWERED_BY.changed(connection, {"provider": provider, "charge": charge})
     return True
 
 

@@ -11,7 +11,9 @@ from sqlalchemy import Connection
 from unmask.errors import UsageError
 from unmask.storage.schema import charges, entries
 
-GROUPS = ("day", "model", "key", "tier")
+DEFAULT_GROUPS = ("day", "model", "key", "tier")
+GROUPS = (*DEFAULT_GROUPS, "provider")
+OWN_ENGINE = "local"  # provider of requests that this server's own engine answered
 _DAY_MS = 24 * 3600 * 1000
 LONGEST_DAYS = 366
 
@@ -24,6 +26,7 @@ class UsageGroup:
     model: str | None = None
     key: str | None = None
     tier: str | None = None
+    provider: str | None = None
     requests: int
     tokens: int
     cost: int
@@ -57,7 +60,7 @@ class ChargedRequest:
 
 
 def usage_totals(
-    connection: Connection, account: str, first: date, last: date, by: Sequence[str] = GROUPS
+    connection: Connection, account: str, first: date, last: date, by: Sequence[str] = DEFAULT_GROUPS
 ) -> list[UsageGroup]:
     """Sum the settled requests of the days from `first` to `last`, both included, in UTC.
 
@@ -77,6 +80,7 @@ def usage_totals(
         "model": charges.c.model,
         "key": charges.c.key_id,
         "tier": charges.c.tier,
+        "provider": sa.func.coalesce(charges.c.provider, OWN_ENGINE),
     }
     chosen = [columns[name].label(name) for name in GROUPS if name in by]
     names = [column.name for column in chosen]

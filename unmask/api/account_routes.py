@@ -60,7 +60,7 @@ class AccountRoutes:
         caller = _require_caller(request)
         start, end = date_range(request)
         group_by = request.query_params.get("group_by")
-        groups = usage.GROUPS if group_by is None else tuple(name for name in group_by.split(",") if name)
+        groups = usage.DEFAULT_GROUPS if group_by is None else tuple(name for name in group_by.split(",") if name)
         format = request.query_params.get("format", "json")
         if format not in ("json", "csv"):
             raise ApiError(400, "The parameter 'format' must be json or csv.", param="format")
@@ -81,6 +81,7 @@ class AccountRoutes:
                 requests=row.requests,
                 tokens=row.tokens,
                 cost=format_dollars(row.cost),
+                provider=row.provider,
             )
             for row in groups_used
         ]

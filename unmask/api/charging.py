@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -12,6 +12,7 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 
 from unmask.accounts import Accounts, BillableRequest, Caller, HeldCredit
+from unmask.accounts.costs import AttemptRecord
 from unmask.accounts.limits import RateLimitStatus
 from unmask.accounts.tariff import TIERS
 from unmask.api.context import RequestContext, context_of
@@ -32,15 +33,26 @@ class Charge:
         """Nano-dollars; None without accounts."""
         return None if self.held is None else self.held.amount
 
-    async def settle(self) -> None:
+    async def settle(self, provider: str | None = None, attempts: Sequence[AttemptRecord] = ()) -> None:
         """Book the charge, before the answer goes out.
+
+        Args:
+            provider: name of the provider that computed the vectors; None for this server's own engine.
+            attempts: at providers.
 
         Raises:
             StorageError, InsufficientCredit: it was not booked, so there must be no answer.
         """
         if self.accounts is not None and self.held is not None and not self.held.replayed:
-            await self.accounts.settle(self.held.id)
+            await self.accounts.settle(self.held.id, provider, attempts)
+        else:
+            self.record(attempts)
         self.settled = True
+
+    def record(self, attempts: Sequence[AttemptRecord]) -> None:
+        """Write attempts of a request that is not charged. Without accounts, do nothing."""
+        if self.accounts is not None:
+            self.accounts.record_attempts(attempts)
 
 
 @dataclass(frozen=True, eq=False)

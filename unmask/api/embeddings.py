@@ -154,7 +154,11 @@ class EmbeddingsRoute:
                 share=share,
                 wishes=_wishes(parsed.provider),
             )
-            routed = await route.run(work)
+            try:
+                routed = await route.run(work)
+            except BaseException:
+                charge.record(work.attempts)
+                raise
             vectors = routed.vectors
 
             def write() -> bytes:
@@ -164,7 +168,7 @@ class EmbeddingsRoute:
                 return dialect.write(result, parsed, fields)
 
             content = await asyncio.to_thread(write) if vectors.size > _SMALL_ANSWER else write()
-            await charge.settle()
+            await charge.settle(routed.endpoint.provider.name if routed.endpoint else None, work.attempts)
         context.tokens = num_tokens
         self.metrics.count_embedding(model, num_tokens, context.elapsed_s())
         headers = route.headers(routed)

@@ -335,7 +335,7 @@ def _account_paths(app: _AppTraits) -> dict[str, Any]:
     query = {
         "start": (f"First day, UTC. 30 days by default, {LONGEST_DAYS} at most.", day),
         "end": ("Last day. Today by default.", day),
-        "group_by": (f"Out of {', '.join(GROUPS)}, joined by commas. All by default.", _STRING),
+        "group_by": (f"Out of {', '.join(GROUPS)}, joined by commas. All but provider by default.", _STRING),
         "format": ("", {"enum": ["json", "csv"]}),
     }
     report = _json_response("One row per group.", "UsageReport")

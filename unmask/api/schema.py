@@ -261,6 +261,7 @@ class UsageRow(msgspec.Struct, kw_only=True):
     requests: int
     tokens: int
     cost: Dollars
+    provider: Annotated[str | None, _doc("Who computed the vectors; `local` is this server.")] = None
 
 
 class UsageReport(msgspec.Struct, kw_only=True):

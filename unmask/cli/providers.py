@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -174,6 +174,33 @@ def history(*, model: str | None = None, as_json: AsJson = False, database: Data
     ]
     headings = ("time", "provider", "model", "verdict", "last right", "by", "finding")
     print_table(headings, rows, as_json=as_json)
+    return 0
+
+
+@providers.command
+def bill(name: str, *, month: str, as_json: AsJson = False, database: DatabaseUrl = None) -> int:
+    """Sum the attempts at a provider in a month, to compare with its invoice. Times are in UTC.
+
+    Parameters
+    ----------
+    name
+        Name of the provider.
+    month
+        As 2026-11.
+    """
+    from unmask.accounts import costs
+    from unmask.accounts.money import format_dollars
+
+    try:
+        start = datetime.strptime(month, "%Y-%m").replace(tzinfo=UTC)
+    except ValueError:
+        raise UsageError(f"--month {month!r}: write it like 2026-11") from None
+    end = (start + timedelta(days=31)).replace(day=1)
+    with read_transaction(database) as connection:
+        lines = costs.bill(connection, name, round(start.timestamp() * 1000), round(end.timestamp() * 1000))
+    rows = [(*line[:-1], format_dollars(line.cost)) for line in lines]
+    headings = ("model", "reason", "attempts", "tokens", "their tokens", "dollars")
+    print_table(headings, rows, right=headings[2:], as_json=as_json)
     return 0
 
 

@@ -4,10 +4,11 @@ import asyncio
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from unmask.accounts.costs import AttemptRecord
 from unmask.conformance import References
 from unmask.conformance.references import SHARED_PRECISIONS
 from unmask.encoder import Prompt
@@ -23,7 +24,7 @@ from unmask.errors import (
     ProviderRefused,
 )
 from unmask.router.choosing import Candidate, ProviderWishes, choose, permitted
-from unmask.router.endpoint import ProviderEndpoint
+from unmask.router.endpoint import Outcome, ProviderEndpoint
 from unmask.router.retry_budget import RetryBudget
 from unmask.router.signals import SIGNALS, AttemptFailed
 from unmask.router.wire import ask, require_vectors
@@ -56,6 +57,7 @@ class EmbeddingWork:
         deadline: `time.monotonic()` by which the caller needs them.
         share: the caller, for the fair queue of the local engine.
         wishes: about providers.
+        attempts: filled in: the attempts at providers so far.
     """
 
     texts: Sequence[str] | None
@@ -65,6 +67,7 @@ class EmbeddingWork:
     deadline: float
     share: str
     wishes: ProviderWishes
+    attempts: list[AttemptRecord] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -216,20 +219,26 @@ async def _attempt(
         DeadlineExceeded: the caller's time is over, which is no fault of the provider.
     """
     tokens, started = work.num_tokens, time.monotonic()
+    outcome: Outcome = "cancelled"  # unless something else happens
+    their_tokens: int | None = None
     seconds = min(left, max(_MIN_ATTEMPT_S, _ATTEMPT_FACTOR * estimate))
     endpoint.load.start(tokens)
     try:
-        vectors = await _vectors_from(model, endpoint, work, seconds)
+        vectors, their_tokens = await _vectors_from(model, endpoint, work, seconds)
+        outcome = "answered" if endpoint.standing == "admitted" else "discarded"
     except AttemptFailed as failure:
         now = time.monotonic()
         if failure.signal == "timeout" and seconds == left:
             raise DeadlineExceeded("the deadline passed before the vectors were ready") from None
+        outcome = failure.signal
         endpoint.failed(failure, tokens, now - started, now, alone=len(model.endpoints) == 1)
         raise
     finally:
         endpoint.load.finish(tokens)
+        reason = "retry" if work.attempts else "answer"
+        work.attempts.append(endpoint.record(outcome, reason, tokens, their_tokens, time.monotonic() - started))
     now = time.monotonic()
-    if endpoint.standing != "admitted":
+    if outcome == "discarded":
         endpoint.discarded(tokens, now - started, now)
         return None
     endpoint.answered(tokens, now - started, now)
@@ -238,24 +247,32 @@ async def _attempt(
 
 async def _vectors_from(
     model: ModelEndpoints, endpoint: ProviderEndpoint, work: EmbeddingWork, seconds: float
-) -> np.ndarray:
-    """Send the texts in requests of the size that the provider takes, at the same time, and join their vectors."""
+) -> tuple[np.ndarray, int | None]:
+    """Send the texts in requests of the size that the provider takes, at the same time, and join their vectors.
+
+    Returns:
+        The vectors, and the tokens by the provider's count; None if it did not say.
+    """
     references = model.references
     assert references is not None and work.texts is not None  # the endpoint is admitted, and able
     size = endpoint.provider.inputs_per_request(endpoint.model)
+
+    counts: list[int | None] = []
 
     async def part(texts: Sequence[str]) -> np.ndarray:
         received = await ask(
             endpoint.client, endpoint.model, texts, instruction=work.instruction, dim=references.dim, seconds=seconds
         )
+        counts.append(received.prompt_tokens)
         return require_vectors(received, references.dim, endpoint.provider.name)
 
     parts = [work.texts[first : first + size] for first in range(0, len(work.texts), size)]
     if len(parts) == 1:
-        return await part(parts[0])
+        return await part(parts[0]), counts[0]
     tasks = [asyncio.ensure_future(part(texts)) for texts in parts]
     try:
-        return np.concatenate(await asyncio.gather(*tasks))
+        vectors = np.concatenate(await asyncio.gather(*tasks))
+        return vectors, None if None in counts else sum(count for count in counts if count is not None)
     finally:
         for task in tasks:
             task.cancel()  # whole or not at all

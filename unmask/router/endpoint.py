@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from unmask.accounts.costs import AttemptRecord, Reason
 from unmask.conformance import Finding, PrecisionClass
 from unmask.router.breaker import Breaker
 from unmask.router.choosing import Candidate
@@ -18,6 +19,7 @@ from unmask.router.load import EndpointLoad, slow_start
 from unmask.router.outbound import ProviderClient
 from unmask.router.providers import ProviderModel, RemoteProvider
 from unmask.router.signals import SIGNALS, AttemptFailed, SignalName
+from unmask.storage.database import now_ms
 
 Standing = Literal["unchecked", "admitted", "quarantined"]
 EndpointStatus = Literal["unchecked", "admitted", "probation", "quarantined", "open", "held"]
@@ -184,6 +186,22 @@ class ProviderEndpoint:
     def quarantine(self, finding: str) -> None:
         """Take it out of traffic until a full run is asked for and passed. Answers on their way are discarded."""
         self.standing, self.finding = "quarantined", finding
+
+    def record(
+        self, outcome: Outcome, reason: Reason, tokens: int, their_tokens: int | None, seconds: float
+    ) -> AttemptRecord:
+        """Describe an attempt for the books."""
+        return AttemptRecord(
+            at=now_ms(),
+            provider=self.provider.name,
+            model=self.model.id,
+            milliseconds=round(seconds * 1000),
+            outcome=outcome,
+            reason=reason,
+            tokens=tokens,
+            their_tokens=their_tokens,
+            price=self.model.cost_on(datetime.now(UTC).date()),
+        )
 
     def answered(self, tokens: int, seconds: float, now: float) -> None:
         """Count a good answer."""

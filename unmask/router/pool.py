@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from unmask.accounts.costs import AttemptRecord
 from unmask.conformance import Finding, References
 from unmask.encoder.encoder import LoadOptions, open_prompts
 from unmask.engine import Engine
@@ -51,6 +52,7 @@ class ProviderPool:
         file: the file of providers.
         source_of: model id -> its weights on this machine, of which the references are made.
         report: told of a quarantine that this process ordered. Runs in a thread.
+        record_attempts: gets the full runs that are to be paid for.
         intervals: of the canaries.
         draw: source of chance.
 
@@ -64,6 +66,7 @@ class ProviderPool:
     file: Path
     source_of: Callable[[str], ModelSource]
     report: Callable[[Verdict], None] = lambda verdict: None
+    record_attempts: Callable[[Sequence[AttemptRecord]], None] = lambda attempts: None
     intervals: WatchIntervals = field(default_factory=WatchIntervals)
     draw: random.Random = field(default_factory=random.Random)
     settings: Providers = field(init=False)
@@ -244,6 +247,8 @@ class ProviderPool:
             endpoint.failed(failure, MIN_TOKENS, now - started, now, alone=False)
             return False
         now = time.monotonic()
+        run = endpoint.record("answered", "probe", finding.num_tokens, None, now - started)
+        self.record_attempts([run])
         if finding.passed:
             if endpoint.standing == "unchecked":
                 log.info("%s is admitted for %s", endpoint.provider.name, endpoint.model.id)

@@ -71,6 +71,8 @@ def build_application(settings: ServeSettings) -> Application:
     models, sync = open_models(settings, database)
     if settings.providers is not None:
         models.providers = open_providers(settings.providers, models, database)
+        if accounts is not None:
+            models.providers.record_attempts = accounts.record_attempts
     models.preload()
     from unmask.web import website  # takes a while to import, and the first model is being loaded meanwhile
 

@@ -112,6 +112,7 @@ charges = Table(
     Column("held_at", BigInteger, nullable=False),
     Column("expires_at", BigInteger, nullable=False),
     Column("ended_at", BigInteger),
+    Column("provider", Text),  # who computed the vectors; null for this server's own engine, and before it is settled
     CheckConstraint("amount >= 0 AND tokens >= 0", name="amount"),
     CheckConstraint("state IN ('held', 'settled', 'released', 'expired')", name="state"),
     Index("ix_charges_state_expires_at", "state", "expires_at"),

@@ -1,6 +1,6 @@
-"""The tables of `unmask.router`: verdicts on providers."""
+"""The tables about providers: verdicts of `unmask.router`, and attempts, whose cost `unmask.accounts` keeps."""
 
-from sqlalchemy import BigInteger, Column, Index, Table, Text
+from sqlalchemy import BigInteger, CheckConstraint, Column, Index, Table, Text
 
 from unmask.storage.metadata import Serial, metadata
 
@@ -17,5 +17,25 @@ provider_events = Table(
     Column("passed_at", BigInteger),  # when a canary was last right there, as the process knew that wrote the row
     Column("actor", Text, nullable=False),  # "canaries", or a person's id, or "command line"
     Index("ix_provider_events_model_id", "model", "id"),
+    sqlite_autoincrement=True,
+)
+
+provider_attempts = Table(
+    "provider_attempts",
+    metadata,
+    Column("id", Serial, primary_key=True, autoincrement=True),
+    Column("at", BigInteger, nullable=False),
+    Column("charge", Text),  # of the request that it answered; null for failures and canaries
+    Column("provider", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("milliseconds", BigInteger, nullable=False),
+    Column("outcome", Text, nullable=False),  # answered, discarded, or a signal of unmask.router.signals
+    Column("reason", Text, nullable=False),  # answer, retry, probe
+    Column("tokens", BigInteger, nullable=False),  # by our count, which is charged
+    Column("their_tokens", BigInteger),  # by the provider's count
+    Column("cost", BigInteger, nullable=False),  # nano-dollars that the provider will bill
+    CheckConstraint("cost >= 0 AND tokens >= 0", name="cost"),
+    CheckConstraint("reason IN ('answer', 'retry', 'probe')", name="reason"),
+    Index("ix_provider_attempts_provider_at", "provider", "at"),
     sqlite_autoincrement=True,
 )

@@ -28,7 +28,7 @@ from unmask.storage.catalogue_tables import (
     votes,
 )
 from unmask.storage.metadata import metadata
-from unmask.storage.provider_tables import provider_events
+from unmask.storage.provider_tables import provider_attempts, provider_events
 
 APPEND_ONLY = ("entries", "audit", "catalogue_events", "catalogue_measurements", "catalogue_gates", "provider_events")
 
@@ -52,6 +52,7 @@ __all__ = [
     "people",
     "plans",
     "prices",
+    "provider_attempts",
     "provider_events",
     "replays",
     "sessions",

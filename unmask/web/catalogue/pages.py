@@ -12,7 +12,9 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
+from unmask.api.endpoint_info import endpoint_list
 from unmask.api.errors import ApiError
+from unmask.api.schema import EndpointInfo
 from unmask.catalogue import Measurement, Record
 from unmask.catalogue.figures import SUITES, CategoryScores, SuiteScores
 from unmask.catalogue.measurement import LOCAL, MTEB
@@ -143,6 +145,7 @@ async def status_page(site: Site, request: Request) -> Response:
             for view in site.model_views(request)
             if view.served
         ],
+        providers=[(view, endpoints) for view in site.model_views(request) if (endpoints := _endpoints(site, view))],
         started=site.started,
         uptime=site.uptime_s(),
         answered=by_status.get(200, 0),
@@ -172,7 +175,16 @@ async def _model_html(site: Site, request: Request, view: ModelView) -> Response
         answered=sum(interval.requests for interval in recent),
         linked_data=alternates.linked_data(view, site.url(request)),
         tokens=site.metrics.tokens_by_model().get(view.record.id, 0),
+        endpoints=_endpoints(site, view),
     )
+
+
+def _endpoints(site: Site, view: ModelView) -> list[EndpointInfo]:
+    """Return everybody who answers for a model; empty if it has no providers besides this server."""
+    pool = site.models.providers
+    if pool is None or view.served is None or pool.of_model(view.served.record.id) is None:
+        return []
+    return endpoint_list(site.models, view.served).data
 
 
 def _model_json(site: Site, request: Request, view: ModelView) -> Response:
