@@ -53,6 +53,7 @@ SLOW = {
     "evaluate/test_run.py",
     "evaluate/test_word_level.py",
     "onboarding/test_onboarding.py",
+    "router/test_providers.py",
     "server/test_http_server.py",
     "test_collection.py",
     "test_container.py",

@@ -193,7 +193,7 @@ def _candidates(
         seconds = 0.0 if rate is None else (engine.waiting_tokens() + work.num_tokens) / rate
         # The engine refuses by itself what it cannot do in time, and says when it could.
         alone = not candidates
-        candidates.insert(0, Candidate(LOCAL, 0, 0, 1.0, 0.0 if alone else seconds))
+        candidates.insert(0, Candidate(LOCAL, 0, 0, 1.0, seconds, 0.0 if alone else seconds))
     return candidates
 
 

@@ -41,15 +41,16 @@ class Candidate:
         priority: 0 first.
         price: cost of a million tokens there, in nano-dollars.
         share: of its traffic that it may have, below 1 while it starts slowly.
-        seconds: estimate for this request.
-        idle: nothing is in flight there. An idle endpoint may always be tried: after a failure the estimate is a
-            penalty and no measurement.
+        load: what this request would meet there; only to be compared with that of others.
+        seconds: expected for this request.
+        idle: nothing is in flight there. An idle endpoint may always be tried: what it last took may be long ago.
     """
 
     name: str
     priority: int
     price: int
     share: float
+    load: float
     seconds: float
     idle: bool = False
 
@@ -74,10 +75,10 @@ def choose(candidates: Sequence[Candidate], wishes: ProviderWishes, draw: random
     first = min(candidate.priority for candidate in candidates)
     group = [candidate for candidate in candidates if candidate.priority == first]
     if wishes.sort == "price":
-        return min(group, key=lambda candidate: (candidate.price, candidate.seconds))
+        return min(group, key=lambda candidate: (candidate.price, candidate.load))
     if wishes.sort is not None:
-        return min(group, key=lambda candidate: candidate.seconds)
-    return min(_two(group, draw), key=lambda candidate: candidate.seconds)
+        return min(group, key=lambda candidate: candidate.load)
+    return min(_two(group, draw), key=lambda candidate: candidate.load)
 
 
 def permitted(name: str, data: str, wishes: ProviderWishes) -> bool:

@@ -144,7 +144,8 @@ class ProviderEndpoint:
             priority=self.model.priority,
             price=self.model.cost_on(datetime.now(UTC).date()),
             share=slow_start(now - self.in_traffic_since),
-            seconds=self.load.estimate(tokens, now),
+            load=self.load.cost(tokens, now),
+            seconds=self.load.expected_seconds(tokens),
             idle=not self.load.requests,
         )
 

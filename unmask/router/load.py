@@ -20,6 +20,8 @@ _SLOW_START_SHARE = 0.1
 
 _DECREASE = 0.7
 
+_NEWEST_SHARE = 0.1  # of the newest answer in the usual duration
+
 
 class PeakEwma:
     """An average that rises at once and falls slowly, so that a provider that becomes slow is noticed at once.
@@ -63,6 +65,7 @@ class EndpointLoad:
         self.tokens = 0
         self.requests = 0
         self._rate = PeakEwma(seconds_per_token, now)
+        self._typical = seconds_per_token
         self._max_parallel = max_parallel
         self._limit = float(max_parallel)
         self._successes = 0
@@ -76,9 +79,17 @@ class EndpointLoad:
         """True if one more request may start."""
         return self.requests < self.limit
 
-    def estimate(self, tokens: int, now: float) -> float:
-        """Return the seconds that a request of `tokens` would take, behind those in flight."""
+    def cost(self, tokens: int, now: float) -> float:
+        """Return the load that a request of `tokens` would meet and add, to compare endpoints.
+
+        It is no duration: it counts the tokens in flight although the latencies contain them already, and failures
+        count as very slow answers.
+        """
         return self._rate.read(now) * (self.tokens + max(tokens, MIN_TOKENS))
+
+    def expected_seconds(self, tokens: int) -> float:
+        """Return the seconds that a request of `tokens` usually takes now, by the last good answers."""
+        return self._typical * max(tokens, MIN_TOKENS)
 
     def start(self, tokens: int) -> None:
         """Count a request in."""
@@ -92,7 +103,9 @@ class EndpointLoad:
 
     def succeeded(self, tokens: int, seconds: float, now: float) -> None:
         """Take the duration of a good answer into account."""
-        self._rate.observe(seconds / max(tokens, MIN_TOKENS), now)
+        rate = seconds / max(tokens, MIN_TOKENS)
+        self._rate.observe(rate, now)
+        self._typical += _NEWEST_SHARE * (rate - self._typical)
         self._successes += 1
         if self._successes >= self._limit:
             self._limit = min(self._limit + 1, self._max_parallel)
