@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from tests.training.tiny import gradients, recipe_of, texts_of, write_decoder, write_pairs
 from unmask.checkpoint.tensors import EMBEDDING
 from unmask.encoder import Encoder
+from unmask.encoder.model.decoder import Decoder
 from unmask.errors import CheckpointError, UsageError
+from unmask.training.dev import DevSets
 from unmask.training.distributed import Processes
 from unmask.training.gradcache import backward_through
 from unmask.training.losses import vector_distance
@@ -132,10 +134,12 @@ def test_an_exit_is_a_shallower_model_of_its_own(folder: Path) -> None:
     recipe = recipe_for(folder, layers=3, exits=[{"layers": 1}, {"layers": 2, "weight": 0.25}], steps=30)
     run_training(recipe, data=folder, output=folder / "run")
     trained = torch.load(folder / "run" / "checkpoints" / "step-00000030" / "state.pt")["parameters"]
+    (evaluation,) = [line for line in RunFolder(folder / "run", 1).metrics() if "scores" in line]
     whole = Encoder.load(folder / "run" / "model")
     for layers in (1, 2):
         shallow = Encoder.load(folder / "run" / f"model-{layers}-layers")
         decoder = shallow.trainable_decoder()
+        assert isinstance(decoder, Decoder)
         assert len(decoder.layers) == layers
         for name, parameter in decoder.named_parameters():
             assert torch.equal(parameter, dict(whole.trainable_decoder().named_parameters())[name]), name
@@ -143,8 +147,19 @@ def test_an_exit_is_a_shallower_model_of_its_own(folder: Path) -> None:
         assert torch.equal(shallow.head.plain_weight(), trained[f"head.exit{layers}.weight"])
         # The exit's own head reads its layer; the head of the full depth, on the same layer, does not.
         targets, own = _targets_and_vectors(folder, shallow)
+        assert evaluation["exits"][str(layers)].keys() == evaluation["scores"].keys()
+        assert evaluation["exits"][str(layers)] == _scores_of(shallow, folder, recipe)
         foreign = Encoder.load(folder / "run" / "model", layers=layers)
         assert (own * targets).sum(1).mean() > (foreign.encode(TEXTS, normalize=True) * targets).sum(1).mean()
+
+
+def _scores_of(encoder: Encoder, folder: Path, recipe: Recipe) -> dict[str, Any]:
+    sets, _ = load_data(recipe, folder, lambda _: None)
+    targets = open_teachers(recipe, sets, RunFolder(folder / "run", 1), Processes()).targets
+    scores = DevSets(recipe, sets, folder, targets).scores(
+        lambda texts, instruction: encoder.encode(list(texts), instruction=instruction, normalize=True)
+    )
+    return {name: pytest.approx(score, abs=0.01) for name, score in scores.items()}
 
 
 def _targets_and_vectors(folder: Path, encoder: Encoder) -> tuple[np.ndarray, np.ndarray]:

@@ -33,8 +33,12 @@ def draw_curves(folder: RunFolder) -> None:
         right = panels[0][1]
         for name in evaluations[0]["scores"]:
             points = [(line["step"], line["scores"][name]) for line in evaluations if name in line["scores"]]
-            right.plot(*zip(*points, strict=True), marker="o", markersize=2.5, linewidth=1.2, label=name)
-        right.set_title("Dev sets", loc="left", fontsize=10)
+            (curve,) = right.plot(*zip(*points, strict=True), marker="o", markersize=2.5, linewidth=1.2, label=name)
+            for layers in evaluations[0].get("exits", {}):
+                points = [(line["step"], line["exits"][layers][name]) for line in evaluations if "exits" in line]
+                right.plot(*zip(*points, strict=True), ":", linewidth=1, color=curve.get_color())
+        dotted = ", dotted: exits" if "exits" in evaluations[0] else ""
+        right.set_title(f"Dev sets{dotted}", loc="left", fontsize=10)
         right.set_xlabel("step")
     for panel in panels[0]:
         panel.spines[["top", "right"]].set_visible(False)

@@ -3,11 +3,12 @@
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from unmask.errors import TrainingError
@@ -111,9 +112,9 @@ def train_steps(
                 }
             )
         if len(dev) and (done % recipe.evaluate_every == 0 or done == recipe.steps):
-            scores = processes.broadcast(dev_scores(model, dev))
+            scores, exit_scores = processes.broadcast(dev_scores(model, dev))
             if processes.is_main:
-                folder.log({"step": done, "scores": scores})
+                folder.log({"step": done, "scores": scores} | ({"exits": exit_scores} if exit_scores else {}))
             if _mean(scores) > _mean(best):
                 best = dict(scores)
                 write_best()
@@ -167,15 +168,35 @@ def _train_step(
     return report, norm
 
 
-def dev_scores(model: TrainingModel, dev: DevSets) -> dict[str, float]:
-    """Score the weights that would be written now, without dropout. All processes must call it; all get the scores."""
+def dev_scores(model: TrainingModel, dev: DevSets) -> tuple[dict[str, float], dict[int, dict[str, float]]]:
+    """Score the weights that would be written now, without dropout. All processes must call it; all get the scores.
+
+    Returns:
+        The scores of the full depth, and those of each exit by its number of layers.
+    """
+    exit_vectors: list[list[np.ndarray]] = []  # of each call of `encode`, in its order
+
+    def encode(texts: Sequence[str], instruction: str) -> np.ndarray:
+        full, *early = model.encode_depths(texts, instruction)
+        exit_vectors.append(early)
+        return full
+
     model.decoder.eval()
     model.merge()
     with model.averaged():
-        scores = {name: round(score, 3) for name, score in dev.scores(model.encode).items()}
+        scores = _rounded(dev.scores(encode))
     model.decoder.train()
     model.merge()
-    return scores
+    exit_scores: dict[int, dict[str, float]] = {}
+    for number, layers in enumerate(model.exit_heads):
+        # The same calls in the same order: one forward has computed the vectors of all depths.
+        calls = iter(exit_vectors)
+        exit_scores[layers] = _rounded(dev.scores(lambda *_, calls=calls, number=number: next(calls)[number]))
+    return scores, exit_scores
+
+
+def _rounded(scores: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(score, 3) for name, score in scores.items()}
 
 
 def _mean(scores: Mapping[str, float]) -> float:

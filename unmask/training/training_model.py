@@ -231,6 +231,12 @@ class TrainingModel:
         return F.normalize(self._encode(texts, instruction, self.vectors, self.dimensions), dim=1).cpu().numpy()
 
     @torch.no_grad()
+    def encode_depths(self, texts: Sequence[str], instruction: str = "") -> list[np.ndarray]:
+        """Encode texts to unit vectors of the full depth and of each exit, in the way of `encode`."""
+        vectors = self._encode(texts, instruction, self.vectors_of_depths, self.depths * self.dimensions)
+        return [F.normalize(each, dim=1).cpu().numpy() for each in vectors.split(self.dimensions, dim=1)]
+
+    @torch.no_grad()
     def encode_pooled(self, texts: Sequence[str], layers: int | None = None) -> np.ndarray:
         """Compute the pooled states of texts before the head, float32 [n, hidden_size], in the way of `encode`.
 
