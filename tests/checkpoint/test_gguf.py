@@ -126,7 +126,7 @@ def test_a_llama_file_comes_back_as_the_hub_had_it(tmp_path: Path, tensors: Tens
     for name in stored:
         if "attn_q" in name or "attn_k" in name:
             stored[name] = permuted(stored[name], HEADS if "attn_q" in name else KEY_HEADS)
-    _, source, _ = open_gguf(write(tmp_path / "m.gguf", stored))
+    _, source, _, _ = open_gguf(write(tmp_path / "m.gguf", stored))
     for name, hub_name in (
         ("token_embd.weight", "embed_tokens.weight"),
         ("output_norm.weight", "norm.weight"),
@@ -154,7 +154,7 @@ def test_gemma_norms_lose_the_one_that_the_converter_added(tmp_path: Path) -> No
     stored = {
         name: tensor + np.float32(1) if name.endswith("norm.weight") else tensor for name, tensor in tensors.items()
     }
-    _, source, _ = open_gguf(write(tmp_path / "m.gguf", stored, "gemma3"))
+    _, source, _, _ = open_gguf(write(tmp_path / "m.gguf", stored, "gemma3"))
     for name, hub_name in (
         ("output_norm.weight", "norm.weight"),
         ("blk.0.attn_norm.weight", "layers.0.input_layernorm.weight"),
@@ -176,7 +176,7 @@ def test_blocks_are_dequantised_in_chunks_as_in_one(
     name = "blk.0.ffn_up.weight"
     format_ = gguf.GGMLQuantizationType[kind]
     raw = quantize(tensors[name], format_)
-    _, source, _ = open_gguf(write(tmp_path / "m.gguf", {**tensors, name: raw}, formats={name: format_}))
+    _, source, _, _ = open_gguf(write(tmp_path / "m.gguf", {**tensors, name: raw}, formats={name: format_}))
     read = source.read("layers.0.mlp.up_proj.weight")
     assert read.dtype == torch.float32
     np.testing.assert_array_equal(read.numpy(), dequantize(raw, format_))
@@ -188,12 +188,12 @@ def test_plain_numbers_keep_their_precision(tmp_path: Path, tensors: Tensors, ki
     wanted = torch.from_numpy(tensors[name]).to(dtype)
     raw = wanted.view(torch.uint8).numpy()
     formats = {name: gguf.GGMLQuantizationType[kind]}
-    _, source, _ = open_gguf(write(tmp_path / "m.gguf", {**tensors, name: raw}, formats=formats))
+    _, source, _, _ = open_gguf(write(tmp_path / "m.gguf", {**tensors, name: raw}, formats=formats))
     assert torch.equal(source.read("layers.0.mlp.up_proj.weight"), wanted)
 
 
 def test_the_config_is_in_the_words_of_the_hub(tmp_path: Path, tensors: Tensors) -> None:
-    config, _, tokenizer = open_gguf(write(tmp_path / "m.gguf", tensors, fields={"llama.rope.freq_base": 5e5}))
+    config, _, tokenizer, _ = open_gguf(write(tmp_path / "m.gguf", tensors, fields={"llama.rope.freq_base": 5e5}))
     assert config == {
         "model_type": "llama",
         "hidden_size": HIDDEN,
@@ -219,7 +219,7 @@ def test_the_config_is_in_the_words_of_the_hub(tmp_path: Path, tensors: Tensors)
 
 def test_gemma3_alternates_its_windows(tmp_path: Path) -> None:
     path = write(tmp_path / "m.gguf", gemma3_tensors(np.random.default_rng(0)), "gemma3")
-    config, _, _ = open_gguf(path)
+    config, _, _, _ = open_gguf(path)
     assert config["model_type"] == "gemma3_text"
     assert config["hidden_activation"] == "gelu_pytorch_tanh"
     assert config["layer_types"] == ["sliding_attention"] * LAYERS
@@ -298,21 +298,21 @@ def config_of(architecture: str, fields: dict[str, Any]) -> dict[str, Any]:
 
 def test_llama3_factors_are_handed_on(tmp_path: Path, tensors: Tensors) -> None:
     factors = np.linspace(1, 32, HEAD // 2, dtype=np.float32)
-    config, source, _ = open_gguf(write(tmp_path / "m.gguf", {**tensors, "rope_freqs.weight": factors}))
+    config, source, _, _ = open_gguf(write(tmp_path / "m.gguf", {**tensors, "rope_freqs.weight": factors}))
     assert config["rope_factors"] == pytest.approx(factors.tolist())
     assert "rope_freqs.weight" not in source.names()
 
 
 def test_an_output_matrix_unties_the_embedding(tmp_path: Path, tensors: Tensors) -> None:
     output = tensors["token_embd.weight"] + 1
-    config, source, _ = open_gguf(write(tmp_path / "m.gguf", {**tensors, "output.weight": output}))
+    config, source, _, _ = open_gguf(write(tmp_path / "m.gguf", {**tensors, "output.weight": output}))
     assert not config["tie_word_embeddings"]
     np.testing.assert_array_equal(source.read("lm_head.weight").numpy(), output)
 
 
 def test_what_is_no_part_of_the_decoder(tmp_path: Path, tensors: Tensors) -> None:
     vision = {"v.patch_embd.weight": np.ones((4, 4), np.float32)}
-    _, source, _ = open_gguf(write(tmp_path / "vision.gguf", tensors | vision))
+    _, source, _, _ = open_gguf(write(tmp_path / "vision.gguf", tensors | vision))
     assert all(name.startswith(("embed_tokens", "norm", "layers.")) for name in source.names())
     expert = {"blk.0.ffn_gate_exps.weight": np.ones((4, 4), np.float32)}
     with pytest.raises(UnsupportedArchitecture, match="ffn_gate_exps"):
@@ -390,7 +390,7 @@ def test_flipped_header_bytes_give_a_model_or_a_refusal(tmp_path: Path, sound: b
     path = tmp_path / "flipped.gguf"
     path.write_bytes(flipped)
     try:
-        _, source, tokenizer = open_gguf(path)
+        _, source, tokenizer, _ = open_gguf(path)
     except CheckpointError:
         return
     for name in source.names():
@@ -431,7 +431,7 @@ def test_real_weights_are_those_that_transformers_reads(
 ) -> None:
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS
 
-    config, source, _ = open_gguf(real_model(name))
+    config, source, _, _ = open_gguf(real_model(name))
     undo = TENSOR_PROCESSORS[architecture](config)
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(real_model(name)).tensors}
     for gguf_name, hub_name in names.items():

@@ -1,123 +1,276 @@
-"""sentence-transformers folders: equal to sentence-transformers, or refused with the setting's name."""
+"""Embedding models of other makers: equal to sentence-transformers and llama.cpp's rules, or refused by name."""
 
 import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from tests.checkpoint.layouts import (
+    GEMMA3,
+    HIDDEN_SIZE,
+    INSTRUCT,
+    LAST,
+    LAYOUTS,
+    MEAN,
+    Layout,
+    gemma,
+    qwen,
+    write_layout,
+)
 from unmask import Encoder
-from unmask.checkpoint.modules import require_readable_gguf
-from unmask.errors import CheckpointError
+from unmask.checkpoint.modules import gguf_settings
+from unmask.errors import CheckpointError, EmptyText, UsageError
 
-TEXTS = ["river stone", "The moon walks slowly over the green table."]
-
-
-def modules(*kinds: str) -> list[dict[str, Any]]:
-    types = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize", "Dense": "2_Dense"}
-    return [
-        {"idx": i, "name": str(i), "path": types.get(kind, kind), "type": f"sentence_transformers.models.{kind}"}
-        for i, kind in enumerate(kinds)
-    ]
-
-
-MEAN = {"word_embedding_dimension": 64, "pooling_mode_mean_tokens": True, "include_prompt": True}
+TEXTS = [
+    "river",
+    "!",
+    "  The moon walks slowly over the green table.",
+    "7 lamps, 1984\n",
+    "日本語のテキスト 🌊",
+    "many words under the bridge " * 40,  # beyond every model's length
+]
+TOLERANCE = 1e-5
 
 
-def make_folder(folder: Path, **changes: Any) -> Path:
-    """Give a model's folder the files of sentence-transformers; `changes` replace fields by file."""
-    files = {
-        "modules.json": modules("Transformer", "Pooling", "Normalize"),
-        "1_Pooling/config.json": MEAN,
-        "sentence_bert_config.json": {"max_seq_length": 24, "do_lower_case": False},
-        "config_sentence_transformers.json": {"prompts": {"query": "find it: ", "document": ""}},
-    }
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"is_causal": False, **changes.pop("config", {})}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "1_Pooling").mkdir()
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(changes.get(name, content)))
+def library(folder: Path, **options: Any) -> Any:
+    """The same folder in sentence-transformers."""
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(folder), device="cpu", **options)
+
+
+def difference(found: np.ndarray, expected: np.ndarray) -> float:
+    assert found.shape == expected.shape and np.isfinite(expected).all()
+    return float(np.abs(found - expected).max())
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`published(name)` is the folder of a layout, written once."""
+    root = tmp_path_factory.mktemp("published")
+
+    def folder(name: str) -> Path:
+        path = root / name
+        return path if path.is_dir() else write_layout(path, LAYOUTS[name])
+
     return folder
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_published_layout_equals_sentence_transformers(name: str, published: Callable[[str], Path]) -> None:
+    folder = published(name)
+    reference = library(folder, trust_remote_code=bool(LAYOUTS[name].code))
+    encoder = Encoder.load(folder)
+    sides: list[tuple[Any, Any]] = [
+        (reference.encode_query, encoder.encode_query),
+        (reference.encode_document, encoder.encode_document),
+        *(
+            (partial(reference.encode, prompt_name=prompt), partial(encoder.encode, instruction=text))
+            for prompt, text in LAYOUTS[name].prompts.items()
+            if prompt not in ("query", "document") and text
+        ),
+    ]
+    for theirs, ours in sides:
+        expected = theirs(TEXTS)
+        assert difference(ours(TEXTS), expected) <= TOLERANCE
+        assert difference(np.concatenate([ours(text) for text in TEXTS]), expected) <= TOLERANCE
+    assert max(encoder.count_tokens(TEXTS)) > encoder.max_length == reference.max_seq_length
+    # The comparison would notice each of these.
+    expected = encoder.encode(TEXTS)
+    wrong = [Encoder.load(folder, causal=not encoder.causal)]
+    wrong.append(Encoder.load(folder, pooling="last_token" if encoder.pooling == "mean" else "mean"))
+    assert all(difference(other.encode(TEXTS), expected) > 100 * TOLERANCE for other in wrong)
+
+
+TINY = Layout({"model_type": "qwen3", "is_causal": False}, qwen, MEAN, {"query": "find it: ", "document": ""})
+GELU = ((HIDDEN_SIZE, 24, "GELU"), (24, 16, "Tanh"))
+VARIANTS: dict[str, Layout] = {
+    "first token": replace(TINY, pooling={**LAST, "pooling_mode_cls_token": True, "pooling_mode_lasttoken": False}),
+    "weighted mean": replace(TINY, pooling={"embedding_dimension": HIDDEN_SIZE, "pooling_mode": "weightedmean"}),
+    "a list of one mode": replace(TINY, pooling={"embedding_dimension": HIDDEN_SIZE, "pooling_mode": ["lasttoken"]}),
+    "prompt not pooled": replace(TINY, pooling={**MEAN, "include_prompt": False}),
+    "prompt not pooled, BOS and EOS": replace(TINY, tokenizer=gemma, pooling={**MEAN, "include_prompt": False}),
+    "activations": replace(TINY, dense=GELU),
+    "not scaled": replace(TINY, normalizes=False),
+    "only use_bidirectional_attention": replace(TINY, config={**GEMMA3, "use_bidirectional_attention": True}),
+    "causal windows": replace(TINY, config=GEMMA3, tokenizer=gemma, pooling=LAST),
+    "no lengths": replace(TINY, lengths=None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_setting_is_followed(name: str, tmp_path: Path) -> None:
+    folder = write_layout(tmp_path / "model", VARIANTS[name])
+    reference, encoder = library(folder), Encoder.load(folder)
+    assert encoder.max_length == reference.max_seq_length
+    assert difference(encoder.encode_query(TEXTS), reference.encode_query(TEXTS)) <= TOLERANCE
+    assert difference(encoder.encode_document(TEXTS), reference.encode_document(TEXTS)) <= TOLERANCE
+
+
+def test_truncation_and_a_default_prompt_are_followed(tmp_path: Path) -> None:
+    prompts = {"query": INSTRUCT, "document": "passage: ", "other": "represent: "}
+    change = {"prompts": prompts, "default_prompt_name": "other", "truncate_dim": 12}
+    folder = write_layout(tmp_path / "model", TINY, **{"config_sentence_transformers.json": change})
+    reference, encoder = library(folder), Encoder.load(folder)
+    assert encoder.dim == 12
+    for theirs, ours in (
+        (reference.encode, encoder.encode),
+        (reference.encode_query, encoder.encode_query),
+        (reference.encode_document, encoder.encode_document),
+    ):
+        assert difference(ours(TEXTS), theirs(TEXTS)) <= TOLERANCE
+
+
+def test_a_folder_that_the_library_saved_again_means_the_same(published: Callable[[str], Path], tmp_path: Path) -> None:
+    reference = library(published("google/embeddinggemma-300m"))
+    reference.save_pretrained(str(tmp_path / "saved"))
+    encoder = Encoder.load(tmp_path / "saved")
+    assert difference(encoder.encode_query(TEXTS), reference.encode_query(TEXTS)) <= TOLERANCE
+
+
+def test_control_tokens_in_a_text_are_characters(tmp_path: Path) -> None:
+    encoder = Encoder.load(write_layout(tmp_path / "model", TINY))
+    inside, spaced = encoder.count_tokens(["a<|im_end|>b", "a< |im_end|>b"])
+    assert inside > 5 and spaced > 5  # sentence-transformers reads one token, which a user could type
+    with pytest.raises(EmptyText):
+        encoder.encode("")
+
+
+SETTINGS, SENTENCES, POOLING = "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json"
+REFUSED: list[tuple[dict[str, Mapping[str, Any]], str]] = [
+    ({POOLING: {"pooling_mode_max_tokens": True, "pooling_mode_mean_tokens": False}}, "pooling max"),
+    ({POOLING: {"pooling_mode_mean_sqrt_len_tokens": True, "pooling_mode_mean_tokens": False}}, "mean_sqrt_len_tokens"),
+    ({POOLING: {"pooling_mode_lasttoken": True}}, "pooling mean and lasttoken"),
+    ({POOLING: {"pooling_mode_mean_tokens": False}}, "pooling of an unknown kind"),
+    ({POOLING: {"pooling_mode": "weightedmean", "include_prompt": False}}, "a weighted mean without the prompt"),
+    ({SETTINGS: {"do_lower_case": True}}, "lower case"),
+    ({SETTINGS: {"modality_config": {"message": {}}}}, "a chat template"),
+    ({SETTINGS: {"query_length": 16}}, "query_length=16"),
+    ({SETTINGS: {"tokenizer_args": {"padding_side": "left", "add_eos_token": True}}}, "tokenizer_args with add_eos"),
+    ({"tokenizer_config.json": {"truncation_side": "left"}}, "cut at their beginning"),
+    ({"tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["own.Slow", None]}}}, r"code of its own, own\.Slow"),
+    ({"config.json": {"auto_map": {"AutoModel": "modeling_own.Model"}}}, r"code of its own, modeling_own\.Model"),
+    ({SENTENCES: {"prompts": {"d": "x "}, "default_prompt_name": "d"}}, "a default prompt"),
+    ({SENTENCES: {"similarity_fn_name": "euclidean"}}, "similarity euclidean"),
+    ({SENTENCES: {"prompts": {"query": "<|im_start|>query: "}}}, r"the special token <\|im_start\|>"),
+    ({"2_Dense/config.json": {"activation_function": "own.Swish"}}, r"activation_function=own\.Swish"),
+    ({"2_Dense/config.json": {"use_residual": True}}, "use_residual"),
+    ({"2_Dense/config.json": {"module_input_name": "token_embeddings"}}, "module_input_name=token_embeddings"),
+    ({"2_Dense/config.json": {"in_features": 9}}, r"2_Dense holds tensors"),
+    ({"2_Dense/config.json": {"in_features": None}}, r"lacks in_features"),
+]
+
+
+@pytest.fixture(scope="session")
+def with_dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_layout(tmp_path_factory.mktemp("modules") / "model", replace(TINY, dense=GELU))
 
 
 @pytest.fixture
-def plain(copied) -> Path:
-    """A folder whose tokenizer adds no BOS."""
-    folder = copied("tiny_llama")
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    tokenizer["post_processor"] = None
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False, "pad_token": "<pad>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    (folder / "llm2vec_config.json").unlink(missing_ok=True)
-    return folder
+def edited(with_dense: Path, tmp_path: Path) -> Callable[[Mapping[str, Any]], Path]:
+    """`edited(changes)` is a copy whose JSON files have other entries, or other content where that is a list."""
+    import shutil
+
+    def copy(changes: Mapping[str, Any]) -> Path:
+        folder = Path(shutil.copytree(with_dense, tmp_path / "edited"))
+        for name, change in changes.items():
+            before = json.loads((folder / name).read_text())
+            after = change if isinstance(change, list) else {**before, **change}
+            (folder / name).write_text(json.dumps(after))
+        return folder
+
+    return copy
 
 
-def test_a_bidirectional_mean_equals_sentence_transformers(plain: Path) -> None:
-    from sentence_transformers import SentenceTransformer
-
-    make_folder(plain)
-    reference = SentenceTransformer(str(plain), device="cpu")
-    texts = [*TEXTS, "many words " * 30]  # beyond max_seq_length
-    encoder = Encoder.load(plain)
-    for prompt, name in (("", "document"), ("find it:", "query")):
-        theirs = reference.encode(texts, prompt_name=name)
-        ours = encoder.encode(texts, instruction=prompt, normalize=True)
-        assert np.abs(ours - theirs).max() <= 1e-5
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"modules.json": modules("Transformer", "Pooling", "Dense")}, "a module Dense"),
-        ({"modules.json": modules("Transformer", "LSTM", "Pooling")}, "a module LSTM"),
-        ({"modules.json": modules("Transformer")}, "no pooling"),
-        *(
-            ({"1_Pooling/config.json": {f"pooling_mode_{mode}": True}}, f"pooling {mode}")
-            for mode in ("cls_token", "lasttoken", "weightedmean_tokens", "max_tokens", "mean_sqrt_len_tokens")
-        ),
-        ({"1_Pooling/config.json": {"pooling_mode": "lasttoken"}}, "pooling lasttoken"),
-        ({"1_Pooling/config.json": {**MEAN, "pooling_mode_lasttoken": True}}, "mean_tokens and lasttoken"),
-        ({"1_Pooling/config.json": {}}, "pooling of an unknown kind"),
-        ({"config": {"is_causal": True}}, "a causal mask"),
-        ({"config": {"is_causal": None}}, "a causal mask"),
-        ({"config_sentence_transformers.json": {"prompts": {"query": "find it\n"}}}, "a prompt query"),
-        (
-            {"config_sentence_transformers.json": {"prompts": {"d": "x "}, "default_prompt_name": "d"}},
-            "a default prompt",
-        ),
-        ({"config_sentence_transformers.json": {"truncate_dim": 32}}, "truncate_dim=32"),
-        ({"sentence_bert_config.json": {"do_lower_case": True}}, "lower case"),
-        ({"modules.json": {"a": 1}}, "expected a JSON list"),
-    ],
-)
-def test_another_vector_is_refused_by_name(plain: Path, changes: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(("changes", "message"), REFUSED)
+def test_another_vector_is_refused_by_name(
+    changes: Mapping[str, Any], message: str, edited: Callable[[Mapping[str, Any]], Path]
+) -> None:
     with pytest.raises(CheckpointError, match=message):
-        Encoder.load(make_folder(plain, **changes))
-
-
-def test_a_mean_over_bos_is_refused_by_name(copied) -> None:
-    folder = copied("tiny_llama")
-    (folder / "llm2vec_config.json").unlink(missing_ok=True)
-    with pytest.raises(CheckpointError, match="includes BOS"):
-        Encoder.load(make_folder(folder))
+        Encoder.load(edited(changes))
 
 
 @pytest.mark.parametrize(
-    ("pooling", "causal", "message"),
+    ("types", "message"),
     [
-        *((None, None, None), (0, None, None), (1, False, None), (1, None, "causal"), (1, True, "causal")),
-        *((2, False, "cls"), (3, True, "last"), (4, None, "rank"), (9, None, "9")),
+        (["sentence_transformers.models.Transformer"], "not a Transformer and a Pooling first"),
+        (["sentence_transformers.models.CLIPModel", "sentence_transformers.models.Pooling"], "modules CLIPModel"),
+        (["custom_st.Transformer", "sentence_transformers.models.Pooling"], r"modules custom_st\.Transformer"),
+        ([None, None, "sentence_transformers.models.LSTM"], "a module LSTM"),
+        ([None, None, "sentence_transformers.models.LayerNorm"], "a module LayerNorm"),
+        ([None, None, "own_code.Normalize"], r"a module own_code\.Normalize"),
     ],
 )
-def test_gguf_pooling(pooling: int | None, causal: bool | None, message: str | None) -> None:
-    fields = {"llama.pooling_type": pooling, "llama.attention.causal": causal}
-    fields = {key: value for key, value in fields.items() if value is not None}
-    if message is None:
-        require_readable_gguf(Path("m.gguf"), "llama", fields)
+def test_modules_that_are_not_known_are_refused_by_name(
+    types: list[str | None], message: str, edited: Callable[[Mapping[str, Any]], Path]
+) -> None:
+    usual = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")]
+    modules = [
+        {"idx": i, "path": usual[i][1], "type": kind or f"sentence_transformers.models.{usual[i][0]}"}
+        for i, kind in enumerate(types)
+    ]
+    with pytest.raises(CheckpointError, match=message):
+        Encoder.load(edited({"modules.json": modules}))
+
+
+def test_a_path_outside_the_folder_is_refused(edited: Callable[[Mapping[str, Any]], Path]) -> None:
+    types = [("Transformer", ""), ("Pooling", "../elsewhere")]
+    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for kind, path in types]
+    with pytest.raises(CheckpointError, match="outside its own folder"):
+        Encoder.load(edited({"modules.json": modules}))
+
+
+@pytest.mark.parametrize(
+    "name", ["modules.json", POOLING, SETTINGS, SENTENCES, "2_Dense/config.json", "3_Dense/model.safetensors"]
+)
+def test_every_file_that_decides_is_part_of_the_revision(
+    name: str, with_dense: Path, edited: Callable[[Mapping[str, Any]], Path]
+) -> None:
+    folder = edited({})
+    before = Encoder.load(with_dense).checkpoint
+    assert name in {str(file.relative_to(with_dense)) for file in before.files}
+    if name.endswith(".json"):
+        (folder / name).write_text((folder / name).read_text() + " ")
     else:
-        with pytest.raises(CheckpointError, match=message):
-            require_readable_gguf(Path("m.gguf"), "llama", fields)
+        save_file({"linear.weight": torch.ones(16, 24)}, folder / name)
+    assert Encoder.load(folder).checkpoint.revision != before.revision
+
+
+def test_llm2vec_config_wins_over_modules(edited: Callable[[Mapping[str, Any]], Path]) -> None:
+    folder = edited({SETTINGS: {"do_lower_case": True}})
+    (folder / "llm2vec_config.json").write_text(json.dumps({"pooling_mode": "mean"}))
+    encoder = Encoder.load(folder)
+    assert encoder.head is None and encoder.dim == HIDDEN_SIZE and not encoder.causal
+
+
+def test_reference_mode_is_for_llm2vec_alone(with_dense: Path) -> None:
+    with pytest.raises(UsageError, match="no model of its kind"):
+        Encoder.load(with_dense, compat="reference")
+
+
+@pytest.mark.parametrize(("pooling", "ours"), [(1, "mean"), (2, "first_token"), (3, "last_token")])
+@pytest.mark.parametrize("causal", [None, True, False])
+def test_gguf_pooling_is_followed(pooling: int, ours: str, causal: bool | None) -> None:
+    fields = {"llama.pooling_type": pooling, "llama.attention.causal": causal, "llama.context_length": 77}
+    fields = {key: value for key, value in fields.items() if value is not None}
+    settings = gguf_settings(Path("m.gguf"), "llama", fields)
+    assert settings["pooling_mode"] == ours and settings["max_length"] == 77
+    assert settings["causal"] is (causal is not False)  # llama.cpp's default
+
+
+def test_a_gguf_file_without_pooling_is_a_decoder() -> None:
+    assert gguf_settings(Path("m.gguf"), "llama", {}) == {}
+    assert gguf_settings(Path("m.gguf"), "llama", {"llama.pooling_type": 0}) == {}
+
+
+@pytest.mark.parametrize(("pooling", "message"), [(4, "rank"), (9, "9")])
+def test_other_gguf_pooling_is_refused(pooling: int, message: str) -> None:
+    with pytest.raises(CheckpointError, match=f"pooling_type {message}"):
+        gguf_settings(Path("m.gguf"), "llama", {"llama.pooling_type": pooling})

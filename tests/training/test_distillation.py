@@ -97,8 +97,8 @@ def test_what_is_written_is_what_was_trained(folder: Path, precision: str, embed
         if name in trained:
             error = (parameter - trained[name]).abs().amax() / trained[name].abs().amax()
             assert float(error.detach()) <= largest, name
-    assert encoder.head is not None
-    assert torch.equal(encoder.head.plain_weight(), trained["head.weight"])
+    assert encoder.head is not None and encoder.head.linear is not None
+    assert torch.equal(encoder.head.linear.plain_weight(), trained["head.weight"])
 
 
 def test_an_embedding_of_another_model_is_part_of_the_revision(folder: Path) -> None:

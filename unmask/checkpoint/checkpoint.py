@@ -10,8 +10,8 @@ from typing import Any
 
 from unmask.checkpoint.adapter import Adapter, MergedTensors
 from unmask.checkpoint.gguf import open_gguf
-from unmask.checkpoint.head import HEAD_FILE, HeadTensors
-from unmask.checkpoint.modules import read_modules
+from unmask.checkpoint.head import HEAD_FILE, HeadTensors, read_head_file
+from unmask.checkpoint.modules import BIDIRECTIONAL_TYPES, ModulesDescription, read_modules
 from unmask.checkpoint.resolve import Location, resolve
 from unmask.checkpoint.tensors import BorrowedEmbedding, FiniteTensors, TensorSource, open_tensors
 from unmask.checkpoint.tokenizer import TextTokenizer, read_tokenizer
@@ -27,7 +27,8 @@ class Checkpoint:
         config: the architecture, in the words of the hub's `config.json` (a GGUF header is translated).
         tensors: weights by innermost name, adapters already merged in.
         tokenizer: the model's own.
-        encoder_config: `llm2vec_config.json` where there is one (pooling_mode, max_length, ...), else empty.
+        encoder_config: `llm2vec_config.json` where there is one (pooling_mode, max_length, ...), else `modules.json` or
+            a GGUF file's own settings in the same words, else empty.
         trained_as: the hub name of the decoder it began as; chat templates are kept under it.
         files: every file that decides a vector.
         layers: the layers of the files that are left (`encoder.shear`); None for all.
@@ -77,8 +78,9 @@ def open_checkpoint(model: str | Path, adapters: Sequence[str | Path] = ()) -> C
 
 def _open(location: Location) -> Checkpoint:
     base = location.base
+    gguf_settings: Mapping[str, Any] = {}
     if base.is_file():
-        config, tensors, tokenizer = open_gguf(base)
+        config, tensors, tokenizer, gguf_settings = open_gguf(base)
         files, folder = [base], None
     elif location.embedding is not None:
         config = _read_config(base)
@@ -89,36 +91,55 @@ def _open(location: Location) -> Checkpoint:
         config = _read_config(base)
         tensors, tokenizer = open_tensors(base), read_tokenizer(base)
         files, folder = _deciding_files(base), base
-    encoder_config = _encoder_config((*reversed(location.adapters), base))
-    if folder is not None and not encoder_config:
-        encoder_config = read_modules(folder, config, pools_prefix=bool(tokenizer.prefix))
-        files += sorted(folder.glob("modules.json")) + sorted(folder.glob("*_Pooling/config.json"))
     merged = [Adapter(path) for path in location.adapters]
     for adapter in merged:
         files += [adapter.folder / "adapter_config.json", adapter.weights_file]
         files += sorted(adapter.folder.glob("llm2vec_config.json"))
     if merged:
         tensors = MergedTensors(tensors, merged)
+    outermost_first = [path for path in (*reversed(location.adapters), base) if path.is_dir()]
+    described = _description(outermost_first, config) or ModulesDescription(gguf_settings)
+    files += described.files
     # The outermost head counts: it was trained on what lies below it.
-    head = next((file for file in _heads((*reversed(location.adapters), base)) if file.is_file()), None)
+    head = next((file for path in outermost_first if (file := path / HEAD_FILE).is_file()), None)
     if head is not None:
-        tensors = HeadTensors(tensors, head)
         files.append(head)
+    layers = described.layers if head is None else read_head_file(head)
+    if layers:
+        tensors = HeadTensors(tensors, layers)
+    config = {**config, "model_type": BIDIRECTIONAL_TYPES.get(config["model_type"], config["model_type"])}
     _check_vocabulary(location.name, tensors, tokenizer)
     return Checkpoint(
         name=location.name,
         config=config,
         tensors=FiniteTensors(tensors, location.name),
         tokenizer=tokenizer,
-        encoder_config=encoder_config,
+        encoder_config=described.settings,
         trained_as=str(config.get("_name_or_path") or location.trained_as),
         files=tuple(files),
         folder=folder,
     )
 
 
-def _heads(folders: Sequence[Path]) -> list[Path]:
-    return [folder / HEAD_FILE for folder in folders if folder.is_dir()]
+def _description(folders: Sequence[Path], config: Mapping[str, Any]) -> ModulesDescription | None:
+    """The outermost description of the encoder: an `llm2vec_config.json`, else a `modules.json`.
+
+    Args:
+        folders: the outermost first: the last adapter's, ..., the base's.
+        config: the decoder's `config.json`.
+    """
+    for i, folder in enumerate(folders):
+        settings = _encoder_config(folder)
+        if settings:
+            # Training carries the steps of a head on to its adapter; the layers stay in the base's folder.
+            dense = any(step.get("kind") == "dense" for step in settings.get("head") or ())
+            below = (read_modules(path, config) for path in folders[i:]) if dense else ()
+            carried = next((modules for modules in below if modules is not None), ModulesDescription({}))
+            return ModulesDescription(settings, carried.files, carried.layers)
+        modules = read_modules(folder, config)
+        if modules is not None:
+            return modules
+    return None
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -142,19 +163,18 @@ def _deciding_files(folder: Path) -> list[Path]:
     return [file for pattern in patterns for file in sorted(folder.glob(pattern))]
 
 
-def _encoder_config(folders: Sequence[Path]) -> dict[str, Any]:
-    """The outermost `llm2vec_config.json`: the last adapter's before the base's."""
-    for folder in folders:
-        file = folder / "llm2vec_config.json"
-        if folder.is_dir() and file.is_file():
-            try:
-                config = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise CheckpointError(f"{file} is not JSON: {error}") from error
-            if not isinstance(config, dict):
-                raise CheckpointError(f"{file} is not a JSON object")
-            return config
-    return {}
+def _encoder_config(folder: Path) -> dict[str, Any]:
+    """The `llm2vec_config.json` of a folder, empty where there is none."""
+    file = folder / "llm2vec_config.json"
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} is not a JSON object")
+    return config
 
 
 def _check_vocabulary(name: str, tensors: TensorSource, tokenizer: TextTokenizer) -> None:

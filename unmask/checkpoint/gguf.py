@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from unmask.checkpoint.gguf_tokenizer import build_tokenizer
-from unmask.checkpoint.modules import require_readable_gguf
+from unmask.checkpoint.modules import gguf_settings
 from unmask.checkpoint.tensors import TensorSource
 from unmask.checkpoint.tokenizer import TextTokenizer
 from unmask.errors import CheckpointError, UnsupportedArchitecture
@@ -153,8 +153,10 @@ _ROPE_FACTORS = "rope_freqs.weight"
 _IRRELEVANT = re.compile(r"blk\.\d+\.attn_rot_embd\.weight|(?:v|mm)\..+", re.ASCII)
 
 
-def open_gguf(path: Path) -> tuple[dict[str, Any], TensorSource, TextTokenizer]:
-    """Open a `.gguf` file: its configuration with the keys of the hub's config.json, its weights, its tokenizer.
+def open_gguf(path: Path) -> tuple[dict[str, Any], TensorSource, TextTokenizer, dict[str, Any]]:
+    """Open a `.gguf` file: configuration with the keys of the hub's config.json, weights, tokenizer, encoder settings.
+
+    The settings have the keys of `llm2vec_config.json`; a language model has none.
 
     One key is not the hub's: `rope_factors` (head_dim / 2 floats) divides the rotary frequencies where the file
     says so; Llama 3.1 and later are stored that way.
@@ -168,7 +170,7 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], TensorSource, TextTokenizer]:
     if not isinstance(architecture, str) or architecture not in _FAMILIES:
         supported = ", ".join(_FAMILIES)
         raise UnsupportedArchitecture(f"{path} holds architecture {architecture!r}; known are {supported}")
-    require_readable_gguf(path, architecture, header.fields)
+    settings = gguf_settings(path, architecture, header.fields)
     config = _config(header, architecture)
     tensors = GgufTensors(header, architecture, config)
     config["vocab_size"] = tensors.shape("embed_tokens.weight")[0]
@@ -177,7 +179,7 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], TensorSource, TextTokenizer]:
     config["mlp_bias"] = "layers.0.mlp.up_proj.bias" in tensors.names()
     tokenizer = build_tokenizer(path, header.fields)
     config["bos_token_id"], config["eos_token_id"] = tokenizer.bos_id, tokenizer.eos_id
-    return config, tensors, tokenizer
+    return config, tensors, tokenizer, settings
 
 
 @dataclass(frozen=True)

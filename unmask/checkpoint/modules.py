@@ -1,112 +1,300 @@
-"""sentence-transformers folders and embedding GGUF files: refused unless `Encoder` reads them as their makers meant.
+"""Embedding models of other makers: sentence-transformers folders and embedding GGUF files.
 
-Their pooling, mask, prompts and further layers decide the vector, and `Encoder` reads another description
-(`llm2vec_config.json`), so a folder that means anything else is refused with the name of the setting.
+`modules.json` and the files that it names say how such a model makes a vector: pooling, mask, prompts, layers behind
+the pooling. They are translated to the settings of `llm2vec_config.json`, the one description that `Encoder` reads. A
+setting that `Encoder` does not compute is refused by name, never left out.
+
+Sources: sentence-transformers 6.2 (base/modules/, sentence_transformer/modules/pooling.py), llama.cpp
+(include/llama.h, src/llama-model.cpp).
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from unmask.checkpoint.head import HeadLayer, read_dense_module
 from unmask.errors import CheckpointError
 
-# `llama.cpp`, include/llama.h, enum llama_pooling_type.
+# Value of the setting "prompt_style": instruction and text are one string, joined as they are; all tokens are pooled.
+SENTENCE_TRANSFORMERS = "sentence-transformers"
+
+# model_type of code that its makers ship with the weights -> the decoder that it is with the causal mask removed.
+BIDIRECTIONAL_TYPES = {"llama_bidirec": "llama"}
+
+# Classes of the hub's remote code (auto_map) that compute what unmask computes from config.json.
+_KNOWN_CODE = {
+    "modeling_qwen.Qwen2Model",  # gte-Qwen2: Qwen2 that reads is_causal
+    "llama_bidirectional_model.LlamaBidirectionalModel",  # llama-embed-nemotron
+    "llama_bidirectional_model.LlamaBidirectionalConfig",
+    "tokenization_qwen.Qwen2Tokenizer",  # gte-Qwen2: Qwen2's tokenizer with add_eos_token
+    "tokenization_qwen.Qwen2TokenizerFast",
+}
+
+# Modes of sentence-transformers' Pooling -> ours. `first_token` is theirs for any first token, not BOS alone.
+_POOLINGS = {"mean": "mean", "weightedmean": "weighted_mean", "lasttoken": "last_token", "cls": "first_token"}
+_OLD_POOLING_KEYS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+_ACTIVATIONS = {
+    f"torch.nn.modules.{module}.{name}": name.lower()
+    for module, names in {"linear": ["Identity"], "activation": ["Tanh", "ReLU", "GELU", "SiLU", "Sigmoid"]}.items()
+    for name in names
+}
+# Entries of sentence_bert_config.json that change no vector; `max_seq_length` and others are read.
+_HARMLESS_LENGTHS = {"transformer_task", "module_output_name", "unpad_inputs", "max_seq_length", "do_lower_case"}
+_HARMLESS_ARGUMENTS = {"attn_implementation", "torch_dtype", "dtype", "trust_remote_code", "device_map", "padding_side"}
+_ARGUMENTS = ("model_args", "tokenizer_args", "config_args", "model_kwargs", "processor_kwargs", "config_kwargs")
+
+# llama.cpp, include/llama.h, enum llama_pooling_type.
 _GGUF_POOLINGS = {0: "none", 1: "mean", 2: "cls", 3: "last", 4: "rank"}
+_READABLE_GGUF_POOLINGS = {"mean": "mean", "cls": "first_token", "last": "last_token"}
 
 
-def read_modules(folder: Path, config: Mapping[str, Any], pools_prefix: bool) -> dict[str, Any]:
-    """Settings of `Encoder` (as in `llm2vec_config.json`) for a folder whose `modules.json` is a bidirectional mean.
+@dataclass(frozen=True)
+class ModulesDescription:
+    """A sentence-transformers folder in our words.
+
+    Attributes:
+        settings: as in `llm2vec_config.json`.
+        files: every file that decided them, or holds layers behind the pooling.
+        layers: the linear layers behind the pooling, first to last.
+    """
+
+    settings: Mapping[str, Any]
+    files: Sequence[Path] = ()
+    layers: Sequence[HeadLayer] = ()
+
+
+def read_modules(folder: Path, config: Mapping[str, Any]) -> ModulesDescription | None:
+    """Read `modules.json` and the files that it names; None where there is none.
 
     Args:
-        folder: may hold no `modules.json`; then there are no settings.
-        config: its `config.json`.
-        pools_prefix: the tokenizer puts tokens (BOS) before a text; sentence-transformers averages their states too.
+        config: the decoder's `config.json`.
 
     Raises:
-        CheckpointError: a module, the pooling, the mask or a prompt means a vector that `Encoder` does not compute.
+        CheckpointError: a setting means a vector that `Encoder` does not compute; all such settings are named.
     """
     if not (folder / "modules.json").is_file():
-        return {}
-    modules = _read(folder / "modules.json")
-    kinds = [(str(module.get("type", "")).rpartition(".")[2], str(module.get("path", ""))) for module in modules]
-    names = [kind for kind, _ in kinds]
-    differences = [f"a module {name}" for name in names if name not in ("Transformer", "Pooling", "Normalize")]
-    pooling = {}
-    for kind, path in kinds:
-        if kind == "Pooling":
-            pooling = _read(folder / path / "config.json")
-    if names[:2] != ["Transformer", "Pooling"]:
-        differences.append("no pooling after the transformer")
-    modes = [key.removeprefix("pooling_mode_") for key, on in pooling.items() if key.startswith("pooling_mode_") and on]
-    mode = pooling.get("pooling_mode")
-    modes += [mode] if isinstance(mode, str) else list(mode or ())
-    if modes not in (["mean_tokens"], ["mean"]):
-        differences.append(f"pooling {' and '.join(map(str, modes)) or 'of an unknown kind'}")
-    if config.get("is_causal") is not False and config.get("use_bidirectional_attention") is not True:
-        differences.append("a causal mask (config.json lacks is_causal=false and use_bidirectional_attention=true)")
-    if pools_prefix:
-        differences.append("a mean that includes BOS")
-    settings = _read(folder / "config_sentence_transformers.json")
-    prompts = settings.get("prompts") or {}
-    # `instruction` is stripped and joined by one space.
-    differences += [
-        f"a prompt {name} that does not end in one space"
-        for name, prompt in prompts.items()
-        if prompt and prompt != f"{prompt.strip()} "
-    ]
-    if prompts.get(settings.get("default_prompt_name")):
-        differences.append(f"a default prompt ({settings['default_prompt_name']})")
-    if settings.get("truncate_dim"):
-        differences.append(f"vectors cut to truncate_dim={settings['truncate_dim']}")
-    lengths = _read(folder / "sentence_bert_config.json")
-    if lengths.get("do_lower_case"):
-        differences.append("texts in lower case (do_lower_case)")
-    if differences:
+        return _bidirectional_type(folder, config)
+    reader = _FolderReader(folder, config)
+    settings = reader.settings()
+    if reader.differences:
         raise CheckpointError(
-            f"{folder / 'modules.json'} describes {'; '.join(differences)}, which unmask does not compute yet. Use "
+            f"{folder / 'modules.json'} describes {'; '.join(reader.differences)}, which unmask does not compute. Use "
             "sentence-transformers for its vectors (unmask evaluate does); to encode with the decoder alone, as a "
             'bidirectional mean, write llm2vec_config.json with {"pooling_mode": "mean"} beside it'
         )
-    encoder_config: dict[str, Any] = {
-        "pooling_mode": "mean",
-        "skip_instruction": not pooling.get("include_prompt", True),
-    }
-    length = lengths.get("max_seq_length")
-    return {**encoder_config, "max_length": length} if length else encoder_config
+    return ModulesDescription(settings, reader.files, reader.layers)
 
 
-def require_readable_gguf(path: Path, architecture: str, fields: Mapping[str, Any]) -> None:
-    """Check that a GGUF file is a language model, or an embedding model with a bidirectional mean.
+def _bidirectional_type(folder: Path, config: Mapping[str, Any]) -> ModulesDescription | None:
+    """A folder without `modules.json` whose model_type says that it is an encoder, with its pooling in config.json."""
+    if config.get("model_type") not in BIDIRECTIONAL_TYPES:
+        return None
+    if config.get("pooling", "avg") != "avg":
+        raise CheckpointError(
+            f"{folder / 'config.json'} describes a {config['model_type']} with pooling {config['pooling']!r}, which "
+            "unmask does not compute"
+        )
+    settings = {"prompt_style": SENTENCE_TRANSFORMERS, "causal": False, "pooling_mode": "mean"}
+    return ModulesDescription({**settings, "skip_instruction": False, "head": [{"kind": "normalize"}]})
+
+
+class _FolderReader:
+    """Reads the files of one folder, and collects their names and the settings that cannot be followed."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        self.folder, self.config = folder, config
+        self.differences: list[str] = []
+        self.files: list[Path] = []
+        self.layers: list[HeadLayer] = []
+
+    def settings(self) -> dict[str, Any]:
+        modules = self._read("modules.json", list)
+        kinds = [(_kind(module.get("type")), str(module.get("path", ""))) for module in modules]
+        names = [kind for kind, _ in kinds]
+        if names[:2] != ["Transformer", "Pooling"]:
+            self.differences.append(f"modules {', '.join(names)}, not a Transformer and a Pooling first")
+            return {}
+        if kinds[0][1] not in ("", "."):
+            self.differences.append(f"a Transformer in the folder {kinds[0][1]}")
+        settings = {"prompt_style": SENTENCE_TRANSFORMERS, "causal": is_causal(self.config)}
+        settings |= self._pooling(kinds[1][1])
+        head: list[dict[str, Any]] = []
+        for kind, path in kinds[2:]:
+            head += self._step(kind, path)
+        settings |= self._whole_model(head)
+        self._check_code()
+        return {**settings, "max_length": self._max_length(), **({"head": head} if head else {})}
+
+    def _pooling(self, path: str) -> dict[str, Any]:
+        pooling = self._read(f"{path}/config.json", dict)
+        modes = pooling.get("pooling_mode") or [
+            mode for key, mode in _OLD_POOLING_KEYS.items() if pooling.get(key) is True
+        ]
+        modes = [modes] if isinstance(modes, str) else list(modes)
+        includes_prompt = pooling.get("include_prompt", True) is not False
+        if len(modes) != 1 or modes[0] not in _POOLINGS:
+            self.differences.append(f"pooling {' and '.join(map(str, modes)) or 'of an unknown kind'}")
+        elif modes[0] == "weightedmean" and not includes_prompt:
+            self.differences.append("a weighted mean without the prompt (include_prompt=false)")
+        return {"pooling_mode": _POOLINGS.get(modes[0] if modes else ""), "skip_instruction": not includes_prompt}
+
+    def _step(self, kind: str, path: str) -> list[dict[str, Any]]:
+        """Translate one module behind the pooling."""
+        if kind == "Dropout":
+            return []  # nothing outside training
+        if kind not in ("Dense", "Normalize"):
+            self.differences.append(f"a module {kind}")
+            return []
+        config = self._read(f"{path}/config.json", dict)
+        for key in ("module_input_name", "module_output_name"):
+            if config.get(key) not in (None, "sentence_embedding"):
+                self.differences.append(f"a module {kind} with {key}={config[key]}")
+        if kind == "Normalize":
+            return [{"kind": "normalize"}]
+        activation = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
+        if activation not in _ACTIVATIONS:
+            self.differences.append(f"a module Dense with activation_function={activation}")
+        if config.get("use_residual"):
+            self.differences.append("a module Dense with use_residual")
+        sizes = [config.get(key) for key in ("in_features", "out_features")]
+        if not all(isinstance(size, int) for size in sizes):
+            raise CheckpointError(f"{self.folder / path / 'config.json'} lacks in_features or out_features")
+        folder = self.folder / path
+        self.layers.append(read_dense_module(folder, *map(int, sizes), bias=config.get("bias", True)))
+        self.files += sorted([*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")])
+        return [{"kind": "dense", "activation": _ACTIVATIONS.get(activation)}]
+
+    def _whole_model(self, head: list[dict[str, Any]]) -> dict[str, Any]:
+        """Translate `config_sentence_transformers.json`; appends truncation to `head`."""
+        model = self._read("config_sentence_transformers.json", dict)
+        prompts = {str(name): str(prompt) for name, prompt in (model.get("prompts") or {}).items() if prompt}
+        documents = next((prompts[name] for name in ("document", "passage", "corpus") if name in prompts), "")
+        settings: dict[str, Any] = {
+            "instructions": prompts,
+            "query_instruction": prompts.get("query", ""),
+            "document_instruction": documents,
+        }
+        default = prompts.get(str(model.get("default_prompt_name")))
+        if default is not None:
+            settings["default_instruction"] = default
+            if not prompts.get("query") or not documents:
+                self.differences.append(
+                    f"a default prompt ({model['default_prompt_name']}) without prompts for queries and for documents"
+                )
+        similarity = model.get("similarity_fn_name") or "cosine"
+        has_unit_length = bool(head) and head[-1]["kind"] == "normalize"
+        if similarity not in ("cosine", "dot") or (similarity == "dot" and not has_unit_length):
+            self.differences.append(f"the similarity {similarity} of vectors that are not scaled to length 1")
+        if model.get("truncate_dim"):
+            head.append({"kind": "truncate", "dimensions": int(model["truncate_dim"])})
+        if self.config.get("matryoshka_dimensions"):
+            settings["matryoshka"] = sorted(map(int, self.config["matryoshka_dimensions"]))
+        return settings
+
+    def _max_length(self) -> int | None:
+        """Longest sequence: of `sentence_bert_config.json`, else the shorter of the tokenizer's and the decoder's."""
+        lengths = self._read("sentence_bert_config.json", dict)
+        if lengths.get("do_lower_case"):
+            self.differences.append("texts in lower case (do_lower_case)")
+        if "message" in (lengths.get("modality_config") or {}):
+            self.differences.append("a chat template around texts (modality_config message)")
+        for key in _ARGUMENTS:
+            changing = sorted(set(lengths.get(key) or {}) - _HARMLESS_ARGUMENTS)
+            if changing:
+                self.differences.append(f"{key} with {', '.join(changing)}")
+        unknown = set(lengths) - _HARMLESS_LENGTHS - set(_ARGUMENTS) - {"modality_config"}
+        self.differences += [f"{key}={lengths[key]!r}" for key in sorted(unknown) if lengths[key]]
+        tokenizer = self._read("tokenizer_config.json", dict, decides=False)
+        if tokenizer.get("truncation_side") == "left":
+            self.differences.append("texts cut at their beginning (truncation_side left)")
+        if lengths.get("max_seq_length"):
+            return int(lengths["max_seq_length"])
+        limits = (tokenizer.get("model_max_length"), self.config.get("max_position_embeddings"))
+        return min((int(limit) for limit in limits if limit), default=None)
+
+    def _check_code(self) -> None:
+        """Refuse code of a model's own that is not known to compute what `config.json` says."""
+        tokenizer = self._read("tokenizer_config.json", dict, decides=False)
+        maps = (("config.json", self.config.get("auto_map")), ("tokenizer_config.json", tokenizer.get("auto_map")))
+        for file, table in maps:
+            values = table.values() if isinstance(table, Mapping) else [table]
+            classes = [name for value in values for name in (value if isinstance(value, list) else [value]) if name]
+            for name in classes:
+                if str(name).rpartition("--")[2] not in _KNOWN_CODE and not str(name).endswith("Config"):
+                    self.differences.append(f"code of its own, {name} ({file}, auto_map)")
+
+    def _read(self, name: str, expected: type, decides: bool = True) -> Any:
+        """The content of a JSON file, empty where there is none. `decides`: it belongs to the model's revision."""
+        file = self.folder / name
+        if not file.resolve().is_relative_to(self.folder.resolve()) and ".." in name:
+            raise CheckpointError(
+                f"{self.folder / 'modules.json'} points outside its own folder; refusing to follow it"
+            )
+        if not file.is_file():
+            return expected()
+        if decides:
+            self.files.append(file)
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{file} is not JSON: {error}") from error
+        if not isinstance(content, expected) or (
+            expected is list and not all(isinstance(item, dict) for item in content)
+        ):
+            raise CheckpointError(
+                f"{file} is not what sentence-transformers writes: expected a JSON {expected.__name__}"
+            )
+        return content
+
+
+def _kind(type_name: Any) -> str:
+    """A module's class name; the whole type for a class that is not sentence-transformers' own."""
+    package, _, name = str(type_name).rpartition(".")
+    return name if package.split(".")[0] == "sentence_transformers" else str(type_name)
+
+
+def is_causal(config: Mapping[str, Any]) -> bool:
+    """True if the makers of an embedding model left the causal mask on.
+
+    `use_bidirectional_attention` counts for every family, as its makers, TEI and vLLM read it; transformers reads it
+    for Gemma alone.
+    """
+    if config.get("model_type") in BIDIRECTIONAL_TYPES or config.get("use_bidirectional_attention"):
+        return False
+    return config.get("is_causal") is not False
+
+
+def gguf_settings(path: Path, architecture: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of an embedding GGUF file, in the words of `llm2vec_config.json`; empty for a language model.
+
+    llama.cpp pools every token, BOS and EOS included, and its server scales vectors to length 1.
 
     Raises:
-        CheckpointError: the file's pooling or mask means another vector.
+        CheckpointError: the file's pooling means another vector.
     """
     number = fields.get(f"{architecture}.pooling_type")
     if number is None or int(number) == 0:
-        return
-    kind = _GGUF_POOLINGS.get(int(number), str(number))
-    if kind != "mean":
-        raise CheckpointError(
-            f"{path} is an embedding model with pooling_type {kind}, which unmask does not read from GGUF files; "
-            "use llama.cpp, or the model's folder in the hub's layout"
-        )
-    if fields.get(f"{architecture}.attention.causal", True):
-        raise CheckpointError(
-            f"{path} is an embedding model with pooling_type mean and a causal mask "
-            f"(no {architecture}.attention.causal = false), which unmask does not read from GGUF files; use llama.cpp, "
-            "or the model's folder in the hub's layout"
-        )
-
-
-def _read(file: Path) -> Any:
-    if not file.is_file():
         return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
-    expected = list if file.name == "modules.json" else dict
-    if not isinstance(content, expected) or not all(isinstance(item, dict) for item in content if expected is list):
-        raise CheckpointError(f"{file} is not what sentence-transformers writes: expected a JSON {expected.__name__}")
-    return content
+    kind = _GGUF_POOLINGS.get(int(number), str(number))
+    if kind not in _READABLE_GGUF_POOLINGS:
+        raise CheckpointError(
+            f"{path} is an embedding model with pooling_type {kind}, which unmask does not compute; use llama.cpp, or "
+            "the model's folder in the hub's layout"
+        )
+    return {
+        "prompt_style": SENTENCE_TRANSFORMERS,
+        "pooling_mode": _READABLE_GGUF_POOLINGS[kind],
+        "skip_instruction": False,
+        "causal": bool(fields.get(f"{architecture}.attention.causal", True)),
+        "max_length": int(fields[f"{architecture}.context_length"]),
+        "head": [{"kind": "normalize"}],
+    }

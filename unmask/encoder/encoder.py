@@ -4,7 +4,7 @@ import ctypes
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from unmask.checkpoint import Checkpoint, open_checkpoint
-from unmask.encoder.head import load_head
+from unmask.checkpoint.modules import SENTENCE_TRANSFORMERS
+from unmask.encoder.head import Head, load_head
 from unmask.encoder.model.architectures import shape_of
 from unmask.encoder.model.decoder import Decoder
 from unmask.encoder.model.transformers_decoder import TransformersDecoder
@@ -21,11 +22,11 @@ from unmask.encoder.options import Compat, Dtype
 from unmask.encoder.packing import packs_of
 from unmask.encoder.pooling import POOLINGS
 from unmask.encoder.prefetch import prefetch
-from unmask.encoder.prompts import DefaultPrompts, Prompt, PromptBuilder
+from unmask.encoder.prompts import DefaultPrompts, Prompt, PromptBuilder, SentencePrompts
 from unmask.encoder.reference_prompts import ReferencePrompts
 from unmask.encoder.runtime import kernels, runtime_for
 from unmask.encoder.runtime.int8 import INT8_PRECISION, quantise
-from unmask.encoder.runtime.linear import Linear, num_parameters, prepack, unpack
+from unmask.encoder.runtime.linear import num_parameters, prepack, unpack
 from unmask.encoder.shear import Layers, shear
 from unmask.encoder.templates import template_for
 from unmask.errors import CheckpointError, InputError, UsageError
@@ -59,7 +60,7 @@ class LoadOptions:
     max_length: int | None = None
     dtype: Dtype = "float32"
     device: str = "cpu"
-    causal: bool = False
+    causal: bool | None = None
 
     def __post_init__(self) -> None:
         if self.compat not in ("default", "reference"):
@@ -77,7 +78,8 @@ class Encoder:
         checkpoint: the files behind it; `checkpoint.revision` is their content address.
         prompts: turns texts into token ids and pooled positions.
         pooling, max_length, compat: as loaded.
-        head: linear layer behind the pooling, float32 on the host; None where a vector is the pooled state.
+        causal: the decoder's causal mask is on.
+        head: steps behind the pooling, float32 on the host; None where a vector is the pooled state.
         precision: precision of the decoder's linear layers, in words that change whenever its vectors do.
         dim: length of a vector.
     """
@@ -93,7 +95,8 @@ class Encoder:
         compat: Compat,
         dim: int,
         precision: str = "float32",
-        head: Linear | None = None,
+        head: Head | None = None,
+        causal: bool = False,
     ) -> None:
         self.name = checkpoint.name
         self.checkpoint = checkpoint
@@ -103,6 +106,7 @@ class Encoder:
         self.compat = compat
         self.precision = precision
         self.head = head
+        self.causal = causal
         self.dim = dim if head is None else head.out_features
         self._decoder = decoder
         self._decoder_lock = threading.Lock()
@@ -164,7 +168,7 @@ class Encoder:
         max_length: int | None = None,
         dtype: Dtype = "float32",
         device: str = "cpu",
-        causal: bool = False,
+        causal: bool | None = None,
     ) -> "Encoder":
         """Load a model by id, folder or `.gguf` file.
 
@@ -174,15 +178,16 @@ class Encoder:
             adapters: further LoRA adapters, merged in float32 in the order given.
             layers: keep only these layers: their number from the first, or their indices from 0.
             compat: "reference" gives the published LLM2Vec vectors, quirks included; "default" mends them.
-            pooling: mean, weighted_mean, eos_token, last_token or bos_token. Default: from the model's
-                `llm2vec_config.json`, else mean.
+            pooling: mean, weighted_mean, eos_token, last_token, first_token or bos_token. Default: from the model's
+                `llm2vec_config.json` or `modules.json`, else mean.
             skip_instruction: leave the instruction out of the pooling. Default: from the model, else True.
             max_length: tokens per sequence, everything counted. Default: from the model, else 512.
             dtype: precision of the weights; vectors are float32 in any case. "bfloat16" on a CPU rounds the weights of
                 the linear layers, and where the processor has AMX their inputs too. "int8" computes the linear layers
                 on a CPU in 8 bits, at almost twice the speed; such an encoder cannot be trained.
             device: a torch device.
-            causal: keep the decoder's causal mask, to measure the effect of removing it.
+            causal: keep the decoder's causal mask, to measure the effect of removing it; False removes it even from an
+                embedding model that was trained with it. Default: as the model was made, else False.
 
         Raises:
             ModelNotFound, CheckpointError, UnsupportedArchitecture, AdapterMismatch: see `unmask.errors`.
@@ -207,6 +212,8 @@ class Encoder:
         checkpoint = open_checkpoint(model, options.adapters)
         if options.layers is not None:
             checkpoint = shear(checkpoint, options.layers)
+        if options.causal is None:
+            options = replace(options, causal=bool(checkpoint.encoder_config.get("causal", False)))
         pooling, max_length, prompts = _prompts(checkpoint, options)
         decoder, dim = _load_decoder(checkpoint, options)
         if options.dtype == "int8":
@@ -223,7 +230,8 @@ class Encoder:
             compat=options.compat,
             dim=dim,
             precision=ROUNDED_PRECISION if rounded else INT8_PRECISION if options.dtype == "int8" else options.dtype,
-            head=load_head(checkpoint.tensors, dim),
+            head=load_head(checkpoint.tensors, dim, checkpoint.encoder_config),
+            causal=bool(options.causal),
         )
 
     def encode(
@@ -240,7 +248,8 @@ class Encoder:
         Args:
             texts: one text (gives one row) or many. An empty text has no vector and is an error.
             instruction: the task, as in "Given a web search query, retrieve relevant passages that answer the query:".
-                The model reads it; it is never averaged into the vector.
+                The model reads it; it is not averaged into the vector. A model in a sentence-transformers folder reads
+                it as that library's `prompt`: joined to the text as it is, and pooled if the model was made so.
             normalize: scale each vector to length 1, after `dimensions`.
             dimensions: keep only the first dimensions of each vector (Matryoshka, arXiv 2205.13147).
             truncate: cut the end off texts that do not fit `max_length`; otherwise they are an error.
@@ -277,8 +286,8 @@ class Encoder:
         """Vectors of search queries: `encode` with the model's own query instruction.
 
         Args:
-            instruction: replaces "query_instruction" of the model's `llm2vec_config.json`. A model without one gets
-                none.
+            instruction: replaces the model's own: "query_instruction" of its `llm2vec_config.json`, or the prompt
+                "query" of a sentence-transformers folder. A model without one gets none.
         """
         if instruction is None:
             instruction = self._instruction("query_instruction")
@@ -298,8 +307,8 @@ class Encoder:
         """Vectors of documents: `encode` with the model's own document instruction, which few models have.
 
         Args:
-            instruction: replaces "document_instruction" of the model's `llm2vec_config.json`. A model without one gets
-                none.
+            instruction: replaces the model's own: "document_instruction" of its `llm2vec_config.json`, or the prompt
+                "document", "passage" or "corpus" of a sentence-transformers folder. A model without one gets none.
         """
         if instruction is None:
             instruction = self._instruction("document_instruction")
@@ -400,6 +409,10 @@ def _prompts(checkpoint: Checkpoint, options: LoadOptions) -> tuple[str, int, Pr
     name = checkpoint.name
     if pooling == "bos_token" and not (tokenizer.prefix and tokenizer.prefix[0] == tokenizer.bos_id):
         raise UsageError(f"pooling='bos_token' needs a model whose sequences begin with BOS; {name} adds none")
+    if config.get("prompt_style") == SENTENCE_TRANSFORMERS:
+        if options.compat == "reference":
+            raise UsageError(f"compat='reference' reproduces LLM2Vec's package; {name} is no model of its kind")
+        return pooling, max_length, _sentence_prompts(checkpoint, max_length, include_instruction=not skip)
     template = template_for(checkpoint.trained_as, config)
     eos = pooling == "eos_token"
     if eos and options.compat == "default" and tokenizer.eos_id is None:
@@ -412,12 +425,21 @@ def _prompts(checkpoint: Checkpoint, options: LoadOptions) -> tuple[str, int, Pr
     return pooling, max_length, prompts
 
 
+def _sentence_prompts(checkpoint: Checkpoint, max_length: int, include_instruction: bool) -> SentencePrompts:
+    config = checkpoint.encoder_config
+    instructions, default = config.get("instructions") or {}, str(config.get("default_instruction") or "")
+    try:
+        return SentencePrompts(checkpoint.tokenizer, max_length, include_instruction, instructions, default)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.name}: {error}") from error
+
+
 def _load_decoder(checkpoint: Checkpoint, options: LoadOptions) -> tuple[nn.Module, int]:
     """The decoder of a checkpoint and its hidden size."""
     config: dict[str, Any] = dict(checkpoint.config)
     if options.compat == "reference":
         config["sliding_window"] = None  # the reference's mask knows no window
-    dtype, device, causal = _DTYPES[options.dtype], options.device, options.causal
+    dtype, device, causal = _DTYPES[options.dtype], options.device, bool(options.causal)
     shape = shape_of(config)
     if shape is not None and _rounds_weights_only(options):
         dtype = torch.float32

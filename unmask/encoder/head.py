@@ -1,28 +1,116 @@
-"""The linear layer that some models have between the pooled state and their vector."""
+"""`Head`: the steps between the pooled state and a model's vector."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from unmask.checkpoint.head import HEAD_BIAS, HEAD_WEIGHT
+from unmask.checkpoint.head import head_names
 from unmask.checkpoint.tensors import TensorSource
-from unmask.encoder.runtime.linear import Linear
+from unmask.encoder.runtime.linear import Linear, prepack
 from unmask.errors import CheckpointError
 
+# Activations of a dense step, by the name of their class in torch.nn.
+ACTIVATIONS = {
+    "identity": lambda x: x,
+    "tanh": torch.tanh,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+}
 
-def load_head(tensors: TensorSource, hidden_size: int) -> Linear | None:
+# One linear layer, which models trained here have.
+_LINEAR = ({"kind": "dense", "activation": "identity"},)
+
+
+class Head(nn.Module):
+    """Dense layers with activations, scaling to length 1, and truncation, in the order that the model's files give.
+
+    Args:
+        layers: linear layers of the dense steps, in order.
+        steps: `{"kind": "dense", "activation": NAME}`, `{"kind": "normalize"}` or
+            `{"kind": "truncate", "dimensions": N}` each.
+        hidden_size: length of a pooled state.
+
+    Raises:
+        CheckpointError: the steps and the layers do not fit each other or the decoder.
+    """
+
+    def __init__(self, layers: Sequence[Linear], steps: Sequence[Mapping[str, Any]], hidden_size: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.steps = steps
+        self.in_features = self.out_features = hidden_size
+        if [step.get("kind") for step in steps].count("dense") != len(layers):
+            raise CheckpointError(f"the files hold {len(layers)} layers behind the pooling, and describe {list(steps)}")
+        remaining = iter(layers)
+        for step in steps:
+            if step.get("kind") == "dense":
+                layer = next(remaining)
+                if layer.in_features != self.out_features:
+                    raise CheckpointError(
+                        f"the head takes {layer.in_features} numbers and the decoder gives {self.out_features}; they "
+                        "do not fit"
+                    )
+                if step.get("activation", "identity") not in ACTIVATIONS:
+                    raise CheckpointError(f"a dense layer has activation {step['activation']!r}, which is not known")
+                self.out_features = layer.out_features
+            elif step.get("kind") == "truncate":
+                self.out_features = min(self.out_features, int(step["dimensions"]))
+            elif step.get("kind") != "normalize":
+                raise CheckpointError(f"the head has a step {dict(step)!r}, which is not known")
+
+    @property
+    def linear(self) -> Linear | None:
+        """The linear layer, if the head is nothing else."""
+        is_linear = len(self.steps) == 1 and self.steps[0].get("activation", "identity") == "identity"
+        return next(iter(self._linears()), None) if is_linear else None
+
+    def trainable(self, device: torch.device) -> "Head":
+        """A copy with ordinary weights on a device, through which gradients flow; its own weights take none."""
+        layers = [_linear(layer.plain_weight(), layer.bias.detach()) for layer in self._linears()]
+        return Head(layers, self.steps, self.in_features).to(device)
+
+    def _linears(self) -> list[Linear]:
+        return [layer for layer in self.layers if isinstance(layer, Linear)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pooled states [N, hidden_size] -> vectors [N, out_features]."""
+        layers = iter(self.layers)
+        for step in self.steps:
+            if step["kind"] == "dense":
+                x = ACTIVATIONS[step.get("activation", "identity")](next(layers)(x))
+            elif step["kind"] == "normalize":
+                x = F.normalize(x, dim=-1)
+            else:
+                x = x[:, : step["dimensions"]]
+        return x.contiguous()
+
+
+def load_head(tensors: TensorSource, hidden_size: int, encoder_config: Mapping[str, Any]) -> Head | None:
     """A model's head as it serves: float32 on the host, prepacked. None where it has none.
 
     Raises:
-        CheckpointError: it was made for another hidden size.
+        CheckpointError: it was made for another hidden size, or its description is not one.
     """
-    if HEAD_WEIGHT not in tensors.names():
+    depth = len(head_names(tensors)) // 2
+    steps = encoder_config.get("head") or (_LINEAR if depth else ())
+    if not isinstance(steps, Sequence) or not all(isinstance(step, Mapping) for step in steps):
+        raise CheckpointError(f"the encoder's configuration has head={steps!r}; expected a list of steps")
+    if not steps:
         return None
-    dimensions, inputs = tensors.shape(HEAD_WEIGHT)
-    if inputs != hidden_size:
-        raise CheckpointError(f"the head takes {inputs} numbers and the decoder gives {hidden_size}; they do not fit")
-    with torch.device("meta"):
-        head = Linear(inputs, dimensions)
-    head.weight = nn.Parameter(tensors.read(HEAD_WEIGHT).float(), requires_grad=False)
-    head.bias = nn.Parameter(tensors.read(HEAD_BIAS).float(), requires_grad=False)
-    head.prepack()
+    layers = [_linear(*(tensors.read(f"head.{i}.{part}") for part in ("weight", "bias"))) for i in range(depth)]
+    head = Head(layers, steps, hidden_size)
+    prepack(head)
     return head
+
+
+def _linear(weight: Tensor, bias: Tensor) -> Linear:
+    with torch.device("meta"):
+        layer = Linear(weight.shape[1], weight.shape[0])
+    layer.weight = nn.Parameter(weight.float(), requires_grad=False)
+    layer.bias = nn.Parameter(bias.float(), requires_grad=False)
+    return layer

@@ -21,6 +21,10 @@ def _weighted_mean(states: Tensor) -> Tensor:
     return (weights / weights.sum()) @ states
 
 
+def _first(states: Tensor) -> Tensor:
+    return states[0]
+
+
 def _last(states: Tensor) -> Tensor:
     return states[-1]
 
@@ -31,6 +35,7 @@ _POOLERS: dict[str, Callable[[Tensor], Tensor]] = {
     "weighted_mean": _weighted_mean,
     "eos_token": _last,
     "last_token": _last,
+    "first_token": _first,
 }
 POOLINGS = (*_POOLERS, "bos_token")
 
@@ -41,7 +46,8 @@ def pool(hidden: Tensor, prompts: Sequence[Prompt], pooling: str) -> Tensor:
     Args:
         hidden: hidden states of all sequences end to end, [T, W].
         prompts: the sequences of the pack, in the same order.
-        pooling: one of POOLINGS. `bos_token` takes the first state of a sequence, which is BOS.
+        pooling: one of POOLINGS. `bos_token` takes the first state of a sequence, which is BOS; `first_token` the first
+            of the pooled positions.
 
     Returns:
         [len(prompts), W] in float32, summed in float32 whatever the weights' precision.
@@ -77,7 +83,9 @@ def pooling_bags(prompts: Sequence[Prompt], pooling: str) -> PoolingBags:
     """Describe `pool` as indices and weights, which can be sent to a GPU."""
     begins = np.cumsum([0, *(len(prompt.ids) for prompt in prompts[:-1])])
     first, stop = np.array([_pooled_span(prompt, pooling) for prompt in prompts]).T + begins
-    if pooling not in ("mean", "weighted_mean"):
+    if pooling == "first_token":
+        stop = first + 1
+    elif pooling not in ("mean", "weighted_mean"):
         first = stop - 1
     counts = stop - first
     starts = counts.cumsum() - counts

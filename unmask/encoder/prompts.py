@@ -5,7 +5,7 @@ made from the text and the closing template tokens, as LLM2Vec was trained, neve
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,7 +14,7 @@ from tokenizers import Encoding, Tokenizer
 
 from unmask.checkpoint.tokenizer import TextTokenizer
 from unmask.encoder.templates import Template
-from unmask.errors import EmptyText, InputError, InstructionTooLong, TextTooLong
+from unmask.errors import CheckpointError, EmptyText, InputError, InstructionTooLong, TextTooLong
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +107,9 @@ class DefaultPrompts:
             spans = [
                 _span(encoding, start, start + len(body)) for encoding, body in zip(encodings, bodies, strict=True)
             ]
+        skipped = self._skipped_tokens(instruction)
         return [
-            self._assemble(index, encoding.ids, span, truncate)
+            self._assemble(index, encoding.ids, span, truncate, skipped)
             for index, (encoding, span) in enumerate(zip(encodings, spans, strict=True), first)
         ]
 
@@ -119,7 +120,7 @@ class DefaultPrompts:
 
         Raises: as `build`, and InputError if an id is not in the vocabulary.
         """
-        opening = self._opening(instruction)
+        opening, skipped = self._opening(instruction), self._skipped_tokens(instruction)
         before = self._tokenizer.encode(opening, add_special_tokens=False).ids if opening else []
         after = self._tokenizer.encode(self._plain_tail, add_special_tokens=False).ids if self._plain_tail else []
         prompts = []
@@ -131,7 +132,7 @@ class DefaultPrompts:
             if self._bos and ids[: len(self._bos)] == self._bos:
                 ids = ids[len(self._bos) :]
             span = (len(before), len(before) + len(ids))
-            prompts.append(self._assemble(index, [*before, *ids, *after], span, truncate))
+            prompts.append(self._assemble(index, [*before, *ids, *after], span, truncate, skipped))
         return prompts
 
     def at_most(self, max_length: int) -> "DefaultPrompts":
@@ -154,7 +155,13 @@ class DefaultPrompts:
     def _body(self, text: str) -> str:
         return text.strip() if self._templated else text
 
-    def _assemble(self, index: int, ids: list[int], span: tuple[int, int], truncate: bool) -> Prompt:
+    def _skipped_tokens(self, instruction: str) -> int | None:
+        """Tokens at the beginning of a prompt that are not pooled; None: all before the text, or BOS alone."""
+        return None
+
+    def _assemble(
+        self, index: int, ids: list[int], span: tuple[int, int], truncate: bool, skipped: int | None
+    ) -> Prompt:
         start, stop = span
         if stop <= start:
             raise EmptyText(f"input {index} is empty: it has no token to make a vector from", index)
@@ -174,8 +181,58 @@ class DefaultPrompts:
                 )
             ids = ids[: start + room] + ids[stop:]
         whole = self._head + ids + self._tail
-        first = len(self._head) + start if self.skip_instruction else len(self._bos)
+        first = skipped
+        if first is None:
+            first = len(self._head) + start if self.skip_instruction else len(self._bos)
+        if first >= len(whole):
+            raise EmptyText(f"input {index} is empty: it has no token to make a vector from", index)
         return Prompt(np.array(whole, dtype=np.int64), (first, len(whole)), full)
+
+
+class SentencePrompts(DefaultPrompts):
+    """Prompts as sentence-transformers makes them: instruction and text are one string, joined as they are.
+
+    All tokens are pooled, BOS and EOS too, or all after the instruction's. Where the instruction ends in a space, the
+    library counts one token too many, since the space then belongs to the first word; so it is counted here.
+
+    As in `DefaultPrompts`, the characters of a text are never a control token; the library reads `</s>` as one.
+
+    Args:
+        include_instruction: the instruction is pooled too.
+        instructions: the model's own, by name.
+        default: stands before texts without an instruction.
+
+    Raises:
+        CheckpointError: one of the model's own instructions holds a special token.
+    """
+
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        max_length: int,
+        include_instruction: bool = True,
+        instructions: Mapping[str, str] | None = None,
+        default: str = "",
+    ) -> None:
+        super().__init__(tokenizer, Template(), max_length, skip_instruction=not include_instruction)
+        specials = [token.content for token in tokenizer.text.get_added_tokens_decoder().values() if token.special]
+        for name, text in (instructions or {}).items():
+            if special := next((special for special in specials if special in text), None):
+                raise CheckpointError(
+                    f"the prompt {name} holds the special token {special}, which unmask does not read"
+                )
+        self._special_ids = {tokenizer.text.token_to_id(special) for special in specials}
+        self._default = default
+
+    def _opening(self, instruction: str) -> str:
+        return instruction or self._default
+
+    def _skipped_tokens(self, instruction: str) -> int | None:
+        opening = self._opening(instruction)
+        if not self.skip_instruction or not opening:
+            return 0
+        ids = [*self._bos, *self._tokenizer.encode(opening, add_special_tokens=False).ids, *self._tail]
+        return len(ids) - (ids[-1] in self._special_ids)
 
 
 def _span(encoding: Encoding, start: int, stop: int) -> tuple[int, int]:

@@ -24,10 +24,13 @@ State = Literal["cold", "loading", "ready", "failed"]
 # Fields of a record that the loaded weights decide, whatever the catalogue says.
 FIELDS_OF_WEIGHTS = ("architecture", "base", "parameters", "dimensions", "max_tokens", "pooling", "revision")
 
+# Fields that the model's own files fill where the record, or the operator, says nothing.
+FIELDS_OF_FILES = ("query_instruction", "document_instruction", "matryoshka")
+
 _CANARY_VALID_S = 30.0  # time for which a passed canary is not computed again
 _RETRY_FAILED_S = 60.0
 
-# The encoder, the fields of `FIELDS_OF_WEIGHTS`, and the encoder's vector of the canary text.
+# The encoder, the fields of the record that its files decide, and the encoder's vector of the canary text.
 _LoadedModel = tuple[Encoder, dict[str, Any], np.ndarray]
 
 
@@ -134,7 +137,7 @@ class ServedModel:
         """Replace the record by a newer one. Fields that the loaded weights decide stay."""
         if self._engine is not None:
             own_fields = {name: getattr(self.record, name) for name in FIELDS_OF_WEIGHTS}
-            record = msgspec.structs.replace(record, **own_fields)
+            record = msgspec.structs.replace(record, **own_fields, **_fields_of_files(record, self._engine.encoder))
         self.record = record
 
     async def close(self, grace: float) -> None:
@@ -193,6 +196,7 @@ class ServedModel:
             "max_tokens": encoder.max_length,
             "pooling": encoder.pooling,
             "revision": encoder.checkpoint.revision,
+            **_fields_of_files(record, encoder),
         }
         return encoder, fields, canary_vector
 
@@ -201,3 +205,10 @@ class ServedModel:
 
     def _set_state(self, state: State, reason: str = "") -> None:
         self.state, self.reason, self._changed_at = state, reason, time.monotonic()
+
+
+def _fields_of_files(record: Record, encoder: Encoder) -> dict[str, Any]:
+    """Values of `FIELDS_OF_FILES`: the record's where it has one, else those in the model's files."""
+    settings = encoder.checkpoint.encoder_config
+    fields = {name: getattr(record, name) or settings.get(name) for name in FIELDS_OF_FILES}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items() if value}

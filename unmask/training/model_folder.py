@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, processors
 from torch import Tensor
 
 from unmask.checkpoint import Checkpoint
-from unmask.checkpoint.head import HEAD_BIAS, HEAD_FILE, HEAD_WEIGHT
+from unmask.checkpoint.head import HEAD_BIAS, HEAD_FILE, HEAD_PREFIX, HEAD_WEIGHT, head_names
 from unmask.checkpoint.resolve import EMBEDDING_FROM
 from unmask.checkpoint.tensors import EMBEDDING, STEP, TensorSource
 from unmask.checkpoint.tokenizer import TextTokenizer
@@ -42,6 +42,16 @@ _NOT_OURS = ("quantization_config", "auto_map", "_name_or_path", "torch_dtype", 
 # post-processor states what is added, and two statements could differ.
 _TOKENIZER_SETTINGS = ("chat_template", "padding_side", "clean_up_tokenization_spaces")
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+# Settings of an encoder that are copied as they are.
+_COPIED_SETTINGS = (
+    "prompt_style",
+    "instructions",
+    "query_instruction",
+    "document_instruction",
+    "default_instruction",
+    "takes_instructions",
+    "matryoshka",
+)
 
 # Llama 3.1 and 3.2, whose GGUF files hold the resulting factors and not the rule.
 # https://huggingface.co/meta-llama/Llama-3.1-8B/blob/main/config.json
@@ -55,6 +65,7 @@ class EncoderSettings:
 
     Attributes:
         causal: the weights are used with the causal mask; transformers is told by `is_causal`.
+        head: steps behind the pooling, as in `encoder.head`; empty for none, or one linear layer.
         embedding_from: the model that token embedding and tokenizer are taken from; None where they are written.
     """
 
@@ -63,6 +74,7 @@ class EncoderSettings:
     doc_max_length: int = 400
     skip_instruction: bool = True
     causal: bool = False
+    head: Sequence[Mapping[str, Any]] = ()
     embedding_from: str | None = None
 
     @classmethod
@@ -74,6 +86,8 @@ class EncoderSettings:
             max_length=int(stored_settings.get("max_length") or 512),
             doc_max_length=int(stored_settings.get("doc_max_length") or 400),
             skip_instruction=bool(stored_settings.get("skip_instruction", True)),
+            causal=bool(stored_settings.get("causal", False)),
+            head=stored_settings.get("head") or (),
         )
 
 
@@ -130,14 +144,15 @@ def write_model(
         tensors[HEAD] = checkpoint.tensors.read(HEAD)
     if head is not None:
         tensors |= {HEAD_WEIGHT: head["weight"], HEAD_BIAS: head["bias"]}
-    elif encoder.head is not None:
-        tensors |= {name: checkpoint.tensors.read(name) for name in (HEAD_WEIGHT, HEAD_BIAS)}
+    else:
+        tensors |= {name: checkpoint.tensors.read(name) for name in head_names(checkpoint.tensors)}
     settings = EncoderSettings(
         pooling=encoder.pooling,
         max_length=encoder.max_length,
         doc_max_length=int(checkpoint.encoder_config.get("doc_max_length") or 400),
         skip_instruction=encoder.prompts.skip_instruction,
         causal=bool(causal),
+        head=() if head is not None else checkpoint.encoder_config.get("head") or (),
         embedding_from=base if save is not None and not save.embedding else None,
     )
     dtype = save.precision if save is not None else str(next(decoder.parameters()).dtype).removeprefix("torch.")
@@ -146,7 +161,7 @@ def write_model(
 
 
 def write_head(folder: Path, head: Mapping[str, Tensor]) -> None:
-    """Write `head.safetensors`, float32."""
+    """Write `head.safetensors`, float32: `weight` and `bias`, or those of several layers with their number before."""
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in head.items()}
     _write_tensors(folder / HEAD_FILE, NamedTensors(tensors), {name: name for name in tensors}, torch.float32)
 
@@ -187,14 +202,15 @@ def write_model_folder(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        names = _names_in_file(checkpoint, tensors)
+        in_file = _names_in_file(checkpoint, tensors)
         if settings.embedding_from is not None:
-            names = {key: name for key, name in names.items() if name not in (EMBEDDING, HEAD)}
-        _write_tensors(partial / "model.safetensors", tensors, names, dtype)
+            in_file = {key: name for key, name in in_file.items() if name not in (EMBEDDING, HEAD)}
+        _write_tensors(partial / "model.safetensors", tensors, in_file, dtype)
         _write_json(partial / "config.json", _config(checkpoint, settings, dtype))
         _write_json(partial / "llm2vec_config.json", _encoder_config(checkpoint, settings))
-        if HEAD_WEIGHT in tensors.names():
-            write_head(partial, {"weight": tensors.read(HEAD_WEIGHT), "bias": tensors.read(HEAD_BIAS)})
+        if names := head_names(tensors):
+            short = f"{HEAD_PREFIX}0." if len(names) == 2 else HEAD_PREFIX
+            write_head(partial, {name.removeprefix(short): tensors.read(name) for name in names})
         if settings.embedding_from is None:
             _write_tokenizer(partial, checkpoint, settings.max_length)
         if folder.is_dir():
@@ -221,7 +237,7 @@ def _names_in_file(checkpoint: Checkpoint, tensors: TensorSource) -> dict[str, s
     present = set(tensors.names())
     shape = shape_of(checkpoint.config)
     if shape is None:
-        left_out = (HEAD, HEAD_WEIGHT, HEAD_BIAS)
+        left_out = (HEAD, *head_names(tensors))
         innermost = [name for name in tensors.names() if name not in left_out and "inv_freq" not in name]
     else:
         with torch.device("meta"):
@@ -324,6 +340,12 @@ def _encoder_config(checkpoint: Checkpoint, settings: EncoderSettings) -> dict[s
         "doc_max_length": settings.doc_max_length,
         "skip_instruction": settings.skip_instruction,
     }
+    copied = {key: checkpoint.encoder_config[key] for key in _COPIED_SETTINGS if key in checkpoint.encoder_config}
+    config |= copied | ({"causal": True} if settings.causal else {})
+    if settings.head:
+        config["head"] = [dict(step) for step in settings.head]
+    if "prompt_style" in copied:
+        return config  # no template
     template = template_for(checkpoint.trained_as, checkpoint.encoder_config)
     stored_settings = {key: value for key, value in asdict(template).items() if value}
     return config | ({"template": stored_settings} if stored_settings else {})

@@ -369,8 +369,9 @@ class Recipe(Struct, forbid_unknown_fields=True, kw_only=True):
         steps: optimiser steps.
         max_epochs: stop early once every data set has been seen this many times.
         max_length: tokens per sequence, everything counted.
-        pooling: as in `Encoder.load`.
-        causal: leave the causal mask on. Only for ablations.
+        pooling: as in `Encoder.load`; default: the base's own, else mean.
+        causal: leave the causal mask on (true) or remove it (false). Default: as the base was made; a decoder's is
+            removed.
         matryoshka: also train vectors truncated to these lengths (arXiv 2205.13147).
         head: a linear layer after the pooling; default: the base's own, which is not trained.
         exits: shallower models that the run trains along and writes beside the full one.
@@ -398,8 +399,8 @@ class Recipe(Struct, forbid_unknown_fields=True, kw_only=True):
     adapters: list[str] = []
     max_epochs: Rate | None = None
     max_length: Positive = 512
-    pooling: Literal["mean", "weighted_mean", "eos_token", "last_token", "bos_token"] = "mean"
-    causal: bool = False
+    pooling: Literal["mean", "weighted_mean", "eos_token", "last_token", "first_token", "bos_token"] | None = None
+    causal: bool | None = None
     matryoshka: list[Positive] = []
     head: HeadSettings | None = None
     exits: list[Exit] = []

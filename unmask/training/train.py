@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from unmask.disk import atomic_write
+from unmask.encoder.head import Head
 from unmask.errors import UsageError
 from unmask.training.checks import check_run
 from unmask.training.decontamination import Decontaminator, read_decontaminator
@@ -103,7 +104,8 @@ def run_training(
                 digests["lora.init_from"] = adapter.digest()
             chosen = str(compute_dtype(recipe.precision, device)).removeprefix("torch.")
             description = describe_run(_plain(recipe), digests, _hardware(device, group), chosen)
-            precision = folder.begin(description, resume, _upgraded).get("precision", chosen)
+            stored = folder.begin(description, resume, lambda before: _upgraded(before, recipe))
+            precision = stored.get("precision", chosen)
         recipe = msgspec.structs.replace(recipe, precision=group.broadcast(precision))
         teachers = None
         if recipe.distillation is not None:
@@ -246,6 +248,13 @@ def set_heads(
     See `HeadSettings` for their initial weights.
     """
     own = model.head
+    if isinstance(own, Head):
+        if len(own.layers):
+            raise UsageError(
+                f"[head]: {recipe.base} has {len(own.layers)} layers and other steps behind its pooling, which stay as "
+                "they are; leave [head] out"
+            )
+        own = None  # scaling or truncation alone: the new layer stands in its place
     keeps_own = own is not None and own.out_features == settings.dimensions and not settings.refit
     if teachers is None or not settings.ridge:
         initial_head = partial(_first_numbers, settings, model)
@@ -299,10 +308,16 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
     return msgspec.json.decode(msgspec.json.encode(recipe))
 
 
-def _upgraded(stored: dict[str, Any]) -> dict[str, Any]:
+def _upgraded(stored: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     """Bring the description of an older run to today's fields: new ones at their defaults, renamed ones renamed."""
     data = {"lora.init_from" if name == "lora.start" else name: digest for name, digest in stored["data"].items()}
-    return {**stored, "recipe": _plain(stored_recipe(stored["recipe"])), "data": data}
+    before = stored_recipe(stored["recipe"])
+    # Older runs name the defaults of their time; a recipe that names neither now follows its base.
+    if recipe.pooling is None and before.pooling == "mean":
+        before = msgspec.structs.replace(before, pooling=None)
+    if recipe.causal is None and before.causal is False:
+        before = msgspec.structs.replace(before, causal=None)
+    return {**stored, "recipe": _plain(before), "data": data}
 
 
 def _write_result(folder: Path, model: TrainingModel, recipe: Recipe, base: str) -> Path:
@@ -312,7 +327,8 @@ def _write_result(folder: Path, model: TrainingModel, recipe: Recipe, base: str)
     """
     with model.averaged():
         weights = adapter_tensors(model.adapted) if recipe.lora is not None else unshard(model.trained_decoder())
-        head = None if model.head is None else _copied(model.head)
+        # Steps of the base's own are never trained: they stay in its folder.
+        head = _copied(model.head) if isinstance(model.head, nn.Linear) else None
         exit_heads = {layers: _copied(each) for layers, each in model.exit_heads.items()}
     if not model.processes.is_main:
         return folder
@@ -320,7 +336,11 @@ def _write_result(folder: Path, model: TrainingModel, recipe: Recipe, base: str)
         with _replaced(folder) as new:
             write_adapter(new, weights, recipe.lora, base, torch.float32)
             # The pooling belongs to the vectors. The length is not written: one may train short and encode long.
-            encoder_config = {**model.encoder.checkpoint.encoder_config, "pooling_mode": recipe.pooling}
+            encoder_config = {**model.encoder.checkpoint.encoder_config, "pooling_mode": model.encoder.pooling}
+            if recipe.causal is not None or "causal" in encoder_config:
+                encoder_config["causal"] = model.encoder.causal
+            if head is not None:
+                encoder_config.pop("head", None)
             with atomic_write(new / "llm2vec_config.json") as file:
                 file.write_text(json.dumps(encoder_config, indent=2) + "\n", encoding="utf-8")
             if head is not None:

@@ -13,6 +13,7 @@ from unmask.checkpoint.adapter import Adapter
 from unmask.checkpoint.resolve import resolve
 from unmask.checkpoint.shipped import SHIPPED
 from unmask.encoder import Encoder
+from unmask.encoder.head import Head
 from unmask.encoder.model.decoder import Decoder, Layer
 from unmask.encoder.pooling import pool
 from unmask.encoder.prompts import DefaultPrompts, Prompt
@@ -33,7 +34,7 @@ class TrainingModel:
         encoder: the encoder. Its vectors are those of the current weights.
         adapted: layers with adapters; empty in full fine-tuning.
         parameters: the parameters that the optimiser updates, by name, float32.
-        head: the linear layer after the pooling, if the model has one.
+        head: the linear layer after the pooling, or the base's own steps, if the model has any.
         exit_heads: the head of each early exit, by its number of layers.
         sharded: the weights are sharded over the processes, so all must run equally many forwards.
     """
@@ -86,7 +87,7 @@ class TrainingModel:
         self.parameters: dict[str, nn.Parameter] = {
             name: parameter for name, parameter in self._decoder_parameters.items() if parameter.requires_grad
         }
-        self.head: nn.Linear | None = None
+        self.head: nn.Linear | Head | None = None
         self.exit_heads: dict[int, nn.Linear] = {}
         deepest = max((each.layers for each in recipe.exits), default=0)
         if deepest >= len(decoder.layers):
@@ -95,9 +96,12 @@ class TrainingModel:
             )
         self.average: dict[str, Tensor] = {}
         self._ema = recipe.ema
-        if self.encoder.head is not None:
-            weight, bias = self.encoder.head.plain_weight(), self.encoder.head.bias
+        own = self.encoder.head
+        if own is not None and own.linear is not None:
+            weight, bias = own.linear.plain_weight(), own.linear.bias
             self.set_head(linear_head(weight.numpy(), bias.detach().numpy(), device), trained=False)
+        elif own is not None:
+            self.head = own.trainable(device)
 
     @property
     def dimensions(self) -> int:

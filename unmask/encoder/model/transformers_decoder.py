@@ -79,7 +79,9 @@ class TransformersDecoder(nn.Module):
         from transformers import AutoConfig, AutoModel
 
         kind = config["model_type"]
-        values = {key: value for key, value in config.items() if key not in ("model_type", "_name_or_path")}
+        values = {
+            key: value for key, value in config.items() if key not in ("model_type", "_name_or_path", "is_causal")
+        }
         try:
             built = AutoConfig.for_model(kind, **values, is_causal=causal)
             model = AutoModel.from_config(built, dtype=dtype)
