@@ -17,7 +17,7 @@ HIDDEN_SIZE = 32
 SMALL: dict[str, Any] = {
     "hidden_size": HIDDEN_SIZE,
     "intermediate_size": 48,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
@@ -142,7 +142,7 @@ class Layout:
 LAST = {"word_embedding_dimension": HIDDEN_SIZE, "pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}
 MEAN = {"word_embedding_dimension": HIDDEN_SIZE, "pooling_mode_lasttoken": False, "pooling_mode_mean_tokens": True}
 MISTRAL = {"model_type": "mistral", "sliding_window": 20}
-GEMMA3 = {"model_type": "gemma3_text", "sliding_window": 16, "query_pre_attn_scalar": 8}
+GEMMA3 = {"model_type": "gemma3_text", "sliding_window": 16, "sliding_window_pattern": 2, "query_pre_attn_scalar": 8}
 NEMOTRON = '''"""The causal mask off, as in nvidia/llama-embed-nemotron-8b."""
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaModel

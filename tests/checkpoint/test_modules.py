@@ -1,7 +1,8 @@
 """Embedding models of other makers: equal to sentence-transformers and llama.cpp's rules, or refused by name."""
 
 import json
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,15 @@ TEXTS = [
     "many words under the bridge " * 40,  # beyond every model's length
 ]
 TOLERANCE = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Products this small take longer on two cores, by far where other processes use them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def library(folder: Path, **options: Any) -> Any:
@@ -176,7 +186,6 @@ def with_dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def edited(with_dense: Path, tmp_path: Path) -> Callable[[Mapping[str, Any]], Path]:
     """`edited(changes)` is a copy whose JSON files have other entries, or other content where that is a list."""
-    import shutil
 
     def copy(changes: Mapping[str, Any]) -> Path:
         folder = Path(shutil.copytree(with_dense, tmp_path / "edited"))
