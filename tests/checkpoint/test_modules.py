@@ -61,18 +61,6 @@ def difference(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(found - expected).max())
 
 
-@pytest.fixture(scope="session")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`published(name)` is the folder of a layout, written once."""
-    root = tmp_path_factory.mktemp("published")
-
-    def folder(name: str) -> Path:
-        path = root / name
-        return path if path.is_dir() else write_layout(path, LAYOUTS[name])
-
-    return folder
-
-
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_published_layout_equals_sentence_transformers(name: str, published: Callable[[str], Path]) -> None:
     folder = published(name)

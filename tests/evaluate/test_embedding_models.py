@@ -3,7 +3,7 @@
 import base64
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -309,3 +309,16 @@ def test_an_endpoint_that_cannot_be_called_is_a_usage_error(
     with pytest.raises(UsageError, match="cannot be called") as caught:
         open_model(f"{url}#model?key=SOME_KEY")
     assert key not in str(caught.value) or key == "sk"
+
+
+@pytest.mark.parametrize("name", ["google/embeddinggemma-300m", "Qwen/Qwen3-Embedding-0.6B"])
+def test_an_embedder_of_another_maker_is_evaluated_as_its_library_does(
+    name: str, published: Callable[[str], Path]
+) -> None:
+    folder = str(published(name))
+    ours, theirs = open_model(f"unmask:{folder}"), open_model(folder)
+    assert (ours.kind, theirs.kind) == ("unmask", "sentence-transformers")
+    assert ours.takes_instructions and ours.dimensions == theirs.dimensions
+    for instruction in ("", "Given a question, find answers:"):
+        assert np.abs(ours.encode(TEXTS, instruction) - theirs.encode(TEXTS, instruction)).max() <= 1e-5
+        assert ours.count_tokens(TEXTS, instruction) == theirs.count_tokens(TEXTS, instruction)

@@ -3,8 +3,8 @@
     target                                      kind                    options
     ------------------------------------------  ----------------------  ------------------------------------------
     unmask/smollm2-135m-embed, org/name,        unmask                  adapter (may be repeated), pooling, causal,
-    a folder, a .gguf file                                              dtype, compat, max_length, device,
-                                                                        instructions
+    a folder, a .gguf file,                                             dtype, compat, max_length, device,
+    unmask:FOLDER with modules.json                                     instructions
     st:FOLDER, or a folder with modules.json    sentence-transformers   device
     http://host/v1#model                        endpoint                key (name of an environment variable),
                                                                         instructions
@@ -115,6 +115,8 @@ def _split_kind(target: str) -> tuple[ModelKind, str]:
         return "endpoint", target
     if head == "st" and colon:
         return "sentence-transformers", rest
+    if head == "unmask" and colon:
+        return "unmask", rest
     if head == "wordllama" and colon:
         return "static", rest
     if (Path(target).expanduser() / "modules.json").is_file():
