@@ -143,8 +143,8 @@ def test_an_exit_is_a_shallower_model_of_its_own(folder: Path) -> None:
         assert len(decoder.layers) == layers
         for name, parameter in decoder.named_parameters():
             assert torch.equal(parameter, dict(whole.trainable_decoder().named_parameters())[name]), name
-        assert shallow.head is not None
-        assert torch.equal(shallow.head.plain_weight(), trained[f"head.exit{layers}.weight"])
+        assert shallow.head is not None and shallow.head.linear is not None
+        assert torch.equal(shallow.head.linear.plain_weight(), trained[f"head.exit{layers}.weight"])
         # The exit's own head reads its layer; the head of the full depth, on the same layer, does not.
         targets, own = _targets_and_vectors(folder, shallow)
         assert evaluation["exits"][str(layers)].keys() == evaluation["scores"].keys()

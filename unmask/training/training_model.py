@@ -96,12 +96,16 @@ class TrainingModel:
             )
         self.average: dict[str, Tensor] = {}
         self._ema = recipe.ema
+        self._set_own_head()
+
+    def _set_own_head(self) -> None:
+        """Take over the base's head, which is not trained."""
         own = self.encoder.head
         if own is not None and own.linear is not None:
             weight, bias = own.linear.plain_weight(), own.linear.bias
-            self.set_head(linear_head(weight.numpy(), bias.detach().numpy(), device), trained=False)
+            self.set_head(linear_head(weight.numpy(), bias.detach().numpy(), self.device), trained=False)
         elif own is not None:
-            self.head = own.trainable(device)
+            self.head = own.trainable(self.device)
 
     @property
     def dimensions(self) -> int:
