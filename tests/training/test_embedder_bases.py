@@ -62,5 +62,5 @@ def test_a_head_replaces_scaling_and_no_layers(published: Published, data: Path,
     recipe = recipe_of(base=str(published(QWEN)), steps=1, head=head)
     trained = Encoder.load(run_training(recipe, data=data, output=tmp_path / "run").folder)
     assert trained.dim == 8 and trained.head is not None and trained.head.linear is not None
-    with pytest.raises(UsageError, match=r"\[head\].* has 2 layers"):
+    with pytest.raises(UsageError, match=r"\[head\].* has 3 steps"):
         run_training(recipe_of(base=str(published(GEMMA)), head=head), data=data, output=tmp_path / "refused")

@@ -90,18 +90,39 @@ class Head(nn.Module):
         return x.contiguous()
 
 
+def head_steps(tensors: TensorSource, encoder_config: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """Describe a model's steps behind the pooling; none where a vector is the pooled state.
+
+    Raises:
+        CheckpointError: the encoder's configuration describes no steps.
+    """
+    steps = encoder_config.get("head") or (_LINEAR if head_names(tensors) else ())
+    if not isinstance(steps, Sequence) or not all(isinstance(step, Mapping) for step in steps):
+        raise CheckpointError(f"the encoder's configuration has head={steps!r}; expected a list of steps")
+    return steps
+
+
+def vector_length(tensors: TensorSource, hidden_size: int, encoder_config: Mapping[str, Any]) -> int:
+    """Length of a model's vectors, without reading its weights."""
+    length, layer = hidden_size, 0
+    for step in head_steps(tensors, encoder_config):
+        if step.get("kind") == "dense":
+            length, layer = tensors.shape(f"head.{layer}.weight")[0], layer + 1
+        elif step.get("kind") == "truncate":
+            length = min(length, int(step["dimensions"]))
+    return length
+
+
 def load_head(tensors: TensorSource, hidden_size: int, encoder_config: Mapping[str, Any]) -> Head | None:
     """A model's head as it serves: float32 on the host, prepacked. None where it has none.
 
     Raises:
         CheckpointError: it was made for another hidden size, or its description is not one.
     """
-    depth = len(head_names(tensors)) // 2
-    steps = encoder_config.get("head") or (_LINEAR if depth else ())
-    if not isinstance(steps, Sequence) or not all(isinstance(step, Mapping) for step in steps):
-        raise CheckpointError(f"the encoder's configuration has head={steps!r}; expected a list of steps")
+    steps = head_steps(tensors, encoder_config)
     if not steps:
         return None
+    depth = len(head_names(tensors)) // 2
     layers = [_linear(*(tensors.read(f"head.{i}.{part}") for part in ("weight", "bias"))) for i in range(depth)]
     head = Head(layers, steps, hidden_size)
     prepack(head)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from unmask.checkpoint import open_checkpoint
 from unmask.checkpoint.checkpoint import Checkpoint
-from unmask.checkpoint.head import HEAD_WEIGHT
 from unmask.encoder.encoder import LoadOptions, open_prompts
+from unmask.encoder.head import head_steps, vector_length
 from unmask.encoder.model.architectures import Shape, shape_of
 from unmask.encoder.prompts import DefaultPrompts
 from unmask.encoder.shear import shear
@@ -71,10 +71,15 @@ def check_run(recipe: Recipe, data: Path, sets: Sequence[Examples], base_dimensi
 
 def _check_dimensions(recipe: Recipe, checkpoint: Checkpoint, shape: Shape, base_dimensions: int | None) -> int:
     """Return the length of the run's vectors; refuse lengths in the recipe that are longer."""
-    dimensions = base_dimensions or shape.hidden_size
-    if base_dimensions is None and HEAD_WEIGHT in checkpoint.tensors.names():
-        dimensions = checkpoint.tensors.shape(HEAD_WEIGHT)[0]
+    tensors, stored_settings = checkpoint.tensors, checkpoint.encoder_config
+    dimensions = base_dimensions or vector_length(tensors, shape.hidden_size, stored_settings)
     if recipe.head is not None:
+        steps = head_steps(tensors, stored_settings)
+        if len(steps) > 1 and any(step["kind"] == "dense" for step in steps):
+            raise UsageError(
+                f"[head]: {recipe.base} has {len(steps)} steps behind its pooling, dense layers among them, which stay "
+                "as they are; leave [head] out"
+            )
         dimensions = recipe.head.dimensions
         if dimensions > shape.hidden_size and (recipe.distillation is None or not recipe.head.ridge):
             raise UsageError(

@@ -249,11 +249,6 @@ def set_heads(
     """
     own = model.head
     if isinstance(own, Head):
-        if len(own.layers):
-            raise UsageError(
-                f"[head]: {recipe.base} has {len(own.layers)} layers and other steps behind its pooling, which stay as "
-                "they are; leave [head] out"
-            )
         own = None  # scaling or truncation alone: the new layer stands in its place
     keeps_own = own is not None and own.out_features == settings.dimensions and not settings.refit
     if teachers is None or not settings.ridge:
