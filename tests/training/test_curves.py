@@ -14,12 +14,13 @@ def test_loss_and_scores_are_drawn(tmp_path: Path) -> None:
     draw_curves(folder)
     assert not list(tmp_path.glob("curves.*"))  # nothing to draw yet
     for step in range(1, 30):
-        folder.log({"step": step, "data": "odd set" if step % 2 else "even set", "loss": 1 / step})
+        folder.log({"step": step, "data": "odd set" if step % 2 else "even set", "loss": 1 / step, "tokens": 90})
     draw_curves(folder)
-    assert "odd set" in (tmp_path / "curves.svg").read_text()
+    assert all(text in (tmp_path / "curves.svg").read_text() for text in ("odd set", "thousand tokens"))
     for step in (10, 20):
-        folder.log({"step": step, "scores": {"STS dev": 50.0 + step}})
+        scores = {"STS dev": 50.0 + step}
+        folder.log({"step": step, "scores": scores, "exits": {"4": {"STS dev": 40.0 + step}}})
     draw_curves(folder)
     picture = (tmp_path / "curves.svg").read_text()
-    assert all(text in picture for text in ("odd set", "even set", "STS dev"))
+    assert all(text in picture for text in ("odd set", "even set", "STS dev", "dotted: exits"))
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -17,6 +17,8 @@ from unmask.training.examples import Example, Examples, read_examples
 from unmask.training.recipe import DataSource, Recipe
 from unmask.training.rows import BadRows
 
+SEVERAL = " + "  # between the names of a batch's data sets
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -40,7 +42,7 @@ class TextBatch:
     @property
     def name(self) -> str:
         """Names of the data sets, for logs."""
-        return " + ".join(part.source.name for part in self.parts)
+        return SEVERAL.join(part.source.name for part in self.parts)
 
 
 def examples_per_draw(recipe: Recipe, source: DataSource) -> int:
