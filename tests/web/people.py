@@ -17,7 +17,6 @@ from unmask.storage.database import now_ms
 T = TypeVar("T")
 
 PASSWORD = "correct horse battery"
-HASHED = people.hash_password(PASSWORD)
 
 
 def do(accounts: Accounts, piece: Callable[[Connection], T]) -> T:
@@ -29,8 +28,11 @@ def do(accounts: Accounts, piece: Callable[[Connection], T]) -> T:
 def person(accounts: Accounts, email: str, *, admin: bool = False, nano: int = 1_000_000_000) -> Person:
     """Create a person with an account and credit."""
 
+    # Made here, by the cheap hash of the tests, like that of an unknown address.
+    hashed = people.hash_password(PASSWORD)
+
     def make(connection: Connection) -> Person:
-        made = people.sign_up(connection, accounts.peppers, email, HASHED, now_ms(), admin=admin)
+        made = people.sign_up(connection, accounts.peppers, email, hashed, now_ms(), admin=admin)
         if nano:
             ledger.top_up(connection, made.account_id, nano, f"payment of {email}", now_ms(), note=f"for {email}")
         return made
