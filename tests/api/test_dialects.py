@@ -11,6 +11,9 @@ import ollama
 import openai
 import pytest
 from huggingface_hub import InferenceClient
+from langchain_ollama import OllamaEmbeddings
+from langchain_openai import AzureOpenAIEmbeddings
+from pydantic import SecretStr
 
 from tests.api.live import KEY, LocalService, as_vector, running
 from unmask.accounts import Accounts, keys, ledger, people, tariff
@@ -120,6 +123,34 @@ def test_azure(service: LocalService):
         pytest.raises(openai.AuthenticationError),
     ):
         client.embeddings.create(model=service.model, input="a")
+
+
+def test_langchain_for_azure(service: LocalService):
+    with openai.DefaultHttpxClient() as http:
+        embeddings = AzureOpenAIEmbeddings(
+            azure_endpoint=service.url,
+            api_key=SecretStr(KEY),
+            api_version="2024-10-21",
+            azure_deployment=service.model,
+            model=service.model,
+            http_client=http,
+            check_embedding_ctx_length=False,
+        )
+        found = np.array(embeddings.embed_documents(TEXTS), dtype=np.float32)
+        np.testing.assert_array_equal(found, expected_vectors(service))
+        np.testing.assert_array_equal(np.float32(embeddings.embed_query(TEXTS[0])), found[0])
+
+
+def test_langchain_for_ollama(service: LocalService):
+    headers = {"headers": {"Authorization": f"Bearer {KEY}"}}
+    embeddings = OllamaEmbeddings(model=service.model, base_url=service.url, client_kwargs=headers)
+    try:
+        found = np.array(embeddings.embed_documents(TEXTS), dtype=np.float32)
+        np.testing.assert_array_equal(found, expected_vectors(service))
+        np.testing.assert_array_equal(np.float32(embeddings.embed_query(TEXTS[0])), found[0])
+    finally:
+        assert embeddings._client is not None
+        embeddings._client._client.close()  # LangChain leaves it open
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/embeddings", "/api/tags", "/info"])
