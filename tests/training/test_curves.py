@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from unmask.training.curves import draw_curves
+from unmask.training.mixture import SEVERAL
 from unmask.training.run_folder import RunFolder
 
 
@@ -24,3 +25,15 @@ def test_loss_and_scores_are_drawn(tmp_path: Path) -> None:
     picture = (tmp_path / "curves.svg").read_text()
     assert all(text in picture for text in ("odd set", "even set", "STS dev", "dotted: exits"))
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_batches_of_several_sets_are_one_curve(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, 1)
+    for step in range(1, 30):
+        data = SEVERAL.join(("odd", "even", str(step)))
+        folder.log({"step": step, "data": data, "loss": 1 / step, "tokens": 90_000})
+    draw_curves(folder)
+    picture = (tmp_path / "curves.svg").read_text()
+    assert "batches of several sets" in picture
+    assert "million tokens" in picture
+    assert SEVERAL not in picture
