@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -59,6 +59,45 @@ def test_merged_as_peft_merges(golden_dir: Path, tmp_path: Path, model_class: An
     ours = open_checkpoint(base, [tmp_path / "adapter"]).tensors
     for name in ours.names():
         torch.testing.assert_close(ours.read(name).float(), theirs[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("init", ["eva", "orthogonal", "gaussian", True, False])
+def test_an_accepted_initialisation_leaves_the_base_alone(golden_dir: Path, tmp_path: Path, init: str | bool) -> None:
+    base = golden_dir / "tiny_llama"
+    torch.manual_seed(4)
+    options = {"eva_config": EvaConfig(rho=2.0)} if init == "eva" else {}
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, init_lora_weights=init, **options)
+    untouched = AutoModel.from_pretrained(base).state_dict()
+    model = get_peft_model(AutoModel.from_pretrained(base), config)
+    if init == "eva":
+        batches = [{"input_ids": torch.randint(9, 800, (4, 12)), "attention_mask": torch.ones(4, 12)} for _ in range(8)]
+        for batch in batches:
+            batch["attention_mask"] = batch["attention_mask"].long()
+        initialize_lora_eva_weights(model, batches, show_progress_bar=False)
+        assert config.rank_pattern  # ranks by layer, which we must follow
+    for name, weight in model.get_base_model().state_dict().items():
+        if "lora_" not in name:
+            assert torch.equal(weight, untouched[name.replace(".base_layer.", ".")])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)  # as if trained
+    model.save_pretrained(str(tmp_path / "adapter"))
+    merged = model.merge_and_unload().state_dict()
+    ours = open_checkpoint(base, [tmp_path / "adapter"]).tensors
+    for name in ours.names():
+        torch.testing.assert_close(ours.read(name).float(), merged[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("missing", ["embed_tokens", "layers.1.mlp.up_proj"])
+def test_every_target_needs_its_tensors(golden_dir: Path, tmp_path: Path, missing: str) -> None:
+    base = golden_dir / "tiny_llama"
+    made_by_peft(AutoModel, base, tmp_path / "adapter", r=2, lora_alpha=4, target_modules=[*TARGETS, "embed_tokens"])
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: tensor for name, tensor in tensors.items() if f".{missing}." not in name}, file)
+    with pytest.raises(AdapterMismatch, match=f"lacks the tensors of 1 modules.*{missing}"):
+        open_checkpoint(base, [tmp_path / "adapter"])
 
 
 def test_order_does_not_change_a_sum_but_every_adapter_counts(golden_dir: Path, tmp_path: Path) -> None:

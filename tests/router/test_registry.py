@@ -3,13 +3,17 @@
 import asyncio
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from unmask.catalogue import record_for
+from unmask.catalogue.canary import CANARY_TEXT, make_canary
 from unmask.checkpoint import DEFAULT_MODEL
 from unmask.encoder import Encoder
 from unmask.encoder.runtime.int8 import Int8Linear
 from unmask.errors import CheckpointError, ModelLoading, UsageError
 from unmask.router import ModelOptions, ModelRegistry
+from unmask.router.served_model import ServedModel
 
 
 async def test_models_load_on_first_use_and_check_their_canary(golden_dir: Path) -> None:
@@ -34,6 +38,18 @@ async def test_a_changed_weight_is_caught_by_the_canary(golden_dir: Path) -> Non
     verdict = (await models.canaries())["tiny_llama"]
     assert "cosine" in verdict
     await models.close()
+
+
+@pytest.mark.parametrize(("knows_revision", "message"), [(True, "at fault"), (False, "not the published ones")])
+async def test_other_vectors_than_the_records_are_refused(golden_dir: Path, knows_revision: bool, message: str) -> None:
+    folder = golden_dir / "tiny_llama"
+    encoder = Encoder.load(folder)
+    revision = encoder.checkpoint.revision if knows_revision else None
+    canary = make_canary(CANARY_TEXT, -encoder.encode(CANARY_TEXT)[0])
+    record = msgspec.structs.replace(record_for(str(folder)), revision=revision, canary=canary)
+    model = ServedModel(str(folder), record)
+    with pytest.raises(CheckpointError, match=rf"{message}.*cosine -1\.0"):
+        await model.engine(wait=60)
 
 
 async def test_a_model_that_cannot_be_loaded_says_why(copied) -> None:

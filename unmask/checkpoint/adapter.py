@@ -26,8 +26,9 @@ _HALF = re.compile(
 )
 _TOKENS = re.compile(r"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.default)?$")
 
-# Values of `init_lora_weights` that leave the base as it is. The others (pissa, olora, corda, loftq, lora_ga) change it
-# before training, so B @ A does not belong to the base that the configuration names.
+# Values of `init_lora_weights` that leave the base as it is; a test runs PEFT's own code for each. EVA chooses A from
+# the activations, and ranks by layer, which are saved as `rank_pattern` and `alpha_pattern`. The others (pissa, olora,
+# corda, loftq, lora_ga) change the base before training, so B @ A does not belong to the base that is named.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 # Every field of PEFT's LoraConfig. Honoured: read below.
@@ -416,13 +417,14 @@ class MergedTensors:
 
     def _check_targets(self, adapter: Adapter, names: set[str]) -> None:
         present = set(adapter.modules) | {name.removesuffix(".weight") for name in adapter.whole}
-        linear = (
+        # A matrix is a linear layer or an embedding; PEFT adapts nothing else.
+        matrices = (
             name.removesuffix(".weight")
             for name in names
-            if name.startswith("layers.") and name.endswith("_proj.weight")
+            if name.endswith(".weight") and not name.startswith("lm_head.") and len(self._source.shape(name)) == 2
         )
         lacking = sorted(
-            module for module in linear if adapter.config.targets.includes(module) and module not in present
+            module for module in matrices if adapter.config.targets.includes(module) and module not in present
         )
         if lacking:
             raise AdapterMismatch(

@@ -185,7 +185,7 @@ class ServedModel:
             record.canary is not None
             and (verdict := check_vector(canary_vector, expected_vector(record.canary), dtype)) != "ok"
         ):
-            raise CheckpointError(f"{record.id} loaded, but its weights are not the published ones: {verdict}")
+            raise CheckpointError(f"{record.id} loaded, but {_canary_problem(record)}: {verdict}")
         config = encoder.checkpoint.config
         trained_as = encoder.checkpoint.trained_as
         fields = {
@@ -205,6 +205,16 @@ class ServedModel:
 
     def _set_state(self, state: State, reason: str = "") -> None:
         self.state, self.reason, self._changed_at = state, reason, time.monotonic()
+
+
+def _canary_problem(record: Record) -> str:
+    """Say what a wrong canary vector means. The revision, where the record has one, has been compared before."""
+    if record.revision is None:
+        return "its weights are not the published ones"
+    return (
+        f"the files of revision {record.revision} give other vectors here than when the model went live, so the "
+        f"software, precision or processor is at fault; run 'unmask onboard {record.id}' to measure it again"
+    )
 
 
 def _fields_of_files(record: Record, encoder: Encoder) -> dict[str, Any]:
