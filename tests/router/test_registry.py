@@ -98,6 +98,20 @@ def test_two_models_of_one_name(golden_dir: Path, copied) -> None:
         ModelRegistry([str(golden_dir / "tiny_llama")], warm=["other"])
 
 
+async def test_auto_says_what_it_became_and_why(
+    golden_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unmask.encoder.precision.home", lambda: tmp_path)
+    models = ModelRegistry([str(golden_dir / "tiny_llama")], options=ModelOptions(dtype="auto"))
+    served = models.list()[0]
+    assert (served.dtype, served.dtype_reason) == ("auto", "")
+    engine = await served.engine(wait=60)
+    assert served.dtype == engine.encoder.dtype_choice.dtype != "auto"
+    assert "bfloat16: " in served.dtype_reason
+    assert set((await models.canaries()).values()) == {"ok"}
+    await models.close()
+
+
 @pytest.mark.slow
 async def test_eight_bits_are_served_and_their_canary_holds() -> None:
     models = ModelRegistry([DEFAULT_MODEL], warm=[DEFAULT_MODEL], options=ModelOptions(dtype="int8"))

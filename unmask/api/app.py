@@ -237,11 +237,12 @@ def _model_info(served: ServedModel, id: str, prices: Sequence[TariffPrice] | No
     fields |= {
         "id": id,
         "status": served.state,
-        "precision": served.options.dtype,
+        "precision": served.dtype,
+        "precision_reason": served.dtype_reason,
         "prices": msgspec.to_builtins(record.prices if prices is None else charged_prices(record, prices)),
         "lifecycle": record.status,
         "shutdown_date": until.isoformat() if until else None,
-        "vector_space": space_of(served, served.options.dtype),
+        "vector_space": space_of(served, served.dtype),
     }
     return msgspec.convert(fields, Model)
 

@@ -24,7 +24,7 @@ def endpoint_list(models: ModelRegistry, served: ServedModel) -> EndpointList:
     if group is not None:
         data += [_remote(endpoint, group.references) for endpoint in group.endpoints]
     references = group.references if group is not None else None
-    space = references.vector_space("exact") if references else space_of(served, served.options.dtype)
+    space = references.vector_space("exact") if references else space_of(served, served.dtype)
     return EndpointList(model=served.record.id, vector_space=space, data=data)
 
 
@@ -33,7 +33,7 @@ def _local(served: ServedModel) -> EndpointInfo:
         name=LOCAL,
         kind="local",
         status="admitted" if served.state == "ready" else served.state,
-        precision=PRECISION_CLASSES[served.options.dtype],
+        precision=PRECISION_CLASSES[served.dtype],
         max_tokens=served.record.max_tokens,
     )
 

@@ -111,7 +111,7 @@ class EmbeddingResponse(msgspec.Struct, kw_only=True):
     usage: Usage
 
 
-Precision = Literal["float32", "bfloat16", "float16", "int8"]
+Precision = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 ModelStatus = Literal["cold", "loading", "ready", "failed"]
 
 
@@ -128,7 +128,13 @@ class Model(Specification, kw_only=True, frozen=True):
 
     object: Literal["model"] = "model"
     status: Annotated[ModelStatus, _doc("A cold model loads with its first request.")]
-    precision: Annotated[Precision, _doc("Of the weights on this server; vectors are float32 in any case.")]
+    precision: Annotated[
+        Precision,
+        _doc("Of the weights on this server; vectors are float32 in any case. auto: chosen when the model loads."),
+    ]
+    precision_reason: Annotated[
+        str, _doc("The measurement by which this server chose the precision. Empty: it was not asked to choose.")
+    ] = ""
     prices: Annotated[
         tuple[ModelPrice, ...], _doc("What a million tokens cost here. Empty: no price is set, or nobody is charged.")
     ] = ()

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from unmask.accounts.money import MAX_AMOUNT
 from unmask.accounts.provider_settings import IdentityProviderSettings, is_this_machine
 from unmask.catalogue.mail_server import MailServer
-from unmask.encoder import Dtype
+from unmask.encoder import DtypeChoice
 from unmask.errors import UsageError
 
 _ADDRESS = re.compile(r"https?://[A-Za-z0-9.:\[\]-]+(/[\w./-]*)?")
@@ -117,7 +117,7 @@ class ServeSettings:
     max_request_tokens: int = 300_000
     max_request_characters: int = 8_000_000
     queue_tokens: int = 262_144
-    dtype: Dtype = "float32"
+    dtype: DtypeChoice = "float32"
     device: str = "cpu"
     cache_bytes: int = 64_000_000
     log_level: str = "info"

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from unmask.encoder.encoder import Encoder, LoadOptions, require_device
     from unmask.encoder.model.architectures import ARCHITECTURES, Architecture, Shape
     from unmask.encoder.model.decoder import Decoder
-    from unmask.encoder.options import Dtype
+    from unmask.encoder.options import Dtype, DtypeChoice
     from unmask.encoder.prompts import Prompt
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Architecture",
     "Decoder",
     "Dtype",
+    "DtypeChoice",
     "Encoder",
     "LoadOptions",
     "Prompt",
@@ -29,7 +30,7 @@ __getattr__ = lazy_exports(
         "encoder": ("Encoder", "LoadOptions", "require_device"),
         "model.architectures": ("ARCHITECTURES", "Architecture", "Shape"),
         "model.decoder": ("Decoder",),
-        "options": ("Dtype",),
+        "options": ("Dtype", "DtypeChoice"),
         "prompts": ("Prompt",),
     },
 )

@@ -5,3 +5,5 @@ from typing import Literal
 Compat = Literal["default", "reference"]
 
 Dtype = Literal["float32", "bfloat16", "float16", "int8"]
+# "auto" becomes one of the others when a model is loaded.
+DtypeChoice = Literal["auto", Dtype]

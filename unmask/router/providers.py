@@ -14,14 +14,15 @@ from msgspec import Meta
 
 from unmask.accounts.money import parse_dollars
 from unmask.conformance import PrecisionClass
-from unmask.encoder.encoder import Dtype
+from unmask.encoder import Dtype, DtypeChoice
 from unmask.errors import UsageError
 from unmask.router.addresses import check_url
 
 Kind = Literal["unmask", "openai", "tei"]
 DataPolicy = Literal["none", "30d", "trains"]
 
-PRECISION_CLASSES: dict[Dtype, PrecisionClass] = {
+PRECISION_CLASSES: dict[DtypeChoice, PrecisionClass] = {
+    "auto": "bfloat16",  # of a model that is not loaded yet: the least exact one that may be chosen
     "float32": "exact",
     "float16": "float16",
     "bfloat16": "bfloat16",

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from unmask.conformance import PrecisionClass
 from unmask.conformance.references import vector_space
-from unmask.encoder import Prompt
-from unmask.encoder.encoder import Dtype
+from unmask.encoder import DtypeChoice, Prompt
 from unmask.engine import Engine
 from unmask.errors import NoConformingProvider
 from unmask.router.attempts import LOCAL, EmbeddingWork, ModelEndpoints, RoutedVectors
@@ -78,7 +77,7 @@ class ModelRoute:
         headers = {"x-unmask-provider": routed.provider, "x-unmask-attempts": str(routed.attempts)}
         endpoint = routed.endpoint
         if endpoint is None:
-            precision = PRECISION_CLASSES[self.served.options.dtype]
+            precision = PRECISION_CLASSES[self.served.dtype]
         else:
             precision = endpoint.precision or "exact"
             worst = endpoint.conformance.worst if endpoint.conformance is not None else 1.0
@@ -92,10 +91,10 @@ class ModelRoute:
         references = self.endpoints.references if self.endpoints is not None else None
         if references is not None:
             return references.vector_space(precision)
-        return space_of(self.served, self.served.options.dtype)
+        return space_of(self.served, self.served.dtype)
 
 
-def space_of(served: ServedModel, dtype: Dtype) -> str | None:
+def space_of(served: ServedModel, dtype: DtypeChoice) -> str | None:
     """Return the id of a loaded model's vector space in a precision; None if it is not loaded."""
     record = served.record
     if record.revision is None or record.pooling is None:

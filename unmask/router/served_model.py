@@ -6,14 +6,15 @@ import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import msgspec
 import numpy as np
 
 from unmask.catalogue import Record, record_for
 from unmask.catalogue.canary import CANARY_TEXT, check_vector, expected_vector
-from unmask.encoder import Dtype, Encoder
+from unmask.encoder import DtypeChoice, Encoder
+from unmask.encoder.precision import PrecisionChoice
 from unmask.engine import Engine
 from unmask.errors import CheckpointError, EngineError, ModelLoading, UnmaskError
 
@@ -46,7 +47,7 @@ class ModelOptions:
 
     queue_tokens: int = 262_144
     cache_bytes: int = 0
-    dtype: Dtype = "float32"
+    dtype: DtypeChoice = "float32"
     device: str = "cpu"
 
 
@@ -76,6 +77,17 @@ class ServedModel:
         self._canary_check: tuple[float, str] = (0.0, "not checked yet")  # time and verdict
         self._changed_at = time.monotonic()
         self._load_seconds = 5.0
+        self._dtype_choice: PrecisionChoice | None = None
+
+    @property
+    def dtype(self) -> DtypeChoice:
+        """Precision of the weights; "auto" until loading has chosen one."""
+        return self.options.dtype if self._dtype_choice is None else cast(DtypeChoice, self._dtype_choice.dtype)
+
+    @property
+    def dtype_reason(self) -> str:
+        """The measurement that led to the precision; empty where it was not chosen by one."""
+        return self._dtype_choice.reason if self.options.dtype == "auto" and self._dtype_choice is not None else ""
 
     def preload(self) -> None:
         """Begin to load in a thread, before there is an event loop. `engine` then waits for that thread."""
@@ -170,8 +182,9 @@ class ServedModel:
         log.info("%s is ready after %.1f s", self.record.id, self._load_seconds)
 
     def _load_weights(self) -> _LoadedModel:
-        record, dtype = self.record, self.options.dtype
-        encoder = Encoder.load(self.source, compat=record.compat, dtype=dtype, device=self.options.device)
+        record, options = self.record, self.options
+        encoder = Encoder.load(self.source, compat=record.compat, dtype=options.dtype, device=options.device)
+        self._dtype_choice, dtype = encoder.dtype_choice, encoder.dtype_choice.dtype
         if record.revision is not None and encoder.checkpoint.revision != record.revision:
             raise CheckpointError(
                 f"{record.id} went live with the weights {record.revision}, and {self.source} holds "

@@ -134,7 +134,7 @@ def _details(served: ServedModel) -> dict[str, Any]:
         "family": family,
         "families": [family],
         "parameter_size": f"{record.parameters / 1e6:.0f}M" if record.parameters else "",
-        "quantization_level": served.options.dtype,
+        "quantization_level": served.dtype,
     }
 
 

@@ -37,7 +37,7 @@ def routes(embeddings: EmbeddingsRoute) -> list[Route]:
         content = {
             "model_id": served.record.id,
             "model_sha": served.record.revision,
-            "model_dtype": served.options.dtype,
+            "model_dtype": served.dtype,
             "model_type": {"embedding": {"pooling": served.record.pooling or "mean"}},
             "max_concurrent_requests": 512,
             "max_input_length": served.record.max_tokens,
