@@ -77,7 +77,7 @@ def test_every_architecture_has_the_states_of_the_torch_operations(variant: str,
 )
 def test_odd_sizes_and_any_number_of_threads(sizes: dict[str, int]) -> None:
     for variant in ("llama with biases", "gemma3"):
-        decoder = decoder_of(variant, **sizes)
+        decoder = decoder_of(variant, False, **sizes)
         prepack(decoder)
         ids = torch.randint(1, 120, (sum(LENGTHS),))
         with torch.inference_mode():

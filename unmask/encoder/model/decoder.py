@@ -107,7 +107,7 @@ class Layer(nn.Module):
         parts = [self._attend_group(q, k, v, group) for group, q, k, v in heads_of_groups]
         return self.out(parts[0] if len(parts) == 1 else torch.cat(parts))
 
-    def linears(self) -> dict[str, nn.Module]:
+    def linears(self) -> dict[str, Linear]:
         """The linear layers by name."""
         return {"qkv": self.qkv, "out": self.out, "gate_up": self.gate_up, "down": self.down}
 
@@ -277,16 +277,15 @@ class Decoder(nn.Module):
         """
         if kernels.library() is None or len(set(self.shape.ropes)) > 2 or not all(map(_is_plain, self.modules())):
             return None
-        linears = [layer.linears() for layer in self.layers]
-        if any(type(linear) is not Linear for group in linears for linear in group.values()):
-            return None
-        if any(linear.stored_weight().is_mkldnn for group in linears for linear in group.values()):
+        layers = [layer for layer in self.layers if isinstance(layer, Layer)]
+        linears = [layer.linears() for layer in layers]
+        if len(layers) < len(self.layers) or not all(_is_readable(x) for group in linears for x in group.values()):
             return None
         weights = StackWeights(
             embedding=self.embedding.weight.detach(),
             linears=linears,
-            norms=[layer.norm_factors() for layer in self.layers],
-            reaches=[layer.reach for layer in self.layers],
+            norms=[layer.norm_factors() for layer in layers],
+            reaches=[layer.reach for layer in layers],
             final_norm=self.norm.factor().detach(),
         )
         device = self.embedding.weight.device
@@ -380,6 +379,11 @@ def _is_plain(module: nn.Module) -> bool:
     has_hooks = module._forward_hooks or module._forward_pre_hooks
     own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
     return not has_hooks and all(p.device.type == "cpu" and p.dtype == torch.float32 for p in own)
+
+
+def _is_readable(linear: nn.Module) -> bool:
+    """True if the compiled kernels read a layer's weight as it is stored: no adapter, no 8 bits, not oneDNN's."""
+    return type(linear) is Linear and not linear.stored_weight().is_mkldnn
 
 
 def check_names(sources: dict[str, list[str]], tensors: TensorSource) -> None:
