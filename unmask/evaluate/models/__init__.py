@@ -24,7 +24,7 @@ def open_model(specification: str, defaults: Mapping[str, str] | None = None) ->
         EngineError: an endpoint does not answer.
     """
     parsed = parse_specification(specification, defaults)
-    model, dimensions = _open(parsed), parsed.number("dimensions")
+    model, dimensions = _open(parsed), parsed.number("dimensions", 0)  # the model says how many it has
     return model if dimensions is None else TruncatedModel(model, dimensions)
 
 

@@ -64,13 +64,13 @@ class ModelSpecification:
             raise UsageError(f"{self.target}: {option}={value!r}; write {option}, {option}=true or {option}=false")
         return value != "false"
 
-    def number(self, option: str) -> int | None:
-        """Return the value of an option as a whole number, None if it is absent."""
+    def number(self, option: str, least: int = 1) -> int | None:
+        """Return the value of an option as a whole number of at least `least`, None if it is absent."""
         value = self.one(option)
         if value is None:
             return None
-        if not (value.isascii() and value.isdigit() and len(value) < 19) or int(value) < 1:
-            raise UsageError(f"{self.target}: {option}={value[:40]!r}; expected a whole number of 1 or more")
+        if not (value.isascii() and value.isdigit() and len(value) < 19) or int(value) < least:
+            raise UsageError(f"{self.target}: {option}={value[:40]!r}; expected a whole number of {least} or more")
         return int(value)
 
     @property
