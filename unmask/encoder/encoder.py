@@ -67,7 +67,7 @@ class LoadOptions:
         if self.compat not in ("default", "reference"):
             raise UsageError(f"compat={self.compat!r}: choose 'default' or 'reference'")
         if self.dtype != "auto" and self.dtype not in _DTYPES:
-            raise UsageError(f"dtype={self.dtype!r}: choose one of auto, {', '.join(_DTYPES)}")
+            raise UsageError(f"dtype={self.dtype!r}: choose one of {', '.join(_DTYPES)}, auto")
         require_device(self.device, self.dtype)
 
 
