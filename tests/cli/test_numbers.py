@@ -138,7 +138,7 @@ def test_a_number_that_makes_no_sense_is_refused(
 def test_limits_of_keys_and_plans(tmp_path: Path, name: str, value: int) -> None:
     accounts = Accounts(f"sqlite:///{tmp_path / 'accounts.sqlite'}", pepper=tmp_path / "pepper")
     with pytest.raises(UsageError, match=f"{name}={value}"):
-        KeySettings(**{name: value})
+        KeySettings(**{name: value})  # pyright: ignore[reportArgumentType]
     limits = {"requests_per_minute": None, "tokens_per_minute": None, name: value}
     with accounts.database.begin() as connection, pytest.raises(UsageError, match="limits greater than 0"):
         set_plan(connection, RatePlan("small", **limits))
@@ -171,7 +171,7 @@ def test_settings_of_a_server(value: float) -> None:
         if value == 0 and name in ("port", "cache_bytes", "free_credit"):
             continue  # any free port, no cache, no credit
         with pytest.raises(UsageError, match=name):
-            ServeSettings(**{name: value})
+            ServeSettings(**{name: value})  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("option", ["max_length", "dimensions"])
