@@ -91,6 +91,12 @@ async def test_every_door_knows_the_mailbox(accounts: Accounts) -> None:
             assert people.find_account(connection, spelling).id == person.account_id
             with pytest.raises(AddressTaken):
                 actions.create_account(connection, COMMAND_LINE, accounts.peppers, "x", now_ms(), email=spelling)
+
+
+async def test_signing_in_knows_the_mailbox(accounts: Accounts) -> None:
+    spellings = ["quäck@exämple.com", *SPELLINGS["quäck@exämple.com"]]
+    await accounts.sign_up(spellings[1], PASSWORD, address="")
+    for number, spelling in enumerate(spellings):
         assert await accounts.sign_in(spelling, PASSWORD, address=f"10.0.0.{number}")
 
 

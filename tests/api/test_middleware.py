@@ -38,7 +38,7 @@ def test_an_odd_request_id_is_replaced(service: LocalService, given: str):
         ("GET", "/", 200),
         ("GET", "/health", 200),
         ("GET", "/nothing/here", 404),
-        ("GET", "/v1/models/", 404),
+        ("GET", "/v1/models/", 200),
         ("GET", "/v1/models/no/such", 404),
         ("GET", "/v1/embeddings", 405),
         ("DELETE", "/v1/models", 405),

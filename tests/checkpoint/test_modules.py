@@ -262,6 +262,15 @@ def test_gguf_pooling_is_followed(pooling: int, ours: str, causal: bool | None) 
     assert settings["causal"] is (causal is not False)  # llama.cpp's default
 
 
+def test_a_gguf_file_that_states_no_mask_keeps_the_causal_one_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    fields: dict[str, Any] = {"llama.pooling_type": 3, "llama.context_length": 77}
+    assert gguf_settings(Path("m.gguf"), "llama", fields)["causal"] is True
+    assert "m.gguf states pooling_type last but no llama.attention.causal" in caplog.text
+    caplog.clear()
+    gguf_settings(Path("m.gguf"), "llama", {**fields, "llama.attention.causal": True})
+    assert not caplog.text
+
+
 def test_a_gguf_file_without_pooling_is_a_decoder() -> None:
     assert gguf_settings(Path("m.gguf"), "llama", {}) == {}
     assert gguf_settings(Path("m.gguf"), "llama", {"llama.pooling_type": 0}) == {}

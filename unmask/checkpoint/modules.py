@@ -9,6 +9,7 @@ Sources: sentence-transformers 6.2 (base/modules/, sentence_transformer/modules/
 """
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any
 
 from unmask.checkpoint.head import HeadLayer, read_dense_module
 from unmask.errors import CheckpointError
+
+log = logging.getLogger("unmask")
 
 # Value of the setting "prompt_style": instruction and text are one string, joined as they are; all tokens are pooled.
 SENTENCE_TRANSFORMERS = "sentence-transformers"
@@ -290,11 +293,19 @@ def gguf_settings(path: Path, architecture: str, fields: Mapping[str, Any]) -> d
             f"{path} is an embedding model with pooling_type {kind}, which unmask does not compute; use llama.cpp, or "
             "the model's folder in the hub's layout"
         )
+    causal = fields.get(f"{architecture}.attention.causal")
+    if causal is None:
+        log.warning(
+            "%s states pooling_type %s but no %s.attention.causal; its causal mask is kept, as llama.cpp does",
+            path,
+            kind,
+            architecture,
+        )
     return {
         "prompt_style": SENTENCE_TRANSFORMERS,
         "pooling_mode": _READABLE_GGUF_POOLINGS[kind],
         "skip_instruction": False,
-        "causal": bool(fields.get(f"{architecture}.attention.causal", True)),
+        "causal": True if causal is None else bool(causal),
         "max_length": int(fields[f"{architecture}.context_length"]),
         "head": [{"kind": "normalize"}],
     }

@@ -155,7 +155,9 @@ def write_model(
         head=() if head is not None else checkpoint.encoder_config.get("head") or (),
         embedding_from=base if save is not None and not save.embedding else None,
     )
-    dtype = save.precision if save is not None else str(next(decoder.parameters()).dtype).removeprefix("torch.")
+    # On a CPU, an encoder in bfloat16 has rounded weights but computes the rest in float32.
+    own = "bfloat16" if "bfloat16" in encoder.precision else str(encoder.dtype).removeprefix("torch.")
+    dtype = own if save is None else save.precision
     target = checkpoint if layers is None else shear(checkpoint, layers)
     write_model_folder(folder, target, NamedTensors(tensors), settings, DTYPES[dtype])
 
