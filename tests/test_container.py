@@ -103,8 +103,8 @@ def link_requirements(extras: str, target: Path) -> None:
                 if source.exists() and not (target / name).exists():
                     (target / name).symlink_to(source)
         for needed in map(Requirement, distribution.requires or ()):
-            extras = ("", *requirement.extras)
-            applies = needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in extras)
+            chosen = ("", *requirement.extras)
+            applies = needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in chosen)
             if applies and str(needed) not in linked:
                 linked.add(str(needed))
                 waiting.append(needed)

@@ -138,7 +138,7 @@ def test_langchain_for_azure(service: LocalService):
         )
         found = np.array(embeddings.embed_documents(TEXTS), dtype=np.float32)
         np.testing.assert_array_equal(found, expected_vectors(service))
-        np.testing.assert_array_equal(np.float32(embeddings.embed_query(TEXTS[0])), found[0])
+        np.testing.assert_array_equal(np.array(embeddings.embed_query(TEXTS[0]), dtype=np.float32), found[0])
 
 
 def test_langchain_for_ollama(service: LocalService):
@@ -147,7 +147,7 @@ def test_langchain_for_ollama(service: LocalService):
     try:
         found = np.array(embeddings.embed_documents(TEXTS), dtype=np.float32)
         np.testing.assert_array_equal(found, expected_vectors(service))
-        np.testing.assert_array_equal(np.float32(embeddings.embed_query(TEXTS[0])), found[0])
+        np.testing.assert_array_equal(np.array(embeddings.embed_query(TEXTS[0]), dtype=np.float32), found[0])
     finally:
         assert embeddings._client is not None
         embeddings._client._client.close()  # LangChain leaves it open

@@ -65,8 +65,8 @@ def test_merged_as_peft_merges(golden_dir: Path, tmp_path: Path, model_class: An
 def test_an_accepted_initialisation_leaves_the_base_alone(golden_dir: Path, tmp_path: Path, init: str | bool) -> None:
     base = golden_dir / "tiny_llama"
     torch.manual_seed(4)
-    options = {"eva_config": EvaConfig(rho=2.0)} if init == "eva" else {}
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, init_lora_weights=init, **options)
+    options: dict[str, Any] = {"eva_config": EvaConfig(rho=2.0)} if init == "eva" else {}
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, **options, init_lora_weights=init)  # pyright: ignore[reportArgumentType]: parametrised
     untouched = AutoModel.from_pretrained(base).state_dict()
     model = get_peft_model(AutoModel.from_pretrained(base), config)
     if init == "eva":

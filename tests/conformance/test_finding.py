@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ class Stub:
         right = self.vectors[[rows[text, instruction] for text in texts]]
         return Answer(self.change(right.copy(), texts), prompt_tokens=7 * len(texts))
 
-    def finding(self, declared: PrecisionClass = "float16", **limits: int) -> Finding:
+    def finding(self, declared: PrecisionClass = "float16", **limits: Any) -> Finding:
         return examine(self.references, asyncio.run(full_run(self, self.references, **limits)), declared)
 
 

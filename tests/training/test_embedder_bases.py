@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def same_kind(model: Encoder, base: Encoder) -> None:
 @pytest.mark.parametrize("lora", [True, False])
 def test_a_run_keeps_what_its_base_is(name: str, lora: bool, published: Published, data: Path, tmp_path: Path) -> None:
     base = published(name)
-    changes = {} if lora else {"lora": None}
+    changes: dict[str, Any] = {} if lora else {"lora": None}
     recipe = recipe_of(base=str(base), steps=2, optimiser={"lr": 1e-4}, matryoshka=[16], **changes)
     assert recipe.pooling is None and recipe.causal is None
     result = run_training(recipe, data=data, output=tmp_path / "run")

@@ -237,7 +237,7 @@ NO_PAGES = (
 
 @pytest.mark.parametrize("next", [*ELSEWHERE, *NO_PAGES])
 def test_an_address_that_is_no_page_here_is_not_gone_on_to(site: LocalService, accounts: Accounts, next: str) -> None:
-    who = person(accounts, "return@example.org") if not site_person(accounts) else site_person(accounts)
+    who = site_person(accounts) or person(accounts, "return@example.org")
     reply = Visitor.signed_in(site, accounts, who).get(f"/sign-in?next={quote(next, safe='')}")
     assert (reply.status, reply.headers["location"]) == (303, "/account")
     shown = Visitor(site).get(f"/sign-in?next={quote(next, safe='')}")
