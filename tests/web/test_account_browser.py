@@ -57,6 +57,12 @@ def opened(browser: Browser, site: LocalService, session: str = "", **context: o
     return made.new_page()
 
 
+def press(page: Page, name: str) -> None:
+    """Press a form's button and wait for the page that it leads to, so that the next look is not at the old one."""
+    with page.expect_navigation():
+        page.get_by_role("button", name=name).click()
+
+
 def faultless(page: Page) -> None:
     for details in page.locator("details").all():
         details.evaluate("element => element.open = true")
@@ -165,10 +171,10 @@ def test_axe_finds_nothing_and_nothing_sticks_out(
     assert not complaints
     # Pages that answer a form, and pages with the error of a form.
     page.goto("/account/keys")
-    page.get_by_role("button", name="Make the key").click()
+    press(page, "Make the key")
     faultless(page)
     page.goto(f"/account/keys/{keys.key_id(key)}")
-    page.get_by_role("button", name="Rotate the key").click()
+    press(page, "Rotate the key")
     faultless(page)
     assert not complaints
     page.goto("/account/keys")
@@ -204,11 +210,11 @@ def test_signing_in_elsewhere_and_linking_it(
     expect(page.get_by_role("alert")).to_contain_text("An account here has your mail address already")
     page.get_by_label("Mail address").fill("linked@example.org")
     page.get_by_label("Password").fill(PASSWORD)
-    page.get_by_role("button", name="Sign in").click()
+    press(page, "Sign in")
     page.goto("/account/settings")
     faultless(page)
     page.locator("#own_password").fill(PASSWORD)
-    page.get_by_role("button", name="Link it").click()
+    press(page, "Link it")
     faultless(page)
     page.get_by_role("link", name="Go on to Example").click()
     expect(page.get_by_role("status")).to_contain_text("From now on you can sign in that way as well.")
