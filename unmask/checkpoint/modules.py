@@ -133,7 +133,7 @@ class _FolderReader:
         head: list[dict[str, Any]] = []
         for kind, path in kinds[2:]:
             head += self._step(kind, path)
-        settings |= self._whole_model(head)
+        settings |= self._model_settings(head)
         self._check_code()
         return {**settings, "max_length": self._max_length(), **({"head": head} if head else {})}
 
@@ -176,7 +176,7 @@ class _FolderReader:
         self.files += sorted([*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")])
         return [{"kind": "dense", "activation": _ACTIVATIONS.get(activation)}]
 
-    def _whole_model(self, head: list[dict[str, Any]]) -> dict[str, Any]:
+    def _model_settings(self, head: list[dict[str, Any]]) -> dict[str, Any]:
         """Translate `config_sentence_transformers.json`; appends truncation to `head`."""
         model = self._read("config_sentence_transformers.json", dict)
         prompts = {str(name): str(prompt) for name, prompt in (model.get("prompts") or {}).items() if prompt}

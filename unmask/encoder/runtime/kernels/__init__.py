@@ -23,7 +23,7 @@ log = logging.getLogger("unmask")
 _Pointer = ctypes.c_void_p
 _Integer = ctypes.c_int64
 
-# How a weight is stored, as in kernels.c.
+# Storage of a weight, as in kernels.c.
 FLOAT32, BFLOAT16, ROW_MAJOR = 0, 1, 2
 
 
