@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from unmask import Encoder
 from unmask.checkpoint import open_checkpoint
-from unmask.checkpoint.adapter import HARMLESS_FIELDS, HONOURED_FIELDS, REFUSED_FIELDS
+from unmask.checkpoint.adapter_config import HARMLESS_FIELDS, HONOURED_FIELDS, REFUSED_FIELDS
 from unmask.errors import AdapterMismatch, CheckpointError
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -42,6 +42,7 @@ def made_by_peft(model_class: Any, base: Path, target: Path, **settings: Any) ->
         {"r": 4, "lora_alpha": 8, "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 3}},
         {"r": 4, "lora_alpha": 8, "alpha_pattern": {"down_proj": 1.5}},
         {"r": 4, "lora_alpha": 8, "use_dora": True},
+        {"r": 4, "lora_alpha": 8, "use_dora": True, "target_modules": [*TARGETS, "embed_tokens"]},
         {"r": 4, "lora_alpha": 8, "modules_to_save": ["embed_tokens", "norm"]},
         {"r": 4, "lora_alpha": 8, "trainable_token_indices": [5, 3, 700]},
         {"r": 4, "lora_alpha": 8, "target_modules": [*TARGETS, "embed_tokens"]},
@@ -224,9 +225,17 @@ def test_every_targeted_module_without_tensors_is_named(golden_dir: Path, adapte
             open_checkpoint(golden_dir / "tiny_llama", [adapter])
 
 
-def test_a_resized_embedding_is_refused_by_name(golden_dir: Path, adapter: Path) -> None:
-    file = adapter / "adapter_model.safetensors"
-    whole = torch.ones(808, 64)
-    save_file({**load_file(file), "base_model.model.embed_tokens.weight": whole}, file)
-    with pytest.raises(AdapterMismatch, match=r"embed_tokens.weight whole \(modules_to_save\)"):
-        open_checkpoint(golden_dir / "tiny_llama", [adapter])
+def test_lora_on_the_language_head_changes_no_encoder(golden_dir: Path, tmp_path: Path) -> None:
+    """It is merged where the base's file has a head, and left out where an encoder has none."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    torch.manual_seed(7)
+    AutoModelForCausalLM.from_pretrained(golden_dir / "tiny_llama").save_pretrained(base)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (base / file).write_bytes((golden_dir / "tiny_llama" / file).read_bytes())
+    theirs = made_by_peft(AutoModelForCausalLM, base, adapter, r=2, target_modules=["q_proj", "lm_head"])
+    ours = open_checkpoint(base, [adapter]).tensors
+    torch.testing.assert_close(ours.read("lm_head.weight"), theirs["lm_head.weight"], rtol=0, atol=1e-6)
+    headless = open_checkpoint(golden_dir / "tiny_llama", [adapter]).tensors
+    assert "lm_head.weight" not in headless.names()
+    name = "layers.2.self_attn.q_proj.weight"
+    torch.testing.assert_close(headless.read(name), theirs[name], rtol=0, atol=1e-6)

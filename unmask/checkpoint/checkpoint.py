@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from filecmp import cmp
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from unmask.checkpoint.gguf import open_gguf
 from unmask.checkpoint.head import HEAD_FILE, HeadTensors, read_head_file
 from unmask.checkpoint.modules import BIDIRECTIONAL_TYPES, ModulesDescription, read_modules
 from unmask.checkpoint.resolve import Location, resolve
-from unmask.checkpoint.tensors import BorrowedEmbedding, FiniteTensors, TensorSource, open_tensors
-from unmask.checkpoint.tokenizer import TextTokenizer, read_tokenizer
+from unmask.checkpoint.tensors import EMBEDDING, BorrowedEmbedding, FiniteTensors, TensorSource, open_tensors
+from unmask.checkpoint.tokenizer import TOKENIZER_FILES, TextTokenizer, read_tokenizer
 from unmask.errors import CheckpointError, StorageError
 
 
@@ -31,6 +32,7 @@ class Checkpoint:
             a GGUF file's own settings in the same words, else empty.
         trained_as: the hub name of the decoder it began as; chat templates are kept under it.
         files: every file that decides a vector.
+        tokenizer_folder: the folder of the tokenizer's files; None for a GGUF file.
         layers: the layers of the files that are left (`encoder.shear`); None for all.
     """
 
@@ -41,7 +43,7 @@ class Checkpoint:
     encoder_config: Mapping[str, Any]
     trained_as: str
     files: tuple[Path, ...]
-    folder: Path | None
+    tokenizer_folder: Path | None
     layers: tuple[int, ...] | None = None
 
     @cached_property
@@ -81,22 +83,26 @@ def _open(location: Location) -> Checkpoint:
     gguf_settings: Mapping[str, Any] = {}
     if base.is_file():
         config, tensors, tokenizer, gguf_settings = open_gguf(base)
-        files, folder = [base], None
+        files, tokenizer_folder = [base], None
     elif location.embedding is not None:
         config = _read_config(base)
         below = _open(location.embedding)
         tensors, tokenizer = BorrowedEmbedding(open_tensors(base), below.tensors), below.tokenizer
-        files, folder = [*_deciding_files(base), *below.files], base
+        files, tokenizer_folder = [*_deciding_files(base), *below.files], below.tokenizer_folder
     else:
         config = _read_config(base)
         tensors, tokenizer = open_tensors(base), read_tokenizer(base)
-        files, folder = _deciding_files(base), base
+        files, tokenizer_folder = _deciding_files(base), base
     merged = [Adapter(path) for path in location.adapters]
     for adapter in merged:
         files += [adapter.folder / "adapter_config.json", adapter.weights_file]
         files += sorted(adapter.folder.glob("llm2vec_config.json"))
     if merged:
         tensors = MergedTensors(tensors, merged)
+        own = _adapter_tokenizer(location.adapters, tokenizer, tokenizer_folder)
+        if own is not None:
+            tokenizer, tokenizer_folder = own
+            files += _tokenizer_files(tokenizer_folder)
     outermost_first = [path for path in (*reversed(location.adapters), base) if path.is_dir()]
     described = _description(outermost_first, config) or ModulesDescription(gguf_settings)
     files += described.files
@@ -109,6 +115,8 @@ def _open(location: Location) -> Checkpoint:
         tensors = HeadTensors(tensors, layers)
     config = {**config, "model_type": BIDIRECTIONAL_TYPES.get(config["model_type"], config["model_type"])}
     _check_vocabulary(location.name, tensors, tokenizer)
+    if merged:
+        config["vocab_size"] = tensors.shape(EMBEDDING)[0]  # an adapter may bring an embedding of its own size
     return Checkpoint(
         name=location.name,
         config=config,
@@ -117,7 +125,7 @@ def _open(location: Location) -> Checkpoint:
         encoder_config=described.settings,
         trained_as=str(config.get("_name_or_path") or location.trained_as),
         files=tuple(files),
-        folder=folder,
+        tokenizer_folder=tokenizer_folder,
     )
 
 
@@ -159,8 +167,40 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _deciding_files(folder: Path) -> list[Path]:
     patterns = ("model*.safetensors",) if any(folder.glob("model*.safetensors")) else ("pytorch_model*.bin",)
-    patterns = ("config.json", "llm2vec_config.json", "tokenizer*.json", "tokenizer.model", *patterns)
-    return [file for pattern in patterns for file in sorted(folder.glob(pattern))]
+    weights = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
+    settings = [file for name in ("config.json", "llm2vec_config.json") for file in sorted(folder.glob(name))]
+    return [*settings, *_tokenizer_files(folder), *weights]
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    return [*sorted(folder.glob("tokenizer*.json")), *sorted(folder.glob("tokenizer.model"))]
+
+
+def _adapter_tokenizer(
+    adapters: Sequence[Path], of_base: TextTokenizer, base: Path | None
+) -> tuple[TextTokenizer, Path] | None:
+    """Read the tokenizer of the outermost adapter that has one, if it counts, not the base's.
+
+    That is so if it has other tokens, as after `resize_token_embeddings`, or lies in a sentence-transformers folder,
+    whose tokenizer that library reads. Else None: published LLM2Vec adapters come with copies of the base's.
+
+    Args:
+        of_base: the base's tokenizer.
+        base: the folder that it lies in.
+    """
+    folder = next((path for path in reversed(adapters) if _own_tokenizer_file(path) is not None), None)
+    if folder is None or folder == base:
+        return None
+    file, read_by_library = _own_tokenizer_file(folder), (folder / "modules.json").is_file()
+    assert file is not None
+    if not read_by_library and base is not None and (base / file.name).is_file() and cmp(file, base / file.name, False):
+        return None
+    own = read_tokenizer(folder)
+    return (own, folder) if read_by_library or not own.has_tokens_of(of_base) else None
+
+
+def _own_tokenizer_file(folder: Path) -> Path | None:
+    return next((folder / name for name in TOKENIZER_FILES if (folder / name).is_file()), None)
 
 
 def _encoder_config(folder: Path) -> dict[str, Any]:
@@ -178,9 +218,9 @@ def _encoder_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_vocabulary(name: str, tensors: TensorSource, tokenizer: TextTokenizer) -> None:
-    if "embed_tokens.weight" not in tensors.names():
-        raise CheckpointError(f"{name} has no token embedding (embed_tokens.weight); it is not a decoder's checkpoint")
-    rows = tensors.shape("embed_tokens.weight")[0]
+    if EMBEDDING not in tensors.names():
+        raise CheckpointError(f"{name} has no token embedding ({EMBEDDING}); it is not a decoder's checkpoint")
+    rows = tensors.shape(EMBEDDING)[0]
     if tokenizer.highest_id >= rows:
         raise CheckpointError(
             f"{name}: the tokenizer produces ids up to {tokenizer.highest_id}, but the embedding has {rows} rows; "

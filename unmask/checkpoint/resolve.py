@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from unmask.checkpoint.adapter import AdapterConfig
+from unmask.checkpoint.adapter_config import AdapterConfig
 from unmask.checkpoint.shipped import SHIPPED, fetch_shipped
 from unmask.errors import CheckpointError, ModelNotFound
 from unmask.home import home

@@ -55,6 +55,18 @@ class TextTokenizer:
         """Return the largest id that a text can produce; the embedding needs a row for it."""
         return max(self.text.get_vocab(with_added_tokens=True).values(), default=-1)
 
+    def has_tokens_of(self, other: "TextTokenizer") -> bool:
+        """True if both have the same tokens under the same ids, and match the same added ones in a text."""
+        vocabularies = [tokenizer.text.get_vocab(with_added_tokens=True) for tokenizer in (self, other)]
+        return vocabularies[0] == vocabularies[1] and self._added() == other._added()
+
+    def _added(self) -> set[str]:
+        """Added tokens that a user's text can hold; control tokens are read as ordinary characters."""
+        return {token.content for token in self.text.get_added_tokens_decoder().values() if not token.special}
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
 
 def read_tokenizer(folder: Path) -> TextTokenizer:
     """Read the tokenizer of a hub-layout folder: `tokenizer.json`, or a SentencePiece `tokenizer.model` to convert.

@@ -384,9 +384,9 @@ def _adding(tokenizer: Tokenizer, ours: TextTokenizer) -> processors.TemplatePro
 
 def _special_tokens(checkpoint: Checkpoint) -> dict[str, Any]:
     stored_settings: dict[str, Any] = {}
-    if checkpoint.folder is not None:
+    if checkpoint.tokenizer_folder is not None:
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            file = checkpoint.folder / name
+            file = checkpoint.tokenizer_folder / name
             if file.is_file():
                 stored_settings |= json.loads(file.read_text(encoding="utf-8"))
     settings = {key: stored_settings[key] for key in _TOKENIZER_SETTINGS if key in stored_settings}

@@ -1,0 +1,221 @@
+"""`adapter_config.json` of a LoRA adapter: every setting of PEFT's `LoraConfig` is honoured, harmless, or refused."""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from unmask.errors import AdapterMismatch, CheckpointError
+
+# Values of `init_lora_weights` that leave the base as it is; a test runs PEFT's own code for each. EVA chooses A from
+# the activations, and ranks by layer, which are saved as `rank_pattern` and `alpha_pattern`. The others (pissa, olora,
+# corda, loftq, lora_ga) change the base before training, so B @ A does not belong to the base that is named.
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+# Every field of PEFT's LoraConfig. Honoured: read below.
+HONOURED_FIELDS = frozenset(
+    {
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "fan_in_fan_out",
+        "base_model_name_or_path",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "modules_to_save",
+        "use_dora",
+        "trainable_token_indices",
+        "init_lora_weights",
+        "peft_type",
+        "bias",
+        "lora_bias",
+    }
+)
+# Harmless: they concern training, a class to load the adapter with, or settings of an initialisation.
+HARMLESS_FIELDS = frozenset(
+    {
+        "task_type",
+        "auto_mapping",
+        "peft_version",
+        "revision",
+        "inference_mode",
+        "lora_dropout",
+        "megatron_core",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "runtime_config",
+        "qalora_group_size",
+        "ensure_weight_tying",
+        "velora_config",
+    }
+)
+# Refused by name where they are set: each changes what a layer computes.
+REFUSED_FIELDS = frozenset(
+    {
+        "layer_replication",
+        "target_parameters",
+        "alora_invocation_tokens",
+        "use_qalora",
+        "use_bdlora",
+        "arrow_config",
+        "kasa_config",
+        "monteclora_config",
+        "megatron_config",
+    }
+)
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The fields of `adapter_config.json` that decide the change of each weight."""
+
+    rank: int
+    alpha: float
+    rslora: bool
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    fan_in_fan_out: bool
+    base: str | None
+    targets: "TargetModules"
+    dora: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    token_indices: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> "AdapterConfig":
+        """Read and check `adapter_config.json`.
+
+        Raises:
+            CheckpointError: not there, not JSON, or a field is of the wrong type.
+            AdapterMismatch: a kind of adapter that would change the result if it were ignored.
+        """
+        file = folder / "adapter_config.json"
+        try:
+            raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            config = cls(
+                rank=int(raw["r"]),
+                alpha=float(raw["lora_alpha"]),
+                rslora=bool(raw.get("use_rslora")),
+                rank_pattern={str(k): int(v) for k, v in (raw.get("rank_pattern") or {}).items()},
+                alpha_pattern={str(k): float(v) for k, v in (raw.get("alpha_pattern") or {}).items()},
+                fan_in_fan_out=bool(raw.get("fan_in_fan_out")),
+                base=raw.get("base_model_name_or_path"),
+                targets=TargetModules.of(raw),
+                dora=bool(raw.get("use_dora")),
+                modules_to_save=tuple(raw.get("modules_to_save") or ()),
+                token_indices=_token_indices(raw.get("trainable_token_indices")),
+            )
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{folder} is not an adapter: it has no adapter_config.json") from error
+        except KeyError as error:
+            raise CheckpointError(f"{file} has no {error.args[0]!r}; it describes no LoRA adapter") from error
+        except (ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{file} is not a usable adapter configuration: {error}") from error
+        kind = raw.get("peft_type") or "LORA"
+        init = raw.get("init_lora_weights", True)
+        unsupported = {
+            f"peft_type {kind}": str(kind).upper() != "LORA",
+            "trained biases (bias)": raw.get("bias", "none") not in (None, "none"),
+            "LoRA biases (lora_bias)": raw.get("lora_bias"),
+            f"init_lora_weights={init!r}, which changes the base before training": init not in _PLAIN_INITS,
+            "DoRA (use_dora) with fan_in_fan_out": config.dora and config.fan_in_fan_out,
+            **{name: raw.get(name) for name in sorted(REFUSED_FIELDS)},
+            **{
+                f"the unknown setting {name}": value
+                for name, value in raw.items()
+                if name not in HONOURED_FIELDS | HARMLESS_FIELDS | REFUSED_FIELDS
+            },
+        }
+        named = [name for name, present in unsupported.items() if present]
+        if named:
+            raise AdapterMismatch(
+                f"{file} uses {' and '.join(named)}, which unmask does not merge; "
+                "merge it with PEFT (merge_and_unload) and load the merged folder"
+            )
+        if config.rank < 1 or any(rank < 1 for rank in config.rank_pattern.values()):
+            raise CheckpointError(f"{file} has rank r={config.rank}; it must be at least 1")
+        return config
+
+    def scale(self, module: str) -> float:
+        """The factor on B @ A for one module, by its innermost name."""
+        rank = _by_pattern(self.rank_pattern, module, self.rank)
+        alpha = _by_pattern(self.alpha_pattern, module, self.alpha)
+        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+    def expected_rank(self, module: str) -> int:
+        return int(_by_pattern(self.rank_pattern, module, self.rank))
+
+
+@dataclass(frozen=True)
+class TargetModules:
+    """The modules that an adapter's configuration targets, by PEFT's rules.
+
+    Attributes:
+        modules: a regular expression for a whole name, or ends of names.
+        excluded: as `modules`, and stronger.
+        layers: layers that are adapted; None for all.
+        patterns: names of the list of layers, where `layers` is given.
+    """
+
+    modules: str | tuple[str, ...]
+    excluded: str | tuple[str, ...] = ()
+    layers: tuple[int, ...] | None = None
+    patterns: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, raw: Mapping[str, Any]) -> "TargetModules":
+        layers, patterns = raw.get("layers_to_transform"), raw.get("layers_pattern") or ()
+        return cls(
+            _names(raw.get("target_modules")),
+            _names(raw.get("exclude_modules")),
+            None if layers is None or layers == [] else (layers,) if isinstance(layers, int) else tuple(layers),
+            (patterns,) if isinstance(patterns, str) else tuple(patterns),
+        )
+
+    def includes(self, module: str) -> bool:
+        """True if PEFT adapts this module. Adapters of an inner model and of a CausalLM name it differently."""
+        return any(self._includes(name) for name in (module, f"model.{module}"))
+
+    def _includes(self, name: str) -> bool:
+        if _matches(self.excluded, name) or not _matches(self.modules, name):
+            return False
+        if self.layers is None or isinstance(self.modules, str):
+            return True
+        patterns = self.patterns or (r"[^.]*",)
+        matches = (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name) for pattern in patterns)
+        number = next((int(match[1]) for match in matches if match), None)
+        return number in self.layers
+
+
+def _names(value: Any) -> str | tuple[str, ...]:
+    return value if isinstance(value, str) else tuple(str(name) for name in value or ())
+
+
+def _matches(names: str | tuple[str, ...], module: str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _token_indices(value: Any) -> Mapping[str, Sequence[int]]:
+    by_module = value if isinstance(value, dict) else {"embed_tokens": value} if value else {}
+    return {str(module): tuple(map(int, indices)) for module, indices in by_module.items()}
+
+
+def _by_pattern(patterns: Mapping[str, float], module: str, otherwise: float) -> float:
+    # PEFT: a key is a regular expression for the end of the module's name, with anything before a dot.
+    # A pattern written for the wrapped name (`model.layers...`) is matched against that name too.
+    for pattern, value in patterns.items():
+        for name in (module, f"model.{module}"):
+            if re.match(rf"(?:.*\.)?(?:{pattern})$", name):
+                return value
+    return otherwise
