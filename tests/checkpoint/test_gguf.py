@@ -65,6 +65,7 @@ def write(
     architecture: str = "llama",
     fields: dict[str, Any] | None = None,
     formats: dict[str, gguf.GGMLQuantizationType] | None = None,
+    heads: tuple[int, int] = (HEADS, KEY_HEADS),
 ) -> Path:
     """A GGUF file as llama.cpp's converter would lay it out; `formats` are those of tensors given as raw bytes."""
     writer = gguf.GGUFWriter(path, architecture)
@@ -72,8 +73,8 @@ def write(
     writer.add_context_length(128)
     writer.add_embedding_length(HIDDEN)
     writer.add_feed_forward_length(WIDE)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KEY_HEADS)
+    writer.add_head_count(heads[0])
+    writer.add_head_count_kv(heads[1])
     writer.add_key_length(HEAD)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_tokenizer_model("llama")
@@ -87,6 +88,7 @@ def write(
         add: dict[type, Callable[[str, Any], None]] = {
             str: writer.add_string,
             float: writer.add_float32,
+            bool: writer.add_bool,
             int: writer.add_uint32,
             list: writer.add_array,
         }
@@ -320,7 +322,7 @@ def test_what_is_no_part_of_the_decoder(tmp_path: Path, tensors: Tensors) -> Non
 
 
 def test_an_unknown_architecture_is_named_with_the_known_ones(tmp_path: Path, tensors: Tensors) -> None:
-    with pytest.raises(UnsupportedArchitecture, match=r"'mamba'; known are llama, qwen2"):
+    with pytest.raises(UnsupportedArchitecture, match=r"'mamba'; known are llama, llama-embed, qwen2"):
         open_gguf(write(tmp_path / "m.gguf", tensors, "mamba"))
 
 

@@ -98,13 +98,15 @@ _GEMMA2 = _GELU | {"sliding_window": 4096, "sliding_window_pattern": 2}
 _GEMMA2_CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 _GEMMA3 = _GELU | {"sliding_window": 1024, "sliding_window_pattern": 6}
 _GEMMA3_ROPE = {"rope_theta": 1000000.0, "rope_local_base_freq": 10000.0}
+_LLAMA = _Family(
+    _LLAMA_BLOCK,
+    {"model_type": "llama"} | _SILU,
+    interleaved={"self_attn.q_proj": "num_attention_heads", "self_attn.k_proj": "num_key_value_heads"},
+)
 _FAMILIES = {
     # Files of Mistral have the architecture llama as well; nothing in a file tells the two apart.
-    "llama": _Family(
-        _LLAMA_BLOCK,
-        {"model_type": "llama"} | _SILU,
-        interleaved={"self_attn.q_proj": "num_attention_heads", "self_attn.k_proj": "num_key_value_heads"},
-    ),
+    "llama": _LLAMA,
+    "llama-embed": _LLAMA,  # the converter's name of LlamaBidirectionalModel
     "qwen2": _Family(_LLAMA_BLOCK, {"model_type": "qwen2"} | _SILU),
     "qwen3": _Family(_LLAMA_BLOCK | _HEAD_NORMS, {"model_type": "qwen3"} | _SILU),
     "gemma": _Family(_LLAMA_BLOCK, {"model_type": "gemma"} | _GELU, norm_offset=1.0),
