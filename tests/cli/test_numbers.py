@@ -22,7 +22,7 @@ from unmask.evaluate.models import open_model
 from unmask.web.forms import parse_amount, parse_whole_number
 
 TINY = str(GOLDEN / "tiny_llama")
-COUNT = ("0", "-1", "0.4", "nan", "inf", "")
+COUNT = ("0", "-1", "0.4", "1.5", "2.0", "1e3", "nan", "inf", "")
 POSITIVE = ("0", "-1", "nan", "inf", "")
 SHARE = ("-0.1", "1.1", "nan", "inf", "")
 AMOUNT = ("-1", "nan", "inf", "1e3", "1,000", "0.0000000001", "٣", "")
@@ -35,7 +35,7 @@ NUMBERS: dict[str, tuple[list[str], dict[str, tuple[str, ...]]]] = {
     "serve": (
         ["--model", TINY],
         {
-            "--port": ("-1", "65536", "nan"),
+            "--port": ("-1", "65536", "8000.5", "nan"),
             "--free-credit": AMOUNT,
             "--body-limit-mb": (*POSITIVE, "x"),
             "--request-timeout": POSITIVE,
@@ -48,7 +48,7 @@ NUMBERS: dict[str, tuple[list[str], dict[str, tuple[str, ...]]]] = {
         ["{tmp}/pairs.tsv", "-o", "{tmp}/mined.jsonl", "--model", TINY],
         {
             "--count": COUNT,
-            "--skip": ("-1", "nan"),
+            "--skip": ("-1", "0.5", "nan"),
             "--max-share": ("0", "-1", "1.1", "nan"),
             "--margin": ("-0.1", "2", "nan", "inf"),
             "--max-bad-rows": SHARE,

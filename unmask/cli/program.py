@@ -1,12 +1,13 @@
 """The table of commands. `unmask --help` reads only this table; a command's module is imported when it is called."""
 
 from importlib import import_module
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
-from cyclopts import App, Group, Parameter
+from cyclopts import App, ArgumentCollection, Group, Parameter
 
 from unmask import __version__
 from unmask.cli.help import HelpPage
+from unmask.errors import UsageError
 
 _HELP = """Turn a decoder-only LLM into a text encoder, and serve its vectors behind an OpenAI-compatible API.
 
@@ -75,6 +76,7 @@ def build_app(called: str | None = None) -> App:
         version_flags=["--version", "-V"],
         help_formatter=HelpPage(),
         default_parameter=Parameter(negative=()),  # no --no-restart; an option that needs one says so
+        config=[_require_whole_numbers],
     )
     app["--help"].group = app["--version"].group = (_OPTIONS,)
     for position, command in enumerate(COMMANDS):
@@ -90,3 +92,16 @@ def build_app(called: str | None = None) -> App:
             place = f"unmask.cli.{command.modules[0]}:{command.name.replace('-', '_')}"
             app.command(place, name=command.name, help=command.summary, group=command.group, sort_key=position)
     return app
+
+
+def _require_whole_numbers(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Refuse a fraction for an option with a whole number, which cyclopts would round: 1.5 rows are a mistake.
+
+    Raises:
+        UsageError: names the option and the value.
+    """
+    for argument in arguments:
+        is_whole_number = int in (argument.hint, *get_args(argument.hint)) and argument.parameter.converter is None
+        for token in argument.tokens if is_whole_number else ():
+            if "." in token.value:
+                raise UsageError(f"{argument.name} {token.value[:40]!r}: give a whole number")
