@@ -409,3 +409,11 @@ def test_each_request_is_charged_once_and_as_v1(
     assert reply.headers[cost] == plain.headers[cost]
     assert middle[0] - start[0] == end[0] - middle[0] == 1
     assert middle[1] - start[1] == end[1] - middle[1] > 0
+
+
+@pytest.mark.parametrize(("path", "field"), [("/api/embed", "input"), ("/embed", "inputs"), ("/v2/embed", "texts")])
+@pytest.mark.parametrize("ids", [[1, 2], [[1, 2], [3]]])
+def test_token_ids_are_openais_alone(service: LocalService, path: str, field: str, ids: list[Any]):
+    """Other servers would read them as the model's own, so they are refused and not read as OpenAI's."""
+    reply = service.call("POST", path, {"model": service.model, field: ids, "input_type": "clustering"})
+    assert reply.status == 400 and f"'{field}'" in str(reply.json)

@@ -32,18 +32,20 @@ def harmless(case: schemathesis.Case) -> bool:
     return unknown_header or not known.issuperset(case.query or {})
 
 
-# Bodies of other servers' forms are described by their own documents, so a few made-up ones are enough.
 @schema.include(tag="dialects").parametrize()
 @hypothesis.settings(
-    max_examples=8,
+    max_examples=20,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.function_scoped_fixture],
 )
 def test_the_dialects_keep_to_the_document(case: schemathesis.Case, service: Service):
+    model = case.body.get("model") if isinstance(case.body, dict) else None
+    if isinstance(case.body, dict) and isinstance(model, str) and len(model) % 4:
+        case.body["model"] = service.model  # a made-up name would always stop at 404
     response = case.call_and_validate(
         base_url=service.url,
         headers={"Authorization": f"Bearer {KEY}"},
-        excluded_checks=[positive_data_acceptance, negative_data_rejection],
+        excluded_checks=[positive_data_acceptance, *([negative_data_rejection] if harmless(case) else [])],
         timeout=30,
     )
     assert response.status_code < 500
@@ -141,3 +143,20 @@ def test_the_request_schema_is_openais_with_extensions(document: dict[str, Any])
     forms = request["properties"]["input"]["anyOf"]
     assert [form["type"] for form in forms] == ["string", "array", "array", "array"]
     assert {"encoding_format", "dimensions", "user"} < set(request["properties"])
+
+
+def test_every_body_of_a_dialect_is_described(document: dict[str, Any]):
+    """No request, answer or error is a bare object, and each refers to its part of the page /docs."""
+    operations = [
+        operation
+        for methods in document["paths"].values()
+        for operation in methods.values()
+        if operation.get("tags") == ["dialects"]
+    ]
+    assert len(operations) == 12
+    for operation in operations:
+        bodies = [operation["requestBody"]] if "requestBody" in operation else []
+        for body in [*bodies, *operation["responses"].values()]:
+            schema = body["content"]["application/json"]["schema"]
+            assert "$ref" in schema or schema["type"] == "array"
+        assert operation["externalDocs"]["url"].startswith("/docs#")

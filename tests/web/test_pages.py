@@ -244,6 +244,15 @@ def test_status_says_what_happened_and_no_more(start: Callable[..., LocalService
     assert "0to5ms" in text
 
 
+def test_the_docs_have_a_part_for_each_dialect_of_the_openapi_document(service: LocalService) -> None:
+    parts = {part.get("id") for part in get(service, "/docs").all("div")}
+    paths = service.call("GET", "/openapi.json").json["paths"]
+    links = {o["externalDocs"]["url"] for methods in paths.values() for o in methods.values() if "externalDocs" in o}
+    assert links == {"/docs#azure", "/docs#cohere", "/docs#ollama", "/docs#tei"}
+    for anchor in (*links, "/docs#jina"):
+        assert anchor.removeprefix("/docs#") in parts
+
+
 def test_the_documentation_has_every_error_and_this_servers_limits(start: Callable[..., LocalService]) -> None:
     from unmask.api.openapi import ERRORS
 

@@ -8,6 +8,7 @@ import msgspec
 from unmask import __version__
 from unmask.accounts.tariff import TIERS
 from unmask.accounts.usage import GROUPS, LONGEST_DAYS
+from unmask.api.dialects.schema import OPERATIONS, JinaEmbeddingRequest
 from unmask.api.errors import ErrorEnvelope
 from unmask.api.schema import (
     AccountInfo,
@@ -42,22 +43,7 @@ ERRORS = {
     504: "The vectors were not ready before the request's deadline.",
 }
 
-# Path of a dialect -> method, operation id, summary, page of the documentation.
-_DIALECTS = {
-    "/openai/deployments/{model}/embeddings": ("post", "azureEmbeddings", "Vectors, as Azure OpenAI", "azure"),
-    "/openai/v1/embeddings": ("post", "azureEmbeddingsV1", "Vectors, as Azure OpenAI's newer API", "azure"),
-    "/embeddings": ("post", "createEmbeddingWithoutV1", "Vectors, for base URLs without /v1", "azure"),
-    "/v2/embed": ("post", "cohereEmbed", "Vectors, as Cohere", "cohere"),
-    "/api/embed": ("post", "ollamaEmbed", "Vectors, as Ollama", "ollama"),
-    "/api/embeddings": ("post", "ollamaEmbeddings", "The vector of one text, as Ollama", "ollama"),
-    "/api/tags": ("get", "ollamaTags", "The models, as Ollama", "ollama"),
-    "/api/show": ("post", "ollamaShow", "One model, as Ollama", "ollama"),
-    "/api/version": ("get", "ollamaVersion", "The version, as Ollama", "ollama"),
-    "/embed": ("post", "teiEmbed", "Vectors, as Text Embeddings Inference", "tei"),
-    "/info": ("get", "teiInfo", "The first model, as Text Embeddings Inference", "tei"),
-    "/tokenize": ("post", "teiTokenize", "Tokens of texts, as Text Embeddings Inference", "tei"),
-}
-
+_REFERENCE = "#/components/schemas/{name}"
 _INTEGER = {"type": "integer", "minimum": 0}
 _STRING = {"type": "string"}
 
@@ -154,7 +140,8 @@ def openapi_document(*, secured: bool, body_limit: int, accounts: bool = False) 
         ErrorEnvelope,
     ]
     types += [AccountInfo, UsageReport, KeyList] if accounts else []
-    _, schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    types += [JinaEmbeddingRequest, *_dialect_types()]
+    _, schemas = msgspec.json.schema_components(types, ref_template=_REFERENCE)
     paths = _embedding_paths(app) | _model_paths(app) | _service_paths(app) | _dialect_paths(app)
     if accounts:
         paths |= _account_paths(app)
@@ -238,32 +225,49 @@ def _embedding_paths(app: _AppTraits) -> dict[str, Any]:
                 vectors,
                 (404, 408, 410, 413, 415, 429, 502, 503, 504, *((409, 422) if app.accounts else ())),
                 parameters=_parameters("header", request_headers),
-                requestBody={"required": True, "content": _json("EmbeddingRequest")},
+                requestBody={"required": True, "content": _either("EmbeddingRequest", "JinaEmbeddingRequest")},
             )
         }
     }
 
 
 def _dialect_paths(app: _AppTraits) -> dict[str, Any]:
-    """Describe the paths of other servers' clients. Their own documents describe the bodies."""
+    """Describe the paths of other servers' clients, with bodies and errors of their own forms."""
     errors = (404, 408, 410, 413, 415, 429, 503, 504, *((409, 422) if app.accounts else ()))
+    schemas = _dialect_schemas()
     paths: dict[str, Any] = {}
-    for path, (method, id, summary, page) in _DIALECTS.items():
+    for path, dialect in OPERATIONS.items():
         more: dict[str, Any] = {
             "tags": ["dialects"],
-            "externalDocs": {"description": "Fields, and differences to the original.", "url": f"/docs#{page}"},
+            "externalDocs": {
+                "description": "Fields, and differences to the original.",
+                "url": f"/docs#{dialect.page}",
+            },
         }
         if "{" in path:
             more["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": _STRING}]
-        if method == "post":
-            more["requestBody"] = {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}
-        content: dict[str, Any] = {"application/json": {"schema": {}}}
-        operation = app.operation(id, summary, _response("In that server's form.", content, _ON_ALL), errors, **more)
+        if dialect.request is not None:
+            more["requestBody"] = {"required": True, "content": schemas[dialect.request]}
+        answer = _response("In that server's form.", schemas[dialect.response], _ON_ALL)
+        operation = app.operation(dialect.id, dialect.summary, answer, errors, **more)
         for status, response in operation["responses"].items():
             if status != "200":
-                response["content"] = {"application/json": {"schema": {"type": "object"}}}
-        paths[path] = {method: operation}
+                response["content"] = schemas[dialect.error]
+        paths[path] = {"get" if dialect.request is None else "post": operation}
     return paths
+
+
+def _dialect_types() -> list[Any]:
+    """Types of all bodies of dialects, each once."""
+    bodies = (body for row in OPERATIONS.values() for body in (row.request, row.response, row.error))
+    return list(dict.fromkeys(body for body in bodies if body is not None))
+
+
+def _dialect_schemas() -> dict[Any, dict[str, Any]]:
+    """Map the types of bodies to contents with their schemas."""
+    types = _dialect_types()
+    schemas, _ = msgspec.json.schema_components(types, ref_template=_REFERENCE)
+    return {type_: {"application/json": {"schema": schema}} for type_, schema in zip(types, schemas, strict=True)}
 
 
 _MODEL_ID = {
@@ -366,7 +370,11 @@ def _json_response(text: str, schema: str) -> dict[str, Any]:
 
 
 def _json(schema: str) -> dict[str, Any]:
-    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
+    return {"application/json": {"schema": {"$ref": _REFERENCE.format(name=schema)}}}
+
+
+def _either(*schemas: str) -> dict[str, Any]:
+    return {"application/json": {"schema": {"anyOf": [{"$ref": _REFERENCE.format(name=name)} for name in schemas]}}}
 
 
 def _response(text: str, content: dict[str, Any], headers: tuple[str, ...]) -> dict[str, Any]:

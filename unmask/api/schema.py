@@ -385,6 +385,13 @@ def read_input(raw: msgspec.Raw) -> list[str] | list[list[int]]:
     return inputs
 
 
+def holds_texts(raw: msgspec.Raw) -> bool:
+    """True for a text or an array of texts: ids would be OpenAI's here, and the model's own on another server."""
+    content = bytes(raw)
+    first = content[:1] if content[:1] != b"[" else content[1:].lstrip()[:1]
+    return first in (b'"', b"]")
+
+
 def _check_count(count: int) -> None:
     if count > MAX_INPUTS:
         raise ApiError(400, f"The field 'input' has more than {MAX_INPUTS} inputs, which is the most.", param="input")

@@ -13,7 +13,7 @@ from unmask import __version__
 from unmask.api.body import read_body
 from unmask.api.embeddings import Dialect, EmbeddingResult, EmbeddingsRoute, find_model, float_row
 from unmask.api.errors import ApiError
-from unmask.api.schema import EmbeddingRequest, Fields, read_fields
+from unmask.api.schema import EmbeddingRequest, Fields, holds_texts, read_fields
 from unmask.router import ServedModel
 
 PATHS = ("/api/embed", "/api/embeddings", "/api/tags", "/api/show", "/api/version")
@@ -53,7 +53,9 @@ def error_body(error: ApiError) -> dict[str, str]:
 
 
 def _read_embed(request: Request, fields: Fields) -> Fields:
-    """Truncate by default, as Ollama does."""
+    """Truncate by default, as Ollama does, which takes no token ids."""
+    if (inputs := fields.get("input")) is not None and not holds_texts(inputs):
+        raise ApiError(400, "The field 'input' must be one text, or an array of texts.", param="input")
     truncate = fields.get("truncate")
     if truncate is None or bytes(truncate) == b"null":
         fields = fields | {"truncate": msgspec.Raw(b"true")}

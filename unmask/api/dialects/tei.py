@@ -16,7 +16,7 @@ from unmask import __version__
 from unmask.api.body import read_body
 from unmask.api.embeddings import Dialect, EmbeddingResult, EmbeddingsRoute, float_row
 from unmask.api.errors import ApiError
-from unmask.api.schema import MAX_INPUTS, EmbeddingRequest, Fields, read_fields, read_input
+from unmask.api.schema import MAX_INPUTS, EmbeddingRequest, Fields, holds_texts, read_fields, read_input
 from unmask.checkpoint.tokenizer import TextTokenizer
 
 PATHS = ("/embed", "/info", "/tokenize")
@@ -74,7 +74,7 @@ def error_body(error: ApiError) -> dict[str, str]:
 def _read(fields: Fields) -> Fields:
     translated = dict(fields)
     inputs = translated.pop("inputs", None)
-    if inputs is None or not _is_text(inputs):
+    if inputs is None or not holds_texts(inputs):
         raise ApiError(400, "The field 'inputs' is required: one text, or an array of texts.", param="inputs")
     direction = bytes(translated.pop("truncation_direction", msgspec.Raw(b"null"))).lower()
     if direction not in (b'"right"', b"null"):
@@ -88,14 +88,14 @@ def _read(fields: Fields) -> Fields:
 def _read_tokenize(fields: Fields) -> tuple[list[str], bool]:
     """Return the texts of a request for tokens, and whether it wants the special ones around them."""
     inputs = fields.get("inputs")
-    if inputs is None or not _is_text(inputs):
+    if inputs is None or not holds_texts(inputs):
         raise ApiError(400, "The field 'inputs' is required: one text, or an array of texts.", param="inputs")
     special = bytes(fields.get("add_special_tokens", msgspec.Raw(b"true")))
     if special not in (b"true", b"false"):
         raise ApiError(400, "The field 'add_special_tokens' must be true or false.", param="add_special_tokens")
     if bytes(fields.get("prompt_name", msgspec.Raw(b"null"))) != b"null":
         raise ApiError(400, "prompt_name: tokens of a prompt are not given; leave it out.", param="prompt_name")
-    texts: list[str] = read_input(inputs)  # pyright: ignore[reportAssignmentType] - no ids, as `_is_text` has found
+    texts: list[str] = read_input(inputs)  # pyright: ignore[reportAssignmentType] - no ids, as `holds_texts` has found
     return texts, special == b"true"
 
 
@@ -120,13 +120,6 @@ def _tokens(tokenizer: TextTokenizer, texts: list[str], special: bool) -> list[l
         ]
         for text, encoding in zip(texts, encodings, strict=True)
     ]
-
-
-def _is_text(inputs: msgspec.Raw) -> bool:
-    """True for a text or an array of texts: ids would be OpenAI's on other paths, and the model's own in TEI."""
-    content = bytes(inputs)
-    first = content[:1] if content[:1] != b"[" else content[1:].lstrip()[:1]
-    return first in (b'"', b"]")
 
 
 def _write(result: EmbeddingResult, parsed: EmbeddingRequest, fields: Fields) -> bytes:
