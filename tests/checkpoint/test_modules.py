@@ -100,6 +100,11 @@ VARIANTS: dict[str, Layout] = {
     "only use_bidirectional_attention": replace(TINY, config={**GEMMA3, "use_bidirectional_attention": True}),
     "causal windows": replace(TINY, config=GEMMA3, tokenizer=gemma, pooling=LAST),
     "no lengths": replace(TINY, lengths=None),
+    "is_causal 0": replace(TINY, config={"model_type": "qwen3", "is_causal": 0}),
+    "is_causal null": replace(TINY, config={"model_type": "qwen3", "is_causal": None}),
+    "include_prompt null": replace(TINY, pooling={**MEAN, "include_prompt": None}),
+    "a length beyond the positions": replace(TINY, lengths={"max_seq_length": 1000}),
+    "an empty document prompt": replace(TINY, prompts={"query": "q: ", "document": "", "passage": "p: "}),
 }  # fmt: skip
 
 
@@ -118,12 +123,19 @@ def test_truncation_and_a_default_prompt_are_followed(tmp_path: Path) -> None:
     folder = write_layout(tmp_path / "model", TINY, **{"config_sentence_transformers.json": change})
     reference, encoder = library(folder), Encoder.load(folder)
     assert encoder.dim == 12
+    assert "matryoshka" not in encoder.checkpoint.encoder_config
     for theirs, ours in (
         (reference.encode, encoder.encode),
         (reference.encode_query, encoder.encode_query),
         (reference.encode_document, encoder.encode_document),
     ):
         assert difference(ours(TEXTS), theirs(TEXTS)) <= TOLERANCE
+
+
+def test_lengths_beyond_truncate_dim_are_no_lengths_of_the_model(tmp_path: Path) -> None:
+    changes = {"config_sentence_transformers.json": {"truncate_dim": 12}}
+    folder = write_layout(tmp_path / "model", TINY, **changes, **{"config.json": {"matryoshka_dimensions": [24, 8]}})
+    assert Encoder.load(folder).checkpoint.encoder_config["matryoshka"] == [8]
 
 
 def test_a_folder_that_the_library_saved_again_means_the_same(published: Callable[[str], Path], tmp_path: Path) -> None:
@@ -158,6 +170,18 @@ REFUSED: list[tuple[dict[str, Mapping[str, Any]], str]] = [
     ({SENTENCES: {"prompts": {"d": "x "}, "default_prompt_name": "d"}}, "a default prompt"),
     ({SENTENCES: {"similarity_fn_name": "euclidean"}}, "similarity euclidean"),
     ({SENTENCES: {"prompts": {"query": "<|im_start|>query: "}}}, r"the special token <\|im_start\|>"),
+    ({SENTENCES: {"default_prompt_name": "missing"}}, "default_prompt_name='missing'"),
+    ({SENTENCES: {"prompts": ["find it: "]}}, "prompts that are no texts by name"),
+    ({SENTENCES: {"prompts": {"query": 3}}}, "prompts that are no texts by name"),
+    *(({SENTENCES: {"truncate_dim": value}}, f"truncate_dim={value}, which is no length") for value in (0, -3, 1.5)),
+    *(({SETTINGS: {"max_seq_length": value}}, f"max_seq_length={value}") for value in (0, -1, 48.0)),
+    ({SETTINGS: {"max_seq_length": "48"}}, "max_seq_length='48'"),
+    ({POOLING: {"pooling_mode_attention": True}}, "pooling with pooling_mode_attention=True"),
+    ({"tokenizer_config.json": {"add_prefix_space": True}}, "add_prefix_space=True, which tokenizer.json contradicts"),
+    ({"config.json": {"is_causal": True, "use_bidirectional_attention": True}}, "a contradiction"),
+    ({"config.json": {"matryoshka_dimensions": [8, 17]}}, "matryoshka_dimensions 17 of vectors with 16 numbers"),
+    ({"config.json": {"matryoshka_dimensions": [8, "a"]}}, "matryoshka_dimensions="),
+    ({"config.json": {"matryoshka_dimensions": 8}}, "matryoshka_dimensions=8"),
     ({"2_Dense/config.json": {"activation_function": "own.Swish"}}, r"activation_function=own\.Swish"),
     ({"2_Dense/config.json": {"use_residual": True}}, "use_residual"),
     ({"2_Dense/config.json": {"module_input_name": "token_embeddings"}}, "module_input_name=token_embeddings"),

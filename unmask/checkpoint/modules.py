@@ -23,6 +23,8 @@ log = logging.getLogger("unmask")
 # Value of the setting "prompt_style": instruction and text are one string, joined as they are; all tokens are pooled.
 SENTENCE_TRANSFORMERS = "sentence-transformers"
 
+_MODEL_SETTINGS = "config_sentence_transformers.json"
+
 # model_type of code that its makers ship with the weights -> the decoder that it is with the causal mask removed.
 BIDIRECTIONAL_TYPES = {"llama_bidirec": "llama"}
 
@@ -35,6 +37,7 @@ _KNOWN_CODE = {
     "tokenization_qwen.Qwen2TokenizerFast",
 }
 
+_HARMLESS_POOLING_KEYS = {"word_embedding_dimension", "embedding_dimension", "pooling_mode", "include_prompt"}
 # Modes of sentence-transformers' Pooling -> ours. `first_token` is theirs for any first token, not BOS alone.
 _POOLINGS = {"mean": "mean", "weightedmean": "weighted_mean", "lasttoken": "last_token", "cls": "first_token"}
 _OLD_POOLING_KEYS = {
@@ -129,6 +132,8 @@ class _FolderReader:
         if kinds[0][1] not in ("", "."):
             self.differences.append(f"a Transformer in the folder {kinds[0][1]}")
         settings = {"prompt_style": SENTENCE_TRANSFORMERS, "causal": is_causal(self.config)}
+        if self.config.get("is_causal") and self.config.get("use_bidirectional_attention"):
+            self.differences.append("is_causal beside use_bidirectional_attention, a contradiction")
         settings |= self._pooling(kinds[1][1])
         head: list[dict[str, Any]] = []
         for kind, path in kinds[2:]:
@@ -143,7 +148,9 @@ class _FolderReader:
             mode for key, mode in _OLD_POOLING_KEYS.items() if pooling.get(key) is True
         ]
         modes = [modes] if isinstance(modes, str) else list(modes)
-        includes_prompt = pooling.get("include_prompt", True) is not False
+        includes_prompt = bool(pooling.get("include_prompt", True))
+        unknown = set(pooling) - _HARMLESS_POOLING_KEYS - set(_OLD_POOLING_KEYS)
+        self.differences += [f"pooling with {key}={pooling[key]!r}" for key in sorted(unknown) if pooling[key]]
         if len(modes) != 1 or modes[0] not in _POOLINGS:
             self.differences.append(f"pooling {' and '.join(map(str, modes)) or 'of an unknown kind'}")
         elif modes[0] == "weightedmean" and not includes_prompt:
@@ -178,15 +185,24 @@ class _FolderReader:
 
     def _model_settings(self, head: list[dict[str, Any]]) -> dict[str, Any]:
         """Translate `config_sentence_transformers.json`; appends truncation to `head`."""
-        model = self._read("config_sentence_transformers.json", dict)
-        prompts = {str(name): str(prompt) for name, prompt in (model.get("prompts") or {}).items() if prompt}
-        documents = next((prompts[name] for name in ("document", "passage", "corpus") if name in prompts), "")
+        model = self._read(_MODEL_SETTINGS, dict)
+        texts = model.get("prompts") or {}
+        if not isinstance(texts, dict) or not all(isinstance(text, str | None) for text in texts.values()):
+            raise CheckpointError(
+                f"{self.folder / _MODEL_SETTINGS} has prompts that are no texts by name: {texts!r:.80}"
+            )
+        prompts = {str(name): prompt for name, prompt in texts.items() if prompt}
+        # An empty prompt "document" is a decision as well.
+        documents = next((texts[name] or "" for name in ("document", "passage", "corpus") if name in texts), "")
         settings: dict[str, Any] = {
             "instructions": prompts,
             "query_instruction": prompts.get("query", ""),
             "document_instruction": documents,
         }
-        default = prompts.get(str(model.get("default_prompt_name")))
+        default_name = model.get("default_prompt_name")
+        default = prompts.get(str(default_name))
+        if default_name is not None and default_name not in {"query", "document", *texts}:
+            self.differences.append(f"default_prompt_name={default_name!r}, which is not among its prompts")
         if default is not None:
             settings["default_instruction"] = default
             if not prompts.get("query") or not documents:
@@ -197,11 +213,32 @@ class _FolderReader:
         has_unit_length = bool(head) and head[-1]["kind"] == "normalize"
         if similarity not in ("cosine", "dot") or (similarity == "dot" and not has_unit_length):
             self.differences.append(f"the similarity {similarity} of vectors that are not scaled to length 1")
-        if model.get("truncate_dim"):
-            head.append({"kind": "truncate", "dimensions": int(model["truncate_dim"])})
-        if self.config.get("matryoshka_dimensions"):
-            settings["matryoshka"] = sorted(map(int, self.config["matryoshka_dimensions"]))
-        return settings
+        length = self._whole_number(model, "truncate_dim")
+        if length is not None:
+            head.append({"kind": "truncate", "dimensions": length})
+        return settings | self._matryoshka(length)
+
+    def _matryoshka(self, longest: int | None) -> dict[str, Any]:
+        """Lengths to which vectors may be cut; those beyond `truncate_dim` are no lengths of this model."""
+        lengths = self.config.get("matryoshka_dimensions")
+        if not lengths:
+            return {}
+        size = longest or (self.layers[-1].shape()[0] if self.layers else self.config.get("hidden_size"))
+        if not isinstance(lengths, list) or not all(type(length) is int and length > 0 for length in lengths):
+            raise CheckpointError(
+                f"{self.folder / 'config.json'} has matryoshka_dimensions={lengths!r:.80}: no lengths"
+            )
+        if longest is None and max(lengths) > int(size or 0):
+            self.differences.append(f"matryoshka_dimensions {max(lengths)} of vectors with {size} numbers")
+        return {"matryoshka": sorted(length for length in lengths if length <= int(size or 0))}
+
+    def _whole_number(self, content: Mapping[str, Any], key: str) -> int | None:
+        """A length of 1 or more; None where the file has none."""
+        value = content.get(key)
+        if value is None or (type(value) is int and value > 0):
+            return value
+        self.differences.append(f"{key}={value!r}, which is no length")
+        return None
 
     def _max_length(self) -> int | None:
         """Longest sequence: of `sentence_bert_config.json`, else the shorter of the tokenizer's and the decoder's."""
@@ -219,10 +256,22 @@ class _FolderReader:
         tokenizer = self._read("tokenizer_config.json", dict, decides=False)
         if tokenizer.get("truncation_side") == "left":
             self.differences.append("texts cut at their beginning (truncation_side left)")
-        if lengths.get("max_seq_length"):
-            return int(lengths["max_seq_length"])
+        self._check_prefix_space(tokenizer)
+        if (length := self._whole_number(lengths, "max_seq_length")) is not None:
+            return length
         limits = (tokenizer.get("model_max_length"), self.config.get("max_position_embeddings"))
         return min((int(limit) for limit in limits if limit), default=None)
+
+    def _check_prefix_space(self, tokenizer: Mapping[str, Any]) -> None:
+        """Refuse a flag that contradicts tokenizer.json: transformers rebuilds a tokenizer by the flag."""
+        flag = tokenizer.get("add_prefix_space")
+        if not isinstance(flag, bool):
+            return
+        pre_tokenizer = self._read("tokenizer.json", dict, decides=False).get("pre_tokenizer") or {}
+        for step in (pre_tokenizer, *(pre_tokenizer.get("pretokenizers") or ())):
+            stated = step.get("add_prefix_space", step.get("prepend_scheme", "never") != "never")
+            if step.get("type") in ("ByteLevel", "Metaspace") and bool(stated) != flag:
+                self.differences.append(f"add_prefix_space={flag}, which tokenizer.json contradicts ({step['type']})")
 
     def _check_code(self) -> None:
         """Refuse code of a model's own that is not known to compute what `config.json` says."""
@@ -273,7 +322,7 @@ def is_causal(config: Mapping[str, Any]) -> bool:
     """
     if config.get("model_type") in BIDIRECTIONAL_TYPES or config.get("use_bidirectional_attention"):
         return False
-    return config.get("is_causal") is not False
+    return bool(config.get("is_causal", True))
 
 
 def gguf_settings(path: Path, architecture: str, fields: Mapping[str, Any]) -> dict[str, Any]:
