@@ -50,6 +50,7 @@ def made_by_peft(model_class: Any, base: Path, target: Path, **settings: Any) ->
         {"r": 4, "lora_alpha": 8, "init_lora_weights": "gaussian"},
         {"r": 4, "lora_alpha": 8, "layers_to_transform": [0, 2], "layers_pattern": "layers"},
         {"r": 4, "lora_alpha": 8, "exclude_modules": ["layers.1.mlp.up_proj"]},
+        {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
         {"r": 4, "lora_alpha": 8, "target_modules": r".*layers\.[02]\..*(q|up)_proj"},
     ],
     ids=lambda settings: " ".join(sorted(settings.keys() - {"r", "lora_alpha"})) or "plain",
@@ -152,6 +153,20 @@ def change(adapter: Path, **fields: Any) -> None:
         ({"r": 0}, "at least 1"),
         ({"r": "many"}, "not a usable adapter configuration"),
         ({"lora_alpha": None}, "not a usable adapter configuration"),
+        ({"r": 2.5}, r"r=2\.5 is no whole number"),
+        ({"rank_pattern": {"q_proj": 1.7}}, r"rank_pattern=1\.7 is no whole number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha=nan is no number"),
+        ({"alpha_pattern": {"q_proj": float("inf")}}, "alpha_pattern=inf is no number"),
+        ({"layers_to_transform": ["1"]}, "layers_to_transform='1' is no whole number"),
+        ({"trainable_token_indices": [1.5]}, r"trainable_token_indices=1\.5 is no whole number"),
+        ({"modules_to_save": "norm"}, "modules_to_save='norm' is no list of names"),
+        *(({name: {"(": 1}}, "not a usable adapter") for name in ("rank_pattern", "alpha_pattern")),
+        *(({name: "("}, "not a usable adapter") for name in ("target_modules", "exclude_modules")),
+        # Weights that PEFT would leave out, since the configuration does not name their modules.
+        ({"target_modules": ["q_proj"]}, r"holds LoRA weights of layers\.0\.mlp\.down_proj"),
+        ({"target_modules": None}, r"holds LoRA weights of layers\.0"),
+        ({"exclude_modules": ["layers.1.mlp.up_proj"]}, r"holds LoRA weights of layers\.1\.mlp\.up_proj"),
+        ({"layers_to_transform": [0], "layers_pattern": "layers"}, r"holds LoRA weights of layers\.1"),
     ],
 )
 def test_what_cannot_be_merged_is_refused_by_name(
@@ -239,3 +254,12 @@ def test_lora_on_the_language_head_changes_no_encoder(golden_dir: Path, tmp_path
     assert "lm_head.weight" not in headless.names()
     name = "layers.2.self_attn.q_proj.weight"
     torch.testing.assert_close(headless.read(name), theirs[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["layers.0.self_attn.q_proj.weight", "norm.weight", "extra"])
+def test_a_whole_tensor_that_nothing_declares_is_refused(golden_dir: Path, adapter: Path, name: str) -> None:
+    """PEFT leaves it out with a warning; it writes embeddings whole undeclared, and nothing else."""
+    file = adapter / "adapter_model.safetensors"
+    save_file({**load_file(file), f"base_model.model.{name}": torch.ones(64)}, file)
+    with pytest.raises(AdapterMismatch, match=f"holds '{name}', .* modules_to_save names"):
+        open_checkpoint(golden_dir / "tiny_llama", [adapter])

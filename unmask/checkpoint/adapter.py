@@ -43,20 +43,39 @@ class Adapter:
             require_finite(tensor, key, self.weights_file)
             name = innermost(key)
             if (match := _HALF.match(name)) is not None:
+                self._require_target(key.partition(".lora_")[0].removeprefix("base_model.model."))
                 half = match["half"].removeprefix("embedding_")
                 self._halves.setdefault(match["module"], {})[half] = tensor
             elif (match := _TOKENS.match(name)) is not None:
                 self.rows[match["module"]] = self._token_rows(match["module"], tensor)
             elif ".original_module." not in name:  # the base's own tensor, beside the one that replaces it
-                self.whole[_WRAPPERS.sub("", name)] = tensor
+                self.whole[self._whole_name(name)] = tensor
         for module, halves in self._halves.items():
             self._check(module, halves)
         for module in self.config.modules_to_save:
-            if module != "lm_head" and not any(re.search(rf"(^|\.){module}\.", name) for name in self.whole):
+            if module != "lm_head" and not any(f"{module}." in name for name in self.whole):
                 raise AdapterMismatch(f"{self.weights_file} holds no tensor of {module}, which modules_to_save names")
         for module in self.config.token_indices:
             if module != "lm_head" and not any(name.endswith(module) for name in self.rows):
                 raise AdapterMismatch(f"{self.weights_file} holds no rows of {module} for trainable_token_indices")
+
+    def _require_target(self, module: str) -> None:
+        """Refuse a LoRA weight that PEFT would leave out, since the configuration does not target its module."""
+        if not self.config.targets.includes_name(module):
+            raise AdapterMismatch(
+                f"{self.weights_file} holds LoRA weights of {module}, which target_modules, exclude_modules and "
+                "layers_to_transform in adapter_config.json do not name; the two files do not belong together"
+            )
+
+    def _whole_name(self, name: str) -> str:
+        """Name of the tensor that a whole one replaces. PEFT writes embeddings undeclared, and nothing else."""
+        plain = _WRAPPERS.sub("", name)
+        if plain not in (EMBEDDING, _HEAD) and not self.config.saves_whole(plain):
+            raise AdapterMismatch(
+                f"{self.weights_file} holds {name!r}, which is neither a LoRA weight nor of a module that "
+                "modules_to_save names; merge it with PEFT (merge_and_unload) and load the merged folder"
+            )
+        return plain
 
     def _token_rows(self, module: str, rows: torch.Tensor) -> tuple[Sequence[int], torch.Tensor]:
         indices = [ids for name, ids in self.config.token_indices.items() if module.endswith(name)]

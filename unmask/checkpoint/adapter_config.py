@@ -3,12 +3,15 @@
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from unmask.errors import AdapterMismatch, CheckpointError
+
+# Value of `target_modules` for every linear layer but the language head.
+_ALL_LINEAR = "all-linear"
 
 # Values of `init_lora_weights` that leave the base as it is; a test runs PEFT's own code for each. EVA chooses A from
 # the activations, and ranks by layer, which are saved as `rank_pattern` and `alpha_pattern`. The others (pissa, olora,
@@ -102,23 +105,23 @@ class AdapterConfig:
         try:
             raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             config = cls(
-                rank=int(raw["r"]),
-                alpha=float(raw["lora_alpha"]),
+                rank=_whole_number("r", raw["r"]),
+                alpha=_number("lora_alpha", raw["lora_alpha"]),
                 rslora=bool(raw.get("use_rslora")),
-                rank_pattern={str(k): int(v) for k, v in (raw.get("rank_pattern") or {}).items()},
-                alpha_pattern={str(k): float(v) for k, v in (raw.get("alpha_pattern") or {}).items()},
+                rank_pattern=_by_regex("rank_pattern", raw.get("rank_pattern"), _whole_number),
+                alpha_pattern=_by_regex("alpha_pattern", raw.get("alpha_pattern"), _number),
                 fan_in_fan_out=bool(raw.get("fan_in_fan_out")),
                 base=raw.get("base_model_name_or_path"),
                 targets=TargetModules.of(raw),
                 dora=bool(raw.get("use_dora")),
-                modules_to_save=tuple(raw.get("modules_to_save") or ()),
+                modules_to_save=_listed("modules_to_save", raw.get("modules_to_save")),
                 token_indices=_token_indices(raw.get("trainable_token_indices")),
             )
         except FileNotFoundError as error:
             raise CheckpointError(f"{folder} is not an adapter: it has no adapter_config.json") from error
         except KeyError as error:
             raise CheckpointError(f"{file} has no {error.args[0]!r}; it describes no LoRA adapter") from error
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, re.error) as error:
             raise CheckpointError(f"{file} is not a usable adapter configuration: {error}") from error
         kind = raw.get("peft_type") or "LORA"
         init = raw.get("init_lora_weights", True)
@@ -151,6 +154,12 @@ class AdapterConfig:
         alpha = _by_pattern(self.alpha_pattern, module, self.alpha)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
+    def saves_whole(self, name: str) -> bool:
+        """True if `modules_to_save` names a module with this tensor. PEFT compares the ends of names."""
+        parts = name.split(".")[:-1]
+        paths = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+        return any(path.endswith(module) for path in paths for module in self.modules_to_save)
+
     def expected_rank(self, module: str) -> int:
         return int(_by_pattern(self.rank_pattern, module, self.rank))
 
@@ -174,19 +183,25 @@ class TargetModules:
     @classmethod
     def of(cls, raw: Mapping[str, Any]) -> "TargetModules":
         layers, patterns = raw.get("layers_to_transform"), raw.get("layers_pattern") or ()
+        layers = [layers] if isinstance(layers, int) else layers
         return cls(
-            _names(raw.get("target_modules")),
-            _names(raw.get("exclude_modules")),
-            None if layers is None or layers == [] else (layers,) if isinstance(layers, int) else tuple(layers),
+            _names("target_modules", raw.get("target_modules")),
+            _names("exclude_modules", raw.get("exclude_modules")),
+            tuple(_whole_number("layers_to_transform", layer) for layer in layers) if layers else None,
             (patterns,) if isinstance(patterns, str) else tuple(patterns),
         )
 
     def includes(self, module: str) -> bool:
         """True if PEFT adapts this module. Adapters of an inner model and of a CausalLM name it differently."""
-        return any(self._includes(name) for name in (module, f"model.{module}"))
+        return any(self.includes_name(name) for name in (module, f"model.{module}"))
 
-    def _includes(self, name: str) -> bool:
-        if _matches(self.excluded, name) or not _matches(self.modules, name):
+    def includes_name(self, name: str) -> bool:
+        """True if PEFT adapts the module of this name, in the words of the model that the adapter was made on."""
+        if self.modules == _ALL_LINEAR:
+            named = name.rpartition(".")[2] not in ("embed_tokens", "lm_head")
+        else:
+            named = _matches(self.modules, name)
+        if _matches(self.excluded, name) or not named:
             return False
         if self.layers is None or isinstance(self.modules, str):
             return True
@@ -196,8 +211,41 @@ class TargetModules:
         return number in self.layers
 
 
-def _names(value: Any) -> str | tuple[str, ...]:
-    return value if isinstance(value, str) else tuple(str(name) for name in value or ())
+def _names(setting: str, value: Any) -> str | tuple[str, ...]:
+    """A regular expression, or a list of names."""
+    if isinstance(value, str):
+        re.compile(value)
+        return value
+    return _listed(setting, value)
+
+
+def _listed(setting: str, value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"{setting}={value!r:.80} is no list of names")
+    return tuple(value)
+
+
+def _whole_number(setting: str, value: Any) -> int:
+    if type(value) is not int:
+        raise ValueError(f"{setting}={value!r:.80} is no whole number")
+    return value
+
+
+def _number(setting: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{setting}={value!r:.80} is no number")
+    return float(value)
+
+
+_Number = TypeVar("_Number", int, float)
+
+
+def _by_regex(setting: str, value: Any, read: Callable[[str, Any], _Number]) -> dict[str, _Number]:
+    for pattern in value or {}:
+        re.compile(pattern)
+    return {pattern: read(setting, number) for pattern, number in (value or {}).items()}
 
 
 def _matches(names: str | tuple[str, ...], module: str) -> bool:
@@ -208,7 +256,10 @@ def _matches(names: str | tuple[str, ...], module: str) -> bool:
 
 def _token_indices(value: Any) -> Mapping[str, Sequence[int]]:
     by_module = value if isinstance(value, dict) else {"embed_tokens": value} if value else {}
-    return {str(module): tuple(map(int, indices)) for module, indices in by_module.items()}
+    return {
+        str(module): tuple(_whole_number("trainable_token_indices", index) for index in indices)
+        for module, indices in by_module.items()
+    }
 
 
 def _by_pattern(patterns: Mapping[str, float], module: str, otherwise: float) -> float:
