@@ -43,6 +43,8 @@ SLOW = {
     "api/test_soak.py",
     "benchmarks/test_encode.py",
     "bulk/test_job.py",
+    "bulk/test_parts.py",
+    "bulk/test_storage.py",
     "checkpoint/test_packaged_models.py",
     "cli/test_providers.py",
     "conformance/test_finding.py",

@@ -141,9 +141,24 @@ def table_format(path: Path) -> str | None:
 
 def open_binary(path: Path) -> IO[bytes]:
     """Open a file for reading; a name that ends in `.gz` is decompressed on the way. Raises OSError."""
-    if path.suffix.lower() == ".gz":
-        return cast(IO[bytes], gzip.open(path, "rb"))
-    return path.open("rb")
+    return decompressed(path.open("rb"), path.name)
+
+
+def decompressed(stream: IO[bytes], name: str) -> IO[bytes]:
+    """Return the content of a stream: decompressed where the name ends in `.gz`, else the stream itself."""
+    return cast(IO[bytes], _GzipReader(stream)) if name.lower().endswith(".gz") else stream
+
+
+class _GzipReader(gzip.GzipFile):
+    """A gzip reader that closes the compressed stream with it, which `GzipFile` leaves open."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        super().__init__(fileobj=stream, mode="rb")
+
+    def close(self) -> None:
+        super().close()
+        self._stream.close()
 
 
 def open_table(

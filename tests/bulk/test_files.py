@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from unmask import tables
+from unmask.bulk import chunks as chunks_module
+from unmask.bulk.chunks import cut
 from unmask.bulk.files import (
     INPUT_FORMATS,
     NPY_HEADER_BYTES,
     OUTPUT_FORMATS,
-    chunks,
     format_of,
     jsonl_lines,
     npy_header,
@@ -29,6 +30,7 @@ from unmask.bulk.files import (
     write_jsonl,
     write_parquet,
 )
+from unmask.bulk.storage import InputFile, local_file
 from unmask.errors import UsageError
 
 any_text = st.text(st.characters(exclude_categories=["Cs"]))
@@ -42,7 +44,8 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def texts_of(file: Path, file_format: str, column: str = "text") -> list[str]:
-    with open_texts(str(file), file_format, column) as texts:
+    source = InputFile("-") if str(file) == "-" else local_file(file)
+    with open_texts(source, file_format, column) as texts:
         return list(texts)
 
 
@@ -75,7 +78,7 @@ def test_csv_keeps_any_text(scratch: Path, texts: list[str]) -> None:
         writer.writerow(["id", "text"])
         writer.writerows(enumerate(texts))
     assert texts_of(file, "csv") == texts
-    assert row_count(str(file), "csv") == len(texts)
+    assert row_count(local_file(file), "csv") == len(texts)
 
 
 @given(texts=st.lists(line_text.filter(lambda text: "\t" not in text)))
@@ -84,7 +87,7 @@ def test_tsv_keeps_any_text_of_one_field_as_it_stands(scratch: Path, texts: list
     rows = "".join(f"{number}\t{text}\n" for number, text in enumerate(texts))
     file.write_text("id\ttext\n" + rows, encoding="utf-8", newline="")
     assert texts_of(file, "tsv") == texts
-    assert row_count(str(file), "tsv") == len(texts)
+    assert row_count(local_file(file), "tsv") == len(texts)
 
 
 def test_a_gzipped_file_is_read_by_its_name(tmp_path: Path) -> None:
@@ -92,7 +95,7 @@ def test_a_gzipped_file_is_read_by_its_name(tmp_path: Path) -> None:
     file.write_bytes(gzip.compress(b"text\na\nb\n"))
     assert format_of(str(file), None, INPUT_FORMATS, "txt", "--input-format") == "tsv"
     assert texts_of(file, "tsv") == ["a", "b"]
-    assert row_count(str(file), "tsv") is None
+    assert row_count(local_file(file), "tsv") is None
     with pytest.raises(UsageError, match=r"does not tell its format"):
         format_of("a.npy.gz", None, OUTPUT_FORMATS, "jsonl", "--output-format")
 
@@ -103,7 +106,7 @@ def test_parquet_keeps_any_text(scratch: Path, texts: list[str], kind: pa.DataTy
     file = scratch / "a.parquet"
     pq.write_table(pa.table({"id": range(len(texts)), "text": pa.array(texts, kind)}), file, row_group_size=3)
     assert texts_of(file, "parquet") == texts
-    assert row_count(str(file), "parquet") == len(texts)
+    assert row_count(local_file(file), "parquet") == len(texts)
 
 
 @given(texts=st.lists(line_text), ending=st.sampled_from(["\n", "\r\n"]))
@@ -129,7 +132,7 @@ def test_only_newline_ends_a_txt_line(tmp_path: Path, content: str, texts: list[
     file = tmp_path / "a.txt"
     file.write_bytes(content.encode())
     assert texts_of(file, "txt") == texts
-    assert row_count(str(file), "txt") == len(texts)
+    assert row_count(local_file(file), "txt") == len(texts)
 
 
 @pytest.mark.parametrize(
@@ -225,10 +228,12 @@ def test_long_texts_fit_in_csv(tmp_path: Path) -> None:
 
 
 def test_unreadable_files_are_refused(tmp_path: Path) -> None:
-    for missing in (tmp_path, tmp_path / "nothing.txt"):
-        with pytest.raises(UsageError, match="cannot read"), open_texts(str(missing), "txt"):
-            pass
-        assert row_count(str(missing), "txt") is None
+    with pytest.raises(UsageError, match="cannot read"):
+        local_file(tmp_path / "nothing.txt")
+    folder = local_file(tmp_path)
+    with pytest.raises(UsageError, match="cannot read"), open_texts(folder, "txt"):
+        pass
+    assert row_count(folder, "txt") is None
 
 
 class EndlessLines(io.RawIOBase):
@@ -246,9 +251,9 @@ class EndlessLines(io.RawIOBase):
 def test_texts_are_read_as_they_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     with io.TextIOWrapper(io.BufferedReader(EndlessLines())) as pipe:
         monkeypatch.setattr("sys.stdin", pipe)
-        with open_texts("-", "jsonl") as texts:
+        with open_texts(InputFile("-"), "jsonl") as texts:
             assert list(itertools.islice(texts, 5)) == ["endless"] * 5
-        assert row_count("-", "jsonl") is None
+        assert row_count(InputFile("-"), "jsonl") is None
 
 
 class CountedFile(io.BytesIO):
@@ -268,7 +273,7 @@ def test_a_large_row_group_is_not_read_whole(tmp_path: Path, monkeypatch: pytest
     counted = CountedFile((tmp_path / "a.parquet").read_bytes())
     with io.TextIOWrapper(counted) as file:
         monkeypatch.setattr("sys.stdin", file)
-        with open_texts("-", "parquet") as read:
+        with open_texts(InputFile("-"), "parquet") as read:
             assert next(read) == texts[0]
             assert 0 < counted.count < 8 * 2**20
             assert list(read) == texts[1:]
@@ -299,17 +304,19 @@ def test_formats_are_told_by_the_name() -> None:
         told("a.txt", "xml")
 
 
-@given(st.lists(st.text(max_size=30)), st.integers(1, 5), st.integers(1, 50), st.integers(1, 40))
+@given(st.lists(st.text(max_size=30)), st.integers(1, 5), st.integers(1, 50), st.integers(1, 10))
 def test_chunks_keep_order_and_depend_on_what_they_hold(
-    texts: list[str], rows: int, characters: int, longest: int
+    texts: list[str], rows: int, characters: int, max_length: int
 ) -> None:
-    found = list(chunks(texts, rows, characters, longest))
-    assert [text for chunk, _ in found for text in chunk] == texts
-    assert all(full for _, full in found[:-1])
-    # Whoever starts at a border finds the same borders after it.
-    for start in range(len(found)):
-        rest = [text for chunk, _ in found[start:] for text in chunk]
-        assert list(chunks(rest, rows, characters, longest)) == found[start:]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunks_module, "CHUNK_ROWS", rows)
+        patch.setattr(chunks_module, "CHUNK_CHARACTERS", characters)
+        chunks = list(cut(texts, 0, "a.txt", max_length))
+        assert [text for chunk in chunks for text in chunk.texts] == texts
+        assert all(chunk.full for chunk in chunks[:-1])
+        # Whoever starts at a border finds the same borders after it.
+        for chunk in chunks:
+            assert list(cut(texts[chunk.first :], 0, "a.txt", max_length, chunk.first)) == chunks[chunks.index(chunk) :]
 
 
 finite_vectors = arrays.arrays(

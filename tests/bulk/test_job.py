@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from unmask.bulk import job as job_module
+from unmask.bulk import chunks as chunks_module
 from unmask.bulk.encode_job import EncodeJob
 from unmask.bulk.files import INPUT_FORMATS, NPY_HEADER_BYTES, OUTPUT_FORMATS
 from unmask.bulk.job import EncodeProgress, EncodeReport, run
@@ -42,13 +42,13 @@ def encoder(golden_dir: Path) -> Encoder:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job_module, "CHUNK_ROWS", CHUNK)
+    monkeypatch.setattr(chunks_module, "CHUNK_ROWS", CHUNK)
 
 
 @pytest.fixture
 def job(tmp_path: Path) -> EncodeJob:
     (tmp_path / "in.txt").write_text("".join(text + "\n" for text in TEXTS))
-    return EncodeJob(str(tmp_path / "in.txt"), str(tmp_path / "out.npy"))
+    return EncodeJob((str(tmp_path / "in.txt"),), str(tmp_path / "out.npy"))
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_vectors_are_those_of_encode(
 ) -> None:
     file, output = tmp_path / f"in.{source}", tmp_path / "new" / f"out.{target}"
     write_texts(file, TEXTS)
-    report = launch(EncodeJob(str(file), str(output)))
+    report = launch(EncodeJob((str(file),), str(output)))
     assert np.abs(read_vectors(output) - encoder.encode(TEXTS)).max() < 1e-6
     assert report.rows == len(TEXTS)
     assert report.tokens == encoder.count_tokens(TEXTS).sum()
@@ -130,7 +130,7 @@ def test_options_reach_the_vectors(job: EncodeJob, encoder: Encoder, launch: Lau
 
 @pytest.mark.parametrize("target", OUTPUT_FORMATS)
 def test_no_rows_is_an_output_without_rows(tmp_path: Path, job: EncodeJob, launch: Launch, target: str) -> None:
-    Path(job.input).write_text("")
+    Path(job.inputs[0]).write_text("")
     output = tmp_path / f"out.{target}"
     assert launch(replace(job, output=str(output))).rows == 0
     match target:
@@ -153,17 +153,15 @@ def test_standard_streams(
 ) -> None:
     file = tmp_path / f"out.{target}"
     launch(replace(job, output=str(file)))
-    with io.TextIOWrapper(io.BytesIO(Path(job.input).read_bytes())) as piped:
+    with io.TextIOWrapper(io.BytesIO(Path(job.inputs[0]).read_bytes())) as piped:
         monkeypatch.setattr("sys.stdin", piped)
-        launch(replace(job, input="-", output="-", output_format=target))
+        launch(replace(job, inputs=("-",), output="-", output_format=target))
     assert capsysbinary.readouterr().out == file.read_bytes()
 
 
 def test_empty_text_is_an_error_that_names_its_row(job: EncodeJob, launch: Launch) -> None:
-    write_texts(Path(job.input), [*TEXTS[:20], "", *TEXTS[20:]])
-    with pytest.raises(
-        EmptyText, match=r"in\.txt: row 21 \(index 20 in the output\) is empty; .*--on-empty null"
-    ) as caught:
+    write_texts(Path(job.inputs[0]), [*TEXTS[:20], "", *TEXTS[20:]])
+    with pytest.raises(EmptyText, match=r"in\.txt: row 21 \(index 20\) is empty; .*--on-empty null") as caught:
         launch(job)
     assert caught.value.index == 20
 
@@ -171,7 +169,7 @@ def test_empty_text_is_an_error_that_names_its_row(job: EncodeJob, launch: Launc
 @pytest.mark.parametrize("target", OUTPUT_FORMATS)
 def test_empty_texts_become_null(tmp_path: Path, job: EncodeJob, encoder: Encoder, launch: Launch, target: str) -> None:
     holes = {0, 20, *range(24, 32)}  # the last are a chunk of nothing else
-    write_texts(Path(job.input), ["" if i in holes else text for i, text in enumerate(TEXTS)])
+    write_texts(Path(job.inputs[0]), ["" if i in holes else text for i, text in enumerate(TEXTS)])
     output = tmp_path / f"out.{target}"
     report = launch(replace(job, output=str(output), on_empty="null", normalize=True))
     assert (report.rows, report.empty) == (len(TEXTS), len(holes))
@@ -183,11 +181,9 @@ def test_empty_texts_become_null(tmp_path: Path, job: EncodeJob, encoder: Encode
 
 def test_long_texts_are_cut_and_counted_or_refused(job: EncodeJob, encoder: Encoder, launch: Launch) -> None:
     texts = [*TEXTS[:10], "river " * 2000, *TEXTS[10:]]
-    write_texts(Path(job.input), texts)
+    write_texts(Path(job.inputs[0]), texts)
     tokens = encoder.count_tokens(texts)[10]
-    with pytest.raises(
-        TextTooLong, match=rf"row 11 \(index 10 in the output\) has {tokens:,} tokens, .* 512;"
-    ) as caught:
+    with pytest.raises(TextTooLong, match=rf"row 11 \(index 10\) has {tokens:,} tokens, .* 512;") as caught:
         launch(replace(job, on_long="error"))
     assert caught.value.index == 10
     report = launch(job)  # as the message advised
@@ -213,21 +209,22 @@ def test_mistakes_are_found_before_the_model_is_loaded(tmp_path: Path, job: Enco
         raise AssertionError("loaded")
 
     (tmp_path / "in.csv").write_text("body\na\n")
-    table = replace(job, input=str(tmp_path / "in.csv"))
+    (tmp_path / "in.xml").write_text("<a/>")
+    table = replace(job, inputs=(str(tmp_path / "in.csv"),))
     (tmp_path / "out.npy").write_bytes(b"finished")
     for wrong, message in (
-        (replace(job, input=str(tmp_path / "nothing.txt")), "cannot read"),
+        (replace(job, inputs=(str(tmp_path / "nothing.txt"),)), "cannot read"),
         (replace(job, output=str(tmp_path / "out.xml")), "add --output-format"),
-        (replace(job, input=str(tmp_path / "in.xml")), "add --input-format"),
+        (replace(job, inputs=(str(tmp_path / "in.xml"),)), "add --input-format"),
         (replace(table, output=str(tmp_path / "other.npy")), "no column 'text'"),
         (job, "exists already; choose another --output, or add --restart"),
-        (replace(job, output=str(tmp_path)), "add --output-format"),
-        (replace(job, output=str(tmp_path), output_format="npy"), "is a folder"),
-        (replace(job, output=job.input, output_format="npy", restart=True), "is the input as well"),
+        (replace(job, output=str(tmp_path)), "holds other files, such as in.csv"),
+        (replace(job, output=f"{tmp_path}/out/", output_format="csv"), "choose one of npy, parquet, jsonl"),
+        (replace(job, output=job.inputs[0], output_format="npy", restart=True), "is the input as well"),
     ):
         with pytest.raises(UsageError, match=message):
             run(wrong, load)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["in.csv", "in.txt", "out.npy"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["in.csv", "in.txt", "in.xml", "out.npy"]
 
 
 def test_impossible_dimensions_leave_nothing_behind(tmp_path: Path, job: EncodeJob, launch: Launch) -> None:
@@ -252,9 +249,9 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, job: EncodeJob, launch: Laun
 def test_input_may_grow_while_a_run_is_interrupted(tmp_path: Path, job: EncodeJob, launch: Launch) -> None:
     whole = replace(job, output=str(tmp_path / "whole.npy"))
     launch(whole)
-    write_texts(Path(job.input), TEXTS[:30])
+    write_texts(Path(job.inputs[0]), TEXTS[:30])
     interrupt(launch, job, chunks=4)  # the fourth is cut short by the end
-    write_texts(Path(job.input), TEXTS)
+    write_texts(Path(job.inputs[0]), TEXTS)
     assert launch(job).resumed_at == 3 * CHUNK
     assert Path(job.output).read_bytes() == Path(whole.output).read_bytes()
 
@@ -264,7 +261,7 @@ def test_input_may_grow_while_a_run_is_interrupted(tmp_path: Path, job: EncodeJo
 )
 def test_changed_input_is_refused(job: EncodeJob, launch: Launch, changed: list[str]) -> None:
     interrupt(launch, job)
-    write_texts(Path(job.input), changed)
+    write_texts(Path(job.inputs[0]), changed)
     with pytest.raises(UsageError, match=r"in\.txt has changed: its first 24 rows .* --restart"):
         launch(job)
     assert launch(replace(job, restart=True)).resumed_at == 0
@@ -292,7 +289,7 @@ def test_changed_options_are_refused(
 
 
 def test_an_error_may_be_allowed_after_all(job: EncodeJob, launch: Launch) -> None:
-    write_texts(Path(job.input), [*TEXTS[:20], "", *TEXTS[20:]])
+    write_texts(Path(job.inputs[0]), [*TEXTS[:20], "", *TEXTS[20:]])
     with pytest.raises(EmptyText):
         launch(job)
     report = launch(replace(job, on_empty="null"))
@@ -404,10 +401,10 @@ def test_progress_is_reported_before_the_first_chunk_and_after_each(job: EncodeJ
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-from unmask.bulk import job, spool
+from unmask.bulk import chunks, job, spool
 from unmask.encoder import Encoder
 model, source, last_step, *outputs = sys.argv[1:]
-job.CHUNK_ROWS = 64
+chunks.CHUNK_ROWS = 64
 def sync(path, real=spool.fsync_path):
     if path.name == last_step:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -415,7 +412,7 @@ def sync(path, real=spool.fsync_path):
 spool.fsync_path = sync
 encoder = Encoder.load(model)
 for output in outputs:
-    print(job.run(job.EncodeJob(source, output), lambda: encoder).resumed_at, flush=True)
+    print(job.run(job.EncodeJob((source,), output), lambda: encoder).resumed_at, flush=True)
 """
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unmask.bulk.files import open_texts
+from unmask.bulk.storage import local_file
 from unmask.errors import StorageError, UsageError
 from unmask.training.examples import read_examples
 from unmask.training.recipe import DataSource
@@ -170,7 +171,7 @@ def encode_reads(file: Path, file_format: str) -> list[str] | str:
     """The texts that `unmask encode` reads, or the place where it stops."""
     read: list[str] = []
     try:
-        with open_texts(str(file), file_format, "text") as texts:
+        with open_texts(local_file(file), file_format, "text") as texts:
             for text in texts:
                 if not text.strip():
                     return EMPTY

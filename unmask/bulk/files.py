@@ -13,17 +13,20 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
+from unmask.bulk.storage import STANDARD_STREAM, InputFile
 from unmask.disk import storage_errors
 from unmask.errors import StorageError, UsageError
-from unmask.tables import Row, list_names, open_binary, open_parquet, open_table, table_format
+from unmask.tables import Row, decompressed, list_names, open_parquet, open_table, table_format
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 INPUT_FORMATS = ("txt", "jsonl", "csv", "tsv", "parquet")
 OUTPUT_FORMATS = ("npy", "parquet", "jsonl")
-STANDARD_STREAM = "-"
 
 # Bytes set aside at the start of an npy file, so that its header can be written when the rows are known.
 NPY_HEADER_BYTES = 128
@@ -60,24 +63,24 @@ def label_of(name: str) -> str:
     return "standard input" if name == STANDARD_STREAM else name
 
 
-def row_count(name: str, file_format: str) -> int | None:
+def row_count(file: InputFile, file_format: str) -> int | None:
     """Rows of a file, for display only: a quote inside an unquoted csv field makes it inexact.
 
-    None where it cannot be known without using the input up or decompressing it: standard input, a pipe, a gzipped or a
-    damaged file.
+    None where it cannot be known without using the input up, decompressing or downloading it: standard input, a pipe, a
+    gzipped, remote or damaged file.
     """
-    if name == STANDARD_STREAM or not Path(name).is_file() or Path(name).suffix.lower() == ".gz":
+    if not file.is_local or file.name.lower().endswith(".gz"):
         return None
     try:
-        with Path(name).open("rb") as stream:
+        with file.open() as stream:
             if file_format == "parquet":
-                return open_parquet(stream, name).metadata.num_rows
+                return open_parquet(stream, file.name).metadata.num_rows
             return _count_records(stream, file_format == "csv") - (file_format in ("csv", "tsv"))
     except (UsageError, OSError):
         return None
 
 
-def _count_records(stream: BinaryIO, quoted: bool) -> int:
+def _count_records(stream: IO[bytes], quoted: bool) -> int:
     ended, inside, block = 0, 0, b"\n"
     while more := stream.read(2**20):
         block = more
@@ -89,11 +92,10 @@ def _count_records(stream: BinaryIO, quoted: bool) -> int:
 
 
 @contextmanager
-def open_texts(name: str, file_format: str, column: str = "text") -> Iterator[Iterator[str]]:
+def open_texts(file: InputFile, file_format: str, column: str = "text") -> Iterator[Iterator[str]]:
     """Yield an iterator over the texts of a file; the header and the column are checked at once.
 
     Args:
-        name: a path, or `-` for standard input.
         file_format: one of INPUT_FORMATS.
         column: where the text is, in all formats but txt.
 
@@ -101,37 +103,15 @@ def open_texts(name: str, file_format: str, column: str = "text") -> Iterator[It
         UsageError: the file cannot be read, has no such column, or (while iterating) a row is not a text.
         StorageError: there is no space to set a piped parquet file aside.
     """
-    label = label_of(name)
+    label = label_of(file.name)
     with ExitStack() as stack:
-        if name == STANDARD_STREAM:
+        if file.name == STANDARD_STREAM:
             stream: IO[bytes] = sys.stdin.buffer
         else:
-            try:
-                stream = stack.enter_context(open_binary(Path(name)))
-            except OSError as error:
-                raise UsageError(f"cannot read {name}: {error.strerror or error}") from error
+            stream = stack.enter_context(decompressed(file.open(), file.name))
         if file_format == "parquet" and not stream.seekable():
             stream = stack.enter_context(_set_aside(stream, label))
         yield _texts(stream, file_format, label, column)
-
-
-def chunks(texts: Iterable[str], rows: int, characters: int, max_characters: int) -> Iterator[tuple[list[str], bool]]:
-    """Texts in lists, each with True if the list is full; only the last may not be.
-
-    Args:
-        rows, characters: a chunk is full at the first of these.
-        max_characters: characters of one text that count, however long it is.
-    """
-    chunk: list[str] = []
-    counted = 0
-    for text in texts:
-        chunk.append(text)
-        counted += min(len(text), max_characters)
-        if len(chunk) == rows or counted >= characters:
-            yield chunk, True
-            chunk, counted = [], 0
-    if chunk:
-        yield chunk, False
 
 
 def _set_aside(pipe: IO[bytes], label: str) -> IO[bytes]:
@@ -211,21 +191,68 @@ def write_parquet(target: Path, blocks: Iterable[np.ndarray], dim: int) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = pa.schema(
-        [
-            pa.field("index", pa.int64(), nullable=False),
-            pa.field("embedding", pa.list_(pa.field("item", pa.float32(), nullable=False), dim)),
-        ]
-    )
+    schema = pa.schema([pa.field("index", pa.int64(), nullable=False), _embedding_field(dim)])
     first = 0
     # A dictionary of floats would only cost time and memory: hardly two are equal.
     with pq.ParquetWriter(target, schema, use_dictionary=False) as writer:
         for block in blocks:
             index = pa.array(np.arange(first, first + len(block)))
-            numbers, empty = pa.array(block.reshape(-1)), pa.array(np.isnan(block[:, 0]))
-            vectors = pa.FixedSizeListArray.from_arrays(numbers, type=schema.field("embedding").type, mask=empty)
-            writer.write_table(pa.table([index, vectors], schema=schema))
+            writer.write_table(pa.table([index, _embeddings(block)], schema=schema))
             first += len(block)
+
+
+def _embedding_field(dim: int) -> "pa.Field":
+    import pyarrow as pa
+
+    return pa.field("embedding", pa.list_(pa.field("item", pa.float32(), nullable=False), dim))
+
+
+def _embeddings(block: np.ndarray) -> "pa.Array":
+    """float32 [n, dim] as fixed-size lists; a row of NaN is null."""
+    import pyarrow as pa
+
+    numbers, empty = pa.array(block.reshape(-1)), pa.array(np.isnan(block[:, 0]))
+    return pa.FixedSizeListArray.from_arrays(numbers, type=_embedding_field(block.shape[1]).type, mask=empty)
+
+
+def npy_part(vectors: np.ndarray) -> bytes:
+    """float32 [n, dim] as an npy file."""
+    return npy_header(*vectors.shape) + vectors.astype("<f4", copy=False).tobytes()
+
+
+def jsonl_part(vectors: np.ndarray, source: str, first: int) -> bytes:
+    """One `{"file": ..., "index": ..., "embedding": [...]}` per row of float32 [n, dim]; a row of NaN is null.
+
+    Args:
+        source: name of the input file.
+        first: number of the first row in it.
+    """
+    import orjson
+
+    lines = io.BytesIO()
+    for index, vector in enumerate(np.ascontiguousarray(vectors), first):
+        row = {"file": source, "index": index, "embedding": None if np.isnan(vector[0]) else vector}
+        lines.write(orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE))
+    return lines.getvalue()
+
+
+def parquet_part(vectors: np.ndarray, source: str, first: int) -> bytes:
+    """float32 [n, dim] as `file` (string), `index` (int64) and `embedding`; arguments as in `jsonl_part`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema(
+        [
+            pa.field("file", pa.string(), nullable=False),
+            pa.field("index", pa.int64(), nullable=False),
+            _embedding_field(vectors.shape[1]),
+        ]
+    )
+    index = pa.array(np.arange(first, first + len(vectors)))
+    columns = [pa.array([source] * len(vectors), pa.string()), index, _embeddings(vectors)]
+    part = io.BytesIO()
+    pq.write_table(pa.table(columns, schema=schema), part, use_dictionary=False)
+    return part.getvalue()
 
 
 def write_out(content: bytes | BinaryIO) -> None:

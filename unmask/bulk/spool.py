@@ -19,33 +19,13 @@ from unmask.bulk.files import (
     write_out,
     write_parquet,
 )
+from unmask.bulk.report import Tally
 from unmask.disk import fsync_path, storage_errors, try_lock
-from unmask.encoder.prompts import Prompt
 from unmask.errors import StorageError, UsageError
 
 _FLOAT_BYTES = 4
 # Vectors held at once while the output is made from the spool: a row group of parquet.
 _BLOCK_BYTES = 16 * 2**20
-
-
-@dataclass(frozen=True)
-class Tally:
-    """Counts: rows, tokens of them as encoded, texts that were cut to fit, rows without a vector."""
-
-    rows: int = 0
-    tokens: int = 0
-    truncated: int = 0
-    empty: int = 0
-
-    def plus(self, prompts: list[Prompt | None]) -> "Tally":
-        """These counts and those of one row per prompt."""
-        encoded = [prompt for prompt in prompts if prompt is not None]
-        return Tally(
-            rows=self.rows + len(prompts),
-            tokens=self.tokens + sum(len(prompt.ids) for prompt in encoded),
-            truncated=self.truncated + sum(prompt.truncated for prompt in encoded),
-            empty=self.empty + len(prompts) - len(encoded),
-        )
 
 
 @dataclass(frozen=True)
@@ -116,7 +96,7 @@ class Spool:
         """
         saved, tally = self._saved(), Tally()
         if saved is not None:
-            _require_same_options(saved.options, options, self.folder)
+            require_same_options(saved.options, options, str(self.folder))
             tally, self.texts_sha256 = saved.tally, saved.texts_sha256
         self._options, self._dim = options, dim
         recorded_bytes = NPY_HEADER_BYTES + tally.rows * dim * _FLOAT_BYTES
@@ -211,7 +191,12 @@ class Spool:
         return StorageError(f"{self.folder} is damaged: {what}; add --restart to begin again")
 
 
-def _require_same_options(made_with: dict[str, Any], options: dict[str, Any], folder: Path) -> None:
+def require_same_options(made_with: dict[str, Any], options: dict[str, Any], folder: str) -> None:
+    """Check that an unfinished run was made with the options of this one.
+
+    Raises:
+        UsageError: with the options that differ, and both values.
+    """
     # A run for which empty or long texts are an error has met none, so its rows are the same either way.
     met_none = {name for name in ("on_empty", "on_long") if made_with.get(name) == "error"}
     changed = [name for name in options if made_with.get(name) != options[name] and name not in met_none]
