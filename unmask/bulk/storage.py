@@ -187,21 +187,23 @@ def _files_of_url(url: str) -> tuple[list[InputFile], bool]:
         folder = address[: match.start()].rpartition("/")[0]
         address, pattern = folder, address[len(folder) + 1 :]
     filesystem, path = open_filesystem(address + question + parameters)
-    shown = public_name(address).rstrip("/")
-    with _store_errors(shown, action="list"):
+    folder_name = public_name(address).rstrip("/")
+    with _store_errors(folder_name, action="list"):
         info = filesystem.get_file_info(path)
         if info.type == FileType.File and not pattern:
-            return [_remote_file(shown, info, filesystem)], False
+            return [_remote_file(folder_name, info, filesystem)], False
         if info.type == FileType.NotFound:
-            raise UsageError(f"nothing is at {shown}; check the name and the credentials")
+            raise UsageError(f"nothing is at {folder_name}; check the name and the credentials")
         infos = filesystem.get_file_info(FileSelector(path, recursive=True))
     files = []
     for info in sorted(infos, key=lambda each: each.path):
         relative = PurePosixPath(info.path).relative_to(path)
         if info.type == FileType.File and not _is_hidden(relative) and (not pattern or _matches(relative, pattern)):
-            files.append(_remote_file(f"{shown}/{relative}", info, filesystem))
+            files.append(_remote_file(f"{folder_name}/{relative}", info, filesystem))
     if not files:
-        raise UsageError(f"no file matches {shown}/{pattern}" if pattern else f"{shown} is a folder without files")
+        raise UsageError(
+            f"no file matches {folder_name}/{pattern}" if pattern else f"{folder_name} is a folder without files"
+        )
     return files, not pattern
 
 
