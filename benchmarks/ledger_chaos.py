@@ -3,9 +3,10 @@
     python benchmarks/ledger_chaos.py --requests 100000 --keys 50 --kills 20
     python benchmarks/ledger_chaos.py --requests 100000 --keys 50 --kills 20 --database postgresql://user@host/empty
 
-A real server process with real accounts, real HTTP and a stub in place of the model. Callers note every answer they
-see. At the end the ledger is recomputed, and every 200 that a caller saw must be charged exactly once, at the price
-the answer named. The exit code is 0 only then. The database must be new.
+A real server process with real accounts, real HTTP and a stub in place of the model, or with `--providers` of two
+providers of which one fails often. Callers note every answer they see. At the end the ledger is recomputed, and every
+200 that a caller saw must be charged exactly once, at the price the answer named; with providers, its attempts must be
+there, and every attempt's cost in the books exactly once. The exit code is 0 only then. The database must be new.
 """
 
 import argparse
@@ -26,11 +27,11 @@ import numpy as np
 import sqlalchemy as sa
 from stub_server import MODEL, serve
 
-from unmask.accounts import keys, ledger, people, tariff
+from unmask.accounts import costs, keys, ledger, people, tariff
 from unmask.accounts.keys import KeySettings, Peppers
 from unmask.accounts.verification import verify
 from unmask.storage.database import Database, now_ms
-from unmask.storage.schema import accounts, charges, entries, replays
+from unmask.storage.schema import accounts, charges, entries, provider_attempts, replays
 
 PRICE = 8_000_000  # nano-dollars per million tokens
 ALL_TIME = 10**6 * 24 * 3600 * 1000
@@ -51,18 +52,19 @@ class Seen:
 class Subject:
     """The server, as often as it has to be started."""
 
-    def __init__(self, database: str, pepper: Path) -> None:
+    def __init__(self, database: str, pepper: Path, *, by_providers: bool = False) -> None:
         # Each server is a process forked from one that has imported everything, which is seconds of work.
         self._processes = multiprocessing.get_context("forkserver")
         self._processes.set_forkserver_preload(["stub_server"])
         self._arguments = 10, database, pepper
+        self._options = {"by_providers": by_providers}
         self.up = threading.Event()
         self.address = ("127.0.0.1", 0)
         self.start()
 
     def start(self) -> None:
         heard, told = self._processes.Pipe(duplex=False)
-        self.process = self._processes.Process(target=serve, args=(*self._arguments, told.send))
+        self.process = self._processes.Process(target=serve, args=(*self._arguments, told.send), kwargs=self._options)
         self.process.start()
         told.close()
         try:
@@ -160,7 +162,7 @@ def prepare(url: str, pepper: Path, number: int) -> list[str]:
     return made
 
 
-def examine(url: str, seen: Seen) -> list[str]:
+def examine(url: str, seen: Seen, *, by_providers: bool = False) -> list[str]:
     """Return the errors in the books, from the answers that the callers got."""
     database = Database(url)
     with database.read() as connection:
@@ -169,6 +171,8 @@ def examine(url: str, seen: Seen) -> list[str]:
     for charge in late:  # what the killed servers left behind is given back, and that too must add up
         with database.begin() as connection:
             ledger.expire(connection, charge, now_ms())
+    if by_providers:
+        wrong += examine_costs(database, seen)
     with database.read() as connection:
         found = verify(connection)
         wrong += [str(drift) for drift in found.drift]
@@ -193,19 +197,45 @@ def examine(url: str, seen: Seen) -> list[str]:
     return wrong
 
 
+def examine_costs(database: Database, seen: Seen) -> list[str]:
+    """Return the errors in what providers cost: attempts of answers that callers saw, and the books of all attempts."""
+    open_costs = 0
+    while True:
+        with database.begin() as connection:
+            if not (count := costs.book_costs(connection, now_ms())):
+                break
+        open_costs += count
+    with database.read() as connection:
+        attempts = connection.execute(sa.select(provider_attempts)).all()
+        owed = costs.payables(connection)
+    answered = Counter(row.charge for row in attempts if row.outcome == "answered" and row.charge is not None)
+    wrong = [
+        f"{charge} has {answered[charge]} answers of providers" for charge in seen.charged if answered[charge] != 1
+    ]
+    for provider in {row.provider for row in attempts}:
+        due = sum(row.cost for row in attempts if row.provider == provider)
+        if owed.get(provider) != due:
+            wrong.append(f"{provider}: attempts cost {due}, the books owe {owed.get(provider)}")
+    print(
+        f"{len(attempts)} attempts at providers for {sum(owed.values())} nano-dollars, {open_costs} booked afterwards"
+    )
+    return wrong
+
+
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--requests", type=int, default=2000)
     options.add_argument("--keys", type=int, default=50)
     options.add_argument("--kills", type=int, default=5)
     options.add_argument("--database", help="URL of a new database; left out, SQLite in a temporary folder")
+    options.add_argument("--providers", action="store_true", help="let two stubs of providers answer")
     options.add_argument("--seed", type=int, default=1)
     given = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         url = given.database or f"sqlite:///{folder}/accounts.sqlite"
         pepper = Path(folder) / "pepper"
         made = prepare(url, pepper, given.keys)
-        subject = Subject(url, pepper)
+        subject = Subject(url, pepper, by_providers=given.providers)
         seen, left = Seen(), [given.requests]
         callers = [
             threading.Thread(target=caller, args=(key, subject, left, seen, given.seed * 1000 + index), daemon=True)
@@ -226,7 +256,7 @@ def main() -> int:
             thread.join()
         seconds = time.perf_counter() - began
         subject.stop()
-        wrong = examine(url, seen)
+        wrong = examine(url, seen, by_providers=given.providers)
     times = np.array(seen.milliseconds or [0.0])
     print(
         f"{given.requests} requests of {given.keys} keys in {seconds:.0f} s, {given.kills} kills: {dict(seen.statuses)}"

@@ -11,17 +11,21 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 
 from unmask.accounts import Accounts
+from unmask.accounts.costs import AttemptRecord, Reason
 from unmask.api import ServeSettings, create_app
 from unmask.api.logs import configure_logging
 from unmask.catalogue import Record
-from unmask.router import ModelOptions, ModelRegistry
+from unmask.router import EmbeddingWork, ModelOptions, ModelRegistry
+from unmask.router.attempts import RoutedVectors
 from unmask.server.http_server import HttpServer, base_url, listen
 from unmask.server.process import serve_models
+from unmask.storage.database import now_ms
 
 MODEL = "stub/embed"
 
@@ -63,11 +67,61 @@ class Served:
         return self._engine
 
 
-class Stub:
-    providers = None
+class Prompts:
+    def build(self, texts: list[str], *_: Any) -> list[Prompt]:
+        return [Prompt(text) for text in texts]
 
-    def __init__(self, slowest_ms: float) -> None:
-        self._served = Served(Engine(slowest_ms))
+
+class Providers:
+    """In place of a pool: a provider that fails at one request in five, and another one that answers them all."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._endpoint = SimpleNamespace(
+            provider=SimpleNamespace(name="stub-2"), precision="exact", conformance=None, passed_at=0.0
+        )
+        self._group = SimpleNamespace(
+            prompts=Prompts(),
+            references=SimpleNamespace(dim=Encoder.dim, vector_space=lambda precision: "vs_stub"),
+            any_admitted=lambda: True,
+        )
+
+    def start(self) -> None: ...
+
+    def try_reload(self) -> None: ...
+
+    def of_model(self, id: str) -> Any:
+        return self._group
+
+    def is_remote_only(self, id: str) -> bool:
+        return True
+
+    async def answer(self, group: object, engine: object, work: EmbeddingWork) -> RoutedVectors:
+        if random.random() < 0.2:
+            work.attempts.append(self._attempt(work, "stub-1", "failed", "answer"))
+        vectors = await self._engine.run(cast(list[Prompt], work.prompts))
+        work.attempts.append(self._attempt(work, "stub-2", "answered", "retry" if work.attempts else "answer"))
+        return RoutedVectors(vectors, "stub-2", len(work.attempts), cast(Any, self._endpoint))
+
+    def _attempt(self, work: EmbeddingWork, name: str, outcome: str, reason: Reason) -> AttemptRecord:
+        return AttemptRecord(
+            at=now_ms(),
+            provider=name,
+            model=MODEL,
+            milliseconds=1,
+            outcome=outcome,
+            reason=reason,
+            tokens=work.num_tokens,
+            their_tokens=work.num_tokens + 1 if outcome == "answered" else None,
+            price=3_333_333,
+        )
+
+
+class Stub:
+    def __init__(self, slowest_ms: float, *, by_providers: bool) -> None:
+        engine = Engine(slowest_ms)
+        self._served = Served(engine)
+        self.providers = Providers(engine) if by_providers else None
 
     def list(self) -> list[Served]:
         return [self._served]
@@ -84,11 +138,21 @@ def say(address: str) -> None:
     print(address, flush=True)
 
 
-def serve(slowest_ms: float, database: str | None, pepper: Path | None, tell: Callable[[str], None] = say) -> None:
-    """Serve until SIGTERM, and `tell` the address once connections are accepted."""
+def serve(
+    slowest_ms: float,
+    database: str | None,
+    pepper: Path | None,
+    tell: Callable[[str], None] = say,
+    *,
+    by_providers: bool = False,
+) -> None:
+    """Serve until SIGTERM, and `tell` the address once connections are accepted.
+
+    With `by_providers`, two stubs of providers answer in place of one of the engine, so that requests have attempts.
+    """
     configure_logging("error")  # a line per request would be half the work
     settings = ServeSettings(port=0, database=database)
-    models = cast(ModelRegistry, Stub(slowest_ms))
+    models = cast(ModelRegistry, Stub(slowest_ms, by_providers=by_providers))
     stopping = threading.Event()
     with listen(settings.host, settings.port) as listener:
         service = Accounts(database, pepper=pepper) if database is not None else None

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.storage.databases import database, empty_url, peppers, url  # noqa: F401
+from tests.storage.databases import database, empty_url, peppers, sqlite, url  # noqa: F401
 from unmask.accounts import Accounts
 
 

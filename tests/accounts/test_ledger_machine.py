@@ -9,7 +9,7 @@ of them win is the database's affair, and the model only follows what they repor
 import itertools
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,7 +30,8 @@ from hypothesis.stateful import (
 from sqlalchemy import Connection, event
 
 from tests.accounts.postgres import Cluster
-from unmask.accounts import keys, ledger, people
+from unmask.accounts import costs, keys, ledger, people
+from unmask.accounts.costs import AttemptRecord
 from unmask.accounts.keys import KeySettings, Peppers
 from unmask.accounts.ledger import Hold
 from unmask.accounts.verification import verify
@@ -87,6 +88,12 @@ class Model:
     charges: dict[str, Charge] = field(default_factory=dict)
     top_ups: dict[str, tuple[str, int]] = field(default_factory=dict)
     refunded: set[str] = field(default_factory=set)
+    costs: dict[str, int] = field(default_factory=dict)  # by provider, of all attempts
+    paid: dict[str, int] = field(default_factory=dict)
+
+    def add_costs(self, attempts: Sequence[AttemptRecord]) -> None:
+        for attempt in attempts:
+            self.costs[attempt.provider] = self.costs.get(attempt.provider, 0) + attempt.cost
 
     def held(self, account: str) -> int:
         return sum(c.amount for c in self.charges.values() if c.account == account and c.state == "held")
@@ -96,6 +103,34 @@ class Model:
 
 
 amounts = st.integers(1, 400)
+providers = st.sampled_from(["acme", "gpu-2"])
+
+
+def attempt_at(provider: str, outcome: str, reason: costs.Reason, tokens: int, theirs: int | None) -> AttemptRecord:
+    return AttemptRecord(
+        at=1,
+        provider=provider,
+        model="m",
+        milliseconds=3,
+        outcome=outcome,
+        reason=reason,
+        tokens=tokens,
+        their_tokens=theirs,
+        price=1_234_567,
+    )
+
+
+failed_attempts = st.lists(
+    st.builds(
+        attempt_at,
+        providers,
+        st.sampled_from(["failed", "timeout", "cancelled", "unreachable", "rate_limited", "discarded"]),
+        st.sampled_from(["answer", "retry", "hedge", "probe"]),
+        st.integers(1, 5000),
+        st.none() | st.integers(0, 9000),
+    ),
+    max_size=2,
+)
 
 
 class Books(RuleBasedStateMachine):
@@ -189,6 +224,51 @@ class Books(RuleBasedStateMachine):
             assert not late or free >= known.amount
             self.model.balance[known.account] -= known.amount
             known.state = "settled"
+
+    @rule(charge=charges, provider=providers, failed=failed_attempts, tokens=st.integers(1, 5000))
+    def settle_what_a_provider_answered(
+        self, charge: str, provider: str, failed: list[AttemptRecord], tokens: int
+    ) -> None:
+        known = self.model.charges.get(charge)
+        free = self.model.free(known.account) if known else 0
+        attempts = [*failed, attempt_at(provider, "answered", "answer", tokens, tokens + 1)]
+        try:
+            done = self.do(lambda c: costs.settle_with_attempts(c, charge, self.now, provider, attempts))
+        except InsufficientCredit:
+            assert known is not None and known.state == "expired" and free < known.amount
+            return
+        except LedgerRefused:
+            assert known is None or known.state == "released"
+            return
+        assert known is not None and done == (known.state in ("held", "expired"))
+        if done:
+            self.model.balance[known.account] -= known.amount
+            known.state = "settled"
+            self.model.add_costs(attempts)
+
+    @rule(attempts=failed_attempts)
+    def nobody_answers(self, attempts: list[AttemptRecord]) -> None:
+        self.do(lambda c: costs.add_attempts(c, attempts))
+        self.model.add_costs(attempts)
+
+    @rule()
+    def the_costs_are_booked(self) -> None:
+        while self.do(lambda c: costs.book_costs(c, self.now)):
+            pass
+        with self.database.read() as connection:
+            owed = {name: cost - self.model.paid.get(name, 0) for name, cost in self.model.costs.items() if cost}
+            assert costs.payables(connection) == owed
+
+    @rule(provider=providers, number=st.integers(0, 3))
+    def an_invoice_is_paid(self, provider: str, number: int) -> None:
+        due = self.model.costs.get(provider, 0) - self.model.paid.get(provider, 0)
+        if due <= 0:
+            return
+        self.the_costs_are_booked()
+        reference = f"invoice {next(self.numbers)}"
+        assert self.do(lambda c: ledger.pay_provider(c, provider, due, reference, self.now))
+        assert not self.do(lambda c: ledger.pay_provider(c, provider, due, reference, self.now))
+        self.model.paid[provider] = self.model.paid.get(provider, 0) + due
 
     @rule(charge=charges)
     def release(self, charge: str) -> None:
@@ -300,6 +380,12 @@ class Books(RuleBasedStateMachine):
             assert known is not None
             known.state = "released" if known.state != "settled" else known.state
 
+        attempts = [attempt_at("acme", "failed", "answer", 7, None), attempt_at("gpu-2", "answered", "retry", 7, 8)]
+
+        def answered() -> None:
+            settled()
+            model.add_costs(attempts)
+
         def refunded() -> None:
             assert known is not None
             model.refunded.add(charge)
@@ -315,6 +401,13 @@ class Books(RuleBasedStateMachine):
             [
                 ("hold", lambda c: ledger.hold(c, wanted, now), held),
                 ("settle", lambda c: ledger.settle(c, charge, now), settled),
+                (
+                    "answer",
+                    lambda c: costs.settle_with_attempts(c, charge, now, "gpu-2", attempts),
+                    answered,
+                ),
+                ("attempts", lambda c: costs.add_attempts(c, attempts[:1]), lambda: model.add_costs(attempts[:1])),
+                ("book costs", lambda c: costs.book_costs(c, now), lambda: None),
                 ("release", lambda c: ledger.release(c, charge, now), released),
                 ("refund", lambda c: ledger.refund(c, charge, now), refunded),
                 ("top up", lambda c: ledger.top_up(c, account, 50, reference, now), add(50)),
@@ -341,7 +434,8 @@ class Books(RuleBasedStateMachine):
     @invariant()
     def the_books_are_right(self) -> None:
         with self.database.read() as connection:
-            assert verify(connection).drift == ()
+            report = verify(connection)
+            assert report.drift == () and report.cost == sum(self.model.costs.values())
             for id, balance in self.model.balance.items():
                 found = people.account(connection, id)
                 assert (found.balance, found.held) == (balance, self.model.held(id))

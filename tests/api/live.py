@@ -24,7 +24,7 @@ from unmask.api.metrics import Metrics
 from unmask.api.web_pages import WebPages
 from unmask.router import ModelRegistry
 from unmask.router.pool import WatchIntervals
-from unmask.server.composition import open_models, open_providers
+from unmask.server.composition import book_providers, open_models, open_providers
 from unmask.server.http_server import HttpServer, base_url, listen
 from unmask.server.process import serve_models
 from unmask.storage.database import Database
@@ -189,7 +189,7 @@ def running(
         if settings.providers is not None:
             models.providers = open_providers(settings.providers, models, accounts.database if accounts else catalogue)
             if accounts is not None:
-                models.providers.record_attempts = accounts.record_attempts
+                book_providers(models.providers, accounts)
             models.providers.intervals = intervals or models.providers.intervals
         stopping, ready = threading.Event(), threading.Event()
         metrics = Metrics()

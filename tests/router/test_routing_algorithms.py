@@ -1,8 +1,10 @@
 """The pure parts of the router: load, breaker, retry budget, choice. The clock is handed in, so nothing waits."""
 
+import asyncio
 import math
 import random
 from collections import Counter
+from datetime import date
 
 import pytest
 from hypothesis import given, settings
@@ -12,9 +14,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from unmask.router import breaker as breakers
 from unmask.router.breaker import Breaker
 from unmask.router.choosing import Candidate, ProviderWishes, choose, permitted
+from unmask.router.daily_cost import DailyCost
+from unmask.router.hedging import MAX_TOKENS, MIN_DELAY_S, MIN_SAMPLES, UsualSeconds, first_result
 from unmask.router.load import DECAY_S, MIN_TOKENS, PENALTY_S, EndpointLoad, PeakEwma, slow_start
 from unmask.router.retry_budget import LIFE_S, RESERVE_PER_S, SHARE, RetryBudget
 from unmask.router.signals import SIGNALS
+from unmask.router.token_counts import TokenCounts
 
 steps = st.lists(st.tuples(st.floats(0, 30), st.floats(1e-6, 100)), min_size=1, max_size=40)
 
@@ -307,3 +312,115 @@ def test_a_failure_does_not_make_requests_look_hopeless() -> None:
     for _ in range(50):
         load.succeeded(64, 0.5, 1.0)
     assert load.expected_seconds(64) == pytest.approx(0.5, rel=0.02)
+
+
+days = st.sampled_from([date(2026, 11, 28), date(2026, 11, 29), date(2026, 11, 30)])
+
+
+@given(st.lists(st.tuples(days, st.integers(0, 10**12)), max_size=30))
+def test_a_days_cost_is_what_was_added_on_it(costs: list[tuple[date, int]]) -> None:
+    cost = DailyCost()
+    totals: Counter[date] = Counter()
+    for day, amount in sorted(costs):
+        cost.add(amount, day)
+        totals[day] += amount
+        assert cost.total(day) == cost.own(day) == totals[day]
+
+
+def test_the_books_add_what_other_processes_spent() -> None:
+    cost, day = DailyCost(), date(2026, 11, 28)
+    cost.add(100, day)
+    own = cost.own(day)
+    cost.add(20, day)  # while the books were read
+    cost.take_books(170, own, day)
+    assert cost.total(day) == 190
+    cost.take_books(0, own, day)  # the books are late: what is known here counts
+    assert cost.total(day) == 120
+    assert cost.total(date(2026, 11, 29)) == 0
+
+
+@given(st.floats(0.5, 2), st.integers(0, 40), st.integers(0, 2**32))
+def test_another_mix_of_lengths_is_no_other_count(slope: float, offset: int, seed: int) -> None:
+    counts, draw, now = TokenCounts(), random.Random(seed), 0.0
+    for longest in (100, 400, 30):
+        for _ in range(300):
+            ours = draw.randint(1, longest)
+            theirs = math.floor(slope * ours + offset + draw.random())
+            assert counts.add(ours, theirs, 1, now) is None
+        now += 3600
+
+
+def test_another_count_is_an_alarm_and_is_one_once() -> None:
+    counts, draw = TokenCounts(), random.Random(3)
+    alarms = []
+    for hour in range(6):
+        for _ in range(300):
+            ours = draw.randint(5, 200)
+            theirs = round((1.05 if hour >= 3 else 1) * ours) + 1
+            alarms.append((hour, counts.add(ours, theirs, 1, 3600.0 * hour)))
+    assert [hour for hour, change in alarms if change is not None] == [4]
+    assert next(change for _, change in alarms if change is not None) == pytest.approx(0.05, abs=0.01)
+
+
+async def answer_after(seconds: float, result: str | None, ended: list[str]) -> str | None:
+    try:
+        await asyncio.sleep(seconds)
+    except asyncio.CancelledError:
+        ended.append(f"{result} cancelled")
+        raise
+    if result == "error":
+        raise RuntimeError(result)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "result", "cancelled"),
+    [
+        ((0, "a"), (0, "b"), "a", []),  # quick: no hedge
+        ((60, "a"), (0, "b"), "b", ["a cancelled"]),
+        ((0.05, "a"), (60, "b"), "a", ["b cancelled"]),
+        ((0.05, "error"), (0.1, "b"), "b", []),
+        ((0.05, None), (0.1, "b"), "b", []),
+        ((0.1, "a"), (0.02, "error"), "a", []),
+    ],
+)
+def test_the_first_good_result_counts(
+    first: tuple[float, str | None], second: tuple[float, str | None], result: str, cancelled: list[str]
+) -> None:
+    ended: list[str] = []
+
+    async def run() -> str | None:
+        return await first_result(answer_after(*first, ended), 0.02, lambda: answer_after(*second, ended))
+
+    assert asyncio.run(run()) == result and ended == cancelled
+
+
+def test_two_failures_are_one() -> None:
+    async def run() -> str | None:
+        return await first_result(answer_after(0.03, "error", []), 0.01, lambda: answer_after(0.01, None, []))
+
+    with pytest.raises(RuntimeError, match="error"):
+        asyncio.run(run())
+
+
+@given(st.lists(st.floats(0, 10), min_size=MIN_SAMPLES, max_size=250), st.integers(1, MAX_TOKENS))
+def test_a_hedge_waits_for_the_slowest_twentieth(durations: list[float], tokens: int) -> None:
+    usual = UsualSeconds()
+    for number, seconds in enumerate(durations):
+        assert usual.hedge_delay(tokens) is None or number >= MIN_SAMPLES
+        usual.add(tokens, seconds)
+    delay = usual.hedge_delay(tokens)
+    assert delay is not None and delay >= MIN_DELAY_S
+    assert sum(seconds > delay for seconds in durations) <= len(durations) * 0.05
+    assert usual.hedge_delay(MAX_TOKENS + 1) is None
+
+
+@given(st.lists(st.tuples(st.integers(1, 5000), st.booleans()), max_size=60))
+def test_hedges_never_exceed_their_share(requests: list[tuple[int, bool]]) -> None:
+    budget, deposits, taken = RetryBudget(0.05, 0), 0, 0
+    for tokens, wants in requests:
+        budget.deposit(tokens, 1.0)
+        deposits += tokens
+        if wants and budget.withdraw(tokens, 1.0):
+            taken += tokens
+        assert taken <= 0.05 * deposits

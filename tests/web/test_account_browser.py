@@ -21,7 +21,7 @@ from unmask.storage.database import now_ms
 from unmask.web import website
 
 ACCOUNT = ["/account", "/account/keys", "/account/usage", "/account/requests", "/account/ledger", "/account/settings"]
-ADMIN = ["/admin", "/admin/models", "/admin/prices", "/admin/plans", "/admin/audit"]
+ADMIN = ["/admin", "/admin/models", "/admin/providers", "/admin/prices", "/admin/plans", "/admin/audit"]
 
 
 @pytest.fixture(scope="module")

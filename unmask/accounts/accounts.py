@@ -185,7 +185,7 @@ class Accounts:
             NoPrice: the operator has set no price for the model.
             and as `ledger.hold`.
         """
-        price = await self._price(work.model, work.tier)
+        price = await self.price(work.model, work.tier)
         now = now_ms()
         new_hold = Hold(
             id=f"chg_{secrets.token_hex(12)}",
@@ -223,9 +223,8 @@ class Accounts:
             InsufficientCredit, LedgerRefused: as `ledger.settle`.
         """
 
-        def book(connection: Connection) -> None:
-            if ledger.settle(connection, charge, now_ms(), provider) and attempts:
-                costs.add_attempts(connection, attempts, charge)
+        def book(connection: Connection) -> bool:
+            return costs.settle_with_attempts(connection, charge, now_ms(), provider, attempts)
 
         await asyncio.shield(self._book(book))
 
@@ -256,7 +255,13 @@ class Accounts:
             self._tariff = now, await self.read(tariff.all_prices)
         return self._tariff[1]
 
-    async def _price(self, model: str, tier: str) -> int:
+    async def price(self, model: str, tier: str) -> int:
+        """Return nano-dollars per million tokens, at most five seconds old.
+
+        Raises:
+            NoPrice: the operator has set none.
+            StorageError: the database failed.
+        """
         now = now_ms()
         seen = self._prices.get((model, tier))
         if seen is None or now - seen[0] > _PRICE_S * 1000:
@@ -443,7 +448,7 @@ class Accounts:
             raise RateLimited(f"Too many tries: wait {seconds} seconds.", "requests", refused.retry_after) from None
 
     def sweep(self) -> int:
-        """Expire holds whose server died, record the last use of keys, and delete old sessions and replays.
+        """Expire holds whose server died, book costs, record uses of keys, and delete old sessions and replays.
 
         Returns:
             The number of holds that expired.
@@ -467,8 +472,13 @@ class Accounts:
             people.delete_expired_sessions(connection, now)
 
         self._writer.submit(forget).result()
+        self._book_costs()
         self._writer.checkpoint_wal()
         return count
+
+    def _book_costs(self) -> None:
+        while self._writer.submit(lambda connection: costs.book_costs(connection, now_ms())).result():
+            pass
 
     def _sweep_often(self) -> None:
         swept = time.monotonic()

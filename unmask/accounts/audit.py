@@ -1,7 +1,8 @@
 """The audit log of changes of accounts, keys, prices, money and models. Append-only, without secrets.
 
 Only this package appends to the log. `unmask.accounts.actions` makes a change and its audit row in one transaction;
-for changes of the catalogue, whose tables stand above this package, there are the `append_model_...` functions.
+for changes of the catalogue and of providers, which stand above this package, there are the `append_model_...`
+functions and `append_provider_verdict`.
 """
 
 import json
@@ -80,6 +81,14 @@ def append_model_live(
 ) -> None:
     """Record that a model went live with the weights of a revision, and how many accounts were notified."""
     append(connection, actor, "model.live", model, now, revision=revision, told=notified)
+
+
+def append_provider_verdict(
+    connection: Connection, actor: Actor, provider: str, model: str, verdict: str, now: int, *, reason: str = ""
+) -> None:
+    """Record that the operator quarantined a provider of a model, or let it be admitted again."""
+    detail = {"model": model} | ({"reason": reason} if reason else {})
+    append(connection, actor, f"provider.{verdict}", provider, now, **detail)
 
 
 def events(

@@ -1,28 +1,40 @@
 """Attempts at providers: what each cost us, beside the one charge that its request costs the caller.
 
 Every attempt is a row: good ones in the transaction of the settlement, all others on their own. Our count of tokens is
-charged; a provider's own count decides what it will bill, unless it is absurd.
+charged; a provider's own count decides what it will bill, unless it is absurd. The costs go into the ledger a few
+seconds later: `book_costs` moves the sum of all attempts that no entry has yet from `@cost` to `@payable:PROVIDER`,
+and marks each attempt with the entry that has it, in one transaction. So a cost is booked once, whoever dies when.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from datetime import UTC, date, datetime, timedelta
+from typing import Any, Literal, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from unmask.accounts import money
+from unmask.accounts import ledger, money
 from unmask.storage.database import RawStatement
-from unmask.storage.schema import provider_attempts
+from unmask.storage.schema import charges, entries, provider_attempts
 
-Reason = Literal["answer", "retry", "probe"]
+Reason = Literal["answer", "retry", "hedge", "probe"]
+
+# Outcomes of attempts at which no work was done, so nothing is billed.
+FREE_OUTCOMES = ("unreachable", "rate_limited", "no_access", "rejected")
+
+# Attempts of one transaction of `book_costs`: the others that want to write wait a few milliseconds for it.
+_BATCH = 1000
+
+_DAY_MS = 24 * 3600 * 1000
 
 # A count that differs from ours by more than this factor is no count: it is missing, or of something else.
-_ABSURD = 2.0
+ABSURD_FACTOR = 2
 
 _INSERT = RawStatement(
     "INSERT INTO provider_attempts (at, charge, provider, model, milliseconds, outcome, reason, tokens, their_tokens, "
-    "cost) VALUES (:at, :charge, :provider, :model, :milliseconds, :outcome, :reason, :tokens, :their_tokens, :cost)"
+    "price, cost) VALUES (:at, :charge, :provider, :model, :milliseconds, :outcome, :reason, :tokens, :their_tokens, "
+    ":price, :cost)"
 )
 
 
@@ -35,7 +47,8 @@ class AttemptRecord:
         provider, model: names.
         milliseconds: duration.
         outcome: "answered", or the signal of its failure.
-        reason: the first attempt of a request is for the answer, the others are retries; canaries are probes.
+        reason: the first attempt of a request is for the answer, the others are retries, or hedges if the attempt
+            before had not ended; canaries are probes.
         tokens: by our count.
         their_tokens: by the provider's; None if it did not say.
         price: nano-dollars per million tokens there, on that day.
@@ -54,11 +67,12 @@ class AttemptRecord:
     @property
     def cost(self) -> int:
         """Nano-dollars that the provider will bill: nothing for a failure before it answered."""
-        if self.outcome in ("unreachable", "rate_limited", "no_access", "rejected"):
+        if self.outcome in FREE_OUTCOMES:
             return 0
         theirs = self.their_tokens
-        usable = theirs is not None and self.tokens / _ABSURD <= theirs <= self.tokens * _ABSURD
-        return money.cost(theirs if usable and theirs is not None else self.tokens, self.price)
+        if theirs is None or not self.tokens <= theirs * ABSURD_FACTOR <= self.tokens * ABSURD_FACTOR**2:
+            theirs = self.tokens
+        return money.cost(theirs, self.price)
 
 
 class ProviderBill(NamedTuple):
@@ -93,9 +107,98 @@ def add_attempts(connection: Connection, attempts: Sequence[AttemptRecord], char
                 "reason": attempt.reason,
                 "tokens": attempt.tokens,
                 "their_tokens": attempt.their_tokens,
+                "price": attempt.price,
                 "cost": attempt.cost,
             },
         )
+
+
+def settle_with_attempts(
+    connection: Connection, charge: str, now: int, provider: str | None, attempts: Sequence[AttemptRecord]
+) -> bool:
+    """Settle a charge and append the attempts of its request, in one transaction. Doing it again changes nothing.
+
+    Args:
+        connection: of a transaction that writes.
+        charge: id of the charge.
+        now: Unix milliseconds.
+        provider: name of the provider that computed the vectors; None for this server's own engine.
+        attempts: of the request.
+
+    Returns:
+        True if this call settled it, False if an earlier one did.
+
+    Raises:
+        LedgerRefused, InsufficientCredit: as `ledger.settle`.
+    """
+    settled = ledger.settle(connection, charge, now, provider)
+    if settled:
+        add_attempts(connection, attempts, charge)
+    return settled
+
+
+def book_costs(connection: Connection, now: int) -> int:
+    """Book the costs of attempts that no entry has yet, oldest first: one entry per provider.
+
+    Call it until it returns 0. Two at the same time book different attempts.
+
+    Returns:
+        The number of attempts that were booked.
+    """
+    table = provider_attempts.c
+    rows = connection.execute(
+        sa.select(table.id, table.provider, table.cost)
+        .where(table.booking.is_(None), table.cost > 0)
+        .order_by(table.id)
+        .limit(_BATCH)
+        .with_for_update(skip_locked=True)
+    ).all()
+    hour = datetime.fromtimestamp(now / 1000, UTC).strftime("%Y-%m-%dT%H")
+    for provider in dict.fromkeys(row.provider for row in rows):
+        attempts = [row for row in rows if row.provider == provider]
+        # An attempt is booked once, so the number of the first one makes the reference unique.
+        reference = f"{provider}/{hour}/{attempts[0].id}"
+        ledger.book_cost(connection, provider, sum(row.cost for row in attempts), reference, now)
+        booked = table.id.in_([row.id for row in attempts])
+        connection.execute(provider_attempts.update().where(booked).values(booking=reference))
+    return len(rows)
+
+
+def costs_since(connection: Connection, start: int) -> dict[str, int]:
+    """Return the nano-dollars of each provider's attempts since a time.
+
+    Args:
+        connection: of a transaction that reads.
+        start: Unix milliseconds.
+    """
+    table = provider_attempts.c
+    statement = sa.select(table.provider, sa.func.sum(table.cost)).where(table.at >= start).group_by(table.provider)
+    return {provider: int(cost) for provider, cost in connection.execute(statement)}
+
+
+def daily_costs(connection: Connection, start: int) -> dict[tuple[date, str], int]:
+    """Return the nano-dollars of each day and provider since a time.
+
+    Args:
+        connection: of a transaction that reads.
+        start: Unix milliseconds.
+    """
+    table = provider_attempts.c
+    day = (table.at // _DAY_MS).label("day")
+    statement = sa.select(day, table.provider, sa.func.sum(table.cost)).where(table.at >= start, table.cost > 0)
+    rows = connection.execute(statement.group_by(day, table.provider))
+    return {(date(1970, 1, 1) + timedelta(days=int(at)), provider): int(cost) for at, provider, cost in rows}
+
+
+def payables(connection: Connection) -> dict[str, int]:
+    """Return the nano-dollars that we owe each provider: its booked costs without what was paid."""
+    owed: dict[str, int] = {}
+    for book, sign in ((entries.c.credit, 1), (entries.c.debit, -1)):
+        sums = sa.select(book, sa.func.sum(entries.c.amount)).where(book.startswith(ledger.PAYABLE)).group_by(book)
+        for name, amount in connection.execute(sums):
+            provider = name.removeprefix(ledger.PAYABLE)
+            owed[provider] = owed.get(provider, 0) + sign * int(amount)
+    return owed
 
 
 def bill(connection: Connection, provider: str, start: int, end: int) -> list[ProviderBill]:
@@ -121,3 +224,78 @@ def bill(connection: Connection, provider: str, start: int, end: int) -> list[Pr
         .order_by(table.model, table.reason)
     )
     return [ProviderBill(model, reason, *map(int, figures)) for model, reason, *figures in rows]
+
+
+class Margin(NamedTuple):
+    """Income and cost of a model at a provider in a time. Amounts in nano-dollars.
+
+    Attributes:
+        requests: charges that it answered.
+        income: of these charges, without what was refunded.
+        cost: of all attempts there, canaries included.
+        overhead: share of the cost that no answer came from: failures, hedges that were overtaken, canaries.
+    """
+
+    provider: str
+    model: str
+    requests: int
+    income: int
+    cost: int
+    overhead: float
+
+    @property
+    def profit(self) -> int:
+        """Income without cost; negative for a loss."""
+        return self.income - self.cost
+
+
+def margins(connection: Connection, start: int, end: int) -> list[Margin]:
+    """Compare what callers paid for a provider's answers with what the provider costs.
+
+    Args:
+        connection: of a transaction that reads.
+        start, end: Unix milliseconds; the end is not included.
+    """
+    income = {(row.provider, row.model): row for row in connection.execute(_income(start, end))}
+    table = provider_attempts.c
+    useful = sa.and_(table.outcome == "answered", table.charge.is_not(None))
+    spent = sa.select(
+        table.provider,
+        table.model,
+        sa.func.sum(table.cost).label("cost"),
+        sa.func.sum(sa.case((useful, table.cost), else_=0)).label("useful"),
+    )
+    spent = spent.where(table.at >= start, table.at < end).group_by(table.provider, table.model)
+    costs = {(row.provider, row.model): row for row in connection.execute(spent)}
+    return [_margin(key, income.get(key), costs.get(key)) for key in sorted({*income, *costs})]
+
+
+def _income(start: int, end: int) -> sa.Select[Any, Any, int, Any]:
+    refunds = sa.select(entries.c.reference).where(entries.c.kind == "refund")
+    return (
+        sa.select(
+            charges.c.provider,
+            charges.c.model,
+            sa.func.count().label("requests"),
+            sa.func.sum(sa.case((charges.c.id.in_(refunds), 0), else_=charges.c.amount)).label("income"),
+        )
+        .where(
+            charges.c.state == "settled",
+            charges.c.provider.is_not(None),
+            charges.c.ended_at >= start,
+            charges.c.ended_at < end,
+        )
+        .group_by(charges.c.provider, charges.c.model)
+    )
+
+
+def _margin(key: tuple[str, str], income: Any, spent: Any) -> Margin:
+    cost, useful = (int(spent.cost), int(spent.useful)) if spent is not None else (0, 0)
+    return Margin(
+        provider=key[0],
+        model=key[1],
+        requests=int(income.requests) if income is not None else 0,
+        income=int(income.income) if income is not None else 0,
+        cost=cost,
+        overhead=(cost - useful) / cost if cost else 0.0,
+    )

@@ -29,7 +29,9 @@ from unmask.errors import (
 from unmask.storage.database import RawStatement, insert
 from unmask.storage.schema import accounts, charges, entries, keys, replays
 
+# Our own books. `PAYABLE` and a provider's name: what we owe it.
 CASH, REVENUE, PROMOTION, FORFEITED = "@cash", "@revenue", "@promotion", "@forfeited"
+COST, PAYABLE = "@cost", "@payable:"
 
 REPLAY_MS = 24 * 3600 * 1000  # how long an Idempotency-Key is remembered
 
@@ -332,6 +334,58 @@ def pay_out(
         raise LedgerRefused(f"account {account} does not have {format_dollars(amount)} dollars of free credit")
     if not reference or not _book(connection, now, kind, account, to, amount, reference, note):
         raise LedgerRefused(f"the reference {reference!r} is empty or was used already")
+
+
+def book_cost(connection: Connection, provider: str, amount: int, reference: str, now: int) -> None:
+    """Book what attempts at a provider cost, from `COST` to what we owe it.
+
+    Args:
+        connection: of the transaction that marks the attempts with the reference.
+        provider: its name.
+        amount: nano-dollars.
+        reference: unique.
+        now: Unix milliseconds.
+
+    Raises:
+        LedgerRefused: the amount is impossible, or the reference was used.
+    """
+    _check_amount(amount)
+    if not _book(connection, now, "provider_cost", COST, PAYABLE + provider, amount, reference):
+        raise LedgerRefused(f"the reference {reference!r} was used already")
+
+
+def pay_provider(
+    connection: Connection, provider: str, amount: int, reference: str, now: int, *, note: str = ""
+) -> bool:
+    """Book that a provider's invoice was paid, once per reference.
+
+    Args:
+        connection: of a transaction that writes.
+        provider: its name.
+        amount: nano-dollars.
+        reference: of the invoice.
+        now: Unix milliseconds.
+        note: for people.
+
+    Returns:
+        False if this very payment is in the books already.
+
+    Raises:
+        LedgerRefused: the reference stands for another payment, or the amount is impossible.
+    """
+    _check_amount(amount)
+    if not reference:
+        raise LedgerRefused("a payment needs the number of its invoice, so that it cannot be booked twice")
+    if _book(connection, now, "provider_payment", PAYABLE + provider, CASH, amount, f"{provider}/{reference}", note):
+        return True
+    earlier = connection.scalar(
+        sa.select(entries.c.amount).where(
+            entries.c.kind == "provider_payment", entries.c.reference == f"{provider}/{reference}"
+        )
+    )
+    if earlier == amount:
+        return False
+    raise LedgerRefused(f"{reference!r} of {provider} was paid with {format_dollars(earlier or 0)} dollars already")
 
 
 def _find_replay(connection: Connection, new_hold: Hold, now: int) -> HeldCredit | None:

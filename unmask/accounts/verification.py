@@ -1,4 +1,4 @@
-"""Verification of the books: every balance, hold and spend recomputed from the entries and the charges."""
+"""Verification of the books: every balance, hold, spend and cost recomputed from entries, charges and attempts."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,8 +7,10 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
+from unmask.accounts.costs import ABSURD_FACTOR, FREE_OUTCOMES
+from unmask.accounts.ledger import COST, PAYABLE
 from unmask.accounts.money import format_dollars
-from unmask.storage.schema import accounts, charges, entries, keys
+from unmask.storage.schema import accounts, charges, entries, keys, provider_attempts
 
 
 @dataclass(frozen=True)
@@ -17,8 +19,8 @@ class Discrepancy:
 
     Attributes:
         what: the rule that is broken.
-        subject: the account, key or charge.
-        expected, actual: nano-dollars, by the entries or charges and as stored.
+        subject: the account, key, charge, booking or attempt.
+        expected, actual: nano-dollars, by the entries, charges or attempts and as stored.
     """
 
     what: str
@@ -38,13 +40,15 @@ class Verification:
     accounts: int
     entries: int
     charges: int
+    attempts: int  # at providers
     settled: int  # nano-dollars
     held: int
+    cost: int  # of the attempts
     drift: tuple[Discrepancy, ...]
 
 
 def verify(connection: Connection) -> Verification:
-    """Recompute every balance, hold, spend and settlement.
+    """Recompute every balance, hold, spend, settlement and cost.
 
     Args:
         connection: in a transaction that sees one state, as `Database.read` gives.
@@ -55,6 +59,9 @@ def verify(connection: Connection) -> Verification:
         *_settlements(connection),
         *_refunds(connection),
         *_spends(connection),
+        *_attempt_costs(connection),
+        *_cost_bookings(connection),
+        *_answers(connection),
     ]
 
     def number(statement: sa.Select[Any]) -> int:
@@ -70,8 +77,10 @@ def verify(connection: Connection) -> Verification:
         accounts=count(accounts),
         entries=count(entries),
         charges=count(charges),
+        attempts=count(provider_attempts),
         settled=total("settled"),
         held=total("held"),
+        cost=number(sa.select(sa.func.sum(provider_attempts.c.cost))),
         drift=tuple(drift),
     )
 
@@ -165,3 +174,83 @@ def _spends(connection: Connection) -> Iterable[Discrepancy]:
         due = expected.get(row.id, 0) + row.carried
         if due != row.spent:
             yield Discrepancy("spent in the key's window", row.id, due, row.spent)
+
+
+def _attempt_costs(connection: Connection) -> Iterable[Discrepancy]:
+    """Each attempt costs its tokens at its price, by the rule of `AttemptRecord.cost`."""
+    attempt = provider_attempts.c
+    theirs = attempt.their_tokens * ABSURD_FACTOR
+    counted = sa.case(
+        (
+            sa.and_(theirs >= attempt.tokens, theirs <= attempt.tokens * ABSURD_FACTOR**2),
+            attempt.their_tokens,
+        ),
+        else_=attempt.tokens,
+    )
+    rounded_up = (sa.cast(counted, sa.BigInteger) * attempt.price + 999_999) // 1_000_000
+    expected = sa.case((attempt.outcome.in_(FREE_OUTCOMES), 0), else_=rounded_up)
+    differing = sa.select(attempt.id, attempt.provider, attempt.cost, expected.label("due")).where(
+        attempt.price.is_not(None), attempt.cost != expected
+    )
+    for row in connection.execute(differing):
+        yield Discrepancy("cost of an attempt", f"{row.provider}/{row.id}", int(row.due), row.cost)
+
+
+def _cost_bookings(connection: Connection) -> Iterable[Discrepancy]:
+    """Each entry of costs has its attempts, all of the one provider, and each booked attempt has its entry."""
+    attempt = provider_attempts.c
+    booked = (
+        sa.select(attempt.booking, attempt.provider, sa.func.sum(attempt.cost).label("cost"))
+        .where(attempt.booking.is_not(None))
+        .group_by(attempt.booking, attempt.provider)
+        .subquery()
+    )
+    costs = sa.select(entries).where(entries.c.kind == "provider_cost").subquery()
+    differing = (
+        sa.select(costs.c.reference, costs.c.amount, booked.c.cost)
+        .join(booked, booked.c.booking == costs.c.reference, isouter=True)
+        .where(
+            sa.or_(
+                booked.c.booking.is_(None),
+                booked.c.cost != costs.c.amount,
+                costs.c.debit != COST,
+                costs.c.credit != sa.literal(PAYABLE) + booked.c.provider,
+            )
+        )
+    )
+    for reference, amount, due in connection.execute(differing):
+        yield Discrepancy("entry of a provider's costs", reference, int(due or 0), amount)
+    lost = (
+        sa.select(booked.c.booking, booked.c.cost)
+        .join(costs, costs.c.reference == booked.c.booking, isouter=True)
+        .where(costs.c.id.is_(None))
+    )
+    for reference, due in connection.execute(lost):
+        yield Discrepancy("booked attempts without an entry", reference, int(due), 0)
+
+
+def _answers(connection: Connection) -> Iterable[Discrepancy]:
+    """Attempts belong to settled charges only, and whoever a charge names as its provider answered it once."""
+    attempt = provider_attempts.c
+    of_nobody = (
+        sa.select(attempt.charge, sa.func.sum(attempt.cost).label("cost"))
+        .join(charges, charges.c.id == attempt.charge, isouter=True)
+        .where(attempt.charge.is_not(None), sa.func.coalesce(charges.c.state, "") != "settled")
+        .group_by(attempt.charge)
+    )
+    for charge, cost in connection.execute(of_nobody):
+        yield Discrepancy("attempts of a charge that is not settled", charge, 0, int(cost))
+    answered = (
+        sa.select(attempt.charge, attempt.provider, sa.func.count().label("number"))
+        .where(attempt.charge.is_not(None), attempt.outcome == "answered")
+        .group_by(attempt.charge, attempt.provider)
+        .subquery()
+    )
+    same = sa.and_(answered.c.charge == charges.c.id, answered.c.provider == charges.c.provider)
+    unanswered = (
+        sa.select(charges.c.id, charges.c.amount)
+        .join(answered, same, isouter=True)
+        .where(charges.c.provider.is_not(None), sa.func.coalesce(answered.c.number, 0) != 1)
+    )
+    for charge, amount in connection.execute(unanswered):
+        yield Discrepancy("charge without the one answer of its provider", charge, 0, amount)

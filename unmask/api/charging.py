@@ -14,6 +14,7 @@ from starlette.requests import Request
 from unmask.accounts import Accounts, BillableRequest, Caller, HeldCredit
 from unmask.accounts.costs import AttemptRecord
 from unmask.accounts.limits import RateLimitStatus
+from unmask.accounts.money import format_dollars
 from unmask.accounts.tariff import TIERS
 from unmask.api.context import RequestContext, context_of
 from unmask.api.errors import QUOTA, ApiError
@@ -83,17 +84,25 @@ class Charging:
 
     @asynccontextmanager
     async def charge(
-        self, request: Request, model: str, tier: str, tokens: int, body: bytes, deadline: float
+        self,
+        request: Request,
+        model: str,
+        tier: str,
+        tokens: int,
+        body: bytes,
+        deadline: float,
+        max_price: int | None = None,
     ) -> AsyncIterator[Charge]:
         """Hold the price of `tokens` while the block runs. A block that does not settle releases it.
 
         Args:
             body: body of the request, to tell a repetition from another request.
             deadline: `time.monotonic()` by which the caller wants its answer.
+            max_price: nano-dollars per million tokens that the caller pays at most; None for any price.
 
         Raises:
             RateLimited: too many tokens this minute.
-            ApiError: the credit or the key's limit does not cover it; a header is wrong.
+            ApiError: the model's price is higher; the credit or the key's limit does not cover it; a header is wrong.
             NoPrice, Forbidden, RequestInProgress, KeyReused, StorageError: as `Accounts.hold`.
             DeadlineExceeded: the ledger did not answer in time.
         """
@@ -102,6 +111,13 @@ class Charging:
         if accounts is None or caller is None:
             yield Charge()
             return
+        if max_price is not None and (price := await accounts.price(model, tier)) > max_price:
+            raise ApiError(
+                400,
+                f"A million tokens of {model} cost {format_dollars(price)} dollars, more than provider.max_price.",
+                param="provider",
+                code="max_price_exceeded",
+            )
         await self._take(context, caller, "tokens", tokens)
         seconds = max(0.0, deadline - time.monotonic())
         key = _idempotency_key(request.headers)

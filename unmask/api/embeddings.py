@@ -37,6 +37,7 @@ from unmask.api.schema import (
 )
 from unmask.api.settings import ServeSettings
 from unmask.catalogue import Record
+from unmask.encoder import Prompt
 from unmask.encoder.encoder import postprocess
 from unmask.router import EmbeddingWork, ModelRegistry, ProviderWishes, ServedModel, find_route
 from unmask.router.providers import PRECISION_CLASSES
@@ -144,7 +145,8 @@ class EmbeddingsRoute:
         num_tokens = sum(len(prompt.ids) for prompt in prompts)
         self._check_tokens(num_tokens)
         share = context.share if tier == "default" else _BATCH_SHARE
-        async with self.charging.charge(request, model, tier, num_tokens, body, deadline) as charge:
+        max_price = parsed.provider.max_nano_per_million if parsed.provider else None
+        async with self.charging.charge(request, model, tier, num_tokens, body, deadline, max_price) as charge:
             work = EmbeddingWork(
                 texts=None if is_native else [text for text in texts if isinstance(text, str)],
                 prompts=prompts,
@@ -153,6 +155,8 @@ class EmbeddingsRoute:
                 deadline=deadline,
                 share=share,
                 wishes=_wishes(parsed.provider),
+                income=charge.cost,
+                hedged=tier == "default",
             )
             try:
                 routed = await route.run(work)
@@ -171,13 +175,7 @@ class EmbeddingsRoute:
             await charge.settle(routed.endpoint.provider.name if routed.endpoint else None, work.attempts)
         context.tokens = num_tokens
         self.metrics.count_embedding(model, num_tokens, context.elapsed_s())
-        headers = route.headers(routed)
-        if encoding:
-            headers["x-unmask-token-encoding"] = encoding
-        if truncated := sum(prompt.truncated for prompt in prompts):
-            headers["x-unmask-truncated-inputs"] = str(truncated)
-        if ignored:
-            headers["x-unmask-ignored-fields"] = _names(ignored)
+        headers = route.headers(routed) | _input_headers(encoding, prompts, ignored)
         return Response(content, headers=headers, media_type="application/json")
 
     async def _decode_inputs(
@@ -289,6 +287,16 @@ def _instruction(parsed: EmbeddingRequest, record: Record) -> str:
     if parsed.instruction:
         return parsed.instruction
     return {"query": record.query_instruction, "document": record.document_instruction}.get(parsed.input_type or "", "")
+
+
+def _input_headers(encoding: TokenEncoding | None, prompts: Sequence[Prompt], ignored: Sequence[str]) -> dict[str, str]:
+    """Return the headers that say what became of the inputs and of fields that are not known."""
+    headers = {"x-unmask-token-encoding": encoding} if encoding else {}
+    if truncated := sum(prompt.truncated for prompt in prompts):
+        headers["x-unmask-truncated-inputs"] = str(truncated)
+    if ignored:
+        headers["x-unmask-ignored-fields"] = _names(ignored)
+    return headers
 
 
 def _wishes(options: ProviderOptions | None) -> ProviderWishes:

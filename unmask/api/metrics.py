@@ -12,6 +12,41 @@ CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
+class ProviderGauges:
+    """The figures of providers, by provider and model."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def gauge(name: str, description: str, *labels: str) -> Gauge:
+            return Gauge(f"unmask_provider_{name}", description, ["provider", "model", *labels], registry=registry)
+
+        self._requests = gauge("requests", "Requests of the last day to a provider by outcome", "outcome")
+        self._tokens = gauge("in_flight_tokens", "Tokens in flight at a provider")
+        self._cost = gauge(
+            "cost_nanodollars",
+            "Cost of the attempts at a provider since the process started, by the reason for the attempt",
+            "reason",
+        )
+        self._admitted = gauge("admitted", "1 if a provider's vectors were right in its last runs, else 0")
+        self._breaker = gauge("breaker_closed", "1 if traffic may go to a provider, else 0")
+        self._distance = gauge(
+            "conformance_distance", "1 - cosine of a provider's canaries in its last full run", "stat"
+        )
+
+    def set(self, model: str, endpoint: ProviderEndpoint) -> None:
+        """Set the figures of a provider of a model."""
+        labels = endpoint.provider.name, model
+        for outcome, count in endpoint.outcomes().items():
+            self._requests.labels(*labels, outcome).set(count)
+        self._tokens.labels(*labels).set(endpoint.load.tokens)
+        for reason, nano in endpoint.costs.items():
+            self._cost.labels(*labels, reason).set(nano)
+        self._admitted.labels(*labels).set(endpoint.standing == "admitted")
+        self._breaker.labels(*labels).set(endpoint.breaker.lets_in())
+        if endpoint.conformance is not None:
+            self._distance.labels(*labels, "worst").set(endpoint.conformance.worst)
+            self._distance.labels(*labels, "mean").set(endpoint.conformance.mean)
+
+
 class Metrics:
     """The counters of one app, in their own registry."""
 
@@ -41,34 +76,7 @@ class Metrics:
             ["model"],
             registry=self._registry,
         )
-        endpoint = ["provider", "model"]
-        self._provider_requests = Gauge(
-            "unmask_provider_requests",
-            "Requests of the last day to a provider by outcome",
-            [*endpoint, "outcome"],
-            registry=self._registry,
-        )
-        self._provider_tokens = Gauge(
-            "unmask_provider_in_flight_tokens", "Tokens in flight at a provider", endpoint, registry=self._registry
-        )
-        self._provider_admitted = Gauge(
-            "unmask_provider_admitted",
-            "1 if a provider's vectors were right in its last runs, else 0",
-            endpoint,
-            registry=self._registry,
-        )
-        self._provider_breaker = Gauge(
-            "unmask_provider_breaker_closed",
-            "1 if traffic may go to a provider, else 0",
-            endpoint,
-            registry=self._registry,
-        )
-        self._provider_distance = Gauge(
-            "unmask_provider_conformance_distance",
-            "1 - cosine of a provider's canaries in its last full run",
-            [*endpoint, "stat"],
-            registry=self._registry,
-        )
+        self._providers = ProviderGauges(self._registry)
         prometheus_client.ProcessCollector(registry=self._registry)
 
     def count_request(self, route: str, status: int, seconds: float) -> None:
@@ -99,15 +107,7 @@ class Metrics:
 
     def set_provider(self, model: str, endpoint: ProviderEndpoint) -> None:
         """Set the figures of a provider of a model."""
-        labels = endpoint.provider.name, model
-        for outcome, count in endpoint.outcomes().items():
-            self._provider_requests.labels(*labels, outcome).set(count)
-        self._provider_tokens.labels(*labels).set(endpoint.load.tokens)
-        self._provider_admitted.labels(*labels).set(endpoint.standing == "admitted")
-        self._provider_breaker.labels(*labels).set(endpoint.breaker.lets_in())
-        if endpoint.conformance is not None:
-            self._provider_distance.labels(*labels, "worst").set(endpoint.conformance.worst)
-            self._provider_distance.labels(*labels, "mean").set(endpoint.conformance.mean)
+        self._providers.set(model, endpoint)
 
     def requests_by_status(self, route: str) -> dict[int, int]:
         """Return the number of requests of a route since the start, by status."""

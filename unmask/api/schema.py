@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from unmask.accounts import money
 from unmask.api.errors import ApiError
 from unmask.catalogue import Specification, Status
 
@@ -32,6 +33,12 @@ def _doc(description: str) -> Meta:
 ProviderNames = Annotated[tuple[str, ...], Meta(max_length=64)]
 
 
+class MaxPrice(msgspec.Struct, kw_only=True, frozen=True):
+    """Most that a request may cost."""
+
+    prompt: Annotated[float, Meta(ge=0, description="Dollars per million tokens.")]
+
+
 class ProviderOptions(msgspec.Struct, kw_only=True, frozen=True):
     """Wishes about who answers, in OpenRouter's words. Providers are listed at `/v1/models/{id}/endpoints`."""
 
@@ -47,6 +54,12 @@ class ProviderOptions(msgspec.Struct, kw_only=True, frozen=True):
         _doc("Precisions that may answer beyond float32 and float16. Their vectors are another vector space."),
     ] = ()
     data_collection: Annotated[Literal["allow", "deny"], _doc("`deny`: only providers that keep no texts.")] = "allow"
+    max_price: Annotated[MaxPrice | None, _doc("Refuse the request if the model's price is higher.")] = None
+
+    @property
+    def max_nano_per_million(self) -> int | None:
+        """`max_price` in nano-dollars per million tokens; None for no limit."""
+        return None if self.max_price is None else round(self.max_price.prompt * money.NANO)
 
 
 class EmbeddingRequest(msgspec.Struct, kw_only=True):
@@ -169,7 +182,9 @@ class EndpointInfo(msgspec.Struct, kw_only=True):
 
     name: str
     kind: Literal["local", "unmask", "openai", "tei"]
-    status: Literal["unchecked", "admitted", "probation", "quarantined", "open", "held", "cold", "loading", "failed"]
+    status: Literal[
+        "unchecked", "admitted", "probation", "quarantined", "open", "held", "spent", "cold", "loading", "failed"
+    ]
     precision: Annotated[str | None, _doc("exact, float16, bfloat16 or int8, as measured; null before the first run.")]
     max_inputs: int | None = None
     max_tokens: int | None = None

@@ -29,7 +29,8 @@ def verify(*, as_json: AsJson = False, database: DatabaseUrl = None) -> int:
     settled, held = format_dollars(report.settled), format_dollars(report.held)
     print_sentence(
         f"{report.accounts} accounts, {report.entries} entries, {report.charges} charges; "
-        f"{settled} dollars charged, {held} held; drift: {len(report.drift) or 'none'}"
+        f"{settled} dollars charged, {held} held; {report.attempts} attempts at providers for "
+        f"{format_dollars(report.cost)}; drift: {len(report.drift) or 'none'}"
     )
     return 2 if report.drift else 0
 

@@ -118,12 +118,11 @@ def quarantine(name: str, model: str, *, reason: str, database: DatabaseUrl = No
     reason
         Why, in a sentence for the history.
     """
-    from unmask.router.verdicts import Verdict, add_verdict
+    from unmask.accounts.audit import COMMAND_LINE
+    from unmask.router.verdicts import order_quarantine
 
     with write_transaction(database) as connection:
-        finding = f"{name} was quarantined by the operator: {reason}"
-        verdict = Verdict(provider=name, model=model, verdict="quarantined", finding=finding, actor=ACTOR)
-        add_verdict(connection, verdict)
+        order_quarantine(connection, COMMAND_LINE, name, model, reason)
     return 0
 
 
@@ -138,12 +137,76 @@ def admit(name: str, model: str, *, database: DatabaseUrl = None) -> int:
     model
         Id of the model.
     """
-    from unmask.router.verdicts import Verdict, add_verdict, read_verdicts
+    from unmask.accounts.audit import COMMAND_LINE
+    from unmask.router.verdicts import order_admission
 
     with write_transaction(database) as connection:
-        if not read_verdicts(connection).get((name, model)):
-            raise UsageError(f"{name} is not quarantined for {model}: see 'unmask providers history'")
-        add_verdict(connection, Verdict(provider=name, model=model, verdict="admitted", actor=ACTOR))
+        order_admission(connection, COMMAND_LINE, name, model)
+    return 0
+
+
+@providers.command
+def reload(*, file: ProvidersPath = Path("providers.toml"), database: DatabaseUrl = None) -> int:
+    """Let all running servers read their file of providers again, within a second.
+
+    The file is checked first, and nothing happens if it is wrong. Requests under way are finished with the providers
+    they began with. SIGHUP does the same to one server.
+    """
+    from unmask.router.providers import read_providers
+    from unmask.router.verdicts import Verdict, add_verdict
+
+    read_providers(file)
+    with write_transaction(database) as connection:
+        add_verdict(connection, Verdict(provider="", model="", verdict="reload", actor=ACTOR))
+    return 0
+
+
+@providers.command
+def taint(
+    name: str = "", /, *, days: int = 90, requests: bool = False, as_json: AsJson = False, database: DatabaseUrl = None
+) -> int:
+    """List who got answers that may be wrong: those between the last right canary and a quarantine.
+
+    Parameters
+    ----------
+    name
+        Name of a provider. Default: all.
+    days
+        Only quarantines of so many days.
+    requests
+        List every charge with its request's id, in place of sums by key.
+    """
+    from unmask.accounts.taint import tainted_answers, tainted_requests, tainted_windows
+    from unmask.storage.database import now_ms
+
+    with read_transaction(database) as connection:
+        windows = tainted_windows(connection, now_ms() - days * 24 * 3600 * 1000)
+        windows = [window for window in windows if name in ("", window.provider)]
+        if requests:
+            headings = ("provider", "model", "charge", "account", "request", "time")
+            rows = [
+                (window.provider, window.model, charge, account, request, _time(at))
+                for window in windows
+                for charge, account, request, at in tainted_requests(connection, window)
+            ]
+        else:
+            headings = ("provider", "model", "from", "to", "account", "key", "requests", "tokens", "finding")
+            rows = [
+                (
+                    window.provider,
+                    window.model,
+                    _time(answers.first),
+                    _time(answers.last),
+                    answers.account,
+                    answers.key,
+                    answers.requests,
+                    answers.tokens,
+                    window.finding,
+                )
+                for answers in tainted_answers(connection, windows)
+                for window in (answers.window,)
+            ]
+    print_table(headings, rows, right=("requests", "tokens"), as_json=as_json)
     return 0
 
 
@@ -178,8 +241,12 @@ def history(*, model: str | None = None, as_json: AsJson = False, database: Data
 
 
 @providers.command
-def bill(name: str, *, month: str, as_json: AsJson = False, database: DatabaseUrl = None) -> int:
-    """Sum the attempts at a provider in a month, to compare with its invoice. Times are in UTC.
+def bill(
+    name: str, *, month: str, invoice: str | None = None, as_json: AsJson = False, database: DatabaseUrl = None
+) -> int:
+    """Sum the attempts at a provider in a month, and compare them with its invoice. Times are in UTC.
+
+    Exit code 2: the invoice is for more than one percent more or less.
 
     Parameters
     ----------
@@ -187,21 +254,109 @@ def bill(name: str, *, month: str, as_json: AsJson = False, database: DatabaseUr
         Name of the provider.
     month
         As 2026-11.
+    invoice
+        Dollars of the provider's invoice.
     """
     from unmask.accounts import costs
     from unmask.accounts.money import format_dollars
 
+    billed = _amount(invoice, "invoice") if invoice is not None else None
+    with read_transaction(database) as connection:
+        lines = costs.bill(connection, name, *_month(month))
+    rows = [(*line[:-1], format_dollars(line.cost)) for line in lines]
+    headings = ("model", "reason", "attempts", "tokens", "their tokens", "dollars")
+    print_table(headings, rows, right=headings[2:], as_json=as_json)
+    if billed is None:
+        return 0
+    booked = sum(line.cost for line in lines)
+    difference = format_dollars(billed - booked)
+    say(f"{format_dollars(booked)} dollars by the books, {format_dollars(billed)} by the invoice: {difference} more")
+    return 2 if 100 * abs(billed - booked) > booked else 0
+
+
+@providers.command
+def pay(name: str, dollars: str, *, reference: str, note: str = "", database: DatabaseUrl = None) -> int:
+    """Book that a provider's invoice was paid, once per reference. Says what is still owed.
+
+    Parameters
+    ----------
+    name
+        Name of the provider.
+    dollars
+        As 12.50.
+    reference
+        Number of the invoice.
+    note
+        For people.
+    """
+    from unmask.accounts import costs, ledger
+    from unmask.accounts.money import format_dollars
+    from unmask.storage.database import now_ms
+
+    with write_transaction(database) as connection:
+        while costs.book_costs(connection, now_ms()):
+            pass
+        if not ledger.pay_provider(connection, name, _amount(dollars, "dollars"), reference, now_ms(), note=note):
+            say(f"{reference} was booked before: nothing has changed")
+        owed = costs.payables(connection).get(name, 0)
+    say(f"{format_dollars(owed)} dollars are owed to {name}")
+    return 0
+
+
+@providers.command
+def margin(*, month: str, as_json: AsJson = False, database: DatabaseUrl = None) -> int:
+    """Compare what callers paid in a month with what providers cost, by provider and model. Times are in UTC.
+
+    Exit code 2: one of them costs more than it earns.
+
+    Parameters
+    ----------
+    month
+        As 2026-11.
+    """
+    from unmask.accounts import costs
+    from unmask.accounts.money import format_dollars
+
+    with read_transaction(database) as connection:
+        lines = costs.margins(connection, *_month(month))
+    rows = [
+        (
+            line.provider,
+            line.model,
+            line.requests,
+            format_dollars(line.income),
+            format_dollars(line.cost),
+            format_dollars(line.profit),
+            f"{line.overhead:.1%}",
+        )
+        for line in lines
+    ]
+    headings = ("provider", "model", "requests", "income", "cost", "profit", "overhead")
+    print_table(headings, rows, right=headings[2:], as_json=as_json)
+    return 2 if any(line.profit < 0 for line in lines) else 0
+
+
+def _month(month: str) -> tuple[int, int]:
+    """Return the first Unix millisecond of a month and of the next one.
+
+    Raises:
+        UsageError: it is no month.
+    """
     try:
         start = datetime.strptime(month, "%Y-%m").replace(tzinfo=UTC)
     except ValueError:
         raise UsageError(f"--month {month!r}: write it like 2026-11") from None
     end = (start + timedelta(days=31)).replace(day=1)
-    with read_transaction(database) as connection:
-        lines = costs.bill(connection, name, round(start.timestamp() * 1000), round(end.timestamp() * 1000))
-    rows = [(*line[:-1], format_dollars(line.cost)) for line in lines]
-    headings = ("model", "reason", "attempts", "tokens", "their tokens", "dollars")
-    print_table(headings, rows, right=headings[2:], as_json=as_json)
-    return 0
+    return round(start.timestamp() * 1000), round(end.timestamp() * 1000)
+
+
+def _amount(dollars: str, name: str) -> int:
+    from unmask.accounts.money import parse_dollars
+
+    try:
+        return parse_dollars(dollars)
+    except ValueError as error:
+        raise UsageError(f"{name}: {error}") from None
 
 
 def _time(milliseconds: int) -> str:

@@ -48,6 +48,7 @@ class Finding:
         normalised: vectors came in length 1; if not, they are scaled here and nothing is lost.
         fault: a clause that names the fault, such as "pools the last token; the model pools the mean"; "" if passed.
         num_texts, num_tokens: size of the run.
+        their_tokens: its tokens by the count of whoever answered; None if they did not say.
     """
 
     passed: bool
@@ -59,6 +60,7 @@ class Finding:
     fault: str
     num_texts: int
     num_tokens: int
+    their_tokens: int | None = None
 
     @classmethod
     def unusable(cls, fault: str, *, num_texts: int = 0, num_tokens: int = 0) -> "Finding":
@@ -105,6 +107,7 @@ def examine(references: References, answers: CanaryAnswers, declared: PrecisionC
         fault=fault,
         num_texts=len(answers.rows),
         num_tokens=answers.num_tokens,
+        their_tokens=answers.their_tokens,
     )
 
 

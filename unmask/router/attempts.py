@@ -3,12 +3,13 @@
 import asyncio
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from unmask.accounts.costs import AttemptRecord
+from unmask.accounts.costs import AttemptRecord, Reason
 from unmask.conformance import References
 from unmask.conformance.references import SHARED_PRECISIONS
 from unmask.encoder import Prompt
@@ -23,6 +24,7 @@ from unmask.errors import (
     Overloaded,
     ProviderRefused,
 )
+from unmask.router import hedging
 from unmask.router.choosing import Candidate, ProviderWishes, choose, permitted
 from unmask.router.endpoint import Outcome, ProviderEndpoint
 from unmask.router.retry_budget import RetryBudget
@@ -56,6 +58,8 @@ class EmbeddingWork:
         raw: vectors are wanted as they leave the model, which only the local engine gives.
         deadline: `time.monotonic()` by which the caller needs them.
         share: the caller, for the fair queue of the local engine.
+        income: nano-dollars that the caller pays; None on a server without accounts.
+        hedged: a second provider may be asked if the first is slow.
         wishes: about providers.
         attempts: filled in: the attempts at providers so far.
     """
@@ -67,6 +71,8 @@ class EmbeddingWork:
     deadline: float
     share: str
     wishes: ProviderWishes
+    income: int | None = None
+    hedged: bool = False
     attempts: list[AttemptRecord] = field(default_factory=list)
 
     @property
@@ -97,17 +103,40 @@ class ModelEndpoints:
 
     Args:
         endpoints: in the order of the file.
+        min_margin: share of a request's price that must remain after a provider's cost.
 
     Attributes:
         references: of the model; None until they are computed, and before that nobody is admitted.
         prompts: its text handling, which needs no weights; None until it is read.
     """
 
-    def __init__(self, endpoints: Sequence[ProviderEndpoint]) -> None:
+    def __init__(self, endpoints: Sequence[ProviderEndpoint], min_margin: float = 0.0) -> None:
         self.endpoints = list(endpoints)
+        self.min_margin = min_margin
         self.references: References | None = None
         self.prompts: PromptBuilder | None = None
         self.budget = RetryBudget()
+        self.hedge_budget = RetryBudget(hedging.SHARE, 0)
+
+    def endpoint(self, provider: str) -> ProviderEndpoint:
+        """Return the endpoint at a provider, which must have one."""
+        return next(endpoint for endpoint in self.endpoints if endpoint.provider.name == provider)
+
+    def may_hedge(self) -> bool:
+        """True if two of its admitted providers take hedges, and no breaker of them is open.
+
+        While a provider fails, hedges would add to the load of the others.
+        """
+        admitted = [endpoint for endpoint in self.endpoints if endpoint.standing == "admitted"]
+        return sum(endpoint.model.hedge for endpoint in admitted) >= 2 and all(
+            endpoint.breaker.lets_in() for endpoint in admitted
+        )
+
+    def take_hedge(self, tokens: int, now: float) -> bool:
+        """Take the tokens of a hedge from both budgets. Returns False, and takes nothing, if one has too few."""
+        if not (self.budget.covers(tokens, now) and self.hedge_budget.covers(tokens, now)):
+            return False
+        return self.budget.withdraw(tokens, now) and self.hedge_budget.withdraw(tokens, now)
 
     def any_admitted(self) -> bool:
         """True if some endpoint's vectors may be used."""
@@ -138,10 +167,11 @@ async def answer(
         Overloaded, DeadlineExceeded, EngineStopped: as `Engine.run`.
     """
     tokens = work.num_tokens
-    model.budget.deposit(tokens, time.monotonic())
+    for budget in (model.budget, model.hedge_budget):
+        budget.deposit(tokens, time.monotonic())
     tried: set[str] = set()
     failure: AttemptFailed | EngineError | None = None
-    for attempt in range(1, _MAX_ATTEMPTS + 1):
+    while len(tried) < _MAX_ATTEMPTS:
         now = time.monotonic()
         left = work.deadline - now - _ANSWER_S
         if left <= 0:
@@ -152,7 +182,7 @@ async def answer(
             raise _nobody(model, engine, candidates, failure, left, now)
         if isinstance(failure, AttemptFailed):
             signal = SIGNALS[failure.signal]
-            if attempt > _ATTEMPTS_WITH_BYTES and failure.signal != "unreachable":
+            if len(tried) >= _ATTEMPTS_WITH_BYTES and failure.signal != "unreachable":
                 raise _nobody(model, engine, [], failure, left, now)
             if not model.budget.withdraw(round(tokens * signal.price), now):
                 raise ProviderRefused("a provider failed, and too many requests of this model were repeated lately")
@@ -160,11 +190,11 @@ async def answer(
         try:
             if chosen.name == LOCAL and engine is not None:
                 vectors = await engine.run(work.prompts, deadline=work.deadline, caller=work.share)
-                return RoutedVectors(vectors, LOCAL, attempt)
-            endpoint = next(one for one in model.endpoints if one.provider.name == chosen.name)
-            answered = await _attempt(model, endpoint, work, chosen.seconds, left)
+                return RoutedVectors(vectors, LOCAL, len(tried))
+            answered = await _attempt_or_hedge(model, chosen, work, tried, draw)
             if answered is not None:
-                return RoutedVectors(answered, chosen.name, attempt, endpoint)
+                vectors, endpoint = answered
+                return RoutedVectors(vectors, endpoint.provider.name, len(tried), endpoint)
         except AttemptFailed as failed:
             failure = failed
         except (DeadlineExceeded, EngineStopped):
@@ -177,20 +207,22 @@ async def answer(
 def _candidates(
     model: ModelEndpoints, engine: Engine | None, work: EmbeddingWork, tried: set[str], now: float
 ) -> list[Candidate]:
-    """Return whoever may answer and can, in the order of the filters: admitted, able, permitted, available."""
+    """Return whoever may answer and can, by the filters in order: admitted, able, permitted, paid for, available."""
+    tokens = work.num_tokens
     candidates = [
-        endpoint.candidate(work.num_tokens, now)
+        endpoint.candidate(tokens, now)
         for endpoint in model.endpoints
         if endpoint.standing == "admitted"
         and _is_able(endpoint, work)
         and _has_precision(endpoint, work.wishes)
         and permitted(endpoint.provider.name, endpoint.provider.data, work.wishes)
         and endpoint.provider.name not in tried
+        and endpoint.covers_cost(tokens, work.income, model.min_margin)
         and endpoint.is_available(now)
     ]
     if engine is not None and LOCAL not in tried and permitted(LOCAL, "none", work.wishes):
         rate = engine.tokens_per_second
-        seconds = 0.0 if rate is None else (engine.waiting_tokens() + work.num_tokens) / rate
+        seconds = 0.0 if rate is None else (engine.waiting_tokens() + tokens) / rate
         # The engine refuses by itself what it cannot do in time, and says when it could.
         alone = not candidates
         candidates.insert(0, Candidate(LOCAL, 0, 0, 1.0, seconds, 0.0 if alone else seconds))
@@ -209,9 +241,45 @@ def _has_precision(endpoint: ProviderEndpoint, wishes: ProviderWishes) -> bool:
     return endpoint.precision in SHARED_PRECISIONS or endpoint.precision in wishes.precision
 
 
+async def _attempt_or_hedge(
+    model: ModelEndpoints, chosen: Candidate, work: EmbeddingWork, tried: set[str], draw: random.Random
+) -> tuple[np.ndarray, ProviderEndpoint] | None:
+    """Ask a provider for all texts, and another one if that takes unusually long. See `_attempt`.
+
+    Args:
+        model: its endpoints.
+        chosen: the provider to ask.
+        work: the request.
+        tried: names that were asked; the one of a hedge is added.
+        draw: source of chance.
+    """
+    reason: Reason = "answer" if len(tried) == 1 else "retry"
+    endpoint = model.endpoint(chosen.name)
+    first = _attempt(model, endpoint, work, chosen.seconds, reason)
+    delay = endpoint.usual_seconds.hedge_delay(work.num_tokens) if work.hedged and endpoint.model.hedge else None
+    if delay is None or reason == "retry" or not model.may_hedge():
+        return await first
+
+    def hedge() -> Coroutine[Any, Any, tuple[np.ndarray, ProviderEndpoint] | None] | None:
+        now = time.monotonic()
+        left = work.deadline - now - _ANSWER_S
+        others = [
+            candidate
+            for candidate in _candidates(model, None, work, tried, now)
+            if candidate.fits(left) and model.endpoint(candidate.name).model.hedge
+        ]
+        other = choose(others, work.wishes, draw)
+        if other is None or not model.may_hedge() or not model.take_hedge(work.num_tokens, now):
+            return None
+        tried.add(other.name)
+        return _attempt(model, model.endpoint(other.name), work, other.seconds, "hedge")
+
+    return await hedging.first_result(first, delay, hedge)
+
+
 async def _attempt(
-    model: ModelEndpoints, endpoint: ProviderEndpoint, work: EmbeddingWork, estimate: float, left: float
-) -> np.ndarray | None:
+    model: ModelEndpoints, endpoint: ProviderEndpoint, work: EmbeddingWork, estimate: float, reason: Reason
+) -> tuple[np.ndarray, ProviderEndpoint] | None:
     """Ask one provider for all texts. Returns None if it was quarantined meanwhile.
 
     Raises:
@@ -221,6 +289,7 @@ async def _attempt(
     tokens, started = work.num_tokens, time.monotonic()
     outcome: Outcome = "cancelled"  # unless something else happens
     their_tokens: int | None = None
+    left = work.deadline - started - _ANSWER_S
     seconds = min(left, max(_MIN_ATTEMPT_S, _ATTEMPT_FACTOR * estimate))
     endpoint.load.start(tokens)
     try:
@@ -235,14 +304,17 @@ async def _attempt(
         raise
     finally:
         endpoint.load.finish(tokens)
-        reason = "retry" if work.attempts else "answer"
-        work.attempts.append(endpoint.record(outcome, reason, tokens, their_tokens, time.monotonic() - started))
+        now = time.monotonic()
+        work.attempts.append(endpoint.record(outcome, reason, tokens, their_tokens, now - started))
+        if outcome == "cancelled":
+            endpoint.load.overtaken(tokens, now - started, now)
     now = time.monotonic()
     if outcome == "discarded":
         endpoint.discarded(tokens, now - started, now)
         return None
     endpoint.answered(tokens, now - started, now)
-    return vectors
+    endpoint.compare_counts(tokens, their_tokens, len(work.prompts), now)
+    return vectors, endpoint
 
 
 async def _vectors_from(

@@ -1,4 +1,4 @@
-"""`CatalogueSync`: serve a model once the operator takes it live, and stop once it is retired."""
+"""`CatalogueSync`: follow the operator's decisions in the database about models and providers."""
 
 import asyncio
 import logging
@@ -10,7 +10,7 @@ from unmask.catalogue.lifecycle import Status
 from unmask.catalogue.store import StoredCatalogue, read_catalogue, version
 from unmask.errors import UnmaskError
 from unmask.router.registry import ModelRegistry
-from unmask.router.verdicts import read_verdicts
+from unmask.router.verdicts import Verdict, last_reload, read_verdicts
 from unmask.storage.database import Database
 
 log = logging.getLogger("unmask")
@@ -81,13 +81,14 @@ class CatalogueSync:
         changes = await asyncio.to_thread(self._read)
         if changes is None:
             return False
-        stored, verdicts = changes
+        stored, verdicts, reload = changes
         newly_live = _live_models(stored.catalogue) - _live_models(self._models.catalogue)
         self._models.catalogue.take(stored.catalogue)
         self._update_served(stored)
         self._add_answering(stored)
         if self._models.providers is not None:
             self._models.providers.take_verdicts(verdicts)
+            self._models.providers.take_reload(reload)
         self._version = stored.version
         if newly_live:
             self._on_live()
@@ -121,11 +122,11 @@ class CatalogueSync:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    def _read(self) -> tuple[StoredCatalogue, dict[tuple[str, str], str]] | None:
+    def _read(self) -> tuple[StoredCatalogue, dict[tuple[str, str], Verdict], int] | None:
         with self._database.read() as connection:
             if version(connection) == self._version:
                 return None
-            return read_catalogue(connection), read_verdicts(connection)
+            return read_catalogue(connection), read_verdicts(connection), last_reload(connection)
 
 
 def _live_models(catalogue: Catalogue) -> set[str]:

@@ -2,7 +2,9 @@
 
 import asyncio
 import random
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -18,6 +20,7 @@ from unmask.conformance import (
     load_references,
     worst_limit,
 )
+from unmask.router.endpoint import Outcome
 from unmask.router.outbound import ProviderClient
 from unmask.router.providers import ProviderModel, Providers
 from unmask.router.signals import AttemptFailed
@@ -28,8 +31,20 @@ _TOKENS_PER_SECOND = 500  # slower than this, a request of many texts is taken f
 _LIGHT_S = 10.0
 
 
-async def full_check(client: ProviderClient, model: ProviderModel, references: References) -> Finding:
+# Told of every request of a run: outcome, tokens by our count and by the provider's, seconds.
+NoteProbe = Callable[[Outcome, int, int | None, float], None]
+
+
+async def full_check(
+    client: ProviderClient, model: ProviderModel, references: References, note: NoteProbe | None = None
+) -> Finding:
     """Ask a provider for all canaries and judge its answers.
+
+    Args:
+        client: of the provider.
+        model: the model there.
+        references: of the model.
+        note: told of every request, for the books.
 
     Raises:
         AttemptFailed: it did not answer, so nothing is known about its vectors.
@@ -38,7 +53,10 @@ async def full_check(client: ProviderClient, model: ProviderModel, references: R
 
     async def send(texts: Sequence[str], instruction: str) -> Answer:
         seconds = _REQUEST_S + sum(map(len, texts)) / _TOKENS_PER_SECOND
-        return await ask(client, model, texts, instruction=instruction, dim=references.dim, seconds=seconds)
+        with _noted(references, texts, instruction, note) as answers:
+            answer = await ask(client, model, texts, instruction=instruction, dim=references.dim, seconds=seconds)
+            answers.append(answer)
+        return answer
 
     try:
         answers = await full_run(
@@ -55,17 +73,52 @@ async def full_check(client: ProviderClient, model: ProviderModel, references: R
     return examine(references, answers, model.precision_class)
 
 
+@contextmanager
+def _noted(
+    references: References, texts: Sequence[str], instruction: str, note: NoteProbe | None
+) -> Iterator[list[Answer]]:
+    """Note a request for canaries, whatever becomes of it. The block appends its answer to the list."""
+    started = time.monotonic()
+    answers: list[Answer] = []
+    outcome: Outcome = "cancelled"  # unless something else happens
+    try:
+        yield answers
+        outcome = "answered"
+    except AttemptFailed as failure:
+        outcome = failure.signal
+        raise
+    finally:
+        if note is not None:
+            canaries = [(canary.text, canary.instruction) for canary in references.canaries]
+            lengths = dict(zip(canaries, references.num_tokens, strict=True))
+            theirs = answers[0].prompt_tokens if answers else None
+            note(outcome, sum(int(lengths[text, instruction]) for text in texts), theirs, time.monotonic() - started)
+
+
 async def light_check(
-    client: ProviderClient, model: ProviderModel, references: References, draw: random.Random
+    client: ProviderClient,
+    model: ProviderModel,
+    references: References,
+    draw: random.Random,
+    note: NoteProbe | None = None,
 ) -> float:
     """Ask a provider for three canaries, and return the largest 1 - cosine.
+
+    Args:
+        client: of the provider.
+        model: the model there.
+        references: of the model.
+        draw: source of chance.
+        note: told of the request, for the books.
 
     Raises:
         AttemptFailed: it did not answer. "malformed" is a failure of conformance, everything else one of health.
     """
     rows = light_rows(references, draw, max_tokens=model.max_tokens)
     texts = [references.canaries[row].text for row in rows]
-    answer = await ask(client, model, texts, dim=references.dim, seconds=_LIGHT_S)
+    with _noted(references, texts, "", note) as answers:
+        answer = await ask(client, model, texts, dim=references.dim, seconds=_LIGHT_S)
+        answers.append(answer)
     vectors = require_vectors(answer, references.dim, client.provider.name)
     return light_distance(references, rows, vectors)
 

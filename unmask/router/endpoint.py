@@ -1,28 +1,34 @@
 """`ProviderEndpoint`: one model at one provider, with everything that this process knows about it."""
 
 import asyncio
+import logging
 import random
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Literal, NamedTuple
 
 import numpy as np
 
+from unmask.accounts import money
 from unmask.accounts.costs import AttemptRecord, Reason
 from unmask.conformance import Finding, PrecisionClass
 from unmask.router.breaker import Breaker
 from unmask.router.choosing import Candidate
+from unmask.router.daily_cost import DailyCost, seconds_to_midnight, today
+from unmask.router.hedging import UsualSeconds
 from unmask.router.load import EndpointLoad, slow_start
 from unmask.router.outbound import ProviderClient
 from unmask.router.providers import ProviderModel, RemoteProvider
 from unmask.router.signals import SIGNALS, AttemptFailed, SignalName
+from unmask.router.token_counts import TokenCounts
 from unmask.storage.database import now_ms
 
+log = logging.getLogger("unmask")
+
 Standing = Literal["unchecked", "admitted", "quarantined"]
-EndpointStatus = Literal["unchecked", "admitted", "probation", "quarantined", "open", "held"]
+EndpointStatus = Literal["unchecked", "admitted", "probation", "quarantined", "open", "held", "spent"]
 Outcome = Literal["answered", "discarded"] | SignalName
 
 # Seconds per token before anything was measured: 2,000 tokens per second.
@@ -70,17 +76,21 @@ class ProviderEndpoint:
         client: connections to the provider, shared by its models.
         model: the model there.
         draw: source of chance.
+        daily_cost: of the provider, over all its models.
         standing: whether its vectors may be used; only a full run or the operator changes it.
         finding: the fault with its subject; "" for none.
         conformance: last full run; None before it.
         passed_at: Unix seconds of the last passed run of either kind; 0 for never.
         wake: set when a check is due at once.
         full_due: a full run is due, whatever the time.
+        costs: nano-dollars of this process's attempts, by reason.
+        usual_seconds: durations of its last answers.
     """
 
     client: ProviderClient
     model: ProviderModel
     draw: random.Random
+    daily_cost: DailyCost = field(default_factory=DailyCost)
     standing: Standing = "unchecked"
     finding: str = ""
     conformance: Finding | None = None
@@ -91,6 +101,10 @@ class ProviderEndpoint:
     load: EndpointLoad = field(init=False)
     in_traffic_since: float = field(init=False)
     last_used: float = field(init=False, default=float("-inf"))
+    costs: Counter[Reason] = field(init=False, default_factory=Counter)
+    usual_seconds: UsualSeconds = field(init=False, default_factory=UsualSeconds)
+    _token_counts: TokenCounts = field(init=False, default_factory=TokenCounts)
+    _loss_logged: bool = field(init=False, default=False)
     _avoid_until: float = field(init=False, default=float("-inf"))
     _history: deque[_Entry] = field(init=False)
 
@@ -119,13 +133,48 @@ class ProviderEndpoint:
             return "held"
         if not self.breaker.lets_in():
             return "open"
+        if self.is_spent():
+            return "spent"
         return "probation" if slow_start(now - self.in_traffic_since) < 1 else "admitted"
 
     def is_available(self, now: float) -> bool:
         """True if a request may be sent now."""
         return (
-            self.standing == "admitted" and self.breaker.lets_in() and now >= self._avoid_until and self.load.has_room()
+            self.standing == "admitted"
+            and self.breaker.lets_in()
+            and now >= self._avoid_until
+            and self.load.has_room()
+            and not self.is_spent()
         )
+
+    def is_spent(self) -> bool:
+        """True if the provider has cost as much today as it may."""
+        limit = self.provider.max_daily_cost
+        return limit is not None and self.daily_cost.total(today()) >= limit
+
+    def covers_cost(self, tokens: int, income: int | None, min_margin: float) -> bool:
+        """True if a request leaves the margin after the provider's cost, or may make a loss there.
+
+        Args:
+            tokens: of the request.
+            income: nano-dollars that the caller pays for it; None on a server without accounts.
+            min_margin: share of the income that must remain.
+        """
+        if income is None or self.model.allow_loss:
+            return True
+        cost = money.cost(tokens, self.model.cost_on(today()))
+        if cost <= income * (1 - min_margin):
+            return True
+        if not self._loss_logged:
+            self._loss_logged = True
+            log.warning(
+                "%s costs more for %s than the model is sold for with a margin of %g: it gets no such request unless "
+                "allow_loss = true",
+                self.provider.name,
+                self.model.id,
+                min_margin,
+            )
+        return False
 
     def available_in(self, now: float) -> float:
         """Return the seconds after which it might be available; infinity if nobody knows."""
@@ -135,6 +184,8 @@ class ProviderEndpoint:
             return 1.0
         if self.breaker.state == "open":
             return max(0.0, self.breaker.probe_at - now)
+        if self.is_spent():
+            return seconds_to_midnight()
         return max(1.0, self._avoid_until - now)
 
     def candidate(self, tokens: int, now: float) -> Candidate:
@@ -142,26 +193,35 @@ class ProviderEndpoint:
         return Candidate(
             name=self.provider.name,
             priority=self.model.priority,
-            price=self.model.cost_on(datetime.now(UTC).date()),
+            price=self.model.cost_on(today()),
             share=slow_start(now - self.in_traffic_since),
             load=self.load.cost(tokens, now),
             seconds=self.load.expected_seconds(tokens),
             idle=not self.load.requests,
         )
 
-    def admit(self, finding: Finding, rate: float, now: float) -> None:
+    def admit(self, finding: Finding, seconds: float, now: float) -> None:
         """Let traffic in after a passed full run.
 
         Args:
             finding: of the run.
-            rate: seconds per token that it took.
+            seconds: that it took.
             now: time.
         """
         if self.standing != "admitted":
             self.in_traffic_since = now
-            self.load = EndpointLoad(self.provider.max_parallel, rate, now)
+            self.load = EndpointLoad(self.provider.max_parallel, seconds / max(finding.num_tokens, 1), now)
+        before, theirs = self.conformance, finding.their_tokens
         self.standing, self.finding, self.conformance = "admitted", "", finding
-        self.passed_at = time.time()
+        self.passed_at = time.time() - seconds  # after its first canary, it may have drifted already
+        if before is not None and theirs != before.their_tokens and finding.num_tokens == before.num_tokens:
+            log.error(
+                "%s counts %s tokens for the canaries of %s, and counted %s before: what it bills has changed",
+                self.provider.name,
+                theirs,
+                self.model.id,
+                before.their_tokens,
+            )
 
     def is_same(self, provider: RemoteProvider, model: ProviderModel) -> bool:
         """True if an entry of the file describes the same server, model and number of requests at a time."""
@@ -183,6 +243,7 @@ class ProviderEndpoint:
         for name in ("standing", "finding", "conformance", "passed_at", "breaker", "load", "in_traffic_since"):
             setattr(self, name, getattr(earlier, name))
         self.last_used, self._avoid_until, self._history = earlier.last_used, earlier._avoid_until, earlier._history
+        self.costs, self.usual_seconds, self._token_counts = earlier.costs, earlier.usual_seconds, earlier._token_counts
 
     def quarantine(self, finding: str) -> None:
         """Take it out of traffic until a full run is asked for and passed. Answers on their way are discarded."""
@@ -191,8 +252,9 @@ class ProviderEndpoint:
     def record(
         self, outcome: Outcome, reason: Reason, tokens: int, their_tokens: int | None, seconds: float
     ) -> AttemptRecord:
-        """Describe an attempt for the books."""
-        return AttemptRecord(
+        """Describe an attempt for the books, and count its cost."""
+        day = today()
+        attempt = AttemptRecord(
             at=now_ms(),
             provider=self.provider.name,
             model=self.model.id,
@@ -201,13 +263,38 @@ class ProviderEndpoint:
             reason=reason,
             tokens=tokens,
             their_tokens=their_tokens,
-            price=self.model.cost_on(datetime.now(UTC).date()),
+            price=self.model.cost_on(day),
         )
+        self.costs[reason] += attempt.cost
+        self.daily_cost.add(attempt.cost, day)
+        return attempt
+
+    def compare_counts(self, tokens: int, their_tokens: int | None, texts: int, now: float) -> None:
+        """Compare the counts of an answer's tokens. A provider that begins to count otherwise has changed something.
+
+        Args:
+            tokens: by our count.
+            their_tokens: by the provider's; None if it did not say.
+            texts: of the request.
+            now: time.
+        """
+        change = None if their_tokens is None else self._token_counts.add(tokens, their_tokens, texts, now)
+        if change is not None:
+            log.error(
+                "%s counts %+.0f %% more tokens for %s than an hour ago: its tokenizer, its template or its bill has "
+                "changed, and its vectors are checked",
+                self.provider.name,
+                100 * change,
+                self.model.id,
+            )
+            self.full_due = True
+            self.wake.set()
 
     def answered(self, tokens: int, seconds: float, now: float) -> None:
         """Count a good answer."""
         self.breaker.succeeded(now)
         self.load.succeeded(tokens, seconds, now)
+        self.usual_seconds.add(tokens, seconds)
         self._note(_Entry(now, seconds, tokens, "answered"))
 
     def failed(self, failure: AttemptFailed, tokens: int, seconds: float, now: float, *, alone: bool) -> None:

@@ -111,6 +111,10 @@ class EndpointLoad:
             self._limit = min(self._limit + 1, self._max_parallel)
             self._successes = 0
 
+    def overtaken(self, tokens: int, seconds: float, now: float) -> None:
+        """Take into account that no answer had come after so many seconds, when another endpoint's came."""
+        self._rate.observe(max(seconds / max(tokens, MIN_TOKENS), self._rate.read(now)), now)
+
     def failed(self, tokens: int, now: float, *, retry_after: float | None = None, busy: bool = False) -> None:
         """Take a failure into account as a very slow answer.
 

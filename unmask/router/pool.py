@@ -13,17 +13,20 @@ from unmask.accounts.costs import AttemptRecord
 from unmask.conformance import Finding, References
 from unmask.encoder.encoder import LoadOptions, open_prompts
 from unmask.engine import Engine
-from unmask.errors import UnmaskError
+from unmask.errors import UnmaskError, UsageError
 from unmask.router.attempts import EmbeddingWork, ModelEndpoints, RoutedVectors, answer
-from unmask.router.checks import ModelSource, full_check, light_check, light_limit, references_of
-from unmask.router.endpoint import ProviderEndpoint
+from unmask.router.checks import ModelSource, NoteProbe, full_check, light_check, light_limit, references_of
+from unmask.router.daily_cost import DailyCost, midnight_ms, today
+from unmask.router.endpoint import Outcome, ProviderEndpoint
 from unmask.router.load import MIN_TOKENS
 from unmask.router.outbound import ProviderClient
 from unmask.router.providers import Providers, read_providers
 from unmask.router.signals import AttemptFailed
-from unmask.router.verdicts import Verdict
+from unmask.router.verdicts import CANARIES, Verdict
 
 log = logging.getLogger("unmask")
+
+READMISSION_RUNS = 2  # full runs in a row that end a quarantine, where no person needs to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,8 @@ class WatchIntervals:
         second: between a wrong light run and the one that decides.
         full: between two full runs, give or take a tenth.
         retry: after a full run that got no answer; twice as long each time, up to `idle`.
+        costs: between two readings of what providers have cost today.
+        readmit: before each of the full runs that end a quarantine, see `Providers.readmit`.
     """
 
     busy: float = 60.0
@@ -42,6 +47,8 @@ class WatchIntervals:
     second: float = 2.0
     full: float = 24 * 3600.0
     retry: float = 5.0
+    costs: float = 10.0
+    readmit: float = 600.0
 
 
 @dataclass(eq=False)
@@ -52,12 +59,15 @@ class ProviderPool:
         file: the file of providers.
         source_of: model id -> its weights on this machine, of which the references are made.
         report: told of a quarantine that this process ordered. Runs in a thread.
-        record_attempts: gets the full runs that are to be paid for.
+        record_attempts: gets the requests for canaries, which are to be paid for as well.
+        costs_since: Unix milliseconds -> nano-dollars of each provider's attempts since then, of all processes. Runs in
+            a thread. None on a server without accounts.
         intervals: of the canaries.
         draw: source of chance.
 
     Attributes:
         settings: the content of the file.
+        last_reload: number of the last request to read it again that was followed.
 
     Raises:
         UsageError: the file is wrong.
@@ -67,13 +77,16 @@ class ProviderPool:
     source_of: Callable[[str], ModelSource]
     report: Callable[[Verdict], None] = lambda verdict: None
     record_attempts: Callable[[Sequence[AttemptRecord]], None] = lambda attempts: None
+    costs_since: Callable[[int], Mapping[str, int]] | None = None
     intervals: WatchIntervals = field(default_factory=WatchIntervals)
     draw: random.Random = field(default_factory=random.Random)
     settings: Providers = field(init=False)
+    last_reload: int = field(init=False, default=0)
     _models: dict[str, ModelEndpoints] = field(init=False, default_factory=dict)
     _clients: list[ProviderClient] = field(init=False, default_factory=list)
     _watches: set[asyncio.Task[None]] = field(init=False, default_factory=set)
-    _verdicts: dict[tuple[str, str], str] = field(init=False, default_factory=dict)
+    _verdicts: dict[tuple[str, str], Verdict] = field(init=False, default_factory=dict)
+    _daily_costs: dict[str, DailyCost] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.settings = read_providers(self.file)
@@ -87,6 +100,21 @@ class ProviderPool:
         settings = read_providers(self.file)
         self._replace(settings)
         self.settings = settings
+
+    def try_reload(self) -> None:
+        """Read the file again; log what is wrong with it, and change nothing then."""
+        try:
+            self.reload()
+        except UsageError as error:
+            log.error("the providers stay as they were: %s", error)
+        else:
+            log.info("the providers were read again")
+
+    def take_reload(self, number: int) -> None:
+        """Follow a request to read the file again, once."""
+        if number > self.last_reload:
+            self.last_reload = number
+            self.try_reload()
 
     def start(self) -> None:
         """Begin to watch the providers, in the running event loop. None is used before its canaries were right."""
@@ -102,20 +130,23 @@ class ProviderPool:
         endpoints: dict[str, list[ProviderEndpoint]] = {}
         for client in clients:
             for model in client.provider.models:
-                endpoint = ProviderEndpoint(client, model, random.Random(self.draw.random()))
+                daily_cost = self._daily_costs.setdefault(client.provider.name, DailyCost())
+                endpoint = ProviderEndpoint(client, model, random.Random(self.draw.random()), daily_cost)
                 earlier_endpoint = self._endpoint(client.provider.name, model.id)
                 if earlier_endpoint is not None and earlier_endpoint.is_same(client.provider, model):
                     endpoint.inherit(earlier_endpoint)
                 self._keep_standing(endpoint)
                 endpoints.setdefault(model.id, []).append(endpoint)
         earlier = self._models
-        self._models = {id: ModelEndpoints(group) for id, group in endpoints.items()}
+        self._models = {id: ModelEndpoints(group, providers.min_margin) for id, group in endpoints.items()}
         for id, model in self._models.items():
             if id in earlier:
                 model.references, model.prompts = earlier[id].references, earlier[id].prompts
         for task in self._watches:
             task.cancel()
         self._watches = {self._start_watch(id, model) for id, model in self._models.items()}
+        if any(provider.max_cost_per_day is not None for provider in providers.providers):
+            self._watches.add(asyncio.create_task(self._watch_costs(), name="watch costs"))
         old, self._clients = self._clients, clients
         for client in old:
             task = asyncio.ensure_future(client.close_when_idle())
@@ -125,26 +156,40 @@ class ProviderPool:
     def _start_watch(self, id: str, model: ModelEndpoints) -> asyncio.Task[None]:
         return asyncio.create_task(self._watch_model(id, model), name=f"watch {id}")
 
+    async def _watch_costs(self) -> None:
+        """Keep the day's costs in step with the books, which have those of other processes, until cancelled."""
+        while self.costs_since is not None:
+            day = today()
+            own = {name: cost.own(day) for name, cost in self._daily_costs.items()}
+            try:
+                booked = await asyncio.to_thread(self.costs_since, midnight_ms(day))
+            except UnmaskError as error:
+                log.error("what providers cost today cannot be read, so only this process counts: %s", error)
+            else:
+                for name, cost in self._daily_costs.items():
+                    cost.take_books(booked.get(name, 0), own.get(name, 0), day)
+            await asyncio.sleep(self.intervals.costs)
+
     def _keep_standing(self, endpoint: ProviderEndpoint) -> None:
         """Quarantine an endpoint that is quarantined already."""
-        finding = self._verdicts.get((endpoint.provider.name, endpoint.model.id))
-        if finding:
-            endpoint.quarantine(finding)
+        verdict = self._verdicts.get((endpoint.provider.name, endpoint.model.id))
+        if verdict is not None and verdict.is_quarantine:
+            endpoint.quarantine(verdict.finding)
 
-    def take_verdicts(self, verdicts: Mapping[tuple[str, str], str]) -> None:
+    def take_verdicts(self, verdicts: Mapping[tuple[str, str], Verdict]) -> None:
         """Apply verdicts of the operator or of another process. An endpoint that is admitted again gets a full run.
 
         Args:
-            verdicts: (provider, model) -> finding; "" to admit again.
+            verdicts: (provider, model) -> the last verdict.
         """
-        for key, finding in verdicts.items():
-            before = self._verdicts.get(key, "")
-            self._verdicts[key] = finding
+        for key, verdict in verdicts.items():
+            before = self._verdicts.get(key)
+            self._verdicts[key] = verdict
             endpoint = self._endpoint(*key)
-            if endpoint is None or before == finding:
+            if endpoint is None or (before.finding if before else "") == verdict.finding:
                 continue
-            if finding:
-                endpoint.quarantine(finding)
+            if verdict.is_quarantine:
+                endpoint.quarantine(verdict.finding)
             else:
                 endpoint.standing, endpoint.full_due = "unchecked", True
                 endpoint.breaker.close()
@@ -209,7 +254,10 @@ class ProviderPool:
         while True:
             if endpoint.standing == "quarantined":
                 endpoint.wake.clear()
-                await endpoint.wake.wait()
+                if self._may_readmit(endpoint):
+                    await self._try_readmission(endpoint, references)
+                else:
+                    await endpoint.wake.wait()
                 continue
             now = time.monotonic()
             if endpoint.full_due or now >= next_full:
@@ -231,6 +279,34 @@ class ProviderPool:
                     await endpoint.wake.wait()
             endpoint.wake.clear()
 
+    def _may_readmit(self, endpoint: ProviderEndpoint) -> bool:
+        """True if nobody but the canaries took the endpoint out, and the operator lets them take it in again."""
+        verdict = self._verdicts.get((endpoint.provider.name, endpoint.model.id))
+        return self.settings.readmit == "auto" and verdict is not None and verdict.actor == CANARIES
+
+    async def _try_readmission(self, endpoint: ProviderEndpoint, references: References) -> None:
+        """End a quarantine once full runs have passed, one after the other. Returns earlier if one fails."""
+        for _ in range(READMISSION_RUNS):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self.intervals.readmit):
+                    await endpoint.wake.wait()
+            if endpoint.standing != "quarantined" or not self._may_readmit(endpoint):
+                return  # the operator was quicker
+            endpoint.wake.clear()
+            try:
+                finding = await full_check(endpoint.client, endpoint.model, references, self._note_of(endpoint))
+            except AttemptFailed as failure:
+                log.warning("%s for %s: %s", endpoint.provider.name, endpoint.model.id, failure)
+                return
+            if not finding.passed:
+                endpoint.conformance = finding
+                return
+        if endpoint.standing == "quarantined" and self._may_readmit(endpoint):
+            endpoint.standing, endpoint.finding, endpoint.full_due = "unchecked", "", True
+            endpoint.breaker.close()
+            log.info("%s has passed for %s again", endpoint.provider.name, endpoint.model.id)
+            await self._report(Verdict(provider=endpoint.provider.name, model=endpoint.model.id, verdict="admitted"))
+
     def _light_interval(self, endpoint: ProviderEndpoint, now: float) -> float:
         is_busy = now - endpoint.last_used < self.intervals.idle
         return self.intervals.busy if is_busy else self.intervals.idle
@@ -240,44 +316,51 @@ class ProviderPool:
         started = time.monotonic()
         endpoint.full_due = False
         try:
-            finding = await full_check(endpoint.client, endpoint.model, references)
+            finding = await full_check(endpoint.client, endpoint.model, references, self._note_of(endpoint))
         except AttemptFailed as failure:
             log.warning("%s for %s: %s", endpoint.provider.name, endpoint.model.id, failure)
             now = time.monotonic()
             endpoint.failed(failure, MIN_TOKENS, now - started, now, alone=False)
             return False
         now = time.monotonic()
-        run = endpoint.record("answered", "probe", finding.num_tokens, None, now - started)
-        self.record_attempts([run])
         if finding.passed:
             if endpoint.standing == "unchecked":
                 log.info("%s is admitted for %s", endpoint.provider.name, endpoint.model.id)
-            rate = (now - started) / max(finding.num_tokens, 1)
-            endpoint.admit(finding, rate, now)
+            endpoint.admit(finding, now - started, now)
             endpoint.breaker.close()
         else:
-            await self._quarantine(endpoint, finding)
+            endpoint.conformance = finding
+            await self._quarantine(endpoint, finding.fault)
         return True
 
     async def _run_light(self, endpoint: ProviderEndpoint, references: References) -> bool:
         """Run the health check. Returns True if two in a row gave wrong vectors: the endpoint is then quarantined."""
         for last in (False, True):
-            started = time.monotonic()
+            started, started_at = time.monotonic(), time.time()
             distance = float("inf")
             try:
-                distance = await light_check(endpoint.client, endpoint.model, references, self.draw)
+                note = self._note_of(endpoint)
+                distance = await light_check(endpoint.client, endpoint.model, references, self.draw, note)
             except AttemptFailed as failure:
                 if failure.signal != "malformed":
                     self._note_silence(endpoint, failure, started)
                     return False
             if distance <= light_limit(endpoint.model, references):
-                self._note_health(endpoint)
+                self._note_health(endpoint, started_at)
                 return False
             log.warning("%s for %s: a canary is off by %.1e", endpoint.provider.name, endpoint.model.id, distance)
             if not last:
                 await asyncio.sleep(self.intervals.second)
-        endpoint.quarantine(f"{endpoint.provider.name} gives wrong vectors; a full run is under way")
+        await self._quarantine(endpoint, "gives wrong vectors; a full run is under way")
         return True
+
+    def _note_of(self, endpoint: ProviderEndpoint) -> NoteProbe:
+        """Return a function that puts requests for canaries into the books."""
+
+        def note(outcome: Outcome, tokens: int, their_tokens: int | None, seconds: float) -> None:
+            self.record_attempts([endpoint.record(outcome, "probe", tokens, their_tokens, seconds)])
+
+        return note
 
     def _note_silence(self, endpoint: ProviderEndpoint, failure: AttemptFailed, started: float) -> None:
         """Count a health check without an answer. A busy provider is not a sick one."""
@@ -287,9 +370,14 @@ class ProviderPool:
         elif failure.signal != "rate_limited":
             endpoint.failed(failure, MIN_TOKENS, now - started, now, alone=False)
 
-    def _note_health(self, endpoint: ProviderEndpoint) -> None:
-        """Count a right health check, which lets traffic in again."""
-        endpoint.passed_at = time.time()
+    def _note_health(self, endpoint: ProviderEndpoint, started_at: float) -> None:
+        """Count a right health check, which lets traffic in again.
+
+        Args:
+            endpoint: that gave the right vectors.
+            started_at: Unix seconds before it was asked; later, it may have drifted already.
+        """
+        endpoint.passed_at = started_at
         if endpoint.breaker.state == "half_open":
             endpoint.in_traffic_since = time.monotonic()
             endpoint.breaker.probed(True, endpoint.in_traffic_since)
@@ -299,23 +387,29 @@ class ProviderPool:
     async def _name_fault(self, endpoint: ProviderEndpoint, references: References) -> None:
         """Make a full run at an endpoint that was just quarantined, to say why."""
         try:
-            finding = await full_check(endpoint.client, endpoint.model, references)
+            finding = await full_check(endpoint.client, endpoint.model, references, self._note_of(endpoint))
         except AttemptFailed as failure:
             finding = Finding.unusable(f"gave wrong vectors, then no answer: {failure.detail}")
         if finding.passed:
             finding = Finding.unusable("gave wrong vectors in two light runs, and right ones afterwards")
-        await self._quarantine(endpoint, finding)
-
-    async def _quarantine(self, endpoint: ProviderEndpoint, finding: Finding) -> None:
-        name, model = endpoint.provider.name, endpoint.model.id
-        sentence = f"{name} {finding.fault}"
         endpoint.conformance = finding
+        await self._quarantine(endpoint, finding.fault)
+
+    async def _quarantine(self, endpoint: ProviderEndpoint, fault: str) -> None:
+        """Take an endpoint out of traffic, here at once and in all processes within a second."""
+        name, model = endpoint.provider.name, endpoint.model.id
+        sentence = f"{name} {fault}"
         endpoint.quarantine(sentence)
-        self._verdicts[name, model] = sentence
         log.error("%s is quarantined for %s: %s", name, model, sentence)
-        passed_at = round(endpoint.passed_at * 1000) or None
-        verdict = Verdict(provider=name, model=model, verdict="quarantined", finding=sentence, passed_at=passed_at)
+        passed_at = int(endpoint.passed_at * 1000) or None
+        await self._report(
+            Verdict(provider=name, model=model, verdict="quarantined", finding=sentence, passed_at=passed_at)
+        )
+
+    async def _report(self, verdict: Verdict) -> None:
+        """Tell the other processes of a verdict."""
+        self._verdicts[verdict.provider, verdict.model] = verdict
         try:
             await asyncio.to_thread(self.report, verdict)
         except UnmaskError as error:
-            log.error("other processes do not know of the quarantine: %s", error)
+            log.error("other processes do not know that %s is %s: %s", verdict.provider, verdict.verdict, error)

@@ -6,6 +6,7 @@ import stat
 import tomllib
 from collections import Counter
 from datetime import date
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -28,6 +29,9 @@ PRECISION_CLASSES: dict[DtypeChoice, PrecisionClass] = {
     "bfloat16": "bfloat16",
     "int8": "int8",
 }
+
+# Dearest price per million tokens, in nano-dollars: a thousand dollars, above which it is a mistake.
+_MAX_COST = 10**12
 
 # Most texts of one request that a kind takes by default.
 _MAX_INPUTS: dict[Kind, int] = {"unmask": 2048, "openai": 1024, "tei": 32}
@@ -56,6 +60,8 @@ class ProviderModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         max_inputs: most texts of one request; None for the usual number of the kind.
         max_tokens: longest text; None for the model's own maximum.
         priority: 0 first; a group is asked only when nobody of the one before is left.
+        allow_loss: it may answer requests that earn less than it costs.
+        hedge: slow requests may be sent to it and to another such provider at the same time.
     """
 
     id: Annotated[str, Meta(min_length=1)]
@@ -65,6 +71,8 @@ class ProviderModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     max_inputs: Annotated[int, Meta(ge=1, le=2048)] | None = None
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
     priority: Annotated[int, Meta(ge=0, le=99)] = 0
+    allow_loss: bool = False
+    hedge: bool = False
 
     @property
     def name_there(self) -> str:
@@ -78,10 +86,7 @@ class ProviderModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     def cost_on(self, day: date) -> int:
         """Return the nano-dollars per million tokens on a day."""
-        if isinstance(self.cost, str):
-            return parse_dollars(self.cost)
-        in_force = [price for price in self.cost if price.since <= day]
-        return parse_dollars(max(in_force, key=lambda price: price.since).usd) if in_force else 0
+        return _cost_on(self.cost, day)
 
 
 class RemoteProvider(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -96,6 +101,7 @@ class RemoteProvider(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         key_file: file with its API key, readable by the owner alone.
         ca_file: certificate authority that signed its certificate; None for the system's.
         max_parallel: most requests at the same time.
+        max_cost_per_day: dollars after which it gets no request until midnight, UTC; None for no limit.
         data: whether it keeps texts: not at all, for 30 days, or to train with.
         country: ISO code of the country where texts go; "" for not known.
         models: the models.
@@ -109,6 +115,7 @@ class RemoteProvider(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     key_file: str | None = None
     ca_file: str | None = None
     max_parallel: Annotated[int, Meta(ge=1, le=1000)] = 16
+    max_cost_per_day: str | None = None
     data: DataPolicy = "none"
     country: Annotated[str, Meta(pattern=r"^([A-Z]{2})?$")] = ""
     models: Annotated[tuple[ProviderModel, ...], Meta(min_length=1)] = msgspec.field(name="model")
@@ -116,6 +123,11 @@ class RemoteProvider(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def inputs_per_request(self, model: ProviderModel) -> int:
         """Return the most texts of one request."""
         return model.max_inputs or _MAX_INPUTS[self.kind]
+
+    @property
+    def max_daily_cost(self) -> int | None:
+        """`max_cost_per_day` in nano-dollars."""
+        return None if self.max_cost_per_day is None else parse_dollars(self.max_cost_per_day)
 
     @property
     def takes_instructions(self) -> bool:
@@ -152,9 +164,14 @@ class Providers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     Attributes:
         remote_only: ids of models that this server never loads: providers alone answer for them.
+        min_margin: share of a request's price that must remain after the provider's cost; see `allow_loss`.
+        readmit: "auto" ends a quarantine that canaries ordered once two full runs in a row have passed; "operator"
+            leaves it to a person.
     """
 
     remote_only: tuple[str, ...] = ()
+    min_margin: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    readmit: Literal["operator", "auto"] = "operator"
     providers: tuple[RemoteProvider, ...] = msgspec.field(name="provider", default=())
 
     def of_model(self, model: str) -> list[tuple[RemoteProvider, ProviderModel]]:
@@ -195,6 +212,15 @@ def read_providers(file: Path) -> Providers:
     return parsed
 
 
+@lru_cache(1024)
+def _cost_on(cost: str | tuple[CostPrice, ...], day: date) -> int:
+    """Return the nano-dollars per million tokens on a day. Asked for at every request, so it is remembered."""
+    if isinstance(cost, str):
+        return parse_dollars(cost)
+    in_force = [price for price in cost if price.since <= day]
+    return parse_dollars(max(in_force, key=lambda price: price.since).usd) if in_force else 0
+
+
 def _problems(provider: RemoteProvider) -> list[tuple[str, str]]:
     """Return what the types cannot check, as (key, problem)."""
     problems = []
@@ -211,13 +237,19 @@ def _problems(provider: RemoteProvider) -> list[tuple[str, str]]:
             problems.append(("key_env" if provider.key_env is not None else "key_file", str(error)))
     if provider.ca_file is not None and not Path(provider.ca_file).expanduser().is_file():
         problems.append(("ca_file", f"there is no file {provider.ca_file}"))
+    if provider.max_cost_per_day is not None:
+        try:
+            parse_dollars(provider.max_cost_per_day)
+        except ValueError as error:
+            problems.append(("max_cost_per_day", str(error)))
     ids = [model.id for model in provider.models]
     for index, model in enumerate(provider.models):
         if ids.index(model.id) != index:
             problems.append((f"model[{index}].id", f"{model.id} is named twice"))
         for price in (model.cost,) if isinstance(model.cost, str) else tuple(entry.usd for entry in model.cost):
             try:
-                parse_dollars(price)
+                if parse_dollars(price) > _MAX_COST:
+                    raise ValueError(f"{price} is more than 1000 dollars per million tokens")
             except ValueError as error:
                 problems.append((f"model[{index}].cost", str(error)))
     return problems

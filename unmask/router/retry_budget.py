@@ -1,4 +1,4 @@
-"""`RetryBudget`: tokens of further attempts that a model may cause. In tokens, since requests differ ten-thousandfold.
+"""`RetryBudget`: tokens of retries or hedges that a model may cause. In tokens, since requests differ ten-thousandfold.
 
 All times are handed in, in seconds of a monotonic clock.
 """
@@ -13,10 +13,15 @@ LIFE_S = 10.0
 class RetryBudget:
     """Tokens for further attempts: a share of the tokens of first attempts, and a reserve for quiet times.
 
-    In any `LIFE_S` seconds, withdrawals are at most `SHARE` of the deposits of these seconds plus the reserve.
+    In any `LIFE_S` seconds, withdrawals are at most `share` of the deposits of these seconds plus the reserve.
+
+    Args:
+        share: of the tokens of first attempts.
+        reserve: tokens per second, whatever the deposits.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, share: float = SHARE, reserve: int = RESERVE_PER_S) -> None:
+        self._share, self._reserve = share, reserve
         self._deposits = _Window()
         self._withdrawals = _Window()
 
@@ -26,11 +31,15 @@ class RetryBudget:
 
     def withdraw(self, tokens: int, now: float) -> bool:
         """Take the tokens of a further attempt. Returns False, and takes nothing, if there are not enough."""
-        available = SHARE * self._deposits.total(now) + RESERVE_PER_S * LIFE_S
-        if self._withdrawals.total(now) + tokens > available:
+        if not self.covers(tokens, now):
             return False
         self._withdrawals.add(tokens, now)
         return True
+
+    def covers(self, tokens: int, now: float) -> bool:
+        """True if `withdraw` would take the tokens."""
+        available = self._share * self._deposits.total(now) + self._reserve * LIFE_S
+        return self._withdrawals.total(now) + tokens <= available
 
 
 class _Window:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from starlette.types import ASGIApp
 
-from unmask.accounts import Accounts
+from unmask.accounts import Accounts, costs
 from unmask.accounts.limits import SharedLimiter
 from unmask.api import ServeSettings, create_app
 from unmask.api.metrics import Metrics
@@ -22,7 +22,7 @@ from unmask.router import (
     sources_of_answering_models,
 )
 from unmask.router.checks import ModelSource
-from unmask.router.verdicts import Verdict, add_verdict, read_verdicts
+from unmask.router.verdicts import Verdict, add_verdict, last_reload, read_verdicts
 from unmask.server.notices import NoticeMailer
 from unmask.storage.database import Database
 
@@ -72,7 +72,7 @@ def build_application(settings: ServeSettings) -> Application:
     if settings.providers is not None:
         models.providers = open_providers(settings.providers, models, database)
         if accounts is not None:
-            models.providers.record_attempts = accounts.record_attempts
+            book_providers(models.providers, accounts)
     models.preload()
     from unmask.web import website  # takes a while to import, and the first model is being loaded meanwhile
 
@@ -125,6 +125,7 @@ def open_providers(file: Path, models: ModelRegistry, database: Database | None)
     if database is not None:
         with database.read() as connection:
             pool.take_verdicts(read_verdicts(connection))
+            pool.last_reload = last_reload(connection)
     for provider in pool.settings.providers:
         for model in provider.models:
             served = models.find(model.id)
@@ -132,6 +133,16 @@ def open_providers(file: Path, models: ModelRegistry, database: Database | None)
                 ids = ", ".join(served.record.id for served in models.list())
                 raise UsageError(f"{file}: {provider.name} has the model {model.id}, but this server serves {ids}")
     return pool
+
+
+def book_providers(pool: ProviderPool, accounts: Accounts) -> None:
+    """Let a pool write its attempts into the books, and read what providers have cost from them."""
+
+    def costs_since(start: int) -> dict[str, int]:
+        with accounts.database.read() as connection:
+            return costs.costs_since(connection, start)
+
+    pool.record_attempts, pool.costs_since = accounts.record_attempts, costs_since
 
 
 def open_models(settings: ServeSettings, database: Database | None) -> tuple[ModelRegistry, CatalogueSync | None]:

@@ -10,7 +10,6 @@ from contextlib import suppress
 
 from unmask.api.logs import configure_logging
 from unmask.api.settings import ServeSettings
-from unmask.errors import UsageError
 from unmask.router import CatalogueSync, ModelRegistry, ProviderPool
 from unmask.router.providers import read_providers
 from unmask.server.announcement import announce, create_invitation
@@ -76,14 +75,5 @@ async def serve_models(
 
 def reload_on_hangup(pool: ProviderPool) -> None:
     """Read the file of providers again on SIGHUP. A file that is wrong changes nothing."""
-
-    def reload() -> None:
-        try:
-            pool.reload()
-        except UsageError as error:
-            log.error("the providers stay as they were: %s", error)
-        else:
-            log.info("the providers were read again")
-
     with suppress(NotImplementedError, ValueError, RuntimeError):  # Windows, or not the main thread, as in tests
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, pool.try_reload)

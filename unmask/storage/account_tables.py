@@ -132,13 +132,13 @@ replays = Table(
 )
 
 # One row moves `amount` from the book `debit` to the book `credit`, so that all books always sum to zero.
-# A book is an account's id, or one of ours: @cash, @revenue, @promotion, @forfeited.
+# A book is an account's id, or one of ours: @cash, @revenue, @promotion, @forfeited, @cost, @payable:PROVIDER.
 entries = Table(
     "entries",
     metadata,
     Column("id", Serial, primary_key=True, autoincrement=True),
     Column("at", BigInteger, nullable=False),
-    Column("kind", Text, nullable=False),  # charge, top_up, free_credit, refund, pay_out, forfeit
+    Column("kind", Text, nullable=False),  # see unmask.accounts.ledger
     Column("debit", Text, nullable=False),
     Column("credit", Text, nullable=False),
     Column("amount", BigInteger, nullable=False),

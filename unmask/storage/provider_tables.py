@@ -1,6 +1,6 @@
 """The tables about providers: verdicts of `unmask.router`, and attempts, whose cost `unmask.accounts` keeps."""
 
-from sqlalchemy import BigInteger, CheckConstraint, Column, Index, Table, Text
+from sqlalchemy import BigInteger, CheckConstraint, Column, Index, Table, Text, text
 
 from unmask.storage.metadata import Serial, metadata
 
@@ -20,6 +20,9 @@ provider_events = Table(
     sqlite_autoincrement=True,
 )
 
+# Attempts whose cost is not in the ledger yet.
+_OPEN = text("booking IS NULL AND cost > 0")
+
 provider_attempts = Table(
     "provider_attempts",
     metadata,
@@ -30,12 +33,17 @@ provider_attempts = Table(
     Column("model", Text, nullable=False),
     Column("milliseconds", BigInteger, nullable=False),
     Column("outcome", Text, nullable=False),  # answered, discarded, or a signal of unmask.router.signals
-    Column("reason", Text, nullable=False),  # answer, retry, probe
+    Column("reason", Text, nullable=False),  # answer, retry, hedge, probe
     Column("tokens", BigInteger, nullable=False),  # by our count, which is charged
     Column("their_tokens", BigInteger),  # by the provider's count
+    Column("price", BigInteger),  # nano-dollars per million tokens; null in rows of before this column
     Column("cost", BigInteger, nullable=False),  # nano-dollars that the provider will bill
+    Column("booking", Text),  # reference of the entry that has the cost; null before it is booked, and for no cost
     CheckConstraint("cost >= 0 AND tokens >= 0", name="cost"),
-    CheckConstraint("reason IN ('answer', 'retry', 'probe')", name="reason"),
+    CheckConstraint("reason IN ('answer', 'retry', 'hedge', 'probe')", name="reason"),
     Index("ix_provider_attempts_provider_at", "provider", "at"),
+    Index("ix_provider_attempts_charge", "charge"),
+    Index("ix_provider_attempts_booking", "booking"),
+    Index("ix_provider_attempts_open", "id", postgresql_where=_OPEN, sqlite_where=_OPEN),
     sqlite_autoincrement=True,
 )

@@ -26,6 +26,8 @@ _NOTICES = {
     "plan": "The account is on its new plan.",
     "plans": "The plan is set. It holds from the next request on.",
     "price": "The prices are changed, within five seconds on every server.",
+    "quarantined": "The provider is out of traffic, within a second on every server.",
+    "checked": "The provider is being checked, and answers again if its vectors are right.",
     "revoked": "The key is revoked: nobody can use it any more.",
 }
 

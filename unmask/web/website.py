@@ -22,6 +22,7 @@ from unmask.web.account.votes import VotePages, account_hooks
 from unmask.web.account_hooks import AccountHooks
 from unmask.web.admin.models import ModelAdminPages
 from unmask.web.admin.pages import AdminPages
+from unmask.web.admin.providers import ProviderAdminPages
 from unmask.web.catalogue import feeds, pages
 from unmask.web.catalogue.playground_page import playground_page
 from unmask.web.page_context import page_context
@@ -116,6 +117,7 @@ def _account_routes(site: Site) -> list[Route]:
         *KeyPages(accounts, site.models, site.render).routes(),
         *AdminPages(accounts, site.models, site.render).routes(),
         *VotePages(accounts, site.catalogue, site.render).routes(),
+        *ProviderAdminPages(accounts, site.models, site.render).routes(),
         *ModelAdminPages(accounts, site.render, sends_mail=site.settings.mail is not None).routes(),
     ]
 

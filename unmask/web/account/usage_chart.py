@@ -1,6 +1,6 @@
 """Usage by day as a chart of stacked bars."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 
 from unmask.accounts.money import format_dollars
@@ -26,8 +26,18 @@ def usage_chart(
             place = row.day, series(row)
             values[place] = values.get(place, 0) + getattr(row, measure)
     if measure == "cost":
-        return bar_chart(BarData(values, first, last, _dollar_tick, lambda value: f"${format_dollars(value)}"))
+        return dollar_chart(values, first, last)
     return bar_chart(BarData(values, first, last, _count_tick, lambda value: f"{value:,} {measure}"))
+
+
+def dollar_chart(values: Mapping[tuple[date, str], int], first: date, last: date) -> BarChart | None:
+    """Draw amounts by day. None without any.
+
+    Args:
+        values: day and name of the series -> nano-dollars.
+        first, last: days that the chart covers, both included.
+    """
+    return bar_chart(BarData(values, first, last, _dollar_tick, lambda value: f"${format_dollars(value)}"))
 
 
 def _dollar_tick(value: int) -> str:

@@ -1,0 +1,125 @@
+"""The operator's page of providers in Chromium: one is added, admitted, drifts, is quarantined and readmitted."""
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from playwright.sync_api import Browser, Page, expect
+
+from tests.api.live import LocalService, running, until
+from tests.router.fault_server import fault_server_thread
+from tests.web.people import do, key_of, person
+from tests.web.test_account_browser import faultless, press
+from unmask.accounts import Accounts, audit, people, tariff
+from unmask.encoder import Encoder
+from unmask.router.pool import ProviderPool, WatchIntervals
+from unmask.router.verdicts import Verdict, add_verdict
+from unmask.storage.database import now_ms
+from unmask.web import website
+
+MODEL = "tiny_llama"
+FAST = WatchIntervals(busy=0.5, idle=0.5, second=0.05, full=3600.0, retry=0.1)
+
+
+def entry(name: str, url: str) -> str:
+    return (
+        f'[[provider]]\nname = "{name}"\nkind = "openai"\nurl = "{url}"\nprivate = true\nmax_cost_per_day = "5"\n'
+        f'[[provider.model]]\nid = "{MODEL}"\ncost = "0.004"\n'
+    )
+
+
+def pool_of(service: LocalService) -> ProviderPool:
+    assert service.models.providers is not None
+    return service.models.providers
+
+
+def standing(service: LocalService, name: str) -> str:
+    endpoints = pool_of(service).models()[MODEL].endpoints
+    return next((one.standing for one in endpoints if one.provider.name == name), "absent")
+
+
+def page_of(browser: Browser, service: LocalService, session: str) -> Page:
+    context = browser.new_context(base_url=service.url, viewport={"width": 1280, "height": 900})
+    context.add_cookies([{"name": "unmask_session", "value": session, "url": service.url}])
+    return context.new_page()
+
+
+@pytest.fixture
+def accounts(tmp_path: Path) -> Accounts:
+    return Accounts(f"sqlite:///{tmp_path / 'accounts.sqlite'}", pepper=tmp_path / "pepper")
+
+
+def test_a_provider_is_added_drifts_and_comes_back(
+    browser: Browser, accounts: Accounts, tiny_llama: Path, tmp_path: Path
+) -> None:
+    encoder, lock, drifted = Encoder.load(str(tiny_llama)), threading.Lock(), threading.Event()
+
+    def right(texts: Sequence[str], instruction: str) -> np.ndarray:
+        with lock:
+            return encoder.encode(list(texts), instruction=instruction)
+
+    def drifting(texts: Sequence[str], instruction: str) -> np.ndarray:
+        return -right(texts, instruction) if drifted.is_set() else right(texts, instruction)
+
+    admin, customer = person(accounts, "admin@example.org", admin=True), person(accounts, "customer@example.org")
+    key = key_of(accounts, customer)
+    do(accounts, lambda c: tariff.set_price(c, tariff.TariffPrice(MODEL, "default", 8_000_000), now_ms()))
+    session = do(accounts, lambda c: people.create_session(c, admin.id, now_ms()))
+    file = tmp_path / "providers.toml"
+    options = {"api_keys": (), "database": "kept by the test", "providers": file, "warm": ()}
+    with fault_server_thread(right) as first, fault_server_thread(drifting) as second:
+        head = f'remote_only = ["{MODEL}"]\n'
+        file.write_text(head + entry("acme", first.url))
+        with running(tiny_llama, accounts, website, intervals=FAST, **options) as service:  # pyright: ignore[reportArgumentType]
+            until(lambda: standing(service, "acme") == "admitted")
+            page = page_of(browser, service, session)
+            page.goto("/admin/providers")
+            expect(page.get_by_role("rowheader", name="acme").first).to_be_visible()
+            # Added: as `unmask providers reload` does.
+            file.write_text(head + entry("acme", first.url) + entry("gpu-2", second.url))
+            do(
+                accounts,
+                lambda c: add_verdict(c, Verdict(provider="", model="", verdict="reload", actor="command line")),
+            )
+            until(lambda: standing(service, "gpu-2") == "admitted")
+            body = {"model": MODEL, "input": "a ferry leaves", "provider": {"only": ["gpu-2"]}}
+            assert service.call("POST", "/v1/embeddings", body, key=key).status == 200
+            page.reload()
+            expect(page.get_by_role("row", name="gpu-2").first).to_contain_text("admitted")
+            drifted.set()
+            until(lambda: standing(service, "gpu-2") == "quarantined")
+            sentence = "gpu-2 rotates or mirrors the space: only inner products are right"
+            endpoint = next(e for e in pool_of(service).models()[MODEL].endpoints if e.provider.name == "gpu-2")
+            until(lambda: endpoint.finding == sentence)
+            page.reload()
+            expect(page.get_by_text(sentence).first).to_be_visible()
+            # The customer's answer came after the last right canary, or before it: then nothing is tainted.
+            expect(page.get_by_role("heading", name="Answers that may be wrong")).to_be_visible()
+            expect(page.get_by_role("region", name=f"Costs of the providers of {MODEL}")).to_contain_text("$5.00")
+            faultless(page)
+            page.screenshot(path=str(tmp_path / "providers.png"), full_page=True)
+            drifted.clear()
+            press(page, f"Check and admit gpu-2 for {MODEL}")
+            expect(page.get_by_role("status")).to_contain_text("The provider is being checked")
+            until(lambda: standing(service, "gpu-2") == "admitted")
+            page.reload()
+            form = page.locator("form.asking").filter(has=page.get_by_role("button", name="Quarantine acme"))
+            form.get_by_role("button").click()
+            expect(page.get_by_role("alert")).to_contain_text("A quarantine needs a reason")
+            form.get_by_label("Reason").fill("maintenance")
+            with page.expect_navigation():
+                form.get_by_role("button").click()
+            until(lambda: standing(service, "acme") == "quarantined")
+            page.reload()
+            expect(page.get_by_text("acme was quarantined by the operator: maintenance").first).to_be_visible()
+            faultless(page)
+            assert service.call("POST", "/v1/embeddings", body, key=key).headers["x-unmask-provider"] == "gpu-2"
+            page.context.close()
+            events = do(accounts, lambda c: audit.events(c, subjects=["acme", "gpu-2"]))
+            assert [(event.action, event.actor, event.subject) for _, event in events] == [
+                ("provider.quarantine", admin.id, "acme"),
+                ("provider.admit", admin.id, "gpu-2"),
+            ]
+    accounts.close()
