@@ -30,6 +30,7 @@ from tests.router.fault_server import (
 )
 from unmask.accounts import Accounts, costs, keys, ledger, money, people, tariff
 from unmask.accounts.keys import KeySettings
+from unmask.accounts.taint import TaintedWindow, tainted_requests, tainted_windows
 from unmask.accounts.verification import verify
 from unmask.catalogue.store import open_database
 from unmask.encoder import Encoder
@@ -313,7 +314,16 @@ def test_a_cold_model_is_answered_by_a_provider_while_it_loads(
 def test_a_provider_that_drifts_under_load_is_out_after_two_light_runs(
     vectors_of, tiny_llama: Path, encoder: Encoder, tmp_path: Path
 ) -> None:
-    """No wrong vector reaches a caller after the quarantine, answers on their way are moved, the rest is right."""
+    """No wrong vector reaches a caller after the first wrong canary, and all before it are in the taint report."""
+    url = f"sqlite:///{tmp_path / 'accounts.sqlite'}"
+    accounts = Accounts(url, pepper=tmp_path / "pepper")
+    with accounts.database.begin() as connection:
+        account = people.open_account(connection, "customer", now_ms())
+        ledger.top_up(connection, account, 1_000_000_000, "payment", now_ms())
+        tariff.set_price(connection, tariff.TariffPrice(MODEL, "default", 8_000_000), now_ms())
+        key = keys.create(
+            connection, accounts.peppers, account, KeySettings(scopes=("embeddings", "account")), now_ms()
+        )
     drifted = threading.Event()
 
     def drifting(texts: Sequence[str], instruction: str) -> np.ndarray:
@@ -323,18 +333,24 @@ def test_a_provider_that_drifts_under_load_is_out_after_two_light_runs(
     expected = encoder.encode("a ferry leaves", normalize=True)
     with fault_server_thread(drifting) as a, fault_server_thread(vectors_of) as b:
         file = providers_file(tmp_path, a.url, b.url)
-        with running(tiny_llama, providers=file, intervals=FAST, warm=()) as service:
+        options: dict[str, Any] = {"api_keys": (), "database": url, "providers": file, "warm": ()}
+        with running(tiny_llama, accounts, intervals=FAST, **options) as service:
             upstreams = Upstreams(a, b, service)
+
+            def embed() -> Reply:
+                return service.call("POST", "/v1/embeddings", {"model": MODEL, "input": "a ferry leaves"}, key=key)
+
             until(lambda: all(e.standing == "admitted" for e in upstreams.pool.models()[MODEL].endpoints))
             stop = threading.Event()
 
-            def call() -> list[tuple[float, bool, str]]:
+            def call() -> list[tuple[float, bool, str, str]]:
                 answers = []
                 while not stop.is_set():
-                    got = upstreams.embed()
+                    got = embed()
                     if got.status == 200:
                         is_right = bool(np.abs(got.vectors - expected).max() < 1e-5)
-                        answers.append((time.monotonic(), is_right, got.headers["x-unmask-provider"]))
+                        names = got.headers["x-unmask-provider"], got.headers["x-unmask-charge"]
+                        answers.append((time.monotonic(), is_right, *names))
                 return answers
 
             with ThreadPoolExecutor(4) as callers:
@@ -342,29 +358,43 @@ def test_a_provider_that_drifts_under_load_is_out_after_two_light_runs(
                 until(lambda: len(a.requests) > 60)
                 drifted.set()
                 began = time.monotonic()
+                until(lambda: upstreams.endpoint("a").standing != "admitted")
+                suspended = time.monotonic()
                 until(lambda: upstreams.endpoint("a").standing == "quarantined")
-                quarantined = time.monotonic()
                 before = len(b.requests)
                 until(lambda: len(b.requests) > before + 40)  # well after the last answer that was on its way
                 stop.set()
                 answers = [one for future in running_calls for one in future.result()]
-            wrong = [at for at, is_right, _ in answers if not is_right]
-            assert all(began - 0.1 <= at <= quarantined + 0.1 for at in wrong)
-            assert {name for at, _, name in answers if at > quarantined + 0.1} == {"b"}
+            wrong = [at for at, is_right, _, _ in answers if not is_right]
+            assert all(began - 0.1 <= at <= suspended + 0.1 for at in wrong)
+            assert {name for at, _, name, _ in answers if at > suspended + 0.1} == {"b"}
             until(lambda: "full run" not in upstreams.endpoint("a").finding)
+
+            def windows() -> list[TaintedWindow]:
+                with accounts.database.read() as connection:
+                    return tainted_windows(connection)
+
+            until(lambda: [one.finding for one in windows()] == [upstreams.endpoint("a").finding])
+            with accounts.database.read() as connection:
+                tainted = {charge for charge, _, _, _ in tainted_requests(connection, windows()[0])}
+            assert {charge for _, is_right, _, charge in answers if not is_right} <= tainted
+            assert tainted <= {charge for _, _, name, charge in answers if name == "a"}
+            (line,) = service.call("GET", "/v1/usage", key=key).json["tainted"]
+            assert (line["provider"], line["model"], line["requests"]) == ("a", MODEL, len(tainted))
             sentence = "a rotates or mirrors the space: only inner products are right"
             assert upstreams.endpoint("a").finding == sentence
             b.script[:] = [changed(lambda answer: answer["data"].reverse()), right]
             upstreams.take_verdicts({("b", MODEL): "b was taken out by the operator"})
             until(lambda: upstreams.endpoint("b").standing == "quarantined")
-            nobody = upstreams.embed()
+            nobody = embed()
             assert (nobody.status, nobody.error["code"]) == (503, "no_conforming_provider")
             assert nobody.headers["retry-after"] == "120" and nobody.headers["x-should-retry"] == "true"
             assert service.call("GET", "/ready").status == 503
             drifted.clear()
             a.script[:] = [right]
             upstreams.take_verdicts({("a", MODEL): ""})
-            until(lambda: upstreams.embed().status == 200)
+            until(lambda: embed().status == 200)
+    accounts.close()
 
 
 def test_endpoints_say_who_answers_and_how_well(upstreams: Upstreams) -> None:

@@ -89,8 +89,8 @@ def usage_totals(
         .where(
             charges.c.account_id == account,
             charges.c.state == "settled",
-            charges.c.ended_at >= _start(first),
-            charges.c.ended_at < _start(last + timedelta(days=1)),
+            charges.c.ended_at >= day_start(first),
+            charges.c.ended_at < day_start(last + timedelta(days=1)),
         )
         .subquery()
     )
@@ -175,5 +175,6 @@ def account_of_charge(connection: Connection, charge: str) -> str | None:
     return connection.scalar(sa.select(charges.c.account_id).where(charges.c.id == charge))
 
 
-def _start(day: date) -> int:
+def day_start(day: date) -> int:
+    """Return the Unix milliseconds at which a day begins in UTC."""
     return int(datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp()) * 1000

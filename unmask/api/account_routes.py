@@ -11,10 +11,11 @@ from starlette.responses import Response
 from unmask.accounts import Accounts, Caller, keys, people, usage
 from unmask.accounts.keys import Key
 from unmask.accounts.money import format_dollars
+from unmask.accounts.taint import TaintedAnswers, tainted_answers, tainted_windows
 from unmask.api.context import context_of
 from unmask.api.download import csv_file, csv_response
 from unmask.api.errors import ApiError
-from unmask.api.schema import AccountInfo, KeyInfo, KeyList, Minute, UsageReport, UsageRow
+from unmask.api.schema import AccountInfo, KeyInfo, KeyList, Minute, TaintedUsage, UsageReport, UsageRow
 from unmask.errors import UsageError
 from unmask.storage.database import now_ms
 
@@ -65,11 +66,13 @@ class AccountRoutes:
         if format not in ("json", "csv"):
             raise ApiError(400, "The parameter 'format' must be json or csv.", param="format")
 
-        def read_usage(connection: Connection) -> list[usage.UsageGroup]:
-            return usage.usage_totals(connection, caller.account_id, start, end, groups)
+        def read_usage(connection: Connection) -> tuple[list[usage.UsageGroup], list[TaintedAnswers]]:
+            used = usage.usage_totals(connection, caller.account_id, start, end, groups)
+            windows = tainted_windows(connection, usage.day_start(start))
+            return used, tainted_answers(connection, windows, caller.account_id)
 
         try:
-            groups_used = await self.accounts.read(read_usage)
+            groups_used, tainted = await self.accounts.read(read_usage)
         except UsageError as error:
             raise ApiError(400, f"{str(error)[:200]}.") from None
         rows = [
@@ -88,7 +91,23 @@ class AccountRoutes:
         if format == "csv":
             file = csv_file(UsageRow.__struct_fields__, map(msgspec.structs.astuple, rows))
             return csv_response("usage.csv", iter([file]))
-        return _json(UsageReport(start=start.isoformat(), end=end.isoformat(), data=rows))
+        lines = [_tainted_usage(answers) for answers in tainted]
+        return _json(UsageReport(start=start.isoformat(), end=end.isoformat(), data=rows, tainted=lines))
+
+
+def _tainted_usage(answers: TaintedAnswers) -> TaintedUsage:
+    first, last = (
+        datetime.fromtimestamp(at / 1000, UTC).isoformat(timespec="seconds") for at in (answers.first, answers.last)
+    )
+    return TaintedUsage(
+        provider=answers.window.provider,
+        model=answers.window.model,
+        key=answers.key,
+        requests=answers.requests,
+        tokens=answers.tokens,
+        first=first,
+        last=last,
+    )
 
 
 def _require_caller(request: Request) -> Caller:

@@ -285,11 +285,24 @@ class UsageRow(msgspec.Struct, kw_only=True):
     provider: Annotated[str | None, _doc("Who computed the vectors; `local` is this server.")] = None
 
 
+class TaintedUsage(msgspec.Struct, kw_only=True):
+    """Requests whose vectors may be wrong: a provider gave them between its last right canary and its quarantine."""
+
+    provider: str
+    model: str
+    key: str | None
+    requests: int
+    tokens: int
+    first: Annotated[str, _doc("Time of the first one, RFC 3339 in UTC.")]
+    last: Annotated[str, _doc("Time of the last one.")]
+
+
 class UsageReport(msgspec.Struct, kw_only=True):
     object: Literal["list"] = "list"
     start: str
     end: str
     data: list[UsageRow]
+    tainted: Annotated[list[TaintedUsage], _doc("Of quarantines since `start`. Embed these texts again.")]
 
 
 class Index(msgspec.Struct, kw_only=True):

@@ -52,11 +52,6 @@ def today() -> date:
     return datetime.now(UTC).date()
 
 
-def midnight_ms(day: date) -> int:
-    """Return the Unix milliseconds at which a day begins in UTC."""
-    return int(datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp()) * 1000
-
-
 def seconds_to_midnight() -> float:
     """Return the seconds until the next day begins in UTC."""
     now = datetime.now(UTC)

@@ -104,6 +104,7 @@ class ProviderEndpoint:
     costs: Counter[Reason] = field(init=False, default_factory=Counter)
     usual_seconds: UsualSeconds = field(init=False, default_factory=UsualSeconds)
     _token_counts: TokenCounts = field(init=False, default_factory=TokenCounts)
+    _is_suspended: bool = field(init=False, default=False)
     _loss_logged: bool = field(init=False, default=False)
     _avoid_until: float = field(init=False, default=float("-inf"))
     _history: deque[_Entry] = field(init=False)
@@ -213,6 +214,7 @@ class ProviderEndpoint:
             self.load = EndpointLoad(self.provider.max_parallel, seconds / max(finding.num_tokens, 1), now)
         before, theirs = self.conformance, finding.their_tokens
         self.standing, self.finding, self.conformance = "admitted", "", finding
+        self._is_suspended = False
         self.passed_at = time.time() - seconds  # after its first canary, it may have drifted already
         if before is not None and theirs != before.their_tokens and finding.num_tokens == before.num_tokens:
             log.error(
@@ -245,9 +247,20 @@ class ProviderEndpoint:
         self.last_used, self._avoid_until, self._history = earlier.last_used, earlier._avoid_until, earlier._history
         self.costs, self.usual_seconds, self._token_counts = earlier.costs, earlier.usual_seconds, earlier._token_counts
 
+    def suspend(self) -> None:
+        """Take it out of traffic because of one wrong canary, until the next run of canaries. Answers are discarded."""
+        if self.standing == "admitted":
+            self.standing, self._is_suspended = "unchecked", True
+
+    def resume(self) -> None:
+        """Let traffic in again after a right canary, if nothing but `suspend` had taken it out."""
+        if self._is_suspended and self.standing == "unchecked":
+            self.standing = "admitted"
+        self._is_suspended = False
+
     def quarantine(self, finding: str) -> None:
         """Take it out of traffic until a full run is asked for and passed. Answers on their way are discarded."""
-        self.standing, self.finding = "quarantined", finding
+        self.standing, self.finding, self._is_suspended = "quarantined", finding, False
 
     def record(
         self, outcome: Outcome, reason: Reason, tokens: int, their_tokens: int | None, seconds: float

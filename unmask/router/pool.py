@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from unmask.accounts.costs import AttemptRecord
+from unmask.accounts.usage import day_start
 from unmask.conformance import Finding, References
 from unmask.encoder.encoder import LoadOptions, open_prompts
 from unmask.engine import Engine
 from unmask.errors import UnmaskError, UsageError
 from unmask.router.attempts import EmbeddingWork, ModelEndpoints, RoutedVectors, answer
 from unmask.router.checks import ModelSource, NoteProbe, full_check, light_check, light_limit, references_of
-from unmask.router.daily_cost import DailyCost, midnight_ms, today
+from unmask.router.daily_cost import DailyCost, today
 from unmask.router.endpoint import Outcome, ProviderEndpoint
 from unmask.router.load import MIN_TOKENS
 from unmask.router.outbound import ProviderClient
@@ -162,7 +163,7 @@ class ProviderPool:
             day = today()
             own = {name: cost.own(day) for name, cost in self._daily_costs.items()}
             try:
-                booked = await asyncio.to_thread(self.costs_since, midnight_ms(day))
+                booked = await asyncio.to_thread(self.costs_since, day_start(day))
             except UnmaskError as error:
                 log.error("what providers cost today cannot be read, so only this process counts: %s", error)
             else:
@@ -334,7 +335,10 @@ class ProviderPool:
         return True
 
     async def _run_light(self, endpoint: ProviderEndpoint, references: References) -> bool:
-        """Run the health check. Returns True if two in a row gave wrong vectors: the endpoint is then quarantined."""
+        """Run the health check. Returns True if two in a row gave wrong vectors: the endpoint is then quarantined.
+
+        It gets no traffic between the two. If the second one gets no answer, a full run decides.
+        """
         for last in (False, True):
             started, started_at = time.monotonic(), time.time()
             distance = float("inf")
@@ -344,12 +348,14 @@ class ProviderPool:
             except AttemptFailed as failure:
                 if failure.signal != "malformed":
                     self._note_silence(endpoint, failure, started)
+                    endpoint.full_due |= last
                     return False
             if distance <= light_limit(endpoint.model, references):
                 self._note_health(endpoint, started_at)
                 return False
             log.warning("%s for %s: a canary is off by %.1e", endpoint.provider.name, endpoint.model.id, distance)
             if not last:
+                endpoint.suspend()
                 await asyncio.sleep(self.intervals.second)
         await self._quarantine(endpoint, "gives wrong vectors; a full run is under way")
         return True
@@ -378,6 +384,7 @@ class ProviderPool:
             started_at: Unix seconds before it was asked; later, it may have drifted already.
         """
         endpoint.passed_at = started_at
+        endpoint.resume()
         if endpoint.breaker.state == "half_open":
             endpoint.in_traffic_since = time.monotonic()
             endpoint.breaker.probed(True, endpoint.in_traffic_since)

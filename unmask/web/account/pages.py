@@ -17,6 +17,7 @@ from unmask.accounts import Accounts, audit, keys, people, tariff, usage
 from unmask.accounts.keys import Key
 from unmask.accounts.money import format_dollars
 from unmask.accounts.people import Person
+from unmask.accounts.taint import tainted_answers, tainted_windows
 from unmask.accounts.usage import UsageGroup
 from unmask.api.account_routes import date_range
 from unmask.api.download import csv_file, csv_response
@@ -80,6 +81,7 @@ class AccountPages:
                 "keys": keys.list_keys(connection, account.id, now),
                 "used": usage.usage_totals(connection, account.id, first, last, ("day", "model")),
                 "requests": usage.charged_requests(connection, account.id, limit=5),
+                "tainted": tainted_answers(connection, tainted_windows(connection, usage.day_start(first)), account.id),
                 "notices": [notice for notice in votes.notices_of(connection, account.id) if not notice.seen],
             }
 

@@ -14,12 +14,12 @@ from unmask.accounts.audit import Actor
 from unmask.accounts.costs import Margin
 from unmask.accounts.people import Person
 from unmask.accounts.taint import tainted_answers, tainted_windows
+from unmask.accounts.usage import day_start
 from unmask.api.endpoint_info import endpoint_list
 from unmask.api.schema import EndpointInfo
 from unmask.errors import UsageError
 from unmask.router import ModelRegistry
 from unmask.router.attempts import LOCAL
-from unmask.router.daily_cost import midnight_ms
 from unmask.router.endpoint import ProviderEndpoint
 from unmask.router.verdicts import order_admission, order_quarantine, verdict_history
 from unmask.storage.database import now_ms
@@ -152,7 +152,7 @@ class ProviderAdminPages:
 
 
 def _read_books(connection: Connection, first: date) -> dict[str, Any]:
-    start, now = midnight_ms(first), now_ms()
+    start, now = day_start(first), now_ms()
     return {
         "prices": tariff.all_prices(connection),
         "margins": costs.margins(connection, start, now + 1),
