@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from provider_choice import FAILING, SLOW, simulate
 
 from unmask.router import breaker as breakers
 from unmask.router.breaker import Breaker
@@ -212,41 +213,8 @@ def test_cheap_endpoints_get_most_and_not_all() -> None:
     assert drawn["cheap"] > drawn["twice"] > drawn["ten"]
 
 
-def simulate(seconds_of: dict[str, list[float]], *, failing: str = "", seed: int = 7) -> list[Counter[str]]:
-    """Requests of 64 tokens, 100 a second, to endpoints whose latency in each second is given. Counts per second."""
-    draw = random.Random(seed)
-    loads = {name: EndpointLoad(64, 0.01 / MIN_TOKENS, 0.0) for name in seconds_of}
-    running: list[tuple[float, str, float]] = []
-    counts = []
-    for second in range(len(next(iter(seconds_of.values())))):
-        counted: Counter[str] = Counter()
-        for tick in range(100):
-            now = second + tick / 100
-            for end, name, began in [entry for entry in running if entry[0] <= now]:
-                running.remove((end, name, began))
-                loads[name].finish(64)
-                if name == failing:
-                    loads[name].failed(64, end, busy=True)
-                else:
-                    loads[name].succeeded(64, end - began, end)
-            group = [
-                Candidate(name, 0, 1, 1.0, load.cost(64, now), load.expected_seconds(64))
-                for name, load in loads.items()
-                if load.has_room()
-            ]
-            chosen = choose(group, ProviderWishes(), draw)
-            if chosen is None:
-                continue
-            loads[chosen.name].start(64)
-            counted[chosen.name] += 1
-            running.append((now + seconds_of[chosen.name][second], chosen.name, now))
-        counts.append(counted)
-    return counts
-
-
 def test_traffic_leaves_an_endpoint_that_becomes_slow_and_returns() -> None:
-    slow = [0.01] * 10 + [0.2] * 30 + [0.01] * 70
-    counts = simulate({"a": slow, "b": [0.01] * 110, "c": [0.01] * 110})
+    counts = simulate(SLOW)
     before = sum(count["a"] for count in counts[5:10]) / 5
     assert 20 < before < 50
     assert all(count["a"] <= 0.25 * before for count in counts[12:40])
@@ -254,7 +222,7 @@ def test_traffic_leaves_an_endpoint_that_becomes_slow_and_returns() -> None:
 
 
 def test_an_endpoint_that_fails_fast_loses_traffic() -> None:
-    counts = simulate({"a": [0.002] * 30, "b": [0.02] * 30, "c": [0.02] * 30}, failing="a")
+    counts = simulate(FAILING, failing="a")
     assert sum(count["a"] for count in counts[2:]) < 0.1 * sum(sum(count.values()) for count in counts[2:])
 
 
