@@ -99,9 +99,7 @@ def main() -> None:
     left = next(second for second in range(10, 40) if slow[second]["a"] <= 0.25 * before) - 9
     means = [sum(count["a"] for count in slow[second : second + 5]) / 5 for second in range(40, 106)]
     back = max(second for second, mean in enumerate(means) if mean <= 0.5 * before) + 1
-    print(
-        f"a had {before:.0f} requests/s; a quarter within {left} s of becoming slow; half, for good, {back} s after recovery"
-    )
+    print(f"a had {before:.0f} requests/s; a quarter within {left} s of becoming slow; half {back} s after recovery")
 
 
 if __name__ == "__main__":
