@@ -62,21 +62,21 @@ STEP_RECIPES = {"mntp": "mntp.toml", "simcse": "simcse.toml", "supervised": "abl
 
 def adapters_of(options: argparse.Namespace, console: Console) -> dict[str, Path]:
     """The adapter of each step: given, trained before, or trained now."""
-    given = dict(text.partition("=")[::2] for text in options.adapter)
-    unknown = [step for step in given if step not in STEP_RECIPES]
+    named_adapters = dict(text.partition("=")[::2] for text in options.adapter)
+    unknown = [step for step in named_adapters if step not in STEP_RECIPES]
     if unknown:
         raise UsageError(f"--adapter {unknown[0]}=...: the steps are {', '.join(STEP_RECIPES)}")
-    found: dict[str, Path] = {}
+    adapters: dict[str, Path] = {}
     for step, recipe in STEP_RECIPES.items():
         run = options.output / "runs" / step
-        if step in given:
-            found[step] = Path(given[step])
+        if step in named_adapters:
+            adapters[step] = Path(named_adapters[step])
         elif (run / "adapter" / "adapter_config.json").is_file():
             console.print(f"{step}: trained already, {run / 'adapter'}")
-            found[step] = run / "adapter"
+            adapters[step] = run / "adapter"
         else:
-            found[step] = trained(step, options.recipes / recipe, run, found, options, console)
-    return found
+            adapters[step] = trained(step, options.recipes / recipe, run, adapters, options, console)
+    return adapters
 
 
 def trained(
@@ -111,15 +111,15 @@ def specification(row: Row, model: str, adapters: Mapping[str, Path]) -> str:
 def means_of(model: ModelResult) -> dict[str, float | None]:
     """The mean of each category's tasks, and of the categories of whole texts; word level stands apart."""
     categories = list(dict.fromkeys(score.category for score in model.scores))
-    found: dict[str, float | None] = {}
+    means: dict[str, float | None] = {}
     for category in categories:
         scores = [score.score for score in model.scores if score.category == category]
-        known = [score for score in scores if score is not None]
-        found[category] = sum(known) / len(known) if len(known) == len(scores) else None  # a failed task has no mean
-    texts = [value for category, value in found.items() if category != WORDS]
+        values = [score for score in scores if score is not None]
+        means[category] = sum(values) / len(values) if len(values) == len(scores) else None  # a failed task has no mean
+    texts = [value for category, value in means.items() if category != WORDS]
     whole = [value for value in texts if value is not None]
-    found["texts"] = sum(whole) / len(whole) if whole and len(whole) == len(texts) else None
-    return found
+    means["texts"] = sum(whole) / len(whole) if whole and len(whole) == len(texts) else None
+    return means
 
 
 def write_table(folder: Path, results: Results, rows: Sequence[Row]) -> None:

@@ -70,29 +70,29 @@ def processor_ms(process: subprocess.Popen[str]) -> float:
 
 
 def quantiles(answers: list[Answer]) -> tuple[float, float]:
-    wrong = [answer.status for answer in answers if answer.status != 200]
-    if wrong:
-        raise SystemExit(f"{len(wrong)} requests were not answered with 200 but with {sorted(set(wrong))}")
+    failures = [answer.status for answer in answers if answer.status != 200]
+    if failures:
+        raise SystemExit(f"{len(failures)} requests were not answered with 200 but with {sorted(set(failures))}")
     times = [answer.milliseconds for answer in answers]
     return float(np.median(times)), float(np.percentile(times, 99))
 
 
 async def measure(
-    clients: list[Client], processes: list[subprocess.Popen[str]], given: argparse.Namespace
+    clients: list[Client], processes: list[subprocess.Popen[str]], options: argparse.Namespace
 ) -> list[list[tuple[float, float, float]]]:
     """Median, p99 and processor time per request of each round, for the server without and the one with accounts."""
-    found: list[list[tuple[float, float, float]]] = [[], []]
+    times: list[list[tuple[float, float, float]]] = [[], []]
     for client in clients:
-        await load(client, lambda _: (BODY, ""), given.rate, 2, 0)
-    for number in range(given.rounds):
+        await load(client, lambda _: (BODY, ""), options.rate, 2, 0)
+    for number in range(options.rounds):
         for side in (0, 1) if number % 2 == 0 else (1, 0):
             before = processor_ms(processes[side])
-            answers = await load(clients[side], lambda _: (BODY, ""), given.rate, given.seconds, number)
+            answers = await load(clients[side], lambda _: (BODY, ""), options.rate, options.seconds, number)
             used = (processor_ms(processes[side]) - before) / len(answers)
-            found[side].append((*quantiles(answers), used))
+            times[side].append((*quantiles(answers), used))
     for client in clients:
         client.close()
-    return found
+    return times
 
 
 def main() -> int:
@@ -101,15 +101,15 @@ def main() -> int:
     options.add_argument("--seconds", type=float, default=10, help="of a round")
     options.add_argument("--rounds", type=int, default=6)
     options.add_argument("--database", help="URL of a new database; left out, SQLite in a temporary folder")
-    given = options.parse_args()
+    arguments = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        url = given.database or f"sqlite:///{folder}/accounts.sqlite"
+        url = arguments.database or f"sqlite:///{folder}/accounts.sqlite"
         pepper = Path(folder) / "pepper"
         key = make_key(url, pepper)
         bare, bare_url = start("0")
         charged, charged_url = start("0", url, str(pepper))
         try:
-            rounds = uvloop.run(measure([Client(bare_url), Client(charged_url, key)], [bare, charged], given))
+            rounds = uvloop.run(measure([Client(bare_url), Client(charged_url, key)], [bare, charged], arguments))
         finally:
             for process in (bare, charged):
                 process.terminate()
@@ -121,20 +121,23 @@ def main() -> int:
             books = verify(connection)
         database.close()
     kind = "Postgres" if url.startswith("postgres") else "SQLite"
-    print(f"{given.rate:g} requests/s, {given.rounds} rounds of {given.seconds:g} s each, {os.cpu_count()} cores,")
+    print(
+        f"{arguments.rate:g} requests/s, {arguments.rounds} rounds of {arguments.seconds:g} s each, "
+        f"{os.cpu_count()} cores,"
+    )
     print(f"Python {platform.python_version()}, load {os.getloadavg()[0]:.1f}; milliseconds, medians of the rounds")
     print(f"{'':18} {'median':>8} {'p99':>8} {'processor':>10}")
     columns = range(3)
     medians = [[statistics.median(round[column] for round in side) for column in columns] for side in rounds]
     pairs = list(zip(*rounds, strict=True))
     added = [[after[column] - before[column] for before, after in pairs] for column in columns]
-    shown = [statistics.median(values) for values in added]
-    for name, values in zip(("without accounts", f"accounts, {kind}", "added"), [*medians, shown], strict=True):
+    middle = [statistics.median(values) for values in added]
+    for name, values in zip(("without accounts", f"accounts, {kind}", "added"), [*medians, middle], strict=True):
         print(f"{name:18} {values[0]:8.2f} {values[1]:8.2f} {values[2]:10.2f}")
     each = "  ".join(f"{one:.2f}/{other:.2f}" for one, other in zip(*added[:2], strict=True))
     print(f"added per round    {each}")
     print(f"{books.charges} charges, drift: {len(books.drift) or 'none'}")
-    return 0 if shown[0] <= TARGET_MEDIAN_MS and shown[1] <= TARGET_P99_MS and not books.drift else 1
+    return 0 if middle[0] <= TARGET_MEDIAN_MS and middle[1] <= TARGET_P99_MS and not books.drift else 1
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """Texts to vectors on this machine: unmask against the peers that install from a package registry.
 
-Same weights, same texts, same threads; each contender in a process of its own, and interleaved: each round times every
-contender once, in turn, so that a noisy machine slows all of them alike. A contender that can be run in two ways is
+Same weights, same texts, same threads; each backend in a process of its own, and interleaved: each round times every
+backend once, in turn, so that a noisy machine slows all of them alike. A backend that can be run in two ways is
 measured in the quicker one. Reported are medians over rounds and the ratios of single rounds. Vectors are compared
 with those of transformers in float32 without the causal mask, so that nobody wins by being wrong.
 
     make bench
     make bench ARGS="--shape 1.3b"
     make bench ARGS="--model path/to/model --texts 128 --rounds 7"
-    make bench ARGS="--contenders unmask transformers --dtype bfloat16"
+    make bench ARGS="--backends unmask transformers --dtype bfloat16"
     make bench ARGS="--device cuda --mix short"
 
 writes encode-SHAPE.json (with -MIX and -DEVICE where they are not natural and cpu), .md, .svg and .png to --output.
@@ -31,10 +31,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from contenders import BATCHES, CONTENDERS, GPU_BATCHES, GPU_CONTENDERS, Contender, Setting
-from contenders.models import MIXES, SHEARED_LLAMA, gflop_per_token, texts_of, token_counts, write_random, write_real
-from contenders.process import Absent, Process, keep_to
-from contenders.report import Report, Row, publish, write, wrong
+from backends import BACKENDS, BATCHES, GPU_BACKENDS, GPU_BATCHES, Backend, Setting
+from backends.models import MIXES, SHEARED_LLAMA, gflop_per_token, texts_of, token_counts, write_random, write_real
+from backends.process import Absent, Process, keep_to
+from backends.report import Report, Row, publish, write, wrong
 from rich.console import Console
 from rich.table import Table
 
@@ -43,14 +43,14 @@ from unmask.checkpoint import DEFAULT_MODEL
 from unmask.errors import UnmaskError
 
 REFERENCE = "transformers"
-EVERYONE = tuple(name for name in CONTENDERS if name != "llama-cpp-f16")
-# What a shape is measured with unless told otherwise: so many texts that a run ends within minutes. All contenders'
+EVERYONE = tuple(name for name in BACKENDS if name != "llama-cpp-f16")
+# What a shape is measured with unless told otherwise: so many texts that a run ends within minutes. All backends'
 # weights are in memory together, 5 GB each for the large shape, so that one is measured with three of them.
 SHAPES: dict[str, dict[str, Any]] = {
-    "135m": {"texts": 64, "rounds": 3, "contenders": EVERYONE},
-    "1.3b": {"texts": 16, "rounds": 3, "contenders": ("unmask", "unmask-int8", REFERENCE)},
+    "135m": {"texts": 64, "rounds": 3, "backends": EVERYONE},
+    "1.3b": {"texts": 16, "rounds": 3, "backends": ("unmask", "unmask-int8", REFERENCE)},
 }
-ON_A_GPU: dict[str, Any] = {"texts": 8192, "rounds": 5, "contenders": GPU_CONTENDERS, "dtype": "bfloat16"}
+ON_A_GPU: dict[str, Any] = {"texts": 8192, "rounds": 5, "backends": GPU_BACKENDS, "dtype": "bfloat16"}
 
 
 def gemm_peak(dtype: torch.dtype, device: str) -> dict[str, float]:
@@ -86,13 +86,13 @@ def gemm_peak(dtype: torch.dtype, device: str) -> dict[str, float]:
 
 
 def quickest(
-    contender: Contender,
+    backend: Backend,
     settings: Sequence[Setting],
-    start: Callable[[Contender, Setting], Process],
+    start: Callable[[Backend, Setting], Process],
     part: Sequence[str],
     console: Console,
 ) -> Process:
-    """The contender, running in the way that took least time for a part of the texts.
+    """The backend, running in the way that took least time for a part of the texts.
 
     Raises:
         Absent: it runs in none of them.
@@ -101,13 +101,15 @@ def quickest(
     reason: Absent | None = None
     for setting in settings:
         try:
-            process = start(contender, setting)
+            process = start(backend, setting)
             seconds = process.run(part)[0] if len(settings) > 1 else 0.0
         except Absent as error:
             reason = reason or error
             continue
         if len(settings) > 1:
-            console.print(f"{contender.name}, {shown(contender, setting)}: {seconds:.1f} s for {len(part)} texts")
+            console.print(
+                f"{backend.name}, {setting_in_words(backend, setting)}: {seconds:.1f} s for {len(part)} texts"
+            )
         if best is not None:
             slower = max((best, (seconds, process)), key=lambda pair: pair[0])
             slower[1].close()
@@ -118,12 +120,12 @@ def quickest(
     return best[1]
 
 
-def shown(contender: Contender, setting: Setting) -> str:
+def setting_in_words(backend: Backend, setting: Setting) -> str:
     """A setting in words."""
-    if contender.load.startswith("ours:"):
+    if backend.load.startswith("ours:"):
         return "its own packs"
     beside = f", {setting.side_by_side} at a time" if setting.side_by_side > 1 else ""
-    return f"{setting.batch} {contender.unit}{beside}"
+    return f"{setting.batch} {backend.unit}{beside}"
 
 
 def cosine(vectors: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
@@ -176,73 +178,73 @@ def measure(
     Raises:
         Absent: unmask or the reference does not run.
     """
-    found = Rounds({}, {}, {}, {}, np.empty(0), [])
+    results = Rounds({}, {}, {}, {}, np.empty(0), [])
     try:
-        for name in options.contenders:
+        for name in options.backends:
             try:
-                contender, begin = CONTENDERS[name], partial(start, dtype=options.dtype)
-                process = quickest(contender, settings_of(contender, options), begin, by_length[::2], console)
+                backend, begin = BACKENDS[name], partial(start, dtype=options.dtype)
+                process = quickest(backend, settings_of(backend, options), begin, by_length[::2], console)
             except Absent as error:
-                found.absent[name] = str(error)
-                console.print(f"{CONTENDERS[name].name}: {error}", markup=False)
+                results.absent[name] = str(error)
+                console.print(f"{BACKENDS[name].name}: {error}", markup=False)
                 continue
-            found.processes[name], found.seconds[name] = process, []
-            console.print(f"{CONTENDERS[name].name}: ready, loaded in {process.load_seconds:.1f} s")
-        own_reference = REFERENCE not in found.processes or options.dtype != "float32"
+            results.processes[name], results.seconds[name] = process, []
+            console.print(f"{BACKENDS[name].name}: ready, loaded in {process.load_seconds:.1f} s")
+        own_reference = REFERENCE not in results.processes or options.dtype != "float32"
         if own_reference:
-            process = start(CONTENDERS[REFERENCE], Setting(), dtype="float32")
-            _, found.reference = process.run(texts, file)
+            process = start(BACKENDS[REFERENCE], Setting(), dtype="float32")
+            _, results.reference = process.run(texts, file)
             process.close()
         for number in range(options.rounds):
-            found.peaks.append(gemm_peak(getattr(torch, options.dtype), options.device))
-            for name, process in list(found.processes.items()):
+            results.peaks.append(gemm_peak(getattr(torch, options.dtype), options.device))
+            for name, process in list(results.processes.items()):
                 try:
-                    seconds, found.vectors[name] = process.run(texts, file)
+                    seconds, results.vectors[name] = process.run(texts, file)
                 except Absent as error:
-                    found.absent[name] = str(error)
-                    del found.processes[name]
+                    results.absent[name] = str(error)
+                    del results.processes[name]
                     continue
-                found.seconds[name].append(seconds)
+                results.seconds[name].append(seconds)
             console.print(f"round {number + 1} of {options.rounds}")
         for name in ("unmask", *(() if own_reference else (REFERENCE,))):
-            if name in found.absent:
-                raise Absent(f"{name}, without which there is nothing to compare: {found.absent[name]}")
+            if name in results.absent:
+                raise Absent(f"{name}, without which there is nothing to compare: {results.absent[name]}")
         if not own_reference:
-            found.reference = found.vectors[REFERENCE]
+            results.reference = results.vectors[REFERENCE]
     finally:
-        for process in found.processes.values():
+        for process in results.processes.values():
             process.close()
-    return found
+    return results
 
 
-def settings_of(contender: Contender, options: argparse.Namespace) -> Sequence[Setting]:
-    """The ways to try a contender in: its own, unless the device or `--batch` says otherwise."""
-    if contender.settings != BATCHES:
-        return contender.settings
+def settings_of(backend: Backend, options: argparse.Namespace) -> Sequence[Setting]:
+    """The ways to try a backend in: its own, unless the device or `--batch` says otherwise."""
+    if backend.settings != BATCHES:
+        return backend.settings
     if options.batch:
         return (Setting(options.batch),)
     return BATCHES if options.device == "cpu" else GPU_BATCHES
 
 
-def rows_of(options: argparse.Namespace, found: Rounds, tokens: int, peak_tokens: float) -> list[Row]:
-    """A row for each contender that was asked for."""
+def rows_of(options: argparse.Namespace, results: Rounds, tokens: int, peak_tokens: float) -> list[Row]:
+    """A row for each backend that was asked for."""
     rows: list[Row] = []
-    for name in options.contenders:
-        contender = CONTENDERS[name]
+    for name in options.backends:
+        backend = BACKENDS[name]
         row: Row = {
-            "name": contender.name,
-            "precision": contender.precision or options.dtype,
-            "absent": found.absent.get(name),
+            "name": backend.name,
+            "precision": backend.precision or options.dtype,
+            "absent": results.absent.get(name),
         }
         rows.append(row)
         if row["absent"]:
             continue
-        times, process = found.seconds[name], found.processes[name]
-        ratios = [theirs / ours for theirs, ours in zip(times, found.seconds["unmask"], strict=True)]
-        mean, worst = cosine(found.vectors[name], found.reference)
+        times, process = results.seconds[name], results.processes[name]
+        ratios = [theirs / ours for theirs, ours in zip(times, results.seconds["unmask"], strict=True)]
+        mean, worst = cosine(results.vectors[name], results.reference)
         speed = tokens / statistics.median(times)
         row |= {
-            "setting": shown(contender, process.setting),
+            "setting": setting_in_words(backend, process.setting),
             "load_seconds": process.load_seconds,
             "seconds": times,
             "tokens_per_second": speed,
@@ -262,9 +264,9 @@ def versions_of(processes: Iterable[Process]) -> dict[str, str]:
     versions = {"unmask": __version__, "python": platform.python_version()}
     for process in processes:
         for package, version in process.versions.items():
-            if process.contender.environment is None:
+            if process.backend.environment is None:
                 versions[package] = version
-            elif package in process.contender.install.split():
+            elif package in process.backend.install.split():
                 versions[package] = f"{version} with transformers {process.versions.get('transformers')}"
     return versions
 
@@ -293,9 +295,9 @@ def run(options: argparse.Namespace, scratch: Path, console: Console) -> Report:
             warm=[by_length[0], by_length[len(by_length) // 2], by_length[-1]],
             log=log,
         )
-        found = measure(options, texts, by_length, start, scratch / "vectors.npy", console)
+        results = measure(options, texts, by_length, start, scratch / "vectors.npy", console)
     tokens, gflop = int(counts.sum()), gflop_per_token(folder)
-    peak = statistics.median(max(products.values()) for products in found.peaks)
+    peak = statistics.median(max(products.values()) for products in results.peaks)
     return {
         "name": name,
         "shape": options.shape,
@@ -306,10 +308,10 @@ def run(options: argparse.Namespace, scratch: Path, console: Console) -> Report:
         "rounds": options.rounds,
         "threads": options.threads,
         "dtype": options.dtype,
-        "gemm_gflops": found.peaks,
+        "gemm_gflops": results.peaks,
         "peak_gflops": peak,
         "gflop_per_token": gflop,
-        "versions": versions_of(found.processes.values()),
+        "versions": versions_of(results.processes.values()),
         "machine": {
             "processor": processor(),
             "cores": os.cpu_count(),
@@ -317,12 +319,12 @@ def run(options: argparse.Namespace, scratch: Path, console: Console) -> Report:
             "gpu": None if options.device == "cpu" else torch.cuda.get_device_name(options.device),
         },
         "command": shlex.join(["python", *sys.argv]),
-        "rows": rows_of(options, found, tokens, peak / gflop),
+        "rows": rows_of(options, results, tokens, peak / gflop),
     }
 
 
 def console_table(report: Report) -> Table:
-    table = Table("contender", "tokens/s", "spread", "unmask is faster by", "of peak", "cosine mean / worst", "how")
+    table = Table("backend", "tokens/s", "spread", "unmask is faster by", "of peak", "cosine mean / worst", "how")
     for row in report["rows"]:
         if row["absent"]:
             table.add_row(row["name"], row["absent"])
@@ -352,12 +354,17 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--batch", type=int, help="texts that PyTorch's peers pad together; left out: the quicker of 32 and 8"
     )
     parser.add_argument(
-        "--contenders", nargs="+", choices=tuple(CONTENDERS), metavar="NAME", help=", ".join(CONTENDERS)
+        "--backends",
+        "--contenders",  # its old name, which stands in commands of published figures
+        nargs="+",
+        choices=tuple(BACKENDS),
+        metavar="NAME",
+        help=", ".join(BACKENDS),
     )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        help="where a contender has both; left out: float32, on a GPU bfloat16",
+        help="where a backend has both; left out: float32, on a GPU bfloat16",
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, default=Path("bench-results"), help="folder for what is written")
@@ -370,9 +377,9 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     for name, value in left_out.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    if "unmask" not in options.contenders:
-        options.contenders = ["unmask", *options.contenders]  # the ratios are to it
-    if options.device != "cpu" and (others := set(options.contenders) - set(GPU_CONTENDERS)):
+    if "unmask" not in options.backends:
+        options.backends = ["unmask", *options.backends]  # the ratios are to it
+    if options.device != "cpu" and (others := set(options.backends) - set(GPU_BACKENDS)):
         parser.error(f"--device {options.device}: {', '.join(sorted(others))} can be measured on a processor only")
     if options.texts < 2 or options.rounds < 1 or (options.batch or 1) < 1:
         parser.error("--texts must be at least 2, --rounds and --batch at least 1")

@@ -63,12 +63,12 @@ class Subject:
         self.start()
 
     def start(self) -> None:
-        heard, told = self._processes.Pipe(duplex=False)
-        self.process = self._processes.Process(target=serve, args=(*self._arguments, told.send), kwargs=self._options)
+        receiver, sender = self._processes.Pipe(duplex=False)
+        self.process = self._processes.Process(target=serve, args=(*self._arguments, sender.send), kwargs=self._options)
         self.process.start()
-        told.close()
+        sender.close()
         try:
-            host, port = heard.recv().removeprefix("http://").split(":")
+            host, port = receiver.recv().removeprefix("http://").split(":")
         except EOFError:
             raise SystemExit("the server did not start") from None
         self.address = (host, int(port))
@@ -166,35 +166,35 @@ def examine(url: str, seen: Seen, *, by_providers: bool = False) -> list[str]:
     """Return the errors in the books, from the answers that the callers got."""
     database = Database(url)
     with database.read() as connection:
-        wrong = [str(drift) for drift in verify(connection).drift]
+        errors = [str(drift) for drift in verify(connection).drift]
         late = ledger.expired_holds(connection, now_ms() + ALL_TIME, limit=10**6)
     for charge in late:  # what the killed servers left behind is given back, and that too must add up
         with database.begin() as connection:
             ledger.expire(connection, charge, now_ms())
     if by_providers:
-        wrong += examine_costs(database, seen)
+        errors += examine_costs(database, seen)
     with database.read() as connection:
-        found = verify(connection)
-        wrong += [str(drift) for drift in found.drift]
+        verification = verify(connection)
+        errors += [str(drift) for drift in verification.drift]
         settled = {
             row.id: row.amount
             for row in connection.execute(sa.select(charges.c.id, charges.c.amount).where(charges.c.state == "settled"))
         }
         booked = Counter(connection.scalars(sa.select(entries.c.reference).where(entries.c.kind == "charge")))
         if connection.scalar(sa.select(sa.func.sum(accounts.c.held))):
-            wrong.append("something is held although everything ended")
+            errors.append("something is held although everything ended")
         keys_used = connection.scalar(sa.select(sa.func.count()).select_from(replays))
     database.close()
-    wrong += [f"{charge} was answered twice" for charge in seen.twice]
+    errors += [f"{charge} was answered twice" for charge in seen.twice]
     for charge, cost in seen.charged.items():
         if settled.get(charge) != cost or booked[charge] != 1:
-            wrong.append(f"{charge}: answered at {cost}, settled {settled.get(charge)}, booked {booked[charge]} times")
-    wrong += [f"{charge} was replayed and not settled" for charge in seen.replayed if charge not in settled]
+            errors.append(f"{charge}: answered at {cost}, settled {settled.get(charge)}, booked {booked[charge]} times")
+    errors += [f"{charge} was replayed and not settled" for charge in seen.replayed if charge not in settled]
     unseen = len(settled) - len(set(settled) & (set(seen.charged) | set(seen.replayed)))
-    print(f"{found.charges} charges, {len(settled)} settled, {unseen} of them with an answer that was lost on its way")
+    print(f"{verification.charges} charges, {len(settled)} settled, {unseen} of them with an answer that was lost on its way")
     print(f"{len(late)} holds were left behind and given back")
     print(f"{keys_used} Idempotency-Keys, {sum(seen.replayed.values())} answers repeated")
-    return wrong
+    return errors
 
 
 def examine_costs(database: Database, seen: Seen) -> list[str]:
@@ -230,22 +230,22 @@ def main() -> int:
     options.add_argument("--database", help="URL of a new database; left out, SQLite in a temporary folder")
     options.add_argument("--providers", action="store_true", help="let two stubs of providers answer")
     options.add_argument("--seed", type=int, default=1)
-    given = options.parse_args()
+    arguments = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        url = given.database or f"sqlite:///{folder}/accounts.sqlite"
+        url = arguments.database or f"sqlite:///{folder}/accounts.sqlite"
         pepper = Path(folder) / "pepper"
-        made = prepare(url, pepper, given.keys)
-        subject = Subject(url, pepper, by_providers=given.providers)
-        seen, left = Seen(), [given.requests]
+        made = prepare(url, pepper, arguments.keys)
+        subject = Subject(url, pepper, by_providers=arguments.providers)
+        seen, left = Seen(), [arguments.requests]
         callers = [
-            threading.Thread(target=caller, args=(key, subject, left, seen, given.seed * 1000 + index), daemon=True)
+            threading.Thread(target=caller, args=(key, subject, left, seen, arguments.seed * 1000 + index), daemon=True)
             for index, key in enumerate(made)
         ]
         began = time.perf_counter()
         for thread in callers:
             thread.start()
-        chance = random.Random(given.seed)
-        moments = sorted((chance.randrange(1, given.requests) for _ in range(given.kills)), reverse=True)
+        chance = random.Random(arguments.seed)
+        moments = sorted((chance.randrange(1, arguments.requests) for _ in range(arguments.kills)), reverse=True)
         for moment in moments:
             while left[0] > moment:
                 time.sleep(0.005)
@@ -256,16 +256,16 @@ def main() -> int:
             thread.join()
         seconds = time.perf_counter() - began
         subject.stop()
-        wrong = examine(url, seen, by_providers=given.providers)
+        errors = examine(url, seen, by_providers=arguments.providers)
     times = np.array(seen.milliseconds or [0.0])
     print(
-        f"{given.requests} requests of {given.keys} keys in {seconds:.0f} s, {given.kills} kills: {dict(seen.statuses)}"
+        f"{arguments.requests} requests of {arguments.keys} keys in {seconds:.0f} s, {arguments.kills} kills: {dict(seen.statuses)}"
     )
     print(f"answered in {np.median(times):.1f} ms median, {np.percentile(times, 99):.1f} ms p99")
-    for line in wrong[:20]:
+    for line in errors[:20]:
         print(f"WRONG {line}")
-    print(f"WRONG: {len(wrong)} findings" if wrong else "zero drift, and every 200 was charged exactly once")
-    return 1 if wrong else 0
+    print(f"WRONG: {len(errors)} findings" if errors else "zero drift, and every 200 was charged exactly once")
+    return 1 if errors else 0
 
 
 if __name__ == "__main__":

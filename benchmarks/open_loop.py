@@ -48,16 +48,16 @@ class Client:
         writer.write(f"{self._head}{headers}content-length: {len(body)}\r\n\r\n".encode() + body)
         try:
             lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-            found = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines[1:-2])}
-            content = await reader.readexactly(int(found["content-length"]))
+            answer_headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines[1:-2])}
+            content = await reader.readexactly(int(answer_headers["content-length"]))
         except BaseException:
             writer.close()
             raise
-        if found.get("connection", "").lower() == "close":
+        if answer_headers.get("connection", "").lower() == "close":
             writer.close()
         else:
             self._idle.append((reader, writer))
-        return int(lines[0].split()[1]), found, content
+        return int(lines[0].split()[1]), answer_headers, content
 
     async def _connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         while self._idle:
@@ -90,10 +90,10 @@ async def load(
         body, headers = request(number)
         late = (time.perf_counter() - started - due) * 1000
         try:
-            status, found, content = await client.post(body, headers)
+            status, answer_headers, content = await client.post(body, headers)
         except (OSError, asyncio.IncompleteReadError):
-            status, found, content = 0, {}, b""
-        answers.append(Answer(due, (time.perf_counter() - started - due) * 1000, late, status, found, content))
+            status, answer_headers, content = 0, {}, b""
+        answers.append(Answer(due, (time.perf_counter() - started - due) * 1000, late, status, answer_headers, content))
 
     due, number = chance.expovariate(rate), 0
     while due < seconds:

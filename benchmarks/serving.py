@@ -132,7 +132,7 @@ async def single(engine: Engine, client: Client, model: str, rounds: int) -> dic
 
 async def saturation(engine: Engine, client: Client, model: str, rounds: int) -> dict[str, list[tuple[float, float]]]:
     """Tokens per second, direct and over HTTP, of each mix and round: all requests of a round are due at once."""
-    found: dict[str, list[tuple[float, float]]] = {}
+    rates: dict[str, list[tuple[float, float]]] = {}
 
     async def directly(requests: list[list[str]]) -> float:
         async def one(texts: list[str]) -> int:
@@ -159,8 +159,8 @@ async def saturation(engine: Engine, client: Client, model: str, rounds: int) ->
                 served, direct = await over_http(requests), await directly(requests)
             else:
                 direct, served = await directly(requests), await over_http(requests)
-            found.setdefault(mix.__name__, []).append((direct, served))
-    return found
+            rates.setdefault(mix.__name__, []).append((direct, served))
+    return rates
 
 
 async def overload(subject: Subject, client: Client, model: str, seconds: float) -> dict[str, object]:
@@ -197,7 +197,7 @@ async def overload(subject: Subject, client: Client, model: str, seconds: float)
     answers = await load(client, lambda number: (bodies[number % len(bodies)], deadline), 2 * can, seconds, 5)
     took = asyncio.get_running_loop().time() - first
     refused = [answer for answer in answers if answer.status == 429]
-    kept = await keeps_its_word(client, bodies[0], deadline, refused)
+    promise = await keeps_its_word(client, bodies[0], deadline, refused)
     watching.cancel()
     admitted = [answer.milliseconds - answer.late_ms for answer in answers if answer.status == 200]
     late = sum(time > DEADLINE_S * 1000 for time in admitted)
@@ -210,7 +210,7 @@ async def overload(subject: Subject, client: Client, model: str, seconds: float)
         "admitted later than the deadline": late,
         "refused within ms, median and longest": spread([answer.milliseconds - answer.late_ms for answer in refused]),
         "Retry-After, smallest and largest": spread([float(one.headers["retry-after"]) for one in refused], min),
-        "admitted after Retry-After": kept,
+        "admitted after Retry-After": promise,
         "resident MB at the start, halfway, at the end": [round(resident[at]) for at in (0, half, -1)],
         "short request before and after, ms": (round(before, 1), round(await calm(), 1)),
     }
@@ -242,13 +242,15 @@ def start(model: str, rounds: int) -> None:
     print(f"weights {weights:.0f} MB")
 
 
-async def against(engine: Engine, subject: Subject, given: argparse.Namespace) -> None:
+async def against(engine: Engine, subject: Subject, arguments: argparse.Namespace) -> None:
     client = Client(subject.url)
-    if "single" in given.parts:
-        shown = "  ".join(f"{name} {ms:.2f}" for name, ms in (await single(engine, client, given.model, 100)).items())
-        print(f"one short request alone, ms: {shown}", flush=True)
-    if "saturation" in given.parts:
-        for mix, rates in (await saturation(engine, client, given.model, given.rounds)).items():
+    if "single" in arguments.parts:
+        times = "  ".join(
+            f"{name} {ms:.2f}" for name, ms in (await single(engine, client, arguments.model, 100)).items()
+        )
+        print(f"one short request alone, ms: {times}", flush=True)
+    if "saturation" in arguments.parts:
+        for mix, rates in (await saturation(engine, client, arguments.model, arguments.rounds)).items():
             ratios = [served / direct for direct, served in rates]
             print(
                 f"{mix:8} tokens/s direct {statistics.median(d for d, _ in rates):.0f}, "
@@ -256,8 +258,8 @@ async def against(engine: Engine, subject: Subject, given: argparse.Namespace) -
                 f"({', '.join(f'{ratio:.1%}' for ratio in ratios)})",
                 flush=True,
             )
-    if "overload" in given.parts:
-        for name, value in (await overload(subject, client, given.model, given.seconds)).items():
+    if "overload" in arguments.parts:
+        for name, value in (await overload(subject, client, arguments.model, arguments.seconds)).items():
             print(f"{name}: {value}", flush=True)
     client.close()
 
@@ -268,18 +270,18 @@ def main() -> int:
     options.add_argument("--model", default="unmask/smollm2-135m-embed")
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--seconds", type=float, default=60, help="of overload")
-    given = options.parse_args()
-    if unknown := set(given.parts) - set(PARTS):
+    arguments = options.parse_args()
+    if unknown := set(arguments.parts) - set(PARTS):
         options.error(f"{unknown.pop()!r} is none of {', '.join(PARTS)}")
     keep_few_products()  # as the server does
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
-    if "start" in given.parts:
-        start(given.model, given.rounds)
-    if set(given.parts) - {"start"}:
-        engine = Engine(Encoder.load(given.model))
+    if "start" in arguments.parts:
+        start(arguments.model, arguments.rounds)
+    if set(arguments.parts) - {"start"}:
+        engine = Engine(Encoder.load(arguments.model))
         try:
-            with serving(given.model) as subject:
-                uvloop.run(against(engine, subject, given))
+            with serving(arguments.model) as subject:
+                uvloop.run(against(engine, subject, arguments))
         finally:
             engine.close()
     return 0

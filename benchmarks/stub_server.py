@@ -165,5 +165,5 @@ def serve(
 
 
 if __name__ == "__main__":
-    given = sys.argv[2:]
-    serve(float(sys.argv[1]), given[0] if given else None, Path(given[1]) if given else None)
+    arguments = sys.argv[2:]
+    serve(float(sys.argv[1]), arguments[0] if arguments else None, Path(arguments[1]) if arguments else None)

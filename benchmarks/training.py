@@ -1,7 +1,7 @@
 """A supervised training step on this machine: unmask against sentence-transformers' trainer.
 
 Same weights, same rows, same LoRA, same loss (in-batch and hard negatives, temperature 0.05), AdamW in both, all in one
-process and interleaved: each round lets every contender go once through the same rows, in turn, so that a noisy machine
+process and interleaved: each round lets every trainer go once through the same rows, in turn, so that a noisy machine
 slows all of them alike. Reported are tokens per second (a text's tokens count once and padding not at all, so the
 numerator is the same for all), and the median of the ratios of single rounds. The losses of an untrained step are
 compared, so that nobody wins by computing something else.
@@ -25,7 +25,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-from contenders.models import WORDS
+from backends.models import WORDS
 from encode import processor
 from rich.console import Console
 from rich.progress import track
@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--model", default="unmask/smollm2-135m")
     parser.add_argument("--lengths", choices=sorted(LENGTHS), default="nli")
     parser.add_argument("--batch", type=int, default=48, help="rows per step")
-    parser.add_argument("--steps", type=int, default=3, help="per contender and round")
+    parser.add_argument("--steps", type=int, default=3, help="per trainer and round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--max-length", type=int, default=96, help="tokens per text")
     parser.add_argument("--forward-tokens", type=int, default=8192, help="ours: tokens of one forward")
@@ -198,27 +198,27 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary)
         as_sentence_transformer(encoder, scratch / "model")
-        contenders: dict[str, Turn] = {}
+        trainers: dict[str, Turn] = {}
         precisions = [options.precision] if options.precision else ["float32", "bfloat16"]
         for precision in precisions:
-            contenders[f"unmask, {precision}"] = unmask_turn(options, scratch / "model", precision)
+            trainers[f"unmask, {precision}"] = unmask_turn(options, scratch / "model", precision)
             peer = f"sentence-transformers, {'bf16=True' if precision == 'bfloat16' else precision}"
-            contenders[peer] = sentence_transformers_turn(options, scratch / "model", precision == "bfloat16", scratch)
+            trainers[peer] = sentence_transformers_turn(options, scratch / "model", precision == "bfloat16", scratch)
         warm_up = rows[: options.batch]
         losses: dict[str, float] = {}
-        for name, turn in contenders.items():
+        for name, turn in trainers.items():
             losses[name] = turn(warm_up)[1]
             gc.collect()
-        seconds: dict[str, list[float]] = {name: [] for name in contenders}
+        seconds: dict[str, list[float]] = {name: [] for name in trainers}
         for _ in track(range(options.rounds), description="rounds"):
-            for name, turn in contenders.items():
+            for name, turn in trainers.items():
                 seconds[name].append(turn(rows)[0])
                 print(f"{name}: {tokens / seconds[name][-1]:.0f} tokens/s, loss {losses[name]:.4f}", flush=True)
                 gc.collect()  # a trainer is a cycle that holds the last step's activations: gigabytes
 
     console = Console()
     faster = [f"our {precision} is faster by" for precision in precisions]
-    table = Table("contender", "tokens/s", "spread", *faster, "ratio per round", "loss")
+    table = Table("trainer", "tokens/s", "spread", *faster, "ratio per round", "loss")
     results: dict[str, Any] = {}
     for name, times in seconds.items():
         ratios = {

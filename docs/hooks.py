@@ -44,11 +44,11 @@ def _inside(link: re.Match[str], page: str) -> str:
     if not path or "://" in path or path.startswith("mailto:"):
         return link.group()
     source = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}.get(page, f"docs/{page}")
-    wanted = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
-    if wanted in PAGES:
-        target = PAGES[wanted]
-    elif wanted.startswith("docs/"):
-        target = wanted.removeprefix("docs/")
+    file = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
+    if file in PAGES:
+        target = PAGES[file]
+    elif file.startswith("docs/"):
+        target = file.removeprefix("docs/")
     else:
         return text  # a file of the repository that is no page
     return f"[{text}]({posixpath.relpath(target, posixpath.dirname(page) or '.')}{hash_}{anchor})"

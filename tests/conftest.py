@@ -59,7 +59,7 @@ SLOW = {
     "server/test_http_server.py",
     "test_collection.py",
     "test_container.py",
-    "web/test_founding_case.py",
+    "web/test_vote_to_vectors.py",
     "training/test_commands.py",
     "training/test_distillation.py",
     "training/test_distributed.py",

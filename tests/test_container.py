@@ -44,12 +44,12 @@ def test_the_image_runs_as_a_user_without_privileges_and_reports_its_health():
 
 
 def test_every_copied_path_exists_and_is_not_ignored():
-    kept = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
+    ignore_rules = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
     for name, arguments in dockerfile():
         if name == "COPY" and not arguments.startswith("--from"):
             for source in arguments.split()[:-1]:
                 assert (ROOT / source).exists()
-                assert f"!{source}" in kept
+                assert f"!{source}" in ignore_rules
 
 
 def test_images_are_pinned_to_a_version():

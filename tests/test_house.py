@@ -12,7 +12,7 @@ import re
 import sys
 import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -202,18 +202,21 @@ def module_names() -> Places:
     return {path: {part} for path in sources() for part in path.removesuffix(".py").split("/") if part in MODULE_NAMES}
 
 
+def names_bound_in(tree: Iterable[ast.AST]) -> Iterator[str]:
+    """Yield the names of classes, functions, parameters, variables, fields and attributes that nodes introduce."""
+    for node in tree:
+        if isinstance(node, ast.ClassDef | Function):
+            yield node.name
+        elif isinstance(node, ast.arg):
+            yield node.arg
+        elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.id if isinstance(node, ast.Name) else node.attr
+
+
 @cache
 def bound_names(path: str) -> frozenset[str]:
-    """Names of classes, functions, parameters, variables, fields and attributes that a module introduces."""
-    names: set[str] = set()
-    for node in nodes(path):
-        if isinstance(node, ast.ClassDef | Function):
-            names.add(node.name)
-        elif isinstance(node, ast.arg):
-            names.add(node.arg)
-        elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
-            names.add(node.id if isinstance(node, ast.Name) else node.attr)
-    return frozenset(names)
+    """Names that a module of the package introduces."""
+    return frozenset(names_bound_in(nodes(path)))
 
 
 def names_without_a_noun() -> Places:
@@ -322,18 +325,39 @@ def docstring_clauses() -> Places:
     return places
 
 
+@cache
+def sources_beside() -> dict[str, ast.Module]:
+    """Every module of tests, benchmarks, examples and docs by its path in the repository."""
+    return {
+        file.relative_to(REPOSITORY).as_posix(): ast.parse(file.read_text(encoding="utf-8"))
+        for folder in ("tests", "benchmarks", "examples", "docs")
+        for file in sorted((REPOSITORY / folder).rglob("*.py"))
+    }
+
+
 def test_no_docstring_beside_the_package_begins_with_a_clause() -> None:
     """Tests, benchmarks and examples follow the rule of `docstring_clauses` as well."""
     clauses = [
-        (file.relative_to(REPOSITORY).as_posix(), first[1])
-        for folder in ("tests", "benchmarks", "examples")
-        for file in (REPOSITORY / folder).rglob("*.py")
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        (path, first[1])
+        for path, tree in sources_beside().items()
+        for node in ast.walk(tree)
         if isinstance(node, ast.Module | ast.ClassDef | Function)
         and (first := re.match(r"\W*(\w+)", ast.get_docstring(node) or ""))
         and first[1].lower() in CLAUSE_WORDS
     ]
     assert not clauses
+
+
+def test_names_beside_the_package_say_what_they_hold() -> None:
+    """Tests, benchmarks and examples follow the rules of `names_without_a_noun` and `module_names` as well."""
+    names = [
+        (path, name)
+        for path, tree in sources_beside().items()
+        for name in names_bound_in(ast.walk(tree))
+        if name.strip("_") in ADJECTIVES
+    ]
+    modules = [path for path in sources_beside() if MODULE_NAMES & set(path.removesuffix(".py").split("/"))]
+    assert not names and not modules
 
 
 def audit_calls() -> Places:

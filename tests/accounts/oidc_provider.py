@@ -67,36 +67,36 @@ class OidcProvider:
             "id_token_signing_alg_values_supported": ["RS256"],
         }
 
-    def authorize(self, asked: dict[str, str]) -> str:
+    def authorize(self, query: dict[str, str]) -> str:
         """Return the address that the browser is redirected to."""
-        assert asked["response_type"] == "code" and asked["client_id"] == CLIENT
-        assert "openid" in asked["scope"].split() and asked["code_challenge_method"] == "S256"
-        assert len(asked["state"]) >= 32 and len(asked["nonce"]) >= 32 and asked["state"] != asked["nonce"]
+        assert query["response_type"] == "code" and query["client_id"] == CLIENT
+        assert "openid" in query["scope"].split() and query["code_challenge_method"] == "S256"
+        assert len(query["state"]) >= 32 and len(query["nonce"]) >= 32 and query["state"] != query["nonce"]
         if self.person is None:
-            given = {"error": "access_denied", "error_description": "Call +1 555 0100 at once"}
+            answer = {"error": "access_denied", "error_description": "Call +1 555 0100 at once"}
         else:
-            given = {"code": secrets.token_urlsafe(16)}
-            self.codes[given["code"]] = asked
-        return f"{asked['redirect_uri']}?{urlencode(given | {'state': asked['state']})}"
+            answer = {"code": secrets.token_urlsafe(16)}
+            self.codes[answer["code"]] = query
+        return f"{query['redirect_uri']}?{urlencode(answer | {'state': query['state']})}"
 
     def token(self, sent: dict[str, str], authorization: str) -> tuple[int, dict[str, Any]]:
         """The answer of the token endpoint."""
         if "client_secret_basic" in self.methods:
             kind, _, text = authorization.partition(" ")
-            known = tuple(map(unquote, base64.b64decode(text).decode().split(":", 1))) if kind == "Basic" else ()
+            credentials = tuple(map(unquote, base64.b64decode(text).decode().split(":", 1))) if kind == "Basic" else ()
         else:
-            known = sent.get("client_id"), sent.get("client_secret")
-        if known != (CLIENT, SECRET):
+            credentials = sent.get("client_id"), sent.get("client_secret")
+        if credentials != (CLIENT, SECRET):
             return 401, {"error": "invalid_client"}
-        asked = self.codes.pop(sent.get("code", ""), None)
-        if asked is None or sent["grant_type"] != "authorization_code" or sent["redirect_uri"] != asked["redirect_uri"]:
+        query = self.codes.pop(sent.get("code", ""), None)
+        if query is None or sent["grant_type"] != "authorization_code" or sent["redirect_uri"] != query["redirect_uri"]:
             return 400, {"error": "invalid_grant"}
         digest = hashlib.sha256(sent["code_verifier"].encode()).digest()
-        if base64.urlsafe_b64encode(digest).decode().rstrip("=") != asked["code_challenge"]:
+        if base64.urlsafe_b64encode(digest).decode().rstrip("=") != query["code_challenge"]:
             return 400, {"error": "invalid_grant"}
         assert self.person is not None
         now = int(time.time())
-        own = {"iss": self.url, "aud": CLIENT, "iat": now, "exp": now + 300, "nonce": asked["nonce"]}
+        own = {"iss": self.url, "aud": CLIENT, "iat": now, "exp": now + 300, "nonce": query["nonce"]}
         said = {name: self.person[name] for name in self.person if self.email_in == "token" or name == "sub"}
         claims = {name: value for name, value in (own | said | self.bent).items() if value is not None}
         header = {"alg": self.algorithm, "kid": "of the test"}

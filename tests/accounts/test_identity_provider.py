@@ -179,14 +179,12 @@ def test_a_linked_identity_is_unlinked_by_whoever_knows_the_password(
     with a_browser(site) as other:
         assert other.get("/sign-in/provider").url.path == "/account"
         fill(web_client, "/sign-in", "/sign-in", email="linked@example.org", password=PASSWORD)
-        given = {"issuer": elsewhere.url, "unlink_password": PASSWORD}
-        reply = fill(web_client, "/account/settings", "/account/unlink", **given | {"unlink_password": "not it"})
+        form = {"issuer": elsewhere.url, "unlink_password": PASSWORD}
+        reply = fill(web_client, "/account/settings", "/account/unlink", **form | {"unlink_password": "not it"})
         assert reply.status_code == 401 and "The password is not right." in text(reply)
-        reply = fill(
-            web_client, "/account/settings", "/account/unlink", **given | {"issuer": "https://nowhere.example"}
-        )
+        reply = fill(web_client, "/account/settings", "/account/unlink", **form | {"issuer": "https://nowhere.example"})
         assert reply.status_code == 400 and "This sign-in is not linked to your account." in text(reply)
-        reply = fill(web_client, "/account/settings", "/account/unlink", **given)
+        reply = fill(web_client, "/account/settings", "/account/unlink", **form)
         assert reply.url.path == "/sign-in" and "You can sign in that way no longer" in text(reply)
         assert other.get("/account").url.path == "/sign-in", "every browser is signed out"
         reply = other.get("/sign-in/provider")
@@ -229,40 +227,40 @@ def test_an_identity_is_linked_to_one_account_only_and_by_nobody_else(
     assert do(accounts, lambda c: people.identities_of(c, second.id)) == []
 
 
-@pytest.mark.parametrize("given", ["another state", "no state", "another browser's", "no cookie", "too late", "twice"])
+@pytest.mark.parametrize("defect", ["another state", "no state", "another browser's", "no cookie", "too late", "twice"])
 def test_a_way_back_that_was_not_begun_here(
     web_client: httpx.Client,
     site: LocalService,
     accounts: Accounts,
     elsewhere: OidcProvider,
-    given: str,
+    defect: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    elsewhere.person = {"sub": given, "email": f"{given.replace(' ', '-').replace(chr(39), '')}@example.org"}
-    asked = begun(web_client)
-    back = dict(parse_qs(urlsplit(elsewhere.authorize(asked)).query, strict_parsing=True))
-    if given == "another state":
+    elsewhere.person = {"sub": defect, "email": f"{defect.replace(' ', '-').replace(chr(39), '')}@example.org"}
+    query = begun(web_client)
+    back = dict(parse_qs(urlsplit(elsewhere.authorize(query)).query, strict_parsing=True))
+    if defect == "another state":
         back["state"] = ["0" * 64]
-    elif given == "no state":
+    elif defect == "no state":
         del back["state"]
-    elif given == "another browser's":
+    elif defect == "another browser's":
         with a_browser(site) as other:
             back["state"] = [begun(other)["state"]]
-    elif given == "no cookie":
+    elif defect == "no cookie":
         web_client.cookies.clear()
-    elif given == "too late":
+    elif defect == "too late":
         monkeypatch.setattr(identity_provider, "now_ms", lambda: now_ms() + identity_provider.AUTHORIZATION_MS + 1)
-    elif given == "twice":
-        kept = web_client.cookies["unmask_visit"]
+    elif defect == "twice":
+        cookie = web_client.cookies["unmask_visit"]
         assert web_client.get("/sign-in/provider/return", params=back).url.path == "/account"
         web_client.cookies.clear()
-        web_client.cookies["unmask_visit"] = kept
+        web_client.cookies["unmask_visit"] = cookie
     asked_before = elsewhere.seen.count("/token")
     reply = web_client.get("/sign-in/provider/return", params=back)
     assert reply.status_code == 401 and "begin again" in text(reply) and "unmask_session" not in web_client.cookies
     # Only a code that was used is the provider's to refuse.
-    assert elsewhere.seen.count("/token") == asked_before + (given == "twice")
-    if given != "twice":
+    assert elsewhere.seen.count("/token") == asked_before + (defect == "twice")
+    if defect != "twice":
         assert not rows(accounts, elsewhere.person["email"])
 
 

@@ -25,14 +25,14 @@ def make(database: Database, peppers: Peppers, account: str, **settings) -> str:
         return keys.create(connection, peppers, account, KeySettings(**settings), NOW)
 
 
-def known(database: Database, peppers: Peppers, key: str, address: str = "", now: int = NOW) -> keys.Caller:
+def caller_of(database: Database, peppers: Peppers, key: str, address: str = "", now: int = NOW) -> keys.Caller:
     with database.read() as connection:
         return keys.authenticate(connection, peppers, key, address, now)
 
 
 def test_a_key_opens_its_account(database: Database, peppers: Peppers, account: str):
     key = make(database, peppers, account, name="laptop")
-    caller = known(database, peppers, key)
+    caller = caller_of(database, peppers, key)
     assert (caller.account_id, caller.key.id, caller.key.settings.name) == (account, keys.key_id(key), "laptop")
 
 
@@ -55,10 +55,10 @@ def test_keys_are_long_and_never_twice_the_same(database: Database, peppers: Pep
 @pytest.mark.parametrize("position", [0, 4, 15, 30, 60, 64])
 def test_a_mistyped_key_is_told_without_the_database(database: Database, peppers: Peppers, account: str, position: int):
     key = make(database, peppers, account)
-    wrong = key[:position] + ("x" if key[position] != "x" else "y") + key[position + 1 :]
+    typo = key[:position] + ("x" if key[position] != "x" else "y") + key[position + 1 :]
     database.close()
     with pytest.raises(KeyRefused, match="check that it is whole"):
-        keys.authenticate(None, peppers, wrong, "", NOW)  # pyright: ignore[reportArgumentType] - it must not be used
+        keys.authenticate(None, peppers, typo, "", NOW)  # pyright: ignore[reportArgumentType] - it must not be used
 
 
 def test_an_unknown_id_takes_the_same_work_and_gets_the_same_words(
@@ -74,7 +74,7 @@ def test_an_unknown_id_takes_the_same_work_and_gets_the_same_words(
     words = set()
     for key in (forged(f"um_{keys.key_id(real)}_{secret}"), forged(f"um_{'0' * 12}_{secret}")):
         with pytest.raises(KeyRefused) as refused:
-            known(database, peppers, key)
+            caller_of(database, peppers, key)
         words.add(str(refused.value))
     assert len(words) == 1
     assert compared == [(64, 64), (64, 64)]
@@ -83,7 +83,7 @@ def test_an_unknown_id_takes_the_same_work_and_gets_the_same_words(
 def test_the_pepper_is_needed(database: Database, peppers: Peppers, account: str, tmp_path: Path):
     key = make(database, peppers, account)
     with pytest.raises(KeyRefused, match="not known"):
-        known(database, Peppers(tmp_path / "another"), key)
+        caller_of(database, Peppers(tmp_path / "another"), key)
 
 
 def test_a_new_pepper_leaves_old_keys_working(database: Database, peppers: Peppers, account: str):
@@ -94,7 +94,7 @@ def test_a_new_pepper_leaves_old_keys_working(database: Database, peppers: Peppe
     assert both.current == "2" and both.permanent_digest("x") == mark
     new = make(database, both, account)
     for key in (old, new):
-        assert known(database, both, key).account_id == account
+        assert caller_of(database, both, key).account_id == account
 
 
 @pytest.mark.parametrize("content", ["", "1\n", "1 xyz\n", "1 ab 2\n"])
@@ -119,29 +119,29 @@ def test_a_spoilt_pepper_file_is_said(tmp_path: Path, content: str):
 def test_networks(database: Database, peppers: Peppers, account: str, address: str, networks: tuple, good: bool):
     key = make(database, peppers, account, networks=networks)
     if good:
-        known(database, peppers, key, address)
+        caller_of(database, peppers, key, address)
     else:
         with pytest.raises(Forbidden, match="may not be used from"):
-            known(database, peppers, key, address)
+            caller_of(database, peppers, key, address)
 
 
 def test_expiry_revocation_and_rotation(database: Database, peppers: Peppers, account: str):
     key = make(database, peppers, account, expires_at=NOW + 10, models=("m",))
-    known(database, peppers, key, now=NOW + 9)
+    caller_of(database, peppers, key, now=NOW + 9)
     with pytest.raises(KeyRefused, match="expired"):
-        known(database, peppers, key, now=NOW + 10)
+        caller_of(database, peppers, key, now=NOW + 10)
     key = make(database, peppers, account, models=("m",))
     with database.begin() as connection:
         new = keys.rotate(connection, peppers, account, keys.key_id(key), NOW, overlap_ms=1000)
-    assert known(database, peppers, new).key.settings.models == ("m",)
-    known(database, peppers, key, now=NOW + 999)
+    assert caller_of(database, peppers, new).key.settings.models == ("m",)
+    caller_of(database, peppers, key, now=NOW + 999)
     with pytest.raises(KeyRefused, match="expired"):
-        known(database, peppers, key, now=NOW + 1000)
+        caller_of(database, peppers, key, now=NOW + 1000)
     with database.begin() as connection:
         assert keys.revoke(connection, account, keys.key_id(new), NOW)
         assert not keys.revoke(connection, account, keys.key_id(new), NOW)
     with pytest.raises(KeyRefused, match="revoked"):
-        known(database, peppers, new)
+        caller_of(database, peppers, new)
     with pytest.raises(KeyRefused), database.begin() as connection:
         keys.rotate(connection, peppers, account, keys.key_id(new), NOW)
 
@@ -156,7 +156,7 @@ def test_last_use_only_moves_forward(database: Database, peppers: Peppers, accou
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "settings",
     [
         {"scopes": ()},
         {"scopes": ("all",)},
@@ -168,13 +168,13 @@ def test_last_use_only_moves_forward(database: Database, peppers: Peppers, accou
         {"name": "x" * 101},
     ],
 )
-def test_impossible_settings(wrong: dict):
+def test_impossible_settings(settings: dict):
     with pytest.raises(UsageError):
-        KeySettings(**wrong)
+        KeySettings(**settings)
 
 
 def test_what_a_key_is_for(database: Database, peppers: Peppers, account: str):
-    caller = known(database, peppers, make(database, peppers, account, scopes=("embeddings",), models=("m",)))
+    caller = caller_of(database, peppers, make(database, peppers, account, scopes=("embeddings",), models=("m",)))
     caller.require("embeddings", "m")
     for scope, model in (("account", None), ("embeddings", "other")):
         with pytest.raises(Forbidden):

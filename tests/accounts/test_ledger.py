@@ -32,7 +32,7 @@ DAY = 24 * 3600 * 1000
 NOON = 20_000 * DAY + DAY // 2
 
 
-def wanted(account: str, id: str, amount: int, **more: Any) -> Hold:
+def new_hold(account: str, id: str, amount: int, **more: Any) -> Hold:
     values: dict[str, Any] = {
         "id": id,
         "account_id": account,
@@ -51,8 +51,8 @@ def balance(database: Database, account: str) -> tuple[int, int]:
     """Balance and what is held of it. The books must be right whenever somebody looks."""
     with database.read() as connection:
         assert verify(connection).drift == ()
-        found = people.account(connection, account)
-    return found.balance, found.held
+        row = people.account(connection, account)
+    return row.balance, row.held
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def account(database: Database) -> str:
 
 def test_a_request_that_works(database: Database, account: str):
     with database.begin() as connection:
-        assert ledger.hold(connection, wanted(account, "c1", 300), NOON) == HeldCredit("c1", 300)
+        assert ledger.hold(connection, new_hold(account, "c1", 300), NOON) == HeldCredit("c1", 300)
     assert balance(database, account) == (1000, 300)
     with database.begin() as connection:
         assert ledger.settle(connection, "c1", NOON)
@@ -75,7 +75,7 @@ def test_a_request_that_works(database: Database, account: str):
 
 def test_a_settlement_happens_once(database: Database, account: str):
     with database.begin() as connection:
-        ledger.hold(connection, wanted(account, "c1", 300), NOON)
+        ledger.hold(connection, new_hold(account, "c1", 300), NOON)
     done = []
     for _ in range(3):
         with database.begin() as connection:
@@ -88,7 +88,7 @@ def test_a_settlement_happens_once(database: Database, account: str):
 
 def test_a_request_that_fails(database: Database, account: str):
     with database.begin() as connection:
-        ledger.hold(connection, wanted(account, "c1", 300), NOON)
+        ledger.hold(connection, new_hold(account, "c1", 300), NOON)
         assert ledger.release(connection, "c1", NOON)
         assert not ledger.release(connection, "c1", NOON)
     assert balance(database, account) == (1000, 0)
@@ -98,7 +98,7 @@ def test_a_request_that_fails(database: Database, account: str):
 
 def test_a_request_that_is_free(database: Database, account: str):
     with database.begin() as connection:
-        ledger.hold(connection, wanted(account, "c1", 0), NOON)
+        ledger.hold(connection, new_hold(account, "c1", 0), NOON)
         assert ledger.settle(connection, "c1", NOON)
         assert not ledger.refund(connection, "c1", NOON)
     assert balance(database, account) == (1000, 0)
@@ -106,20 +106,20 @@ def test_a_request_that_is_free(database: Database, account: str):
 
 def test_more_than_there_is(database: Database, account: str):
     with database.begin() as connection:
-        ledger.hold(connection, wanted(account, "c1", 600), NOON)
+        ledger.hold(connection, new_hold(account, "c1", 600), NOON)
     with (
         pytest.raises(InsufficientCredit, match=r"costs 0\.000000401 .* has 0\.0000004 "),
         database.begin() as connection,
     ):
-        ledger.hold(connection, wanted(account, "c2", 401), NOON)
+        ledger.hold(connection, new_hold(account, "c2", 401), NOON)
     with database.begin() as connection:
-        ledger.hold(connection, wanted(account, "c2", 400), NOON)
+        ledger.hold(connection, new_hold(account, "c2", 400), NOON)
     assert balance(database, account) == (1000, 1000)
 
 
 def test_a_dead_servers_hold_is_given_back(database: Database, account: str):
     with database.begin() as connection:
-        ledger.hold(connection, wanted(account, "c1", 300), NOON)
+        ledger.hold(connection, new_hold(account, "c1", 300), NOON)
         assert ledger.expired_holds(connection, NOON + 999) == []
         assert ledger.expired_holds(connection, NOON + 1000) == ["c1"]
         assert ledger.expire(connection, "c1", NOON + 1000)
@@ -129,14 +129,14 @@ def test_a_dead_servers_hold_is_given_back(database: Database, account: str):
 def test_work_that_was_done_after_its_hold_expired_is_charged(database: Database, account: str):
     for id, left in (("c1", 700), ("c2", 400)):
         with database.begin() as connection:
-            ledger.hold(connection, wanted(account, id, 300), NOON)
+            ledger.hold(connection, new_hold(account, id, 300), NOON)
             ledger.expire(connection, id, NOON + 1000)
             assert ledger.settle(connection, id, NOON + 1001)
         assert balance(database, account) == (left, 0)
     with database.begin() as connection:
-        ledger.hold(connection, wanted(account, "c3", 300), NOON)
+        ledger.hold(connection, new_hold(account, "c3", 300), NOON)
         ledger.expire(connection, "c3", NOON + 1000)
-        ledger.hold(connection, wanted(account, "c4", 400), NOON)
+        ledger.hold(connection, new_hold(account, "c4", 400), NOON)
     with pytest.raises(InsufficientCredit, match="expired"), database.begin() as connection:
         ledger.settle(connection, "c3", NOON + 1001)
     assert balance(database, account) == (400, 400)
@@ -170,7 +170,7 @@ def test_a_top_up_needs_a_reference_and_an_account(database: Database, account: 
 
 def test_a_refund_happens_once(database: Database, account: str):
     with database.begin() as connection:
-        ledger.hold(connection, wanted(account, "c1", 300), NOON)
+        ledger.hold(connection, new_hold(account, "c1", 300), NOON)
     with pytest.raises(LedgerRefused, match="held"), database.begin() as connection:
         ledger.refund(connection, "c1", NOON)
     with database.begin() as connection:
@@ -184,7 +184,7 @@ def test_a_refund_happens_once(database: Database, account: str):
 
 def test_money_paid_out_must_be_free(database: Database, account: str):
     with database.begin() as connection:
-        ledger.hold(connection, wanted(account, "c1", 300), NOON)
+        ledger.hold(connection, new_hold(account, "c1", 300), NOON)
         ledger.pay_out(connection, account, 700, "back 1", NOON)
     assert balance(database, account) == (300, 300)
     with pytest.raises(LedgerRefused, match="free credit"), database.begin() as connection:
@@ -198,15 +198,15 @@ def test_money_paid_out_must_be_free(database: Database, account: str):
 
 def test_a_frozen_account_finishes_but_begins_nothing(database: Database, account: str):
     with database.begin() as connection:
-        ledger.hold(connection, wanted(account, "c1", 300), NOON)
+        ledger.hold(connection, new_hold(account, "c1", 300), NOON)
         assert people.freeze(connection, account)
         assert not people.freeze(connection, account)
     with pytest.raises(Forbidden, match="frozen"), database.begin() as connection:
-        ledger.hold(connection, wanted(account, "c2", 1), NOON)
+        ledger.hold(connection, new_hold(account, "c2", 1), NOON)
     with database.begin() as connection:
         assert ledger.settle(connection, "c1", NOON)
         assert people.freeze(connection, account, frozen=False)
-        ledger.hold(connection, wanted(account, "c2", 1), NOON)
+        ledger.hold(connection, new_hold(account, "c2", 1), NOON)
     assert balance(database, account) == (700, 1)
 
 
@@ -223,7 +223,7 @@ def test_many_threads_spend_one_small_balance(database: Database, account: str, 
         for number in range(4):
             id = f"c{thread}-{number}"
             try:
-                held = writer.submit(lambda c, id=id: ledger.hold(c, wanted(account, id, 17), NOON)).result()
+                held = writer.submit(lambda c, id=id: ledger.hold(c, new_hold(account, id, 17), NOON)).result()
             except InsufficientCredit:
                 continue
             if number % 3 == 2:
@@ -251,7 +251,7 @@ def test_many_threads_without_the_door(database: Database, account: str):
         for number in range(10):
             try:
                 with database.begin() as connection:
-                    ledger.hold(connection, wanted(account, f"c{thread}-{number}", 30), NOON)
+                    ledger.hold(connection, new_hold(account, f"c{thread}-{number}", 30), NOON)
                     ledger.settle(connection, f"c{thread}-{number}", NOON)
                 taken += 30
             except InsufficientCredit:
@@ -268,7 +268,7 @@ def test_one_charge_is_ended_once_by_whoever_comes_first(database: Database, acc
     writer = Writer(database)
     for number in range(20):
         id = f"c{number}"
-        writer.submit(lambda c, id=id: ledger.hold(c, wanted(account, id, 10), NOON)).result()
+        writer.submit(lambda c, id=id: ledger.hold(c, new_hold(account, id, 10), NOON)).result()
         ends = [
             writer.submit(lambda c, id=id: ledger.settle(c, id, NOON)),
             writer.submit(lambda c, id=id: ledger.settle(c, id, NOON)),
@@ -291,7 +291,7 @@ class TestKeys:
 
     @staticmethod
     def spend(connection: Connection, account: str, key: str, id: str, amount: int, now: int, **more: Any) -> None:
-        ledger.hold(connection, wanted(account, id, amount, key_id=key, **more), now)
+        ledger.hold(connection, new_hold(account, id, amount, key_id=key, **more), now)
 
     def test_a_limit_for_good(self, database: Database, peppers: Peppers, account: str):
         key = self.key(database, peppers, account, spend_limit=100)
@@ -387,7 +387,7 @@ class TestReplays:
     @staticmethod
     def hold(database: Database, account: str, id: str, now: int = NOON, body: str = "body") -> HeldCredit:
         with database.begin() as connection:
-            return ledger.hold(connection, wanted(account, id, 100, idempotency_key="k", body=body), now)
+            return ledger.hold(connection, new_hold(account, id, 100, idempotency_key="k", body=body), now)
 
     def test_what_was_charged_is_not_charged_again(self, database: Database, account: str):
         self.hold(database, account, "c1")
@@ -450,7 +450,7 @@ class TestVerification:
         key = TestKeys.key(database, peppers, account)
         with database.begin() as connection:
             for id, amount in (("c1", 100), ("c2", 50), ("c3", 10)):
-                ledger.hold(connection, wanted(account, id, amount, key_id=key), NOON)
+                ledger.hold(connection, new_hold(account, id, amount, key_id=key), NOON)
             ledger.settle(connection, "c1", NOON)
             ledger.release(connection, "c2", NOON)
             ledger.refund(connection, "c1", NOON)
@@ -470,13 +470,13 @@ class TestVerification:
         assert spoilt(accounts.update().values(held=accounts.c.held + 1)) == {"held"}
 
     def test_a_settled_charge_without_its_entry(self, spoilt: Any):
-        found = spoilt(charges.update().where(charges.c.id == "c2").values(state="settled"))
-        assert "entry of a charge that is settled" in found
+        drift = spoilt(charges.update().where(charges.c.id == "c2").values(state="settled"))
+        assert "entry of a charge that is settled" in drift
 
     def test_an_entry_of_a_charge_that_was_not_settled(self, spoilt: Any, account: str):
         row = {"at": 1, "kind": "charge", "debit": account, "credit": "@revenue", "amount": 50, "note": ""}
         for reference, what in (("c2", "entry of a charge that is released"), ("c9", "does not exist")):
-            assert any(what in found for found in spoilt(entries.insert().values(row | {"reference": reference})))
+            assert any(what in drift for drift in spoilt(entries.insert().values(row | {"reference": reference})))
 
     def test_a_keys_count(self, spoilt: Any):
         assert spoilt(key_table.update().values(spent=key_table.c.spent + 1)) == {"spent in the key's window"}
@@ -487,5 +487,5 @@ class TestVerification:
 
     def test_entries_of_nobody(self, spoilt: Any):
         row = {"at": 1, "kind": "top_up", "debit": "@cash", "credit": "acct_none", "amount": 5, "note": ""}
-        found = spoilt(entries.insert().values(row | {"reference": "p"}))
-        assert found == {"entries of an account that does not exist"}
+        drift = spoilt(entries.insert().values(row | {"reference": "p"}))
+        assert drift == {"entries of an account that does not exist"}

@@ -192,9 +192,9 @@ class Books(RuleBasedStateMachine):
 
     @rule(target=charges, account=accounts, amount=st.integers(0, 400), lives=st.integers(1, 5))
     def hold(self, account: str, amount: int, lives: int) -> str:
-        wanted = self.wanted(account, amount, lives)
+        new_hold = self.new_hold(account, amount, lives)
         try:
-            self.do(lambda c: ledger.hold(c, wanted, self.now))
+            self.do(lambda c: ledger.hold(c, new_hold, self.now))
         except Forbidden:
             assert account in self.model.frozen
         except InsufficientCredit:
@@ -203,27 +203,27 @@ class Books(RuleBasedStateMachine):
             assert self.model.key[account] is not None
         else:
             assert account not in self.model.frozen and self.model.free(account) >= amount
-            self.model.charges[wanted.id] = Charge(account, amount, "held", wanted.expires_at)
-        return wanted.id
+            self.model.charges[new_hold.id] = Charge(account, amount, "held", new_hold.expires_at)
+        return new_hold.id
 
     @rule(charge=charges)
     def settle(self, charge: str) -> None:
-        known = self.model.charges.get(charge)
-        late = known is not None and known.state == "expired"
-        free = self.model.free(known.account) if known else 0
+        booked = self.model.charges.get(charge)
+        late = booked is not None and booked.state == "expired"
+        free = self.model.free(booked.account) if booked else 0
         try:
             done = self.do(lambda c: ledger.settle(c, charge, self.now))
         except InsufficientCredit:
-            assert known is not None and late and free < known.amount
+            assert booked is not None and late and free < booked.amount
             return
         except LedgerRefused:
-            assert known is None or known.state == "released"
+            assert booked is None or booked.state == "released"
             return
-        assert known is not None and done == (known.state in ("held", "expired"))
+        assert booked is not None and done == (booked.state in ("held", "expired"))
         if done:
-            assert not late or free >= known.amount
-            self.model.balance[known.account] -= known.amount
-            known.state = "settled"
+            assert not late or free >= booked.amount
+            self.model.balance[booked.account] -= booked.amount
+            booked.state = "settled"
 
     @rule(charge=charges, provider=providers, failed=failed_attempts, tokens=st.integers(1, 5000))
     def settle_what_a_provider_answered(
@@ -272,25 +272,25 @@ class Books(RuleBasedStateMachine):
 
     @rule(charge=charges)
     def release(self, charge: str) -> None:
-        known = self.model.charges.get(charge)
+        booked = self.model.charges.get(charge)
         done = self.do(lambda c: ledger.release(c, charge, self.now))
-        assert done == (known is not None and known.state == "held")
-        if known is not None and done:
-            known.state = "released"
+        assert done == (booked is not None and booked.state == "held")
+        if booked is not None and done:
+            booked.state = "released"
 
     @rule(charge=charges)
     def refund(self, charge: str) -> None:
-        known = self.model.charges.get(charge)
+        booked = self.model.charges.get(charge)
         try:
             done = self.do(lambda c: ledger.refund(c, charge, self.now))
         except LedgerRefused:
-            assert known is None or known.state != "settled"
+            assert booked is None or booked.state != "settled"
             return
-        assert known is not None
-        assert done == (known.amount > 0 and charge not in self.model.refunded)
+        assert booked is not None
+        assert done == (booked.amount > 0 and charge not in self.model.refunded)
         if done:
             self.model.refunded.add(charge)
-            self.model.balance[known.account] += known.amount
+            self.model.balance[booked.account] += booked.amount
 
     @rule(account=accounts, amount=amounts)
     def pay_out(self, account: str, amount: int) -> None:
@@ -364,21 +364,21 @@ class Books(RuleBasedStateMachine):
     def pieces(self, account: str, charge: str) -> st.SearchStrategy[tuple[str, Piece, Callable[[], None]]]:
         """Bookings by name, each with what the model does if it is done."""
         model, now = self.model, self.now
-        wanted = self.wanted(account, 100, 3)
+        new_hold = self.new_hold(account, 100, 3)
         reference = f"race {next(self.numbers)}"
-        known = model.charges.get(charge)
+        booked = model.charges.get(charge)
 
         def held() -> None:
-            model.charges[wanted.id] = Charge(account, 100, "held", wanted.expires_at)
+            model.charges[new_hold.id] = Charge(account, 100, "held", new_hold.expires_at)
 
         def settled() -> None:
-            assert known is not None
-            known.state = "settled"
-            model.balance[known.account] -= known.amount
+            assert booked is not None
+            booked.state = "settled"
+            model.balance[booked.account] -= booked.amount
 
         def released() -> None:
-            assert known is not None
-            known.state = "released" if known.state != "settled" else known.state
+            assert booked is not None
+            booked.state = "released" if booked.state != "settled" else booked.state
 
         attempts = [attempt_at("acme", "failed", "answer", 7, None), attempt_at("gpu-2", "answered", "retry", 7, 8)]
 
@@ -387,9 +387,9 @@ class Books(RuleBasedStateMachine):
             model.add_costs(attempts)
 
         def refunded() -> None:
-            assert known is not None
+            assert booked is not None
             model.refunded.add(charge)
-            model.balance[known.account] += known.amount
+            model.balance[booked.account] += booked.amount
 
         def add(amount: int) -> Callable[[], None]:
             def change() -> None:
@@ -399,7 +399,7 @@ class Books(RuleBasedStateMachine):
 
         return st.sampled_from(
             [
-                ("hold", lambda c: ledger.hold(c, wanted, now), held),
+                ("hold", lambda c: ledger.hold(c, new_hold, now), held),
                 ("settle", lambda c: ledger.settle(c, charge, now), settled),
                 (
                     "answer",
@@ -415,7 +415,7 @@ class Books(RuleBasedStateMachine):
             ]
         )
 
-    def wanted(self, account: str, amount: int, lives: int) -> Hold:
+    def new_hold(self, account: str, amount: int, lives: int) -> Hold:
         return Hold(
             id=f"c{next(self.numbers)}",
             account_id=account,
@@ -437,9 +437,9 @@ class Books(RuleBasedStateMachine):
             report = verify(connection)
             assert report.drift == () and report.cost == sum(self.model.costs.values())
             for id, balance in self.model.balance.items():
-                found = people.account(connection, id)
-                assert (found.balance, found.held) == (balance, self.model.held(id))
-                assert 0 <= found.held <= found.balance
+                row = people.account(connection, id)
+                assert (row.balance, row.held) == (balance, self.model.held(id))
+                assert 0 <= row.held <= row.balance
                 for key in keys.list_keys(connection, id, self.now):
                     # A settlement after its hold expired may go above: the work was done.
                     assert key.spent >= 0
@@ -464,7 +464,7 @@ def test_a_crash_can_come_before_each_statement(database: Database, peppers: Pep
                     return number
         raise AssertionError
 
-    wanted = Hold(
+    new_hold = Hold(
         id="c1",
         account_id=account,
         key_id=key,
@@ -475,7 +475,7 @@ def test_a_crash_can_come_before_each_statement(database: Database, peppers: Pep
         amount=24,
         expires_at=10,
     )
-    assert statements(lambda connection: ledger.hold(connection, wanted, 2)) == 3  # credit, limit, charge
+    assert statements(lambda connection: ledger.hold(connection, new_hold, 2)) == 3  # credit, limit, charge
     assert statements(lambda connection: ledger.settle(connection, "c1", 3)) == 3  # charge, credit, entry
 
 

@@ -29,25 +29,25 @@ def test_it_is_the_algorithm(limits: tuple[int, int], steps: list[tuple[int, int
     for milliseconds, *amounts in steps:
         now += Fraction(milliseconds, 1000)
         clock.now = 1000.0 + float(now)
-        wanted = [
+        full_after = [
             max(at, now) + Fraction(60 * amount, limit)
             for at, amount, limit in zip(full_at, amounts, limits, strict=True)
         ]
         draws = [BucketTake(str(n), limits[n], amounts[n]) for n in range(2)]
-        if all(at - now <= 60 for at in wanted):
+        if all(at - now <= 60 for at in full_after):
             levels = limiter.take_now(draws, "requests")
-            full_at = wanted  # both, or neither
+            full_at = full_after  # both, or neither
             for at, limit, level in zip(full_at, limits, levels, strict=True):
                 assert level.remaining == pytest.approx((60 - (at - now)) * limit / 60, abs=1.001)
                 assert level.reset_s == pytest.approx(float(at - now), abs=1e-6)
         else:
             with pytest.raises(RateLimited) as refused:
                 limiter.take_now(draws, "requests")
-            first = next(n for n in range(2) if wanted[n] - now > 60)
+            first = next(n for n in range(2) if full_after[n] - now > 60)
             if amounts[first] > limits[first]:
                 assert refused.value.retry_after is None
             else:
-                assert refused.value.retry_after == pytest.approx(float(wanted[first] - now - 60), abs=1e-6)
+                assert refused.value.retry_after == pytest.approx(float(full_after[first] - now - 60), abs=1e-6)
 
 
 def test_a_minutes_worth_at_once_and_then_an_even_flow():

@@ -120,9 +120,9 @@ async def test_the_first_admin(accounts: Accounts):
     first = do(accounts, lambda c: people.invite_first_admin(c, now_ms()))
     token = do(accounts, lambda c: people.invite_first_admin(c, now_ms()))
     assert first and token
-    for wrong in ("", first):
+    for bad_token in ("", first):
         with pytest.raises(SignInRefused):
-            await accounts.sign_up("eve@example.org", PASSWORD, address="", invitation=wrong)
+            await accounts.sign_up("eve@example.org", PASSWORD, address="", invitation=bad_token)
     admin = await accounts.sign_up("ada@example.org", PASSWORD, address="", invitation=token)
     assert admin.admin
     with pytest.raises(SignInRefused):
@@ -156,8 +156,8 @@ async def test_a_closed_account_is_forgotten_and_the_books_stay(accounts: Accoun
     for table in ("people", "accounts", "keys", "charges", "entries"):
         rows = str(do(accounts, lambda c, table=table: c.exec_driver_sql(f"SELECT * FROM {table}").all()))
         assert not re.search(r"\bada\b", rows.lower()), table  # as a word: digests have all letters up to f
-    found = do(accounts, verify)
-    assert found.drift == () and found.charges == 1
+    verification = do(accounts, verify)
+    assert verification.drift == () and verification.charges == 1
 
 
 async def test_what_happened_is_in_the_audit_log(accounts: Accounts):

@@ -156,9 +156,9 @@ def test_without_redis_nothing_passes_if_so_chosen(make: Make, server: RedisServ
 def test_a_redis_that_is_not_there_is_said_at_the_start(tmp_path: Path):
     with pytest.raises(StorageError, match=f"{tmp_path}/nothing does not answer .*: start it"):
         SharedLimiter(f"unix://{tmp_path}/nothing")
-    with pytest.raises(UsageError, match="write redis://host:6379/0") as wrong:
+    with pytest.raises(UsageError, match="write redis://host:6379/0") as error:
         SharedLimiter("http://:secret@host")
-    assert "secret" not in str(wrong.value)
+    assert "secret" not in str(error.value)
 
 
 async def test_accounts_of_two_servers_share_a_keys_minute(make: Make, url: str, tmp_path: Path):

@@ -36,12 +36,14 @@ def rows_of(accounts: Accounts, owner: Person) -> dict[str, list[Any]]:
     """Every row of every table in which the account, its person or one of its keys is named."""
     with accounts.database.read() as connection:
         own = {owner.id, owner.account_id} | {k.id for k in keys.list_keys(connection, owner.account_id, now_ms())}
-        found = {}
+        rows_by_table = {}
         for table in metadata.sorted_tables:
             rows = [tuple(row) for row in connection.execute(table.select())]
             # When a key was last used is written a moment later; nobody else has a part in it.
-            found[table.name] = sorted(repr(row) for row in rows if own & {v for v in row if isinstance(v, str)})
-    return found
+            rows_by_table[table.name] = sorted(
+                repr(row) for row in rows if own & {v for v in row if isinstance(v, str)}
+            )
+    return rows_by_table
 
 
 def test_nothing_of_one_account_is_shown_to_another_or_changed(accounts: Accounts, site: LocalService) -> None:
@@ -88,16 +90,16 @@ def test_nothing_of_one_account_is_shown_to_another_or_changed(accounts: Account
                 }  # fmt: skip
                 tried.append((path, visitor.post(path, form)))
             else:
-                asked = f"{path}?account={ada.account_id}&account_id={ada.account_id}&person={ada.id}&find={MAIL}"
-                tried += [(path, visitor.get(path)), (asked, visitor.get(f"{asked}&before=99999999"))]
-                tried.append((asked, site.call("GET", asked, key=theirs)))
+                address = f"{path}?account={ada.account_id}&account_id={ada.account_id}&person={ada.id}&find={MAIL}"
+                tried += [(path, visitor.get(path)), (address, visitor.get(f"{address}&before=99999999"))]
+                tried.append((address, site.call("GET", address, key=theirs)))
             for sent, reply in tried:
                 assert reply.status < 500, (method, sent, reply.body)
                 sent_to_sign_in = reply.headers.get("location", "").partition("?next")[0] == "/sign-in"
                 seen.add((f"{method} {route.path}", 401 if sent_to_sign_in else reply.status))
-                shown = unquote(reply.body.decode(errors="replace") + json.dumps(reply.headers))
+                answer = unquote(reply.body.decode(errors="replace") + json.dumps(reply.headers))
                 # A refusal may repeat what it was asked, and nothing else.
-                leaked = [word for word in secrets if word in shown and word not in sent]
+                leaked = [word for word in secrets if word in answer and word not in sent]
                 assert not leaked, (method, sent, leaked)
     after = rows_of(accounts, ada)
     assert after == before

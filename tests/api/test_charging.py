@@ -55,9 +55,9 @@ class Bank:
     def balance(self, account: str) -> tuple[int, int]:
         """Balance and held, when nothing is in flight any more."""
         until(lambda: self.do(lambda connection: people.account(connection, account)).held == 0)
-        found = self.do(lambda connection: people.account(connection, account))
+        row = self.do(lambda connection: people.account(connection, account))
         assert self.do(verify).drift == ()
-        return found.balance, found.held
+        return row.balance, row.held
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +104,8 @@ def test_the_batch_tier_has_its_own_price(bank: Bank, paid: LocalService):
     cost = -(-tokens * 7 // 2)  # 3.5 a token, a part of a nano-dollar counting as a whole one
     assert (reply.headers["x-unmask-tier"], reply.headers["x-unmask-cost-nanodollars"]) == ("batch", str(cost))
     assert bank.balance(account) == (1_000_000_000 - cost, 0)
-    wrong = embed(paid, key, headers={"x-tier": "gold"})
-    assert (wrong.status, wrong.error["param"]) == (400, "X-Tier")
+    unknown_tier = embed(paid, key, headers={"x-tier": "gold"})
+    assert (unknown_tier.status, unknown_tier.error["param"]) == (400, "X-Tier")
 
 
 def test_without_credit(bank: Bank, paid: LocalService):
@@ -134,20 +134,20 @@ def test_openais_client_reads_the_refusal(bank: Bank, paid: LocalService):
     client.close()
 
 
-@pytest.mark.parametrize("wrong", ["", "x", "um_", KEY, "um_0123456789ab_" + "0" * 49])
-def test_an_unknown_key(paid: LocalService, wrong: str):
-    reply = embed(paid, wrong)
+@pytest.mark.parametrize("unknown_key", ["", "x", "um_", KEY, "um_0123456789ab_" + "0" * 49])
+def test_an_unknown_key(paid: LocalService, unknown_key: str):
+    reply = embed(paid, unknown_key)
     assert (reply.status, reply.error["code"]) == (401, "invalid_api_key")
     assert reply.headers["www-authenticate"] == "Bearer"
-    assert not wrong or wrong not in reply.body.decode()
+    assert not unknown_key or unknown_key not in reply.body.decode()
 
 
 def test_a_key_that_fits_but_for_one_letter(bank: Bank, paid: LocalService):
     _, key = bank.customer()
     for position in (5, 20, -1):
         letter = "A" if key[position] != "A" else "B"
-        wrong = key[:position] + letter + (key[position + 1 :] if position != -1 else "")
-        assert embed(paid, wrong).status == 401
+        typo = key[:position] + letter + (key[position + 1 :] if position != -1 else "")
+        assert embed(paid, typo).status == 401
 
 
 def test_revoked_and_expired_keys(bank: Bank, paid: LocalService):
@@ -318,8 +318,8 @@ def test_a_repeated_request_is_charged_once(bank: Bank, paid: LocalService):
     assert (other.status, other.error["code"]) == (422, "idempotency_key_reused")
     tier = embed(paid, key, headers=headers | {"x-tier": "batch"})
     assert tier.status == 422
-    for wrong in ("", "x" * 256, "two words"):
-        reply = embed(paid, key, headers={"idempotency-key": wrong})
+    for malformed_key in ("", "x" * 256, "two words"):
+        reply = embed(paid, key, headers={"idempotency-key": malformed_key})
         assert (reply.status, reply.error["param"]) == (400, "Idempotency-Key")
 
 
@@ -372,9 +372,9 @@ def test_the_account_as_its_key_sees_it(bank: Bank, paid: LocalService):
     embed(paid, key)
     info = paid.call("GET", "/v1/account", key=key).json
     balance, _ = bank.balance(account)
-    shown = f"0.{balance:09d}".rstrip("0")
+    dollars = f"0.{balance:09d}".rstrip("0")
     assert (info["id"], info["status"], info["currency"]) == (account, "active", "USD")
-    assert info["balance"] == info["available"] == shown and info["held"] == "0.00"
+    assert info["balance"] == info["available"] == dollars and info["held"] == "0.00"
     assert (info["key"]["id"], info["key"]["name"]) == (keys.key_id(key), "laptop")
     assert (info["key"]["spend_limit"], info["key"]["spend_window"]) == ("5.00", "month")
     listed = paid.call("GET", "/v1/keys", key=key)

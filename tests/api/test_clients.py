@@ -111,14 +111,14 @@ def test_openai_when_too_much_waits(start: Callable[..., Service]):
 
 
 def test_openai_with_a_wrong_key(service: Service):
-    wrong = "sk-wrong-0123456789abcdef"
+    wrong_key = "sk-wrong-0123456789abcdef"
     with (
-        openai.OpenAI(base_url=f"{service.url}/v1", api_key=wrong) as client,
+        openai.OpenAI(base_url=f"{service.url}/v1", api_key=wrong_key) as client,
         pytest.raises(openai.AuthenticationError) as caught,
     ):
         client.embeddings.create(model=service.model, input="a")
     assert caught.value.code == "invalid_api_key"
-    assert wrong not in str(caught.value)
+    assert wrong_key not in str(caught.value)
 
 
 @pytest.fixture

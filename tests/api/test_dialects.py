@@ -60,8 +60,8 @@ def test_vectors_are_equal_to_the_bit(
     sent = {"model": service.model, **body} | {names.get(name, name): value for name, value in fields.items()}
     reply = service.call("POST", path, sent)
     assert reply.status == 200, reply.body
-    found = np.array(vectors(reply.json), dtype=np.float32)
-    np.testing.assert_array_equal(found, expected_vectors(service, **fields)[: len(found)])
+    answer = np.array(vectors(reply.json), dtype=np.float32)
+    np.testing.assert_array_equal(answer, expected_vectors(service, **fields)[: len(answer)])
 
 
 @PATHS
@@ -113,8 +113,8 @@ def test_other_methods_are_refused_and_nothing_redirects(
 def test_azure(service: LocalService):
     with openai.AzureOpenAI(azure_endpoint=service.url, api_key=KEY, api_version="2024-02-01") as client:
         response = client.embeddings.create(model=service.model, input=TEXTS, encoding_format="float")
-        found = np.array([item.embedding for item in response.data], dtype=np.float32)
-        np.testing.assert_array_equal(found, expected_vectors(service))
+        answer = np.array([item.embedding for item in response.data], dtype=np.float32)
+        np.testing.assert_array_equal(answer, expected_vectors(service))
         with pytest.raises(openai.NotFoundError) as caught:
             client.embeddings.create(model="no/such", input="a")
         assert caught.value.code == "model_not_found"
@@ -136,18 +136,18 @@ def test_langchain_for_azure(service: LocalService):
             http_client=http,
             check_embedding_ctx_length=False,
         )
-        found = np.array(embeddings.embed_documents(TEXTS), dtype=np.float32)
-        np.testing.assert_array_equal(found, expected_vectors(service))
-        np.testing.assert_array_equal(np.array(embeddings.embed_query(TEXTS[0]), dtype=np.float32), found[0])
+        answer = np.array(embeddings.embed_documents(TEXTS), dtype=np.float32)
+        np.testing.assert_array_equal(answer, expected_vectors(service))
+        np.testing.assert_array_equal(np.array(embeddings.embed_query(TEXTS[0]), dtype=np.float32), answer[0])
 
 
 def test_langchain_for_ollama(service: LocalService):
     headers = {"headers": {"Authorization": f"Bearer {KEY}"}}
     embeddings = OllamaEmbeddings(model=service.model, base_url=service.url, client_kwargs=headers)
     try:
-        found = np.array(embeddings.embed_documents(TEXTS), dtype=np.float32)
-        np.testing.assert_array_equal(found, expected_vectors(service))
-        np.testing.assert_array_equal(np.array(embeddings.embed_query(TEXTS[0]), dtype=np.float32), found[0])
+        answer = np.array(embeddings.embed_documents(TEXTS), dtype=np.float32)
+        np.testing.assert_array_equal(answer, expected_vectors(service))
+        np.testing.assert_array_equal(np.array(embeddings.embed_query(TEXTS[0]), dtype=np.float32), answer[0])
     finally:
         assert embeddings._client is not None
         embeddings._client._client.close()  # LangChain leaves it open
@@ -186,8 +186,8 @@ def test_ollama(service: LocalService, ollama_client: ollama.Client):
 def test_ollama_truncates_unless_told_otherwise(service: LocalService, ollama_client: ollama.Client):
     long_text = "long " * 3000
     expected = expected_vectors(service, [long_text], truncate=True)
-    found = ollama_client.embed(service.model, long_text).embeddings
-    np.testing.assert_array_equal(np.array(found, dtype=np.float32), expected)
+    answer = ollama_client.embed(service.model, long_text).embeddings
+    np.testing.assert_array_equal(np.array(answer, dtype=np.float32), expected)
     with pytest.raises(ollama.ResponseError) as caught:
         ollama_client.embed(service.model, long_text, truncate=False)
     assert caught.value.status_code == 400
@@ -200,9 +200,9 @@ def test_ollama_truncates_unless_told_otherwise(service: LocalService, ollama_cl
 def test_ollama_lists_and_shows_models(service: LocalService, ollama_client: ollama.Client):
     (entry,) = ollama_client.list().models
     assert entry.model == f"{service.model}:latest"
-    shown = ollama_client.show(f"{service.model}:latest")
-    assert shown.capabilities == ["embedding"]
-    assert shown.details is not None
+    details = ollama_client.show(f"{service.model}:latest")
+    assert details.capabilities == ["embedding"]
+    assert details.details is not None
     with pytest.raises(ollama.ResponseError) as caught:
         ollama_client.show("no/such")
     assert caught.value.status_code == 404
@@ -325,12 +325,12 @@ def test_cohere(service: LocalService, cohere_client: cohere.ClientV2, input_typ
         embedding_types=["float", "int8", "uint8", "binary", "ubinary", "base64"],
     )
     expected = expected_vectors(service, input_type=side)
-    found = response.embeddings
-    np.testing.assert_array_equal(np.array(found.float_, dtype=np.float32), expected)
-    assert found.base64 is not None
-    np.testing.assert_array_equal(np.stack([as_vector(row) for row in found.base64]), expected)
+    answer = response.embeddings
+    np.testing.assert_array_equal(np.array(answer.float_, dtype=np.float32), expected)
+    assert answer.base64 is not None
+    np.testing.assert_array_equal(np.stack([as_vector(row) for row in answer.base64]), expected)
     for kind in ("int8", "uint8", "binary", "ubinary"):
-        np.testing.assert_array_equal(np.array(getattr(found, kind)), quantise_vectors(expected, kind))
+        np.testing.assert_array_equal(np.array(getattr(answer, kind)), quantise_vectors(expected, kind))
     assert response.texts == TEXTS
     usage = service.embed(TEXTS, input_type=side).json["usage"]["total_tokens"]
     assert response.meta is not None and response.meta.billed_units is not None

@@ -64,8 +64,10 @@ def test_an_input_type_takes_the_models_instruction_unless_one_is_given(service:
     ):
         expected = encoder.encode(TEXTS, instruction=instruction, normalize=True)
         np.testing.assert_allclose(service.embed(TEXTS, input_type=input_type).vectors, expected, atol=1e-5)
-        given = service.embed(TEXTS, input_type=input_type, instruction="Other:").vectors
-        np.testing.assert_allclose(given, encoder.encode(TEXTS, instruction="Other:", normalize=True), atol=1e-5)
+        own_instruction = service.embed(TEXTS, input_type=input_type, instruction="Other:").vectors
+        np.testing.assert_allclose(
+            own_instruction, encoder.encode(TEXTS, instruction="Other:", normalize=True), atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("encoding", ["cl100k_base", "o200k_base"])
@@ -181,9 +183,9 @@ def test_a_deadline_that_cannot_be_met(service: LocalService, headers: dict[str,
     assert reply.headers["x-should-retry"] == "true"
 
 
-@pytest.mark.parametrize("wrong", ["0", "-1", "soon", "1.5", "9" * 20, ""])
-def test_a_deadline_that_is_none_is_refused(service: LocalService, wrong: str):
-    assert service.embed("a", {"request-deadline-ms": wrong}).error["param"] == "Request-Deadline-Ms"
+@pytest.mark.parametrize("deadline", ["0", "-1", "soon", "1.5", "9" * 20, ""])
+def test_a_deadline_that_is_none_is_refused(service: LocalService, deadline: str):
+    assert service.embed("a", {"request-deadline-ms": deadline}).error["param"] == "Request-Deadline-Ms"
 
 
 @pytest.mark.parametrize("odd", ["0", "None", "nan", "inf", "9" * 400])

@@ -21,14 +21,14 @@ def status_of(connection: socket.socket) -> tuple[int, bytes]:
     return (int(answer.split(b" ", 2)[1]), answer) if answer else (0, answer)
 
 
-@pytest.mark.parametrize("given", ["abc-123", "A.b:c_d", "x" * 128])
-def test_a_plain_request_id_is_kept(service: LocalService, given: str):
-    assert service.call("GET", "/health", headers={"x-request-id": given}).headers["x-request-id"] == given
+@pytest.mark.parametrize("request_id", ["abc-123", "A.b:c_d", "x" * 128])
+def test_a_plain_request_id_is_kept(service: LocalService, request_id: str):
+    assert service.call("GET", "/health", headers={"x-request-id": request_id}).headers["x-request-id"] == request_id
 
 
-@pytest.mark.parametrize("given", ["", "a b", "x" * 129, "a;b", "é"])
-def test_an_odd_request_id_is_replaced(service: LocalService, given: str):
-    reply = service.call("GET", "/health", headers={"x-request-id": given})
+@pytest.mark.parametrize("request_id", ["", "a b", "x" * 129, "a;b", "é"])
+def test_an_odd_request_id_is_replaced(service: LocalService, request_id: str):
+    reply = service.call("GET", "/health", headers={"x-request-id": request_id})
     assert re.fullmatch("req_[0-9a-f]{32}", reply.headers["x-request-id"])
 
 
@@ -71,10 +71,10 @@ def test_without_a_key_only_health_and_readiness_answer(service: LocalService):
 
 
 @pytest.mark.parametrize(
-    "wrong", [f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", "Bearer", "Bearer ", f"Basic {KEY}", KEY, "Bearer é"]
+    "wrong_key", [f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", "Bearer", "Bearer ", f"Basic {KEY}", KEY, "Bearer é"]
 )
-def test_a_wrong_key_is_refused_and_not_repeated(service: LocalService, wrong: str):
-    reply = service.call("GET", "/v1/models", headers={"authorization": wrong}, key=None)
+def test_a_wrong_key_is_refused_and_not_repeated(service: LocalService, wrong_key: str):
+    reply = service.call("GET", "/v1/models", headers={"authorization": wrong_key}, key=None)
     assert (reply.status, reply.error["code"]) == (401, "invalid_api_key")
     assert KEY[5:-5] not in reply.error["message"]
 

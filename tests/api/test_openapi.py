@@ -28,8 +28,8 @@ def harmless(case: schemathesis.Case) -> bool:
     is always sent.
     """
     unknown_header = any(name.lower().startswith("x-schemathesis") for name in case.headers or {})
-    known = {parameter.name for parameter in case.operation.query}
-    return unknown_header or not known.issuperset(case.query or {})
+    parameters = {parameter.name for parameter in case.operation.query}
+    return unknown_header or not parameters.issuperset(case.query or {})
 
 
 @schema.include(tag="dialects").parametrize()

@@ -52,6 +52,6 @@ def test_embeddings_in_a_quantised_format(service: LocalService, kind: str):
     plain = service.embed(texts, dimensions=16)
     reply = service.embed(texts, dimensions=16, encoding_format=kind)
     assert reply.status == 200
-    found = [item["embedding"] for item in reply.json["data"]]
-    assert found == quantise_vectors(plain.vectors, kind).tolist()
+    embeddings = [item["embedding"] for item in reply.json["data"]]
+    assert embeddings == quantise_vectors(plain.vectors, kind).tolist()
     assert reply.json["usage"] == plain.json["usage"]

@@ -159,8 +159,8 @@ def _body(content: bytes, names: dict[str, str]) -> str:
 
 
 def _vectors(content: bytes) -> list[list[float]]:
-    floats = [json.loads(found) for found in _FLOATS.findall(content)]
-    packed = [np.frombuffer(base64.b64decode(found), dtype="<f4").tolist() for found in _BASE64.findall(content)]
+    floats = [json.loads(match) for match in _FLOATS.findall(content)]
+    packed = [np.frombuffer(base64.b64decode(match), dtype="<f4").tolist() for match in _BASE64.findall(content)]
     return floats + packed
 
 

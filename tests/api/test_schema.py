@@ -14,7 +14,7 @@ def encoded(**fields: Any) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("given", "inputs"),
+    ("body_input", "inputs"),
     [
         ("a", ["a"]),
         (["a", "b"], ["a", "b"]),
@@ -25,8 +25,8 @@ def encoded(**fields: Any) -> bytes:
         (['"', "\\", '\\"'] * 600, ['"', "\\", '\\"'] * 600),
     ],
 )
-def test_all_forms_of_input(given: Any, inputs: list[Any]):
-    assert read_input(msgspec.Raw(msgspec.json.encode(given))) == inputs
+def test_all_forms_of_input(body_input: Any, inputs: list[Any]):
+    assert read_input(msgspec.Raw(msgspec.json.encode(body_input))) == inputs
 
 
 def test_white_space_before_the_first_item():
@@ -35,15 +35,15 @@ def test_white_space_before_the_first_item():
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "body_input",
     [
         *("", [], [""], ["a", ""], [[]], [[1], []], None, 1, 1.5, True, {"a": 1}, [None], [True], [1.5]),
         *(["a", 1], [1, "a"], ["a", [1]], [[1], 2], [[1], "a"], [[["a"]]], ["a"] * 2049, [[1]] * 2049),
     ],
 )
-def test_every_other_input_is_refused_by_name(wrong: Any):
+def test_every_other_input_is_refused_by_name(body_input: Any):
     with pytest.raises(ApiError) as caught:
-        read_input(msgspec.Raw(msgspec.json.encode(wrong)))
+        read_input(msgspec.Raw(msgspec.json.encode(body_input)))
     assert (caught.value.status, caught.value.body.param) == (400, "input")
 
 

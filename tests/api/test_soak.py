@@ -49,9 +49,9 @@ def serving(tmp_path: Path, *arguments: str) -> Iterator[tuple[str, psutil.Proce
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=dict(os.environ))
         try:
             assert process.stdout is not None
-            found = re.search(r"http://127\.0\.0\.1:\d+/v1", process.stdout.readline())
-            assert found is not None, (tmp_path / "log").read_text()
-            yield found[0], psutil.Process(process.pid)
+            match = re.search(r"http://127\.0\.0\.1:\d+/v1", process.stdout.readline())
+            assert match is not None, (tmp_path / "log").read_text()
+            yield match[0], psutil.Process(process.pid)
         finally:
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 0
@@ -124,6 +124,6 @@ async def a_minute(base_url: str, process: psutil.Process) -> None:
     # The first third is warm-up: buffers and thread pools reach their size.
     settled = memory[len(memory) // 3 :]
     growth = np.median(settled[-5:]) / np.median(settled[:5])
-    told = f"{answered} answers, worst difference {worst:.1e}, {settled[-1] / 2**20:.0f} MiB, x{growth:.3f}"
-    print(f"\n{told}")  # noqa: T201 - the figures belong into the test's record
-    assert growth <= 1.05, told
+    summary = f"{answered} answers, worst difference {worst:.1e}, {settled[-1] / 2**20:.0f} MiB, x{growth:.3f}"
+    print(f"\n{summary}")  # noqa: T201 - the figures belong into the test's record
+    assert growth <= 1.05, summary

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from contenders import LONGEST, Contender
-from contenders.llama import interleaved
-from contenders.models import MIXES, SHEARED_LLAMA, texts_of, write_random
-from contenders.process import Absent, python_of
-from contenders.report import between, markdown, publish, wrong
+from backends import LONGEST, Backend
+from backends.llama import interleaved
+from backends.models import MIXES, SHEARED_LLAMA, texts_of, write_random
+from backends.process import Absent, python_of
+from backends.report import between, markdown, publish, wrong
 
 SCRIPT = Path(__file__).parent.parent.parent / "benchmarks" / "encode.py"
 
@@ -62,22 +62,22 @@ def test_a_run_measures_and_compares(tmp_path: Path):
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 600}
     write_random(SHEARED_LLAMA | shape | {"num_attention_heads": 4, "num_key_value_heads": 4}, tmp_path / "tiny")
     command = [sys.executable, str(SCRIPT), "--model", str(tmp_path / "tiny"), "--texts", "6", "--rounds", "2"]
-    command += ["--contenders", "unmask", "transformers", "--mix", "short", "--batch", "4"]
+    command += ["--backends", "unmask", "transformers", "--mix", "short", "--batch", "4"]
     command += ["--output", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((tmp_path / "encode-135m-short.json").read_text())
-    ours, theirs = found["rows"]
+    report = json.loads((tmp_path / "encode-135m-short.json").read_text())
+    ours, theirs = report["rows"]
     assert len(ours["seconds"]) == len(theirs["ratio_per_round"]) == 2
     assert ours["cosine_worst"] > 0.999_999, "ours are not those of transformers in both directions"
     assert theirs["cosine_worst"] > 0.999_999 and theirs["setting"] == "4 texts"
-    assert found["tokens"] > 6
+    assert report["tokens"] > 6
     assert "| unmask | **" in (tmp_path / "encode-135m-short.md").read_text()
     assert "best float32 product" in (tmp_path / "encode-135m-short.svg").read_text()
 
 
 def test_a_peer_without_its_environment_says_how_to_get_it():
-    peer = Contender("a peer", "nowhere:load", "a-peer", environment="that-nobody-made")
+    peer = Backend("a peer", "nowhere:load", "a-peer", environment="that-nobody-made")
     with pytest.raises(Absent, match=r"not installed: .*\(that-nobody-made\): pip install a-peer"):
         python_of(peer)
 
@@ -134,7 +134,7 @@ def test_mixes_have_the_lengths_they_say():
 
 
 def test_a_gpu_is_for_those_who_know_one():
-    command = [sys.executable, str(SCRIPT), "--device", "cuda", "--contenders", "unmask", "openvino", "llama-cpp"]
+    command = [sys.executable, str(SCRIPT), "--device", "cuda", "--backends", "unmask", "openvino", "llama-cpp"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert "--device cuda: llama-cpp, openvino can be measured on a processor only" in done.stderr

@@ -292,16 +292,16 @@ def test_parquet_comes_through_a_pipe(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_formats_are_told_by_the_name() -> None:
-    def told(name: str, chosen: str | None = None) -> str:
+    def resolved(name: str, chosen: str | None = None) -> str:
         return format_of(name, chosen, INPUT_FORMATS, "txt", "--input-format")
 
     names = ("a.txt", "a.b.JSONL", "a.ndjson", "a.csv", "a.tsv", "a.parquet", "-")
-    assert [told(name) for name in names] == ["txt", "jsonl", "jsonl", "csv", "tsv", "parquet", "txt"]
-    assert told("a.csv", "txt") == "txt"
+    assert [resolved(name) for name in names] == ["txt", "jsonl", "jsonl", "csv", "tsv", "parquet", "txt"]
+    assert resolved("a.csv", "txt") == "txt"
     with pytest.raises(UsageError, match=r"a\.gz does not tell its format; add --input-format with one of txt,"):
-        told("a.gz")
+        resolved("a.gz")
     with pytest.raises(UsageError, match="--input-format xml: choose one of txt, jsonl, csv, tsv, parquet"):
-        told("a.txt", "xml")
+        resolved("a.txt", "xml")
 
 
 @given(st.lists(st.text(max_size=30)), st.integers(1, 5), st.integers(1, 50), st.integers(1, 10))

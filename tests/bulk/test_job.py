@@ -175,8 +175,8 @@ def test_empty_texts_become_null(tmp_path: Path, job: EncodeJob, encoder: Encode
     assert (report.rows, report.empty) == (len(TEXTS), len(holes))
     vectors = read_vectors(output)
     assert set(np.flatnonzero(np.isnan(vectors).all(axis=1)).tolist()) == holes
-    kept = [i for i in range(len(TEXTS)) if i not in holes]
-    assert np.abs(vectors[kept] - encoder.encode([TEXTS[i] for i in kept], normalize=True)).max() < 1e-6
+    texts_left = [i for i in range(len(TEXTS)) if i not in holes]
+    assert np.abs(vectors[texts_left] - encoder.encode([TEXTS[i] for i in texts_left], normalize=True)).max() < 1e-6
 
 
 def test_long_texts_are_cut_and_counted_or_refused(job: EncodeJob, encoder: Encoder, launch: Launch) -> None:
@@ -212,7 +212,7 @@ def test_mistakes_are_found_before_the_model_is_loaded(tmp_path: Path, job: Enco
     (tmp_path / "in.xml").write_text("<a/>")
     table = replace(job, inputs=(str(tmp_path / "in.csv"),))
     (tmp_path / "out.npy").write_bytes(b"finished")
-    for wrong, message in (
+    for change, message in (
         (replace(job, inputs=(str(tmp_path / "nothing.txt"),)), "cannot read"),
         (replace(job, output=str(tmp_path / "out.xml")), "add --output-format"),
         (replace(job, inputs=(str(tmp_path / "in.xml"),)), "add --input-format"),
@@ -223,7 +223,7 @@ def test_mistakes_are_found_before_the_model_is_loaded(tmp_path: Path, job: Enco
         (replace(job, output=job.inputs[0], output_format="npy", restart=True), "is the input as well"),
     ):
         with pytest.raises(UsageError, match=message):
-            run(wrong, load)
+            run(change, load)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["in.csv", "in.txt", "in.xml", "out.npy"]
 
 
@@ -367,12 +367,12 @@ def test_two_runs_on_one_output_are_refused(job: EncodeJob, launch: Launch) -> N
 
 
 @pytest.mark.parametrize(
-    ("target", "limit", "kept"),
+    ("target", "limit", "rows_left"),
     [("npy", 6000, 16), ("parquet", 12_200, 40), ("jsonl", 20_000, 40)],
     ids=["while encoding", "while writing parquet", "while writing jsonl"],
 )
 def test_full_disk_is_said_and_loses_nothing(
-    tmp_path: Path, job: EncodeJob, launch: Launch, target: str, limit: int, kept: int
+    tmp_path: Path, job: EncodeJob, launch: Launch, target: str, limit: int, rows_left: int
 ) -> None:
     launch(replace(job, output=str(tmp_path / f"whole.{target}")))
     job = replace(job, output=str(tmp_path / f"out.{target}"))
@@ -384,7 +384,7 @@ def test_full_disk_is_said_and_loses_nothing(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not Path(job.output).exists()
-    assert launch(job).resumed_at == kept
+    assert launch(job).resumed_at == rows_left
     assert Path(job.output).read_bytes() == (tmp_path / f"whole.{target}").read_bytes()
 
 

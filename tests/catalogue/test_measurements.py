@@ -34,10 +34,10 @@ def test_a_file_only_grows(tmp_path: Path) -> None:
     before = file.read_bytes()
     append_measurements(file, [measured(2.0), measured(3.0, origin="published")])
     assert file.read_bytes().startswith(before)
-    found = read_measurements(file)
-    assert [m.value for m in found] == [1.0, 2.0, 3.0]
+    measurements = read_measurements(file)
+    assert [m.value for m in measurements] == [1.0, 2.0, 3.0]
     # The last value of an origin stands for those before it; the others remain in the file.
-    put_together = figures(found)
+    put_together = figures(measurements)
     assert [m.value for m in put_together.suites[LOCAL, "measured"].tasks] == [2.0]
     assert [m.value for m in put_together.suites[LOCAL, "published"].tasks] == [3.0]
     assert put_together.local is None  # thirteen tasks are missing

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.letterbox import Inbox, free_port, mail_server
+from tests.mail_server import Inbox, free_port, mail_server
 from unmask.accounts import people
 from unmask.accounts.keys import Peppers
 from unmask.catalogue.mail import send_notices

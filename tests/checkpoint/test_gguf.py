@@ -121,10 +121,10 @@ def permuted(weights: np.ndarray, heads: int) -> np.ndarray:
 
 
 def test_a_llama_file_comes_back_as_the_hub_had_it(tmp_path: Path, tensors: Tensors) -> None:
-    wanted = {name: tensor.copy() for name, tensor in tensors.items()}
-    wanted["blk.1.attn_q.bias"] = np.arange(HEADS * HEAD, dtype=np.float32)
-    wanted["blk.1.attn_k.bias"] = np.arange(KEY_HEADS * HEAD, dtype=np.float32)
-    stored = dict(wanted)
+    expected = {name: tensor.copy() for name, tensor in tensors.items()}
+    expected["blk.1.attn_q.bias"] = np.arange(HEADS * HEAD, dtype=np.float32)
+    expected["blk.1.attn_k.bias"] = np.arange(KEY_HEADS * HEAD, dtype=np.float32)
+    stored = dict(expected)
     for name in stored:
         if "attn_q" in name or "attn_k" in name:
             stored[name] = permuted(stored[name], HEADS if "attn_q" in name else KEY_HEADS)
@@ -144,9 +144,9 @@ def test_a_llama_file_comes_back_as_the_hub_had_it(tmp_path: Path, tensors: Tens
         ("blk.0.ffn_up.weight", "layers.0.mlp.up_proj.weight"),
         ("blk.1.ffn_down.weight", "layers.1.mlp.down_proj.weight"),
     ):
-        assert source.shape(hub_name) == wanted[name].shape
-        np.testing.assert_array_equal(source.read(hub_name).numpy(), wanted[name], err_msg=hub_name)
-    assert len(source.names()) == len(wanted)
+        assert source.shape(hub_name) == expected[name].shape
+        np.testing.assert_array_equal(source.read(hub_name).numpy(), expected[name], err_msg=hub_name)
+    assert len(source.names()) == len(expected)
 
 
 def test_gemma_norms_lose_the_one_that_the_converter_added(tmp_path: Path) -> None:
@@ -187,11 +187,11 @@ def test_blocks_are_dequantised_in_chunks_as_in_one(
 @pytest.mark.parametrize(("kind", "dtype"), [("F16", torch.float16), ("BF16", torch.bfloat16), ("F64", torch.float64)])
 def test_plain_numbers_keep_their_precision(tmp_path: Path, tensors: Tensors, kind: str, dtype: torch.dtype) -> None:
     name = "blk.0.ffn_up.weight"
-    wanted = torch.from_numpy(tensors[name]).to(dtype)
-    raw = wanted.view(torch.uint8).numpy()
+    expected = torch.from_numpy(tensors[name]).to(dtype)
+    raw = expected.view(torch.uint8).numpy()
     formats = {name: gguf.GGMLQuantizationType[kind]}
     _, source, _, _ = open_gguf(write(tmp_path / "m.gguf", {**tensors, name: raw}, formats=formats))
-    assert torch.equal(source.read("layers.0.mlp.up_proj.weight"), wanted)
+    assert torch.equal(source.read("layers.0.mlp.up_proj.weight"), expected)
 
 
 def test_the_config_is_in_the_words_of_the_hub(tmp_path: Path, tensors: Tensors) -> None:
@@ -260,7 +260,7 @@ def test_the_query_scalar_of_published_gemmas(
 
 
 @pytest.mark.parametrize(
-    ("fields", "wanted"),
+    ("fields", "scaling"),
     [
         ({}, None),
         ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, None),
@@ -277,8 +277,8 @@ def test_the_query_scalar_of_published_gemmas(
         ),
     ],
 )
-def test_stretched_positions(fields: dict[str, Any], wanted: dict[str, Any] | None) -> None:
-    assert config_of("qwen2", fields)["rope_scaling"] == wanted
+def test_stretched_positions(fields: dict[str, Any], scaling: dict[str, Any] | None) -> None:
+    assert config_of("qwen2", fields)["rope_scaling"] == scaling
 
 
 def config_of(architecture: str, fields: dict[str, Any]) -> dict[str, Any]:
@@ -438,8 +438,8 @@ def test_real_weights_are_those_that_transformers_reads(
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(real_model(name)).tensors}
     for gguf_name, hub_name in names.items():
         plain = dequantize(stored[gguf_name].data, stored[gguf_name].tensor_type)
-        wanted = undo.process(weights=plain, name=gguf_name).weights
-        np.testing.assert_array_equal(source.read(hub_name).numpy(), wanted, err_msg=hub_name)
+        expected = undo.process(weights=plain, name=gguf_name).weights
+        np.testing.assert_array_equal(source.read(hub_name).numpy(), expected, err_msg=hub_name)
 
 
 def test_a_large_vocabulary_opens_at_once(real_model: Callable[[str], Path]) -> None:

@@ -82,7 +82,7 @@ def pieces_of(tokenizer: TextTokenizer, text: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("pre", "text", "wanted"),
+    ("pre", "text", "pieces"),
     [
         ("gpt-2", "123 ab", ["123", "Ġab"]),
         ("default", "123 ab", ["123", "Ġab"]),
@@ -103,8 +103,8 @@ def pieces_of(tokenizer: TextTokenizer, text: str) -> list[str]:
         ("deepseek-coder", "ab123", ["ab", "1", "2", "3"]),
     ],
 )
-def test_text_is_split_by_the_rule_that_the_file_names(pre: str, text: str, wanted: list[str]) -> None:
-    assert pieces_of(byte_level(pre), text) == wanted
+def test_text_is_split_by_the_rule_that_the_file_names(pre: str, text: str, pieces: list[str]) -> None:
+    assert pieces_of(byte_level(pre), text) == pieces
 
 
 def test_splitting_rules_are_those_of_transformers() -> None:
@@ -121,8 +121,8 @@ def test_splitting_rules_are_those_of_transformers() -> None:
 @settings(max_examples=25)
 def test_byte_level_tokens_hold_the_whole_text(pre: str, text: str) -> None:
     tokenizer = byte_level(pre).text
-    wanted = unicodedata.normalize("NFC", text) if gguf_tokenizer._PRE[pre].nfc else text
-    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids) == wanted
+    expected = unicodedata.normalize("NFC", text) if gguf_tokenizer._PRE[pre].nfc else text
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids) == expected
 
 
 def test_added_tokens_are_found_whole_and_padding_is_not_a_token() -> None:
@@ -194,12 +194,12 @@ def test_merges_are_those_that_transformers_extracts(pieces: list[str], data: st
     fields = spm_fields(dict(zip(pieces, map(float, scores), strict=True)))
     vocabulary = gguf_tokenizer._Vocabulary(FILE, fields)
     ids = vocabulary.ids()
-    wanted = generate_merges(ids, dict(zip(vocabulary.tokens, [0.0] * 259 + scores, strict=True)))
-    found = gguf_tokenizer._merges(vocabulary, ids)
+    expected = generate_merges(ids, dict(zip(vocabulary.tokens, [0.0] * 259 + scores, strict=True)))
+    merges = gguf_tokenizer._merges(vocabulary, ids)
     # Where scores and lengths are all equal, neither order means anything.
-    key = {pair: (dict(zip(pieces, scores, strict=True))["".join(pair)], *map(len, pair)) for pair in found}
-    assert sorted(found) == sorted(wanted)
-    assert [key[pair] for pair in found] == [key[pair] for pair in wanted]
+    key = {pair: (dict(zip(pieces, scores, strict=True))["".join(pair)], *map(len, pair)) for pair in merges}
+    assert sorted(merges) == sorted(expected)
+    assert [key[pair] for pair in merges] == [key[pair] for pair in expected]
 
 
 def sentencepiece(text: str, fields: dict[str, Any]) -> list[int]:
@@ -218,10 +218,10 @@ def sentencepiece(text: str, fields: dict[str, Any]) -> list[int]:
             break
         position = best[1]
         parts[position : position + 2] = ["".join(parts[position : position + 2])]
-    found: list[int] = []
+    tokens_of_text: list[int] = []
     for part in parts:
-        found += [ids[part]] if part in ids else [tokens.index(f"<0x{byte:02X}>") for byte in part.encode()]
-    return found
+        tokens_of_text += [ids[part]] if part in ids else [tokens.index(f"<0x{byte:02X}>") for byte in part.encode()]
+    return tokens_of_text
 
 
 @pytest.fixture(scope="module")
@@ -265,10 +265,10 @@ def test_known_llama2_ids(tinyllama: tuple[TextTokenizer, dict[str, Any]]) -> No
 def test_gemma_ids_of_varied_text(gemma: tuple[TextTokenizer, dict[str, Any]], text: str) -> None:
     tokenizer, fields = gemma
     parts = text.replace(" ", "▁").split("\t\t")  # a user-defined piece, cut out before any merge
-    wanted = sentencepiece(parts[0], fields)
+    expected = sentencepiece(parts[0], fields)
     for part in parts[1:]:
-        wanted += [fields["tokenizer.ggml.tokens"].index("\t\t"), *sentencepiece(part, fields)]
-    assert tokenizer.text.encode(text, add_special_tokens=False).ids == wanted
+        expected += [fields["tokenizer.ggml.tokens"].index("\t\t"), *sentencepiece(part, fields)]
+    assert tokenizer.text.encode(text, add_special_tokens=False).ids == expected
 
 
 def test_gemma_keeps_runs_whole(gemma: tuple[TextTokenizer, dict[str, Any]]) -> None:
@@ -282,8 +282,8 @@ def test_gemma_keeps_runs_whole(gemma: tuple[TextTokenizer, dict[str, Any]]) -> 
 @pytest.mark.parametrize("text", TEXTS)
 def test_qwen2_ids_are_those_of_transformers(qwen2: tuple[TextTokenizer, Any], text: str) -> None:
     ours, theirs = qwen2
-    wanted = theirs.backend_tokenizer.encode(text, add_special_tokens=False).ids
-    assert ours.text.encode(text, add_special_tokens=False).ids == wanted
+    expected = theirs.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    assert ours.text.encode(text, add_special_tokens=False).ids == expected
     assert (ours.prefix, ours.suffix) == ((), ())
 
 

@@ -56,9 +56,9 @@ def library(folder: Path, **options: Any) -> Any:
     return SentenceTransformer(str(folder), device="cpu", **options)
 
 
-def difference(found: np.ndarray, expected: np.ndarray) -> float:
-    assert found.shape == expected.shape and np.isfinite(expected).all()
-    return float(np.abs(found - expected).max())
+def difference(vectors: np.ndarray, expected: np.ndarray) -> float:
+    assert vectors.shape == expected.shape and np.isfinite(expected).all()
+    return float(np.abs(vectors - expected).max())
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -82,9 +82,9 @@ def test_a_published_layout_equals_sentence_transformers(name: str, published: C
     assert max(encoder.count_tokens(TEXTS)) > encoder.max_length == reference.max_seq_length
     # The comparison would notice each of these.
     expected = encoder.encode(TEXTS)
-    wrong = [Encoder.load(folder, causal=not encoder.causal)]
-    wrong.append(Encoder.load(folder, pooling="last_token" if encoder.pooling == "mean" else "mean"))
-    assert all(difference(other.encode(TEXTS), expected) > 100 * TOLERANCE for other in wrong)
+    misread = [Encoder.load(folder, causal=not encoder.causal)]
+    misread.append(Encoder.load(folder, pooling="last_token" if encoder.pooling == "mean" else "mean"))
+    assert all(difference(other.encode(TEXTS), expected) > 100 * TOLERANCE for other in misread)
 
 
 TINY = Layout({"model_type": "qwen3", "is_causal": False}, qwen, MEAN, {"query": "find it: ", "document": ""})

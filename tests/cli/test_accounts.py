@@ -43,8 +43,8 @@ def test_an_operators_day(shell: Shell, tmp_path: Path):
     ).strip()
     assert key.startswith("um_") and "\n" not in key
     id = key.split("_")[1]
-    shown = shell("accounts", "keys", account)
-    assert id in shown and "batch job" in shown and key not in shown
+    listing = shell("accounts", "keys", account)
+    assert id in listing and "batch job" in listing and key not in listing
     new = shell("accounts", "rotate", account, id, "--overlap-hours", "0").strip()
     assert new.startswith("um_") and new != key
     assert "is revoked" in shell("accounts", "revoke", account, new.split("_")[1])
@@ -124,5 +124,5 @@ def test_as_processes(home: Path):
     assert (made.returncode, made.stderr) == (0, "") and made.stdout.startswith("acct_")
     listed = run("accounts", "list")
     assert listed.returncode == 0 and made.stdout.strip() in listed.stdout and "A machine" in listed.stdout
-    wrong = run("accounts", "top-up", "acct_none", "1", "--reference", "r")
-    assert (wrong.returncode, wrong.stdout) == (1, "") and wrong.stderr.startswith("unmask: there is no account")
+    refusal = run("accounts", "top-up", "acct_none", "1", "--reference", "r")
+    assert (refusal.returncode, refusal.stdout) == (1, "") and refusal.stderr.startswith("unmask: there is no account")

@@ -18,9 +18,9 @@ def test_check_tells_right_from_wrong_and_from_silent(
     golden_dir: Path, copied, tmp_path: Path, unmask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PEER_KEY", KEY)
-    wrong = copied("tiny_llama")
-    (wrong / "llm2vec_config.json").write_text(json.dumps({"pooling_mode": "last_token"}))
-    with running(golden_dir / "tiny_llama") as good, running(wrong) as bad:
+    impostor = copied("tiny_llama")
+    (impostor / "llm2vec_config.json").write_text(json.dumps({"pooling_mode": "last_token"}))
+    with running(golden_dir / "tiny_llama") as good, running(impostor) as bad:
         gone = "http://127.0.0.1:1/v1"
         urls = {"good": f"{good.url}/v1", "bad": f"{bad.url}/v1", "gone": gone}
         (tmp_path / "providers.toml").write_text(

@@ -112,13 +112,13 @@ def test_each_precision_is_told_and_passes_where_it_is_declared(
 
 def test_every_mistake_of_the_bank_gets_its_own_sentence(references: References) -> None:
     assert len(references.bank) >= 15
-    for wrong in references.bank:
-        finding = Stub(references, wrong.vectors * 3).finding()
-        assert not finding.passed and finding.fault == wrong.fault
+    for mistake in references.bank:
+        finding = Stub(references, mistake.vectors * 3).finding()
+        assert not finding.passed and finding.fault == mistake.fault
 
 
 def test_a_mistake_in_a_lower_precision_is_still_named(references: References) -> None:
-    by_fault = {wrong.fault: wrong for wrong in references.bank}
+    by_fault = {mistake.fault: mistake for mistake in references.bank}
     for fault in ("keeps the causal mask", "pools the last token; the model pools the mean", "lower-cases texts"):
         vectors = by_fault[fault].vectors
         jitter = np.random.default_rng(3).normal(size=vectors.shape) * 2e-3
@@ -261,7 +261,7 @@ def test_references_survive_their_file(references: References, tmp_path: Path) -
     store_references(references, file)
     again = read_references(file)
     assert again.canaries == references.canaries and again.limits == references.limits
-    assert [wrong.fault for wrong in again.bank] == [wrong.fault for wrong in references.bank]
+    assert [mistake.fault for mistake in again.bank] == [mistake.fault for mistake in references.bank]
     np.testing.assert_array_equal(again.vectors, references.vectors)
     assert Stub(again, references.bank[0].vectors).finding().fault == references.bank[0].fault
     file.write_bytes(file.read_bytes()[:1000])
@@ -286,7 +286,7 @@ def test_a_template_and_adapters_left_out_are_in_the_bank(golden_dir: Path, tmp_
     }
     save_file(weights, adapter / "adapter_model.safetensors")
     adapted = build_references(str(adapter), model="adapted")
-    faults = [wrong.fault for wrong in adapted.bank]
+    faults = [mistake.fault for mistake in adapted.bank]
     assert "leaves out the chat template" in faults and "leaves out adapter 1 of 1 (adapter)" in faults
-    for wrong in adapted.bank:
-        assert Stub(adapted, wrong.vectors).finding().fault == wrong.fault
+    for mistake in adapted.bank:
+        assert Stub(adapted, mistake.vectors).finding().fault == mistake.fault

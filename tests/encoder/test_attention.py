@@ -43,11 +43,11 @@ def slow_attention(
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict]]:
     """Make this CPU pass for a device with torch's kernel. Returns the arguments of its calls."""
-    found: list[dict] = []
+    recorded_calls: list[dict] = []
 
-    def stand_in(*given: object, **named: object) -> Tensor:
-        call = inspect.signature(varlen_attn).bind(*given, **named).arguments  # as the real one would take it
-        found.append(call)
+    def stand_in(*positional: object, **named: object) -> Tensor:
+        call = inspect.signature(varlen_attn).bind(*positional, **named).arguments  # as the real one would take it
+        recorded_calls.append(call)
         q, k, v, cu_seqlens = (call[name] for name in ("query", "key", "value", "cu_seq_q"))
         assert cu_seqlens.dtype == torch.int32 and torch.equal(cu_seqlens, call["cu_seq_k"])
         assert int(cu_seqlens[-1]) == len(q) and call["max_q"] == call["max_k"] == int(cu_seqlens.diff().max())
@@ -60,7 +60,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict]]:
     monkeypatch.setattr(kernels, "library", lambda: None)  # those are for CPUs
     for cached in (attention.varlen_kernel, attention._torch_kernel, attention._flash_attn_kernel):
         cached.cache_clear()
-    yield found
+    yield recorded_calls
     for cached in (attention.varlen_kernel, attention._torch_kernel, attention._flash_attn_kernel):
         cached.cache_clear()
 

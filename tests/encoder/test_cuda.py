@@ -107,8 +107,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         home = vectors.clone().numpy()
         return lambda: home
 
-    def stand_in(*given: object, **named: object) -> Tensor:
-        call = inspect.signature(varlen_attn).bind(*given, **named).arguments
+    def stand_in(*positional: object, **named: object) -> Tensor:
+        call = inspect.signature(varlen_attn).bind(*positional, **named).arguments
         left, right = call["window_size"]
         q, k, v, bounds = (call[name] for name in ("query", "key", "value", "cu_seq_q"))
         return varlen(q, k, v, bounds, left, right, call["max_q"], call["scale"])
@@ -189,8 +189,8 @@ def test_several_threads_do_not_mix(golden_dir: Path, cuda: list[str]) -> None:
     encoder, plain = on_gpu(golden_dir / "tiny_llama"), Encoder.load(golden_dir / "tiny_llama", dtype="bfloat16")
     calls = [[f"{WORDS[i % 10]} {WORDS[(i // 3) % 10]}", WORDS[i % 7]] for i in range(40)]
     with ThreadPoolExecutor(4) as threads:
-        found = list(threads.map(encoder.encode, calls))
-    assert all(near(ours, plain.encode(texts)) for ours, texts in zip(found, calls, strict=True))
+        results = list(threads.map(encoder.encode, calls))
+    assert all(near(ours, plain.encode(texts)) for ours, texts in zip(results, calls, strict=True))
 
 
 def test_trainable_decoder_ends_recording(golden_dir: Path, cuda: list[str]) -> None:
@@ -238,8 +238,8 @@ def test_pool_bags_equals_pool(pooling: str, golden_dir: Path) -> None:
     hidden = encoder.states([prompt.ids for prompt in prompts])
     chosen = pooling_bags(prompts, pooling)
     ends = np.append(chosen.starts, len(chosen.rows))
-    found = pool_bags(hidden, *(torch.from_numpy(x) for x in (chosen.rows, chosen.weights, ends)))
-    torch.testing.assert_close(found, pool(hidden, prompts, pooling), rtol=1e-5, atol=1e-6)
+    pooled = pool_bags(hidden, *(torch.from_numpy(x) for x in (chosen.rows, chosen.weights, ends)))
+    torch.testing.assert_close(pooled, pool(hidden, prompts, pooling), rtol=1e-5, atol=1e-6)
 
 
 @given(
@@ -287,6 +287,6 @@ def test_texts_in_blocks_keep_their_order_and_their_index(
     texts = [f"{word} {other}" for word in WORDS for other in WORDS[:2]]
     assert near(encoder.encode(texts), plain.encode(texts))
     assert encoder.encode([]).shape == (0, encoder.dim)
-    with pytest.raises(EmptyText, match="input 9 is empty") as found:
+    with pytest.raises(EmptyText, match="input 9 is empty") as error:
         encoder.encode([*texts[:9], "", *texts[:5]])
-    assert found.value.index == 9
+    assert error.value.index == 9

@@ -86,10 +86,10 @@ def test_a_product_is_within_its_rounding(rows: int, seed: int) -> None:
     linear = Linear(192, 40)
     x = torch.randn(rows, 192, generator=generator) * torch.rand(rows, 1, generator=generator).mul(20).exp()
     with torch.inference_mode():
-        expected, found = linear(x), Int8Linear(linear)(x)
+        expected, product = linear(x), Int8Linear(linear)(x)
         # Half a step of each factor, added up over the inputs as independent errors; six deviations.
         step = x.norm(dim=1, keepdim=True) * linear.weight.norm(dim=1) / 192**0.5
-    assert ((found - expected).abs() <= 0.15 * step + 1e-6).all()
+    assert ((product - expected).abs() <= 0.15 * step + 1e-6).all()
 
 
 def test_zeros_stay_zeros() -> None:

@@ -129,7 +129,7 @@ def test_bfloat16_on_torch_keeps_the_residual_stream_in_float32(
     inputs: list[torch.dtype] = []
     layers = rounded.trainable_decoder().get_submodule("layers")
     for layer in layers.children():
-        layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0].dtype))
+        layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0].dtype))
     off = 1 - (rounded.encode(texts, normalize=True) * exact).sum(axis=1)
     assert 1e-9 < off.max() <= 2e-4
     assert set(inputs) == {torch.float32}

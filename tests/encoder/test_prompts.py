@@ -99,8 +99,8 @@ def test_truncation_takes_the_text_and_leaves_the_rest(text: str, instruction: s
         return
     assert len(cut.ids) == 40 and cut.full_length == len(whole.ids)
     assert cut.pooled[0] == whole.pooled[0]
-    kept = cut.pooled[0] + 5
-    assert cut.ids[:kept].tolist() == whole.ids[:kept].tolist()
+    tokens_left = cut.pooled[0] + 5
+    assert cut.ids[:tokens_left].tolist() == whole.ids[:tokens_left].tolist()
     if template is LLAMA3:
         assert cut.ids[-1] == whole.ids[-1]
 

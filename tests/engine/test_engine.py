@@ -130,10 +130,10 @@ class Paced(Encoder):
 
     def forward_pack(self, prompts: Sequence[Prompt]) -> np.ndarray:
         began = time.monotonic()
-        found = super().forward_pack(prompts)
+        vectors = super().forward_pack(prompts)
         tokens = sum(len(prompt.ids) for prompt in prompts) * num_threads()  # each core runs a pack of its own
         time.sleep(max(0.0, began + tokens / 2000 - time.monotonic()))
-        return found
+        return vectors
 
 
 async def test_in_overload_who_is_let_in_is_served_in_time(encoder: Encoder) -> None:
@@ -154,11 +154,11 @@ async def test_in_overload_who_is_let_in_is_served_in_time(encoder: Encoder) -> 
             outcome = "late"
         outcomes.setdefault(outcome, []).append(time.monotonic() - began)
 
-    asked = []
+    tasks = []
     for number in range(60):  # 3 seconds of about twice of what can be done; each request is a caller of its own
-        asked.append(asyncio.create_task(ask(["word " * (10 + 40 * (number % 3))] * 4, "")))
+        tasks.append(asyncio.create_task(ask(["word " * (10 + 40 * (number % 3))] * 4, "")))
         await asyncio.sleep(0.05)
-    await asyncio.gather(*asked)
+    await asyncio.gather(*tasks)
     assert "late" not in outcomes
     assert len(outcomes["served"]) > 15 and outcomes["refused"]
     assert max(outcomes["refused"]) < 0.2
@@ -235,9 +235,9 @@ async def test_out_of_memory_halves_the_pack_and_loses_nothing(gated: Gated) -> 
 async def test_a_vector_that_is_not_finite_is_never_given_out(encoder: Encoder) -> None:
     class Poisoned(Gated):
         def forward_pack(self, prompts: Sequence[Prompt]) -> np.ndarray:
-            found = super().forward_pack(prompts)
-            found[[len(prompt.ids) == 3 for prompt in prompts]] = np.nan
-            return found
+            computed = super().forward_pack(prompts)
+            computed[[len(prompt.ids) == 3 for prompt in prompts]] = np.nan
+            return computed
 
     poisoned = Poisoned(encoder)
     poisoned.gate.set()

@@ -49,8 +49,8 @@ def test_every_sequence_leaves_exactly_once(requests, budget: int, between: list
         assert sum(lengths) <= budget or len(lengths) == 1
         assert lengths == sorted(lengths, reverse=True)
     seen = [(id(sequence.request), sequence.index) for pack in taken for sequence in pack]
-    wanted = [(id(one), i) for one in made if id(one) not in dropped for i in range(len(one.prompts))]
-    assert sorted(seen) == sorted(wanted)
+    expected = [(id(one), i) for one in made if id(one) not in dropped for i in range(len(one.prompts))]
+    assert sorted(seen) == sorted(expected)
     assert queue.tokens == 0 and not queue.requests()
 
 

@@ -49,8 +49,8 @@ def test_the_least_recently_asked_for_leaves_first(steps: list[tuple[bool, int]]
             if len(model) > 10:
                 model.popitem(last=False)
         else:
-            found = recent.get(key)
-            assert (None if found is None else found[0]) == model.get(name)
+            vector = recent.get(key)
+            assert (None if vector is None else vector[0]) == model.get(name)
             if name in model:
                 model.move_to_end(name)
         assert len(recent) == len(model)
@@ -69,18 +69,18 @@ def test_a_kept_vector_is_a_copy_that_nobody_can_change() -> None:
     recent, vector = RecentVectors(LIMIT), np.ones(4, dtype=np.float32)
     recent.put(b"one", vector)
     vector[:] = 7
-    kept = recent.get(b"one")
-    assert kept is not None
-    assert kept.tolist() == [1, 1, 1, 1]
+    copy = recent.get(b"one")
+    assert copy is not None
+    assert copy.tolist() == [1, 1, 1, 1]
     with pytest.raises(ValueError, match="read-only"):
-        kept[0] = 2
+        copy[0] = 2
 
 
 def test_tokens_and_pooled_positions_make_the_key(encoder: Encoder) -> None:
     plain, other = encoder.prompts.build(["one two", "one two three"])
-    asked, _ = encoder.prompts.build(["one two", "x"], "Find this:")
+    instructed, _ = encoder.prompts.build(["one two", "x"], "Find this:")
     again = encoder.prompts.build(["one two"])[0]
-    keys = [cache_key(prompt) for prompt in (plain, other, asked)]
+    keys = [cache_key(prompt) for prompt in (plain, other, instructed)]
     assert len(set(keys)) == 3
     assert cache_key(again) == keys[0]
     moved = Prompt(plain.ids, (plain.pooled[0], plain.pooled[1] - 1), plain.full_length)
@@ -115,10 +115,10 @@ async def test_asked_for_afresh_nothing_is_taken_from_memory(encoder: Encoder) -
 
 async def test_a_known_text_needs_no_place_in_the_queue(encoder: Encoder) -> None:
     engine = Engine(encoder, queue_tokens=50, cache_bytes=1_000_000)
-    known = await engine.prepare(["one"])
-    await engine.run(known)
+    repeat = await engine.prepare(["one"])
+    await engine.run(repeat)
     waiting = [asyncio.create_task(engine.run(await engine.prepare([f"{i} " + "word " * 30]))) for i in range(6)]
-    answers = await asyncio.gather(engine.run(known), *waiting, return_exceptions=True)
+    answers = await asyncio.gather(engine.run(repeat), *waiting, return_exceptions=True)
     assert isinstance(answers[0], np.ndarray)
     assert all(isinstance(answer, np.ndarray | Overloaded) for answer in answers)
     engine.close()

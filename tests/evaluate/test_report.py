@@ -269,12 +269,12 @@ def test_the_page_stands_alone_and_is_sound(html: str) -> None:
     fetching = {"script", "link", "img", "iframe", "object", "embed", "use", "base", "form"}
     assert not {tag for tag, _ in page.tags} & fetching
     assert not any(
-        name.startswith("on") or name in ("src", "srcset", "style") for _, found in page.tags for name in found
+        name.startswith("on") or name in ("src", "srcset", "style") for _, fields in page.tags for name in fields
     )
     assert "@import" not in html and "url(" not in html
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
-    labels = [v for _, found in page.tags for k, v in found.items() if k == "aria-labelledby"]
+    labels = [v for _, fields in page.tags for k, v in fields.items() if k == "aria-labelledby"]
     assert set(labels) <= set(ids)
     charts = [attributes for tag, attributes in page.tags if tag == "svg" and attributes.get("role") == "img"]
     assert len(charts) > 15 and all(attributes.get("aria-labelledby") for attributes in charts)
@@ -348,10 +348,10 @@ def test_without_published_scores_nothing_speaks_of_them(tmp_path: Path) -> None
 
 
 def browser() -> str:
-    found = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
-    if not found:
+    program = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
+    if not program:
         pytest.skip("no browser to look at the report with; get one with: apt-get install chromium")
-    return found
+    return program
 
 
 # Runs in the page: how wide it is, what sticks out of it, and which labels that can be seen lie on each other.
@@ -386,9 +386,9 @@ def test_in_a_real_browser(html: str, width: int, tmp_path: Path) -> None:
         ],
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
-    found = re.search(r"<pre>(.*?)</pre>", done.stdout, re.DOTALL)
-    assert found and found[1], done.stderr[-2000:]
-    seen = json.loads(unescape(found[1]))
+    match = re.search(r"<pre>(.*?)</pre>", done.stdout, re.DOTALL)
+    assert match and match[1], done.stderr[-2000:]
+    seen = json.loads(unescape(match[1]))
     assert seen["inner"] == width and seen["scroll"] <= width, seen
     assert seen["over"] == [] and seen["wide"] == [], seen
     assert seen["labels"] > 40

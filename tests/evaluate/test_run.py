@@ -124,10 +124,10 @@ def test_killed_and_run_again(
     child.send_signal(signal.SIGKILL)
     child.wait()
     (keys,) = vectors.glob("*/keys-*.sha256")
-    kept = keys.read_bytes()
+    keys_before = keys.read_bytes()
     done = unmask(*command, UNMASK_HOME=str(tmp_path / "home"))
     assert done.returncode == 0, done.stderr
-    assert keys.read_bytes().startswith(kept)  # continued, not begun again
+    assert keys.read_bytes().startswith(keys_before)  # continued, not begun again
     assert "2 scores ->" in done.stderr
 
 
@@ -169,8 +169,8 @@ def test_the_published_models_have_their_metadata() -> None:
 
     from unmask.evaluate.instructions import REFERENCE_FAMILY
 
-    known = [meta.name for meta in mteb.get_model_metas() if (meta.name or "").startswith(REFERENCE_FAMILY)]
-    assert len(known) == 8
+    names = [meta.name for meta in mteb.get_model_metas() if (meta.name or "").startswith(REFERENCE_FAMILY)]
+    assert len(names) == 8
 
 
 @pytest.mark.public_data

@@ -163,10 +163,10 @@ def test_parity_with_the_vectors_of_the_reference(
     pairs = json.loads((golden_dir / "tiny_llama" / "golden.json").read_text(encoding="utf-8"))["pairs"]
     vectors = np.load(golden_dir / "tiny_llama" / "golden.npz")["mean__skip_True"]
     texts, instructions = [text for _, text in pairs], [instruction for instruction, _ in pairs]
-    right, wrong = tmp_path / "right.npz", tmp_path / "wrong.npz"
+    right, perturbed = tmp_path / "right.npz", tmp_path / "wrong.npz"
     np.savez(right, texts=texts, instructions=instructions, vectors=vectors)
-    np.savez(wrong, texts=texts, instructions=instructions, vectors=vectors[::-1])
-    failed = run(sqlite, replace(options, compat="reference", reference=wrong))
+    np.savez(perturbed, texts=texts, instructions=instructions, vectors=vectors[::-1])
+    failed = run(sqlite, replace(options, compat="reference", reference=perturbed))
     assert failed.gates[-1].gate == "parity" and "has cosine" in failed.gates[-1].finding
     passed = run(sqlite, replace(options, compat="reference", reference=right))
     assert passed.status == "live"
@@ -295,11 +295,11 @@ def test_one_run_at_a_time_and_killed_in_the_middle_it_continues(
     # The command stands on the page, without the folders of this machine.
     with database.read() as connection:
         entry = read_catalogue(connection).catalogue.get(PUBLISHED)
-        told = gate_outcomes(connection, PUBLISHED)
+        outcomes = gate_outcomes(connection, PUBLISHED)
     assert entry is not None and str(tmp_path) not in str(entry.measurements) and str(tmp_path) not in str(entry.record)
     ours = [m for m in entry.measurements if m.by == "the operator of this server"]
     assert all(m.command and m.command.startswith(f"unmask onboard {PUBLISHED} --weights LLM2Vec") for m in ours)
-    assert told["licence"].finding.startswith("MIT; the licence of its base is not on record; ")
+    assert outcomes["licence"].finding.startswith("MIT; the licence of its base is not on record; ")
     # What is served later is this: both adapters on the base, in the reference's way.
     by_hand = Encoder.load(
         tmp_path / "mirror" / BASE, adapters=[tmp_path / "mirror" / FIRST_STAGE, folder], compat="reference"

@@ -80,8 +80,8 @@ def test_from_live_to_retired_without_a_restart(service: LocalService, database:
     assert parsedate_to_datetime(reply.headers["sunset"]) == datetime.combine(
         last + timedelta(days=1), datetime.min.time(), UTC
     )
-    told = service.call("GET", f"/v1/models/{MODEL}")
-    assert told.json["shutdown_date"] == last.isoformat() and told.headers["sunset"] == reply.headers["sunset"]
+    entry = service.call("GET", f"/v1/models/{MODEL}")
+    assert entry.json["shutdown_date"] == last.isoformat() and entry.headers["sunset"] == reply.headers["sunset"]
 
     with database.begin() as connection:
         step(connection, MODEL, "retired", actor="test")

@@ -247,14 +247,14 @@ async def test_a_key_in_an_error_reaches_nobody(
     echo = reply({"error": {"message": f"Incorrect API key provided: {KEY}. Text: a secret"}}, 401)
     failed = await failure_of(echo, key_env="ACME_KEY")
     assert failed.signal == "no_access" and "digest" in str(failed)
-    for told in (
+    for message in (
         str(failed),
         repr(failed),
         failed.detail,
         caplog.text,
         repr(client_of("http://a/", key_env="ACME_KEY")),
     ):
-        assert KEY not in told and "secret" not in told
+        assert KEY not in message and "secret" not in message
 
 
 async def test_neither_proxies_nor_netrc_come_from_the_environment(

@@ -172,8 +172,8 @@ def test_callers_choose_in_openrouters_words(upstreams: Upstreams) -> None:
     nobody = upstreams.embed(provider={"only": ["c"]})
     assert (nobody.status, nobody.error["code"]) == (503, "no_provider")
     assert upstreams.embed(provider={"onyl": ["a"]}).headers["x-unmask-ignored-fields"] == "provider.onyl"
-    for wrong in ({"provider": {"sort": "beauty"}}, {"provider": {"only": "a"}}, {"provider": "a"}):
-        assert upstreams.embed(**wrong).error["param"] == "provider"  # pyright: ignore[reportArgumentType]
+    for body in ({"provider": {"sort": "beauty"}}, {"provider": {"only": "a"}}, {"provider": "a"}):
+        assert upstreams.embed(**body).error["param"] == "provider"  # pyright: ignore[reportArgumentType]
     other = upstreams.embed(models=["another/model"])
     assert other.status == 400 and "cannot be mixed" in other.error["message"]
 
@@ -365,8 +365,8 @@ def test_a_provider_that_drifts_under_load_is_out_after_two_light_runs(
                 until(lambda: len(b.requests) > before + 40)  # well after the last answer that was on its way
                 stop.set()
                 answers = [one for future in running_calls for one in future.result()]
-            wrong = [at for at, is_right, _, _ in answers if not is_right]
-            assert all(began - 0.1 <= at <= suspended + 0.1 for at in wrong)
+            wrong_at = [at for at, is_right, _, _ in answers if not is_right]
+            assert all(began - 0.1 <= at <= suspended + 0.1 for at in wrong_at)
             assert {name for at, _, name, _ in answers if at > suspended + 0.1} == {"b"}
             until(lambda: "full run" not in upstreams.endpoint("a").finding)
 

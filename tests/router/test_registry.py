@@ -67,7 +67,7 @@ async def test_a_model_that_cannot_be_loaded_says_why(copied) -> None:
 def test_loading_may_begin_before_there_is_an_event_loop(copied, monkeypatch: pytest.MonkeyPatch) -> None:
     loads: list[str] = []
     load = Encoder.load
-    monkeypatch.setattr(Encoder, "load", lambda source, **given: (loads.append(source), load(source, **given))[1])
+    monkeypatch.setattr(Encoder, "load", lambda source, **options: (loads.append(source), load(source, **options))[1])
     good, bad = str(copied("tiny_llama")), copied("tiny_gemma")
     (bad / "tokenizer.json").unlink()
     models = ModelRegistry([good, str(bad)], warm=[good, str(bad)])

@@ -162,7 +162,7 @@ def test_this_machine_needs_none(host: str):
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "settings",
     [
         {"port": -1},
         {"port": 65536},
@@ -175,9 +175,9 @@ def test_this_machine_needs_none(host: str):
         {"mail": MailServer("smtp://localhost", "models@example.org", "https://embed.example.org")},
     ],
 )
-def test_impossible_settings_are_refused(wrong: dict):
+def test_impossible_settings_are_refused(settings: dict):
     with pytest.raises(UsageError):
-        ServeSettings(**wrong)
+        ServeSettings(**settings)
 
 
 def test_keys_do_not_show():

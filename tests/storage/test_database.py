@@ -45,7 +45,7 @@ def test_migrating_from_the_first_version_keeps_what_is_there(empty_url: str):
     database.migrate()
     with database.read() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
-        assert [found.id for found in people.all_accounts(connection)] == [account]
+        assert [row.id for row in people.all_accounts(connection)] == [account]
         assert connection.exec_driver_sql("SELECT number FROM catalogue_version").scalar_one() == 0
     database.close()
 
@@ -116,16 +116,16 @@ def test_a_statement_straight_to_the_driver_fails_like_any_other(database: Datab
 
 
 def test_a_kept_connection_outlives_what_fails_in_it(database: Database):
-    kept = database.writer_connection()
-    with kept.begin() as connection:
+    writer = database.writer_connection()
+    with writer.begin() as connection:
         people.open_account(connection, "first", 1)
     for spoiled in (KeyError, StorageError):
-        with pytest.raises(spoiled), kept.begin() as connection:
+        with pytest.raises(spoiled), writer.begin() as connection:
             people.open_account(connection, "nobody", 1)
             raise spoiled("not so")
-        with kept.begin() as connection:
+        with writer.begin() as connection:
             people.open_account(connection, f"after {spoiled.__name__}", 1)
-    kept.close()
+    writer.close()
     with database.read() as connection:
         names = sorted(account.name for account in people.all_accounts(connection))
         assert names == ["after KeyError", "after StorageError", "first"]
@@ -152,8 +152,8 @@ def test_a_writer_whose_connections_were_cut_takes_new_ones(postgres: Cluster):
             outcomes.append(None)
     assert outcomes[-1] is not None and outcomes.count(None) <= 6  # at most one for each thread
     with database.read() as connection:
-        found = [account.name for account in people.all_accounts(connection) if account.name.startswith("after")]
-    assert sorted(found) == sorted(name for name in outcomes if name)
+        names = [account.name for account in people.all_accounts(connection) if account.name.startswith("after")]
+    assert sorted(names) == sorted(name for name in outcomes if name)
     writer.close()
     database.close()
 
@@ -298,7 +298,7 @@ def test_tables_of_every_version_become_todays_with_all_that_is_in_them(
             command.upgrade(migration_config(connection), revision)
             id = people.open_account(connection, "somebody", 1)
             ledger.top_up(connection, id, 1000, "payment", 2)
-            wanted = ledger.Hold(
+            new_hold = ledger.Hold(
                 id="chg_1",
                 account_id=id,
                 key_id=None,
@@ -309,15 +309,15 @@ def test_tables_of_every_version_become_todays_with_all_that_is_in_them(
                 amount=24,
                 expires_at=10,
             )
-            ledger.hold(connection, wanted, 3)
+            ledger.hold(connection, new_hold, 3)
             ledger.settle(connection, "chg_1", 4)
         database.migrate()
         with database.read() as connection:
             assert compare_metadata(MigrationContext.configure(connection), metadata) == []
             assert people.account(connection, id).balance == 976
             assert [line.amount for line in usage.statement(connection, id)] == [-24, 1000]
-            found = verify(connection)
-            assert found.drift == () and found.settled == 24
+            verification = verify(connection)
+            assert verification.drift == () and verification.settled == 24
         database.close()
 
 

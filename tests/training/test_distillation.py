@@ -239,17 +239,17 @@ def test_a_frozen_embedding_and_a_frozen_head_stay(folder: Path) -> None:
 
 
 def test_kept_graphs_give_the_gradient_of_gradcache(folder: Path) -> None:
-    found = []
+    computed = []
     for graph_tokens in (1, 10_000):
         recipe = recipe_for(folder, batch={"size": 8, "forward_tokens": 20, "graph_tokens": graph_tokens})
         model = TrainingModel(recipe, torch.device("cpu"))
         prompts = model.prompts(TEXTS, "")
         assert len(model.micro_batches([len(prompt.ids) for prompt in prompts])) > 2
         loss = backward_through(model, prompts, lambda vectors: vectors.square().mean())
-        found.append((loss, gradients(model)))
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
-    for name, gradient in found[0][1].items():
-        assert torch.allclose(gradient, found[1][1][name], rtol=1e-4, atol=1e-7), name
+        computed.append((loss, gradients(model)))
+    assert computed[0][0] == pytest.approx(computed[1][0], rel=1e-6)
+    for name, gradient in computed[0][1].items():
+        assert torch.allclose(gradient, computed[1][1][name], rtol=1e-4, atol=1e-7), name
 
 
 def test_batches_of_several_sets_use_every_set_in_turn(folder: Path) -> None:

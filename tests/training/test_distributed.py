@@ -130,13 +130,13 @@ def halves(environment: dict[str, str], base: str, output: Path) -> None:
 def test_each_process_holds_its_part(processes: ForkServerContext, tmp_path: Path) -> None:
     environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environment["GLOO_SOCKET_IFNAME"] = "lo"
-    base, told = str(GOLDEN / "tiny_llama"), tmp_path / "told"
-    started = [processes.Process(target=halves, args=({**environment, "RANK": rank}, base, told)) for rank in "01"]
+    base, report = str(GOLDEN / "tiny_llama"), tmp_path / "told"
+    started = [processes.Process(target=halves, args=({**environment, "RANK": rank}, base, report)) for rank in "01"]
     for process in started:
         process.start()
     for process in started:
         process.join()
-    parts = [[int(word) for word in told.with_suffix(f".{rank}").read_text().split()] for rank in "01"]
+    parts = [[int(word) for word in report.with_suffix(f".{rank}").read_text().split()] for rank in "01"]
     assert parts[0][0] + parts[1][0] == parts[0][1]  # every weight is somewhere, once
     assert max(part[0] for part in parts) < 0.6 * parts[0][1]
 

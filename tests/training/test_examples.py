@@ -24,13 +24,13 @@ def test_pairs_with_negatives_in_columns_and_lists(tmp_path: Path) -> None:
         {"q": "a", "p": "b", "n1": "c", "n2": ["d", "", None, "e"]},
         {"q": "f", "p": ["g", "unused"], "n1": None, "n2": []},
     ]
-    found = load(tmp_path, rows, query="q", positive="p", negatives=["n1", "n2"])
-    assert sorted(found.train, key=lambda e: e.query) == [Example("a", "b", ("c", "d", "e")), Example("f", "g")]
+    dataset = load(tmp_path, rows, query="q", positive="p", negatives=["n1", "n2"])
+    assert sorted(dataset.train, key=lambda e: e.query) == [Example("a", "b", ("c", "d", "e")), Example("f", "g")]
 
 
 def test_labels_may_be_numbers(tmp_path: Path) -> None:
-    found = load(tmp_path, [{"t": "a", "l": 0}, {"t": "b", "l": "x"}], text="t", label="l")
-    assert {(e.query, e.label) for e in found.train} == {("a", "0"), ("b", "x")}
+    dataset = load(tmp_path, [{"t": "a", "l": 0}, {"t": "b", "l": "x"}], text="t", label="l")
+    assert {(e.query, e.label) for e in dataset.train} == {("a", "0"), ("b", "x")}
 
 
 @pytest.mark.parametrize(
@@ -56,9 +56,9 @@ def test_a_row_that_cannot_be_used_is_counted(
     row: dict[str, Any], fields: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
     good = {"q": "x", "p": "y", "n": "z"}
-    found = load(tmp_path, [good, row, good], bad=0.5, **fields)
-    assert (len(found.train), found.bad.bad, found.bad.seen) == (2, 1, 3)
-    assert reason in found.bad.places[0]
+    dataset = load(tmp_path, [good, row, good], bad=0.5, **fields)
+    assert (len(dataset.train), dataset.bad.bad, dataset.bad.seen) == (2, 1, 3)
+    assert reason in dataset.bad.places[0]
     with pytest.raises(UsageError, match="1 of 3 rows are unusable"):
         load(tmp_path, [good, row, good], bad=0.1, **fields)
 
@@ -83,14 +83,14 @@ def test_rows_are_chosen_by_value(tmp_path: Path) -> None:
 
 def test_the_sample_follows_from_the_seed_and_leaves_out_what_is_held_out(tmp_path: Path) -> None:
     rows = [{"t": f"text {i}"} for i in range(50)]
-    found = load(tmp_path, rows, text="t", limit=20, held_out=10)
+    dataset = load(tmp_path, rows, text="t", limit=20, held_out=10)
     again = load(tmp_path, rows, text="t", limit=20, held_out=10)
-    assert found.train == again.train
-    assert found.digest() == again.digest()
-    assert (len(found.train), len(found.held_out)) == (20, 10)
-    assert not {e.query for e in found.train} & {e.query for e in found.held_out}
+    assert dataset.train == again.train
+    assert dataset.digest() == again.digest()
+    assert (len(dataset.train), len(dataset.held_out)) == (20, 10)
+    assert not {e.query for e in dataset.train} & {e.query for e in dataset.held_out}
     other = load_examples(DataSource(name="other", path="rows.jsonl", text="t", limit=20), tmp_path, None, 1, 0.0)
-    assert other.digest() != found.digest()
+    assert other.digest() != dataset.digest()
 
 
 def test_evaluation_texts_are_dropped_wherever_they_stand(tmp_path: Path) -> None:
@@ -101,9 +101,9 @@ def test_evaluation_texts_are_dropped_wherever_they_stand(tmp_path: Path) -> Non
         {"q": "a", "p": "b", "n": "The Quick Brown Fox"},
         {"q": "a quick fox", "p": "b", "n": "c"},
     ]
-    found = load(tmp_path, rows, held, query="q", positive="p", negatives=["n"])
-    assert found.overlapping == 3
-    assert [e.query for e in found.train] == ["a quick fox"]
+    dataset = load(tmp_path, rows, held, query="q", positive="p", negatives=["n"])
+    assert dataset.overlapping == 3
+    assert [e.query for e in dataset.train] == ["a quick fox"]
 
 
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
@@ -116,5 +116,5 @@ def test_nothing_left_is_an_error(tmp_path: Path) -> None:
 
 def test_texts_are_cut_between_words(tmp_path: Path) -> None:
     rows = [{"q": "  one two three", "p": "four", "n": ["fivesixseven eight", "nine ten"]}]
-    found = load(tmp_path, rows, query="q", positive="p", negatives=["n"], max_characters=8)
-    assert found.train == [Example("one two", "four", ("fivesixs", "nine ten"))]
+    dataset = load(tmp_path, rows, query="q", positive="p", negatives=["n"], max_characters=8)
+    assert dataset.train == [Example("one two", "four", ("fivesixs", "nine ten"))]

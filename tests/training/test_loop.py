@@ -66,7 +66,7 @@ def running(
     data: Path,
     objective: Callable[[Objective], Objective] = lambda real: real,
     scores: Callable[[int], dict[str, float]] | None = None,
-    kept: list[int] | None = None,
+    best_steps: list[int] | None = None,
     progress: Callable[[TrainingProgress], None] = lambda _: None,
     **fields: Any,
 ) -> tuple[Recipe, dict[str, float], RunFolder]:
@@ -84,9 +84,9 @@ def running(
 
     if scores is not None:
         dev.__class__ = type("Invented", (DevSets,), {"__len__": lambda _: 1, "scores": lambda *_: scores(steps[-1])})
-    keep = lambda: kept.append(steps[-1]) if kept is not None else None  # noqa: E731
-    found = train_steps(recipe, model, watched, mixture, dev, run, keep, progress)
-    return recipe, found, run
+    keep = lambda: best_steps.append(steps[-1]) if best_steps is not None else None  # noqa: E731
+    best_scores = train_steps(recipe, model, watched, mixture, dev, run, keep, progress)
+    return recipe, best_scores, run
 
 
 def failing(at: int, failure: Callable[[], StepReport]) -> Callable[[Objective], Objective]:
@@ -146,25 +146,25 @@ def test_so_does_a_gradient_that_is_none(tmp_path: Path, data: Path) -> None:
 
 def test_the_best_is_kept_and_survives_a_resume(tmp_path: Path, data: Path) -> None:
     invented = {2: 50.0, 4: 70.0, 6: 60.0, 8: 69.0, 10: 71.0}
-    kept: list[int] = []
-    _, best, run = running(tmp_path, data, scores=lambda step: {"a": invented[step]}, kept=kept, steps=6)
-    assert (best, kept) == ({"a": 70.0}, [2, 4])
-    _, best, _ = running(tmp_path, data, scores=lambda step: {"a": invented[step]}, kept=kept, steps=8)
-    assert (best, kept) == ({"a": 70.0}, [2, 4])
-    _, best, _ = running(tmp_path, data, scores=lambda step: {"a": invented[step]}, kept=kept, steps=10)
-    assert (best, kept) == ({"a": 71.0}, [2, 4, 10])
+    best_steps: list[int] = []
+    _, best, run = running(tmp_path, data, scores=lambda step: {"a": invented[step]}, best_steps=best_steps, steps=6)
+    assert (best, best_steps) == ({"a": 70.0}, [2, 4])
+    _, best, _ = running(tmp_path, data, scores=lambda step: {"a": invented[step]}, best_steps=best_steps, steps=8)
+    assert (best, best_steps) == ({"a": 70.0}, [2, 4])
+    _, best, _ = running(tmp_path, data, scores=lambda step: {"a": invented[step]}, best_steps=best_steps, steps=10)
+    assert (best, best_steps) == ({"a": 71.0}, [2, 4, 10])
     assert [line["scores"]["a"] for line in run.metrics() if "scores" in line] == list(invented.values())
 
 
 def test_every_step_is_logged_once_and_told(tmp_path: Path, data: Path) -> None:
-    told: list[TrainingProgress] = []
-    _, _, run = running(tmp_path, data, progress=told.append)
+    reports: list[TrainingProgress] = []
+    _, _, run = running(tmp_path, data, progress=reports.append)
     lines = run.metrics()
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert set(lines[0]) == {"step", "data", "loss", "lr", "norm", "tokens", "seconds"}
     assert [line["lr"] for line in lines] == pytest.approx([1e-2 * (6 - i) / 6 for i in range(6)])
-    assert [(now.step, now.steps) for now in told] == [(i, 6) for i in range(1, 7)]
-    assert told[2].loss == pytest.approx(sum(line["loss"] for line in lines[:3]) / 3, abs=1e-5)
+    assert [(now.step, now.steps) for now in reports] == [(i, 6) for i in range(1, 7)]
+    assert reports[2].loss == pytest.approx(sum(line["loss"] for line in lines[:3]) / 3, abs=1e-5)
 
 
 def test_steps_before_the_first_checkpoint_are_not_logged_twice(tmp_path: Path, data: Path) -> None:

@@ -96,7 +96,7 @@ def test_training_goes_on_from_an_adapter(alpha: float, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"rank": 3}, "rank 4"),
         ({"targets": ["q_proj", "v_proj"]}, "only .* adapts layers.0.mlp.down_proj"),
@@ -104,9 +104,9 @@ def test_training_goes_on_from_an_adapter(alpha: float, tmp_path: Path) -> None:
         ({"init_from": "nowhere/at/all"}, "no model at nowhere/at/all"),
     ],
 )
-def test_an_adapter_that_cannot_be_trained_further_is_refused(change: dict, told: str, tmp_path: Path) -> None:
+def test_an_adapter_that_cannot_be_trained_further_is_refused(change: dict, message: str, tmp_path: Path) -> None:
     saved(recipe_of(lora={"rank": 4}), tmp_path / "first")
-    with pytest.raises(UnmaskError, match=told):
+    with pytest.raises(UnmaskError, match=message):
         TrainingModel(recipe_of(lora={"rank": 4, "init_from": str(tmp_path / "first"), **change}), CPU)
 
 
@@ -173,12 +173,12 @@ PARTS = {
 def test_gradients_are_those_of_the_two_paths(parts: str, bias: bool, dropout: float) -> None:
     adapted = linear_of(bias, PARTS[parts], dropout)
     x = torch.randn(7, 12, requires_grad=True)
-    wanted = torch.randn(7, 20)
+    target = torch.randn(7, 20)
     inputs = [x, adapted.down, *adapted.up]
     mine, plain = adapted(x), two_paths(adapted, x.double())
     torch.testing.assert_close(mine.double(), plain, rtol=1e-5, atol=1e-5)
-    got = torch.autograd.grad((mine * wanted).sum(), inputs)
-    expected = torch.autograd.grad((plain * wanted.double()).sum(), inputs)
+    got = torch.autograd.grad((mine * target).sum(), inputs)
+    expected = torch.autograd.grad((plain * target.double()).sum(), inputs)
     for one, other in zip(got, expected, strict=True):
         assert float((one - other).norm() / other.norm()) < 1e-6
 
@@ -196,13 +196,13 @@ def test_dropout_falls_on_the_adapter_alone() -> None:
 
 
 def test_recomputed_activations_give_the_same_gradients() -> None:
-    found = []
+    computed = []
     for checkpointing in (False, True):
         model = off_start(TrainingModel(recipe_of(gradient_checkpointing=checkpointing), CPU))
         model.decoder.train()
         model.vectors(model.prompts(TEXTS, "")).square().sum().backward()
-        found.append(gradients(model))
-    assert distance(*found) < 1e-6
+        computed.append(gradients(model))
+    assert distance(*computed) < 1e-6
 
 
 def test_only_the_adapter_is_trained() -> None:

@@ -79,8 +79,8 @@ def test_a_larger_margin_masks_more(queries: int, more: int, seed: int, margin: 
 
 
 def test_copies_of_the_query_or_its_positive_are_no_negatives() -> None:
-    found = same_text(["q1", "q2", "q3"], ["p1", "p2", "p1", "q2", "n"], CPU)
-    assert found.tolist() == [
+    mask = same_text(["q1", "q2", "q3"], ["p1", "p2", "p1", "q2", "n"], CPU)
+    assert mask.tolist() == [
         [True, False, True, False, False],
         [False, True, False, True, False],
         [True, False, True, False, False],

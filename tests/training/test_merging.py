@@ -121,8 +121,8 @@ def test_an_adapters_name_is_enough_to_interpolate(base: Path, tmp_path: Path) -
     adapter = random_adapter(tmp_path / "adapter", base, 2, seed=1)
     interpolate(str(base), adapter, 0.5, tmp_path / "half")
     name = "layers.0.self_attn.q_proj.weight"
-    wanted = weights_of(base)[name] + Adapter(Path(adapter)).delta(name.removesuffix(".weight")) / 2
-    torch.testing.assert_close(weights_of(tmp_path / "half")[name], wanted, rtol=0, atol=1e-6)
+    expected = weights_of(base)[name] + Adapter(Path(adapter)).delta(name.removesuffix(".weight")) / 2
+    torch.testing.assert_close(weights_of(tmp_path / "half")[name], expected, rtol=0, atol=1e-6)
 
 
 @settings(max_examples=40)
@@ -134,23 +134,23 @@ def test_a_weighted_sum_is_the_sum_of_products(seed: int, rank: int, other: int,
         for r in (rank, other)
     ]
     a, b = weighted_sum(parts, factors).halves["m"]
-    wanted = sum(w * part.halves["m"][1] @ part.halves["m"][0] for w, part in zip(factors, parts, strict=True))
-    torch.testing.assert_close(b @ a, wanted, rtol=1e-5, atol=1e-5)
+    expected = sum(w * part.halves["m"][1] @ part.halves["m"][0] for w, part in zip(factors, parts, strict=True))
+    torch.testing.assert_close(b @ a, expected, rtol=1e-5, atol=1e-5)
     assert a.shape[0] == rank + other
 
 
 @settings(max_examples=40)
 @given(seeds, st.integers(1, 5), st.integers(1, 5))
-def test_compression_loses_what_it_says_and_no_more_than_it_must(seed: int, rank: int, kept: int) -> None:
+def test_compression_loses_what_it_says_and_no_more_than_it_must(seed: int, rank: int, rank_left: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     a, b = torch.randn(rank, 8, generator=generator), torch.randn(6, rank, generator=generator)
-    smaller, error = compress(Factors("x", None, {"m": (a, b)}), kept)
+    smaller, error = compress(Factors("x", None, {"m": (a, b)}), rank_left)
     whole, values = b @ a, torch.linalg.svdvals((b @ a).double())
     short_a, short_b = smaller.halves["m"]
-    assert short_a.shape[0] == min(rank, kept)
+    assert short_a.shape[0] == min(rank, rank_left)
     lost = float((whole - short_b @ short_a).norm() / whole.norm())
     assert lost == pytest.approx(error, abs=1e-5)
-    assert error == pytest.approx(float(values[kept:].norm() / values.norm()), abs=1e-6)
+    assert error == pytest.approx(float(values[rank_left:].norm() / values.norm()), abs=1e-6)
 
 
 def test_a_stack_is_what_merging_in_turn_gives(base: Path, tmp_path: Path) -> None:
@@ -182,8 +182,8 @@ def test_an_average_is_that_of_the_products(base: Path, tmp_path: Path) -> None:
     done = average(names, tmp_path / "mean")
     assert done.rank == 6
     module = "layers.1.self_attn.q_proj"
-    wanted = sum(Adapter(Path(name)).delta(module) for name in names) / 3
-    torch.testing.assert_close(Adapter(tmp_path / "mean").delta(module), wanted, rtol=0, atol=1e-6)
+    expected = sum(Adapter(Path(name)).delta(module) for name in names) / 3
+    torch.testing.assert_close(Adapter(tmp_path / "mean").delta(module), expected, rtol=0, atol=1e-6)
     short = average(names, tmp_path / "short", rank=2)
     assert short.rank == 2
     assert 0.3 < short.error < 1  # three random directions do not fit in two
@@ -253,9 +253,9 @@ def test_adapters_go_into_weights(base: Path, tmp_path: Path) -> None:
     assert_same(weights_of(tmp_path / "merged"), weights_of(base, (first, second)), 0)
     merge_adapters(second, [], tmp_path / "by name")
     assert_same(weights_of(tmp_path / "by name"), weights_of(base, (first, second)), 0)
-    wanted = Encoder.load(base, adapters=[first, second]).encode(TEXTS, instruction="Find it:")
+    expected = Encoder.load(base, adapters=[first, second]).encode(TEXTS, instruction="Find it:")
     got = Encoder.load(tmp_path / "merged").encode(TEXTS, instruction="Find it:")
-    np.testing.assert_array_equal(got, wanted)
+    np.testing.assert_array_equal(got, expected)
     with pytest.raises(UsageError, match="nothing to merge"):
         merge_adapters(str(base), [], tmp_path / "none")
     merge_adapters(str(base), [first], tmp_path / "short", dtype="bfloat16")

@@ -70,9 +70,9 @@ def test_the_nearest_that_are_far_enough(tmp_path: Path) -> None:
 def test_skipped_ranks_count_what_the_margin_refuses(tmp_path: Path) -> None:
     rows = rows_file(tmp_path, [("0 query", "30 answer")])
     corpus = corpus_file(tmp_path, ["10 too near", "31 within 5 %", "40 a", "-50 b", "60 c"])
-    for skip, wanted, refused in ((1, ["40 a", "-50 b"], 1), (2, ["40 a", "-50 b"], 0), (3, ["-50 b", "60 c"], 0)):
+    for skip, expected, refused in ((1, ["40 a", "-50 b"], 1), (2, ["40 a", "-50 b"], 0), (3, ["-50 b", "60 c"], 0)):
         lines, done = mined(tmp_path, Compass(), source=rows, corpus=corpus, count=2, skip=skip)
-        assert (lines[0]["negatives"], done.refused) == (wanted, refused)
+        assert (lines[0]["negatives"], done.refused) == (expected, refused)
 
 
 def test_no_positive_of_the_query_is_its_negative(tmp_path: Path) -> None:
@@ -137,8 +137,8 @@ def test_the_search_is_exact_in_any_blocks(seed: int, size: int, count: int, ski
     for index in range(3):
         scores = texts @ queries[index]
         ranked = [row for row in np.argsort(-scores, kind="stable") if row not in never[index]][skip:]
-        wanted = [row for row in ranked if scores[row] < limits[index]][:count]
-        assert chosen[index] == wanted
+        expected = [row for row in ranked if scores[row] < limits[index]][:count]
+        assert chosen[index] == expected
         lost += sum(scores[row] >= limits[index] for row in ranked[:count])
     assert refused == lost
 

@@ -32,7 +32,7 @@ def mixture(chosen: Recipe, folder: Path, held: Decontaminator | None = None) ->
     return Mixture(chosen, sets, folder, held)
 
 
-def told(batches: list[TextBatch]) -> list[tuple[str, list[str]]]:
+def content_of(batches: list[TextBatch]) -> list[tuple[str, list[str]]]:
     return [(batch.name, [f"{e.query}>{e.positive}" for e in batch.examples]) for batch in batches]
 
 
@@ -55,12 +55,14 @@ SOURCES = (
 @given(skip=st.integers(0, 40))
 def test_skipping_is_continuing(skip: int, folder: Path) -> None:
     chosen = recipe(*SOURCES, batch={"size": 5}, shuffle_buffer=7)
-    whole = told(list(islice(mixture(chosen, folder).batches(), 45)))
-    assert told(list(islice(mixture(chosen, folder).batches(skip), 45 - skip))) == whole[skip:]
+    whole = content_of(list(islice(mixture(chosen, folder).batches(), 45)))
+    assert content_of(list(islice(mixture(chosen, folder).batches(skip), 45 - skip))) == whole[skip:]
 
 
 def test_another_seed_is_another_order(folder: Path) -> None:
-    one, other = (told(list(islice(mixture(recipe(*SOURCES, seed=seed), folder).batches(), 20))) for seed in (1, 2))
+    one, other = (
+        content_of(list(islice(mixture(recipe(*SOURCES, seed=seed), folder).batches(), 20))) for seed in (1, 2)
+    )
     assert one != other
 
 
@@ -105,8 +107,8 @@ def test_a_label_gives_a_positive_of_the_same_label(folder: Path) -> None:
 def test_a_text_alone_with_its_label_is_its_own_positive(tmp_path: Path) -> None:
     (tmp_path / "c.tsv").write_text("text\tlabel\none\tx\ntwo\ty\nthree\ty\n", encoding="utf-8")
     batch = next(mixture(recipe({"name": "c", "label": "label"}), tmp_path).batches())
-    found = {(e.query, e.positive) for e in batch.examples}
-    assert found == {("one", "one"), ("two", "three"), ("three", "two")}
+    pairs = {(e.query, e.positive) for e in batch.examples}
+    assert pairs == {("one", "one"), ("two", "three"), ("three", "two")}
 
 
 def test_a_stream_leaves_evaluation_texts_out(folder: Path) -> None:

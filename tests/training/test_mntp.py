@@ -65,10 +65,10 @@ def test_shares_in_the_large(probability: float) -> None:
 @given(st.lists(st.integers(0, 40), max_size=6), st.integers(1, 15))
 def test_blocks_are_pieces_of_one_document_each(lengths: list[int], length: int) -> None:
     documents = [np.arange(size) + 100 * i for i, size in enumerate(lengths)]
-    found = blocks(documents, length)
-    assert all(1 < len(block) <= length and (np.diff(block) == 1).all() for block in found)
+    pieces = blocks(documents, length)
+    assert all(1 < len(block) <= length and (np.diff(block) == 1).all() for block in pieces)
     dropped = sum(1 for size in lengths if size and (size % length == 1 or length == 1)) if length > 1 else sum(lengths)
-    assert sum(map(len, found)) == sum(lengths) - dropped
+    assert sum(map(len, pieces)) == sum(lengths) - dropped
 
 
 def head(weight: torch.Tensor, cap: float | None = None) -> LanguageModelHead:
@@ -86,10 +86,10 @@ def test_the_loss_is_cross_entropy_over_all_logits(cap: float | None, rows: int)
     if cap is not None:
         logits = cap * torch.tanh(logits / cap)
     expected = F.cross_entropy(logits, targets, reduction="sum")
-    found = prediction_loss(states, targets, head(weight, cap))
-    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    loss = prediction_loss(states, targets, head(weight, cap))
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
     for one, other in zip(
-        torch.autograd.grad(found * 0.3, (states, weight)),
+        torch.autograd.grad(loss * 0.3, (states, weight)),
         torch.autograd.grad(expected * 0.3, (states, weight)),
         strict=True,
     ):
@@ -153,12 +153,12 @@ def test_a_step_has_the_exact_gradient_in_any_packs(head: str, lora: Any, reques
     base = request.getfixturevalue(head)
     texts = [*texts_of(9), "a long one " * 12]
     lora = lora and {**lora, "dropout": 0.0}
-    found: list[dict[str, torch.Tensor]] = []
+    computed: list[dict[str, torch.Tensor]] = []
     for tokens in (10_000, 40):
         recipe = recipe_of("mntp", base=base, lora=lora, batch={"forward_tokens": tokens}, mntp={"block": 20})
         model = off_start(TrainingModel(recipe, CPU))
         report = objective_for(recipe, model, None)(batch_of(recipe, texts), 0)
-        found.append(gradients(model))
+        computed.append(gradients(model))
         weight = model.decoder.embedding.weight
         if head == "untied":
             weight = model.encoder.checkpoint.tensors.read("lm_head.weight")
@@ -166,11 +166,11 @@ def test_a_step_has_the_exact_gradient_in_any_packs(head: str, lora: Any, reques
         expected = by_hand(model, recipe, texts, weight, 5.0 if head == "tied" else None)
         assert report.loss == pytest.approx(float(expected), rel=1e-5)
         expected.backward()
-        found.append(gradients(model))
-    assert distance(found[0], found[1]) < 1e-5
-    assert distance(found[2], found[1]) < 1e-5
+        computed.append(gradients(model))
+    assert distance(computed[0], computed[1]) < 1e-5
+    assert distance(computed[2], computed[1]) < 1e-5
     if lora is None:
-        assert found[0]["embedding.weight"].any()
+        assert computed[0]["embedding.weight"].any()
 
 
 def test_each_step_masks_other_tokens_and_the_same_step_the_same(untied: str) -> None:

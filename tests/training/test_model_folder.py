@@ -28,9 +28,9 @@ def assert_transformers_reads_it(folder: Path, encoder: Encoder) -> None:
     ids = torch.tensor(theirs(TEXTS[2]).input_ids)
     model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
-        wanted = encoder.trainable_decoder()(ids, [len(ids)])
+        expected = encoder.trainable_decoder()(ids, [len(ids)])
         got = model(input_ids=ids[None]).last_hidden_state[0]
-    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -40,19 +40,19 @@ def test_written_and_read_again(golden_dir: Path, tmp_path: Path, name: str) -> 
     again = Encoder.load(tmp_path / "model")
     assert again.max_length == 77
     for instruction in ("", "Find what answers it:"):
-        wanted = encoder.encode(TEXTS, instruction=instruction)
-        np.testing.assert_array_equal(again.encode(TEXTS, instruction=instruction), wanted)
+        expected = encoder.encode(TEXTS, instruction=instruction)
+        np.testing.assert_array_equal(again.encode(TEXTS, instruction=instruction), expected)
     assert_transformers_reads_it(tmp_path / "model", encoder)
 
 
 @pytest.mark.parametrize("name", ["tiny_llama2_chat", "tiny_llama3_instruct"])
 def test_the_reference_mode_is_kept(golden_dir: Path, tmp_path: Path, name: str) -> None:
     write_model(tmp_path / "model", Encoder.load(golden_dir / name))
-    wanted, got = (
+    expected, got = (
         Encoder.load(folder, compat="reference").encode(TEXTS, instruction="Find it:")
         for folder in (golden_dir / name, tmp_path / "model")
     )
-    np.testing.assert_array_equal(got, wanted)
+    np.testing.assert_array_equal(got, expected)
 
 
 def test_pooling_precision_and_the_causal_mask_are_kept(golden_dir: Path, tmp_path: Path) -> None:

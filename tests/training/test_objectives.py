@@ -46,17 +46,17 @@ def test_symmetric_sets_have_the_instruction_on_both_sides(symmetric: bool, monk
     """The reference compared the names of its data sets with names they no longer had, and lost the second side."""
     recipe = recipe_of(data=[source(instruction="Find the same:", symmetric=symmetric)])
     model = model_of(recipe)
-    asked: dict[str, str] = {}
+    instructions: dict[str, str] = {}
     build = model.prompts
 
     def watched(texts: Sequence[str], instruction: str, max_length: int | None = None) -> Any:
-        asked.update(dict.fromkeys(texts, instruction))
+        instructions.update(dict.fromkeys(texts, instruction))
         return build(texts, instruction, max_length)
 
     monkeypatch.setattr(model, "prompts", watched)
     report = supervised(TextBatch([Part(recipe.data[0], pairs(1))]), recipe, model, None)
     documents = "Find the same:" if symmetric else ""
-    assert asked == dict.fromkeys(Q, "Find the same:") | dict.fromkeys([*P, *N[::2]], documents)
+    assert instructions == dict.fromkeys(Q, "Find the same:") | dict.fromkeys([*P, *N[::2]], documents)
     # And the loss is that of exactly those vectors, with the positives asked for their queries where sides are equal.
     candidates = torch.cat([vectors(model, P, documents), vectors(model, N[::2], documents)])
     expected = info_nce(vectors(model, Q, "Find the same:"), candidates, 0.02, both_ways=symmetric)
@@ -122,7 +122,7 @@ def test_distillation_and_labels_add_up_over_every_length() -> None:
         distillation={"teacher": "t", "temperature": 0.1, "weight": 2.0, "similarity_weight": 5.0},
     )
     report, model = step(recipe, pairs(1), teacher)
-    found = gradients(model)
+    computed = gradients(model)
     texts = [*Q, *P, *N[::2]]
     v, taught = vectors(model, texts), torch.from_numpy(teacher(texts))
     lengths = (64, 16, 4)
@@ -132,7 +132,7 @@ def test_distillation_and_labels_add_up_over_every_length() -> None:
     expected = expected / len(lengths)
     assert report.loss == pytest.approx(float(expected), rel=1e-4)
     expected.backward()
-    assert distance(found, gradients(model)) < 1e-4
+    assert distance(computed, gradients(model)) < 1e-4
 
 
 def test_texts_alone_learn_from_the_teacher_alone() -> None:

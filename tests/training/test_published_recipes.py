@@ -16,52 +16,52 @@ def recipe(base: str, step: str) -> Recipe:
 
 @pytest.mark.parametrize("file", sorted(RECIPES.rglob("*.toml")), ids=lambda file: file.stem)
 def test_every_recipe_can_be_read(file: Path) -> None:
-    found = read_recipe(file)
-    assert file.parent.name != "llm2vec" or found.name == file.stem
+    run = read_recipe(file)
+    assert file.parent.name != "llm2vec" or run.name == file.stem
     assert f"recipes/{file.parent.name}/{file.name}" in file.read_text(encoding="utf-8")  # its own command line
 
 
 @pytest.mark.parametrize("base", BASES)
 def test_masked_next_token_prediction(base: str) -> None:
-    found = recipe(base, "mntp")
+    run = recipe(base, "mntp")
     mistral = base.startswith("mistral")
-    assert (found.mntp.probability, found.mntp.masking) == ((0.8, "all") if mistral else (0.2, "bert"))
-    assert (found.mntp.block, found.mntp.mask_token, found.steps) == (512, "_", 1000)
-    assert (found.optimiser.lr, found.optimiser.schedule, found.optimiser.warmup) == (5e-5, "linear", 0)
-    assert found.adapters == []
+    assert (run.mntp.probability, run.mntp.masking) == ((0.8, "all") if mistral else (0.2, "bert"))
+    assert (run.mntp.block, run.mntp.mask_token, run.steps) == (512, "_", 1000)
+    assert (run.optimiser.lr, run.optimiser.schedule, run.optimiser.warmup) == (5e-5, "linear", 0)
+    assert run.adapters == []
 
 
 @pytest.mark.parametrize("base", BASES)
 def test_simcse(base: str) -> None:
-    found = recipe(base, "simcse")
-    assert (found.batch.size, found.max_length, found.optimiser.lr) == (128, 128, 3e-5)
-    assert (found.simcse.attention_dropout, found.simcse.temperature) == (0.3, 0.05)
-    assert found.optimiser.total_steps == 3 * (1_000_000 // 128)
-    assert len(found.adapters) == 1 and found.adapters[0].endswith("-mntp")
+    run = recipe(base, "simcse")
+    assert (run.batch.size, run.max_length, run.optimiser.lr) == (128, 128, 3e-5)
+    assert (run.simcse.attention_dropout, run.simcse.temperature) == (0.3, 0.05)
+    assert run.optimiser.total_steps == 3 * (1_000_000 // 128)
+    assert len(run.adapters) == 1 and run.adapters[0].endswith("-mntp")
 
 
 @pytest.mark.parametrize("base", BASES)
 def test_supervised(base: str) -> None:
-    found = recipe(base, "supervised")
-    assert (found.batch.size, found.max_length, found.contrastive.hard_negatives) == (512, 512, 1)
-    assert (found.optimiser.lr, found.optimiser.warmup, found.contrastive.temperature) == (2e-4, 300, 0.02)
-    assert found.optimiser.total_steps == 3 * (1_500_000 // 512)
-    assert (found.contrastive.both_ways, found.contrastive.false_negative_margin) == (False, None)
+    run = recipe(base, "supervised")
+    assert (run.batch.size, run.max_length, run.contrastive.hard_negatives) == (512, 512, 1)
+    assert (run.optimiser.lr, run.optimiser.warmup, run.contrastive.temperature) == (2e-4, 300, 0.02)
+    assert run.optimiser.total_steps == 3 * (1_500_000 // 512)
+    assert (run.contrastive.both_ways, run.contrastive.false_negative_margin) == (False, None)
     # What the reference lost: both sides of symmetric sets are asked about in the same words.
-    assert {source.name for source in found.data if source.symmetric} == {"allnli odd", "quora even", "quora odd"}
-    assert {source.path for source in found.data if source.rows != "all"} == {"allnli.jsonl", "quora_duplicates.jsonl"}
-    assert len({source.path for source in found.data}) == 14
-    assert all(source.instruction.endswith(":") for source in found.data)
+    assert {source.name for source in run.data if source.symmetric} == {"allnli odd", "quora even", "quora odd"}
+    assert {source.path for source in run.data if source.rows != "all"} == {"allnli.jsonl", "quora_duplicates.jsonl"}
+    assert len({source.path for source in run.data}) == 14
+    assert all(source.instruction.endswith(":") for source in run.data)
 
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("step", ["mntp", "simcse", "supervised"])
 def test_what_all_steps_share(base: str, step: str) -> None:
-    found = recipe(base, step)
-    assert found.lora is not None
-    assert (found.lora.rank, found.lora.alpha, found.lora.dropout, len(found.lora.targets)) == (16, 32, 0.05, 7)
-    assert (found.precision, found.gradient_checkpointing, found.seed) == ("bfloat16", True, 42)
-    assert found.base == recipe(base, "mntp").base
+    run = recipe(base, step)
+    assert run.lora is not None
+    assert (run.lora.rank, run.lora.alpha, run.lora.dropout, len(run.lora.targets)) == (16, 32, 0.05, 7)
+    assert (run.precision, run.gradient_checkpointing, run.seed) == ("bfloat16", True, 42)
+    assert run.base == recipe(base, "mntp").base
 
 
 def test_the_complete_recipes_in_the_docs_can_be_read(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_a_bad_row_is_named_and_the_others_are_read(
     bad = BadRows(1.0)
     assert len(rows_of(tmp_path / name, bad)) == 2
     assert bad.bad == len(places)
-    assert all(told.startswith(place) for told, place in zip(bad.places, places, strict=True))
+    assert all(message.startswith(place) for message, place in zip(bad.places, places, strict=True))
 
 
 @pytest.mark.parametrize("name", ["a.tsv", "a.csv", "a.jsonl"])
@@ -116,9 +116,9 @@ def test_the_run_stops_past_the_share_allowed(rows: int, tmp_path: Path) -> None
         bad.close()
         return bad
 
-    told = read(0.2)
-    assert (told.bad, told.seen) == (rows // 5, rows)
-    assert len(told.places) <= 20
+    bad_rows = read(0.2)
+    assert (bad_rows.bad, bad_rows.seen) == (rows // 5, rows)
+    assert len(bad_rows.places) <= 20
     with pytest.raises(UsageError, match=r"rows are unusable, more than the 10.0% allowed \(max_bad_rows\).*a.tsv:\d+"):
         read(0.1)
 

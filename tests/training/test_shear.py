@@ -28,9 +28,9 @@ def test_layers_as_written_on_a_command_line() -> None:
     assert parse_layers("8") == 8
     assert parse_layers("0-3") == [0, 1, 2, 3]
     assert parse_layers("0,2, 4-5") == [0, 2, 4, 5]
-    for wrong in ("", "a", "3-", "-1", "1;2"):
+    for text in ("", "a", "3-", "-1", "1;2"):
         with pytest.raises(UsageError, match="write a count"):
-            parse_layers(wrong)
+            parse_layers(text)
 
 
 @pytest.mark.parametrize("layers", [1, 2, [0, 2], [1, 2]])
@@ -39,8 +39,8 @@ def test_a_sheared_decoder_computes_the_layers_that_are_left(layers: int | list[
     encoder = Encoder.load(base, layers=layers)
     whole = Encoder.load(base).trainable_decoder()
     assert isinstance(whole, Decoder)
-    kept = range(layers) if isinstance(layers, int) else layers
-    whole.layers = torch.nn.ModuleList(whole.layers[i] for i in kept)
+    layers_left = range(layers) if isinstance(layers, int) else layers
+    whole.layers = torch.nn.ModuleList(whole.layers[i] for i in layers_left)
     whole.shape = encoder._decoder.shape  # pyright: ignore[reportAttributeAccessIssue]
     ids = torch.tensor([5, 9, 3, 7], device=CPU)
     with torch.inference_mode():
@@ -66,9 +66,9 @@ def test_windows_stay_with_their_layers(tmp_path: Path) -> None:
     assert whole is not None
     for layers in (2, [0, 1, 2], [1, 2], [0, 2], [3]):
         shape = shape_of(shear(open_checkpoint(base), layers).config)
-        kept = range(layers) if isinstance(layers, int) else layers
+        layers_left = range(layers) if isinstance(layers, int) else layers
         assert shape is not None
-        assert shape.windows == tuple(whole.windows[i] for i in kept)
+        assert shape.windows == tuple(whole.windows[i] for i in layers_left)
 
 
 @pytest.mark.parametrize("layers", [0, 4, [], [0, 0], [2, 1], [3], [-1]])

@@ -74,7 +74,7 @@ def test_vectors_are_computed_once_for_each_prompt(teacher: str, tmp_path: Path)
     texts = texts_of(10)
     settings = Distillation(teachers=[Teacher(model=teacher), Teacher(model=teacher, prompt="moon ")])
     done: list[tuple[str, int, int]] = []
-    targets = Targets(settings, texts, tmp_path / "t.npz", progress=lambda *told: done.append(told))
+    targets = Targets(settings, texts, tmp_path / "t.npz", progress=lambda *report: done.append(report))
     assert sum(count for _, count, _ in done) == 20
     for _, vectors in targets._teachers:
         vectors.model.encode = None  # pyright: ignore[reportAttributeAccessIssue] - nothing may be computed again

@@ -46,8 +46,8 @@ def test_while_training_a_token_sees_those_after_it(objective: str, checkpointin
     moved = (model.hidden([ids]) - model.hidden([other])).norm(dim=1)
     assert (moved[:-1] > 1e-4).all()
     states = model.hidden([ids])
-    (wanted,) = torch.autograd.grad(states[0].sum(), model.parameters["layers.0.qkv.down"])
-    assert wanted.any()
+    (gradient,) = torch.autograd.grad(states[0].sum(), model.parameters["layers.0.qkv.down"])
+    assert gradient.any()
 
 
 def test_with_attention_dropout_too() -> None:
@@ -107,12 +107,12 @@ def test_gradcache_has_the_direct_gradient(fields: dict[str, Any], tokens: int, 
 
 
 def test_the_pack_does_not_change_the_gradient() -> None:
-    found = []
+    computed = []
     for tokens in (10_000, 40):
         model = model_of(batch={"forward_tokens": tokens})
         backward_through(model, model.prompts(TEXTS, "Find:"), loss_of)
-        found.append(gradients(model))
-    assert distance(*found) < 1e-5
+        computed.append(gradients(model))
+    assert distance(*computed) < 1e-5
 
 
 def test_vectors_in_training_are_those_that_encode_gives() -> None:

@@ -102,10 +102,12 @@ def write_decoder(folder: Path, head: bool = False, **config: Any) -> Path:
 
 def gradients(model: TrainingModel) -> dict[str, torch.Tensor]:
     """A copy of every gradient, after which there is none; parameters without one have zeros."""
-    found = {name: (torch.zeros_like(p) if p.grad is None else p.grad.clone()) for name, p in model.parameters.items()}
+    by_name = {
+        name: (torch.zeros_like(p) if p.grad is None else p.grad.clone()) for name, p in model.parameters.items()
+    }
     for parameter in model.parameters.values():
         parameter.grad = None
-    return found
+    return by_name
 
 
 def distance(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> float:

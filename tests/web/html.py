@@ -34,5 +34,5 @@ class Page(HTMLParser):
 
     def links(self) -> list[str]:
         """Return the addresses of links to this server, without fragments."""
-        found = [a["href"].partition("#")[0] for a in self.all("a") if a.get("href", "").startswith("/")]
-        return list(dict.fromkeys(found))
+        paths = [a["href"].partition("#")[0] for a in self.all("a") if a.get("href", "").startswith("/")]
+        return list(dict.fromkeys(paths))

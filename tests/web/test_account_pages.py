@@ -240,8 +240,8 @@ def test_an_address_that_is_no_page_here_is_not_gone_on_to(site: LocalService, a
     who = site_person(accounts) or person(accounts, "return@example.org")
     reply = Visitor.signed_in(site, accounts, who).get(f"/sign-in?next={quote(next, safe='')}")
     assert (reply.status, reply.headers["location"]) == (303, "/account")
-    shown = Visitor(site).get(f"/sign-in?next={quote(next, safe='')}")
-    assert 'name="next" value=""' in shown.body.decode()
+    page = Visitor(site).get(f"/sign-in?next={quote(next, safe='')}")
+    assert 'name="next" value=""' in page.body.decode()
 
 
 @pytest.mark.parametrize(
@@ -320,8 +320,8 @@ def test_the_first_admin(site: LocalService, accounts: Accounts, tmp_path: Path,
             invitation = path.partition("=")[2]
             visitor = Visitor(service)
             form = {"email": "root@example.org", "password": PASSWORD}
-            wrong = visitor.fill(path, "/first-admin", **form, invitation="x" * 43)
-            assert wrong.status == 401 and "used or is too old" in text(wrong)
+            refusal = visitor.fill(path, "/first-admin", **form, invitation="x" * 43)
+            assert refusal.status == 401 and "used or is too old" in text(refusal)
             reply = visitor.fill(path, "/first-admin", **form, invitation=invitation)
             assert (reply.status, reply.headers["location"]) == (303, "/admin")
             assert "root@example.org" in visitor.page("/admin").text
@@ -447,8 +447,8 @@ def test_usage_ledger_and_requests_agree_with_the_books(site: LocalService, acco
         assert len([bar for bar in page.all("rect") if bar.get("class", "").startswith("bar")]) == 2  # wide and narrow
     requests, lines = visitor.page("/account/requests").text, visitor.page("/account/ledger").text
     for reply, cost in zip(replies, costs, strict=True):
-        shown = f"${cost / 1e9:.9f}".rstrip("0")
-        assert reply.headers["x-request-id"][:20] in requests and shown in requests and f"−{shown}" in lines
+        dollars = f"${cost / 1e9:.9f}".rstrip("0")
+        assert reply.headers["x-request-id"][:20] in requests and dollars in requests and f"−{dollars}" in lines
     assert "for usage@example.org" in lines
 
     rows = {
@@ -475,15 +475,15 @@ def test_long_lists_have_pages_and_csv_has_all(site: LocalService, accounts: Acc
 
     do(accounts, many)
     visitor = Visitor.signed_in(site, accounts, who)
-    found: list[str] = []
+    notes: list[str] = []
     path: str | None = "/account/ledger"
     while path:
         page = visitor.page(path)
-        found += re.findall(r"long \d+", page.text)
+        notes += re.findall(r"long \d+", page.text)
         path = next((link for link in page.links() if "before=" in link), None)
-    assert found == [f"long {amount}" for amount in reversed(amounts)]
+    assert notes == [f"long {amount}" for amount in reversed(amounts)]
     rows = list(csv.DictReader(io.StringIO(visitor.get("/account/ledger.csv").body.decode())))
-    assert [row["reference"] for row in rows] == found
+    assert [row["reference"] for row in rows] == notes
 
 
 @pytest.mark.parametrize(
@@ -499,8 +499,8 @@ def test_a_wrong_question_is_the_visitors(site: LocalService, accounts: Accounts
 def test_another_password_ends_every_session(site: LocalService, accounts: Accounts) -> None:
     who = person(accounts, "password@example.org")
     one, two = (Visitor.signed_in(site, accounts, who) for _ in range(2))
-    wrong = one.fill("/account/settings", "/account/password", old="not it", new="another password")
-    assert wrong.status == 401 and "The password is not right." in text(wrong)
+    refusal = one.fill("/account/settings", "/account/password", old="not it", new="another password")
+    assert refusal.status == 401 and "The password is not right." in text(refusal)
     short = one.fill("/account/settings", "/account/password", old=PASSWORD, new="short")
     assert short.status == 400
     reply = one.fill("/account/settings", "/account/password", old=PASSWORD, new="another password")
@@ -585,34 +585,34 @@ def test_everybody_sees_the_prices_that_are_charged(
     admin = Visitor.signed_in(site, accounts, person(accounts, "prices@example.org", admin=True))
     key = key_of(accounts, person(accounts, "payer@example.org"))
 
-    def shown() -> tuple[list[str], list[tuple[str, int, bool]]]:
+    def displayed_prices() -> tuple[list[str], list[tuple[str, int, bool]]]:
         pages = [Visitor(site).page(path) for path in ("/models", f"/models/{site.model}")]
-        found = site.call("GET", f"/v1/models/{site.model}", key=key).json["prices"]
+        api_prices = site.call("GET", f"/v1/models/{site.model}", key=key).json["prices"]
         listed = site.call("GET", "/v1/models", key=key).json["data"][0]["prices"]
         twin = json.loads(Visitor(site).get(f"/models/{site.model}.json").body)["prices"]
-        assert found == listed == twin
+        assert api_prices == listed == twin
         assert all(
-            f"${price['nanodollars_per_million_tokens'] / 1e9:g}" in page.text for price in found for page in pages
+            f"${price['nanodollars_per_million_tokens'] / 1e9:g}" in page.text for price in api_prices for page in pages
         )
-        return [page.text for page in pages], [tuple(price.values()) for price in found]
+        return [page.text for page in pages], [tuple(price.values()) for price in api_prices]
 
-    assert shown()[1] == [("standard", 8_000_000, False)]
+    assert displayed_prices()[1] == [("standard", 8_000_000, False)]
     form = {"model": site.model, "dollars": "0.0625"}
     try:
         assert admin.fill("/admin/prices", tier="default", **form).status == 303
-        assert shown()[1] == [("standard", 62_500_000, False)]
+        assert displayed_prices()[1] == [("standard", 62_500_000, False)]
         reply = embed(site, key)
         assert int(reply.headers["x-unmask-cost-nanodollars"]) == math.ceil(reply.json["usage"]["total_tokens"] * 62.5)
         assert admin.fill("/admin/prices", tier="batch", model=site.model, dollars="0.03").status == 303
-        assert shown()[1] == [("standard", 62_500_000, False), ("batch", 30_000_000, False)]
+        assert displayed_prices()[1] == [("standard", 62_500_000, False), ("batch", 30_000_000, False)]
         for tier in tariff.TIERS:
             assert admin.fill("/admin/prices", tier=tier, remove="yes", **form).status == 303
-        texts, prices = shown()
+        texts, prices = displayed_prices()
         assert prices == [] and "none set" in texts[1]
         # A price set on the command line arrives by the database alone.
         do(accounts, lambda c: tariff.set_price(c, tariff.TariffPrice("*", "default", 31_250_000), now_ms()))
         until(lambda: site.call("GET", f"/v1/models/{site.model}", key=key).json["prices"] != [])
-        assert shown()[1] == [("standard", 31_250_000, False)]
+        assert displayed_prices()[1] == [("standard", 31_250_000, False)]
     finally:
         do(accounts, lambda c: tariff.remove_price(c, "*", "default"))
         do(accounts, lambda c: tariff.set_price(c, tariff.TariffPrice(site.model, "default", 8_000_000), now_ms()))
@@ -645,12 +645,12 @@ def test_names_are_text(site: LocalService, accounts: Accounts) -> None:
     pages += [admin.get(path) for path in (here, "/admin", "/admin/plans", "/admin/audit")]
     pages.append(visitor.fill("/account/keys", name=POISON, scopes="account"))
     pages.append(visitor.fill("/account/keys", name=POISON, scopes=POISON, networks=POISON, spend_limit=POISON))
-    shown = 0
+    occurrences = 0
     for reply in pages:
         page = Page(reply.body.decode())
         assert not page.all("img"), reply.body
-        shown += page.text.count(POISON)
-    assert shown > 8
+        occurrences += page.text.count(POISON)
+    assert occurrences > 8
 
 
 def test_no_secret_is_logged(site: LocalService, accounts: Accounts, capfd: pytest.CaptureFixture[str]) -> None:

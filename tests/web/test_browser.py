@@ -100,11 +100,11 @@ def test_the_tabs_and_the_skip_link_work_by_keyboard(browser: Browser, service: 
 
 def test_a_model_page_needs_three_requests(browser: Browser, service: LocalService) -> None:
     page = browser.new_context(base_url=service.url).new_page()
-    asked: list[str] = []
-    page.on("request", lambda request: asked.append(request.url.removeprefix(service.url)))
+    requests: list[str] = []
+    page.on("request", lambda request: requests.append(request.url.removeprefix(service.url)))
     page.goto(f"/models/{COMING}")
     page.wait_for_load_state("networkidle")
-    elsewhere = [url for url in asked if not url.startswith("/")]
+    elsewhere = [url for url in requests if not url.startswith("/")]
     assert not elsewhere
-    assert len([url for url in asked if "favicon" not in url]) == 3, asked  # the page, its style, its script
+    assert len([url for url in requests if "favicon" not in url]) == 3, requests  # the page, its style, its script
     page.context.close()

@@ -113,9 +113,9 @@ def test_no_field_breaks_the_other_forms(service: LocalService, catalogue: Catal
     evil = next(entry.record.id for entry in catalogue.entries() if POISON in entry.record.id)
     for path in ("/feed.xml", "/sitemap.xml"):
         ET.fromstring(service.call("GET", path).body)
-    told = service.call("GET", f"/models/{quote(evil)}.json")
-    assert told.json["id"] == evil and told.headers["content-type"].startswith("application/json")
-    assert told.headers["x-content-type-options"] == "nosniff"
+    answer = service.call("GET", f"/models/{quote(evil)}.json")
+    assert answer.json["id"] == evil and answer.headers["content-type"].startswith("application/json")
+    assert answer.headers["x-content-type-options"] == "nosniff"
     for path in (f"/models/{quote(evil)}.md", "/llms.txt"):
         reply = service.call("GET", path)
         text = reply.body.decode()

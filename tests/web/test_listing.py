@@ -59,12 +59,12 @@ def test_each_order_puts_what_is_not_known_last(models: list[ModelView]) -> None
 
 
 @pytest.mark.parametrize(
-    ("query", "told"),
+    ("query", "message"),
     [("sort=best", "sort='best'"), ("status=popular", "coming soon"), ("page=0", "page='0'"),
      ("page=x", "count from 1"), ("licence=<b>", "licence"), ("sort=wanted", "wanted"), ("page=" + "9" * 5000, "page")],
 )  # fmt: skip
-def test_a_wrong_choice_is_named(models: list[ModelView], query: str, told: str) -> None:
-    with pytest.raises(ApiError, match=told) as error:
+def test_a_wrong_choice_is_named(models: list[ModelView], query: str, message: str) -> None:
+    with pytest.raises(ApiError, match=message) as error:
         listing(models, query)
     assert error.value.status == 400
 
@@ -78,9 +78,9 @@ def test_addresses_keep_what_was_asked(models: list[ModelView]) -> None:
 def test_pages_of_a_long_list(start: Callable[..., LocalService]) -> None:
     service = start(large_catalogue(120))
     pages = [Page(service.call("GET", f"/models?page={n}", headers=HTML).body.decode()) for n in (1, 2, 3, 99)]
-    found = [[a["value"] for a in page.all("input") if a.get("type") == "checkbox"] for page in pages]
-    assert [len(page) for page in found] == [50, 50, 21, 21]  # 120 and the model that is served
-    assert len({*found[0], *found[1], *found[2]}) == 121
+    names = [[a["value"] for a in page.all("input") if a.get("type") == "checkbox"] for page in pages]
+    assert [len(page) for page in names] == [50, 50, 21, 21]  # 120 and the model that is served
+    assert len({*names[0], *names[1], *names[2]}) == 121
 
 
 def test_the_form_works_by_its_address(service: LocalService) -> None:
@@ -90,8 +90,8 @@ def test_the_form_works_by_its_address(service: LocalService) -> None:
     assert {"coming soon", "mteb"} <= chosen
     nothing = Page(service.call("GET", "/models?q=zebra", headers=HTML).body.decode())
     assert "No model matches all filters" in nothing.text
-    wrong = service.call("GET", "/models?status=popular", headers=HTML)
-    assert wrong.status == 400 and "choices" in Page(wrong.body.decode()).text
+    refusal = service.call("GET", "/models?status=popular", headers=HTML)
+    assert refusal.status == 400 and "choices" in Page(refusal.body.decode()).text
 
 
 def test_comparison_marks_what_differs_and_what_is_best(models: list[ModelView]) -> None:

@@ -55,9 +55,9 @@ def test_every_link_leads_somewhere(service: LocalService) -> None:
         assert reply.status in (200, 303), (path, reply.status)
         if "html" in reply.headers.get("content-type", "") and len(seen) < 150:
             page = Page(reply.body.decode())
-            found = [*page.links(), *(link["href"] for link in page.all("link") if link["href"].startswith("/"))]
-            waiting += [link for link in found if link not in seen]
-            seen.update(found)
+            links = [*page.links(), *(link["href"] for link in page.all("link") if link["href"].startswith("/"))]
+            waiting += [link for link in links if link not in seen]
+            seen.update(links)
     assert {f"/models/{COMING}.json", f"/models/{COMING}.md", "/feed.xml", "/llms.txt", "/openapi.json"} <= seen
 
 
@@ -87,10 +87,10 @@ def test_a_live_model_has_its_call_with_the_visitors_own_address(service: LocalS
     assert f'base_url="{service.url}/v1"' in page.text
     outside = get(service, "/models/tiny_llama", host="embed.example.org:8443")
     assert "http://embed.example.org:8443/v1/embeddings" in outside.text
-    for wrong in ("evil.org/path", "a b", 'x"onclick', "user@host", "<b>", "a" * 400):
-        reply = service.call("GET", "/models/tiny_llama", headers=HTML | {"host": wrong}, key=None)
+    for host in ("evil.org/path", "a b", 'x"onclick', "user@host", "<b>", "a" * 400):
+        reply = service.call("GET", "/models/tiny_llama", headers=HTML | {"host": host}, key=None)
         text = reply.body.decode()
-        assert wrong not in text
+        assert host not in text
         assert reply.status == 400 or f"curl {service.url}/v1/embeddings" in text
 
 
@@ -120,13 +120,13 @@ def test_the_examples_do_what_they_say(service: LocalService) -> None:
 
 
 def test_programs_get_the_same_record(service: LocalService) -> None:
-    told = service.call("GET", f"/models/{COMING}.json").json
+    answer = service.call("GET", f"/models/{COMING}.json").json
     record = shipped_records()[COMING]
-    assert told["id"] == COMING and told["standing"] == "coming soon" and told["state"] is None
-    assert told["parameters"] == record.parameters and told["about"]["approach"] == record.about.approach
-    assert len(told["measurements"]) == 57
-    assert all(m["origin"] == "published" and m["raw"].startswith("https://") for m in told["measurements"])
-    assert told["means"]["MTEB(eng, v1), published"]["mean"] == pytest.approx(61.85, abs=0.006)
+    assert answer["id"] == COMING and answer["standing"] == "coming soon" and answer["state"] is None
+    assert answer["parameters"] == record.parameters and answer["about"]["approach"] == record.about.approach
+    assert len(answer["measurements"]) == 57
+    assert all(m["origin"] == "published" and m["raw"].startswith("https://") for m in answer["measurements"])
+    assert answer["means"]["MTEB(eng, v1), published"]["mean"] == pytest.approx(61.85, abs=0.006)
     text = service.call("GET", f"/models/{COMING}.md").body.decode()
     assert text.startswith("# LLM2Vec Sheared-LLaMA") and "| all tasks | 56 | 61.85 |" in text
     assert record.faq[0].question in text
@@ -144,8 +144,8 @@ def test_what_is_not_there_is_a_page_for_people_and_an_envelope_for_programs(ser
     page = Page(reply.body.decode())
     assert "Not found" in page.text and "/models" in page.links()
     assert reply.headers["content-security-policy"]
-    told = service.call("GET", path, key=None)
-    assert told.status == 404 and set(told.error) == {"message", "type", "param", "code"}
+    answer = service.call("GET", path, key=None)
+    assert answer.status == 404 and set(answer.error) == {"message", "type", "param", "code"}
 
 
 def test_the_api_answers_browsers_as_it_answers_everybody(service: LocalService) -> None:

@@ -37,7 +37,7 @@ def test_similarities_are_those_of_the_vectors(service: LocalService, golden_dir
 
 
 @pytest.mark.parametrize(
-    ("texts", "told"),
+    ("texts", "message"),
     [
         ("", "at least two"),
         ("only one", "at least two"),
@@ -45,10 +45,10 @@ def test_similarities_are_those_of_the_vectors(service: LocalService, golden_dir
         ("a\n" + "b" * 1001, "1,001 characters"),
     ],
 )
-def test_too_little_and_too_much_is_said_on_the_page(service: LocalService, texts: str, told: str) -> None:
+def test_too_little_and_too_much_is_said_on_the_page(service: LocalService, texts: str, message: str) -> None:
     reply = post(service, texts)
     page = Page(reply.body.decode())
-    assert reply.status == 400 and told in page.text
+    assert reply.status == 400 and message in page.text
     assert any(attributes.get("role") == "alert" for _, attributes in page.elements)
     assert texts.strip()[:50] in page.text  # nothing that was typed is lost
 

@@ -9,7 +9,7 @@ from urllib.parse import urlencode
 import pytest
 
 from tests.api.live import LocalService, Reply, running, until
-from tests.letterbox import mail_server
+from tests.mail_server import mail_server
 from tests.web.conftest import COMING, HTML, REFERENCE
 from tests.web.html import Page
 from tests.web.people import do, person
@@ -62,9 +62,9 @@ def text_of(reply: Reply) -> str:
 
 
 def token_of(visit: Visit, path: str = f"/models/{COMING}") -> str:
-    found = re.search(r'name="token" value="([^"]+)"', visit(path).body.decode())
-    assert found
-    return found[1]
+    match = re.search(r'name="token" value="([^"]+)"', visit(path).body.decode())
+    assert match
+    return match[1]
 
 
 def vote(visit: Visit, model: str = COMING, **fields: str) -> Reply:
@@ -186,8 +186,8 @@ def test_the_operator_sees_the_queue_and_decides(accounts: Accounts, service: Lo
     assert text.index(COMING) < text.index(other) and "2 accounts want it" in text and "onerror=alert(2)" in text
     assert "<img src=x" not in page.body.decode() and "ada@" not in text
     token = token_of(ben, "/admin/models")
-    wrong = {"status": "benchmarking"}, {"status": "deprecated", "until": "soon"}, {"status": "live"}
-    assert [ben("/admin/models", model=COMING, token=token, **fields).status for fields in wrong] == [400, 400, 400]
+    bad_forms = {"status": "benchmarking"}, {"status": "deprecated", "until": "soon"}, {"status": "live"}
+    assert [ben("/admin/models", model=COMING, token=token, **fields).status for fields in bad_forms] == [400, 400, 400]
     assert ben("/admin/models", model=COMING, status="retired", token="guessed").status == 403
     assert ben("/admin/models", model=COMING, status="retired", token=token).status == 303
     until(lambda: "It no longer answers" in text_of(ben(f"/models/{COMING}")))

@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 from safetensors import safe_open
 
-from contenders import LONGEST, Job, Run
+from backends import LONGEST, Job, Run
 
 KINDS = {
     "float32": gguf.GGMLQuantizationType.F32,

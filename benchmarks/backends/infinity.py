@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from infinity_emb import AsyncEmbeddingEngine, EngineArgs  # pyright: ignore[reportMissingImports]
 
-from contenders import Job, Run
+from backends import Job, Run
 
 
 def load(job: Job) -> Run:

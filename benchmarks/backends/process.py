@@ -1,4 +1,4 @@
-"""A contender's process as the measuring one sees it."""
+"""Process of one backend, seen from the benchmark's own process."""
 
 import json
 import os
@@ -12,17 +12,17 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from contenders import Contender, Setting
+from backends import Backend, Setting
 
 PATIENCE = 1800  # seconds for an export, a conversion or a pass over the texts
 
 
 class Absent(Exception):
-    """A contender that cannot be measured; the message is its row's reason."""
+    """A backend that cannot be measured; the message is its row's reason."""
 
 
 class Process:
-    """One contender, loaded and warm.
+    """One backend, loaded and warm.
 
     Attributes:
         setting: the one that it runs with.
@@ -35,7 +35,7 @@ class Process:
 
     def __init__(
         self,
-        contender: Contender,
+        backend: Backend,
         setting: Setting,
         *,
         folder: Path,
@@ -46,7 +46,7 @@ class Process:
         warm: Sequence[str],
         log: BinaryIO,
     ) -> None:
-        self.contender, self.setting = contender, setting
+        self.backend, self.setting = backend, setting
         environment = os.environ | {
             "OMP_NUM_THREADS": str(threads),
             "TOKENIZERS_PARALLELISM": "true",
@@ -55,7 +55,7 @@ class Process:
             "DO_NOT_TRACK": "1",
         }
         self._process = subprocess.Popen(
-            [python_of(contender), "-m", "contenders.worker"],
+            [python_of(backend), "-m", "backends.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -63,15 +63,15 @@ class Process:
         )
         answer = self._ask(
             {
-                "load": contender.load,
+                "load": backend.load,
                 "folder": str(folder),
                 "scratch": str(scratch),
                 "threads": threads,
-                "dtype": contender.precision or dtype,
+                "dtype": backend.precision or dtype,
                 "setting": asdict(setting),
                 "device": device,
                 "warm": list(warm),
-                "packages": [*contender.install.split(), "torch", "transformers"],
+                "packages": [*backend.install.split(), "torch", "transformers"],
             }
         )
         self.load_seconds: float = answer["seconds"]
@@ -111,27 +111,27 @@ class Process:
         if "error" in answer:
             self.close()
             missing = answer["missing"]
-            raise Absent(how_to_install(self.contender) if missing else answer["error"].splitlines()[0][:200])
+            raise Absent(how_to_install(self.backend) if missing else answer["error"].splitlines()[0][:200])
         return answer
 
 
-def python_of(contender: Contender) -> str:
-    """The interpreter that has the contender's packages.
+def python_of(backend: Backend) -> str:
+    """The interpreter that has the backend's packages.
 
     Raises:
         Absent: it has an environment of its own, and that is not there.
     """
-    if contender.environment is None:
+    if backend.environment is None:
         return sys.executable
-    own = Path(sys.prefix) / "peers" / contender.environment / "bin" / "python"
+    own = Path(sys.prefix) / "peers" / backend.environment / "bin" / "python"
     if not own.is_file():
-        raise Absent(how_to_install(contender))
+        raise Absent(how_to_install(backend))
     return str(own)
 
 
-def how_to_install(contender: Contender) -> str:
-    where = f"an environment of its own ({contender.environment}): " if contender.environment else ""
-    return f"not installed: {where}pip install {contender.install}"
+def how_to_install(backend: Backend) -> str:
+    where = f"an environment of its own ({backend.environment}): " if backend.environment else ""
+    return f"not installed: {where}pip install {backend.install}"
 
 
 def keep_to(threads: int) -> None:

@@ -1,4 +1,4 @@
-"""The process of one contender: loads it, runs it when told, says how long that took.
+"""The process of one backend: loads it, runs it when told, says how long that took.
 
 Each has its own, because thread pools of several libraries in one process disturb each other, because a crash in one
 must not end the others, and because one of them needs packages that ours cannot live with. Requests and answers are
@@ -17,11 +17,11 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from contenders import Job, Run, Setting
+from backends import Job, Run, Setting
 
 
 def load(request: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
-    """A contender, warm: it has encoded a few texts of this run's shortest and longest."""
+    """A backend, warm: it has encoded a few texts of this run's shortest and longest."""
     module, function = request["load"].split(":")
     job = Job(
         folder=Path(request["folder"]),
@@ -32,7 +32,7 @@ def load(request: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
         device=request["device"],
     )
     began = time.perf_counter()
-    run: Run = getattr(importlib.import_module(f"contenders.{module}"), function)(job)
+    run: Run = getattr(importlib.import_module(f"backends.{module}"), function)(job)
     seconds = time.perf_counter() - began
     run(request["warm"])
     return run, {"seconds": seconds, "versions": versions(request["packages"])}
@@ -40,13 +40,13 @@ def load(request: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
 
 def versions(packages: list[str]) -> dict[str, str]:
     """Installed versions of those packages that are installed."""
-    found = {}
+    installed = {}
     for package in packages:
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def serve(answers: TextIO) -> None:
@@ -72,6 +72,6 @@ def serve(answers: TextIO) -> None:
 
 
 if __name__ == "__main__":
-    told = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    answer_pipe = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print goes to the log and not among the answers
-    serve(told)
+    serve(answer_pipe)

@@ -1,4 +1,4 @@
-"""Texts to padded batches, for the contenders that take token ids and a mask."""
+"""Texts to padded batches, for the backends that take token ids and a mask."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tokenizers import Tokenizer
 
-from contenders import LONGEST, Job, Run
+from backends import LONGEST, Job, Run
 
 Batch = Callable[[np.ndarray, np.ndarray], np.ndarray]  # int64 ids and mask [n, t] -> float32 [n, width]
 
@@ -37,9 +37,11 @@ def in_sorted_batches(batch: Batch, job: Job) -> Run:
                 mask[row, : len(sequences[member])] = 1
             return batch(ids, mask)
 
-        found = list(workers.map(one, groups)) if side_by_side > 1 else [one(members) for members in groups]
-        vectors = np.empty((len(sequences), found[0].shape[1]), dtype=np.float32)
-        for members, rows in zip(groups, found, strict=True):
+        batches_of_vectors = (
+            list(workers.map(one, groups)) if side_by_side > 1 else [one(members) for members in groups]
+        )
+        vectors = np.empty((len(sequences), batches_of_vectors[0].shape[1]), dtype=np.float32)
+        for members, rows in zip(groups, batches_of_vectors, strict=True):
             vectors[members] = rows
         return vectors
 

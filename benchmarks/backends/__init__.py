@@ -1,6 +1,6 @@
 """Table of the libraries to measure, a row each. Their code is loaded only in a process of their own (`worker.py`).
 
-Nothing here imports more than the standard library, because one contender lives in a virtual environment without ours.
+Nothing here imports more than the standard library, because one backend lives in a virtual environment without ours.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ LONGEST = 512  # tokens of a text, for all; the rest is cut
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to run a contender.
+    """One way to run a backend.
 
     Attributes:
         batch: texts of a batch; for llama.cpp tokens, which is what it counts.
@@ -32,8 +32,8 @@ class Job:
 
     Attributes:
         folder: the weights as a hub folder.
-        scratch: for the same weights in other formats; common to all contenders.
-        device: a torch device; only those of GPU_CONTENDERS know any but the processor.
+        scratch: for the same weights in other formats; common to all backends.
+        device: a torch device; only those of GPU_BACKENDS know any but the processor.
     """
 
     folder: Path
@@ -45,7 +45,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Contender:
+class Backend:
     """One row.
 
     Attributes:
@@ -73,24 +73,24 @@ STREAMS = (Setting(32), Setting(8, side_by_side=2))
 TOKENS = (Setting(512), Setting(2048))
 # On a GPU, where a batch of 32 short texts is over before the next one is ready.
 GPU_BATCHES = (Setting(64), Setting(256))
-GPU_CONTENDERS = ("unmask", "transformers", "sentence-transformers")
+GPU_BACKENDS = ("unmask", "transformers", "sentence-transformers")
 
-CONTENDERS = {
-    "unmask": Contender("unmask", "ours:load", "unmask"),
-    "unmask-int8": Contender("unmask, int8", "ours:load", "unmask", "int8"),
-    "transformers": Contender("transformers", "pytorch:transformers", "transformers", settings=BATCHES),
-    "sentence-transformers": Contender(
+BACKENDS = {
+    "unmask": Backend("unmask", "ours:load", "unmask"),
+    "unmask-int8": Backend("unmask, int8", "ours:load", "unmask", "int8"),
+    "transformers": Backend("transformers", "pytorch:transformers", "transformers", settings=BATCHES),
+    "sentence-transformers": Backend(
         "sentence-transformers", "pytorch:sentence_transformers", "sentence-transformers", settings=BATCHES
     ),
-    "onnxruntime": Contender(
+    "onnxruntime": Backend(
         "ONNX Runtime", "exported:onnxruntime_float32", "onnxruntime onnx onnxscript", "float32", STREAMS
     ),
-    "onnxruntime-int8": Contender(
+    "onnxruntime-int8": Backend(
         "ONNX Runtime, dynamic int8", "exported:onnxruntime_int8", "onnxruntime onnx onnxscript", "int8", STREAMS
     ),
-    "openvino": Contender("OpenVINO", "exported:openvino", "openvino", "float32", STREAMS),
-    "llama-cpp": Contender("llama.cpp, F32", "llama:load", "llama-cpp-python", "float32", TOKENS, "tokens"),
-    "llama-cpp-f16": Contender("llama.cpp, F16", "llama:load", "llama-cpp-python", "float16", TOKENS, "tokens"),
-    "llama-cpp-q8": Contender("llama.cpp, Q8_0", "llama:load", "llama-cpp-python", "int8", TOKENS, "tokens"),
-    "infinity": Contender("infinity-emb", "infinity:load", "infinity-emb", "float32", BATCHES, environment="infinity"),
+    "openvino": Backend("OpenVINO", "exported:openvino", "openvino", "float32", STREAMS),
+    "llama-cpp": Backend("llama.cpp, F32", "llama:load", "llama-cpp-python", "float32", TOKENS, "tokens"),
+    "llama-cpp-f16": Backend("llama.cpp, F16", "llama:load", "llama-cpp-python", "float16", TOKENS, "tokens"),
+    "llama-cpp-q8": Backend("llama.cpp, Q8_0", "llama:load", "llama-cpp-python", "int8", TOKENS, "tokens"),
+    "infinity": Backend("infinity-emb", "infinity:load", "infinity-emb", "float32", BATCHES, environment="infinity"),
 }

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from contenders import LONGEST, Job, Run
+from backends import LONGEST, Job, Run
 from unmask import Encoder
 from unmask.cli import keep_few_products
 

@@ -22,7 +22,7 @@ Report = dict[str, Any]
 Row = dict[str, Any]
 
 
-def wrong(row: Row) -> bool:
+def is_wrong(row: Row) -> bool:
     """The row's vectors are not those of the float32 model."""
     return row["cosine_mean"] < SAME_MEAN or row["cosine_worst"] < SAME_WORST
 
@@ -44,7 +44,7 @@ def markdown(report: Report) -> str:
         else:
             faster = f"{row['ratio']:.2f} ({', '.join(f'{ratio:.2f}' for ratio in row['ratio_per_round'])})"
         cosine = f"{row['cosine_mean']:.6f} / {row['cosine_worst']:.6f}"
-        if wrong(row):
+        if is_wrong(row):
             cosine = f"**wrong:** {cosine}"
         setting = f"{row['precision']}, {row['setting']}"
         lines.append(f"| {row['name']} | {speed} | {faster} | {row['share_of_peak']:.0%} | {cosine} | {setting} |")
@@ -88,12 +88,12 @@ def draw(report: Report, target: Path) -> None:
             axes.text(widest * 0.01, place, row["absent"][:80], va="center", fontsize=8, color=ABSENT, style="italic")
             continue
         speed = row["tokens_per_second"]
-        colour = WRONG if wrong(row) else OURS if row["name"].startswith("unmask") else PEER
-        axes.barh(place, speed, height=0.62, color=colour, hatch="///" if wrong(row) else None, edgecolor="white")
+        colour = WRONG if is_wrong(row) else OURS if row["name"].startswith("unmask") else PEER
+        axes.barh(place, speed, height=0.62, color=colour, hatch="///" if is_wrong(row) else None, edgecolor="white")
         spread = [[speed - row["slowest"]], [row["quickest"] - speed]]
         axes.errorbar(speed, place, xerr=spread, color="#202124", linewidth=1, capsize=2.5)
         said = f"{speed:.0f}  {row['share_of_peak']:.0%} of peak"
-        if wrong(row):
+        if is_wrong(row):
             said += f"  ✗ wrong vectors, cosine {row['cosine_mean']:.3f}, worst {row['cosine_worst']:.3f}"
         axes.text(row["quickest"] + widest * 0.012, place, said, va="center", fontsize=8)
     peak = report["peak_gflops"] / report["gflop_per_token"]
@@ -145,11 +145,11 @@ def publish(source: Path, keep: Path, pages: list[Path]) -> list[str]:
         done.append(f"{run.stem}: copied to {keep}")
     for page in pages:
         text = page.read_text(encoding="utf-8")
-        found = [run for run in runs if f"<!-- {run.stem} -->" in text]
-        if not found:
+        runs_of_page = [run for run in runs if f"<!-- {run.stem} -->" in text]
+        if not runs_of_page:
             marks = " and ".join(f"<!-- {run.stem} --> ... <!-- /{run.stem} -->" for run in runs)
             raise ValueError(f"{page} has no place for a table: write {marks} where it belongs")
-        for run in found:
+        for run in runs_of_page:
             report = json.loads(run.read_text(encoding="utf-8"))
             picture = os.path.relpath(keep / f"{run.stem}.svg", page.parent)
             text = between(text, run.stem, f"{markdown(report)}\n![Tokens per second of each]({picture})\n")
@@ -166,8 +166,8 @@ def between(text: str, mark: str, content: str) -> str:
     """
     opening, closing = f"<!-- {mark} -->", f"<!-- /{mark} -->"
     before, _, rest = text.partition(opening)
-    old, found, after = rest.partition(closing)
-    if not found:
+    old, end_mark, after = rest.partition(closing)
+    if not end_mark:
         raise ValueError(f"{opening} is not closed: write {closing} after it")
     del old
     return f"{before}{opening}\n{content}{closing}{after}"

@@ -1,4 +1,4 @@
-"""The two models that are measured, as folders that every contender reads or converts."""
+"""The two models that are measured, as folders that every backend reads or converts."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from contenders import LONGEST
+from backends import LONGEST
 from unmask.checkpoint import open_checkpoint
 from unmask.encoder.model.architectures import shape_of
 from unmask.errors import UsageError

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from contenders import Job, Run
-from contenders.padded import in_sorted_batches
+from backends import Job, Run
+from backends.padded import in_sorted_batches
 
 NAMES = ("input_ids", "attention_mask")
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from contenders import Job, Run
-from contenders.padded import in_sorted_batches
+from backends import Job, Run
+from backends.padded import in_sorted_batches
 
 
 def transformers(job: Job) -> Run:
