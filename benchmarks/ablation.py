@@ -26,7 +26,7 @@ from unmask.disk import atomic_write
 from unmask.errors import UnmaskError, UsageError
 from unmask.evaluate.results import ModelResult, Results
 from unmask.evaluate.run import Evaluation, run_evaluation
-from unmask.training.recipe import read_recipe
+from unmask.training.recipe_file import read_recipe
 from unmask.training.train import run_training
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "smollm2"

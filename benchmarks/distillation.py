@@ -22,7 +22,7 @@ from unmask.cli.train import training_progress
 from unmask.disk import atomic_write
 from unmask.errors import UnmaskError, UsageError
 from unmask.training.dev import HELD_OUT_COSINE
-from unmask.training.recipe import read_recipe
+from unmask.training.recipe_file import read_recipe
 from unmask.training.run_folder import RunFolder
 from unmask.training.train import load_data, run_training
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import structlog
 from argon2 import PasswordHasher
 
 from tests.accounts.postgres import Cluster, cluster, server_programs
@@ -22,6 +23,14 @@ hypothesis.settings.register_profile("unmask", deadline=None)
 hypothesis.settings.load_profile("unmask")
 
 keep_few_products()
+
+# structlog's default prints to sys.stdout. pytest replaces that between tests, and a server's thread that prints at
+# this moment crashes the interpreter (https://github.com/python/cpython/issues/130163).
+structlog.configure(
+    processors=[structlog.stdlib.filter_by_level, structlog.processors.KeyValueRenderer()],
+    logger_factory=structlog.stdlib.LoggerFactory(),
+    wrapper_class=structlog.stdlib.BoundLogger,
+)
 
 
 # The tests of `make check`, as its -m has it.

@@ -52,7 +52,7 @@ def train(
         UsageError: the recipe and the data do not fit, or `output` holds another run.
         TrainingError, StorageError: the run cannot go on.
     """
-    from unmask.training.recipe import read_recipe
+    from unmask.training.recipe_file import read_recipe
     from unmask.training.train import run_training
 
     folder = Path()

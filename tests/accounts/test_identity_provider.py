@@ -395,7 +395,7 @@ def test_deleting_needs_a_fresh_session_and_forgets_the_identity(
     assert not [field for field in page.all("input") if field.get("name") in ("old", "password")]
     later = now_ms() + 11 * 60_000
     with monkeypatch.context() as patch:
-        patch.setattr("unmask.accounts.accounts.now_ms", lambda: later)
+        patch.setattr("unmask.accounts.membership.now_ms", lambda: later)
         for path, form in (("delete", {"sure": "yes"}), ("password", {"new": "another password"})):
             reply = fill(web_client, "/account/settings", f"/account/{path}", **form)
             assert reply.status_code == 401 and "You signed in too long ago for this" in text(reply)

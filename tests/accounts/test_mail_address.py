@@ -79,14 +79,14 @@ def test_no_other_character_leads_to_an_ascii_address(character: str, owner: str
 
 async def test_every_door_knows_the_mailbox(accounts: Accounts) -> None:
     spellings = ["quäck@exämple.com", *SPELLINGS["quäck@exämple.com"]]
-    person = await accounts.sign_up(spellings[1], PASSWORD, address="")
+    person = await accounts.membership.sign_up(spellings[1], PASSWORD, address="")
     assert person.email == spellings[0]
     for number, spelling in enumerate(spellings):
         identity = Identity("https://login.example.org", f"subject-{number}", spelling, True)
         with pytest.raises(AddressTaken):
-            await accounts.sign_up(spelling, PASSWORD, address=str(number))
+            await accounts.membership.sign_up(spelling, PASSWORD, address=str(number))
         with pytest.raises(AddressTaken):
-            await accounts.sign_in_with_identity(identity, address="")
+            await accounts.membership.sign_in_with_identity(identity, address="")
         with accounts.database.begin() as connection:
             assert people.find_account(connection, spelling).id == person.account_id
             with pytest.raises(AddressTaken):
@@ -95,21 +95,23 @@ async def test_every_door_knows_the_mailbox(accounts: Accounts) -> None:
 
 async def test_signing_in_knows_the_mailbox(accounts: Accounts) -> None:
     spellings = ["quäck@exämple.com", *SPELLINGS["quäck@exämple.com"]]
-    await accounts.sign_up(spellings[1], PASSWORD, address="")
+    await accounts.membership.sign_up(spellings[1], PASSWORD, address="")
     for number, spelling in enumerate(spellings):
-        assert await accounts.sign_in(spelling, PASSWORD, address=f"10.0.0.{number}")
+        assert await accounts.membership.sign_in(spelling, PASSWORD, address=f"10.0.0.{number}")
 
 
 @pytest.mark.parametrize("name", ["nothing", "brackets", "kelvin", "nul", "newline", "two"])
 async def test_every_door_refuses_what_is_no_plain_address(accounts: Accounts, name: str) -> None:
-    await accounts.sign_up("quack@example.com", PASSWORD, address="")
+    await accounts.membership.sign_up("quack@example.com", PASSWORD, address="")
     address = REFUSED[name]
     with pytest.raises(UsageError):
-        await accounts.sign_up(address, PASSWORD, address="")
+        await accounts.membership.sign_up(address, PASSWORD, address="")
     with pytest.raises(SignInRefused):
-        await accounts.sign_in(address, PASSWORD, address="")
+        await accounts.membership.sign_in(address, PASSWORD, address="")
     with pytest.raises(SignInRefused if name == "nothing" else UsageError):
-        await accounts.sign_in_with_identity(Identity("https://login.example.org", "s", address, True), address="")
+        await accounts.membership.sign_in_with_identity(
+            Identity("https://login.example.org", "s", address, True), address=""
+        )
     with accounts.database.begin() as connection:
         with pytest.raises(UsageError):
             people.find_account(connection, address)

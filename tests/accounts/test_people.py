@@ -25,9 +25,9 @@ def do(accounts: Accounts, piece):
 
 
 async def test_sign_up_and_in(accounts: Accounts):
-    person = await accounts.sign_up(" Ada@Example.org ", PASSWORD, address="10.0.0.1")
+    person = await accounts.membership.sign_up(" Ada@Example.org ", PASSWORD, address="10.0.0.1")
     assert (person.email, person.admin) == ("ada@example.org", False)
-    token = await accounts.sign_in("ada@example.org", PASSWORD, address="10.0.0.1")
+    token = await accounts.membership.sign_in("ada@example.org", PASSWORD, address="10.0.0.1")
     assert do(accounts, lambda c: people.person_of_session(c, token, now_ms())) == person
     with pytest.raises(SignInRefused):
         do(accounts, lambda c: people.person_of_session(c, token, now_ms() + people.SESSION_MS + 1000))
@@ -40,8 +40,8 @@ async def test_nothing_secret_is_stored(
     accounts: Accounts, real_hasher: Callable[[], PasswordHasher], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(people, "_hasher", real_hasher)
-    await accounts.sign_up("ada@example.org", PASSWORD, address="")
-    token = await accounts.sign_in("ada@example.org", PASSWORD, address="")
+    await accounts.membership.sign_up("ada@example.org", PASSWORD, address="")
+    token = await accounts.membership.sign_in("ada@example.org", PASSWORD, address="")
     for table in ("people", "sessions", "audit"):
         rows = str(do(accounts, lambda c, table=table: c.exec_driver_sql(f"SELECT * FROM {table}").all()))
         assert PASSWORD not in rows and token not in rows
@@ -50,11 +50,11 @@ async def test_nothing_secret_is_stored(
 
 
 async def test_a_wrong_password_and_an_unknown_address_are_one_answer(accounts: Accounts):
-    await accounts.sign_up("ada@example.org", PASSWORD, address="")
+    await accounts.membership.sign_up("ada@example.org", PASSWORD, address="")
     words = set()
     for email, password in (("ada@example.org", "wrong password"), ("bob@example.org", PASSWORD), ("no mail", "x")):
         with pytest.raises(SignInRefused) as refused:
-            await accounts.sign_in(email, password, address="")
+            await accounts.membership.sign_in(email, password, address="")
         words.add(str(refused.value))
     assert len(words) == 1
 
@@ -65,55 +65,55 @@ async def test_tries_are_limited_by_address_and_by_place(url: str, tmp_path: Pat
     try:
         for _ in range(10):
             with pytest.raises(SignInRefused):
-                await accounts.sign_in("ada@example.org", "wrong password", address="10.0.0.1")
+                await accounts.membership.sign_in("ada@example.org", "wrong password", address="10.0.0.1")
         with pytest.raises(RateLimited, match="wait"):
-            await accounts.sign_in("ADA@example.org", "wrong password", address="10.0.0.2")
+            await accounts.membership.sign_in("ADA@example.org", "wrong password", address="10.0.0.2")
         with pytest.raises(SignInRefused):
-            await accounts.sign_in("bob@example.org", "wrong password", address="10.0.0.2")
+            await accounts.membership.sign_in("bob@example.org", "wrong password", address="10.0.0.2")
     finally:
         accounts.close()
 
 
 async def test_free_credit_comes_once_per_address_for_ever(accounts: Accounts):
-    person = await accounts.sign_up("ada@example.org", PASSWORD, address="")
+    person = await accounts.membership.sign_up("ada@example.org", PASSWORD, address="")
     assert do(accounts, lambda c: people.account(c, person.account_id)).balance == FREE
     assert do(accounts, lambda c: people.close_account(c, person.account_id, now_ms())) == FREE
-    again = await accounts.sign_up("ADA@example.org", PASSWORD, address="")
+    again = await accounts.membership.sign_up("ADA@example.org", PASSWORD, address="")
     assert again.account_id != person.account_id
     assert do(accounts, lambda c: people.account(c, again.account_id)).balance == 0
     assert do(accounts, verify).drift == ()
 
 
 async def test_an_address_is_used_once(accounts: Accounts):
-    await accounts.sign_up("ada@example.org", PASSWORD, address="")
+    await accounts.membership.sign_up("ada@example.org", PASSWORD, address="")
     with pytest.raises(AccountError, match="sign in instead"):
-        await accounts.sign_up("Ada@example.org", PASSWORD, address="")
+        await accounts.membership.sign_up("Ada@example.org", PASSWORD, address="")
     assert len(do(accounts, people.all_accounts)) == 1
 
 
 @pytest.mark.parametrize("email", ["", "ada", "a@b", "two words@example.org", "a@b@c.org", "x" * 300 + "@e.org"])
 async def test_what_is_no_address(accounts: Accounts, email: str):
     with pytest.raises(UsageError, match="mail address"):
-        await accounts.sign_up(email, PASSWORD, address="")
+        await accounts.membership.sign_up(email, PASSWORD, address="")
 
 
 @pytest.mark.parametrize("password", ["", "short", "x" * 1001])
 async def test_what_is_no_password(accounts: Accounts, password: str):
     with pytest.raises(UsageError, match="password"):
-        await accounts.sign_up("ada@example.org", password, address="")
+        await accounts.membership.sign_up("ada@example.org", password, address="")
 
 
 async def test_another_password_ends_every_session(accounts: Accounts):
-    person = await accounts.sign_up("ada@example.org", PASSWORD, address="")
-    token = await accounts.sign_in("ada@example.org", PASSWORD, address="")
+    person = await accounts.membership.sign_up("ada@example.org", PASSWORD, address="")
+    token = await accounts.membership.sign_in("ada@example.org", PASSWORD, address="")
     with pytest.raises(SignInRefused):
-        await accounts.change_password(person, "wrong password", "another password", address="")
-    await accounts.change_password(person, PASSWORD, "another password", address="")
+        await accounts.membership.change_password(person, "wrong password", "another password", address="")
+    await accounts.membership.change_password(person, PASSWORD, "another password", address="")
     with pytest.raises(SignInRefused):
         do(accounts, lambda c: people.person_of_session(c, token, now_ms()))
     with pytest.raises(SignInRefused):
-        await accounts.sign_in("ada@example.org", PASSWORD, address="")
-    assert await accounts.sign_in("ada@example.org", "another password", address="")
+        await accounts.membership.sign_in("ada@example.org", PASSWORD, address="")
+    assert await accounts.membership.sign_in("ada@example.org", "another password", address="")
 
 
 async def test_the_first_admin(accounts: Accounts):
@@ -122,19 +122,19 @@ async def test_the_first_admin(accounts: Accounts):
     assert first and token
     for bad_token in ("", first):
         with pytest.raises(SignInRefused):
-            await accounts.sign_up("eve@example.org", PASSWORD, address="", invitation=bad_token)
-    admin = await accounts.sign_up("ada@example.org", PASSWORD, address="", invitation=token)
+            await accounts.membership.sign_up("eve@example.org", PASSWORD, address="", invitation=bad_token)
+    admin = await accounts.membership.sign_up("ada@example.org", PASSWORD, address="", invitation=token)
     assert admin.admin
     with pytest.raises(SignInRefused):
-        await accounts.sign_up("eve@example.org", PASSWORD, address="", invitation=token)
+        await accounts.membership.sign_up("eve@example.org", PASSWORD, address="", invitation=token)
     assert do(accounts, lambda c: people.invite_first_admin(c, now_ms())) is None
     assert [person.email for person in do(accounts, people.list_people)] == ["ada@example.org"]
 
 
 async def test_a_closed_account_is_forgotten_and_the_books_stay(accounts: Accounts):
-    person = await accounts.sign_up("ada@example.org", PASSWORD, address="10.0.0.1")
+    person = await accounts.membership.sign_up("ada@example.org", PASSWORD, address="10.0.0.1")
     id = person.account_id
-    token = await accounts.sign_in("ada@example.org", PASSWORD, address="10.0.0.1")
+    token = await accounts.membership.sign_in("ada@example.org", PASSWORD, address="10.0.0.1")
     key = do(accounts, lambda c: keys.create(c, accounts.peppers, id, KeySettings(name="Ada's"), now_ms()))
     hold = Hold(
         id="c1", account_id=id, key_id=keys.key_id(key), request="r", model="m", tier="default", tokens=1, amount=5,
@@ -161,8 +161,8 @@ async def test_a_closed_account_is_forgotten_and_the_books_stay(accounts: Accoun
 
 
 async def test_what_happened_is_in_the_audit_log(accounts: Accounts):
-    person = await accounts.sign_up("ada@example.org", PASSWORD, address="10.0.0.1")
-    await accounts.sign_in("ada@example.org", PASSWORD, address="10.0.0.2")
+    person = await accounts.membership.sign_up("ada@example.org", PASSWORD, address="10.0.0.1")
+    await accounts.membership.sign_in("ada@example.org", PASSWORD, address="10.0.0.2")
     lines = do(accounts, lambda c: audit.events(c, limit=10))
     assert [(event.action, event.address) for _, event in lines] == [
         ("person.sign_in", "10.0.0.2"),

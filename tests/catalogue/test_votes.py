@@ -77,7 +77,7 @@ def test_a_model_that_nobody_knows_is_requested(database: Database, voters: list
         ("sentence-transformers/all-MiniLM-L6-v2", "will not be served"), ("org/live", "answers already"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_wanted(database: Database, voters: list[str], model: str, message: str) -> None:
+def test_a_model_that_takes_no_votes(database: Database, voters: list[str], model: str, message: str) -> None:
     with database.begin() as connection:
         put_fields(connection, "org/live", {})
         for status in ("coming soon", "benchmarking", "staged", "live"):
@@ -88,11 +88,11 @@ def test_what_cannot_be_wanted(database: Database, voters: list[str], model: str
         assert count_votes(connection) == {} and read_record(connection, "<script>") is None
 
 
-def test_an_account_cannot_want_everything(database: Database, voters: list[str]) -> None:
+def test_open_votes_of_an_account_are_limited(database: Database, voters: list[str]) -> None:
     with database.begin() as connection:
         for number in range(MOST_VOTES):
             request_model(connection, voters[0], f"org/number-{number}", "", 1)
-    with pytest.raises(UsageError, match="50 models at a time"), database.begin() as connection:
+    with pytest.raises(UsageError, match="50 open votes"), database.begin() as connection:
         request_model(connection, voters[0], "org/one-more", "", 1)
     with database.begin() as connection:
         assert request_model(connection, voters[1], "org/number-1", "", 1)

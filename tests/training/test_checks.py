@@ -12,7 +12,8 @@ from unmask.errors import UnmaskError, UsageError
 from unmask.training.checks import check_run
 from unmask.training.lora import write_adapter
 from unmask.training.plan import plan_run
-from unmask.training.recipe import Lora, Recipe, read_recipe
+from unmask.training.recipe import Lora, Recipe
+from unmask.training.recipe_file import read_recipe
 from unmask.training.train import load_data, run_training
 
 PAIRS = {"name": "pairs", "path": "pairs.tsv", "query": "query", "positive": "positive"}

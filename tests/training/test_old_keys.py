@@ -8,7 +8,8 @@ import pytest
 from tests.training.test_recipe import GOOD, read
 from unmask.errors import UsageError
 from unmask.training.old_keys import RENAMED_KEYS
-from unmask.training.recipe import Recipe, stored_recipe
+from unmask.training.recipe import Recipe
+from unmask.training.recipe_file import stored_recipe
 
 # Old key with its value, new key, and the value in the recipe.
 CASES = [

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from unmask.training.recipe import Recipe, read_recipe
+from unmask.training.recipe import Recipe
+from unmask.training.recipe_file import read_recipe
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 BASES = ("sheared-llama-1.3b", "llama-2-7b-chat", "mistral-7b-instruct-v0.2", "llama-3-8b-instruct")

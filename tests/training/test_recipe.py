@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from unmask.errors import UsageError
-from unmask.training.recipe import ALL_LINEAR, Recipe, read_recipe
+from unmask.training.recipe import ALL_LINEAR, Recipe
+from unmask.training.recipe_file import read_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 GOOD = """

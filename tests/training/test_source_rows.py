@@ -6,7 +6,8 @@ import pytest
 
 from unmask.errors import UsageError
 from unmask.training.examples import load_examples
-from unmask.training.recipe import DataSource, read_recipe
+from unmask.training.recipe import DataSource
+from unmask.training.recipe_file import read_recipe
 
 
 @pytest.fixture

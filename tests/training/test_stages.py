@@ -9,7 +9,8 @@ from tests.training.tiny import texts_of, write_decoder, write_pairs
 from unmask.cli import build_app
 from unmask.encoder import Encoder
 from unmask.errors import UsageError
-from unmask.training.recipe import Recipe, read_recipe
+from unmask.training.recipe import Recipe
+from unmask.training.recipe_file import read_recipe
 from unmask.training.stages import merge_tables, read_stages, result_of, train_stages
 
 FILE = """

@@ -116,7 +116,7 @@ def test_from_signing_up_to_the_first_requests_cost(
 def models_at_every_step(accounts: Accounts, who: people.Person, source: Path, name: str) -> None:
     """Add models in every status, each with a long name, a long note and long findings of gates."""
     ways = {
-        "wanted": ("requested",),
+        "requested": ("requested",),
         "failed": ("coming soon", "benchmarking", "coming soon"),
         "measured": ("coming soon", "benchmarking"),
         "staged": ("coming soon", "benchmarking", "staged"),
@@ -164,7 +164,7 @@ def test_axe_finds_nothing_and_nothing_sticks_out(
     page = opened(browser, site, session, color_scheme=scheme, viewport=size)
     page.on("console", lambda message: complaints.append(message.text))
     more = [f"/account/keys/{keys.key_id(key)}", f"/account/keys/{ended}", f"/admin/accounts/{who.account_id}",
-            "/account/usage?by=key&what=tokens", "/account/keys?done=changed", "/wanted"]  # fmt: skip
+            "/account/usage?by=key&what=tokens", "/account/keys?done=changed", "/account/votes"]  # fmt: skip
     for path in (*ACCOUNT, *ADMIN, *more):
         assert page.goto(path)
         faultless(page)
@@ -193,7 +193,7 @@ def test_axe_finds_nothing_and_nothing_sticks_out(
     page.context.close()
     seen = [path.partition("?")[0] for path in (*ACCOUNT, *ADMIN, *more)]
     for route in site.routes:
-        if route.path.startswith(("/account", "/admin", "/want")) and "GET" in (route.methods or ()):
+        if route.path.startswith(("/account", "/admin")) and "GET" in (route.methods or ()):
             assert route.path.endswith(".csv") or any(route.path_regex.match(path) for path in seen), route.path
 
 

@@ -47,7 +47,7 @@ MAX_BYTES_PER_MODEL = {"/llms.txt": 300, "/sitemap.xml": 150}
 MAX_STATEMENTS = {
     **dict.fromkeys([*MAX_BYTES, *MAX_BYTES_PER_MODEL], 1),
     **dict.fromkeys([f"/models/{DEFAULT}", f"/models/{COMING}"], 3),  # with the count of votes and the visitor's own
-    "/models?sort=wanted": 2,
+    "/models?sort=votes": 2,
 }
 
 

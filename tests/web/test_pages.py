@@ -172,7 +172,7 @@ def test_with_keys_the_pages_are_open_and_nothing_else_is(start: Callable[..., L
 
 def test_hooks_put_votes_and_links_on_pages(start: Callable[..., LocalService]) -> None:
     async def vote_button(request: Request, record: Record) -> VoteButton:
-        return VoteButton(votes=3, action="/account/want", token="t")
+        return VoteButton(votes=3, action="/account/votes", token="t")
 
     async def vote_counts() -> dict[str, int]:
         return {REFERENCE: 9}
@@ -182,10 +182,10 @@ def test_hooks_put_votes_and_links_on_pages(start: Callable[..., LocalService]) 
     )
     service = start(None, hooks)
     page = get(service, f"/models/{COMING}")
-    assert "/account" in page.links() and "3 accounts want this model" in " ".join(page.text.split())
-    assert [form["action"] for form in page.all("form")] == ["/account/want"]
+    assert "/account" in page.links() and "3 votes for this model" in " ".join(page.text.split())
+    assert [form["action"] for form in page.all("form")] == ["/account/votes"]
     assert not Page(service.call("GET", "/models/tiny_llama", headers=HTML).body.decode()).all("form")
-    first = next(a for a in get(service, "/models?sort=wanted").all("input") if a.get("type") == "checkbox")
+    first = next(a for a in get(service, "/models?sort=votes").all("input") if a.get("type") == "checkbox")
     assert first["value"] == REFERENCE
 
 

@@ -66,8 +66,8 @@ def test_from_coming_soon_to_a_vector(
         page.context.add_cookies([cookie])  # pyright: ignore[reportArgumentType] - playwright's own type is narrower
         page.reload()
         page.get_by_label("What would you use it for?").fill("to reproduce the paper")
-        page.get_by_role("button", name="I want it").click()
-        expect(page.locator(".callout")).to_contain_text("1 account wants this model. You are one of them")
+        page.get_by_role("button", name="Vote for this model").click()
+        expect(page.locator(".callout")).to_contain_text("1 vote for this model. One is yours")
 
         # The operator onboards it beside the running server, from a mirror of the hub on disk.
         command = [sys.executable, "-m", "unmask", "onboard", PUBLISHED, "--weights", str(folder),
@@ -78,7 +78,7 @@ def test_from_coming_soon_to_a_vector(
         environment["UNMASK_DATABASE"] = str(tmp_path / "accounts.sqlite")
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert f"{PUBLISHED} is live." in done.stdout and "1 who wanted it were told." in done.stdout
+        assert f"{PUBLISHED} is live." in done.stdout and "Voters notified: 1." in done.stdout
 
         # The running server shows it as live, with the measurements.
         page.wait_for_timeout(1500)
@@ -105,10 +105,10 @@ def test_from_coming_soon_to_a_vector(
         expect(page.locator("figure.lines")).to_have_count(4)
         for details in page.locator("details").all():
             details.evaluate("element => element.open = true")
-        for path in (f"/models/{PUBLISHED}", "/wanted", "/models?sort=wanted"):
+        for path in (f"/models/{PUBLISHED}", "/account/votes", "/models?sort=votes"):
             if path != f"/models/{PUBLISHED}":
                 page.goto(path)
-            if path == "/wanted":
+            if path == "/account/votes":
                 expect(page.locator(".events")).to_contain_text(f"{PUBLISHED} – new")
             results = Axe().run(page)
             assert results.violations_count == 0, results.generate_report()

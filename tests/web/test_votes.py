@@ -68,26 +68,24 @@ def token_of(visit: Visit, path: str = f"/models/{COMING}") -> str:
 
 
 def vote(visit: Visit, model: str = COMING, **fields: str) -> Reply:
-    return visit("/want", model=model, token=token_of(visit), **fields)
+    return visit("/account/votes", model=model, token=token_of(visit), **fields)
 
 
 def test_a_vote_a_note_and_a_vote_taken_back(accounts: Accounts, service: LocalService) -> None:
     ada, ben = (signed_in(accounts, service, f"{name}@example.org") for name in ("ada", "ben"))
-    assert "0 accounts want this model" in text_of(ada(f"/models/{COMING}"))
+    assert "0 votes for this model" in text_of(ada(f"/models/{COMING}"))
     reply = vote(ada, note="search in letters")
     assert reply.status == 303 and reply.headers["location"] == f"/models/{COMING}#way"
     vote(ada, note="search in books")
     page = ada(f"/models/{COMING}")
-    assert (
-        "1 account wants this model. You are one of them" in text_of(page) and "search in books" in page.body.decode()
-    )
+    assert "1 vote for this model. One is yours" in text_of(page) and "search in books" in page.body.decode()
     # The alias names the same model.
     vote(ben, model=f"{COMING}-embed")
-    assert "2 accounts want this model. You are one of them" in text_of(ben(f"/models/{COMING}"))
-    assert "2 accounts want it. You said: search in books" in text_of(ada("/wanted"))
+    assert "2 votes for this model. One is yours" in text_of(ben(f"/models/{COMING}"))
+    assert "2 votes. You said: search in books" in text_of(ada("/account/votes"))
     vote(ada, withdraw="1")
-    assert "No votes at the moment" in text_of(ada("/wanted"))
-    assert "1 account wants this model." in text_of(ada(f"/models/{COMING}"))
+    assert "No votes at the moment" in text_of(ada("/account/votes"))
+    assert "1 vote for this model." in text_of(ada(f"/models/{COMING}"))
 
 
 def test_nobody_sees_anybody_elses_votes(accounts: Accounts, service: LocalService) -> None:
@@ -96,16 +94,17 @@ def test_nobody_sees_anybody_elses_votes(accounts: Accounts, service: LocalServi
     with accounts.database.begin() as connection:
         account = next(iter(votes.queue(connection))).model
         assert account == COMING
-    pages = ("/", "/models", "/models?sort=wanted", f"/models/{COMING}", f"/models/{COMING}.json", "/wanted", "/status",
-             f"/models/{COMING}.md", "/feed.xml", "/llms.txt", f"/compare?models={COMING},{REFERENCE}")  # fmt: skip
+    pages = ("/", "/models", "/models?sort=votes", f"/models/{COMING}", f"/models/{COMING}.json", "/account/votes",
+             "/status", f"/models/{COMING}.md", "/feed.xml", "/llms.txt",
+             f"/compare?models={COMING},{REFERENCE}")  # fmt: skip
     for path in pages:
         replies = [ben(path)]
-        if path != "/wanted":
+        if path != "/account/votes":
             replies.append(service.call("GET", path, headers=HTML, key=None))
         for reply in replies:
             assert reply.status == 200, path
             assert "secret" not in reply.body.decode() and "ada@" not in reply.body.decode(), path
-    assert "You are one of them" not in text_of(ben(f"/models/{COMING}"))
+    assert "One is yours" not in text_of(ben(f"/models/{COMING}"))
     assert "private" in ben(f"/models/{COMING}").headers["cache-control"]
     # Ben's form can withdraw only Ben's vote, and he has none.
     vote(ben, withdraw="1", account_id="anything")
@@ -119,21 +118,31 @@ def test_who_is_not_signed_in_is_asked_to(accounts: Accounts, service: LocalServ
     body = urlencode({"model": COMING}).encode()
     sent = {**HTML, "content-type": "application/x-www-form-urlencoded"}
     for reply in (
-        service.call("POST", "/want", body, sent, key=None), service.call("GET", "/wanted", headers=HTML, key=None),
+        service.call("POST", "/account/votes", body, sent, key=None),
+        service.call("GET", "/account/votes", headers=HTML, key=None),
     ):  # fmt: skip
         assert reply.status == 303 and reply.headers["location"].startswith("/sign-in")
+
+
+def test_addresses_of_before_lead_to_the_votes(accounts: Accounts, service: LocalService) -> None:
+    ada = signed_in(accounts, service, "ada@example.org")
+    for reply in (ada("/wanted"), ada("/want", model=COMING, token=token_of(ada))):
+        # 308 lets a browser send the form again as it is.
+        assert (reply.status, reply.headers["location"]) == (308, "/account/votes")
+    vote(ada)
+    assert text_of(ada("/models?sort=wanted")) == text_of(ada("/models?sort=votes"))
 
 
 def test_a_form_from_elsewhere_is_refused(accounts: Accounts, service: LocalService) -> None:
     ada, ben = (signed_in(accounts, service, f"{name}@example.org") for name in ("ada", "ben"))
     for token in ("", "guessed", token_of(ben)):
-        assert ada("/want", model=COMING, token=token).status == 403
+        assert ada("/account/votes", model=COMING, token=token).status == 403
     with accounts.database.read() as connection:
         assert votes.count_votes(connection) == {}
 
 
 @pytest.mark.parametrize("model", [REFERENCE, POISON, "", "a/b/c"])
-def test_what_cannot_be_wanted_is_said(accounts: Accounts, service: LocalService, model: str) -> None:
+def test_a_model_that_takes_no_votes_is_named(accounts: Accounts, service: LocalService, model: str) -> None:
     ada = signed_in(accounts, service, "ada@example.org")
     reply = vote(ada, model=model)
     assert reply.status == 400 and "onerror=alert(2)>" not in reply.body.decode().replace("&gt;", "")
@@ -142,13 +151,13 @@ def test_what_cannot_be_wanted_is_said(accounts: Accounts, service: LocalService
 def test_a_model_that_is_not_here_is_asked_for(accounts: Accounts, service: LocalService) -> None:
     ada = signed_in(accounts, service, "ada@example.org")
     assert "Name on the Hugging Face hub" in text_of(ada("/models"))
-    assert ada("/want", model="org/unheard-of", token=token_of(ada, "/models"), note=POISON[:20]).status == 303
+    assert ada("/account/votes", model="org/unheard-of", token=token_of(ada, "/models"), note=POISON[:20]).status == 303
     with accounts.database.read() as connection:
         record = read_record(connection, "org/unheard-of")
     assert record is not None and record.status == "requested"
     until(lambda: ada("/models/org/unheard-of").status == 200)
     assert "Somebody asked for it" in text_of(ada("/models/org/unheard-of"))
-    assert "1 account" in text_of(ada("/models?sort=wanted"))
+    assert "1 vote" in text_of(ada("/models?sort=votes"))
 
 
 def test_records_that_operators_add_are_text(accounts: Accounts, service: LocalService) -> None:
@@ -165,10 +174,16 @@ def test_records_that_operators_add_are_text(accounts: Accounts, service: LocalS
     ada = signed_in(accounts, service, "ada@example.org")
     until(lambda: ada("/models/org/poisoned").status == 200)
     vote(ada, model="org/poisoned", note=POISON.replace("\u2028", "").replace("\x01", ""))
-    for path in ("/models/org/poisoned", "/models?sort=wanted", "/wanted", "/models/org/poisoned.md", "/feed.xml"):
+    for path in (
+        "/models/org/poisoned",
+        "/models?sort=votes",
+        "/account/votes",
+        "/models/org/poisoned.md",
+        "/feed.xml",
+    ):
         text = ada(path).body.decode()
         assert "<script>alert" not in text and "<img src=x" not in text, path
-    assert "<img src=x onerror=alert(2)>" in text_of(ada("/wanted"))
+    assert "<img src=x onerror=alert(2)>" in text_of(ada("/account/votes"))
 
 
 def test_the_operator_sees_the_queue_and_decides(accounts: Accounts, service: LocalService) -> None:
@@ -183,7 +198,7 @@ def test_the_operator_sees_the_queue_and_decides(accounts: Accounts, service: Lo
     make_admin(accounts, "ben@example.org")
     page = ben("/admin/models")
     text = text_of(page)
-    assert text.index(COMING) < text.index(other) and "2 accounts want it" in text and "onerror=alert(2)" in text
+    assert text.index(COMING) < text.index(other) and "2 votes; the newest is of" in text and "onerror=alert(2)" in text
     assert "<img src=x" not in page.body.decode() and "ada@" not in text
     token = token_of(ben, "/admin/models")
     bad_forms = {"status": "benchmarking"}, {"status": "deprecated", "until": "soon"}, {"status": "live"}
@@ -205,11 +220,11 @@ def test_they_are_told_on_their_page(accounts: Accounts, service: LocalService) 
     with accounts.database.begin() as connection:
         votes.notify_voters(connection, COMING, 1_800_000_000_000)
     assert f"{COMING} , which you voted for, is live" in text_of(ada("/account")).replace("supervised,", "supervised ,")
-    assert f"{COMING} – new" in text_of(ada("/wanted"))
+    assert f"{COMING} – new" in text_of(ada("/account/votes"))
     assert "which you voted for" not in text_of(ada("/account"))
-    page = text_of(ada("/wanted"))
+    page = text_of(ada("/account/votes"))
     assert COMING in page and "– new" not in page
-    assert "Live now" not in text_of(ben("/wanted"))
+    assert "Live now" not in text_of(ben("/account/votes"))
 
 
 def staged(accounts: Accounts, model: str, source: Path) -> None:
@@ -222,7 +237,7 @@ def staged(accounts: Accounts, model: str, source: Path) -> None:
             add_gate_outcome(connection, model, GateOutcome(gate.name, "of the test", True, "passed", {}))
 
 
-def test_switching_a_model_on_mails_those_who_wanted_it(
+def test_switching_a_model_on_mails_its_voters(
     accounts: Accounts, tiny_llama: Path, golden_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     models = ["org/first", "org/second"]
@@ -241,7 +256,7 @@ def test_switching_a_model_on_mails_those_who_wanted_it(
         assert ben("/admin/models", model=models[0], status="live", token=token).status == 303
         until(lambda: "waits, and is tried again" in caplog.text)
         assert "SMTPRecipientsRefused at 127.0.0.1" in caplog.text and "ada@" not in caplog.text
-        until(lambda: "1 mail to those who wanted a model waits" in text_of(ben("/admin/models")))
+        until(lambda: "1 mail to voters waits" in text_of(ben("/admin/models")))
         assert inbox.letters == []
 
         # With the next model it is sent, and however long that takes, no page waits for it.
@@ -254,7 +269,7 @@ def test_switching_a_model_on_mails_those_who_wanted_it(
         until(lambda: len(inbox.letters) == 2)
         assert sorted(str(letter["Subject"]) for letter in inbox.letters) == [f"{model} is live" for model in models]
         assert set(inbox.addresses) == {"ada@example.org"}
-        until(lambda: "to those who wanted a model" not in text_of(ben("/admin/models")))
+        until(lambda: "to voters" not in text_of(ben("/admin/models")))
 
 
 def test_a_server_that_starts_mails_what_waits(accounts: Accounts, tiny_llama: Path, golden_dir: Path) -> None:
@@ -268,6 +283,6 @@ def test_a_server_that_starts_mails_what_waits(accounts: Accounts, tiny_llama: P
             ben("/admin/models", model="org/first", status="live", token=token_of(ben, "/admin/models")).status == 303
         )
         # Without a mail server the page does not mention mail.
-        assert "to those who wanted a model" not in text_of(ben("/admin/models"))
+        assert "to voters" not in text_of(ben("/admin/models"))
     with mail_server() as (server, inbox), running(tiny_llama, accounts, website, mail=server, **settings):
         until(lambda: inbox.addresses == ["ada@example.org"])

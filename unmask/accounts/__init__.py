@@ -1,7 +1,8 @@
-"""People, keys, credit, limits and usage: the only room that touches money.
+"""People, keys, credit, limits and usage: the only package that touches money.
 
-`Accounts` is what a server asks. The modules `people`, `keys`, `ledger`, `tariff`, `usage` and `audit` are plain
-functions of a connection, for the command line and the pages: `Accounts.read` and `Accounts.write` run them.
+`Accounts` is the service of a server; its `membership` is the part for the people themselves. The modules `people`,
+`keys`, `ledger`, `tariff`, `usage` and `audit` are plain functions of a connection, for the command line and the pages:
+`Accounts.read` and `Accounts.write` run them.
 """
 
 from typing import TYPE_CHECKING

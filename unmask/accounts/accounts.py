@@ -13,16 +13,14 @@ from typing import TypeVar
 
 from sqlalchemy import Connection
 
-from unmask.accounts import actions, costs, keys, ledger, money, people, tariff
-from unmask.accounts.audit import Actor
-from unmask.accounts.identity_provider import Identity, IdentityProvider
+from unmask.accounts import costs, keys, ledger, money, people, tariff
+from unmask.accounts.identity_provider import IdentityProvider
 from unmask.accounts.keys import Caller, Peppers
 from unmask.accounts.ledger import HeldCredit, Hold
 from unmask.accounts.limits import BucketTake, Limiter, LocalLimiter, RateLimitStatus
-from unmask.accounts.mail_address import normalize_email
-from unmask.accounts.people import Person
+from unmask.accounts.membership import Membership
 from unmask.accounts.provider_settings import IdentityProviderSettings
-from unmask.errors import AddressTaken, RateLimited, SignInRefused, UnmaskError, UsageError
+from unmask.errors import UnmaskError
 from unmask.storage.database import Database, default_url, now_ms
 from unmask.storage.writer import Writer
 
@@ -33,9 +31,6 @@ T = TypeVar("T")
 # Time between the deadline of a request and the expiry of its hold. Shorter, and the sweeper could expire a hold
 # whose settlement is slow; longer, and credit is tied up after a crash of a server.
 HOLD_MARGIN_MS = 60_000
-
-# Accounts without a password re-authenticate by a sign-in at most this recent.
-_FRESH_MS = 10 * 60_000
 
 _SWEEP_S = 5.0
 
@@ -100,8 +95,8 @@ class Accounts:
         self.provider = IdentityProvider(provider, self.peppers) if provider else None
         self.database = Database(url or default_url())
         self.database.migrate()
-        self.free_credit = free_credit
         self._limiter = limiter or LocalLimiter()
+        self.membership = Membership(self, self.peppers, self._limiter, self.provider, free_credit)
         self._writer = Writer(self.database, flushed=flush_charges)
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="unmask-accounts")
         self._uses: dict[str, int] = {}
@@ -269,184 +264,6 @@ class Accounts:
             seen = self._prices[model, tier] = (now, price)
         return seen[1]
 
-    async def sign_up(self, email: str, password: str, *, address: str, invitation: str | None = None) -> Person:
-        """Create a person with an account and the free credit.
-
-        Args:
-            address: IP address of the request, whose sign-ups are counted.
-            invitation: the token of the first admin.
-
-        Raises:
-            UsageError, AddressTaken, AccountError, SignInRefused, RateLimited, StorageError.
-        """
-        await self._throttle(address, email)
-        hashed = await asyncio.to_thread(people.hash_password, password)
-        now = now_ms()
-
-        def make(connection: Connection) -> Person:
-            return actions.sign_up(
-                connection,
-                address,
-                self.peppers,
-                email,
-                hashed,
-                now,
-                free_credit=self.free_credit,
-                invitation=invitation,
-            )
-
-        return await self.write(make)
-
-    async def sign_in(self, email: str, password: str, *, address: str) -> str:
-        """Sign in with a password. Returns the token of a new session.
-
-        An unknown mail address takes as long as a wrong password, and gets the same message.
-
-        Raises:
-            SignInRefused: mail address and password do not fit.
-            RateLimited: too many attempts for the mail address or from the IP address.
-        """
-        await self._throttle(address, email)
-        stored = await self.read(lambda connection: people.stored_password(connection, email))
-        good = await asyncio.to_thread(people.check_password, stored[1] if stored else None, password)
-        if stored is None or not good:
-            raise SignInRefused("this address and this password do not fit")
-        person, hashed = stored
-        now = now_ms()
-
-        actor = Actor(person, address)
-        return await self.write(lambda connection: actions.sign_in(connection, actor, now, credentials=(email, hashed)))
-
-    async def sign_in_with_identity(self, identity: Identity, *, address: str) -> str:
-        """Sign in with an identity. Returns the token of a new session. A new identity gets a new account.
-
-        An existing account with the same mail address is not used: only `link_identity` links one.
-
-        Raises:
-            SignInRefused: the provider sends no mail address, or says that it is not verified.
-            AddressTaken: an account here has the mail address.
-            UsageError: the mail address is malformed.
-        """
-        name = self.provider.name if self.provider else identity.issuer
-        now = now_ms()
-
-        def start(connection: Connection) -> str:
-            person = people.person_of_identity(connection, identity)
-            if person is None:
-                if not identity.email:
-                    raise SignInRefused(f"no mail address came from {name}: allow it there, or sign up with a password")
-                if identity.verified is False:
-                    raise SignInRefused(f"your mail address is not verified at {name}: verify it there, and try again")
-                try:
-                    person = actions.sign_up(
-                        connection,
-                        address,
-                        self.peppers,
-                        identity.email,
-                        people.NO_PASSWORD,
-                        now,
-                        free_credit=self.free_credit,
-                        issuer=identity.issuer,
-                    )
-                except AddressTaken:
-                    raise AddressTaken(
-                        f"an account here has your mail address already: sign in to it as before, "
-                        f"and link {name} on the page 'Settings'"
-                    ) from None
-                people.add_identity(connection, person.id, identity, now)
-            return actions.sign_in(connection, Actor(person.id, address), now, issuer=identity.issuer)
-
-        return await self.write(start)
-
-    async def reauthenticate(self, person: Person, password: str, *, address: str, session: str = "") -> None:
-        """Check again that a request is from the person: by password, or without one by a recent sign-in.
-
-        Args:
-            session: the token of their session, for those without a password.
-
-        Raises:
-            SignInRefused, RateLimited.
-        """
-        await self._throttle(address, person.email)
-        credentials, started_at = await self.read(
-            lambda connection: (
-                people.stored_password(connection, person.email),
-                people.session_start(connection, session),
-            )
-        )
-        stored = credentials[1] if credentials else None
-        if stored == people.NO_PASSWORD:
-            if now_ms() - started_at > _FRESH_MS:
-                raise SignInRefused("you signed in too long ago for this: sign out and in again, and do it at once")
-        elif not await asyncio.to_thread(people.check_password, stored, password):
-            raise SignInRefused("the password is not right")
-
-    async def link_identity(self, person: Person, identity: Identity, *, address: str) -> None:
-        """Let a person sign in with an identity as well. Call `reauthenticate` before the redirect to the provider.
-
-        Raises:
-            AddressTaken: the identity belongs to another account.
-        """
-        actor, now = Actor(person.id, address), now_ms()
-        await self.write(lambda connection: actions.link_identity(connection, actor, identity, now))
-
-    async def unlink_identity(
-        self, person: Person, issuer: str, password: str, *, address: str, session: str = ""
-    ) -> None:
-        """Unlink an identity of an issuer, which ends every session of the person.
-
-        Raises:
-            UsageError, SignInRefused, RateLimited.
-        """
-        await self.reauthenticate(person, password, address=address, session=session)
-        actor, now = Actor(person.id, address), now_ms()
-        await self.write(lambda connection: actions.unlink_identity(connection, actor, issuer, now))
-
-    async def throttle_address(self, address: str) -> None:
-        """Count an attempt to sign in before its mail address is known.
-
-        Raises:
-            RateLimited: too many attempts from the IP address.
-        """
-        await self._draw([_from_place(address)])
-
-    async def change_password(self, person: Person, old: str, new: str, *, address: str, session: str = "") -> None:
-        """Set a new password, or a first one, which ends every session of the person.
-
-        Raises:
-            UsageError, SignInRefused, RateLimited.
-        """
-        await self.reauthenticate(person, old, address=address, session=session)
-        hashed = await asyncio.to_thread(people.hash_password, new)
-        actor, now = Actor(person.id, address), now_ms()
-        await self.write(lambda connection: actions.set_password(connection, actor, hashed, now))
-
-    async def close_account(self, person: Person, password: str, *, address: str, session: str = "") -> int:
-        """Delete a person's account, see `people.close_account`. Returns the nano-dollars that are forfeited.
-
-        Raises:
-            SignInRefused, RateLimited, LedgerRefused.
-        """
-        await self.reauthenticate(person, password, address=address, session=session)
-        actor, now = Actor(person.id, address), now_ms()
-        return await self.write(lambda connection: actions.close_account(connection, actor, person.account_id, now))
-
-    async def _throttle(self, address: str, email: str) -> None:
-        """Limit attempts to ten a minute per mail address, and thirty per IP address."""
-        try:
-            mailbox = normalize_email(email)
-        except UsageError:
-            mailbox = email[:254]  # nobody's, and refused after it was counted
-        who = self.peppers.permanent_digest(f"sign-in {mailbox}")  # the buckets may lie outside this process
-        await self._draw([BucketTake(f"sign-in:{who}", 10, 1), _from_place(address)])
-
-    async def _draw(self, draws: Sequence[BucketTake]) -> None:
-        try:
-            await self._limiter.take(draws, "requests")
-        except RateLimited as refused:
-            seconds = max(1, round(refused.retry_after or 1))
-            raise RateLimited(f"Too many tries: wait {seconds} seconds.", "requests", refused.retry_after) from None
-
     def sweep(self) -> int:
         """Expire holds whose server died, book costs, record uses of keys, and delete old sessions and replays.
 
@@ -508,7 +325,3 @@ class Accounts:
         self._readers.shutdown()
         self._limiter.close()
         self.database.close()
-
-
-def _from_place(address: str) -> BucketTake:
-    return BucketTake(f"sign-in-from:{address}", 30, 1)

@@ -160,7 +160,7 @@ class ServeSettings:
         if self.provider is not None and self.database is None:
             raise UsageError("an OIDC issuer is for signing in to accounts: turn on accounts as well")
         if self.mail is not None and self.database is None:
-            raise UsageError("mail goes to accounts that wanted a model: turn on accounts, or name no mail server")
+            raise UsageError("mail goes to accounts that voted for a model: turn on accounts, or name no mail server")
         if self.api_keys and self.database is not None:
             raise UsageError("there are accounts and a key file: use one of them, as accounts have keys of their own")
         if not self.api_keys and self.database is None and not is_this_machine(self.host):

@@ -57,8 +57,8 @@ def _written(letter: Letter, server: MailServer) -> EmailMessage:
     message["From"], message["To"] = server.sender, letter.to
     message["Subject"] = f"{letter.model} is live"
     message.set_content(
-        f"{letter.model}, which you asked for, now answers requests:\n\n"
+        f"{letter.model}, which you voted for, now answers requests:\n\n"
         f"{server.site.rstrip('/')}/models/{quote(letter.model)}\n\n"
-        'You get this once, because you pressed "I want it" on its page.\n'
+        "You get this once, because you voted for it on its page.\n"
     )
     return message

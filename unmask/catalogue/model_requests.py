@@ -34,7 +34,7 @@ def request_model(connection: Connection, account: str, model: str, note: str, n
         True for the account's first vote for this model.
 
     Raises:
-        UsageError: the model answers already, is no id, or the account wants too many.
+        UsageError: the model answers already, is no id, or the account has too many open votes.
     """
     record = read_record(connection, model)
     if record is None:
@@ -47,5 +47,5 @@ def request_model(connection: Connection, account: str, model: str, note: str, n
         raise UsageError(f"{model} answers already")
     others = sa.select(sa.func.count()).where(votes.c.account_id == account, votes.c.model != model)
     if int(connection.scalar(others) or 0) >= MOST_VOTES:
-        raise UsageError(f"an account can want {MOST_VOTES} models at a time: take a vote back first")
+        raise UsageError(f"an account can have {MOST_VOTES} open votes: withdraw one first")
     return vote(connection, account, model, note, now)

@@ -44,7 +44,7 @@ def list_records(*, as_json: AsJson = False, database: DatabaseUrl = None) -> in
                 len(entry.measurements),
             )
         )
-    print_table(("model", "status", "wanted by", "gates", "measurements"), rows, as_json=as_json)
+    print_table(("model", "status", "votes", "gates", "measurements"), rows, as_json=as_json)
     return 0
 
 
@@ -111,7 +111,7 @@ def live(model: str, *, database: DatabaseUrl = None, mail: MailOptions = NO_MAI
             id = _record(connection, model).id
             notices, priced = actions.go_live(connection, id, actor=ACTOR)
         price = ", and the proposed price is charged" if priced else ""
-        say(f"{id} is live; {notices} who wanted it were told{price}")
+        say(f"{id} is live; voters notified: {notices}{price}")
         if notices:
             send_waiting_notices(opened, server)
     return 0

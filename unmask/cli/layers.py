@@ -78,7 +78,7 @@ def probe_layers(
     from pathlib import Path
 
     from unmask.training.layer_probe import probe_recipe
-    from unmask.training.recipe import read_recipe
+    from unmask.training.recipe_file import read_recipe
 
     chosen = read_recipe(Path(recipe), set)
     folder = Path(data) if data else Path(recipe).parent

@@ -110,7 +110,7 @@ def _print_gates(result: "OnboardingResult") -> None:
     print_table(("gate", "outcome", "finding"), rows)
     print_sentence(f"{result.model} is {result.status}.")
     if result.notified:
-        print_sentence(f"{result.notified} who wanted it were told.")
+        print_sentence(f"Voters notified: {result.notified}.")
     if result.price_charged:
         print_sentence("The proposed price is charged from now on; 'unmask accounts price' changes it.")
 

@@ -34,9 +34,9 @@ class NoticeMailer:
         try:
             sent, failure = send_notices(self._database, self._mail)
         except UnmaskError as error:
-            log.error("mail to those who wanted a model waits, and is tried again with the next: %s", error)
+            log.error("mail to voters waits, and is tried again with the next: %s", error)
             return
         if sent:
-            log.info("%d mails were sent to those who wanted a model", sent)
+            log.info("%d mails were sent to voters", sent)
         if failure:
-            log.error("mail to those who wanted a model waits, and is tried again with the next: %s", failure)
+            log.error("mail to voters waits, and is tried again with the next: %s", failure)

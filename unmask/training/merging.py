@@ -28,7 +28,7 @@ from unmask.encoder.model.architectures import shape_of
 from unmask.errors import AdapterMismatch, CheckpointError, UsageError
 from unmask.training.lora import parts_of
 from unmask.training.model_folder import DTYPES, EncoderSettings, require_new, write_model, write_model_folder
-from unmask.training.recipe import stored_recipe
+from unmask.training.recipe_file import stored_recipe
 from unmask.training.training_model import adapter_base
 
 __all__ = ["Factors", "average", "compress", "interpolate", "merge_adapters", "stack", "weighted_sum", "write_model"]

@@ -1,21 +1,13 @@
-"""The recipe of a training run: the fields of its TOML file, their defaults and their checks.
+"""The recipe of a training run: its fields, their defaults and their checks.
 
-Every field has a type and a unit. An unknown or ill-typed field is an error that names it. `--set optimiser.lr=1e-4`
-overrides one value by its path. The resolved recipe is stored with the result.
+Every field has a type and a unit. An unknown or ill-typed field is an error that names it. `recipe_file` reads a recipe
+from TOML. The resolved recipe is stored with the result.
 """
 
-import copy
-import math
-import tomllib
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta, Struct
-
-from unmask.errors import UsageError
-from unmask.training.old_keys import rename_keys
 
 Positive = Annotated[int, Meta(ge=1)]
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
@@ -25,10 +17,6 @@ DropoutRate = Annotated[float, Meta(ge=0.0, lt=1.0)]
 
 # Modules with an adapter, by their names on the hub. LLM2Vec adapts every linear layer of a block.
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-# Tables of a file that trains in several stages; see `training.stages`.
-STAGES = "stages"
 
 
 class DataSource(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -514,108 +502,3 @@ class Recipe(Struct, forbid_unknown_fields=True, kw_only=True):
             raise ValueError(f"data {source.name!r} has no positives, and there is no distillation to learn from it by")
         if not source.use_labels or not self.contrastive.weight:
             raise ValueError(f"data {source.name!r} teaches nothing: neither its labels nor a teacher count")
-
-
-def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply `key.path=value` overrides, whose values are TOML (a bare word is a string).
-
-    Raises:
-        UsageError: the file is not there, is not TOML, has stages, or a field is unknown or has a wrong value.
-    """
-    table = read_toml(path)
-    if STAGES in table:
-        raise UsageError(f"{path} has stages; `unmask train` runs them, and nothing else reads such a file")
-    return recipe_of_table(table, str(path), overrides)
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file.
-
-    Raises:
-        UsageError: it is not there or is not TOML.
-    """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"no recipe at {path}: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not TOML: {error}") from error
-
-
-def recipe_of_table(table: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Check a table as TOML gives it, after renamed keys and overrides.
-
-    Args:
-        origin: file, and stage where there are several, for messages.
-
-    Raises:
-        UsageError: a field is unknown or has a wrong value.
-    """
-    rename_keys(table, origin=origin)
-    for override in overrides:
-        _set(table, override)
-        rename_keys(table, origin=f"--set {override}", replace=True)
-    for optional in ("lora", "layers", "distillation", "decontaminate_against", "head", "ema"):
-        if table.get(optional) is False:  # TOML has no null
-            table[optional] = None
-    infinite = next(_infinite_numbers(table), None)
-    if infinite is not None:
-        raise UsageError(f"{origin}: Expected a finite number, got {infinite}")
-    try:
-        return msgspec.convert(table, Recipe)
-    except msgspec.ValidationError as error:
-        raise UsageError(f"{origin}: {error}") from error
-
-
-def _infinite_numbers(value: Any, path: str = "$") -> Iterator[str]:
-    """Yield value and path of each infinity and NaN, which TOML can write and no field can use, in msgspec's words."""
-    if isinstance(value, float) and not math.isfinite(value):
-        yield f"{value} - at `{path}`"
-    elif isinstance(value, dict):
-        for key, below in value.items():
-            yield from _infinite_numbers(below, f"{path}.{key}")
-    elif isinstance(value, list):
-        for number, below in enumerate(value):
-            yield from _infinite_numbers(below, f"{path}[{number}]")
-
-
-def stored_recipe(stored: Any) -> Recipe:
-    """Read the recipe of a `run.json`, which may be older than some fields and names.
-
-    Raises:
-        msgspec.ValidationError: it is no recipe.
-    """
-    if isinstance(stored, dict):
-        stored = copy.deepcopy(stored)
-        rename_keys(stored)
-    return msgspec.convert(stored, Recipe)
-
-
-def _set(raw: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise UsageError(f"--set {override}: write key=value, as in optimiser.lr=1e-4")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    *path, last = key.strip().split(".")
-    place: Any = raw
-    for part in path:
-        if isinstance(place, list):
-            place = _named(place, part, override)
-        elif isinstance(place, dict):
-            place = place.setdefault(part, {})
-        else:
-            break
-    if not isinstance(place, dict):
-        raise UsageError(f"--set {override}: {'.'.join(path)} is not a table")
-    place[last] = value
-
-
-def _named(entries: list[Any], name: str, override: str) -> Any:
-    # `data.nli.limit=100`: an entry of a list of tables goes by its name.
-    for entry in entries:
-        if isinstance(entry, dict) and entry.get("name") == name:
-            return entry
-    raise UsageError(f"--set {override}: nothing is named {name!r} there")

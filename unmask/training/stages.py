@@ -13,7 +13,8 @@ import msgspec
 
 from unmask.errors import UsageError
 from unmask.training.old_keys import rename_keys
-from unmask.training.recipe import STAGES, Recipe, read_toml, recipe_of_table
+from unmask.training.recipe import Recipe
+from unmask.training.recipe_file import STAGES, read_toml, recipe_of_table
 from unmask.training.run_folder import RunFolder
 
 

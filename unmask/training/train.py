@@ -39,7 +39,8 @@ from unmask.training.lora import adapter_tensors, write_adapter
 from unmask.training.mixture import Mixture
 from unmask.training.model_folder import write_head, write_model
 from unmask.training.objectives import Teachers, objective_for
-from unmask.training.recipe import HeadSettings, Recipe, stored_recipe
+from unmask.training.recipe import HeadSettings, Recipe
+from unmask.training.recipe_file import stored_recipe
 from unmask.training.run_folder import RunFolder, describe_run
 from unmask.training.sharding import unshard
 from unmask.training.targets import FILE, RankingTeacher, Targets

@@ -37,7 +37,7 @@ class AccountHooks:
         visitor_links: links at the right of every page's head, as (title, address).
         vote_button: the form for a model; None for a model that cannot be voted for.
         request_form: the form that asks for a model that is not in the catalogue.
-        vote_counts: votes by model id, for the order "most wanted".
+        vote_counts: votes by model id, for the order "most votes".
     """
 
     visitor_links: Callable[[Request], list[tuple[str, str]]] = lambda request: []

@@ -230,7 +230,7 @@ class AccountPages:
     async def change_password(self, request: Request, person: Person, form: Form) -> Response:
         old, new = form.raw("old"), form.raw("new")
         try:
-            await self.accounts.change_password(
+            await self.accounts.membership.change_password(
                 person, old, new, address=client_address(request), session=session_token(request)
             )
         except (UsageError, AccountError) as error:
@@ -239,7 +239,7 @@ class AccountPages:
 
     async def unlink(self, request: Request, person: Person, form: Form) -> Response:
         try:
-            await self.accounts.unlink_identity(
+            await self.accounts.membership.unlink_identity(
                 person,
                 form.get("issuer"),
                 form.raw("unlink_password"),
@@ -254,7 +254,7 @@ class AccountPages:
         try:
             if form.get("sure") != "yes":
                 raise UsageError("tick the box to delete the account: it cannot be undone")
-            await self.accounts.close_account(
+            await self.accounts.membership.close_account(
                 person, form.raw("password"), address=client_address(request), session=session_token(request)
             )
         except (UsageError, AccountError) as error:

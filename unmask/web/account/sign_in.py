@@ -67,7 +67,7 @@ class SignInPages:
         form = await read_form(request)
         email = form.raw("email")
         try:
-            await self.accounts.sign_up(email, form.raw("password"), address=client_address(request))
+            await self.accounts.membership.sign_up(email, form.raw("password"), address=client_address(request))
         except AddressTaken:
             pass
         except (UsageError, AccountError) as error:
@@ -81,7 +81,7 @@ class SignInPages:
         form = await read_form(request)
         email, next = form.raw("email"), form.raw("next")
         try:
-            token = await self.accounts.sign_in(email, form.raw("password"), address=client_address(request))
+            token = await self.accounts.membership.sign_in(email, form.raw("password"), address=client_address(request))
         except AccountError as error:
             return await self._entry_page(request, "sign-in", error, email, next)
         return await self._sign_in(request, token, own_page(request, next) or "/account")
@@ -91,7 +91,7 @@ class SignInPages:
         next = own_page(request, request.query_params.get("next", ""))
         visit = AuthorizationRequest.begin(next=next)
         try:
-            await self.accounts.throttle_address(client_address(request))
+            await self.accounts.membership.throttle_address(client_address(request))
             response = redirect(await self._provider.address(visit, self._return_address(request)))
         except AccountError as error:
             return await self._entry_page(request, "sign-in", error, next=next)
@@ -102,16 +102,16 @@ class SignInPages:
         """Take the browser back from the provider: sign it in, or link the identity to the visitor's account."""
         visit, address, person = read_visit_cookie(request), client_address(request), await current_visitor(request)
         try:
-            await self.accounts.throttle_address(address)
+            await self.accounts.membership.throttle_address(address)
             identity = await self._provider.identity(visit, request.query_params, self._return_address(request))
             assert visit is not None, "the provider returns no identity without a visit"
             if not visit.person:
-                token = await self.accounts.sign_in_with_identity(identity, address=address)
+                token = await self.accounts.membership.sign_in_with_identity(identity, address=address)
                 response = await self._sign_in(request, token, own_page(request, visit.next) or "/account")
             elif person is None or person.id != visit.person:
                 raise SignInRefused("you have signed out, or in as somebody else, in between: begin again")
             else:
-                await self.accounts.link_identity(person, identity, address=address)
+                await self.accounts.membership.link_identity(person, identity, address=address)
                 response = redirect("/account/settings?done=linked")
         except (UsageError, AccountError) as error:
             if person is not None:
@@ -129,7 +129,9 @@ class SignInPages:
         visit = AuthorizationRequest.begin(person=person.id)
         session, address = session_token(request), client_address(request)
         try:
-            await self.accounts.reauthenticate(person, form.raw("own_password"), address=address, session=session)
+            await self.accounts.membership.reauthenticate(
+                person, form.raw("own_password"), address=address, session=session
+            )
             provider_address = await self._provider.address(visit, self._return_address(request))
         except AccountError as error:
             return self._link_page(request, person, error)
@@ -145,8 +147,8 @@ class SignInPages:
         email, password, invitation = form.raw("email"), form.raw("password"), form.get("invitation")
         address = client_address(request)
         try:
-            await self.accounts.sign_up(email, password, address=address, invitation=invitation)
-            token = await self.accounts.sign_in(email, password, address=address)
+            await self.accounts.membership.sign_up(email, password, address=address, invitation=invitation)
+            token = await self.accounts.membership.sign_in(email, password, address=address)
         except (UsageError, AccountError) as error:
             return self._first_admin_page(request, invitation, error, email)
         return await self._sign_in(request, token, "/admin")
@@ -170,7 +172,7 @@ class SignInPages:
             error=error,
             email=email,
             next=own_page(request, next),
-            free_credit=self.accounts.free_credit,
+            free_credit=self.accounts.membership.free_credit,
             provider=self.accounts.provider.name if self.accounts.provider else "",
             shortest=people.SHORTEST_PASSWORD,
         )

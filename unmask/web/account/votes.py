@@ -20,7 +20,8 @@ from unmask.web.page_shell import RenderPage, render_private_page
 from unmask.web.rendering import HEADERS
 from unmask.web.sessions import current_visitor, form_token, require_form, require_person, visitor_links
 
-ACTION, PAGE, SIGN_IN = "/want", "/wanted", "/sign-in"
+PAGE, SIGN_IN = "/account/votes", "/sign-in"
+OLD_ACTION, OLD_PAGE = "/want", "/wanted"  # addresses of before, in bookmarks and in pages that are still open
 
 
 def account_hooks(accounts: Accounts) -> AccountHooks:
@@ -39,15 +40,15 @@ def account_hooks(accounts: Accounts) -> AccountHooks:
         person = await current_visitor(request)
         count = (await vote_counts()).get(record.id, 0)
         if person is None:
-            return VoteButton(count, ACTION, sign_in=_sign_in(f"/models/{quote(record.id)}"))
+            return VoteButton(count, PAGE, sign_in=_sign_in(f"/models/{quote(record.id)}"))
         account = person.account_id
         vote = (await accounts.read(lambda connection: votes.votes_of(connection, account))).get(record.id)
-        return VoteButton(count, ACTION, vote is not None, vote.note if vote else "", form_token(request))
+        return VoteButton(count, PAGE, vote is not None, vote.note if vote else "", form_token(request))
 
     async def request_form(request: Request) -> VoteButton:
         if await current_visitor(request) is None:
-            return VoteButton(0, ACTION, sign_in=_sign_in("/models"))
-        return VoteButton(0, ACTION, token=form_token(request))
+            return VoteButton(0, PAGE, sign_in=_sign_in("/models"))
+        return VoteButton(0, PAGE, token=form_token(request))
 
     return AccountHooks(visitor_links, vote_button, request_form, vote_counts)
 
@@ -62,8 +63,10 @@ class VotePages:
 
     def routes(self) -> list[Route]:
         return [
-            Route(ACTION, require_form(self.vote), methods=["POST"]),
             Route(PAGE, require_person(self.own_votes)),
+            Route(PAGE, require_form(self.vote), methods=["POST"]),
+            Route(OLD_PAGE, _moved),
+            Route(OLD_ACTION, _moved, methods=["POST"]),
         ]
 
     async def vote(self, request: Request, person: Person, form: Form) -> Response:
@@ -102,8 +105,13 @@ class VotePages:
             votes=[(vote, self.catalogue.get(vote.model)) for vote in own.values()],
             notices=notices,
             counts=await self.accounts.read(votes.count_votes),
-            action=ACTION,
+            action=PAGE,
         )
+
+
+async def _moved(request: Request) -> Response:
+    # 308 and not 301: a form that an open page sends keeps its method and fields.
+    return RedirectResponse(PAGE, 308, HEADERS)
 
 
 def _sign_in(next_path: str) -> str:

@@ -30,7 +30,7 @@ SORTS = {
     "size": "Smallest",
     "name": "Name",
 }
-VOTE_SORTS = {"wanted": "Most wanted"}
+VOTE_SORTS = {"votes": "Most votes"}
 
 SortKey = tuple[bool, float | str]
 
@@ -135,7 +135,7 @@ def _sort_keys(votes: Mapping[str, int]) -> dict[str, Callable[[ModelView], Sort
         "newest": _descending(lambda view: day.toordinal() if (day := view.record.published) else None),
         "size": lambda view: _ascending(view.record.parameters),
         "name": lambda view: (False, (view.record.name or view.record.id).lower()),
-        "wanted": _descending(lambda view: votes.get(view.record.id)),
+        "votes": _descending(lambda view: votes.get(view.record.id)),
     }
 
 

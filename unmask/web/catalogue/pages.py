@@ -51,7 +51,7 @@ async def list_page(site: Site, request: Request) -> Response:
     views, hooks = site.model_views(request), site.hooks
     choices = filter_choices(views, by_votes=hooks.vote_counts is not None)
     query = parse_listing_query(request.query_params, choices)
-    votes = await hooks.vote_counts() if hooks.vote_counts and query.sort == "wanted" else {}
+    votes = await hooks.vote_counts() if hooks.vote_counts and query.sort == "votes" else {}
     listing = list_models(views, query, choices, votes)
     return site.render(
         request,
