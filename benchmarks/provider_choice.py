@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from unmask.router.choosing import Candidate, ProviderWishes, choose
+from unmask.router.choosing import Candidate, ProviderPreferences, choose
 from unmask.router.load import MIN_TOKENS, EndpointLoad
 
 # Seconds of one answer, for each second of the simulation. 20 times slower for 30 seconds, and then as before.
@@ -50,7 +50,7 @@ def simulate(seconds_of: Mapping[str, Sequence[float]], *, failing: str = "", se
                 for name, load in loads.items()
                 if load.has_room()
             ]
-            chosen = choose(group, ProviderWishes(), draw)
+            chosen = choose(group, ProviderPreferences(), draw)
             if chosen is None:
                 continue
             loads[chosen.name].start(64)

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from scipy.stats import bootstrap, permutation_test, spearmanr
 
-from unmask.evaluate.statistics import _BLOCK, Paired, _blocks, bootstrap_interval, holm, paired, paired_mean, score_of
+from unmask.evaluate.statistics import (
+    _BLOCK,
+    PairedDifference,
+    _blocks,
+    bootstrap_interval,
+    holm,
+    paired,
+    paired_mean,
+    score_of,
+)
 
 VALUES = arrays.arrays(np.float64, st.integers(2, 60), elements=st.floats(0, 1) | st.sampled_from([0.0, 0.5, 1.0]))
 PAIRS = arrays.arrays(
@@ -55,7 +64,7 @@ def test_an_interval_of_a_rank_correlation_contains_it(values: np.ndarray, seed:
 @quick
 @given(VALUES, PAIRS)
 def test_a_model_does_not_differ_from_itself(values: np.ndarray, pairs: np.ndarray) -> None:
-    assert paired(values, values, "mean") == Paired(0.0, (0.0, 0.0), 1.0, "noise")
+    assert paired(values, values, "mean") == PairedDifference(0.0, (0.0, 0.0), 1.0, "noise")
     if min(len(set(column)) for column in pairs.T.tolist()) > 1:
         same = paired(pairs, pairs, "spearman")
         assert (same.delta, same.p_value, same.verdict) == (0.0, 1.0, "noise")
@@ -156,8 +165,8 @@ def test_as_scipy_has_it() -> None:
 
 
 def test_holm() -> None:
-    def test(p_value: float, delta: float = 1.0) -> Paired:
-        return Paired(delta, (0.5, 1.5), p_value, "better")
+    def test(p_value: float, delta: float = 1.0) -> PairedDifference:
+        return PairedDifference(delta, (0.5, 1.5), p_value, "better")
 
     adjusted = holm([test(0.03), test(0.01, -1.0), test(0.04), test(0.9)])
     assert [round(one.p_value, 9) for one in adjusted] == [0.09, 0.04, 0.09, 0.9]
@@ -168,7 +177,7 @@ def test_holm() -> None:
 @quick
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_holm_never_makes_a_p_value_smaller_or_swaps_two(p_values: list[float]) -> None:
-    adjusted = [one.p_value for one in holm([Paired(1.0, (0.0, 2.0), p, "noise") for p in p_values])]
+    adjusted = [one.p_value for one in holm([PairedDifference(1.0, (0.0, 2.0), p, "noise") for p in p_values])]
     assert all(p <= after <= 1 for p, after in zip(p_values, adjusted, strict=True))
     assert [adjusted[i] for i in np.argsort(p_values)] == sorted(adjusted)
 

@@ -14,7 +14,7 @@ from provider_choice import FAILING, SLOW, simulate
 
 from unmask.router import breaker as breakers
 from unmask.router.breaker import Breaker
-from unmask.router.choosing import Candidate, ProviderWishes, choose, permitted
+from unmask.router.choosing import Candidate, ProviderPreferences, choose, permitted
 from unmask.router.daily_cost import DailyCost
 from unmask.router.hedging import MAX_TOKENS, MIN_DELAY_S, MIN_SAMPLES, UsualSeconds, first_result
 from unmask.router.load import DECAY_S, MIN_TOKENS, PENALTY_S, EndpointLoad, PeakEwma, slow_start
@@ -161,15 +161,15 @@ candidates = st.lists(
     max_size=8,
     unique_by=lambda candidate: candidate.name,
 )
-wishes = st.builds(
-    ProviderWishes,
+preferences = st.builds(
+    ProviderPreferences,
     order=st.lists(st.sampled_from("abcdefgh"), max_size=2).map(tuple),
     sort=st.sampled_from([None, "price", "latency", "throughput"]),
 )
 
 
-@given(candidates, wishes, st.integers(0, 1000))
-def test_a_choice_is_a_candidate_of_the_first_group(group: list[Candidate], wish: ProviderWishes, seed: int) -> None:
+@given(candidates, preferences, st.integers(0, 1000))
+def test_a_choice_is_a_candidate_of_the_first_group(group: list[Candidate], wish: ProviderPreferences, seed: int) -> None:
     chosen = choose(group, wish, random.Random(seed))
     if not group:
         assert chosen is None
@@ -194,21 +194,21 @@ def test_a_choice_is_a_candidate_of_the_first_group(group: list[Candidate], wish
     st.sets(st.sampled_from("abc")),
     st.sampled_from(["allow", "deny"]),
 )
-def test_wishes_filter(name: str, data: str, only: set[str], ignore: set[str], collection: str) -> None:
-    wish = ProviderWishes(only=tuple(only), ignore=tuple(ignore), data_collection=collection)  # pyright: ignore[reportArgumentType]
+def test_preferences_filter(name: str, data: str, only: set[str], ignore: set[str], collection: str) -> None:
+    wish = ProviderPreferences(only=tuple(only), ignore=tuple(ignore), data_collection=collection)  # pyright: ignore[reportArgumentType]
     expected = name not in ignore and (not only or name in only) and (collection == "allow" or data == "none")
     assert permitted(name, data, wish) == expected
-    alone = ProviderWishes(order=("a", "b"), allow_fallbacks=False)
+    alone = ProviderPreferences(order=("a", "b"), allow_fallbacks=False)
     assert permitted(name, data, alone) == (name == "a")
 
 
 def test_cheap_endpoints_get_most_and_not_all() -> None:
     group = [Candidate(name, 0, price, 1.0, 1.0, 1.0) for name, price in (("cheap", 1), ("twice", 2), ("ten", 10))]
     draw = random.Random(5)
-    first = Counter(choose([one], ProviderWishes(), draw) for one in group)
+    first = Counter(choose([one], ProviderPreferences(), draw) for one in group)
     assert len(first) == 3
     drawn = Counter(
-        candidate.name for _ in range(4000) for candidate in [choose(group, ProviderWishes(), draw)] if candidate
+        candidate.name for _ in range(4000) for candidate in [choose(group, ProviderPreferences(), draw)] if candidate
     )
     assert drawn["cheap"] > drawn["twice"] > drawn["ten"]
 

@@ -8,11 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.training.tiny import recipe_of
 from unmask.errors import UsageError
 from unmask.training.dev import DevSets, spearman
 from unmask.training.examples import Example, Examples
-from unmask.training.recipe import DataSource
+from unmask.training.recipe import DataSource, Dev
 from unmask.training.rows import BadRows
 
 
@@ -30,13 +29,13 @@ class Letters:
 
 def pairs_of(examples: list[Example], train: list[Example] | None = None, **fields) -> DevSets:
     source = DataSource(name="set", path="x.tsv", **(fields or {"query": "q", "positive": "p"}))
-    return DevSets(recipe_of(), [Examples(source, train or [], examples, BadRows(), 0)], None)
+    return DevSets([], [Examples(source, train or [], examples, BadRows(), 0)], None)
 
 
 def test_graded_pairs_by_rank(tmp_path: Path) -> None:
     (tmp_path / "dev.tsv").write_text("x\ty\ts\nab\tab\t5\nab\tac\t3\nab\tcd\t0\n", encoding="utf-8")
-    dev = [{"name": "sts", "path": "dev.tsv", "first": "x", "second": "y", "score": "s"}]
-    assert DevSets(recipe_of(dev=dev), [], tmp_path).scores(Letters())["sts"] == pytest.approx(100.0)
+    dev = [Dev(name="sts", path="dev.tsv", first="x", second="y", score="s")]
+    assert DevSets(dev, [], tmp_path).scores(Letters())["sts"] == pytest.approx(100.0)
 
 
 @pytest.mark.parametrize(
@@ -53,9 +52,9 @@ def test_graded_pairs_by_rank(tmp_path: Path) -> None:
 )
 def test_a_graded_file_that_cannot_be_used(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "dev.tsv").write_text(content, encoding="utf-8")
-    dev = [{"name": "sts", "path": "dev.tsv", "first": "x", "second": "y", "score": "s"}]
+    dev = [Dev(name="sts", path="dev.tsv", first="x", second="y", score="s")]
     with pytest.raises(UsageError, match=message):
-        DevSets(recipe_of(dev=dev), [], tmp_path)
+        DevSets(dev, [], tmp_path)
 
 
 def test_held_out_pairs_by_the_nearest() -> None:

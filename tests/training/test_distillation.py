@@ -15,16 +15,14 @@ from unmask.checkpoint.tensors import EMBEDDING
 from unmask.encoder import Encoder
 from unmask.encoder.model.decoder import Decoder
 from unmask.errors import CheckpointError, UsageError
-from unmask.training.dev import DevSets
 from unmask.training.distributed import Processes
 from unmask.training.gradcache import backward_through
 from unmask.training.losses import vector_distance
 from unmask.training.merging import interpolate
-from unmask.training.mixture import Mixture
 from unmask.training.model_folder import int8_rows
 from unmask.training.recipe import Recipe
 from unmask.training.run_folder import RunFolder
-from unmask.training.train import load_data, open_teachers, run_training
+from unmask.training.train import dev_sets_of, load_data, mixture_of, open_teachers, run_training
 from unmask.training.training_model import TrainingModel
 
 TEXTS = texts_of(12)
@@ -155,8 +153,8 @@ def test_an_exit_is_a_shallower_model_of_its_own(folder: Path) -> None:
 
 def _scores_of(encoder: Encoder, folder: Path, recipe: Recipe) -> dict[str, Any]:
     sets, _ = load_data(recipe, folder, lambda _: None)
-    targets = open_teachers(recipe, sets, RunFolder(folder / "run", 1), Processes()).targets
-    scores = DevSets(recipe, sets, folder, targets).scores(
+    teachers = open_teachers(recipe, sets, RunFolder(folder / "run", 1), Processes())
+    scores = dev_sets_of(recipe, sets, folder, teachers).scores(
         lambda texts, instruction: encoder.encode(list(texts), instruction=instruction, normalize=True)
     )
     return {name: pytest.approx(score, abs=0.01) for name, score in scores.items()}
@@ -255,12 +253,12 @@ def test_kept_graphs_give_the_gradient_of_gradcache(folder: Path) -> None:
 def test_batches_of_several_sets_use_every_set_in_turn(folder: Path) -> None:
     recipe = recipe_for(folder, batch={"size": 12, "sets": 4})
     sets, _ = load_data(recipe, folder, lambda _: None)
-    batches = Mixture(recipe, sets, folder, None).batches()
+    batches = mixture_of(recipe, sets, folder, None).batches()
     seen = [next(batches) for _ in range(20)]
     assert all(sum(len(part.examples) for part in batch.parts) == 12 for batch in seen)
     assert all(len({part.source.name for part in batch.parts}) == len(batch.parts) for batch in seen)
     assert {part.source.name for batch in seen for part in batch.parts} == {"pairs", "texts"}
-    resumed = Mixture(recipe, sets, folder, None).batches(skip=7)
+    resumed = mixture_of(recipe, sets, folder, None).batches(skip=7)
     assert next(resumed) == seen[7]
 
 

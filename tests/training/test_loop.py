@@ -16,10 +16,11 @@ from unmask.errors import TrainingError
 from unmask.training.dev import DevSets
 from unmask.training.examples import load_examples
 from unmask.training.loop import TrainingProgress, learning_rate, train_steps
-from unmask.training.mixture import Mixture, TextBatch
+from unmask.training.mixture import TextBatch
 from unmask.training.objectives import Objective, StepReport, objective_for
 from unmask.training.recipe import Optimiser, Recipe
 from unmask.training.run_folder import RunFolder
+from unmask.training.train import mixture_of
 from unmask.training.training_model import TrainingModel
 
 SCHEDULES = st.sampled_from(["linear", "cosine", "constant", "wsd"])
@@ -74,7 +75,8 @@ def running(
     recipe = recipe_of(**{"checkpoint_every": 2, "evaluate_every": 2, **fields})
     model = TrainingModel(recipe, CPU)
     sets = [load_examples(source, data, None, recipe.seed, 0.0) for source in recipe.data]
-    mixture, dev, run = Mixture(recipe, sets, data, None), DevSets(recipe, [], data), RunFolder(folder, recipe.keep)
+    mixture, dev = mixture_of(recipe, sets, data, None), DevSets(recipe.dev, [], data)
+    run = RunFolder(folder, recipe.keep)
     real = objective(objective_for(recipe, model, None))
     steps: list[int] = []
 
@@ -194,7 +196,7 @@ def test_decay_falls_on_matrices_alone(tmp_path: Path, data: Path) -> None:
         return StepReport(1.0, 1)
 
     one_step = recipe_of(lora=None, steps=1, optimiser={"lr": 0.1, "weight_decay": 0.5})
-    train_steps(one_step, model, nothing, Mixture(recipe, sets, data, None), DevSets(recipe, [], data),
+    train_steps(one_step, model, nothing, mixture_of(recipe, sets, data, None), DevSets(recipe.dev, [], data),
                 RunFolder(tmp_path, 1), lambda: None, lambda _: None)  # fmt: skip
     for name, parameter in model.parameters.items():
         factor = 0.95 if parameter.ndim > 1 else 1.0

@@ -15,6 +15,7 @@ from unmask.training.decontamination import Decontaminator
 from unmask.training.examples import load_examples
 from unmask.training.mixture import Mixture, TextBatch
 from unmask.training.recipe import Recipe
+from unmask.training.train import mixture_of
 
 
 def write_texts(folder: Path, name: str, rows: int) -> None:
@@ -29,7 +30,7 @@ def recipe(*sources: dict[str, Any], **fields: Any) -> Recipe:
 
 def mixture(chosen: Recipe, folder: Path, held: Decontaminator | None = None) -> Mixture:
     sets = [load_examples(s, folder, held, chosen.seed, chosen.max_bad_rows) for s in chosen.data if not s.stream]
-    return Mixture(chosen, sets, folder, held)
+    return mixture_of(chosen, sets, folder, held)
 
 
 def content_of(batches: list[TextBatch]) -> list[tuple[str, list[str]]]:

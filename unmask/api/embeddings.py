@@ -39,7 +39,7 @@ from unmask.api.settings import ServeSettings
 from unmask.catalogue import Record
 from unmask.encoder import Prompt
 from unmask.encoder.encoder import postprocess
-from unmask.router import EmbeddingWork, ModelRegistry, ProviderWishes, ServedModel, find_route
+from unmask.router import EmbeddingWork, ModelRegistry, ProviderPreferences, ServedModel, find_route
 from unmask.router.providers import PRECISION_CLASSES
 
 MAX_WAIT_S = 60  # for a cold model, by `Prefer: wait`
@@ -154,7 +154,7 @@ class EmbeddingsRoute:
                 raw=is_raw,
                 deadline=deadline,
                 share=share,
-                wishes=_wishes(parsed.provider),
+                preferences=_provider_preferences(parsed.provider),
                 income=charge.cost,
                 hedged=tier == "default",
             )
@@ -299,11 +299,11 @@ def _input_headers(encoding: TokenEncoding | None, prompts: Sequence[Prompt], ig
     return headers
 
 
-def _wishes(options: ProviderOptions | None) -> ProviderWishes:
+def _provider_preferences(options: ProviderOptions | None) -> ProviderPreferences:
     """Translate the field `provider` to the router's words."""
     if options is None:
-        return ProviderWishes()
-    return ProviderWishes(
+        return ProviderPreferences()
+    return ProviderPreferences(
         only=options.only,
         ignore=options.ignore,
         order=options.order,

@@ -367,8 +367,8 @@ def request_of(fields: Fields) -> tuple[EmbeddingRequest, list[str]]:
     options = {name: _option(name, fields[name]) for name in _OPTIONAL if name in fields}
     ignored = [name for name in fields if name not in _OPTIONAL and name not in ("input", "model")]
     if options.get("provider") is not None:
-        wishes = _decode(_FIELDS, fields["provider"], "provider")
-        ignored += [f"provider.{name}" for name in wishes if name not in ProviderOptions.__struct_fields__]
+        preferences = _decode(_FIELDS, fields["provider"], "provider")
+        ignored += [f"provider.{name}" for name in preferences if name not in ProviderOptions.__struct_fields__]
     return EmbeddingRequest(input=fields["input"], model=model, **options), ignored
 
 

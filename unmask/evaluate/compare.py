@@ -10,7 +10,7 @@ from unmask.errors import UsageError
 from unmask.evaluate.cache import CachedModel
 from unmask.evaluate.models import EmbeddingModel, open_model
 from unmask.evaluate.results import Category, ModelResult, Statistic, TaskScore, read_example_values, read_results
-from unmask.evaluate.statistics import Paired, holm, paired, paired_mean
+from unmask.evaluate.statistics import PairedDifference, holm, paired, paired_mean
 from unmask.home import home
 from unmask.tables import open_binary, open_table
 
@@ -39,7 +39,7 @@ class TaskComparison:
     score_a: float
     score_b: float
     examples: int
-    test: Paired | None
+    test: PairedDifference | None
 
     @property
     def delta(self) -> float:
@@ -62,7 +62,7 @@ class Comparison:
     a: str
     b: str
     tasks: list[TaskComparison]
-    overall: Paired | None
+    overall: PairedDifference | None
     counted: list[str]
     mean_a: float
     mean_b: float
@@ -277,14 +277,14 @@ def _paired_values(
     return values_a, values_b, score.statistic
 
 
-def _paired_test(task: str, values_a: np.ndarray, values_b: np.ndarray, statistic: Statistic) -> Paired:
+def _paired_test(task: str, values_a: np.ndarray, values_b: np.ndarray, statistic: Statistic) -> PairedDifference:
     try:
         return paired(values_a, values_b, statistic)
     except ValueError as error:
         raise UsageError(f"{task}: the examples of the two results do not match: {error}; run both again") from error
 
 
-def _task_comparison(score_a: TaskScore, score_b: TaskScore, test: Paired | None) -> TaskComparison:
+def _task_comparison(score_a: TaskScore, score_b: TaskScore, test: PairedDifference | None) -> TaskComparison:
     if score_a.score is None or score_b.score is None:
         raise ValueError("only completed tasks are compared")
     return TaskComparison(

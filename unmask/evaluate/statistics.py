@@ -31,7 +31,7 @@ _EXACT_FLIPS = 13
 
 
 @dataclass(frozen=True)
-class Paired:
+class PairedDifference:
     """The difference between two models on the same examples, first minus second.
 
     Attributes:
@@ -85,7 +85,7 @@ def bootstrap_interval(
     return _interval(samples, score_of(values, statistic) / 100, len(values))
 
 
-def paired(values_a: np.ndarray, values_b: np.ndarray, statistic: Statistic, seed: int = 0) -> Paired:
+def paired(values_a: np.ndarray, values_b: np.ndarray, statistic: Statistic, seed: int = 0) -> PairedDifference:
     """Test if model A is better than model B on one task.
 
     The interval is a paired bootstrap: both models are scored on the same resampled examples. The p-value of a mean
@@ -113,7 +113,7 @@ def paired(values_a: np.ndarray, values_b: np.ndarray, statistic: Statistic, see
 def paired_mean(
     tasks: Sequence[tuple[np.ndarray, np.ndarray, Statistic]],
     seed: int = 0,
-) -> Paired:
+) -> PairedDifference:
     """Test if model A is better than model B on the average of several tasks.
 
     Each task's examples are resampled separately. The interval is that of the average over *these* tasks and says
@@ -131,7 +131,7 @@ def paired_mean(
     return _judged(delta, samples, examples, _centred_p_value(samples, delta))
 
 
-def holm(tests: Sequence[Paired]) -> list[Paired]:
+def holm(tests: Sequence[PairedDifference]) -> list[PairedDifference]:
     """Return the tests with p-values adjusted for their number (Holm 1979), and verdicts to match.
 
     The probability of any false "better" or "worse" stays below 5 %.
@@ -178,11 +178,11 @@ def _paired_samples(
     return delta, of_a - of_b, columns[:, 0] - columns[:, 1]
 
 
-def _judged(delta: float, samples: np.ndarray, examples: int, p_value: float) -> Paired:
+def _judged(delta: float, samples: np.ndarray, examples: int, p_value: float) -> PairedDifference:
     interval = _interval(samples, delta, examples)
     if interval is None:
         raise ValueError("a column is constant, so there is no rank correlation")
-    return Paired(100 * delta, interval, p_value, _verdict(delta, p_value))
+    return PairedDifference(100 * delta, interval, p_value, _verdict(delta, p_value))
 
 
 def _verdict(delta: float, p_value: float) -> Verdict:

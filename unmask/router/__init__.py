@@ -2,7 +2,7 @@
 
 from unmask.router.attempts import EmbeddingWork
 from unmask.router.catalogue_sync import CatalogueSync, retired_models, sources_of_answering_models
-from unmask.router.choosing import ProviderWishes
+from unmask.router.choosing import ProviderPreferences
 from unmask.router.pool import ProviderPool
 from unmask.router.registry import ModelRegistry
 from unmask.router.route import ModelRoute, find_route
@@ -15,7 +15,7 @@ __all__ = [
     "ModelRegistry",
     "ModelRoute",
     "ProviderPool",
-    "ProviderWishes",
+    "ProviderPreferences",
     "ServedModel",
     "find_route",
     "retired_models",

@@ -25,7 +25,7 @@ from unmask.errors import (
     ProviderRefused,
 )
 from unmask.router import hedging
-from unmask.router.choosing import Candidate, ProviderWishes, choose, permitted
+from unmask.router.choosing import Candidate, ProviderPreferences, choose, permitted
 from unmask.router.endpoint import Outcome, ProviderEndpoint
 from unmask.router.retry_budget import RetryBudget
 from unmask.router.signals import SIGNALS, AttemptFailed
@@ -60,7 +60,7 @@ class EmbeddingWork:
         share: the caller, for the fair queue of the local engine.
         income: nano-dollars that the caller pays; None on a server without accounts.
         hedged: a second provider may be asked if the first is slow.
-        wishes: about providers.
+        preferences: about providers.
         attempts: filled in: the attempts at providers so far.
     """
 
@@ -70,7 +70,7 @@ class EmbeddingWork:
     raw: bool
     deadline: float
     share: str
-    wishes: ProviderWishes
+    preferences: ProviderPreferences
     income: int | None = None
     hedged: bool = False
     attempts: list[AttemptRecord] = field(default_factory=list)
@@ -177,7 +177,7 @@ async def answer(
         if left <= 0:
             raise DeadlineExceeded("the deadline passed before the vectors were ready")
         candidates = _candidates(model, engine, work, tried, now)
-        chosen = choose([one for one in candidates if one.fits(left)], work.wishes, draw)
+        chosen = choose([one for one in candidates if one.fits(left)], work.preferences, draw)
         if chosen is None:
             raise _nobody(model, engine, candidates, failure, left, now)
         if isinstance(failure, AttemptFailed):
@@ -214,13 +214,13 @@ def _candidates(
         for endpoint in model.endpoints
         if endpoint.standing == "admitted"
         and _is_able(endpoint, work)
-        and _has_precision(endpoint, work.wishes)
-        and permitted(endpoint.provider.name, endpoint.provider.data, work.wishes)
+        and _has_precision(endpoint, work.preferences)
+        and permitted(endpoint.provider.name, endpoint.provider.data, work.preferences)
         and endpoint.provider.name not in tried
         and endpoint.covers_cost(tokens, work.income, model.min_margin)
         and endpoint.is_available(now)
     ]
-    if engine is not None and LOCAL not in tried and permitted(LOCAL, "none", work.wishes):
+    if engine is not None and LOCAL not in tried and permitted(LOCAL, "none", work.preferences):
         rate = engine.tokens_per_second
         seconds = 0.0 if rate is None else (engine.waiting_tokens() + tokens) / rate
         # The engine refuses by itself what it cannot do in time, and says when it could.
@@ -237,8 +237,8 @@ def _is_able(endpoint: ProviderEndpoint, work: EmbeddingWork) -> bool:
     return all(not prompt.truncated and (longest is None or len(prompt.ids) <= longest) for prompt in work.prompts)
 
 
-def _has_precision(endpoint: ProviderEndpoint, wishes: ProviderWishes) -> bool:
-    return endpoint.precision in SHARED_PRECISIONS or endpoint.precision in wishes.precision
+def _has_precision(endpoint: ProviderEndpoint, preferences: ProviderPreferences) -> bool:
+    return endpoint.precision in SHARED_PRECISIONS or endpoint.precision in preferences.precision
 
 
 async def _attempt_or_hedge(
@@ -268,7 +268,7 @@ async def _attempt_or_hedge(
             for candidate in _candidates(model, None, work, tried, now)
             if candidate.fits(left) and model.endpoint(candidate.name).model.hedge
         ]
-        other = choose(others, work.wishes, draw)
+        other = choose(others, work.preferences, draw)
         if other is None or not model.may_hedge() or not model.take_hedge(work.num_tokens, now):
             return None
         tried.add(other.name)

@@ -10,7 +10,7 @@ _CHEAPEST_SHARE = 0.1
 
 
 @dataclass(frozen=True)
-class ProviderWishes:
+class ProviderPreferences:
     """A caller's field `provider`, in OpenRouter's words.
 
     Attributes:
@@ -59,41 +59,41 @@ class Candidate:
         return self.idle or self.seconds <= seconds
 
 
-def choose(candidates: Sequence[Candidate], wishes: ProviderWishes, draw: random.Random) -> Candidate | None:
+def choose(candidates: Sequence[Candidate], preferences: ProviderPreferences, draw: random.Random) -> Candidate | None:
     """Return the endpoint that should answer; None if there is no candidate.
 
     Args:
-        candidates: endpoints that can answer and may; see `permitted` for the caller's wishes.
-        wishes: of the caller, for order and sorting.
+        candidates: endpoints that can answer and may; see `permitted` for the caller's preferences.
+        preferences: of the caller, for order and sorting.
         draw: source of chance.
     """
     if not candidates:
         return None
-    for name in wishes.order:
+    for name in preferences.order:
         if match := next((candidate for candidate in candidates if candidate.name == name), None):
             return match
     first = min(candidate.priority for candidate in candidates)
     group = [candidate for candidate in candidates if candidate.priority == first]
-    if wishes.sort == "price":
+    if preferences.sort == "price":
         return min(group, key=lambda candidate: (candidate.price, candidate.load))
-    if wishes.sort is not None:
+    if preferences.sort is not None:
         return min(group, key=lambda candidate: candidate.load)
     return min(_two(group, draw), key=lambda candidate: candidate.load)
 
 
-def permitted(name: str, data: str, wishes: ProviderWishes) -> bool:
-    """True if the caller's wishes let a provider answer.
+def permitted(name: str, data: str, preferences: ProviderPreferences) -> bool:
+    """True if the caller's preferences let a provider answer.
 
     Args:
         name: of the provider.
         data: whether it keeps texts: "none", "30d" or "trains".
-        wishes: of the caller.
+        preferences: of the caller.
     """
-    if name in wishes.ignore or (wishes.only and name not in wishes.only):
+    if name in preferences.ignore or (preferences.only and name not in preferences.only):
         return False
-    if not wishes.allow_fallbacks and wishes.order and name != wishes.order[0]:
+    if not preferences.allow_fallbacks and preferences.order and name != preferences.order[0]:
         return False
-    return data == "none" or wishes.data_collection == "allow"
+    return data == "none" or preferences.data_collection == "allow"
 
 
 def _two(group: Sequence[Candidate], draw: random.Random) -> list[Candidate]:

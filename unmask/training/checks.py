@@ -19,7 +19,7 @@ from unmask.training.dev import DevSets
 from unmask.training.examples import Example, Examples, read_examples
 from unmask.training.mixture import examples_per_draw
 from unmask.training.mntp import mask_token_id
-from unmask.training.recipe import DataSource, Distillation, Recipe
+from unmask.training.recipe import Batch, DataSource, Distillation, Recipe
 from unmask.training.rows import BadRows
 from unmask.training.training_model import initial_adapter
 
@@ -65,7 +65,7 @@ def check_run(recipe: Recipe, data: Path, sets: Sequence[Examples], base_dimensi
         if examples is None:
             _check_stream(source, data, recipe.max_bad_rows)
         _check_teaches(source, None if examples is None else examples.train, recipe)
-    DevSets(recipe, list(sets), data)
+    DevSets(recipe.dev, sets, data, seed=recipe.seed, max_bad_rows=recipe.max_bad_rows)
     return dimensions
 
 
@@ -145,12 +145,12 @@ def _check_teaches(source: DataSource, examples: Sequence[Example] | None, recip
     """
     if recipe.objective == "mntp":
         return
-    count = examples_per_draw(recipe, source)
+    count = examples_per_draw(recipe.batch, source)
     if len(recipe.data) == 1:
         count *= recipe.batch.sets  # all draws of a batch are of this set
     if recipe.objective == "simcse":
         texts = None if examples is None else {example.query for example in examples}
-        problem = _no_other_text(source, count if recipe.batch.sets == 1 else 2, texts, recipe)
+        problem = _no_other_text(source, count if recipe.batch.sets == 1 else 2, texts, recipe.batch)
     else:
         settings = recipe.distillation
         has_labels = source.use_labels and recipe.contrastive.weight and (source.label or source.query)
@@ -161,15 +161,15 @@ def _check_teaches(source: DataSource, examples: Sequence[Example] | None, recip
         raise UsageError(f"data {source.name!r}: {problem}; its loss would be 0 in every step")
 
 
-def _size_of(source: DataSource, recipe: Recipe) -> str:
+def _size_of(source: DataSource, batch: Batch) -> str:
     """Name the fields that decide how many examples of a set are in a batch, with their values."""
-    size = f"batch = {source.batch}" if source.batch is not None else f"batch.size = {recipe.batch.size}"
-    return size if recipe.batch.sets == 1 else f"{size} and batch.sets = {recipe.batch.sets}"
+    size = f"batch = {source.batch}" if source.batch is not None else f"batch.size = {batch.size}"
+    return size if batch.sets == 1 else f"{size} and batch.sets = {batch.sets}"
 
 
-def _no_other_text(source: DataSource, count: int, texts: set[str] | None, recipe: Recipe) -> str | None:
+def _no_other_text(source: DataSource, count: int, texts: set[str] | None, batch: Batch) -> str | None:
     if count < 2:
-        return f"{_size_of(source, recipe)} gives one text a step, and SimCSE tells it from the others of its batch"
+        return f"{_size_of(source, batch)} gives one text a step, and SimCSE tells it from the others of its batch"
     if texts is not None and len(texts) < 2:
         return "all its texts are the same, and SimCSE tells a text from the others of its batch"
     return None
@@ -183,8 +183,8 @@ def _no_negatives(source: DataSource, count: int, examples: Sequence[Example] | 
     if count < 2:
         missing = "no hard negatives" if not hard else "no hard negative that differs from its pair"
         return (
-            f"{_size_of(source, recipe)} gives one pair a step and there are {missing}, so there is nothing to tell "
-            "a positive from; raise the batch, or name negatives"
+            f"{_size_of(source, recipe.batch)} gives one pair a step and there are {missing}, so there is nothing to "
+            "tell a positive from; raise the batch, or name negatives"
         )
     if examples is None:
         return None
@@ -217,6 +217,6 @@ def _no_similarities(source: DataSource, count: int, settings: Distillation, rec
     if needed and texts >= needed:
         return None
     return (
-        f"{_size_of(source, recipe)} gives {texts} texts a step, and the distillation compares "
+        f"{_size_of(source, recipe.batch)} gives {texts} texts a step, and the distillation compares "
         f"{needed or 'a query with several'} texts or more; raise the batch, or distillation.vector_weight"
     )

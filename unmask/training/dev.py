@@ -10,7 +10,7 @@ import numpy as np
 from unmask.errors import UsageError
 from unmask.tables import Row, list_names
 from unmask.training.examples import Examples
-from unmask.training.recipe import Dev, Recipe
+from unmask.training.recipe import Dev
 from unmask.training.rows import BadRows, read_rows
 
 HELD_OUT_COSINE = "held-out cosine"
@@ -35,26 +35,31 @@ class DevSets:
         graded: the sets of graded pairs.
 
     Args:
-        recipe: names the graded sets.
+        dev: the graded sets.
         sets: the training sets with their held-out examples.
         root: the data folder.
-        targets: maps texts to their target vectors, if the model learns from a teacher.
+        targets: maps texts to their target vectors, if the model learns the vectors of a teacher.
+        seed: chooses the rows of a graded set with a limit.
+        max_bad_rows: share of unreadable rows above which reading stops.
     """
 
     def __init__(
         self,
-        recipe: Recipe,
-        sets: list[Examples],
+        dev: Sequence[Dev],
+        sets: Sequence[Examples],
         root: Path | None,
         targets: Callable[[Sequence[str]], np.ndarray] | None = None,
+        *,
+        seed: int = 0,
+        max_bad_rows: float = 0.01,
     ) -> None:
-        self._targets = targets if recipe.distillation is not None and recipe.distillation.vector_weight else None
+        self._targets = targets
         self._held_out_texts = {
             examples.source.name: list(dict.fromkeys(text for e in examples.held_out for text in e.texts()[:2]))
             for examples in sets
-            if examples.source.use_teacher and examples.held_out and self._targets is not None
+            if examples.source.use_teacher and examples.held_out and targets is not None
         }
-        self.graded = [_read_graded(dev, root, recipe.seed, recipe.max_bad_rows) for dev in recipe.dev]
+        self.graded = [_read_graded(each, root, seed, max_bad_rows) for each in dev]
         self._pairs: dict[str, tuple[list[str], list[str], str, bool]] = {}
         for examples in sets:
             source = examples.source

@@ -108,7 +108,7 @@ def probe_recipe(
     chosen = [all_texts[i] for i in np.random.default_rng([recipe.seed, 4]).permutation(len(all_texts))[:texts]]
     output.mkdir(parents=True, exist_ok=True)
     targets = Targets(recipe.distillation, chosen, output / FILE)
-    graded = DevSets(recipe, sets, data).graded
+    graded = DevSets(recipe.dev, sets, data, seed=recipe.seed, max_bad_rows=recipe.max_bad_rows).graded
     curves: dict[str, list[LayerScore]] = {}
     for name, masked in (("mask off", False), *((("causal", True),) if causal else ())):
         log(f"{name}: {len(chosen)} texts through {recipe.base}")

@@ -1,10 +1,10 @@
-"""Draw batches from the data sets of a recipe. The order depends only on the recipe's seed.
+"""Draw batches from data sets. The order depends only on the seed.
 
 Each batch comes from one data set, drawn by weight, so that in-batch negatives are of one kind; with `batch.sets`, from
 several. Every process of a run draws the same batches, and a resumed run draws those of an uninterrupted one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 from unmask.errors import UsageError
 from unmask.training.decontamination import Decontaminator
 from unmask.training.examples import Example, Examples, read_examples
-from unmask.training.recipe import DataSource, Recipe
+from unmask.training.recipe import Batch, DataSource
 from unmask.training.rows import BadRows
 
 SEVERAL = " + "  # between the names of a batch's data sets
@@ -45,28 +45,51 @@ class TextBatch:
         return SEVERAL.join(part.source.name for part in self.parts)
 
 
-def examples_per_draw(recipe: Recipe, source: DataSource) -> int:
+def examples_per_draw(batch: Batch, source: DataSource) -> int:
     """Return the number of examples of a source each time it is drawn; a batch has `batch.sets` draws."""
-    return max(1, (source.batch or recipe.batch.size) // recipe.batch.sets)
+    return max(1, (source.batch or batch.size) // batch.sets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamOptions:
+    """How streamed data sets are read.
+
+    Attributes:
+        root: the data folder.
+        decontaminator: drops examples that overlap with evaluation data.
+        max_bad_rows: share of unreadable rows above which reading stops.
+        shuffle_buffer: number of examples from which the next one is drawn.
+    """
+
+    root: Path | None = None
+    decontaminator: Decontaminator | None = None
+    max_bad_rows: float = 0.01
+    shuffle_buffer: int = 100_000
 
 
 class Mixture:
-    """Endless batches of a recipe's data.
+    """Endless batches of several data sets.
 
     Args:
-        recipe: for the batch size, weights and seed.
-        sets: data sets in memory, in the recipe's order; streamed sources are not among them.
-        root: the data folder, for streamed sources.
-        decontaminator: drops examples of streamed sources that overlap with evaluation data.
+        sources: all data sets, with their weights.
+        sets: examples of those in memory; streamed sources are not among them.
+        batch: size of a batch, and number of data sets that it is drawn from.
+        seed: decides the order.
+        stream: for streamed sources; None if there are none.
     """
 
     def __init__(
-        self, recipe: Recipe, sets: list[Examples], root: Path | None, decontaminator: Decontaminator | None
+        self,
+        sources: Sequence[DataSource],
+        sets: Sequence[Examples],
+        batch: Batch,
+        seed: int,
+        stream: StreamOptions | None = None,
     ) -> None:
-        self._recipe, self._root, self._decontaminator = recipe, root, decontaminator
+        self._sources, self._batch, self._seed = sources, batch, seed
+        self._stream = stream or StreamOptions()
         self._sets = {examples.source.name: examples for examples in sets}
-        self._sources = recipe.data
-        weights = [source.weight or len(self._sets[source.name].train) for source in self._sources]
+        weights = [source.weight or len(self._sets[source.name].train) for source in sources]
         self._weights = np.array(weights, dtype=float) / sum(weights)
 
     def steps_of(self, epochs: float) -> int:
@@ -75,13 +98,13 @@ class Mixture:
         left = [epochs * len(self._sets[source.name].train) for source in self._sources]
         steps = 0
         while any(examples > 0 for examples in left):
-            for which in (next(choices) for _ in range(self._recipe.batch.sets)):
-                left[which] -= examples_per_draw(self._recipe, self._sources[which])
+            for which in (next(choices) for _ in range(self._batch.sets)):
+                left[which] -= examples_per_draw(self._batch, self._sources[which])
             steps += 1
         return steps
 
     def _choices(self) -> Iterator[int]:
-        generator = np.random.default_rng([self._recipe.seed, 0])
+        generator = np.random.default_rng([self._seed, 0])
         while True:
             yield int(generator.choice(len(self._sources), p=self._weights))
 
@@ -91,14 +114,14 @@ class Mixture:
         choices = self._choices()
         for number in count():
             drawn: dict[int, list[Example]] = {}
-            for which in (next(choices) for _ in range(self._recipe.batch.sets)):
-                examples = [next(streams[which]) for _ in range(examples_per_draw(self._recipe, self._sources[which]))]
+            for which in (next(choices) for _ in range(self._batch.sets)):
+                examples = [next(streams[which]) for _ in range(examples_per_draw(self._batch, self._sources[which]))]
                 drawn.setdefault(which, []).extend(examples)
             if number >= skip:
                 yield TextBatch([Part(self._sources[which], examples) for which, examples in drawn.items()])
 
     def _examples(self, source: DataSource) -> Iterator[Example]:
-        seed = [self._recipe.seed, *source.name.encode()]
+        seed = [self._seed, *source.name.encode()]
         if source.stream:
             yield from self._streamed(source, seed)
         examples = self._sets[source.name].train
@@ -123,19 +146,20 @@ class Mixture:
             epoch += 1
 
     def _overlaps(self, example: Example) -> bool:
-        return self._decontaminator is not None and any(map(self._decontaminator.overlaps, example.texts()))
+        decontaminator = self._stream.decontaminator
+        return decontaminator is not None and any(map(decontaminator.overlaps, example.texts()))
 
     def _streamed(self, source: DataSource, seed: list[int]) -> Iterator[Example]:
         """Yield rows through a shuffle buffer: each new row replaces a random one. Endless."""
         epoch = 0
         while True:
             generator = np.random.default_rng([*seed, epoch])
-            bad = BadRows(self._recipe.max_bad_rows)
+            bad = BadRows(self._stream.max_bad_rows)
             buffer: list[Example] = []
-            for example in read_examples(source, self._root, bad):
+            for example in read_examples(source, self._stream.root, bad):
                 if self._overlaps(example):
                     continue
-                if len(buffer) < self._recipe.shuffle_buffer:
+                if len(buffer) < self._stream.shuffle_buffer:
                     buffer.append(example)
                     continue
                 place = int(generator.integers(len(buffer)))

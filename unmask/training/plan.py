@@ -77,8 +77,11 @@ def plan_run(recipe: Recipe, data: Path, log: Callable[[str], None], base_dimens
     examples_of = {examples.source.name: examples for examples in sets}
     weights = np.array([s.weight or len(examples_of[s.name].train) for s in recipe.data], dtype=float)
     shares = weights / weights.sum()
+    counter = _TokenCounter(
+        checkpoint.tokenizer.text, recipe.objective, recipe.max_length, recipe.contrastive.hard_negatives
+    )
     sources = [
-        _source_plan(source, examples_of.get(source.name), float(share), recipe, checkpoint.tokenizer.text)
+        _source_plan(source, examples_of.get(source.name), float(share), recipe.batch.size, counter)
         for source, share in zip(recipe.data, shares, strict=True)
     ]
     per_step = sum(s.share * s.examples_per_step * s.tokens_per_example for s in sources)
@@ -97,28 +100,47 @@ def plan_run(recipe: Recipe, data: Path, log: Callable[[str], None], base_dimens
     return RunPlan(sources, recipe.steps, tokens, memory, seconds, trained, dimensions)
 
 
+@dataclass(frozen=True)
+class _TokenCounter:
+    """Counts the tokens of an example's forwards, for one objective.
+
+    Attributes:
+        max_length: tokens per sequence, where the data set says nothing else.
+        hard_negatives: number of hard negatives per example that are encoded.
+    """
+
+    tokenizer: Tokenizer
+    objective: str
+    max_length: int
+    hard_negatives: int
+
+    def longest(self, source: DataSource) -> int:
+        return source.max_length or self.max_length
+
+    def count(self, example: Example, source: DataSource) -> int:
+        texts = [example.query] * (2 if example.label is not None else 1)
+        if example.positive is not None:
+            texts += [example.positive, *example.negatives[: self.hard_negatives]]
+        counts = [len(encoding.ids) for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        if self.objective == "mntp":
+            return sum(counts)
+        instruction = len(self.tokenizer.encode(source.instruction).ids) if source.instruction else 0
+        with_instruction = len(counts) if source.symmetric else 1
+        counts = [
+            min(self.longest(source), count + (instruction if i < with_instruction else 0))
+            for i, count in enumerate(counts)
+        ]
+        return sum(counts) * (2 if self.objective == "simcse" else 1)
+
+
 def _source_plan(
-    source: DataSource, examples: Examples | None, share: float, recipe: Recipe, tokenizer: Tokenizer
+    source: DataSource, examples: Examples | None, share: float, batch_size: int, counter: _TokenCounter
 ) -> SourcePlan:
-    max_length = source.max_length or recipe.max_length
-    size = source.batch or recipe.batch.size
+    size = source.batch or batch_size
     if examples is None:
-        return SourcePlan(source.name, None, 0, float(max_length), size, share)
-    lengths = [_tokens(example, recipe, source, tokenizer, max_length) for example in examples.train[:_SAMPLE]]
+        return SourcePlan(source.name, None, 0, float(counter.longest(source)), size, share)
+    lengths = [counter.count(example, source) for example in examples.train[:_SAMPLE]]
     return SourcePlan(source.name, len(examples.train), len(examples.held_out), float(np.mean(lengths)), size, share)
-
-
-def _tokens(example: Example, recipe: Recipe, source: DataSource, tokenizer: Tokenizer, max_length: int) -> int:
-    texts = [example.query] * (2 if example.label is not None else 1)
-    if example.positive is not None:
-        texts += [example.positive, *example.negatives[: recipe.contrastive.hard_negatives]]
-    counts = [len(encoding.ids) for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-    if recipe.objective == "mntp":
-        return sum(counts)
-    instruction = len(tokenizer.encode(source.instruction).ids) if source.instruction else 0
-    with_instruction = len(counts) if source.symmetric else 1
-    counts = [min(max_length, count + (instruction if i < with_instruction else 0)) for i, count in enumerate(counts)]
-    return sum(counts) * (2 if recipe.objective == "simcse" else 1)
 
 
 def _trained_parameters(shape: Shape, lora: Lora | None) -> int:

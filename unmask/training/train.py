@@ -36,7 +36,7 @@ from unmask.training.examples import Examples, load_examples
 from unmask.training.head import first_numbers, linear_head, ridge
 from unmask.training.loop import TrainingProgress, train_steps
 from unmask.training.lora import adapter_tensors, write_adapter
-from unmask.training.mixture import Mixture
+from unmask.training.mixture import Mixture, StreamOptions
 from unmask.training.model_folder import write_head, write_model
 from unmask.training.objectives import Teachers, objective_for
 from unmask.training.recipe import HeadSettings, Recipe
@@ -117,10 +117,10 @@ def run_training(
         objective = objective_for(recipe, model, teachers)
         if teachers is not None:
             _check_target_length(recipe, model, teachers)
-        mixture = Mixture(recipe, sets, data, decontaminator)
+        mixture = mixture_of(recipe, sets, data, decontaminator)
         if recipe.max_epochs is not None:
             recipe = msgspec.structs.replace(recipe, steps=min(recipe.steps, mixture.steps_of(recipe.max_epochs)))
-        dev = DevSets(recipe, sets, data, teachers.targets if teachers is not None else None)
+        dev = dev_sets_of(recipe, sets, data, teachers)
 
         base = adapter_base(recipe.base, recipe.adapters)
 
@@ -163,6 +163,27 @@ def load_data(recipe: Recipe, data: Path, log: Callable[[str], None]) -> LoadedD
         log(f"{source.name}: {len(examples.train)} examples{dropped}")
         sets.append(examples)
     return sets, decontaminator
+
+
+def mixture_of(
+    recipe: Recipe, sets: Sequence[Examples], data: Path | None, decontaminator: Decontaminator | None
+) -> Mixture:
+    """Return the batches of a recipe's data."""
+    stream = StreamOptions(
+        root=data,
+        decontaminator=decontaminator,
+        max_bad_rows=recipe.max_bad_rows,
+        shuffle_buffer=recipe.shuffle_buffer,
+    )
+    return Mixture(recipe.data, sets, recipe.batch, recipe.seed, stream)
+
+
+def dev_sets_of(recipe: Recipe, sets: Sequence[Examples], data: Path | None, teachers: Teachers | None) -> DevSets:
+    """Read the sets that a recipe evaluates. Held-out texts are scored if the model learns the teachers' vectors."""
+    settings = recipe.distillation
+    learns_vectors = teachers is not None and settings is not None and settings.vector_weight
+    targets = teachers.targets if teachers is not None and learns_vectors else None
+    return DevSets(recipe.dev, sets, data, targets, seed=recipe.seed, max_bad_rows=recipe.max_bad_rows)
 
 
 def open_teachers(

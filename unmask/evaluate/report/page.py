@@ -10,7 +10,7 @@ from unmask.evaluate.published_scores import published_models
 from unmask.evaluate.report import charts
 from unmask.evaluate.report.report_model import CATEGORY_NAMES, ReportModel, build_report_model, comparable_tasks
 from unmask.evaluate.results import Results
-from unmask.evaluate.statistics import Paired
+from unmask.evaluate.statistics import PairedDifference
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -51,7 +51,7 @@ def write_text(file: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def verdict(test: Paired | None) -> str:
+def verdict(test: PairedDifference | None) -> str:
     """Format a verdict, as in `better`, `within noise`."""
     return "not tested" if test is None else "within noise" if test.verdict == "noise" else test.verdict
 

@@ -12,7 +12,7 @@ from unmask.errors import UsageError
 from unmask.evaluate.compare import Comparison, MeasuredModel, TaskComparison, compare_results
 from unmask.evaluate.published_scores import SAME_DATA, PublishedModel
 from unmask.evaluate.results import Category, ModelResult, Results, TaskScore
-from unmask.evaluate.statistics import Paired, holm
+from unmask.evaluate.statistics import PairedDifference, holm
 
 CATEGORIES: tuple[Category, ...] = (
     "STS",
@@ -67,7 +67,7 @@ class ModelSummary:
     means: dict[Category, float]
     completed: int
     failed: int
-    difference: Paired | None
+    difference: PairedDifference | None
 
 
 class TaskEntry(NamedTuple):
@@ -242,7 +242,7 @@ def _mean(model: ModelResult, tasks: list[str]) -> float:
 
 
 def _summary(
-    index: int, model: ModelResult, short_name: str, common: list[str], difference: Paired | None
+    index: int, model: ModelResult, short_name: str, common: list[str], difference: PairedDifference | None
 ) -> ModelSummary:
     scores = _completed(model)
     has_mean = bool(common) and all(task in scores for task in common)
@@ -276,7 +276,7 @@ def _comparisons(folder: Path, results: Results, common: list[str]) -> tuple[dic
     return comparisons, refusals
 
 
-def _differences(comparisons: Mapping[str, Comparison]) -> dict[str, Paired]:
+def _differences(comparisons: Mapping[str, Comparison]) -> dict[str, PairedDifference]:
     """Return the tests of the mean against each rival, adjusted for their number."""
     tests = {name: comparison.overall for name, comparison in comparisons.items() if comparison.overall is not None}
     return dict(zip(tests, holm(list(tests.values())), strict=True))
@@ -391,7 +391,7 @@ def _best_rival_clause(subject: ModelSummary, rival: ModelSummary) -> list[Span]
     ]
 
 
-def _certainty(test: Paired | None, delta: float, *, first: bool) -> str:
+def _certainty(test: PairedDifference | None, delta: float, *, first: bool) -> str:
     """Return `, more than noise (0.6 to 1.8)`; the first of a sentence names its interval."""
     if test is None:
         return " (without per-example values, so not tested)"
