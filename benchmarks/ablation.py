@@ -61,7 +61,7 @@ STEP_RECIPES = {"mntp": "mntp.toml", "simcse": "simcse.toml", "supervised": "abl
 
 
 def adapters_of(options: argparse.Namespace, console: Console) -> dict[str, Path]:
-    """The adapter of each step: given, trained before, or trained now."""
+    """Return the adapter of each step: named on the command line, trained before, or trained now."""
     named_adapters = dict(text.partition("=")[::2] for text in options.adapter)
     unknown = [step for step in named_adapters if step not in STEP_RECIPES]
     if unknown:
@@ -103,13 +103,13 @@ def trained(
 
 
 def specification(row: Row, model: str, adapters: Mapping[str, Path]) -> str:
-    """The row as `unmask evaluate` takes it."""
+    """Write a row as a model specification of `unmask evaluate`."""
     fields = [("name", row.name), *(("adapter", str(adapters[step])) for step in row.steps)]
     return f"{model}?{urlencode(fields)}" + ("&causal" if row.causal else "")
 
 
 def means_of(model: ModelResult) -> dict[str, float | None]:
-    """The mean of each category's tasks, and of the categories of whole texts; word level stands apart."""
+    """Return the mean of each category, and that of the categories of whole texts, without the word level."""
     categories = list(dict.fromkeys(score.category for score in model.scores))
     means: dict[str, float | None] = {}
     for category in categories:

@@ -35,7 +35,7 @@ BODY = json.dumps({"model": MODEL, "input": "a short text of some words", "encod
 
 
 def make_key(url: str, pepper: Path) -> str:
-    """A new database with one account, which has credit, a plan with limits and a key with more of them."""
+    """Make a database with one account that has credit, a plan with limits, and a key with limits. Returns the key."""
     database = Database(url)
     database.migrate()
     now = now_ms()
@@ -80,7 +80,7 @@ def quantiles(answers: list[Answer]) -> tuple[float, float]:
 async def measure(
     clients: list[Client], processes: list[subprocess.Popen[str]], options: argparse.Namespace
 ) -> list[list[tuple[float, float, float]]]:
-    """Median, p99 and processor time per request of each round, for the server without and the one with accounts."""
+    """Measure median, p99 and CPU time per request in each round, without and with accounts."""
     times: list[list[tuple[float, float, float]]] = [[], []]
     for client in clients:
         await load(client, lambda _: (BODY, ""), options.rate, 2, 0)

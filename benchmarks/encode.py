@@ -54,7 +54,7 @@ ON_A_GPU: dict[str, Any] = {"texts": 8192, "rounds": 5, "backends": GPU_BACKENDS
 
 
 def gemm_peak(dtype: torch.dtype, device: str) -> dict[str, float]:
-    """The best matrix product of the libraries at hand in this precision, in GFLOP/s, at shapes of this kind."""
+    """Return the speed of the best GEMM of the installed libraries in a precision, in GFLOP/s."""
     best: dict[str, float] = {}
     if device != "cpu":
         a, b = (torch.randn(8192, 8192, device=device).to(dtype) for _ in range(2))
@@ -92,7 +92,7 @@ def quickest(
     part: Sequence[str],
     console: Console,
 ) -> Process:
-    """The backend, running in the way that took least time for a part of the texts.
+    """Return the process of a backend, in the setting that was fastest on a part of the texts.
 
     Raises:
         Absent: it runs in none of them.
@@ -121,7 +121,7 @@ def quickest(
 
 
 def setting_in_words(backend: Backend, setting: Setting) -> str:
-    """A setting in words."""
+    """Describe a setting."""
     if backend.load.startswith("ours:"):
         return "its own packs"
     beside = f", {setting.side_by_side} at a time" if setting.side_by_side > 1 else ""
@@ -129,14 +129,14 @@ def setting_in_words(backend: Backend, setting: Setting) -> str:
 
 
 def cosine(vectors: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
-    """Mean and worst cosine, row by row."""
+    """Return the mean and the worst cosine of corresponding rows."""
     products = (vectors * reference).sum(1)
     values = products / np.linalg.norm(vectors, axis=1) / np.linalg.norm(reference, axis=1)
     return float(values.mean()), float(values.min())
 
 
 def processor() -> str:
-    """The processor's own name for itself, where the system tells."""
+    """Return the processor's model name, if the system tells."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -173,7 +173,7 @@ def measure(
     file: Path,
     console: Console,
 ) -> Rounds:
-    """Load everybody, then time everybody in each round.
+    """Load all backends, then time each of them in every round.
 
     Raises:
         Absent: unmask or the reference does not run.
@@ -218,7 +218,7 @@ def measure(
 
 
 def settings_of(backend: Backend, options: argparse.Namespace) -> Sequence[Setting]:
-    """The ways to try a backend in: its own, unless the device or `--batch` says otherwise."""
+    """Return the settings to try: the backend's own, unless the device or `--batch` names others."""
     if backend.settings != BATCHES:
         return backend.settings
     if options.batch:
@@ -227,7 +227,7 @@ def settings_of(backend: Backend, options: argparse.Namespace) -> Sequence[Setti
 
 
 def rows_of(options: argparse.Namespace, results: Rounds, tokens: int, peak_tokens: float) -> list[Row]:
-    """A row for each backend that was asked for."""
+    """Return a row for each chosen backend."""
     rows: list[Row] = []
     for name in options.backends:
         backend = BACKENDS[name]
@@ -260,7 +260,7 @@ def rows_of(options: argparse.Namespace, results: Rounds, tokens: int, peak_toke
 
 
 def versions_of(processes: Iterable[Process]) -> dict[str, str]:
-    """Of everything that was measured."""
+    """Return the package versions of all measured backends."""
     versions = {"unmask": __version__, "python": platform.python_version()}
     for process in processes:
         for package, version in process.versions.items():

@@ -50,7 +50,7 @@ class Seen:
 
 
 class Subject:
-    """The server, as often as it has to be started."""
+    """The server process, which can be killed and started again."""
 
     def __init__(self, database: str, pepper: Path, *, by_providers: bool = False) -> None:
         # Each server is a process forked from one that has imported everything, which is seconds of work.
@@ -141,7 +141,7 @@ def note(seen: Seen, answer: http.client.HTTPResponse, milliseconds: float) -> N
 
 
 def prepare(url: str, pepper: Path, number: int) -> list[str]:
-    """Accounts with five keys each, so that keys meet; every fourth account runs out of credit on the way."""
+    """Make accounts with five keys each; every fourth account runs out of credit. Returns the keys."""
     database = Database(url)
     database.migrate()
     peppers, made, now = Peppers(pepper), [], now_ms()

@@ -108,7 +108,7 @@ def long(chance: random.Random) -> list[list[str]]:
 
 
 async def single(engine: Engine, client: Client, model: str, rounds: int) -> dict[str, float]:
-    """Milliseconds of one short request alone: direct, over HTTP, and the difference; medians."""
+    """Measure one short request alone, in milliseconds: direct, over HTTP, and the difference; medians."""
     chance, direct, http = random.Random(1), [], []
     for number in range(rounds + 5):
         words = [text(chance, 8)]
@@ -131,7 +131,7 @@ async def single(engine: Engine, client: Client, model: str, rounds: int) -> dic
 
 
 async def saturation(engine: Engine, client: Client, model: str, rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """Tokens per second, direct and over HTTP, of each mix and round: all requests of a round are due at once."""
+    """Measure tokens per second of each mix, direct and over HTTP. All requests of a round are sent at once."""
     rates: dict[str, list[tuple[float, float]]] = {}
 
     async def directly(requests: list[list[str]]) -> float:
@@ -164,7 +164,7 @@ async def saturation(engine: Engine, client: Client, model: str, rounds: int) ->
 
 
 async def overload(subject: Subject, client: Client, model: str, seconds: float) -> dict[str, object]:
-    """Twice of what the server can do, for `seconds`, with a deadline for each request."""
+    """Send twice the requests that the server can answer, for `seconds`, each with a deadline."""
 
     async def calm() -> float:
         chance, times = random.Random(7), []
@@ -230,7 +230,7 @@ def spread(values: list[float], low: Callable[[list[float]], float] = statistics
 
 
 def start(model: str, rounds: int) -> None:
-    """From the command to the first vector, and what it then takes of memory."""
+    """Measure the time from the command to the first vector, and the memory after it."""
 
     for _ in range(rounds):
         with serving(model) as subject:

@@ -61,7 +61,7 @@ def triplets(count: int, medians: tuple[int, ...], longest: int) -> Rows:
 
 
 def unmask_turn(options: argparse.Namespace, folder: Path, precision: str) -> Turn:
-    """Our own step, as `unmask train` does it: objective, clipping, AdamW, adapters merged anew."""
+    """Return our step as `unmask train` does it: objective, clipping, AdamW, merging of the adapters."""
     recipe = msgspec.convert(
         {
             "base": str(folder),
@@ -120,7 +120,7 @@ def sentence_transformers_turn(options: argparse.Namespace, folder: Path, bfloat
     )
 
     class Clock(TrainerCallback):
-        """From the first batch's fetching to the last update: setting up the trainer does not count."""
+        """Measures from the fetching of the first batch to the last update, without the setup of the trainer."""
 
         began = seconds = 0.0
 

@@ -38,7 +38,7 @@ def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
 
 
 def _inside(link: re.Match[str], page: str) -> str:
-    """The link as it must be on the site: `page` is the path of the linking page below docs/."""
+    """Rewrite a link for the site. `page` is the path of the linking page below docs/."""
     text, target = link.groups()
     path, hash_, anchor = target.partition("#")
     if not path or "://" in path or path.startswith("mailto:"):

@@ -1,4 +1,4 @@
-"""The door of the package: exported names, and a command line that starts without loading the model libraries."""
+"""Public API: exported names, and a command line that starts without loading the model libraries."""
 
 import subprocess
 import sys

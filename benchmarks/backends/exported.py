@@ -64,7 +64,7 @@ def onnxruntime_float32(job: Job) -> Run:
 
 
 def onnxruntime_int8(job: Job) -> Run:
-    """Its own dynamic quantisation with its defaults: 8-bit weights per tensor, activations measured as they come."""
+    """Load ONNX Runtime's dynamic quantisation with its defaults: 8-bit weights, activations scaled per call."""
     import onnxruntime  # pyright: ignore[reportMissingImports]
     from onnxruntime.quantization import QuantType, quantize_dynamic  # pyright: ignore[reportMissingImports]
 
@@ -103,7 +103,7 @@ def _onnxruntime(file: Path, job: Job) -> Run:
 
 
 def openvino(job: Job) -> Run:
-    """Converted from the torch module itself; float32 products, as everyone else's of this precision."""
+    """Convert the torch module itself, with float32 GEMMs like the others of this precision."""
     import openvino  # pyright: ignore[reportMissingImports]
 
     file = job.scratch / "openvino" / "model.xml"

@@ -1,4 +1,4 @@
-"""unmask, by its own door, with what the command line sets for a process of its own (`keep_few_products`)."""
+"""unmask through its public API, with the settings that the command line makes (`keep_few_products`)."""
 
 from typing import Any
 

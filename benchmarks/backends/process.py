@@ -116,7 +116,7 @@ class Process:
 
 
 def python_of(backend: Backend) -> str:
-    """The interpreter that has the backend's packages.
+    """Return the Python interpreter that has the backend's packages.
 
     Raises:
         Absent: it has an environment of its own, and that is not there.

@@ -28,7 +28,7 @@ def transformers(job: Job) -> Run:
 
 
 def sentence_transformers(job: Job) -> Run:
-    """As its users call it: `encode` with its own sorting."""
+    """Load sentence-transformers; `encode` sorts the texts itself."""
     from sentence_transformers import SentenceTransformer
 
     torch.set_num_threads(job.threads)

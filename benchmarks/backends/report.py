@@ -28,7 +28,7 @@ def is_wrong(row: Row) -> bool:
 
 
 def markdown(report: Report) -> str:
-    """The table, and under it what it was measured on and with."""
+    """Write the table, and under it the conditions of the measurement."""
     lines = [
         "| | tokens/s, median (spread) | unmask float32 is faster by, median (rounds) | share of peak "
         "| cosine to float32, mean / worst | precision, batches |",
@@ -52,7 +52,7 @@ def markdown(report: Report) -> str:
 
 
 def conditions(report: Report) -> str:
-    """One paragraph: texts, machine, peak, versions."""
+    """Describe texts, machine, peak speed and versions in one paragraph."""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     return (
         f"{report['model']}, {report['gflop_per_token']:.3f} GFLOP per token; {report['mix']}; {report['rounds']} "

@@ -1,4 +1,4 @@
-"""A little OpenID Connect provider over real HTTP: it checks what it is sent as strictly as the standard asks."""
+"""A small OpenID Connect provider over real HTTP. It checks requests as strictly as the standard."""
 
 import base64
 import hashlib
@@ -49,7 +49,7 @@ class OidcProvider:
     tokens: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def straighten(self) -> None:
-        """Be a good provider again, with nobody at the browser."""
+        """Turn off all faults and sign the person out."""
         self.person, self.bent, self.signs_with, self.algorithm = None, {}, None, "RS256"
         self.email_in, self.issuer, self.broken, self.methods = "token", "", (), ("client_secret_basic",)
         self.seen.clear()
@@ -146,7 +146,7 @@ class _Answers(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing: what matters is in `seen`."""
+        """Log nothing: tests read `seen`."""
 
 
 def _single(query: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Signing in with an account elsewhere: a real browser's steps, by HTTP, between a server and a little provider."""
+"""Signing in with OpenID Connect: the steps of a browser, over HTTP, between a server and a small provider."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""API keys: their form, how they are kept, and what is refused."""
+"""API keys: their form, their storage, and the reasons for which they are refused."""
 
 import hmac
 from pathlib import Path

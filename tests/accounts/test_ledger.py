@@ -1,4 +1,4 @@
-"""The books: what each booking does, what it refuses, and that it can be done twice."""
+"""The ledger: the effect of each booking, its refusals, and that repeating it changes nothing."""
 
 import threading
 from collections import Counter
@@ -48,7 +48,7 @@ def new_hold(account: str, id: str, amount: int, **more: Any) -> Hold:
 
 
 def balance(database: Database, account: str) -> tuple[int, int]:
-    """Balance and what is held of it. The books must be right whenever somebody looks."""
+    """Return balance and held amount, after verifying the books."""
     with database.read() as connection:
         assert verify(connection).drift == ()
         row = people.account(connection, account)
@@ -212,7 +212,7 @@ def test_a_frozen_account_finishes_but_begins_nothing(database: Database, accoun
 
 @pytest.mark.parametrize("threads", [50])
 def test_many_threads_spend_one_small_balance(database: Database, account: str, threads: int):
-    """It must show 3: accepted cost never exceeds the balance, through the door that the server uses."""
+    """Accepted cost never exceeds the balance, through the writer that the server uses."""
     writer = Writer(database)
     accepted: Counter[str] = Counter()
     lock = threading.Lock()
@@ -442,11 +442,11 @@ class TestReplays:
 
 
 class TestVerification:
-    """That it would see what the rules above prevent."""
+    """`verify` reports every kind of damage that the rules above prevent."""
 
     @pytest.fixture
     def spoilt(self, database: Database, peppers: Peppers, account: str):
-        """`spoilt(statement)` is what `verify` finds after it."""
+        """`spoilt(statement)` runs a statement on sound tables, and returns what `verify` reports then."""
         key = TestKeys.key(database, peppers, account)
         with database.begin() as connection:
             for id, amount in (("c1", 100), ("c2", 50), ("c3", 10)):

@@ -1,4 +1,4 @@
-"""It must show 1: no sequence of bookings, crashes and races breaks the books.
+"""No sequence of bookings, crashes and races breaks the books.
 
 Hypothesis invents the sequence, a model in plain Python says what the balances must then be, and after every step
 the ledger is recomputed from its entries. A crash is an exception before a statement of its choice: whatever the
@@ -134,7 +134,7 @@ failed_attempts = st.lists(
 
 
 class Books(RuleBasedStateMachine):
-    """The machine. A test says where its databases are: a new one for each sequence."""
+    """State machine of hypothesis over the ledger. A subclass makes the databases: a new one for each sequence."""
 
     accounts = Bundle("accounts")
     charges = Bundle("charges")
@@ -322,7 +322,7 @@ class Books(RuleBasedStateMachine):
 
     @rule(data=st.data(), account=accounts, charge=charges, statement=st.integers(0, 6))
     def crash(self, data: st.DataObject, account: str, charge: str, statement: int) -> None:
-        """Begin something and be gone before one of its statements. Nothing of it may stay."""
+        """Crash before one statement of a booking. No part of the booking may stay."""
         piece = data.draw(self.pieces(account, charge))[1]
         with self.database.begin() as connection:
             before = connection.begin_nested()
@@ -362,7 +362,7 @@ class Books(RuleBasedStateMachine):
                 follow()
 
     def pieces(self, account: str, charge: str) -> st.SearchStrategy[tuple[str, Piece, Callable[[], None]]]:
-        """Bookings by name, each with what the model does if it is done."""
+        """Bookings by name, each with the change of the model that belongs to it."""
         model, now = self.model, self.now
         new_hold = self.new_hold(account, 100, 3)
         reference = f"race {next(self.numbers)}"

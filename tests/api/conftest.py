@@ -1,4 +1,4 @@
-"""Servers for the tests of this room; what they are is in `live.py`."""
+"""Servers for the tests of the API; `live.py` starts them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack

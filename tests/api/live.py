@@ -36,7 +36,7 @@ BuildPages = Callable[[ModelRegistry, ServeSettings, Metrics, Accounts | None], 
 
 
 def until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    """Return once `condition` holds; for what happens in the server and can only be asked for."""
+    """Poll until `condition` holds, for changes inside the server that send no signal."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
@@ -111,7 +111,7 @@ class Service:
 
     @contextmanager
     def busy(self) -> Iterator[socket.socket]:
-        """Many seconds of work in the engine. It is over when the connection it came by is closed."""
+        """Give the engine many seconds of work; closing the connection ends it."""
         with self.connect() as connection:
             connection.sendall(self.raw_request(json.dumps(self.long_work).encode()))
             until(lambda: self.waiting_tokens() > 100_000)
@@ -123,7 +123,7 @@ class Service:
         return {"model": self.model, "input": [f"{next(_FRESH)} " + "some words " * 40 for _ in range(1000)]}
 
     def metric(self, start: str) -> float:
-        """A counter of the server's, by its name and labels; their sum if `start` fits several."""
+        """Return a counter of the server by the start of its name and labels; the sum if several match."""
         lines = self.call("GET", "/metrics").body.decode().splitlines()
         return sum(float(line.split()[-1]) for line in lines if line.startswith(start))
 
@@ -151,7 +151,7 @@ class Service:
 
 @dataclass
 class LocalService(Service):
-    """A server in a thread of this process, with its models for tests that look or reach behind the counter."""
+    """A server in a thread of this process. Tests can read and change its models without HTTP."""
 
     models: ModelRegistry
     server: HttpServer

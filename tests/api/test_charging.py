@@ -1,4 +1,4 @@
-"""The API with accounts: whose key, which limits, what it costs, and that it is charged once."""
+"""The API with accounts: keys, limits, costs, and that each request is charged once."""
 
 import asyncio
 import csv
@@ -29,7 +29,7 @@ BATCH = 3_500_000
 
 
 class Bank:
-    """Accounts behind a server, and what a test does with them behind the counter."""
+    """The accounts of a server. Tests read and change them without HTTP."""
 
     def __init__(self, accounts: Accounts) -> None:
         self.accounts = accounts
@@ -53,7 +53,7 @@ class Bank:
         return self.do(make)
 
     def balance(self, account: str) -> tuple[int, int]:
-        """Balance and held, when nothing is in flight any more."""
+        """Return balance and held amount once nothing is in flight."""
         until(lambda: self.do(lambda connection: people.account(connection, account)).held == 0)
         row = self.do(lambda connection: people.account(connection, account))
         assert self.do(verify).drift == ()
@@ -423,7 +423,7 @@ def test_a_key_in_the_url_is_refused_by_name(bank: Bank, paid: LocalService, par
 
 
 def test_one_account_never_sees_another(bank: Bank, paid: LocalService):
-    """The two-account walk: every route of the document that reads, with a key of each."""
+    """Call every reading route of the OpenAPI document with the keys of two accounts."""
     first, one = bank.customer(name="one's own")
     second, two = bank.customer(name="two's own")
     charges = {key: embed(paid, key).headers["x-unmask-charge"] for key in (one, two)}
@@ -441,7 +441,7 @@ def test_one_account_never_sees_another(bank: Bank, paid: LocalService):
 
 
 def test_one_account_cannot_use_what_is_anothers(bank: Bank):
-    """The two-account walk over the functions behind the pages: each asks whose it is."""
+    """Call the functions behind the pages with another account's ids: each checks the owner."""
     first, one = bank.customer()
     second, _ = bank.customer()
     id, now = keys.key_id(one), now_ms()

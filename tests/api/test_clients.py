@@ -1,4 +1,4 @@
-"""The clients people have: openai and langchain-openai, as installed, against a live server."""
+"""The installed clients openai and langchain-openai against a live server."""
 
 import asyncio
 import gzip
@@ -123,7 +123,7 @@ def test_openai_with_a_wrong_key(service: Service):
 
 @pytest.fixture
 def cl100k(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """tiktoken's cache with the vocabulary that LangChain tokenises by for want of a better guess."""
+    """tiktoken's cache with the vocabulary that LangChain uses for models it does not know."""
     packed = resources.files("bpe_openai").joinpath("data/cl100k_base.tiktoken.gz").read_bytes()
     (tmp_path / hashlib.sha1(CL100K_URL.encode()).hexdigest()).write_bytes(gzip.decompress(packed))
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))

@@ -1,4 +1,4 @@
-"""The OpenAPI document and the server say the same, found out by schemathesis."""
+"""schemathesis compares the OpenAPI document with the answers of the server."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`benchmarks/distillation.py`: variations are trained once, and stand in one table."""
+"""`benchmarks/distillation.py`: variations are trained once, and shown in one table."""
 
 import json
 import runpy

@@ -1,4 +1,4 @@
-"""`benchmarks/encode.py`: who is measured, who is not and why, and what becomes of it in the pages."""
+"""`benchmarks/encode.py`: the measured backends, the reasons for missing ones, and the tables in the pages."""
 
 import json
 import subprocess

@@ -462,7 +462,7 @@ def test_killed_at_any_moment(killed: tuple[Path, list[str]], target: str) -> No
 def test_killed_at_the_worst_moments(
     killed: tuple[Path, list[str]], tmp_path: Path, target: str, step: str, resumed_at: int
 ) -> None:
-    """Before the first record is in place, and before the finished file is."""
+    """Kill before the first record is in place, and before the finished file is."""
     folder, command = killed
     output = tmp_path / f"out.{target}"
     child = subprocess.run([*command, step, str(output)], cwd=ROOT, env=one_thread())

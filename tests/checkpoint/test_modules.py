@@ -42,7 +42,7 @@ TOLERANCE = 1e-5
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Products this small take longer on two cores, by far where other processes use them."""
+    """Compute on one thread: GEMMs this small are slower on two cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

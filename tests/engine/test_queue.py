@@ -1,4 +1,4 @@
-"""The waiting line: fair, within its budget, and nothing lost."""
+"""The fair queue: shares, budget, and no request lost."""
 
 import random
 import time
@@ -144,7 +144,7 @@ class Clock:
         self.now = max(self.now, moment)
 
     def offer(self, one: QueuedRequest) -> bool:
-        """Let a request in if the queue says that nobody would be late for it."""
+        """Admit a request if no admitted one would miss its deadline for it."""
         running = self.running if self.free > self.now else 0
         own = sum(len(prompt.ids) for prompt in one.prompts)
         late = self.queue.lateness(own, one.deadline, now=self.now, rate=self.rate, running=running)

@@ -1,4 +1,4 @@
-"""Vectors that are known already: the same as computed ones, within their memory, and never a canary's."""
+"""Recent vectors: equal to computed ones, within their memory, and never a canary's."""
 
 import asyncio
 import time

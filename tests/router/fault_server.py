@@ -133,7 +133,7 @@ def changed(change: Callable[[dict[str, Any]], object]) -> Behaviour:
 
 
 async def right(server: FaultServer, request: SeenRequest, writer: asyncio.StreamWriter) -> bool:
-    """Answer with the right vectors, in the words of the path."""
+    """Answer with the right vectors, in the format of the path."""
     vectors = server.vectors_of(request.texts, request.body.get("instruction", ""))
     answer = vectors.tolist() if request.path.endswith("/embed") else envelope(list(vectors))
     return await reply(answer)(server, request, writer)

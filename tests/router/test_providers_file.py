@@ -1,4 +1,4 @@
-"""The file of providers: what it may say, and errors that name file and key."""
+"""The file of providers: its fields, and errors that name file and key."""
 
 from datetime import date
 from pathlib import Path

@@ -118,7 +118,7 @@ def test_a_sharded_run_goes_on_with_another_number_of_processes(
 
 
 def halves(environment: dict[str, str], base: str, output: Path) -> None:
-    """In a process of its own: build a sharded model and say how much of it is here."""
+    """Build a sharded model in a new process, and write how many of its numbers are on this rank."""
     os.environ.update(environment)
     with process_group(CPU) as group:
         model = TrainingModel(recipe_of(base=base, shard=True), CPU, group)

@@ -23,7 +23,7 @@ from unmask.training.train import run_training
 
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second of work per run that has a test of its own."""
+    """Draw no curves: that takes a second per run, and test_curves.py tests it."""
     monkeypatch.setattr(curves, "draw_curves", lambda folder: None)
 
 

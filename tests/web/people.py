@@ -1,4 +1,4 @@
-"""A browser without a browser: keeps cookies, and fills in forms with the token of their page."""
+"""A visitor over plain HTTP: keeps cookies, and fills in forms with the token of their page."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar

@@ -70,7 +70,7 @@ def test_a_page_that_has_not_changed_is_not_sent_again(service: LocalService) ->
     assert service.call("GET", "/static/../website.py").status == 404
 
 
-def test_the_founding_case_a_model_that_is_coming(service: LocalService) -> None:
+def test_a_model_that_is_coming_soon(service: LocalService) -> None:
     page = get(service, f"/models/{COMING}")
     for fact in ("coming soon", "1,279,887,360", "2,048", "512", "MIT", "princeton-nlp/Sheared-LLaMA-1.3B", "61.85",
                  "51.44", "Given a web search query", f"unmask serve --model {COMING}", "2404.05961"):  # fmt: skip

@@ -1,4 +1,4 @@
-"""The project's founding case: a published model from its page and a vote through onboarding to vectors."""
+"""A published model on its whole way: its page, a vote, onboarding, vectors."""
 
 import os
 import subprocess
