@@ -61,7 +61,8 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     import torch
     from gguf import GGUFReader
     from gguf.quants import dequantize
-    from transformers import NomicBertConfig, NomicBertModel
+    from transformers.models.nomic_bert.configuration_nomic_bert import NomicBertConfig
+    from transformers.models.nomic_bert.modeling_nomic_bert import NomicBertModel
 
     folder.mkdir(parents=True)
     reader = GGUFReader(str(gguf))

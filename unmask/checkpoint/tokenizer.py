@@ -127,7 +127,7 @@ def _added_around(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...
 
 def _convert_sentencepiece(folder: Path) -> Tokenizer:
     try:
-        from transformers import AutoTokenizer
+        from transformers.models.auto.tokenization_auto import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(folder).backend_tokenizer
     except (ImportError, OSError, ValueError, AttributeError) as error:

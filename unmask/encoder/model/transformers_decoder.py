@@ -76,7 +76,10 @@ class TransformersDecoder(nn.Module):
             UnsupportedArchitecture: transformers does not know the model_type, or keeps it causal.
             CheckpointError: weights are missing or of the wrong shape.
         """
-        from transformers import AutoConfig, AutoModel
+        # By their own modules: `from transformers import` makes a type checker read the modules of all models, which
+        # takes it as long as a quarter of this package.
+        from transformers.models.auto.configuration_auto import AutoConfig
+        from transformers.models.auto.modeling_auto import AutoModel
 
         kind = config["model_type"]
         values = {

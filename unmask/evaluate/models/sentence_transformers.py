@@ -1,6 +1,7 @@
 """Models in folders of the sentence-transformers library."""
 
 import hashlib
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -60,14 +61,17 @@ def open_folder(specification: ModelSpecification) -> SentenceTransformerModel:
         CheckpointError: the folder is not one of that library.
     """
     try:
-        from sentence_transformers import SentenceTransformer
+        # Not by an import statement: a type checker would read the modules of all transformers' models for it.
+        library = importlib.import_module("sentence_transformers")
     except ImportError as error:
         raise MissingPackages("a sentence-transformers model needs", "evaluate") from error
     folder = Path(specification.target).expanduser()
     if not (folder / "modules.json").is_file():
         raise CheckpointError(f"{folder} is not a sentence-transformers folder: it has no modules.json")
     try:
-        model = SentenceTransformer(str(folder), device=specification.one("device") or "cpu", local_files_only=True)
+        model = library.SentenceTransformer(
+            str(folder), device=specification.one("device") or "cpu", local_files_only=True
+        )
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
     return SentenceTransformerModel(model, folder, specification.display_name)
