@@ -68,7 +68,7 @@ def site(accounts: Accounts, golden_dir: Path) -> Iterator[LocalService]:
 @pytest.fixture
 def web_client(site: LocalService, accounts: Accounts) -> Iterator[httpx.Client]:
     # Every test here comes from one place, which may only try so often; and nothing is remembered of the provider.
-    accounts._limiter = LocalLimiter()
+    accounts.membership._limiter = LocalLimiter()
     assert accounts.provider
     accounts.provider._metadata = None
     with a_browser(site) as made:
@@ -425,7 +425,7 @@ def test_a_first_password(
 def test_ways_to_the_provider_are_counted(
     web_client: httpx.Client, accounts: Accounts, elsewhere: OidcProvider
 ) -> None:
-    accounts._limiter = LocalLimiter(clock=lambda: 0.0)
+    accounts.membership._limiter = LocalLimiter(clock=lambda: 0.0)
     for _ in range(30):
         begun(web_client)
     reply = web_client.get("/sign-in/provider")

@@ -47,7 +47,7 @@ def site(accounts: Accounts, tiny_llama: Path) -> Iterator[LocalService]:
 @pytest.fixture(autouse=True)
 def first_try(accounts: Accounts) -> None:
     """Reset the limit of sign-in tries: all tests come from one address."""
-    accounts._limiter = LocalLimiter()
+    accounts.membership._limiter = LocalLimiter()
 
 
 def text(reply: Reply) -> str:
@@ -166,7 +166,7 @@ def test_signing_in_tells_nobody_who_is_here(
 
 
 def test_tries_are_counted_by_mail_and_by_place(site: LocalService, accounts: Accounts) -> None:
-    limiter = accounts._limiter = LocalLimiter(clock=lambda: 0.0)
+    limiter = accounts.membership._limiter = LocalLimiter(clock=lambda: 0.0)
     who = accounts.peppers.permanent_digest("sign-in guess@example.org")
     limiter.take_now([BucketTake(f"sign-in:{who}", 10, 9), BucketTake("sign-in-from:127.0.0.1", 30, 28)], "requests")
     visitor = Visitor(site)
@@ -190,7 +190,7 @@ def test_only_a_trusted_proxy_says_who_comes(site: LocalService, accounts: Accou
     def read(service: LocalService, forwarded: str) -> int:
         return service.call("GET", "/v1/account", headers={"x-forwarded-for": forwarded}, key=key).status
 
-    limiter = accounts._limiter = LocalLimiter(clock=lambda: 0.0)
+    limiter = accounts.membership._limiter = LocalLimiter(clock=lambda: 0.0)
     limiter.take_now([BucketTake("sign-in-from:203.0.113.7", 30, 30)], "requests")
     settings = {"api_keys": (), "database": "kept", "trusted_proxies": ("127.0.0.0/8", "10.1.0.0/16")}
     with running(tiny_llama, accounts, website, **settings) as behind:
