@@ -1,5 +1,6 @@
 """Signing in with OpenID Connect: the steps of a browser, over HTTP, between a server and a small provider."""
 
+import logging
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -434,8 +435,12 @@ def test_ways_to_the_provider_are_counted(
 
 
 def test_nothing_secret_is_logged_or_shown(
-    web_client: httpx.Client, elsewhere: OidcProvider, capfd: pytest.CaptureFixture[str]
+    web_client: httpx.Client,
+    elsewhere: OidcProvider,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    caplog.set_level(logging.INFO, logger="unmask")
     capfd.readouterr()
     elsewhere.person = {"sub": "secret-subject", "email": "quiet@example.org"}
     reply = web_client.get("/sign-in/provider")
@@ -444,7 +449,7 @@ def test_nothing_secret_is_logged_or_shown(
     elsewhere.broken = ("/token",)
     web_client.cookies.clear()
     web_client.get("/sign-in/provider")
-    out = "".join(capfd.readouterr())
+    out = caplog.text + "".join(capfd.readouterr())
     assert "/sign-in/provider/return" in out
     for secret in (SECRET, code, "secret-subject", "quiet@example.org", "code="):
         assert secret not in out
