@@ -114,7 +114,7 @@ class _TokenCounter:
     max_length: int
     hard_negatives: int
 
-    def longest(self, source: DataSource) -> int:
+    def max_length_of(self, source: DataSource) -> int:
         return source.max_length or self.max_length
 
     def count(self, example: Example, source: DataSource) -> int:
@@ -127,7 +127,7 @@ class _TokenCounter:
         instruction = len(self.tokenizer.encode(source.instruction).ids) if source.instruction else 0
         with_instruction = len(counts) if source.symmetric else 1
         counts = [
-            min(self.longest(source), count + (instruction if i < with_instruction else 0))
+            min(self.max_length_of(source), count + (instruction if i < with_instruction else 0))
             for i, count in enumerate(counts)
         ]
         return sum(counts) * (2 if self.objective == "simcse" else 1)
@@ -138,7 +138,7 @@ def _source_plan(
 ) -> SourcePlan:
     size = source.batch or batch_size
     if examples is None:
-        return SourcePlan(source.name, None, 0, float(counter.longest(source)), size, share)
+        return SourcePlan(source.name, None, 0, float(counter.max_length_of(source)), size, share)
     lengths = [counter.count(example, source) for example in examples.train[:_SAMPLE]]
     return SourcePlan(source.name, len(examples.train), len(examples.held_out), float(np.mean(lengths)), size, share)
 
