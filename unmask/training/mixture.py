@@ -52,7 +52,7 @@ def examples_per_draw(batch: Batch, source: DataSource) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamOptions:
-    """How streamed data sets are read.
+    """Options for reading streamed data sets.
 
     Attributes:
         root: the data folder.
