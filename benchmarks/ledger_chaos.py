@@ -191,7 +191,10 @@ def examine(url: str, seen: Seen, *, by_providers: bool = False) -> list[str]:
             errors.append(f"{charge}: answered at {cost}, settled {settled.get(charge)}, booked {booked[charge]} times")
     errors += [f"{charge} was replayed and not settled" for charge in seen.replayed if charge not in settled]
     unseen = len(settled) - len(set(settled) & (set(seen.charged) | set(seen.replayed)))
-    print(f"{verification.charges} charges, {len(settled)} settled, {unseen} of them with an answer that was lost on its way")
+    print(
+        f"{verification.charges} charges, {len(settled)} settled, {unseen} of them with an answer that was lost "
+        "on its way"
+    )
     print(f"{len(late)} holds were left behind and given back")
     print(f"{keys_used} Idempotency-Keys, {sum(seen.replayed.values())} answers repeated")
     return errors
@@ -209,17 +212,17 @@ def examine_costs(database: Database, seen: Seen) -> list[str]:
         attempts = connection.execute(sa.select(provider_attempts)).all()
         owed = costs.payables(connection)
     answered = Counter(row.charge for row in attempts if row.outcome == "answered" and row.charge is not None)
-    wrong = [
+    errors = [
         f"{charge} has {answered[charge]} answers of providers" for charge in seen.charged if answered[charge] != 1
     ]
     for provider in {row.provider for row in attempts}:
         due = sum(row.cost for row in attempts if row.provider == provider)
         if owed.get(provider) != due:
-            wrong.append(f"{provider}: attempts cost {due}, the books owe {owed.get(provider)}")
+            errors.append(f"{provider}: attempts cost {due}, the books owe {owed.get(provider)}")
     print(
         f"{len(attempts)} attempts at providers for {sum(owed.values())} nano-dollars, {open_costs} booked afterwards"
     )
-    return wrong
+    return errors
 
 
 def main() -> int:
@@ -259,7 +262,8 @@ def main() -> int:
         errors = examine(url, seen, by_providers=arguments.providers)
     times = np.array(seen.milliseconds or [0.0])
     print(
-        f"{arguments.requests} requests of {arguments.keys} keys in {seconds:.0f} s, {arguments.kills} kills: {dict(seen.statuses)}"
+        f"{arguments.requests} requests of {arguments.keys} keys in {seconds:.0f} s, "
+        f"{arguments.kills} kills: {dict(seen.statuses)}"
     )
     print(f"answered in {np.median(times):.1f} ms median, {np.percentile(times, 99):.1f} ms p99")
     for line in errors[:20]:

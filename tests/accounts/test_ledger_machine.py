@@ -229,21 +229,21 @@ class Books(RuleBasedStateMachine):
     def settle_what_a_provider_answered(
         self, charge: str, provider: str, failed: list[AttemptRecord], tokens: int
     ) -> None:
-        known = self.model.charges.get(charge)
-        free = self.model.free(known.account) if known else 0
+        booked = self.model.charges.get(charge)
+        free = self.model.free(booked.account) if booked else 0
         attempts = [*failed, attempt_at(provider, "answered", "answer", tokens, tokens + 1)]
         try:
             done = self.do(lambda c: costs.settle_with_attempts(c, charge, self.now, provider, attempts))
         except InsufficientCredit:
-            assert known is not None and known.state == "expired" and free < known.amount
+            assert booked is not None and booked.state == "expired" and free < booked.amount
             return
         except LedgerRefused:
-            assert known is None or known.state == "released"
+            assert booked is None or booked.state == "released"
             return
-        assert known is not None and done == (known.state in ("held", "expired"))
+        assert booked is not None and done == (booked.state in ("held", "expired"))
         if done:
-            self.model.balance[known.account] -= known.amount
-            known.state = "settled"
+            self.model.balance[booked.account] -= booked.amount
+            booked.state = "settled"
             self.model.add_costs(attempts)
 
     @rule(attempts=failed_attempts)

@@ -271,5 +271,5 @@ def test_the_command_line(tmp_path: Path, job: EncodeJob, golden_dir: Path) -> N
         (("-o", job.output), "no input: name files"),
         (("--status", str(tmp_path / "none")), "holds no parts"),
     ):
-        wrong = unmask(*arguments)
-        assert wrong.returncode == 1 and message in wrong.stderr
+        refusal = unmask(*arguments)
+        assert refusal.returncode == 1 and message in refusal.stderr

@@ -74,7 +74,7 @@ def test_local_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("odd[1].txt").write_text("x\n")
     assert names_of("odd[1].txt") == ["odd[1].txt"]
     Path("empty").mkdir()
-    for wrong, message in (
+    for bad_name, message in (
         (["none.txt"], "cannot read none.txt"),
         (["*.csv"], "no file matches"),
         (["empty"], "empty is a folder without files"),
@@ -83,7 +83,7 @@ def test_local_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["ftp://host/a.txt"], "ftp://host/a.txt: no such storage"),
     ):
         with pytest.raises(UsageError, match=message):
-            find_inputs(wrong)
+            find_inputs(bad_name)
 
 
 def test_a_folder_of_no_tables_is_refused(tmp_path: Path) -> None:
@@ -130,9 +130,9 @@ def test_an_object_store_lists_and_keeps_objects(s3: int) -> None:
     store.remove("a/b")
     store.remove("a/b")
     assert store.get("a/b") is None
-    for wrong, message in (("data/none", "nothing is at s3://data/none"), ("data/in/*.csv", "no file matches")):
+    for name, message in (("data/none", "nothing is at s3://data/none"), ("data/in/*.csv", "no file matches")):
         with pytest.raises(UsageError, match=message):
-            find_inputs([url(s3, wrong)])
+            find_inputs([url(s3, name)])
 
 
 def test_a_wrong_key_is_one_sentence_without_the_key(s3: int) -> None:

@@ -672,8 +672,8 @@ def test_canaries_end_the_quarantine_that_they_ordered_and_the_file_is_read_on_d
             quarantined = len(a.requests)
             file.write_text('readmit = "auto"\n' + file.read_text())
             (tmp_path / "wrong.toml").write_text("[[provider]]\n")
-            wrong = unmask("providers", "reload", "--providers", str(tmp_path / "wrong.toml"), "--database", url)
-            assert wrong.returncode != 0 and "wrong.toml: provider[0]" in wrong.stderr
+            refusal = unmask("providers", "reload", "--providers", str(tmp_path / "wrong.toml"), "--database", url)
+            assert refusal.returncode != 0 and "wrong.toml: provider[0]" in refusal.stderr
             assert pool.settings.readmit == "operator"
             assert unmask("providers", "reload", "--providers", str(file), "--database", url).returncode == 0
             until(lambda: pool.settings.readmit == "auto")

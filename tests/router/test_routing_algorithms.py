@@ -169,21 +169,23 @@ preferences = st.builds(
 
 
 @given(candidates, preferences, st.integers(0, 1000))
-def test_a_choice_is_a_candidate_of_the_first_group(group: list[Candidate], wish: ProviderPreferences, seed: int) -> None:
-    chosen = choose(group, wish, random.Random(seed))
+def test_a_choice_is_a_candidate_of_the_first_group(
+    group: list[Candidate], preference: ProviderPreferences, seed: int
+) -> None:
+    chosen = choose(group, preference, random.Random(seed))
     if not group:
         assert chosen is None
         return
     assert chosen in group and chosen is not None
-    named = [name for name in wish.order if name in {candidate.name for candidate in group}]
+    named = [name for name in preference.order if name in {candidate.name for candidate in group}]
     if named:
         assert chosen.name == named[0]
         return
     first = [candidate for candidate in group if candidate.priority == min(c.priority for c in group)]
     assert chosen in first
-    if wish.sort == "price":
+    if preference.sort == "price":
         assert chosen.price == min(candidate.price for candidate in first)
-    elif wish.sort or len(first) == 2:
+    elif preference.sort or len(first) == 2:
         assert chosen.load == min(candidate.load for candidate in first)
 
 
@@ -195,9 +197,9 @@ def test_a_choice_is_a_candidate_of_the_first_group(group: list[Candidate], wish
     st.sampled_from(["allow", "deny"]),
 )
 def test_preferences_filter(name: str, data: str, only: set[str], ignore: set[str], collection: str) -> None:
-    wish = ProviderPreferences(only=tuple(only), ignore=tuple(ignore), data_collection=collection)  # pyright: ignore[reportArgumentType]
+    preference = ProviderPreferences(only=tuple(only), ignore=tuple(ignore), data_collection=collection)  # pyright: ignore[reportArgumentType]
     expected = name not in ignore and (not only or name in only) and (collection == "allow" or data == "none")
-    assert permitted(name, data, wish) == expected
+    assert permitted(name, data, preference) == expected
     alone = ProviderPreferences(order=("a", "b"), allow_fallbacks=False)
     assert permitted(name, data, alone) == (name == "a")
 
