@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from unmask.catalogue import record_for
+from unmask.catalogue import Catalogue, record_for
 from unmask.catalogue.canary import CANARY_TEXT, make_canary
 from unmask.checkpoint import DEFAULT_MODEL
 from unmask.encoder import Encoder
@@ -50,6 +50,25 @@ async def test_other_vectors_than_the_records_are_refused(golden_dir: Path, know
     model = ServedModel(str(folder), record)
     with pytest.raises(CheckpointError, match=rf"{message}.*cosine -1\.0"):
         await model.engine(wait=60)
+
+
+@pytest.mark.parametrize("sign", [1, -1], ids=["the same vector", "another vector"])
+async def test_files_that_another_record_knows_are_checked_by_its_canary(golden_dir: Path, sign: int) -> None:
+    """A local folder, served by its path, whose revision went live under another id."""
+    folder = golden_dir / "tiny_llama"
+    encoder = Encoder.load(folder)
+    canary = make_canary("another text", sign * encoder.encode("another text")[0])
+    catalogue = Catalogue()
+    live = msgspec.structs.replace(record_for("org/live"), revision=encoder.checkpoint.revision, canary=canary)
+    catalogue.put(live)
+    models = ModelRegistry([str(folder)], catalogue=catalogue)
+    served = models.list()[0]
+    if sign > 0:
+        await served.engine(wait=60)
+    else:
+        with pytest.raises(CheckpointError, match=r"tiny_llama loaded, but the files of revision .* cosine -1\.0"):
+            await served.engine(wait=60)
+    await models.close()
 
 
 async def test_a_model_that_cannot_be_loaded_says_why(copied) -> None:

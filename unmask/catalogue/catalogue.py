@@ -63,6 +63,12 @@ class Catalogue:
         """Return the entry of an id or alias."""
         return self._entries.get(id) or self._entries.get(self._aliases.get(id, ""))
 
+    def with_revision(self, revision: str, compat: str) -> Record | None:
+        """Return a record that knows the vectors of these files in this text handling; None if there is none."""
+        records = (entry.record for entry in self._entries.values())
+        known = (r for r in records if r.revision == revision and r.compat == compat and r.canary is not None)
+        return next(known, None)
+
     def entries(self) -> list[Entry]:
         return list(self._entries.values())
 

@@ -61,7 +61,7 @@ class ModelRegistry:
         Raises:
             UsageError: another model has its name.
         """
-        model = ServedModel(source, record, self._options)
+        model = ServedModel(source, record, self._options, self.catalogue)
         names = (model.record.id, *model.record.aliases)
         if taken := next((name for name in names if name in self._by_name), None):
             raise UsageError(f"two models would both be called {taken!r}; rename the folder of one of them")

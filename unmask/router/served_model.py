@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 import msgspec
 import numpy as np
 
-from unmask.catalogue import Record, record_for
+from unmask.catalogue import Catalogue, Record, record_for
 from unmask.catalogue.canary import CANARY_TEXT, check_vector, expected_vector
 from unmask.encoder import DtypeChoice, Encoder
 from unmask.encoder.precision import PrecisionChoice
@@ -58,14 +58,22 @@ class ServedModel:
         source: id, folder or file to load the weights from.
         record: its catalogue record; None for the shipped one, or one made from its name.
         options: precision, device, queue and cache.
+        catalogue: records of other models, one of which may know the same files; None for none.
 
     Attributes:
         state: cold, loading, ready or failed.
         reason: why loading failed; empty otherwise. May name files of this machine.
     """
 
-    def __init__(self, source: str, record: Record | None = None, options: ModelOptions | None = None) -> None:
+    def __init__(
+        self,
+        source: str,
+        record: Record | None = None,
+        options: ModelOptions | None = None,
+        catalogue: Catalogue | None = None,
+    ) -> None:
         self.source = source
+        self._catalogue = catalogue or Catalogue()
         self.options = options or ModelOptions()
         self.record: Record = record or record_for(source)
         self.state: State = "cold"
@@ -194,11 +202,12 @@ class ServedModel:
         # The model and its libraries stay for good. Searching them for garbage would stop all requests again and again.
         gc.collect()
         gc.freeze()
-        if (
-            record.canary is not None
-            and (verdict := check_vector(canary_vector, expected_vector(record.canary), dtype)) != "ok"
-        ):
-            raise CheckpointError(f"{record.id} loaded, but {_canary_problem(record)}: {verdict}")
+        # A folder without a record of its own may hold the files of a model that has one.
+        known = record if record.canary is not None else self._known_files(encoder)
+        if known is not None and known.canary is not None:
+            vector = canary_vector if known is record else encoder.encode([known.canary.text])[0]
+            if (verdict := check_vector(vector, expected_vector(known.canary), dtype)) != "ok":
+                raise CheckpointError(f"{record.id} loaded, but {_canary_problem(known)}: {verdict}")
         config = encoder.checkpoint.config
         trained_as = encoder.checkpoint.trained_as
         fields = {
@@ -212,6 +221,9 @@ class ServedModel:
             **_fields_of_files(record, encoder),
         }
         return encoder, fields, canary_vector
+
+    def _known_files(self, encoder: Encoder) -> Record | None:
+        return self._catalogue.with_revision(encoder.checkpoint.revision, encoder.compat)
 
     def _canary_text(self) -> str:
         return self.record.canary.text if self.record.canary is not None else CANARY_TEXT
