@@ -12,7 +12,7 @@ from unmask.accounts.keys import KeySettings
 from unmask.accounts.ledger import Hold
 from unmask.accounts.limits import LocalLimiter
 from unmask.accounts.verification import verify
-from unmask.errors import AccountError, Forbidden, LedgerRefused, RateLimited, SignInRefused, UsageError
+from unmask.errors import AccountError, AddressTaken, Forbidden, LedgerRefused, RateLimited, SignInRefused, UsageError
 from unmask.storage.database import now_ms
 
 PASSWORD = "correct horse battery"
@@ -170,3 +170,47 @@ async def test_what_happened_is_in_the_audit_log(accounts: Accounts):
     ]
     (own,) = do(accounts, lambda c: audit.events(c, subjects=[person.account_id], before=lines[0][0]))
     assert own[1].action == "person.sign_up"
+
+
+# Spellings from before there was one for each mailbox, and the one of today.
+OLD_SPELLINGS = [
+    ("e\u0301va@example.org", "\u00e9va@example.org"),  # NFD
+    ("ada@xn--exmple-cua.org", "ada@ex\u00e4mple.org"),
+    ("ada@exa\u0308mple.org", "ada@ex\u00e4mple.org"),
+    ("\uff41da@example.org", None),  # a full-width letter, which is refused today
+]
+
+
+def store_as(accounts: Accounts, person: people.Person, email: str) -> None:
+    """Spell a stored address as an earlier version did."""
+    do(accounts, lambda c: c.exec_driver_sql(f"UPDATE people SET email = '{email}' WHERE id = '{person.id}'"))
+
+
+@pytest.mark.parametrize(("old", "today"), OLD_SPELLINGS)
+async def test_an_account_of_an_older_spelling_signs_in_and_keeps_its_mailbox(
+    accounts: Accounts, old: str, today: str | None
+):
+    person = await accounts.sign_up("somebody@example.org", PASSWORD, address="")
+    store_as(accounts, person, old)
+    for spelling in filter(None, (old, old.upper(), today)):
+        token = await accounts.sign_in(spelling, PASSWORD, address="")
+        assert do(accounts, lambda c, token=token: people.person_of_session(c, token, now_ms())).id == person.id
+        assert do(accounts, lambda c, spelling=spelling: people.find_account(c, spelling)).id == person.account_id
+    if today is not None:
+        with pytest.raises(AddressTaken):
+            await accounts.sign_up(today, PASSWORD, address="")
+    assert not do(accounts, people.shared_mailboxes)
+
+
+async def test_two_accounts_of_one_mailbox_are_named_and_both_sign_in(accounts: Accounts):
+    old, today = OLD_SPELLINGS[0]
+    first = await accounts.sign_up("somebody@example.org", PASSWORD, address="")
+    assert today is not None
+    second = await accounts.sign_up(today, "another long password", address="")
+    store_as(accounts, first, old)
+    for spelling, password, person in ((old, PASSWORD, first), (today, "another long password", second)):
+        token = await accounts.sign_in(spelling, password, address="")
+        assert do(accounts, lambda c, token=token: people.person_of_session(c, token, now_ms())).id == person.id
+    assert [{person.id for person in sharing} for sharing in do(accounts, people.shared_mailboxes)] == [
+        {first.id, second.id}
+    ]

@@ -54,6 +54,29 @@ def normalize_email(email: str) -> str:
     return address
 
 
+def stored_spellings(email: str) -> list[str]:
+    """Return the spellings under which a mailbox may be stored, the likeliest first.
+
+    Accounts from before `normalize_email` are stored in lower case as they were typed: in NFD, with xn-- in the domain,
+    or in a form that is refused today.
+
+    >>> stored_spellings("Ada@exämple.org")[0]
+    'ada@exämple.org'
+    """
+    typed = email.strip(" ").lower()
+    try:
+        address = normalize_email(email)
+    except UsageError:
+        # Lower case must not lead from a look-alike to somebody's plain address.
+        disguised = any(not character.isascii() and character.lower().isascii() for character in email)
+        return [typed] if len(typed) <= _MAX_LENGTH and typed.isprintable() and not disguised else []
+    local, _, domain = address.rpartition("@")
+    domains = (domain, idna.encode(domain).decode("ascii"))
+    others = [f"{local}@{name}" for name in domains]
+    others += [unicodedata.normalize("NFD", other) for other in others]
+    return list(dict.fromkeys([typed, *others]))
+
+
 def _is_disguised(character: str) -> bool:
     """True for a character beyond ASCII that normalisation or lower case turns into ASCII, such as the Kelvin sign."""
     return not character.isascii() and (

@@ -6,6 +6,8 @@ they stand apart from the functions that hold a transaction.
 
 import hashlib
 import secrets
+from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,7 @@ from sqlalchemy import Connection
 from unmask.accounts import ledger
 from unmask.accounts.identity_provider import Identity
 from unmask.accounts.keys import Peppers
-from unmask.accounts.mail_address import normalize_email
+from unmask.accounts.mail_address import normalize_email, stored_spellings
 from unmask.errors import AddressTaken, LedgerRefused, SignInRefused, UsageError
 from unmask.storage.database import insert
 from unmask.storage.schema import (
@@ -40,6 +42,7 @@ INVITATION_MS = 24 * 3600 * 1000
 SHORTEST_PASSWORD = 10
 NO_PASSWORD = ""  # no password fits it
 _LONGEST_PASSWORD = 1000
+_TAKEN = "this address cannot be used: if it is yours, sign in instead"
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,8 @@ def find_account(connection: Connection, name: str) -> Account:
     """
     if "@" not in name:
         return account(connection, name)
-    id = connection.scalar(sa.select(people.c.account_id).where(people.c.email == normalize_email(name)))
+    row = _by_email(connection, name, people.c.account_id)
+    id = None if row is None else row.account_id
     if id is None:
         raise UsageError(f"nobody has the address {name!r}: see 'unmask accounts list'")
     return account(connection, id)
@@ -249,7 +253,9 @@ def sign_up(
     Raises:
         AddressTaken: the address is taken.
     """
-    email = normalize_email(email)
+    spelling, email = email, normalize_email(email)
+    if _by_email(connection, spelling, people.c.id) is not None:
+        raise AddressTaken(_TAKEN)
     own = open_account(connection, email, now)
     id = f"person_{secrets.token_hex(8)}"
     row = {
@@ -267,7 +273,7 @@ def sign_up(
         .returning(people.c.id)
     )
     if made.one_or_none() is None:
-        raise AddressTaken("this address cannot be used: if it is yours, sign in instead")
+        raise AddressTaken(_TAKEN)
     if free_credit:
         give_free_credit(connection, peppers, own, email, free_credit, now)
     return Person(id, own, email, admin, now)
@@ -286,12 +292,27 @@ def give_free_credit(connection: Connection, peppers: Peppers, account: str, ema
 
 def stored_password(connection: Connection, email: str) -> tuple[str, str] | None:
     """Return the person's id and stored hash of a mail address, for `check_password`; None if it is unknown."""
-    try:
-        email = normalize_email(email)
-    except UsageError:
-        return None
-    row = connection.execute(sa.select(people.c.id, people.c.password).where(people.c.email == email)).one_or_none()
+    row = _by_email(connection, email, people.c.id, people.c.password)
     return None if row is None else (row.id, row.password)
+
+
+def _by_email(connection: Connection, email: str, *columns: sa.Column[Any]) -> sa.Row[Any] | None:
+    """Return columns of the person with a mail address, also of one stored in an older spelling of the mailbox."""
+    spellings = stored_spellings(email)
+    rows = connection.execute(sa.select(people.c.email, *columns).where(people.c.email.in_(spellings))).all()
+    return min(rows, key=lambda row: spellings.index(row.email), default=None)
+
+
+def shared_mailboxes(connection: Connection) -> list[tuple[Person, ...]]:
+    """List people who share a mailbox in different spellings, from before there was one spelling for each.
+
+    Their accounts may hold credit, so nobody merges them but an admin. Each signs in with the spelling of their own.
+    """
+    owners: dict[str, list[Person]] = defaultdict(list)
+    for person in list_people(connection):
+        with suppress(UsageError):
+            owners[normalize_email(person.email)].append(person)
+    return [tuple(sharing) for sharing in owners.values() if len(sharing) > 1]
 
 
 def person_of_identity(connection: Connection, identity: Identity) -> Person | None:

@@ -66,8 +66,8 @@ class Catalogue:
     def with_revision(self, revision: str, compat: str) -> Record | None:
         """Return a record that knows the vectors of these files in this text handling; None if there is none."""
         records = (entry.record for entry in self._entries.values())
-        known = (r for r in records if r.revision == revision and r.compat == compat and r.canary is not None)
-        return next(known, None)
+        matching = (r for r in records if r.revision == revision and r.compat == compat and r.canary is not None)
+        return next(matching, None)
 
     def entries(self) -> list[Entry]:
         return list(self._entries.values())

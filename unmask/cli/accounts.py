@@ -73,6 +73,7 @@ def list_accounts(*, as_json: AsJson = False, database: DatabaseUrl = None) -> i
     with read_transaction(database) as connection:
         rows = people.all_accounts(connection, limit=1_000_000)
         owners = {person.account_id: person.email for person in people.list_people(connection)}
+        shared = people.shared_mailboxes(connection)
     print_table(
         ("account", "who", "state", "plan", "balance", "held"),
         [
@@ -82,6 +83,9 @@ def list_accounts(*, as_json: AsJson = False, database: DatabaseUrl = None) -> i
         right=("balance", "held"),
         as_json=as_json,
     )
+    for sharing in shared:
+        ids = " and ".join(person.account_id for person in sharing)
+        say(f"{ids} belong to one mailbox, {sharing[0].email}, in two spellings: ask its owner which one to close")
     return 0
 
 

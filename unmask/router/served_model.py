@@ -203,11 +203,11 @@ class ServedModel:
         gc.collect()
         gc.freeze()
         # A folder without a record of its own may hold the files of a model that has one.
-        known = record if record.canary is not None else self._known_files(encoder)
-        if known is not None and known.canary is not None:
-            vector = canary_vector if known is record else encoder.encode([known.canary.text])[0]
-            if (verdict := check_vector(vector, expected_vector(known.canary), dtype)) != "ok":
-                raise CheckpointError(f"{record.id} loaded, but {_canary_problem(known)}: {verdict}")
+        reference = record if record.canary is not None else self._record_of_files(encoder)
+        if reference is not None and reference.canary is not None:
+            vector = canary_vector if reference is record else encoder.encode([reference.canary.text])[0]
+            if (verdict := check_vector(vector, expected_vector(reference.canary), dtype)) != "ok":
+                raise CheckpointError(f"{record.id} loaded, but {_canary_problem(reference)}: {verdict}")
         config = encoder.checkpoint.config
         trained_as = encoder.checkpoint.trained_as
         fields = {
@@ -222,7 +222,7 @@ class ServedModel:
         }
         return encoder, fields, canary_vector
 
-    def _known_files(self, encoder: Encoder) -> Record | None:
+    def _record_of_files(self, encoder: Encoder) -> Record | None:
         return self._catalogue.with_revision(encoder.checkpoint.revision, encoder.compat)
 
     def _canary_text(self) -> str:
