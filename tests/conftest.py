@@ -42,18 +42,21 @@ NEEDS = {
     "browser": {"browser"},
     "weights": {"real_model"},
 }
-# Modules whose tests take more than about five seconds of CPU together: they start processes, train, or draw many
-# examples. `make check` leaves them out, and does not import them.
+# Modules whose tests and imports take more than about five seconds of CPU together: they start processes, train, draw
+# many examples, or load the client libraries of others. `make check` leaves them out, and does not import them.
 SLOW = {
     "accounts/test_chaos.py",
     "accounts/test_ledger_machine.py",
     "accounts/test_two_accounts.py",
+    "api/test_clients.py",
+    "api/test_dialects.py",
     "api/test_openapi.py",
     "api/test_soak.py",
     "benchmarks/test_encode.py",
     "bulk/test_job.py",
     "bulk/test_parts.py",
     "bulk/test_storage.py",
+    "checkpoint/test_adapter.py",
     "checkpoint/test_packaged_models.py",
     "cli/test_providers.py",
     "conformance/test_finding.py",
