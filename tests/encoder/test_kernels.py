@@ -20,7 +20,7 @@ from unmask import Encoder
 from unmask.encoder.model.decoder import Decoder
 from unmask.encoder.runtime import kernels
 from unmask.encoder.runtime.kernels import build
-from unmask.encoder.runtime.linear import prepack
+from unmask.encoder.runtime.linear import Linear, prepack
 
 # In CI they have to be there: a missing compiler is a failure and not a skip.
 pytestmark = pytest.mark.skipif(
@@ -150,10 +150,60 @@ def test_panels_keep_every_weight() -> None:
     weight = torch.randn(75, 20)
     assert torch.equal(kernels.weight_of(kernels.panels_of(weight), 75), weight)
     rounded = weight.to(torch.bfloat16)
-    assert torch.equal(kernels.weight_of(kernels.panels_of(weight, torch.bfloat16), 75), rounded)
-    x, bias = torch.randn(17, 20), torch.randn(75)
-    from_panels = kernels.linear(x, kernels.panels_of(weight, torch.bfloat16), 75, bias)
-    assert torch.equal(from_panels, kernels.linear(x, rounded.float(), 75, bias))
+    assert torch.equal(kernels.weight_of(kernels.panels_of(rounded), 75), rounded)
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_16_and_8_bits_give_the_bits_of_float32(bits: int) -> None:
+    if bits == 16:
+        weight = torch.randn(75, 200).bfloat16()
+        panels = kernels.panels_of(weight)
+    else:
+        weight = eight_bit_rows(75, 200)
+        panels = kernels.int8_panels_of(weight)
+        assert panels is not None and panels.dtype == torch.int8
+        assert torch.equal(kernels.weight_of(panels, 75), weight)
+    x, bias = torch.randn(300, 200), torch.randn(75)
+    whole = kernels.linear(x, weight.float(), 75, bias)
+    for rows in (*range(1, 30), 113, 300):
+        assert torch.equal(kernels.linear(x[-rows:], panels, 75, bias), whole[-rows:])
+
+
+def eight_bit_rows(n: int, k: int, smallest: int = 1) -> torch.Tensor:
+    """Rows of whole steps of one size, as files in 8 bits have them; no number but 0 is below the smallest step."""
+    steps = torch.randint(-127, 128, (n, k))
+    steps[steps.abs() < smallest] = 0
+    steps[:, -1] = smallest
+    steps[0] = 0
+    sizes = torch.rand(n, 1).add(0.1).bfloat16().float()  # few digits: thirds of a number are exact
+    return steps * sizes
+
+
+@pytest.mark.parametrize("smallest", [1, 2, 3])
+def test_8_bit_rows_are_found(smallest: int) -> None:
+    weight = eight_bit_rows(40, 100, smallest)
+    panels = kernels.int8_panels_of(weight)
+    assert panels is not None and torch.equal(kernels.weight_of(panels, 40), weight)
+
+
+def test_other_rows_are_not_taken_for_8_bits() -> None:
+    weight = eight_bit_rows(40, 100)
+    for wrong in (torch.randn(40, 100), weight + 1e-6, weight * torch.linspace(1, 2, 100), weight.bfloat16().float()):
+        assert kernels.int8_panels_of(wrong) is None
+    weight[7, 3] = float("nan")
+    assert kernels.int8_panels_of(weight) is None
+
+
+def test_a_weight_is_stored_in_the_fewest_bits_that_keep_it() -> None:
+    cases = {torch.int8: eight_bit_rows(70, 40), torch.bfloat16: torch.randn(70, 40).bfloat16().float()}
+    for dtype, weight in {**cases, torch.float32: torch.randn(70, 40)}.items():
+        for asked in (torch.float32, torch.bfloat16):
+            layer = Linear(40, 70)
+            layer.weight.data.copy_(weight)
+            layer.prepack(asked)
+            assert layer.prepacked is not None
+            assert layer.prepacked.dtype == (asked if dtype == torch.float32 else dtype)
+            assert torch.equal(layer.plain_weight(), weight if dtype != torch.float32 else weight.to(asked).float())
 
 
 def test_a_token_that_does_not_exist_is_refused() -> None:

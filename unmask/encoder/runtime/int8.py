@@ -54,6 +54,10 @@ class Int8Linear(Linear):
     def prepack(self, dtype: torch.dtype = torch.float32) -> None:
         """Nothing to do: the 8-bit weight is prepacked already."""
 
+    def stored_weight(self) -> Tensor:
+        """The 8-bit weight, in the layout of oneDNN."""
+        return self.packed
+
     def unpack(self) -> None:
         """Nothing to do: no float32 weight is left."""
 

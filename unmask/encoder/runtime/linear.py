@@ -37,13 +37,15 @@ class Linear(nn.Linear):
     def prepack(self, dtype: torch.dtype = torch.float32) -> None:
         """Replace the parameter by the faster layout where there is one. `unpack` restores it bit for bit.
 
-        With `dtype` bfloat16 the compiled kernels keep it rounded, and still multiply and sum in float32.
+        The compiled kernels read a weight in the fewest bits that keep it: in 8 where its rows are steps of one size,
+        in 16 where it is made of bfloat16 numbers. With `dtype` bfloat16 any other is rounded to it. They always
+        multiply and sum in float32.
         """
         if self.prepacked is not None or not _is_cpu_float32(self.weight):
             return
         if kernels.library() is not None:
             with torch.inference_mode(False), torch.no_grad():
-                self.prepacked = kernels.panels_of(self.weight.detach(), dtype)
+                self.prepacked = _fewest_bits(self.weight.detach(), dtype)
         elif is_batch_invariant():
             self.prepacked = prepack_weight(self.weight.detach())
         else:
@@ -78,6 +80,16 @@ class Linear(nn.Linear):
         return invariant_linear(input, weight, self.bias)
 
 
+def _fewest_bits(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Panels of a weight rounded to `dtype`, in the fewest bits that keep every number."""
+    first = weight[:1]  # tells most weights apart without reading them whole
+    if kernels.int8_panels_of(first) is not None and (panels := kernels.int8_panels_of(weight)) is not None:
+        return panels
+    if dtype == torch.float32 and all(torch.equal(part.bfloat16().float(), part) for part in (first, weight)):
+        dtype = torch.bfloat16
+    return kernels.panels_of(weight.to(dtype))
+
+
 def prepack(module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
     """Prepack every `Linear` of a module, for faster inference. No other code may hold their weights as parameters."""
     for linear in module.modules():
@@ -100,6 +112,12 @@ def num_parameters(module: nn.Module) -> int:
         if isinstance(part, Linear) and part.weight is None
     )
     return packed_weights + sum(parameter.numel() for parameter in module.parameters())
+
+
+def bits_per_weight(module: nn.Module) -> int:
+    """Bits in which the `Linear` layers of a module keep a weight, the most of any; 32 for a module without any."""
+    linears = [part for part in module.modules() if isinstance(part, Linear)]
+    return max((8 * part.stored_weight().element_size() for part in linears), default=32)
 
 
 def _is_cpu_float32(tensor: Tensor) -> bool:

@@ -24,7 +24,8 @@ _Pointer = ctypes.c_void_p
 _Integer = ctypes.c_int64
 
 # Storage of a weight, as in kernels.c.
-FLOAT32, BFLOAT16, ROW_MAJOR = 0, 1, 2
+FLOAT32, BFLOAT16, INT8, ROW_MAJOR = 0, 1, 2, 3
+_KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.int8: INT8}
 
 
 class LinearWeight(ctypes.Structure):
@@ -125,6 +126,10 @@ def _compiled(target: str) -> Path | None:
         return None
 
 
+# Rows of 8 bits hold one step somewhere, with hardly an exception; rows with a larger smallest number are still found.
+_LARGEST_SMALLEST_STEP = 3
+
+
 @cache
 def panel_columns() -> int:
     """Number of columns of a panel, NR in kernels.c."""
@@ -133,22 +138,53 @@ def panel_columns() -> int:
     return kernels.panel_columns()
 
 
-def panels_of(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A weight [n, k] in panels of float32 or bfloat16, [ceil(n / NR), k, NR], padded with zeros.
+def panels_of(weight: Tensor) -> Tensor:
+    """A weight [n, k], float32 or bfloat16, in panels of its precision, [ceil(n / NR), k, NR], padded with zeros.
 
     In bfloat16, the columns of the two halves of a panel alternate.
     """
+    panels = _panels(weight)
+    if weight.dtype == torch.bfloat16:
+        panels = panels.unflatten(2, (2, -1)).transpose(2, 3).flatten(2)  # [panels, k, NR / 2, 2]
+    return panels.contiguous()
+
+
+def int8_panels_of(weight: Tensor) -> Tensor | None:
+    """Panels of 8 bits, int8 [ceil(n / NR), 4 + k, NR], from which `weight_of` gives a weight [n, k] to the bit.
+
+    None unless every row is whole steps of one size, from -127 to 127, as in a file that stores rows in 8 bits. The
+    first four rows of a panel are the float32 step of each column.
+    """
+    magnitudes = weight.abs()
+    step = magnitudes.masked_fill(magnitudes == 0, torch.inf).amin(1).nan_to_num(posinf=1.0)  # of most rows; [n]
+    largest = magnitudes.amax(1)
+    steps, left = torch.empty_like(weight, dtype=torch.int8), torch.arange(len(weight))
+    for divisor in range(1, _LARGEST_SMALLEST_STEP + 1):
+        if bool((largest[left] > 127.5 * step[left] / divisor).any()):
+            return None
+        trial = step[left] / divisor
+        rounded = (weight[left] / trial[:, None]).round()
+        fits = (rounded * trial[:, None] == weight[left]).all(1)
+        steps[left[fits]], step[left[fits]] = rounded[fits].to(torch.int8), trial[fits]
+        left = left[~fits]
+        if not len(left):
+            sizes = torch.nn.functional.pad(step, (0, -len(step) % panel_columns()))
+            sizes = sizes.view(-1, 1, panel_columns()).view(torch.int8)  # [panels, 1, 4 NR]
+            return torch.cat((sizes.view(-1, 4, panel_columns()), _panels(steps)), dim=1).contiguous()
+    return None
+
+
+def _panels(weight: Tensor) -> Tensor:
     columns = panel_columns()
     n, k = weight.shape
-    padded = torch.nn.functional.pad(weight.to(dtype), (0, 0, 0, -n % columns))
-    panels = padded.view(-1, columns, k).transpose(1, 2)
-    if dtype == torch.bfloat16:
-        panels = panels.unflatten(2, (2, -1)).transpose(2, 3)  # [panels, k, NR / 2, 2]
-    return panels.contiguous().view(-1, k, columns)
+    return torch.nn.functional.pad(weight, (0, 0, 0, -n % columns)).view(-1, columns, k).transpose(1, 2)
 
 
 def weight_of(panels: Tensor, n: int) -> Tensor:
-    """The weight [n, k] that `panels_of` made panels of, in their precision."""
+    """The weight [n, k] that panels were made of: in their precision, or float32 for 8 bits."""
+    if panels.dtype == torch.int8:
+        sizes = panels[:, :4].contiguous().view(len(panels), -1).view(torch.float32)  # [panels, NR]
+        panels = panels[:, 4:].float() * sizes[:, None]
     if panels.dtype == torch.bfloat16:
         panels = panels.unflatten(2, (-1, 2)).transpose(2, 3).flatten(2)
     return panels.transpose(1, 2).reshape(-1, panels.shape[1])[:n].contiguous()
@@ -159,9 +195,9 @@ def describe(weight: Tensor, n: int, bias: Tensor | None) -> LinearWeight:
 
     The caller keeps the tensors alive.
     """
-    panels = BFLOAT16 if weight.dtype == torch.bfloat16 else FLOAT32
-    kind = ROW_MAJOR if weight.dim() == 2 else panels
-    return LinearWeight(weight.data_ptr(), None if bias is None else bias.data_ptr(), n, weight.shape[1], kind)
+    kind = ROW_MAJOR if weight.dim() == 2 else _KINDS[weight.dtype]
+    k = weight.shape[1] - (4 if kind == INT8 else 0)
+    return LinearWeight(weight.data_ptr(), None if bias is None else bias.data_ptr(), n, k, kind)
 
 
 def linear(x: Tensor, weight: Tensor, n: int, bias: Tensor | None) -> Tensor:
@@ -170,7 +206,7 @@ def linear(x: Tensor, weight: Tensor, n: int, bias: Tensor | None) -> Tensor:
     assert kernels is not None
     x, weight = x.contiguous(), weight.contiguous()
     out = torch.empty(x.shape[0], n)
-    memory = torch.empty(x.shape[1] * panel_columns() if weight.dim() == 2 else 0)
     arguments = describe(weight, n, bias)
+    memory = torch.empty(0 if arguments.kind == FLOAT32 else x.shape[1] * panel_columns())
     kernels.linear(ctypes.byref(arguments), x.shape[0], x.data_ptr(), out.data_ptr(), memory.data_ptr())
     return out

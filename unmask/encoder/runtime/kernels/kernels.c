@@ -8,7 +8,9 @@
 // are: a text has the same bits alone and in any batch.
 //
 // Weights are stored in panels of NR columns, [ceil(n / NR)][k][NR], padded with zeros; `panel_columns` tells NR. A
-// weight that may change is read as it is, [n][k], and each panel is built again for every block of rows.
+// weight that may change is read as it is, [n][k], and each panel is built again for every block of rows. A panel of 16
+// or 8 bits is converted in registers by the first tile of a block, which keeps it in float32 for the others. Either way
+// gives the same bits.
 //
 // Several threads may compute one pack together: each calls `forward` with its own `part`. They divide the columns of
 // the products, and meet at barriers.
@@ -20,6 +22,9 @@
 #include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 #define VL 16 // floats in a vector register
@@ -41,13 +46,14 @@
 typedef float Vector __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 typedef int32_t Integers __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 
-enum { FLOAT32 = 0, BFLOAT16 = 1, ROW_MAJOR = 2 };
+enum { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, ROW_MAJOR = 3 };
 enum { SILU = 0, GELU_TANH = 1 };
 
 // A linear layer: n outputs of k inputs. In BFLOAT16, each 32-bit word holds column j in its low half and column
-// j + VL in its high half.
+// j + VL in its high half. In INT8, a panel begins with NR floats: the step of each column, by which its bytes are
+// multiplied.
 typedef struct {
-    const void *weight; // float32 or bfloat16 panels, or float32 [n][k]
+    const void *weight; // panels, or float32 [n][k]
     const float *bias; // [n] or NULL
     int64_t n, k, kind;
 } Linear;
@@ -87,6 +93,18 @@ INLINE void store(float *p, Vector v) { *(Vector *)p = v; }
 INLINE Vector broadcast(float value) { return value - (Vector){0}; }
 INLINE Vector choose(Integers condition, Vector yes, Vector no) {
     return (Vector)(((Integers)yes & condition) | ((Integers)no & ~condition));
+}
+
+// VL bytes as floats. GCC would convert them one by one.
+INLINE Vector floats(const int8_t *p) {
+#if defined(__AVX512F__)
+    return (Vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#elif defined(__AVX2__)
+    return (Vector)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#else
+    typedef int8_t Bytes __attribute__((vector_size(VL), aligned(1), may_alias));
+    return __builtin_convertvector(*(const Bytes *)p, Vector);
+#endif
 }
 
 INLINE float sum(Vector v) {
@@ -134,24 +152,31 @@ INLINE void weights(const void *panel, int64_t k, int64_t kind, Vector *first, V
         __builtin_prefetch(row + 8 * NR);
         __builtin_prefetch(row + 8 * NR + 16);
         *first = load(row), *second = load(row + VL);
-    } else {
+    } else if (kind == BFLOAT16) {
         const float *row = (const float *)panel + k * VL;
         __builtin_prefetch(row + 16 * VL);
         Integers words = (Integers)load(row);
         *first = (Vector)(words << 16), *second = (Vector)(words & (int32_t)0xffff0000);
+    } else {
+        const float *steps = panel;
+        const int8_t *row = (const int8_t *)(steps + NR) + k * NR;
+        __builtin_prefetch(row + 32 * NR);
+        *first = floats(row) * load(steps);
+        *second = floats(row + VL) * load(steps + VL);
     }
 }
 
 // tile [rows][NR] = a [rows][depth] @ panel [depth][NR]. Meanwhile memory behind `next` is fetched into the L2 cache,
-// `step` bytes for each k.
-INLINE void tile_of(const int rows, const int kind, int64_t depth, const float *a, int64_t stride, const void *panel,
-                    float *tile, const char *next, int64_t step) {
+// `step` bytes for each k, and the panel is written to `kept` in float32, if `keeps`.
+INLINE void tile_of(const int rows, const int kind, const int keeps, int64_t depth, const float *a, int64_t stride,
+                    const void *panel, float *tile, const char *next, int64_t step, float *kept) {
     Vector sums[MR][2];
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++) sums[i][0] = sums[i][1] = (Vector){0};
     for (int64_t k = 0; k < depth; k++) {
         Vector first, second;
         weights(panel, k, kind, &first, &second);
+        if (keeps) store(kept + k * NR, first), store(kept + k * NR + VL, second);
         __builtin_prefetch(next, 0, 2);
         __builtin_prefetch(next + 64, 0, 2);
         next += step;
@@ -167,14 +192,15 @@ INLINE void tile_of(const int rows, const int kind, int64_t depth, const float *
 }
 
 typedef void Tile(int64_t depth, const float *a, int64_t stride, const void *panel, float *tile, const char *next,
-                  int64_t step);
+                  int64_t step, float *kept);
 
 // The number of rows is a constant of each function, so that its sums stay in registers.
-#define TILE(name, rows, kind)                                                                                         \
-    static void name##rows(int64_t depth, const float *a, int64_t stride, const void *panel, float *tile,              \
-                           const char *next, int64_t step) {                                                           \
-        tile_of(rows, kind, depth, a, stride, panel, tile, next, step);                                                \
+#define TILE_FUNCTION(name, rows, kind, keeps)                                                                         \
+    static void name(int64_t depth, const float *a, int64_t stride, const void *panel, float *tile, const char *next,  \
+                     int64_t step, float *kept) {                                                                      \
+        tile_of(rows, kind, keeps, depth, a, stride, panel, tile, next, step, kept);                                   \
     }
+#define TILE(name, rows, kind) TILE_FUNCTION(name##rows, rows, kind, 0)
 #if MR == 6
 #define FOR_ALL_ROWS(DO, name, kind)                                                                                   \
     DO(name, 1, kind) DO(name, 2, kind) DO(name, 3, kind) DO(name, 4, kind) DO(name, 5, kind) DO(name, 6, kind)
@@ -191,34 +217,56 @@ typedef void Tile(int64_t depth, const float *a, int64_t stride, const void *pan
 #define NAME(name, rows, kind) name##rows,
 FOR_ALL_ROWS(TILE, tile32_, FLOAT32)
 FOR_ALL_ROWS(TILE, tile16_, BFLOAT16)
-static Tile *const tiles[2][MR] = {{FOR_ALL_ROWS(NAME, tile32_, FLOAT32)}, {FOR_ALL_ROWS(NAME, tile16_, BFLOAT16)}};
+FOR_ALL_ROWS(TILE, tile8_, INT8)
+static Tile *const tiles[3][MR] = {{FOR_ALL_ROWS(NAME, tile32_, FLOAT32)},
+                                   {FOR_ALL_ROWS(NAME, tile16_, BFLOAT16)},
+                                   {FOR_ALL_ROWS(NAME, tile8_, INT8)}};
 
-// A panel of a weight, built in `memory` [k][NR] where the weight is row-major.
-static const void *panel_of(const Linear *linear, int64_t index, float *memory) {
-    int64_t k = linear->k, size = k * NR;
-    if (linear->kind == BFLOAT16) return (const uint16_t *)linear->weight + index * size;
-    if (linear->kind == FLOAT32) return (const float *)linear->weight + index * size;
-    const float *rows = (const float *)linear->weight + index * size;
-    int64_t columns = least(NR, linear->n - index * NR);
+TILE_FUNCTION(keeping_tile16, MR, BFLOAT16, 1)
+TILE_FUNCTION(keeping_tile8, MR, INT8, 1)
+
+// Bytes that a panel takes for each k, without the steps of INT8.
+static int64_t row_bytes(const Linear *linear) {
+    return NR * (linear->kind == BFLOAT16 ? 2 : linear->kind == INT8 ? 1 : 4);
+}
+
+// A panel as it is stored, or the NR rows of a row-major weight.
+static const char *stored_panel(const Linear *linear, int64_t index) {
+    int64_t steps = linear->kind == INT8 ? NR * 4 : 0;
+    return (const char *)linear->weight + index * (steps + linear->k * row_bytes(linear));
+}
+
+// Panel [k][NR] of a row-major weight.
+static void gather(const Linear *linear, int64_t index, float *panel) {
+    const float *values = (const float *)stored_panel(linear, index);
+    int64_t k = linear->k, columns = least(NR, linear->n - index * NR);
     for (int64_t j = 0; j < NR; j++)
-        for (int64_t i = 0; i < k; i++) memory[i * NR + j] = j < columns ? rows[j * k + i] : 0;
-    return memory;
+        for (int64_t i = 0; i < k; i++) panel[i * NR + j] = j < columns ? values[j * k + i] : 0;
 }
 
-static int64_t bytes_of(const Linear *linear) { return linear->kind == BFLOAT16 ? 2 : 4; }
-
-// Bytes behind a panel that each step of a tile fetches, so that the tiles of `rows` rows fetch the next one whole.
-static int64_t fetch_step(const Linear *linear, int64_t rows) {
-    int64_t count = up_to(rows, MR) / MR;
-    return (NR * bytes_of(linear) + count - 1) / count;
+// tile [rows from `row` to at most row + MR][NR] = a @ a panel, for all `rows` of a block in their order. What the tiles
+// of a block read in another form than it is stored in, the first one leaves in `memory` [k][NR]. Each tile fetches its
+// share of the next panel.
+static void multiply_tile(const Linear *linear, int64_t index, int64_t row, int64_t rows, const float *a,
+                          int64_t stride, float *memory, float *tile) {
+    int64_t count = least(MR, rows - row), tile_count = up_to(rows, MR) / MR;
+    int64_t step = (row_bytes(linear) + tile_count - 1) / tile_count;
+    const char *next = stored_panel(linear, index + 1) + linear->k * (row / MR * step);
+    const void *panel = stored_panel(linear, index);
+    Tile *compute = tiles[FLOAT32][count - 1];
+    if (linear->kind == ROW_MAJOR) {
+        if (row == 0) gather(linear, index, memory);
+        panel = memory;
+    } else if (linear->kind != FLOAT32) {
+        if (rows <= MR)
+            compute = tiles[linear->kind][count - 1];
+        else if (row == 0)
+            compute = linear->kind == BFLOAT16 ? keeping_tile16 : keeping_tile8;
+        else
+            panel = memory;
+    }
+    compute(linear->k, a + row * stride, stride, panel, tile, next, step, memory);
 }
-
-// Where the tile that begins at `row` starts to fetch the panel behind this one.
-static const char *next_panel(const Linear *linear, const void *panel, int64_t row, int64_t step) {
-    return (const char *)panel + linear->k * (NR * bytes_of(linear) + row / MR * step);
-}
-
-static Tile *const *tiles_of(const Linear *linear) { return tiles[linear->kind == BFLOAT16]; }
 
 // Columns of a linear layer's panels that one part computes, as [first, last) panels.
 typedef struct {
@@ -233,14 +281,11 @@ static Share share_of(int64_t panels, int64_t part, int64_t parts) {
 static void multiply(const Linear *linear, Share share, int64_t rows, const float *a, int64_t stride, float *out,
                      int64_t out_stride, int add, float *memory) {
     float tile[MR * NR] __attribute__((aligned(64)));
-    int64_t step = fetch_step(linear, rows);
     for (int64_t panel = share.first; panel < share.last; panel++) {
         int64_t column = panel * NR, columns = least(NR, linear->n - column);
-        const void *values = panel_of(linear, panel, memory);
         for (int64_t row = 0; row < rows; row += MR) {
             int64_t count = least(MR, rows - row);
-            tiles_of(linear)[count - 1](linear->k, a + row * stride, stride, values, tile,
-                                        next_panel(linear, values, row, step), step);
+            multiply_tile(linear, panel, row, rows, a, stride, memory, tile);
             for (int64_t i = 0; i < count; i++) {
                 float *target = out + (row + i) * out_stride + column;
                 const float *source = tile + i * NR;
@@ -263,17 +308,13 @@ static void multiply(const Linear *linear, Share share, int64_t rows, const floa
 static void multiply_gated(const Linear *linear, Share share, int64_t rows, const float *a, int64_t stride, float *out,
                            int64_t out_stride, int64_t activation, float *memory) {
     float gate[MR * NR] __attribute__((aligned(64))), up[MR * NR] __attribute__((aligned(64)));
-    int64_t half = linear->n / 2, step = fetch_step(linear, rows);
+    int64_t half = linear->n / 2;
     for (int64_t panel = share.first; panel < share.last; panel++) {
         int64_t column = panel * NR;
-        const void *gates = panel_of(linear, panel, memory);
-        const void *ups = panel_of(linear, panel + half / NR, memory + linear->k * NR);
         for (int64_t row = 0; row < rows; row += MR) {
             int64_t count = least(MR, rows - row);
-            Tile *compute = tiles_of(linear)[count - 1];
-            const float *left = a + row * stride;
-            compute(linear->k, left, stride, gates, gate, next_panel(linear, gates, row, step), step);
-            compute(linear->k, left, stride, ups, up, next_panel(linear, ups, row, step), step);
+            multiply_tile(linear, panel, row, rows, a, stride, memory, gate);
+            multiply_tile(linear, panel + half / NR, row, rows, a, stride, memory + linear->k * NR, up);
             for (int64_t i = 0; i < count; i++)
                 for (int64_t j = 0; j < NR; j += VL) {
                     Vector g = load(gate + i * NR + j), u = load(up + i * NR + j);
@@ -393,7 +434,7 @@ static void attend(const Model *model, const Layer *layer, const Pack *pack, int
                     cosines + token * size / 2, sines + token * size / 2, model->attention_scale, queries + i * stride);
         }
         for (int64_t j = 0; j < key_columns; j += NR) {
-            compute(size, queries, stride, keys + j * size, tile, (const char *)keys, 0);
+            compute(size, queries, stride, keys + j * size, tile, (const char *)keys, 0, NULL);
             for (int64_t i = 0; i < rows; i++) {
                 store(scores + i * score_stride + j, load(tile + i * NR));
                 store(scores + i * score_stride + j + VL, load(tile + i * NR + VL));
@@ -402,7 +443,7 @@ static void attend(const Model *model, const Layer *layer, const Pack *pack, int
         for (int64_t i = 0; i < rows; i++)
             inverse[i] = soften(model, layer, scores + i * score_stride, (from + i) / group, length);
         for (int64_t d = 0; d < value_columns; d += NR) {
-            compute(length, scores, score_stride, values + d * length, tile, (const char *)values, 0);
+            compute(length, scores, score_stride, values + d * length, tile, (const char *)values, 0, NULL);
             for (int64_t i = 0; i < rows; i++) {
                 int64_t token = (from + i) / group, query_head = kv_head * group + (from + i) % group;
                 float *target = attended + (start + token) * attended_stride(model) + query_head * size + d;
