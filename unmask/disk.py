@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -81,6 +81,16 @@ def locked(path: Path) -> Iterator[None]:
 
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+@contextmanager
+def locked_where_possible(path: Path) -> Iterator[None]:
+    """As `locked`, in a folder that is made if it is missing. Where nothing can be written, nobody waits."""
+    with ExitStack() as stack:
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(path))
+        yield
 
 
 def fsync_path(path: Path) -> None:

@@ -181,6 +181,7 @@ def running(
     that of `catalogue`, if there is one.
     """
     defaults: dict[str, Any] = {"port": 0, "models": (str(model),), "warm": (str(model),), "api_keys": (KEY,)}
+    defaults["dtype"] = "float32"  # recorded answers are in it
     settings = ServeSettings(**defaults | changes)
     with ExitStack() as stack:
         listener = stack.enter_context(listen(settings.host, settings.port))

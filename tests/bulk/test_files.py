@@ -338,7 +338,7 @@ def test_vectors_read_back_to_the_last_bit(scratch: Path, vectors: np.ndarray, e
     read = [row["embedding"] and np.array(row["embedding"], np.float32).tolist() for row in rows]
     assert read == expected
 
-    write_parquet(scratch / "a.parquet", blocks, dim=3)
+    write_parquet(scratch / "a.parquet", blocks, dim=3, made_with={"dtype": "float32"})
     table = pq.read_table(scratch / "a.parquet")
     assert table.schema.field("embedding").type.list_size == 3
     assert table["index"].to_pylist() == list(range(len(vectors)))

@@ -95,3 +95,27 @@ def test_an_empty_key_file(unmask: Command, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("# nothing yet\n\n", encoding="utf-8")
     done = unmask("serve", "--api-key-file", str(tmp_path / "keys"))
     assert done.returncode == 1 and "holds no key" in done.stderr
+
+
+def test_home_lists_folders_and_prunes_caches(unmask: Command, tmp_path: Path) -> None:
+    for name in ("prepacked", "precision", "models", "vectors"):
+        (tmp_path / name / "deep").mkdir(parents=True)
+        (tmp_path / name / "deep" / "file").write_bytes(b"x" * 2_000_000)
+    listed = unmask("home", "--json", UNMASK_HOME=str(tmp_path))
+    sizes = {row["folder"]: (row["bytes"], row["cache"]) for row in json.loads(listed.stdout)}
+    assert sizes["prepacked"] == (2_000_000, True) and sizes["models"] == (2_000_000, False)
+    assert sizes["words"] == (0, True)
+    refused = unmask("home", "prune", "models", UNMASK_HOME=str(tmp_path))
+    assert refused.returncode == 1 and "'models' is no cache" in refused.stderr
+    pruned = unmask("home", "prune", UNMASK_HOME=str(tmp_path))
+    assert pruned.returncode == 0 and "prepacked: 2.0 MB removed" in pruned.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["models", "vectors"]
+    assert unmask("home", "prune", "vectors", UNMASK_HOME=str(tmp_path)).returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["models"]
+
+
+def test_models_show_says_which_precision_and_why(unmask: Command, golden_dir: Path) -> None:
+    done = unmask("models", "show", str(golden_dir / "tiny_llama"), "--json")
+    facts = {row["fact"]: row["value"] for row in json.loads(done.stdout)}
+    assert facts["precision"] == "float32" and "192,960 weights" in facts["precision_reason"]
+    assert facts["dimensions"] == 64 and facts["bits_per_weight"] == 32

@@ -40,7 +40,11 @@ def tiny_cases() -> list[tuple[str, str]]:
 def test_tiny_models(golden_dir: Path, name: str, array: str) -> None:
     pooling, skip = array.split("__skip_")
     encoder = Encoder.load(
-        golden_dir / name, compat="reference", pooling=pooling, skip_instruction={"True": True, "False": False}[skip]
+        golden_dir / name,
+        compat="reference",
+        pooling=pooling,
+        skip_instruction={"True": True, "False": False}[skip],
+        dtype="float32",
     )
     pairs = json.loads((golden_dir / name / "golden.json").read_text(encoding="utf-8"))["pairs"]
     assert_reproduced(encode_pairs(encoder, pairs), np.load(golden_dir / name / "golden.npz")[array], 1e-4)
@@ -48,7 +52,7 @@ def test_tiny_models(golden_dir: Path, name: str, array: str) -> None:
 
 @pytest.fixture(scope="module")
 def smollm2(real_model) -> Encoder:
-    return Encoder.load(real_model("smollm2-135m"), compat="reference")
+    return Encoder.load(real_model("smollm2-135m"), compat="reference", dtype="float32")
 
 
 def test_smollm2_base(smollm2: Encoder, golden_dir: Path) -> None:
@@ -67,7 +71,10 @@ def test_smollm2_base(smollm2: Encoder, golden_dir: Path) -> None:
 )
 def test_smollm2_adapters(golden_dir: Path, real_model, adapters: list[str], arrays: list[str]) -> None:
     encoder = Encoder.load(
-        real_model("smollm2-135m"), adapters=[golden_dir / name for name in adapters], compat="reference"
+        real_model("smollm2-135m"),
+        adapters=[golden_dir / name for name in adapters],
+        compat="reference",
+        dtype="float32",
     )
     described = json.loads((golden_dir / "smollm2_adapters.json").read_text(encoding="utf-8"))
     vectors = encode_pairs(encoder, described["pairs"])

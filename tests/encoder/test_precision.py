@@ -1,21 +1,26 @@
-"""`dtype="auto"`: near enough, fastest, measured once."""
+"""`dtype="auto"`: near enough, never slower, measured once."""
 
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from unmask import Encoder
 from unmask.encoder import precision
-from unmask.encoder.precision import MAX_DISTANCE, fastest_precision
+from unmask.encoder.precision import MAX_DISTANCE, load_fastest
 from unmask.errors import UsageError
 
 
 class Rounded:
     """An encoder whose vectors are off by a distance, 1 - cosine, for one text."""
 
-    def __init__(self, distance: float) -> None:
-        self.distance = distance
+    num_parameters = 100_000_000
+    bits_per_weight = 32
+
+    def __init__(self, dtype: str, distance: float) -> None:
+        self.dtype, self.distance = dtype, distance
 
     def encode(self, texts: list[str], *, normalize: bool = False) -> np.ndarray:
         vectors = np.tile(np.array([1.0, 0.0]), (len(texts), 1))
@@ -24,67 +29,117 @@ class Rounded:
         return vectors
 
 
-@pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Measured precisions, on a machine where bfloat16 takes 0.8 and int8 half of float32's time."""
-    monkeypatch.setattr(precision, "home", lambda: tmp_path)
-    shares = {0.9 * MAX_DISTANCE: (0.8, 0.8), 0.8 * MAX_DISTANCE: (1.0, 0.25), 0.7 * MAX_DISTANCE: (1.1, 1.0)}
-    monkeypatch.setattr(precision, "_time_shares", lambda candidate, _: shares[candidate.distance])
-    return []
+class Machine:
+    """A machine on which a precision takes shares of float32's time: for many texts, and for one.
 
+    Attributes:
+        loads: the precisions that models were loaded in, in order.
+    """
 
-def load_from(distances: dict[str, float], loads: list[str]):
-    def load(dtype: str) -> Rounded:
-        loads.append(dtype)
-        if dtype not in distances:
+    def __init__(self) -> None:
+        self.shares: dict[str, tuple[float, float]] = {}
+        self.distances: dict[str, float] = {"float32": 0.0}
+        self.loads: list[str] = []
+
+    def has(self, dtype: str, together: float, alone: float, distance: float = 0.5 * MAX_DISTANCE) -> None:
+        self.shares[dtype], self.distances[dtype] = (together, alone), distance
+
+    def load(self, dtype: str) -> Rounded:
+        self.loads.append(dtype)
+        if dtype not in self.distances:
             raise UsageError("this machine has no product for it")
-        return Rounded(distances[dtype])
+        return Rounded(dtype, self.distances[dtype])
 
-    return load
+    def chosen(self, identity: str = "revision", device: str = "meta") -> str:
+        """The choice; a device that is no CPU has two candidates."""
+        encoder, choice = load_fastest(identity, device, self.load)
+        assert encoder.dtype == choice.dtype
+        return choice.dtype
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    made = Machine()
+    monkeypatch.setattr(precision, "home", lambda: tmp_path)
+    monkeypatch.setattr(precision, "_time_shares", lambda candidate, _: made.shares[candidate.dtype])
+    return made
 
 
 @pytest.mark.parametrize(
-    ("bfloat16", "int8", "best"),
+    ("bfloat16", "float16", "best"),
     [
-        (0.9, 0.8, "int8"),  # the geometric mean of both speeds counts
-        (0.9, 1.1, "bfloat16"),  # int8 is faster and too far off
-        (1.1, 2.0, "float32"),
-        (0.7, None, "float32"),  # near and slower, and refused
-        (float("nan"), 0.8, "int8"),
+        ((0.8, 0.8), (0.5, 0.9), "float16"),  # the geometric mean of both speeds counts
+        ((0.8, 0.8), (0.5, 0.5, 1.1 * MAX_DISTANCE), "bfloat16"),  # too far off
+        ((1.04, 0.5), (1.03, 0.6), "float16"),  # more than 3 % slower for many texts
+        ((0.5, 1.04), None, "float32"),  # and for one
+        ((0.97, 0.97), None, "float32"),  # not worth other vectors
+        ((0.5, 0.5, float("nan")), None, "float32"),
     ],
 )
-def test_the_fastest_that_is_near_is_chosen_once(
-    bfloat16: float, int8: float | None, best: str, machine: list[str]
-) -> None:
-    distances = {"float32": 0.0, "bfloat16": bfloat16 * MAX_DISTANCE}
-    if int8 is not None:
-        distances["int8"] = int8 * MAX_DISTANCE
-    load = load_from(distances, machine)
-    choice = fastest_precision("revision", "cpu", load)
-    assert choice.dtype == best and "bfloat16: " in choice.reason and "int8: " in choice.reason
-    assert machine == ["float32", "bfloat16", "int8"]
-    assert fastest_precision("revision", "cpu", load) == choice and len(machine) == 3  # kept
-    fastest_precision("another revision", "cpu", load)
-    assert len(machine) == 6
+def test_the_rule(bfloat16: Any, float16: Any, best: str, machine: Machine) -> None:
+    machine.has("bfloat16", *bfloat16)
+    if float16 is not None:
+        machine.has("float16", *float16)
+    _, choice = load_fastest("revision", "meta", machine.load)
+    assert choice.dtype == best and "bfloat16: " in choice.reason and "float16: " in choice.reason
 
 
-def test_another_machine_and_a_damaged_file_are_measured_again(
-    machine: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_choice_is_measured_once_for_a_model_and_a_machine(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = load_from({"float32": 0.0}, machine)
-    fastest_precision("revision", "cpu", load)
-    (file,) = (tmp_path / "precision").iterdir()
+    machine.has("bfloat16", 1.0, 0.6)
+    assert machine.chosen(device="cpu") == "bfloat16"
+    assert machine.loads == ["float32", "bfloat16"]  # int8 is too far off by its own tolerance
+    machine.loads.clear()
+    assert machine.chosen(device="cpu") == "bfloat16" and machine.loads == ["bfloat16"]
+    (file,) = (tmp_path / "precision").glob("*.json")
     file.write_text("{}")
-    fastest_precision("revision", "cpu", load)
-    assert len(machine) == 6
+    machine.loads.clear()
+    assert machine.chosen(device="cpu") == "bfloat16" and len(machine.loads) == 2  # a damaged file counts as none
+    for change in ("another revision", "revision"):
+        machine.loads.clear()
+        machine.chosen(change, device="cpu")
+        assert len(machine.loads) == (1 if change == "revision" else 2)
     monkeypatch.setattr("torch.get_num_threads", lambda: 77)
-    fastest_precision("revision", "cpu", load)
-    assert len(machine) == 9
+    machine.loads.clear()
+    machine.chosen(device="cpu")
+    assert len(machine.loads) == 2
 
 
-def test_a_home_that_cannot_be_written_only_costs_time(machine: list[str], tmp_path: Path) -> None:
+def test_processes_that_start_together_measure_once(machine: Machine) -> None:
+    machine.has("bfloat16", 1.0, 0.6)
+    start, chosen = threading.Barrier(4), []
+
+    def begin() -> None:
+        start.wait()
+        chosen.append(machine.chosen(device="cpu"))
+
+    threads = [threading.Thread(target=begin) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert chosen == ["bfloat16"] * 4
+    # Whoever found no choice loads float32 first; only one went on to measure, the others load what it chose.
+    assert machine.loads.count("bfloat16") == 4
+
+
+def test_a_home_that_cannot_be_written_only_costs_time(machine: Machine, tmp_path: Path) -> None:
     (tmp_path / "precision").write_text("a file in the place of the folder")
-    assert fastest_precision("revision", "cpu", load_from({"float32": 0.0}, machine)).dtype == "float32"
+    machine.has("bfloat16", 0.9, 0.6)
+    assert machine.chosen(device="cpu") == machine.chosen(device="cpu") == "bfloat16"
+    assert machine.loads == ["float32", "bfloat16"] * 2
+
+
+@pytest.mark.parametrize(("attribute", "value"), [("num_parameters", 100_000), ("bits_per_weight", 8)])
+def test_nothing_is_measured_where_nothing_can_be_gained(
+    attribute: str, value: int, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Rounded, attribute, value)
+    monkeypatch.setattr(precision.kernels, "has_amx", lambda: False)
+    encoder, choice = load_fastest("revision", "cpu", machine.load)
+    assert encoder.dtype == choice.dtype == "float32" and f"{value:,}" in choice.reason
+    assert machine.loads == ["float32"] and not list(tmp_path.iterdir())
 
 
 def test_the_texts_are_64_different_ones() -> None:
@@ -95,12 +150,11 @@ def test_a_real_model_becomes_one_of_the_precisions(
     golden_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "home", lambda: tmp_path)
-    encoder = Encoder.load(golden_dir / "tiny_llama", dtype="auto")
-    exact = Encoder.load(golden_dir / "tiny_llama")
-    assert exact.dtype_choice.dtype == "float32"
-    assert encoder.dtype_choice.dtype in ("float32", "bfloat16", "int8") and "of float32's time" in (
-        encoder.dtype_choice.reason
-    )
+    monkeypatch.setattr(precision, "_FEW_WEIGHTS", 1000)
+    encoder = Encoder.load(golden_dir / "tiny_llama")
+    exact = Encoder.load(golden_dir / "tiny_llama", dtype="float32")
+    assert exact.dtype_choice.dtype == "float32" and exact.bits_per_weight == 32
+    assert encoder.dtype_choice.dtype in ("float32", "bfloat16") and "bfloat16: " in encoder.dtype_choice.reason
     texts = precision.texts()
     cosine = (encoder.encode(texts, normalize=True) * exact.encode(texts, normalize=True)).sum(axis=1)
     assert (1 - cosine).max() <= MAX_DISTANCE

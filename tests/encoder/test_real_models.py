@@ -49,7 +49,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("name", DIMENSIONS)
 @torch.no_grad()
 def test_loads_encodes_and_matches_transformers(real_model, name: str) -> None:
-    encoder = Encoder.load(real_model(name))
+    encoder = Encoder.load(real_model(name), dtype="float32")
     vectors = encoder.encode(TEXTS)
     assert vectors.shape == (4, DIMENSIONS[name]) and np.isfinite(vectors).all()
     twin = transformers_twin(encoder)
@@ -70,7 +70,7 @@ def test_loads_encodes_and_matches_transformers(real_model, name: str) -> None:
 
 
 def test_a_text_has_one_vector_whatever_stands_beside_it(real_model) -> None:
-    encoder = Encoder.load(real_model("smollm2-135m"))
+    encoder = Encoder.load(real_model("smollm2-135m"), dtype="float32")
     texts = [*TEXTS, *(f"{text} {n}" for n in range(1, 12) for text in TEXTS), "word " * 400]
     together = encoder.encode(texts)
     for index in (0, 1, 2, 3, 20, len(texts) - 1):
@@ -79,7 +79,7 @@ def test_a_text_has_one_vector_whatever_stands_beside_it(real_model) -> None:
 
 
 def test_order_str_normalize_dimensions(real_model) -> None:
-    encoder = Encoder.load(real_model("smollm2-135m"))
+    encoder = Encoder.load(real_model("smollm2-135m"), dtype="float32")
     vectors = encoder.encode(TEXTS)
     np.testing.assert_array_equal(encoder.encode(TEXTS[::-1])[::-1], vectors)
     assert encoder.encode(TEXTS[0]).shape == (1, 576)
@@ -94,7 +94,7 @@ def test_order_str_normalize_dimensions(real_model) -> None:
 
 
 def test_lower_precision_stays_close(real_model) -> None:
-    exact = Encoder.load(real_model("smollm2-135m")).encode(TEXTS, normalize=True)
+    exact = Encoder.load(real_model("smollm2-135m"), dtype="float32").encode(TEXTS, normalize=True)
     rounded = Encoder.load(real_model("smollm2-135m"), dtype="bfloat16").encode(TEXTS, normalize=True)
     cosine = (exact * rounded).sum(1)
     # The first text is one on which the untrained model amplifies rounding.

@@ -40,7 +40,7 @@ VECTORS = {
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    return Encoder.load(DEFAULT_MODEL)
+    return Encoder.load(DEFAULT_MODEL, dtype="float32")
 
 
 @pytest.mark.parametrize("text", VECTORS)

@@ -99,7 +99,7 @@ def test_wrong_arguments_are_named(golden_dir: Path, tiny: Encoder, corpora: Pat
 
 
 def test_a_real_model_knows_parts_of_speech(corpora: Path, tmp_path: Path, real_model) -> None:
-    encoder = Encoder.load(real_model("smollm2-135m"))
+    encoder = Encoder.load(real_model("smollm2-135m"), dtype="float32")
     score = run_word_task("UDEWTUniversalPOS", encoder, corpora, tmp_path, revision="smollm2", states="same_token")
     majority = score.details["majority"]
     assert isinstance(majority, float)

@@ -126,7 +126,7 @@ async def test_auto_says_what_it_became_and_why(
     assert (served.dtype, served.dtype_reason) == ("auto", "")
     engine = await served.engine(wait=60)
     assert served.dtype == engine.encoder.dtype_choice.dtype != "auto"
-    assert "bfloat16: " in served.dtype_reason
+    assert "192,960 weights" in served.dtype_reason
     assert set((await models.canaries()).values()) == {"ok"}
     await models.close()
 

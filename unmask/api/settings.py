@@ -117,7 +117,7 @@ class ServeSettings:
     max_request_tokens: int = 300_000
     max_request_characters: int = 8_000_000
     queue_tokens: int = 262_144
-    dtype: DtypeChoice = "float32"
+    dtype: DtypeChoice = "auto"
     device: str = "cpu"
     cache_bytes: int = 64_000_000
     log_level: str = "info"

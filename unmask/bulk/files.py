@@ -7,13 +7,14 @@ The formats are those of `unmask.tables`, which training and evaluation read too
 """
 
 import io
+import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, BinaryIO
+from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -183,15 +184,17 @@ def write_jsonl(target: Path, blocks: Iterable[np.ndarray]) -> None:
             first += len(block)
 
 
-def write_parquet(target: Path, blocks: Iterable[np.ndarray], dim: int) -> None:
+def write_parquet(target: Path, blocks: Iterable[np.ndarray], dim: int, made_with: Mapping[str, Any]) -> None:
     """Write blocks of vectors, each float32 [n, dim], as `index` (int64) and `embedding` (float32 list).
 
-    A row of NaN is null; each block is a row group. Raises OSError.
+    A row of NaN is null; each block is a row group. `made_with` is JSON in the file's metadata, under "unmask". Raises
+    OSError.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = pa.schema([pa.field("index", pa.int64(), nullable=False), _embedding_field(dim)])
+    fields = [pa.field("index", pa.int64(), nullable=False), _embedding_field(dim)]
+    schema = pa.schema(fields, metadata={"unmask": json.dumps(made_with)})
     first = 0
     # A dictionary of floats would only cost time and memory: hardly two are equal.
     with pq.ParquetWriter(target, schema, use_dictionary=False) as writer:

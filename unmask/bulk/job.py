@@ -105,7 +105,7 @@ def _encode_rows(
             progress(EncodeProgress(done.rows, total, done.tokens - resumed_tokens, time.monotonic() - began))
     if spool is not None:
         spool.deliver(target, done.rows)
-    return EncodeReport(**asdict(done), resumed_at=resumed_at)
+    return EncodeReport(**asdict(done), resumed_at=resumed_at, precision=encoder.precision)
 
 
 def _open_spool(job: EncodeJob, inputs: Inputs, target: str, stack: ExitStack) -> Spool | None:

@@ -239,7 +239,7 @@ def encode_to_parts(
             raise _failure_of_all(failures, len(names))
         _finish(store, names, finished)
     kinds = len({manifest.probe for manifest in finished.values()})
-    return EncodeReport(**asdict(done), resumed_at=before.rows, processors=kinds)
+    return EncodeReport(**asdict(done), resumed_at=before.rows, precision=encoder.precision, processors=kinds)
 
 
 def read_status(output: str) -> PartsStatus:

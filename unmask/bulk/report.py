@@ -60,6 +60,7 @@ class EncodeReport(Tally):
     Attributes:
         seconds: of this run alone, loading included.
         resumed_at: rows that an earlier run had already encoded.
+        precision: of the model, in the words of `Encoder.precision`.
         left_out: files of the input folders that hold no table, by name.
         processors: kinds of processors that made the vectors, told apart by the vectors of a few texts; 0 where this
             is not recorded. Float32 vectors of two kinds may differ in their last bits.
@@ -67,5 +68,6 @@ class EncodeReport(Tally):
 
     seconds: float = 0.0
     resumed_at: int = 0
+    precision: str = ""
     left_out: tuple[str, ...] = ()
     processors: int = 0

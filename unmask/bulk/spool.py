@@ -148,7 +148,8 @@ class Spool:
                 self._vectors.seek(0)
                 self._vectors.write(npy_header(rows, self._dim))
             elif target == "parquet":
-                write_parquet(finished, self._blocks(), self._dim)
+                made_with = {name: self._options[name] for name in ("model", "dtype") if name in self._options}
+                write_parquet(finished, self._blocks(), self._dim, made_with)
             else:
                 write_jsonl(finished, self._blocks())
             if self._output is not None:

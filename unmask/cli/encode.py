@@ -51,7 +51,7 @@ class ModelOptions:
     pooling: str | None = None
     max_length: int | None = None
     compat: Literal["default", "reference"] = "default"
-    dtype: DtypeOption = "float32"
+    dtype: DtypeOption = "auto"
     device: DeviceOption = "cpu"
 
     def load(self) -> "Encoder":
@@ -97,7 +97,8 @@ def encode(
         report = run(job, model.load, lambda state: progress.show(_step(state)))
     if as_json and job.output != "-":
         print_json(asdict(report))
-    say(f"{report.rows} texts, {report.tokens} tokens, {report.seconds:.1f} s -> {public_name(job.output)}")
+    done = f"{report.rows} texts, {report.tokens} tokens, {report.seconds:.1f} s"
+    say(f"{done}, {report.precision} -> {public_name(job.output)}")
     if report.resumed_at:
         say(f"continued an earlier run at text {report.resumed_at}")
     if report.truncated:

@@ -17,7 +17,7 @@ def evaluate(
     baseline: tuple[str, ...] = (),
     output: Annotated[str, Parameter(name=["--output", "-o"])] = "evaluation",
     published: str | None = None,
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption | None = None,
     device: DeviceOption = "cpu",
 ) -> int:
     """Measure models on benchmarks and write a report.
@@ -43,6 +43,8 @@ def evaluate(
         Folder for results.json, report.html, report.md, the values per example and MTEB's own result files.
     published
         Folder with published MTEB scores. Default: mteb_results in --data.
+    dtype
+        Default: auto for a single model, and float32 where several are compared.
     """
     import shlex
     from pathlib import Path
@@ -59,7 +61,7 @@ def evaluate(
             data=Path(data) if data else None,
             output=Path(output),
             published=Path(published) if published else None,
-            defaults={"dtype": dtype, "device": device},
+            defaults={"device": device} | ({} if dtype is None else {"dtype": dtype}),
             command=shlex.join(["unmask", *sys.argv[1:]]),
         )
     )

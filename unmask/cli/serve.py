@@ -45,7 +45,7 @@ class ServeOptions(ServeSettings):
     api_keys: Annotated[
         tuple[str, ...], Parameter(name="--api-key-file", metavar="FILE", n_tokens=1, converter=_keys_in_file)
     ] = ()
-    dtype: DtypeOption = "float32"
+    dtype: DtypeOption = "auto"
     device: DeviceOption = "cpu"
     public_url: Annotated[str | None, Parameter(env_var="UNMASK_PUBLIC_URL")] = None
     trusted_proxies: Annotated[tuple[str, ...], Parameter(name="--trusted-proxy")] = ()

@@ -127,7 +127,7 @@ def build_references(source: str, *, model: str, compat: Literal["default", "ref
     Raises:
         CheckpointError: the weights cannot be used.
     """
-    options = LoadOptions(compat=compat)
+    options = LoadOptions(compat=compat, dtype="float32")
     encoder = Encoder.load_with(source, options)
     canaries = canary_texts(encoder.prompts, encoder.max_length)
     prompts = canary_prompts(encoder, canaries)

@@ -21,13 +21,14 @@ from unmask.encoder.model.transformers_decoder import TransformersDecoder
 from unmask.encoder.options import Compat, Dtype, DtypeChoice
 from unmask.encoder.packing import packs_of
 from unmask.encoder.pooling import POOLINGS
-from unmask.encoder.precision import PrecisionChoice, fastest_precision
+from unmask.encoder.precision import PrecisionChoice, load_fastest
 from unmask.encoder.prefetch import prefetch
+from unmask.encoder.prepacked import load_prepacked
 from unmask.encoder.prompts import DefaultPrompts, Prompt, PromptBuilder, SentencePrompts
 from unmask.encoder.reference_prompts import ReferencePrompts
 from unmask.encoder.runtime import kernels, runtime_for
 from unmask.encoder.runtime.int8 import INT8_PRECISION, quantise
-from unmask.encoder.runtime.linear import num_parameters, prepack, unpack
+from unmask.encoder.runtime.linear import bits_per_weight, num_parameters, prepack, unpack
 from unmask.encoder.shear import Layers, shear
 from unmask.encoder.templates import template_for
 from unmask.errors import CheckpointError, InputError, UsageError
@@ -59,7 +60,7 @@ class LoadOptions:
     pooling: str | None = None
     skip_instruction: bool | None = None
     max_length: int | None = None
-    dtype: DtypeChoice = "float32"
+    dtype: DtypeChoice = "auto"
     device: str = "cpu"
     causal: bool | None = None
 
@@ -144,6 +145,11 @@ class Encoder:
         return next(self._decoder.parameters()).dtype
 
     @property
+    def bits_per_weight(self) -> int:
+        """Bits in which the linear layers keep a weight, the most of any; fewer where they keep every number."""
+        return bits_per_weight(self._decoder)
+
+    @property
     def num_parameters(self) -> int:
         """Number of weights of decoder and head, prepacked and 8-bit ones included."""
         return num_parameters(self._decoder) + (0 if self.head is None else num_parameters(self.head))
@@ -169,7 +175,7 @@ class Encoder:
         pooling: str | None = None,
         skip_instruction: bool | None = None,
         max_length: int | None = None,
-        dtype: DtypeChoice = "float32",
+        dtype: DtypeChoice = "auto",
         device: str = "cpu",
         causal: bool | None = None,
     ) -> "Encoder":
@@ -185,11 +191,12 @@ class Encoder:
                 `llm2vec_config.json` or `modules.json`, else mean.
             skip_instruction: leave the instruction out of the pooling. Default: from the model, else True.
             max_length: tokens per sequence, everything counted. Default: from the model, else 512.
-            dtype: precision of the weights; vectors are float32 in any case. "bfloat16" on a CPU rounds the weights of
-                the linear layers, and where the processor has AMX their inputs too. "int8" computes the linear layers
-                on a CPU in 8 bits, at almost twice the speed; such an encoder cannot be trained. "auto" is the fastest
-                of them on this machine whose vectors stay within 1e-4 of float32 (1 - cosine), measured at the first
-                load; `dtype_choice` says which and why.
+            dtype: precision of the weights; vectors are float32 in any case. "auto" is the fastest on this machine
+                whose vectors stay within 1e-4 of float32 (1 - cosine), measured at the first load of a model;
+                `dtype_choice` says which and why. "bfloat16" on a CPU rounds the weights of the linear layers, and
+                where the processor has AMX their inputs too. "int8" computes the linear layers on a CPU in 8 bits:
+                its vectors are further off, so auto never takes it, and such an encoder cannot be trained. Name
+                "float32" where several machines must give the same vectors, and for training.
             device: a torch device.
             causal: keep the decoder's causal mask, to measure the effect of removing it; False removes it even from an
                 embedding model that was trained with it. Default: as the model was made, else False.
@@ -219,20 +226,17 @@ class Encoder:
             checkpoint = shear(checkpoint, options.layers)
         if options.causal is None:
             options = replace(options, causal=bool(checkpoint.encoder_config.get("causal", False)))
-        choice = None
+        pooling, max_length, prompts = _prompts(checkpoint, options)
         if options.dtype == "auto":
-            choice = fastest_precision(
-                checkpoint.revision,
+            encoder, choice = load_fastest(
+                f"{checkpoint.revision}, pooling {pooling}, causal {bool(options.causal)}, compat {options.compat}",
                 options.device,
                 lambda dtype: cls.load_with(model, replace(options, dtype=cast(Dtype, dtype))),
             )
-            options = replace(options, dtype=cast(Dtype, choice.dtype))
-        pooling, max_length, prompts = _prompts(checkpoint, options)
+            encoder.dtype_choice = choice
+            return encoder
         decoder, dim = _load_decoder(checkpoint, options)
-        if options.dtype == "int8":
-            quantise(decoder)
         rounded = isinstance(decoder, Decoder) and _rounds_weights_only(options)
-        prepack(decoder, torch.bfloat16 if rounded else torch.float32)
         _return_memory()
         encoder = cls(
             checkpoint,
@@ -246,7 +250,7 @@ class Encoder:
             head=load_head(checkpoint.tensors, dim, checkpoint.encoder_config),
             causal=bool(options.causal),
         )
-        encoder.dtype_choice = choice or PrecisionChoice(options.dtype, "as asked for")
+        encoder.dtype_choice = PrecisionChoice(options.dtype, "as asked for")
         return encoder
 
     def encode(
@@ -450,21 +454,31 @@ def _sentence_prompts(checkpoint: Checkpoint, max_length: int, include_instructi
 
 
 def _load_decoder(checkpoint: Checkpoint, options: LoadOptions) -> tuple[nn.Module, int]:
-    """The decoder of a checkpoint and its hidden size."""
+    """The decoder of a checkpoint, ready to encode, and its hidden size."""
     config: dict[str, Any] = dict(checkpoint.config)
     if options.compat == "reference":
         config["sliding_window"] = None  # the reference's mask knows no window
     dtype, device, causal = _DTYPES[options.dtype], options.device, bool(options.causal)
-    shape = shape_of(config)
-    if shape is not None and _rounds_weights_only(options):
-        dtype = torch.float32
+    tensors, shape = checkpoint.tensors, shape_of(config)
+    is_float32 = _rounds_weights_only(options) or (options.dtype == "float32" and torch.device(device).type == "cpu")
     try:
-        if shape is None:
-            decoder = TransformersDecoder.load(config, checkpoint.tensors, dtype, device, causal)
-            return decoder, int(config["hidden_size"])
-        return Decoder.load(shape, checkpoint.tensors, dtype, device, causal), shape.hidden_size
+        if shape is not None and is_float32:
+
+            def load() -> Decoder:
+                return Decoder.load(shape, tensors, torch.float32, device, causal)
+
+            return load_prepacked(checkpoint.revision, shape, dtype, causal, load), shape.hidden_size
+        if shape is not None:
+            decoder, dim = Decoder.load(shape, tensors, dtype, device, causal), shape.hidden_size
+        else:
+            decoder = TransformersDecoder.load(config, tensors, dtype, device, causal)
+            dim = int(config["hidden_size"])
     except CheckpointError as error:
         raise type(error)(f"{checkpoint.name}: {error}") from error
+    if options.dtype == "int8":
+        quantise(decoder)
+    prepack(decoder)
+    return decoder, dim
 
 
 def _rounds_weights_only(options: LoadOptions) -> bool:

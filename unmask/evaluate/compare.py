@@ -348,9 +348,12 @@ def _names_results(spec: str) -> bool:
 
 
 def _open_model(spec: str, measured: MeasuredModel | None) -> EmbeddingModel:
+    """Open a model to compare its vectors: in float32, or in the precision it was measured in or that `spec` names."""
     if measured is None:
-        return open_model(spec)
-    model = open_model(str(measured.model.details.get("specification", measured.name)))
+        return open_model(spec, {"dtype": "float32"})
+    details = measured.model.details
+    precision = {"dtype": str(details.get("precision", "float32"))}
+    model = open_model(str(details.get("specification", measured.name)), precision)
     if model.revision != measured.model.revision:
         raise UsageError(
             f"{measured.name} is revision {model.revision} now, but {spec} was measured at {measured.model.revision}; "

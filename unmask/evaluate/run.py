@@ -55,7 +55,8 @@ class Evaluation:
         data: folder of the local and word-level tasks.
         output: receives the files that `unmask.evaluate.results` lists.
         published: folder of published scores; by default `mteb_results` in `data`, if it exists.
-        defaults: option -> value for every model whose kind has the option (dtype, device).
+        defaults: option -> value for every model whose kind has the option (dtype, device). Without a dtype, a single
+            model is measured in auto, and several in float32, so that their scores differ by nothing else.
         command: command line as the user typed it, for the report.
     """
 
@@ -97,7 +98,8 @@ def run_evaluation(evaluation: Evaluation) -> Results:
     specifications = list(dict.fromkeys([*evaluation.models, *evaluation.baselines]))
     with RunProgress(len(specifications) * len(jobs)) as progress:
         texts = sample_texts()
-        loaded_models = _load_models(specifications, evaluation.defaults, texts, progress)
+        defaults = {"dtype": "auto" if len(specifications) == 1 else "float32", **evaluation.defaults}
+        loaded_models = _load_models(specifications, defaults, texts, progress)
         scores = []
         for loaded in loaded_models:
             run = _ModelRun(loaded.model, evaluation, published, progress)
@@ -152,8 +154,17 @@ def _model_result(model: EmbeddingModel, scores: list[TaskScore], cost: Cost) ->
         revision=model.revision,
         cost=cost,
         scores=scores,
-        details={"attention": "causal"} if decoder is not None and decoder.causal else {},
+        details={} if decoder is None else _decoder_details(decoder),
     )
+
+
+def _decoder_details(decoder: DecoderModel) -> dict[str, str | float | int]:
+    choice = decoder.encoder.dtype_choice
+    return {
+        "precision": choice.dtype,
+        "precision_reason": choice.reason,
+        **({"attention": "causal"} if decoder.causal else {}),
+    }
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import numpy as np
 
 from unmask.accounts.money import format_dollars
 from unmask.catalogue.canary import CANARY_TEXT, check_vector, cosine, expected_vector, make_canary
-from unmask.catalogue.measurement import COST, ONBOARDING, PEAK_MEMORY, Measurement, measurements_of
+from unmask.catalogue.measurement import COST, ONBOARDING, PEAK_MEMORY, SPEED, Measurement, measurements_of
 from unmask.catalogue.record import Record
 from unmask.catalogue.speed import SpeedPoint, measurements_of_sweep, points_of
 from unmask.checkpoint import Checkpoint
@@ -75,7 +75,12 @@ class OnboardingContext:
 
     @cached_property
     def encoder(self) -> Encoder:
-        """The model, loaded on first use."""
+        """The model in float32, loaded on first use: what its vectors are compared in."""
+        return Encoder.load(self.options.source, compat=self.record.compat, dtype="float32")
+
+    @cached_property
+    def served_encoder(self) -> Encoder:
+        """The model in the precision that a server on this machine chooses, loaded on first use."""
         return Encoder.load(self.options.source, compat=self.record.compat)
 
     def provenance(self, gate: str) -> dict[str, Any]:
@@ -259,6 +264,7 @@ def measure_quality(context: OnboardingContext, report_progress: ProgressReporte
             suites=suites,
             tasks=options.tasks,
             data=options.data,
+            defaults={"dtype": "float32"},
             output=options.output / "evaluation",
             command=options.command,
         )
@@ -276,13 +282,13 @@ def measure_quality(context: OnboardingContext, report_progress: ProgressReporte
 def measure_speed(context: OnboardingContext, report_progress: ProgressReporter) -> GateResult:
     """Measure the throughput and latency of an engine, by length of the texts and number of callers."""
     options = context.options
-    points = sweep(context.encoder, options.lengths, options.callers, options.seconds, report_progress)
-    best = _fastest_point(points)
+    points = sweep(context.served_encoder, options.lengths, options.callers, options.seconds, report_progress)
+    best, precision = _fastest_point(points), context.served_encoder.dtype_choice.dtype
     return GateResult(
-        f"{best.tokens_per_second:,.0f} tokens/s at best ({best.tokens} tokens, {best.callers} at once)",
+        f"{best.tokens_per_second:,.0f} tokens/s at best ({best.tokens} tokens, {best.callers} at once, {precision})",
         {},
-        measurements_of_sweep(points, **context.provenance("speed")),
-        {"points": [vars(point) for point in points]},
+        measurements_of_sweep(points, note=f"In {precision}.", **context.provenance("speed")),
+        {"points": [vars(point) for point in points], "precision": precision},
     )
 
 
@@ -304,7 +310,8 @@ def propose_price(context: OnboardingContext, report_progress: ProgressReporter)
         f"a million tokens cost {format_dollars(int(cost))} dollars; proposed {format_dollars(int(proposed))} "
         f"at {options.utilisation:.0%} utilisation"
     )
-    note = f"At {basis}, always busy."
+    precision = next(m.note for m in context.measurements if m.group == SPEED)
+    note = f"At {basis}, always busy. {precision}"
     return GateResult(
         finding if options.price is None else f"{finding}; set to {format_dollars(nano)}",
         {"prices": [{"nanodollars_per_million_tokens": nano, "estimated": True}]},

@@ -47,7 +47,7 @@ class ModelOptions:
 
     queue_tokens: int = 262_144
     cache_bytes: int = 0
-    dtype: DtypeChoice = "float32"
+    dtype: DtypeChoice = "auto"
     device: str = "cpu"
 
 

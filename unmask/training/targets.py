@@ -41,7 +41,7 @@ class TeacherVectors:
     """One teacher's unit vectors, each computed once per prompt and kept on disk with those of `unmask evaluate`."""
 
     def __init__(self, model: str) -> None:
-        self.model: EmbeddingModel = open_model(model)
+        self.model: EmbeddingModel = open_model(model, {"dtype": "float32"})
         self.cache = VectorCache(home() / "vectors", self.model.revision, self.model.dimensions)
 
     def encode(self, texts: Sequence[str], prompt: str | None, progress: Count | None = None) -> np.ndarray:

@@ -50,6 +50,7 @@ class TrainingModel:
             max_length=recipe.max_length,
             device=str(device),
             causal=recipe.causal,
+            dtype="float32",
         )
         decoder = self.encoder.trainable_decoder()
         if not isinstance(decoder, Decoder):

@@ -62,7 +62,7 @@ def open_decoder(specification: ModelSpecification) -> DecoderModel:
     Raises:
         UsageError, CheckpointError: as `Encoder.load`.
     """
-    dtype: Any = specification.one("dtype", "float32")
+    dtype: Any = specification.one("dtype", "auto")
     compat: Any = specification.one("compat", "default")
     encoder = Encoder.load(
         specification.target,
