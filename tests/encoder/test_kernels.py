@@ -188,8 +188,13 @@ def test_8_bit_rows_are_found(smallest: int) -> None:
 
 def test_other_rows_are_not_taken_for_8_bits() -> None:
     weight = eight_bit_rows(40, 100)
-    for wrong in (torch.randn(40, 100), weight + 1e-6, weight * torch.linspace(1, 2, 100), weight.bfloat16().float()):
-        assert kernels.int8_panels_of(wrong) is None
+    for other_rows in (
+        torch.randn(40, 100),
+        weight + 1e-6,
+        weight * torch.linspace(1, 2, 100),
+        weight.bfloat16().float(),
+    ):
+        assert kernels.int8_panels_of(other_rows) is None
     weight[7, 3] = float("nan")
     assert kernels.int8_panels_of(weight) is None
 
@@ -197,13 +202,13 @@ def test_other_rows_are_not_taken_for_8_bits() -> None:
 def test_a_weight_is_stored_in_the_fewest_bits_that_keep_it() -> None:
     cases = {torch.int8: eight_bit_rows(70, 40), torch.bfloat16: torch.randn(70, 40).bfloat16().float()}
     for dtype, weight in {**cases, torch.float32: torch.randn(70, 40)}.items():
-        for asked in (torch.float32, torch.bfloat16):
+        for precision in (torch.float32, torch.bfloat16):
             layer = Linear(40, 70)
             layer.weight.data.copy_(weight)
-            layer.prepack(asked)
+            layer.prepack(precision)
             assert layer.prepacked is not None
-            assert layer.prepacked.dtype == (asked if dtype == torch.float32 else dtype)
-            assert torch.equal(layer.plain_weight(), weight if dtype != torch.float32 else weight.to(asked).float())
+            assert layer.prepacked.dtype == (precision if dtype == torch.float32 else dtype)
+            assert torch.equal(layer.plain_weight(), weight if dtype != torch.float32 else weight.to(precision).float())
 
 
 def test_a_token_that_does_not_exist_is_refused() -> None:

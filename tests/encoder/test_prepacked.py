@@ -33,7 +33,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Has an entry for each checkpoint that was read."""
     reads: list[bool] = []
     load = Decoder.load.__func__  # pyright: ignore[reportFunctionMemberAccess]
-    monkeypatch.setattr(Decoder, "load", classmethod(lambda *given: reads.append(True) or load(*given)))
+    monkeypatch.setattr(Decoder, "load", classmethod(lambda *arguments: reads.append(True) or load(*arguments)))
     return reads
 
 
