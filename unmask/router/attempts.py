@@ -40,9 +40,9 @@ _ATTEMPTS_WITH_BYTES = 2
 # An attempt may take this long, or four times the estimate; then another provider is more likely to answer.
 _MIN_ATTEMPT_S = 10.0
 _ATTEMPT_FACTOR = 4.0
-# Usual seconds until a model without an admitted endpoint has one: while its references are computed, while endpoints
-# are being checked, and while all are quarantined, which takes a person.
-_REFERENCES_S, _CHECK_S, _OPERATOR_S = 30.0, 5.0, 120.0
+# Usual seconds until a model without an admitted endpoint has one: while its references are computed, and while all are
+# quarantined, which takes a person.
+_REFERENCES_S, _OPERATOR_S = 30.0, 120.0
 
 _ANSWER_S = 0.02  # left for writing the answer
 
@@ -142,11 +142,13 @@ class ModelEndpoints:
         """True if some endpoint's vectors may be used."""
         return any(endpoint.standing == "admitted" for endpoint in self.endpoints)
 
-    def checked_in(self) -> float:
+    def checked_in(self, now: float) -> float:
         """Return the seconds after which an endpoint may have been admitted, for a model of which none is."""
         if self.references is None:
             return _REFERENCES_S
-        return _CHECK_S if any(endpoint.standing == "unchecked" for endpoint in self.endpoints) else _OPERATOR_S
+        unchecked = (endpoint for endpoint in self.endpoints if endpoint.standing == "unchecked")
+        runs = [max(0.0, endpoint.run_at - now) + endpoint.run_seconds for endpoint in unchecked]
+        return max(1.0, min(runs, default=_OPERATOR_S))
 
 
 async def answer(
@@ -367,7 +369,7 @@ def _nobody(
         return Overloaded("no provider can answer by the deadline", retry_after=max(1.0, seconds))
     if engine is None and not model.any_admitted():
         message = "no provider of this model has been found to give the right vectors: none is better than wrong ones"
-        return NoConformingProvider(message, retry_after=model.checked_in())
+        return NoConformingProvider(message, retry_after=model.checked_in(now))
     soonest = min((endpoint.available_in(now) for endpoint in model.endpoints), default=float("inf"))
     return NoProvider(
         "no provider of this model that fits the request can answer now",

@@ -83,6 +83,7 @@ class ProviderEndpoint:
         passed_at: Unix seconds of the last passed run of either kind; 0 for never.
         wake: set when a check is due at once.
         full_due: a full run is due, whatever the time.
+        run_at: `time.monotonic()` of the next run of canaries; `run_seconds`: that a full one takes.
         costs: nano-dollars of this process's attempts, by reason.
         usual_seconds: durations of its last answers.
     """
@@ -97,6 +98,8 @@ class ProviderEndpoint:
     passed_at: float = 0.0
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     full_due: bool = True
+    run_at: float = float("-inf")
+    run_seconds: float = 5.0
     breaker: Breaker = field(init=False)
     load: EndpointLoad = field(init=False)
     in_traffic_since: float = field(init=False)
@@ -214,7 +217,7 @@ class ProviderEndpoint:
             self.load = EndpointLoad(self.provider.max_parallel, seconds / max(finding.num_tokens, 1), now)
         before, theirs = self.conformance, finding.their_tokens
         self.standing, self.finding, self.conformance = "admitted", "", finding
-        self._is_suspended = False
+        self._is_suspended, self.run_seconds = False, seconds
         self.passed_at = time.time() - seconds  # after its first canary, it may have drifted already
         if before is not None and theirs != before.their_tokens and finding.num_tokens == before.num_tokens:
             log.error(

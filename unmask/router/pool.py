@@ -274,7 +274,7 @@ class ProviderPool:
                     await self._name_fault(endpoint, references)
                 now = time.monotonic()
                 next_light = now + self._light_interval(endpoint, now)
-            due = min(next_full, next_light, endpoint.breaker.probe_at)
+            endpoint.run_at = due = min(next_full, next_light, endpoint.breaker.probe_at)
             with suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, due - now)):
                     await endpoint.wake.wait()

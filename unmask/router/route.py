@@ -1,6 +1,7 @@
 """`ModelRoute`: from the texts of one request to their vectors, whoever computes them."""
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -124,7 +125,7 @@ async def find_route(served: ServedModel, pool: ProviderPool | None, wait: float
             raise NoConformingProvider(message, retry_after=60.0)
         if not endpoints.any_admitted():
             message = "no provider of this model has been found to give the right vectors: try again later"
-            raise NoConformingProvider(message, retry_after=endpoints.checked_in())
+            raise NoConformingProvider(message, retry_after=endpoints.checked_in(time.monotonic()))
         return ModelRoute(served, None, endpoints, pool)
     if served.state != "ready" and endpoints.any_admitted() and not local:
         served.load_in_background()
