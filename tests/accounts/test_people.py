@@ -190,26 +190,26 @@ def store_as(accounts: Accounts, person: people.Person, email: str) -> None:
 async def test_an_account_of_an_older_spelling_signs_in_and_keeps_its_mailbox(
     accounts: Accounts, old: str, today: str | None
 ):
-    person = await accounts.sign_up("somebody@example.org", PASSWORD, address="")
+    person = await accounts.membership.sign_up("somebody@example.org", PASSWORD, address="")
     store_as(accounts, person, old)
     for spelling in filter(None, (old, old.upper(), today)):
-        token = await accounts.sign_in(spelling, PASSWORD, address="")
+        token = await accounts.membership.sign_in(spelling, PASSWORD, address="")
         assert do(accounts, lambda c, token=token: people.person_of_session(c, token, now_ms())).id == person.id
         assert do(accounts, lambda c, spelling=spelling: people.find_account(c, spelling)).id == person.account_id
     if today is not None:
         with pytest.raises(AddressTaken):
-            await accounts.sign_up(today, PASSWORD, address="")
+            await accounts.membership.sign_up(today, PASSWORD, address="")
     assert not do(accounts, people.shared_mailboxes)
 
 
 async def test_two_accounts_of_one_mailbox_are_named_and_both_sign_in(accounts: Accounts):
     old, today = OLD_SPELLINGS[0]
-    first = await accounts.sign_up("somebody@example.org", PASSWORD, address="")
+    first = await accounts.membership.sign_up("somebody@example.org", PASSWORD, address="")
     assert today is not None
-    second = await accounts.sign_up(today, "another long password", address="")
+    second = await accounts.membership.sign_up(today, "another long password", address="")
     store_as(accounts, first, old)
     for spelling, password, person in ((old, PASSWORD, first), (today, "another long password", second)):
-        token = await accounts.sign_in(spelling, password, address="")
+        token = await accounts.membership.sign_in(spelling, password, address="")
         assert do(accounts, lambda c, token=token: people.person_of_session(c, token, now_ms())).id == person.id
     assert [{person.id for person in sharing} for sharing in do(accounts, people.shared_mailboxes)] == [
         {first.id, second.id}
