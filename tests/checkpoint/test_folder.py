@@ -49,6 +49,45 @@ def test_sharded_safetensors(copied, expected: np.ndarray) -> None:
     np.testing.assert_array_equal(reload(folder), expected)
 
 
+def test_one_file_counts_before_stale_shards_as_in_transformers(copied) -> None:
+    from transformers import AutoModel
+
+    folder = copied("tiny_llama")
+    newer = {name: 2 * tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    shard(folder, "model-{:05}-of-00002.safetensors", "model.safetensors.index.json", save_file)
+    save_file(newer, folder / "model.safetensors")
+    theirs = AutoModel.from_pretrained(folder).get_input_embeddings().weight
+    assert torch.equal(open_checkpoint(folder).tensors.read("embed_tokens.weight"), theirs)
+
+
+@pytest.mark.parametrize("factor", [1, 3], ids=["equal", "different"])
+@pytest.mark.parametrize("form", ["another shard", "another name", "another name in a pickle"])
+def test_a_tensor_that_is_there_twice_is_refused_unless_both_say_the_same(
+    copied, expected: np.ndarray, form: str, factor: int
+) -> None:
+    folder = copied("tiny_llama")
+    tensors = load_file(folder / "model.safetensors")
+    twice = {"embed_tokens.weight": factor * tensors["embed_tokens.weight"]}
+    if form == "another shard":
+        shard(folder, "model-{:05}-of-00002.safetensors", "model.safetensors.index.json", save_file)
+        other = folder / "model-00002-of-00002.safetensors"
+        save_file({**load_file(other), **twice}, other)
+        other = folder / "model-00001-of-00002.safetensors"
+        save_file({**load_file(other), "embed_tokens.weight": tensors["embed_tokens.weight"]}, other)
+    else:
+        both = {**tensors, **{f"model.{name}": tensor.clone() for name, tensor in twice.items()}}
+        if form == "another name":
+            save_file(both, folder / "model.safetensors")
+        else:
+            (folder / "model.safetensors").unlink()
+            torch.save(both, folder / "pytorch_model.bin")
+    if factor == 1:
+        np.testing.assert_array_equal(reload(folder), expected)
+    else:
+        with pytest.raises(CheckpointError, match=r"embed_tokens\.weight is there twice"):
+            Encoder.load(folder)
+
+
 def test_sharded_pickle(copied, expected: np.ndarray) -> None:
     folder = copied("tiny_llama")
     shard(folder, "pytorch_model-{:05}-of-00002.bin", "pytorch_model.bin.index.json", torch.save)
@@ -142,6 +181,7 @@ def damage(folder: Path, kind: str) -> None:
         shard(folder, "model-{:05}-of-00002.safetensors", "model.safetensors.index.json", save_file)
         (folder / "model-00002-of-00002.safetensors").unlink()
     elif kind == "shard outside the folder":
+        weights.unlink()  # one file would count before the index
         index = {"weight_map": {"a": "../../etc/passwd"}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     elif kind == "llm2vec_config not JSON":

@@ -304,3 +304,13 @@ def test_a_gguf_file_without_pooling_is_a_decoder() -> None:
 def test_other_gguf_pooling_is_refused(pooling: int, message: str) -> None:
     with pytest.raises(CheckpointError, match=f"pooling_type {message}"):
         gguf_settings(Path("m.gguf"), "llama", {"llama.pooling_type": pooling})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("pooling_type", "mean"), ("pooling_type", 1.5), ("attention.causal", "no"), ("context_length", None)],
+)
+def test_a_gguf_setting_of_another_type_is_refused(field: str, value: Any) -> None:
+    fields = {"llama.pooling_type": 1, "llama.context_length": 77, f"llama.{field}": value}
+    with pytest.raises(CheckpointError, match=rf"llama\.{field}={value!r}"):
+        gguf_settings(Path("m.gguf"), "llama", fields)

@@ -334,15 +334,22 @@ def gguf_settings(path: Path, architecture: str, fields: Mapping[str, Any]) -> d
         CheckpointError: the file's pooling means another vector.
     """
     number = fields.get(f"{architecture}.pooling_type")
-    if number is None or int(number) == 0:
+    kind = _GGUF_POOLINGS.get(number, str(number)) if isinstance(number, int) else ""
+    if number is None or kind == "none":
         return {}
-    kind = _GGUF_POOLINGS.get(int(number), str(number))
-    if kind not in _READABLE_GGUF_POOLINGS:
+    if kind and kind not in _READABLE_GGUF_POOLINGS:
         raise CheckpointError(
             f"{path} is an embedding model with pooling_type {kind}, which unmask does not compute; use llama.cpp, or "
             "the model's folder in the hub's layout"
         )
-    causal = fields.get(f"{architecture}.attention.causal")
+    causal, length = fields.get(f"{architecture}.attention.causal"), fields.get(f"{architecture}.context_length")
+    for name, value, kinds in (
+        ("pooling_type", number, int),
+        ("attention.causal", causal, bool | None),
+        ("context_length", length, int),
+    ):
+        if not isinstance(value, kinds):
+            raise CheckpointError(f"{path} has {architecture}.{name}={value!r:.80}, which llama.cpp does not write")
     if causal is None:
         log.warning(
             "%s states pooling_type %s but no %s.attention.causal; its causal mask is kept, as llama.cpp does",
@@ -354,7 +361,7 @@ def gguf_settings(path: Path, architecture: str, fields: Mapping[str, Any]) -> d
         "prompt_style": SENTENCE_TRANSFORMERS,
         "pooling_mode": _READABLE_GGUF_POOLINGS[kind],
         "skip_instruction": False,
-        "causal": True if causal is None else bool(causal),
-        "max_length": int(fields[f"{architecture}.context_length"]),
+        "causal": causal is not False,
+        "max_length": length,
         "head": [{"kind": "normalize"}],
     }

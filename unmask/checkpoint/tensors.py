@@ -54,17 +54,12 @@ def open_tensors(folder: Path) -> TensorSource:
     Raises:
         CheckpointError: none of the known files is there, a shard is missing, or a file is damaged.
     """
-    for index_name, opener in (
-        ("model.safetensors.index.json", SafetensorsFiles),
-        ("pytorch_model.bin.index.json", PickledFiles),
-    ):
-        index = folder / index_name
-        if index.is_file():
+    # In the order of transformers: where a folder was written twice, one file is newer than stale shards beside it.
+    for name, opener in (("model.safetensors", SafetensorsFiles), ("pytorch_model.bin", PickledFiles)):
+        if (folder / name).is_file():
+            return opener([folder / name])
+        if (index := folder / f"{name}.index.json").is_file():
             return opener(_shards(index))
-    if (folder / "model.safetensors").is_file():
-        return SafetensorsFiles([folder / "model.safetensors"])
-    if (folder / "pytorch_model.bin").is_file():
-        return PickledFiles([folder / "pytorch_model.bin"])
     raise CheckpointError(
         f"{folder} holds no weights: looked for model.safetensors, pytorch_model.bin and their .index.json; "
         f"found {_listing(folder)}"
@@ -84,6 +79,15 @@ def _shards(index: Path) -> list[Path]:
         examples = ", ".join(missing[:3])
         raise CheckpointError(f"{index.parent} lacks {len(missing)} of {len(names)} shards in {index.name}: {examples}")
     return [index.parent / name for name in names]
+
+
+def _require_equal(first: torch.Tensor, second: torch.Tensor, key: str, file: Path) -> None:
+    """Refuse one tensor under two names or in two shards, unless both say the same."""
+    if not torch.equal(first, second):
+        raise CheckpointError(
+            f"{file}: {key} is there twice, with different numbers: in two shards, or with and without a prefix such "
+            "as model.; nothing says which one counts"
+        )
 
 
 def _listing(folder: Path) -> str:
@@ -107,8 +111,10 @@ class SafetensorsFiles:
                     name = innermost(key)
                     if name.endswith(f".weight{STEP}"):
                         self._steps[name.removesuffix(STEP)] = (handle.get_tensor, key)
-                    else:
-                        self._where[name] = (handle.get_tensor, key, shape)
+                        continue
+                    if name in self._where:
+                        _require_equal(self.read(name), handle.get_tensor(key), key, file)
+                    self._where[name] = (handle.get_tensor, key, shape)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(
                     f"{file} is damaged or truncated ({error}); delete it and fetch it again"
@@ -136,7 +142,10 @@ class PickledFiles:
         self._tensors: dict[str, torch.Tensor] = {}
         for file in files:
             for key, value in read_pickled(file).items():
-                self._tensors[innermost(key)] = value
+                name = innermost(key)
+                if name in self._tensors:
+                    _require_equal(self._tensors[name], value, key, file)
+                self._tensors[name] = value
 
     def names(self) -> Sequence[str]:
         return list(self._tensors)
