@@ -110,6 +110,8 @@ def test_a_run_that_can_learn_passes(fields: dict[str, Any], folder: Path) -> No
     [
         ({"matryoshka": [8, 65]}, "matryoshka: 65 is longer than the 64 numbers of a vector that .*tiny_llama gives"),
         ({"matryoshka": [32], "head": {"dimensions": 16}}, "matryoshka: 32 is longer than the 16 .* the recipe's head"),
+        ({"save": {"matryoshka": [65]}, "lora": None}, "save.matryoshka: 65 is longer than the 64 numbers"),
+        ({"save": {"max_length": 10**6}, "lora": None}, "save.max_length = 1000000: .* has [0-9]+ positions"),
         ({"head": {"dimensions": 65}}, "head.dimensions = 65 is more than the decoder's 64"),
         ({"layers": 9, "lora": None}, "layers 9: .* has 3 layers"),
         (

@@ -13,6 +13,7 @@ from unmask.checkpoint import open_checkpoint
 from unmask.encoder.model.architectures import Rope
 from unmask.errors import StorageError, UsageError
 from unmask.training.merging import write_model
+from unmask.training.recipe import Save
 
 GOLDEN = ["tiny_gemma", "tiny_llama", "tiny_llama2_chat", "tiny_llama3_instruct", "tiny_mistral_instruct"]
 TEXTS = ["an ordinary text", "x", "a longer one, with punctuation; numbers 1 2 3 and  two spaces"]
@@ -53,6 +54,16 @@ def test_the_reference_mode_is_kept(golden_dir: Path, tmp_path: Path, name: str)
         for folder in (golden_dir / name, tmp_path / "model")
     )
     np.testing.assert_array_equal(got, expected)
+
+
+def test_what_the_recipe_states_of_a_model_is_stored_with_it(golden_dir: Path, tmp_path: Path) -> None:
+    encoder = Encoder.load(golden_dir / "tiny_llama", max_length=20)
+    save = Save(max_length=60, takes_instructions=False, matryoshka=[8, 32])
+    write_model(tmp_path / "model", encoder, save=save)
+    again = Encoder.load(tmp_path / "model")
+    assert again.max_length == 60
+    assert again.checkpoint.encoder_config["takes_instructions"] is False
+    assert again.checkpoint.encoder_config["matryoshka"] == [32, 8]
 
 
 def test_pooling_precision_and_the_causal_mask_are_kept(golden_dir: Path, tmp_path: Path) -> None:

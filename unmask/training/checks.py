@@ -86,10 +86,16 @@ def _check_dimensions(recipe: Recipe, checkpoint: Checkpoint, shape: Shape, base
                 f"head.dimensions = {dimensions} is more than the decoder's {shape.hidden_size} and there is no "
                 "teacher to fit it to; lower it, or add a distillation with head.ridge above 0"
             )
-    longer = [length for length in recipe.matryoshka if length > dimensions]
-    if longer:
-        owner = "the recipe's head gives" if recipe.head is not None else f"{recipe.base} gives"
-        raise UsageError(f"matryoshka: {longer[0]} is longer than the {dimensions} numbers of a vector that {owner}")
+    owner = "the recipe's head gives" if recipe.head is not None else f"{recipe.base} gives"
+    for name, lengths in (("matryoshka", recipe.matryoshka), ("save.matryoshka", recipe.save.matryoshka)):
+        longer = [length for length in lengths if length > dimensions]
+        if longer:
+            raise UsageError(f"{name}: {longer[0]} is longer than the {dimensions} numbers of a vector that {owner}")
+    positions = checkpoint.config.get("max_position_embeddings")
+    if recipe.save.max_length is not None and positions is not None and recipe.save.max_length > positions:
+        raise UsageError(
+            f"save.max_length = {recipe.save.max_length}: {recipe.base} has {positions} positions; lower it"
+        )
     settings = recipe.distillation
     if settings is not None and settings.vector_weight and (settings.dimensions or dimensions) < dimensions:
         raise UsageError(

@@ -67,6 +67,8 @@ class EncoderSettings:
         causal: the weights are used with the causal mask; transformers is told by `is_causal`.
         head: steps behind the pooling, as in `encoder.head`; empty for none, or one linear layer.
         embedding_from: the model that token embedding and tokenizer are taken from; None where they are written.
+        takes_instructions: whether an instruction means anything to the model; None: as its base states, if it does.
+        matryoshka: lengths that its vectors may be cut to; empty: as its base states.
     """
 
     pooling: str = "mean"
@@ -76,6 +78,8 @@ class EncoderSettings:
     causal: bool = False
     head: Sequence[Mapping[str, Any]] = ()
     embedding_from: str | None = None
+    takes_instructions: bool | None = None
+    matryoshka: Sequence[int] = ()
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> "EncoderSettings":
@@ -124,7 +128,7 @@ def write_model(
     Args:
         parameters: the decoder's by name; where those in memory are parts of what they are.
         head: weight and bias of the layer behind the pooling; left out: the encoder's own.
-        save: precision, and whether the token embedding is written; left out: all, as it is in memory.
+        save: precision, what is written and what is stated of it; left out: all, as it is in memory.
         base: the model that the folder names for its token embedding, where that is not written.
         layers: write only so many first layers; default: all.
 
@@ -146,14 +150,17 @@ def write_model(
         tensors |= {HEAD_WEIGHT: head["weight"], HEAD_BIAS: head["bias"]}
     else:
         tensors |= {name: checkpoint.tensors.read(name) for name in head_names(checkpoint.tensors)}
+    stated = save or Save()
     settings = EncoderSettings(
         pooling=encoder.pooling,
-        max_length=encoder.max_length,
+        max_length=stated.max_length or encoder.max_length,
         doc_max_length=int(checkpoint.encoder_config.get("doc_max_length") or 400),
         skip_instruction=encoder.prompts.skip_instruction,
         causal=bool(causal),
         head=() if head is not None else checkpoint.encoder_config.get("head") or (),
-        embedding_from=base if save is not None and not save.embedding else None,
+        embedding_from=None if stated.embedding else base,
+        takes_instructions=stated.takes_instructions,
+        matryoshka=stated.matryoshka,
     )
     # On a CPU, an encoder in bfloat16 has rounded weights but computes the rest in float32.
     own = "bfloat16" if "bfloat16" in encoder.precision else str(encoder.dtype).removeprefix("torch.")
@@ -344,6 +351,10 @@ def _encoder_config(checkpoint: Checkpoint, settings: EncoderSettings) -> dict[s
     }
     copied = {key: checkpoint.encoder_config[key] for key in _COPIED_SETTINGS if key in checkpoint.encoder_config}
     config |= copied | ({"causal": True} if settings.causal else {})
+    if settings.takes_instructions is not None:
+        config["takes_instructions"] = settings.takes_instructions
+    if settings.matryoshka:
+        config["matryoshka"] = sorted(settings.matryoshka, reverse=True)
     if settings.head:
         config["head"] = [dict(step) for step in settings.head]
     if "prompt_style" in copied:

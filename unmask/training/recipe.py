@@ -300,10 +300,18 @@ class Save(Struct, forbid_unknown_fields=True, kw_only=True):
         precision: precision of the matrices. int8 stores a step size per row: a quarter of the bytes. The dequantised
             weights are the model from then on, on every device.
         embedding: write the token embedding too. Without it the folder is smaller and names the base for it.
+        max_length: tokens per text that the model states; default: those it is trained with. A model may be trained
+            on short texts, which is cheap, and read longer ones.
+        takes_instructions: false states that the model was trained without instructions: evaluation gives none then.
+        matryoshka: lengths to which users may cut its vectors, stated with the model. The components of a teacher's
+            PCA are in order of variance, so that a model that learns them needs no loss of its own for each length.
     """
 
     precision: Literal["float32", "bfloat16", "int8"] = "float32"
     embedding: bool = True
+    max_length: Positive | None = None
+    takes_instructions: bool | None = None
+    matryoshka: list[Positive] = []
 
 
 class Batch(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -437,6 +445,10 @@ class Recipe(Struct, forbid_unknown_fields=True, kw_only=True):
             raise ValueError(
                 "layers goes with lora = false: an adapter does not say which layers its base has left. "
                 "Write the shallower decoder with `unmask shear` and make it the base"
+            )
+        if self.lora is not None and self.save != Save():
+            raise ValueError(
+                "[save] goes with lora = false: an adapter is written in float32 and its base states the rest"
             )
         if self.exits:
             self._check_exits()
