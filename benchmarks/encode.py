@@ -34,7 +34,7 @@ import torch
 from backends import BACKENDS, BATCHES, GPU_BACKENDS, GPU_BATCHES, Backend, Setting
 from backends.models import MIXES, SHEARED_LLAMA, gflop_per_token, texts_of, token_counts, write_random, write_real
 from backends.process import Absent, Process, keep_to
-from backends.report import Report, Row, publish, write, wrong
+from backends.report import Report, Row, is_wrong, publish, write
 from rich.console import Console
 from rich.table import Table
 
@@ -329,7 +329,7 @@ def console_table(report: Report) -> Table:
         if row["absent"]:
             table.add_row(row["name"], row["absent"])
             continue
-        mark = " ✗" if wrong(row) else ""
+        mark = " ✗" if is_wrong(row) else ""
         table.add_row(
             row["name"],
             f"{row['tokens_per_second']:.0f}",

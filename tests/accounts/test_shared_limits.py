@@ -190,9 +190,9 @@ async def test_tries_to_sign_in_are_counted_together(make: Make, server: RedisSe
     services = [Accounts(file, pepper=tmp_path / "pepper", limiter=make()) for _ in range(2)]
     try:
         for turn in range(10):
-            await services[turn % 2]._throttle("203.0.113.7", "one@example.org")
+            await services[turn % 2].membership._throttle("203.0.113.7", "one@example.org")
         with pytest.raises(RateLimited, match="Too many tries"):
-            await services[0]._throttle("203.0.113.8", "ONE@example.org ")
+            await services[0].membership._throttle("203.0.113.8", "ONE@example.org ")
         with redis.Redis.from_url(server.url, decode_responses=True) as client:
             names = client.keys("*")
         assert "one@example" not in repr(names)

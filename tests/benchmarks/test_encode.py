@@ -12,7 +12,7 @@ from backends import LONGEST, Backend
 from backends.llama import interleaved
 from backends.models import MIXES, SHEARED_LLAMA, texts_of, write_random
 from backends.process import Absent, python_of
-from backends.report import between, markdown, publish, wrong
+from backends.report import between, is_wrong, markdown, publish
 
 SCRIPT = Path(__file__).parent.parent.parent / "benchmarks" / "encode.py"
 
@@ -94,7 +94,7 @@ def test_wrong_vectors_and_absent_peers_are_marked(report: dict[str, Any]):
     _, another, third = markdown(report).splitlines()[2:5]
     assert "**wrong:** 0.940000 / 0.520000" in another
     assert third == "| third | not installed: pip install third | | | | |"
-    assert not wrong(row("of 8 bits", cosine_mean=0.9993, cosine_worst=0.9989))
+    assert not is_wrong(row("of 8 bits", cosine_mean=0.9993, cosine_worst=0.9989))
 
 
 def test_publishing_replaces_what_stands_between_the_marks(report: dict[str, Any], tmp_path: Path):

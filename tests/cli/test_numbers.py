@@ -66,6 +66,7 @@ NUMBERS: dict[str, tuple[list[str], dict[str, tuple[str, ...]]]] = {
     ),
     "accounts rotate": (["{account}", "{key}"], {"--overlap-hours": ("-1", "nan", "inf", "1e300", "")}),
     "accounts plan": (["small"], {"--requests-per-minute": COUNT, "--tokens-per-minute": COUNT}),
+    "providers taint": ([], {"--days": COUNT}),
     "onboard": (
         [TINY],
         {

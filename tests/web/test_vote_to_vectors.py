@@ -58,7 +58,7 @@ def test_from_coming_soon_to_a_vector(
         facts = page.locator(".facts").first
         expect(facts).to_contain_text("princeton-nlp/Sheared-LLaMA-1.3B")
         expect(facts).to_contain_text("1,279,887,360")
-        expect(page.get_by_role("link", name="Sign in to ask for it")).to_be_visible()
+        expect(page.get_by_role("link", name="Sign in to vote")).to_be_visible()
         refused = service.call("POST", "/v1/embeddings", {"model": PUBLISHED, "input": "a text"}, key=key)
         assert refused.status == 404
 

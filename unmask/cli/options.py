@@ -35,6 +35,7 @@ def _at_least_one(_: type, value: int) -> None:
 
 
 LineCount = Annotated[int, Parameter(name="--lines", validator=_at_least_one)]
+DayCount = Annotated[int, Parameter(name="--days", validator=_at_least_one)]
 
 
 def amount_option(*, zero: bool = False) -> Parameter:

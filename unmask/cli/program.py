@@ -38,7 +38,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = (
-    Command("encode", _START, "Encode a file of texts into a file of vectors.", ("encode",)),
+    Command("encode", _START, "Encode files of texts into a file or a folder of vectors.", ("encode",)),
     Command("serve", _START, "Serve models behind an OpenAI-compatible API, with pages for people.", ("serve",)),
     Command("models", _START, "List the models that ship with unmask.", ("models",)),
     Command("train", _TRAINING, "Train an encoder from a decoder, as a recipe says.", ("train",)),

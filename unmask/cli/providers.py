@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import App, Parameter
 
 from unmask.cli.database import DatabaseUrl, open_database, read_transaction, write_transaction
-from unmask.cli.options import ACTOR, AsJson
+from unmask.cli.options import ACTOR, AsJson, DayCount
 from unmask.errors import UsageError
 from unmask.terminal import print_json, print_table, say
 
@@ -163,7 +163,13 @@ def reload(*, file: ProvidersPath = Path("providers.toml"), database: DatabaseUr
 
 @providers.command
 def taint(
-    name: str = "", /, *, days: int = 90, requests: bool = False, as_json: AsJson = False, database: DatabaseUrl = None
+    name: str = "",
+    /,
+    *,
+    days: DayCount = 90,
+    requests: bool = False,
+    as_json: AsJson = False,
+    database: DatabaseUrl = None,
 ) -> int:
     """List who got answers that may be wrong: those between the last right canary and a quarantine.
 
