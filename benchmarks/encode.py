@@ -44,8 +44,8 @@ from unmask.errors import UnmaskError
 
 REFERENCE = "transformers"
 EVERYONE = tuple(name for name in BACKENDS if name != "llama-cpp-f16")
-# What a shape is measured with unless told otherwise: so many texts that a run ends within minutes. All backends'
-# weights are in memory together, 5 GB each for the large shape, so that one is measured with three of them.
+# Defaults for each shape: as many texts as a run of a few minutes allows. The weights of all backends are in memory
+# together, 5 GB each for the large shape, so the large shape has only three backends.
 SHAPES: dict[str, dict[str, Any]] = {
     "135m": {"texts": 64, "rounds": 3, "backends": EVERYONE},
     "1.3b": {"texts": 16, "rounds": 3, "backends": ("unmask", "unmask-int8", REFERENCE)},

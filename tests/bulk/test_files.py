@@ -314,7 +314,7 @@ def test_chunks_keep_order_and_depend_on_what_they_hold(
         chunks = list(cut(texts, 0, "a.txt", max_length))
         assert [text for chunk in chunks for text in chunk.texts] == texts
         assert all(chunk.full for chunk in chunks[:-1])
-        # Whoever starts at a border finds the same borders after it.
+        # Cutting again from any border gives the same borders after it.
         for chunk in chunks:
             assert list(cut(texts[chunk.first :], 0, "a.txt", max_length, chunk.first)) == chunks[chunks.index(chunk) :]
 

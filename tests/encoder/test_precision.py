@@ -120,7 +120,7 @@ def test_processes_that_start_together_measure_once(machine: Machine) -> None:
     for thread in threads:
         thread.join()
     assert chosen == ["bfloat16"] * 4
-    # Whoever found no choice loads float32 first; only one went on to measure, the others load what it chose.
+    # One thread measured, and the three others loaded the precision that it chose: one load of bfloat16 each.
     assert machine.loads.count("bfloat16") == 4
 
 

@@ -311,19 +311,23 @@ def test_a_cold_model_is_answered_by_a_provider_while_it_loads(
             assert listed["vector_space"] == own.headers["x-unmask-vector-space"]
 
 
-def test_a_provider_that_drifts_under_load_is_out_after_two_light_runs(
-    vectors_of, tiny_llama: Path, encoder: Encoder, tmp_path: Path
-) -> None:
-    """No wrong vector reaches a caller after the first wrong canary, and all before it are in the taint report."""
-    url = f"sqlite:///{tmp_path / 'accounts.sqlite'}"
-    accounts = Accounts(url, pepper=tmp_path / "pepper")
+def customer(folder: Path, settings: KeySettings) -> tuple[str, Accounts, str, str]:
+    """Open an account with a dollar of credit and price the model: database, accounts, account's id, key."""
+    url = f"sqlite:///{folder / 'accounts.sqlite'}"
+    accounts = Accounts(url, pepper=folder / "pepper")
     with accounts.database.begin() as connection:
         account = people.open_account(connection, "customer", now_ms())
         ledger.top_up(connection, account, 1_000_000_000, "payment", now_ms())
         tariff.set_price(connection, tariff.TariffPrice(MODEL, "default", 8_000_000), now_ms())
-        key = keys.create(
-            connection, accounts.peppers, account, KeySettings(scopes=("embeddings", "account")), now_ms()
-        )
+        key = keys.create(connection, accounts.peppers, account, settings, now_ms())
+    return url, accounts, account, key
+
+
+def test_a_provider_that_drifts_under_load_is_out_after_two_light_runs(
+    vectors_of, tiny_llama: Path, encoder: Encoder, tmp_path: Path
+) -> None:
+    """No wrong vector reaches a caller after the first wrong canary, and all before it are in the taint report."""
+    url, accounts, _, key = customer(tmp_path, KeySettings(scopes=("embeddings", "account")))
     drifted = threading.Event()
 
     def drifting(texts: Sequence[str], instruction: str) -> np.ndarray:
@@ -597,13 +601,7 @@ def test_a_request_is_charged_once_and_every_attempt_is_in_the_books(
 def test_a_slow_answer_is_hedged_charged_once_and_both_costs_are_booked(
     vectors_of, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    url = f"sqlite:///{tmp_path / 'accounts.sqlite'}"
-    accounts = Accounts(url, pepper=tmp_path / "pepper")
-    with accounts.database.begin() as connection:
-        account = people.open_account(connection, "customer", now_ms())
-        ledger.top_up(connection, account, 1_000_000_000, "payment", now_ms())
-        tariff.set_price(connection, tariff.TariffPrice(MODEL, "default", 8_000_000), now_ms())
-        key = keys.create(connection, accounts.peppers, account, KeySettings(), now_ms())
+    url, accounts, account, key = customer(tmp_path, KeySettings())
     with fault_server_thread(vectors_of) as a, fault_server_thread(vectors_of) as b:
         file = providers_file(tmp_path, a.url, b.url)
         file.write_text(file.read_text().replace('cost = "0.004"', 'cost = "0.004"\nhedge = true'))

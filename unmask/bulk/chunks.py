@@ -125,7 +125,7 @@ def chunk_vectors(encoder: Encoder, job: EncodeJob, prompts: list[Prompt | None]
 
 def job_options(job: EncodeJob, encoder: Encoder, output_format: str) -> dict[str, object]:
     """Return everything but the texts that decides a byte of the output, by the name a user knows it by."""
-    # What the model makes of a probe stands for its template, special tokens and pooled positions.
+    # The prompt of a probe text represents the model's template, special tokens and pooled positions.
     probe = encoder.prompts.build(["probe"], job.instruction)[0]
     return {
         "model": encoder.checkpoint.revision,
