@@ -350,18 +350,18 @@ def test_a_provider_that_drifts_under_load_is_out_after_two_light_runs(
             def call() -> list[tuple[float, bool, str, str]]:
                 answers = []
                 while not stop.is_set():
+                    sent = time.monotonic()
                     got = embed()
                     if got.status == 200:
                         is_right = bool(np.abs(got.vectors - expected).max() < 1e-5)
                         names = got.headers["x-unmask-provider"], got.headers["x-unmask-charge"]
-                        answers.append((time.monotonic(), is_right, *names))
+                        answers.append((sent, is_right, *names))
                 return answers
 
             with ThreadPoolExecutor(4) as callers:
                 running_calls = [callers.submit(call) for _ in range(4)]
                 until(lambda: len(a.requests) > 60)
                 drifted.set()
-                began = time.monotonic()
                 until(lambda: upstreams.endpoint("a").standing != "admitted")
                 suspended = time.monotonic()
                 until(lambda: upstreams.endpoint("a").standing == "quarantined")
@@ -369,9 +369,9 @@ def test_a_provider_that_drifts_under_load_is_out_after_two_light_runs(
                 until(lambda: len(b.requests) > before + 40)  # well after the last answer that was on its way
                 stop.set()
                 answers = [one for future in running_calls for one in future.result()]
-            wrong_at = [at for at, is_right, _, _ in answers if not is_right]
-            assert all(began - 0.1 <= at <= suspended + 0.1 for at in wrong_at)
-            assert {name for at, _, name, _ in answers if at > suspended + 0.1} == {"b"}
+            # Judged by when a request was sent: an answer may lie unread for any time on a busy machine.
+            sent_after = [(is_right, name) for sent, is_right, name, _ in answers if sent > suspended]
+            assert set(sent_after) == {(True, "b")}
             until(lambda: "full run" not in upstreams.endpoint("a").finding)
 
             def windows() -> list[TaintedWindow]:
