@@ -39,8 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     from cyclopts import CycloptsError
 
-    keep_few_products()
     words = list(sys.argv[1:] if arguments is None else arguments)
+    # Training fills its packs to a few numbers of rows and reuses each primitive in every step.
+    if words[:1] != ["train"]:
+        keep_few_products()
     try:
         app = build_app(words[0] if words else None)
         app(_current_spelling(words), print_error=False, exit_on_error=False)

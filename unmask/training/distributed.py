@@ -66,7 +66,7 @@ class Processes:
         dist.all_reduce(flat)
         start = 0
         for parameter in trained:
-            parameter.grad = flat[start : start + parameter.numel()].view_as(parameter).clone()
+            parameter.grad = flat[start : start + parameter.numel()].view_as(parameter)
             start += parameter.numel()
 
     def sum(self, value: float) -> float:

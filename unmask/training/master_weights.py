@@ -5,14 +5,17 @@ several packs casts it several times. Here the copy is refreshed after the optim
 weights are added up in float32 over the packs of a step.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unmask.encoder.model.decoder import Decoder
+from unmask.encoder.model.attention import PackLayout
+from unmask.encoder.model.decoder import Decoder, Layer
 from unmask.encoder.runtime.linear import Linear
+from unmask.training import compiled_layer
 
 
 class MasterLinear(nn.Module):
@@ -54,7 +57,7 @@ class _MasterProduct(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         narrow, copy = ctx.saved_tensors
         dx = (dy @ copy).to(ctx.input_dtype) if ctx.needs_input_grad[0] else None
-        d_weight = (dy.T @ narrow).float() if ctx.needs_input_grad[1] else None
+        d_weight = (compiled_layer.transposed(dy) @ narrow).float() if ctx.needs_input_grad[1] else None
         d_bias = dy.sum(dim=0, dtype=torch.float32) if ctx.needs_input_grad[3] else None
         return dx, d_weight, None, d_bias
 
@@ -67,8 +70,20 @@ def use_master_weights(decoder: Decoder, dtype: torch.dtype) -> list[MasterLinea
     """
     layers: list[MasterLinear] = []
     for block in decoder.layers:
+        assert isinstance(block, Layer)
         for name, module in list(block.named_children()):
             if isinstance(module, Linear):
                 layers.append(MasterLinear(module, dtype))
                 setattr(block, name, layers[-1])
+        if dtype == torch.bfloat16 and compiled_layer.can_run(block):
+            block.forward = partial(_forward, block)
     return layers
+
+
+def _forward(block: Layer, x: Tensor, cos: Tensor, sin: Tensor, layout: PackLayout) -> Tensor:
+    """Run the compiled layer, or the ordinary one for sequences that are too long and for attention dropout."""
+    reach = layout.max_seqlen if block.reach is None else block.reach + 1
+    dropout = block.training and block.attention_dropout
+    if layout.max_seqlen > min(compiled_layer.LONGEST, reach) or dropout:
+        return Layer.forward(block, x, cos, sin, layout)
+    return compiled_layer.forward(block, x, cos, sin, layout)

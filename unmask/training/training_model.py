@@ -26,6 +26,9 @@ from unmask.training.master_weights import MasterLinear, use_master_weights
 from unmask.training.recipe import Recipe
 from unmask.training.sharding import shard
 
+# Packs are filled up to a multiple of so many tokens, by sequences of so many.
+_ROWS, _FILLING = 64, 16
+
 
 class TrainingModel:
     """The model that an objective trains: an encoder whose parameters are updated.
@@ -185,9 +188,20 @@ class TrainingModel:
 
     def hidden(self, sequences: Sequence[np.ndarray]) -> Tensor:
         """Forward a pack: hidden states [T, hidden_size], with gradients."""
-        ids = torch.from_numpy(np.concatenate(sequences)).to(self.device)
+        ids, lengths = np.concatenate(sequences), [len(sequence) for sequence in sequences]
+        filling = self._filling(len(ids))
+        filled = torch.from_numpy(np.concatenate((ids, np.zeros(sum(filling), ids.dtype)))).to(self.device)
         with self._autocast():
-            return self.decoder(ids, [len(sequence) for sequence in sequences])
+            return self.decoder(filled, lengths + filling)[: len(ids)]
+
+    def _filling(self, tokens: int) -> list[int]:
+        """Lengths of the sequences that fill up a pack, whose states nobody reads.
+
+        oneDNN compiles a kernel for every number of rows of a product. With any number of tokens a pack, a step spent
+        more time in its compiler than in its kernels.
+        """
+        missing = -tokens % _ROWS if self.master_layers and self.device.type == "cpu" else 0
+        return [_FILLING] * (missing // _FILLING) + ([missing % _FILLING] if missing % _FILLING else [])
 
     def vectors(self, prompts: Sequence[Prompt]) -> Tensor:
         """Compute the vectors of one pack, float32 [n, dimensions], with gradients."""
@@ -229,7 +243,7 @@ class TrainingModel:
             for hook in hooks:
                 hook.remove()
         with self._autocast():
-            return states, [self.decoder.norm(by_layer[count]) for count in layers]
+            return states, [self.decoder.norm(by_layer[count][: len(states)]) for count in layers]
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str], instruction: str = "") -> np.ndarray:

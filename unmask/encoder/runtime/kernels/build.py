@@ -1,4 +1,7 @@
-"""Compile `kernels.c` for one kind of processor. Standard library only, so that building a wheel can run it too."""
+"""Compile `kernels.c`, which includes `training.c`, for one kind of processor.
+
+Standard library only, so that building a wheel can run it too.
+"""
 
 import hashlib
 import os
@@ -26,7 +29,7 @@ def targets() -> list[str]:
 
 def file_name(target: str) -> str:
     """Name of the library for a kind of processor; it changes with the source and the flags."""
-    text = SOURCE.read_bytes() + repr((_FLAGS, TARGETS[target])).encode()
+    text = SOURCE.read_bytes() + SOURCE.with_name("training.c").read_bytes() + repr((_FLAGS, TARGETS[target])).encode()
     return f"{target}-{hashlib.sha256(text).hexdigest()[:16]}.so"
 
 

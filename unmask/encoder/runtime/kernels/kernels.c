@@ -597,3 +597,5 @@ void forward(const Model *model, Pack *pack, int part, int parts) {
 void linear(const Linear *weight, int64_t rows, const float *x, float *out, float *memory) {
     multiply(weight, share_of(up_to(weight->n, NR) / NR, 0, 1), rows, x, weight->k, out, weight->n, 0, memory);
 }
+
+#include "training.c"
