@@ -35,6 +35,15 @@ def test_a_decoder(tiny: str) -> None:
     assert plain is not None and instructed is not None and plain < instructed
 
 
+def test_a_sentence_transformers_folder_in_two_precisions(published: Callable[[str], Path]) -> None:
+    folder = published("Qwen/Qwen3-Embedding-0.6B")
+    full = open_model(f"st:{folder}", {"dtype": "bfloat16"})  # the run's precision is that of our own models
+    half = open_model(f"st:{folder}?dtype=bfloat16")
+    assert (half.revision, full.revision) == (f"{full.revision}-bfloat16", open_model(f"st:{folder}").revision)
+    assert half.encode(TEXTS).dtype == np.float32
+    assert 0 < np.abs(half.encode(TEXTS) - full.encode(TEXTS)).max() < 0.02
+
+
 def test_everything_that_decides_a_vector_is_in_the_revision(tiny: str) -> None:
     options = ("", "?causal", "?pooling=weighted_mean", "?dtype=bfloat16", "?max_length=64", "?compat=reference")
     revisions = {open_model(tiny + option).revision for option in options}
@@ -93,6 +102,7 @@ def test_the_static_model_comes_with_its_package() -> None:
         ("http://me:secret@127.0.0.1/v1#m", UsageError, "a key does not belong into the address"),
         ("http://127.0.0.1:1/v1#m?key=NO_SUCH_VARIABLE", UsageError, "not set"),
         ("st:.", CheckpointError, "no modules.json"),
+        ("st:.?dtype=int8", UsageError, "write float32 or bfloat16"),
     ],
 )
 def test_bad_specifications_are_refused(specification: str, error: type[Exception], message: str) -> None:

@@ -12,7 +12,7 @@ from unmask.encoder import Encoder
 from unmask.errors import StorageError, UsageError
 from unmask.training.head import ridge
 from unmask.training.recipe import Distillation, Teacher
-from unmask.training.targets import Rotation, Targets
+from unmask.training.targets import Rotation, Targets, compute_vectors
 
 
 @pytest.fixture(autouse=True)
@@ -74,8 +74,10 @@ def test_vectors_are_computed_once_for_each_prompt(teacher: str, tmp_path: Path)
     texts = texts_of(10)
     settings = Distillation(teachers=[Teacher(model=teacher), Teacher(model=teacher, prompt="moon ")])
     done: list[tuple[str, int, int]] = []
-    targets = Targets(settings, texts, tmp_path / "t.npz", progress=lambda *report: done.append(report))
+    for rank in range(2):  # the shares of two processes
+        compute_vectors(settings, texts[rank::2], lambda *report: done.append(report))
     assert sum(count for _, count, _ in done) == 20
+    targets = Targets(settings, texts, tmp_path / "t.npz")
     for _, vectors in targets._teachers:
         vectors.model.encode = None  # pyright: ignore[reportAttributeAccessIssue] - nothing may be computed again
     assert targets.encode(texts).shape == (10, 64)

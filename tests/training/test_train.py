@@ -3,6 +3,7 @@
 import json
 import random
 import warnings
+from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tests.training.tiny import CPU, GOLDEN, WORDS, kill_when, recipe_of, run_re
 from unmask.encoder import Encoder
 from unmask.errors import UsageError
 from unmask.training import curves
+from unmask.training.loop import TrainingProgress
 from unmask.training.recipe import Recipe
 from unmask.training.run_folder import RunFolder
 from unmask.training.train import run_training
@@ -185,6 +187,39 @@ def test_another_recipe_in_the_same_folder_is_refused(data: Path, tmp_path: Path
         run_training(recipe_of(steps=1, optimiser={"lr": 0.5}), data=data, output=tmp_path, resume=True)
     with pytest.raises(UsageError, match="continue it with --resume"):
         run_training(recipe_of(steps=1), data=data, output=tmp_path)
+
+
+def test_the_steps_may_change_until_the_rate_depends_on_them(data: Path, tmp_path: Path) -> None:
+    optimiser = {"lr": 0.01, "warmup": 1, "schedule": "wsd", "decay_share": 0.5}
+    run_training(recipe_of(steps=8, optimiser=optimiser), data=data, output=tmp_path / "whole")
+    # Half of a run of 8 steps: at a constant rate, as it would be in one of 12.
+    with pytest.raises(KeyboardInterrupt):
+        run_training(
+            recipe_of(steps=12, optimiser=optimiser, checkpoint_every=2),
+            data=data,
+            output=tmp_path / "changed",
+            progress=interrupt_after(4),
+        )
+    for _ in range(2):  # the new number is in run.json, so the second time it is the same run
+        recipe = recipe_of(steps=8, optimiser=optimiser, checkpoint_every=2)
+        run_training(recipe, data=data, output=tmp_path / "changed", resume=True)
+    assert losses(tmp_path / "changed") == losses(tmp_path / "whole")
+    with pytest.raises(UsageError, match=r"recipe\.steps was 8, is 12"):
+        recipe = recipe_of(steps=12, optimiser=optimiser, checkpoint_every=2)
+        run_training(recipe, data=data, output=tmp_path / "changed", resume=True)
+
+
+def interrupt_after(step: int) -> Callable[[TrainingProgress], None]:
+    def progress(done: TrainingProgress) -> None:
+        if done.step == step:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def losses(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
 
 
 def test_a_run_from_before_a_field_existed_is_continued(data: Path, tmp_path: Path) -> None:

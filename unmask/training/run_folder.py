@@ -60,11 +60,11 @@ class RunFolder:
             UsageError: another run's files are here, or this one's and `resume` is off.
         """
         file = self.path / "run.json"
-        text = json.dumps(description, indent=1) + "\n"
-        new: dict[str, Any] = json.loads(text)  # as it will be read again: JSON has no tuples
+        new: dict[str, Any] = json.loads(json.dumps(description))  # as it will be read again: JSON has no tuples
         if file.is_file():
             try:
-                before = upgrade(json.loads(file.read_text(encoding="utf-8")))
+                stored = json.loads(file.read_text(encoding="utf-8"))
+                before = upgrade(stored)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UsageError(f"{file} is damaged ({error}); remove {self.path} to begin anew") from error
             changed = sorted(key for key in ("recipe", "data") if before.get(key) != new.get(key))
@@ -75,10 +75,16 @@ class RunFolder:
                 )
             if not resume:
                 raise UsageError(f"{self.path} holds this run already; continue it with --resume, or remove it")
+            if before != stored:
+                self._write(file, before)
             return before
-        with atomic_write(file) as partial:
-            partial.write_text(text, encoding="utf-8")
+        self._write(file, new)
         return new
+
+    @staticmethod
+    def _write(file: Path, description: Mapping[str, Any]) -> None:
+        with atomic_write(file) as partial:
+            partial.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
         """Write a checkpoint atomically and remove the oldest ones.
@@ -104,6 +110,10 @@ class RunFolder:
                 shutil.rmtree(partial, ignore_errors=True)
             for old in self._steps()[: -self._keep]:
                 shutil.rmtree(self.path / "checkpoints" / f"{_STEP}{old:08d}", ignore_errors=True)
+
+    def step(self) -> int:
+        """Return the step of the last checkpoint, 0 if there is none."""
+        return max(self._steps(), default=0)
 
     def latest(self) -> tuple[int, dict[str, Any]] | None:
         """Read step and state of the last checkpoint, if there is one."""

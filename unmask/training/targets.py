@@ -64,6 +64,25 @@ class TeacherVectors:
         return _unit(self.cache.encode(texts, key, compute, progress=progress))
 
 
+def compute_vectors(
+    settings: Distillation, texts: Sequence[str], progress: Callable[[str, int, int], None] = lambda *_: None
+) -> None:
+    """Compute every teacher's vectors of texts and keep them on disk. Those that are there are not computed again.
+
+    Args:
+        progress: called with a description, the texts done just now, and the number of all texts.
+
+    Raises:
+        UsageError: a teacher cannot be opened.
+        StorageError: vectors cannot be kept.
+    """
+    for teacher in settings.ensemble():
+        vectors = TeacherVectors(teacher.model)
+        report = partial(_report, progress, f"vectors of {vectors.model.name}", len(texts))
+        for start in range(0, len(texts), _BLOCK):
+            vectors.encode(texts[start : start + _BLOCK], teacher.prompt, report)
+
+
 @dataclass(frozen=True)
 class Rotation:
     """Map from the teachers' unit vectors to targets.
@@ -110,30 +129,16 @@ class Targets:
         settings: the teachers and the length.
         sample: texts of the data that means and components are fitted on.
         file: where the rotation is stored. If it exists, it is read and not fitted again.
-        prefetch: further texts whose teacher vectors are computed now.
-        progress: called with a description, the texts done just now, and the number of all texts.
 
     Raises:
         UsageError: a teacher cannot be opened, or the target is longer than its vectors together.
         StorageError: vectors or fit cannot be kept.
     """
 
-    def __init__(
-        self,
-        settings: Distillation,
-        sample: Sequence[str],
-        file: Path,
-        prefetch: Sequence[str] = (),
-        progress: Callable[[str, int, int], None] = lambda *_: None,
-    ) -> None:
+    def __init__(self, settings: Distillation, sample: Sequence[str], file: Path) -> None:
         self._teachers: list[tuple[Teacher, TeacherVectors]] = [
             (teacher, TeacherVectors(teacher.model)) for teacher in settings.ensemble()
         ]
-        for teacher, vectors in self._teachers:
-            texts = list(dict.fromkeys((*sample, *prefetch)))
-            report = partial(_report, progress, f"vectors of {vectors.model.name}", len(texts))
-            for start in range(0, len(texts), _BLOCK):
-                vectors.encode(texts[start : start + _BLOCK], teacher.prompt, report)
         self.rotation = Rotation.load(file) if file.is_file() else self._fit(settings, sample)
         if not file.is_file():
             self.rotation.save(file)

@@ -10,6 +10,7 @@ Across machines, every process must see the output folder if the run is to be re
 """
 
 import json
+import operator
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +35,7 @@ from unmask.training.device import choose_device, compute_dtype
 from unmask.training.distributed import Processes, processes
 from unmask.training.examples import Examples, load_examples
 from unmask.training.head import first_numbers, linear_head, ridge
-from unmask.training.loop import TrainingProgress, train_steps
+from unmask.training.loop import TrainingProgress, learning_rate, train_steps
 from unmask.training.lora import adapter_tensors, write_adapter
 from unmask.training.mixture import Mixture, StreamOptions
 from unmask.training.model_folder import write_head, write_model
@@ -43,7 +44,7 @@ from unmask.training.recipe import HeadSettings, Recipe
 from unmask.training.recipe_file import stored_recipe
 from unmask.training.run_folder import RunFolder, describe_run
 from unmask.training.sharding import unshard
-from unmask.training.targets import FILE, RankingTeacher, Targets
+from unmask.training.targets import FILE, RankingTeacher, Targets, compute_vectors
 from unmask.training.training_model import TrainingModel, adapter_base, embedding_base, initial_adapter
 
 LoadedData = tuple[list[Examples], Decontaminator | None]
@@ -105,12 +106,12 @@ def run_training(
                 digests["lora.init_from"] = adapter.digest()
             chosen = str(compute_dtype(recipe.precision, device)).removeprefix("torch.")
             description = describe_run(_plain(recipe), digests, _hardware(device, group), chosen)
-            stored = folder.begin(description, resume, lambda before: _upgraded(before, recipe))
+            stored = folder.begin(description, resume, lambda before: _upgraded(before, recipe, folder.step()))
             precision = stored.get("precision", chosen)
         recipe = msgspec.structs.replace(recipe, precision=group.broadcast(precision))
         teachers = None
         if recipe.distillation is not None:
-            teachers = open_teachers(recipe, sets, folder, group, _counted(log))
+            teachers = open_teachers(recipe, sets, folder, group, _counted(log if group.is_main else lambda _: None))
         model = TrainingModel(recipe, device, group)
         if recipe.head is not None:
             set_heads(recipe, recipe.head, model, sets, teachers)
@@ -195,16 +196,18 @@ def open_teachers(
 ) -> Teachers:
     """Open the teachers and compute their vectors of every text in memory.
 
-    Only the main process computes; the others read its vectors from disk. An interrupted run continues where it was.
-    Vectors of streamed texts are computed when they are needed.
+    Each process computes its share and reads the others' from disk. An interrupted run continues where it was. Vectors
+    of streamed texts are computed when they are needed.
     """
     settings = recipe.distillation
     assert settings is not None
     texts = distilled_texts(sets, recipe.contrastive.hard_negatives)
     sample = [texts[i] for i in np.random.default_rng([recipe.seed, 2]).permutation(len(texts))[: settings.sample]]
+    compute_vectors(settings, texts[group.rank :: group.size], report)
+    group.wait()
 
     def build() -> Teachers:
-        targets = Targets(settings, sample, folder.path / FILE, texts, report)
+        targets = Targets(settings, sample, folder.path / FILE)
         ranking = RankingTeacher(settings.ranking) if settings.ranking is not None else None
         if ranking is not None:
             pairs = [e for examples in sets if examples.source.query for e in examples.train]
@@ -325,8 +328,11 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
     return msgspec.json.decode(msgspec.json.encode(recipe))
 
 
-def _upgraded(stored: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """Bring the description of an older run to today's fields: new ones at their defaults, renamed ones renamed."""
+def _upgraded(stored: dict[str, Any], recipe: Recipe, done: int) -> dict[str, Any]:
+    """Bring the description of an older run to today's fields: new ones at their defaults, renamed ones renamed.
+
+    The number of steps may be another one, if the rates of all steps done are those of a run that began with it.
+    """
     data = {"lora.init_from" if name == "lora.start" else name: digest for name, digest in stored["data"].items()}
     before = stored_recipe(stored["recipe"])
     # Older runs name the defaults of their time; a recipe that names neither now follows its base.
@@ -334,6 +340,9 @@ def _upgraded(stored: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
         before = msgspec.structs.replace(before, pooling=None)
     if recipe.causal is None and before.causal is False:
         before = msgspec.structs.replace(before, causal=None)
+    rates = ([learning_rate(step, each.optimiser, each.steps) for step in range(done)] for each in (before, recipe))
+    if done <= recipe.steps and recipe.max_epochs is None and operator.eq(*rates):
+        before = msgspec.structs.replace(before, steps=recipe.steps)
     return {**stored, "recipe": _plain(before), "data": data}
 
 

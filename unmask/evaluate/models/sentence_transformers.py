@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from unmask.errors import CheckpointError, MissingPackages
+from unmask.errors import CheckpointError, MissingPackages, UsageError
 from unmask.evaluate.models.specification import ModelSpecification
 
 # Files that can change a vector. Pictures, read-mes and other formats in such a folder cannot.
@@ -24,7 +24,7 @@ class SentenceTransformerModel:
 
     kind: Literal["sentence-transformers"] = "sentence-transformers"
 
-    def __init__(self, model: Any, folder: Path, name: str) -> None:
+    def __init__(self, model: Any, folder: Path, name: str, dtype: str = "float32") -> None:
         self.name = name
         self._model = model
         prompts: dict[str, str] = model.prompts or {}
@@ -33,16 +33,21 @@ class SentenceTransformerModel:
         self.takes_instructions = bool(self._query_prompt or self._document_prompt)
         self.dimensions = int(model.get_embedding_dimension())
         self.parameters: int | None = sum(parameter.numel() for parameter in model.parameters())
-        self.revision = _folder_digest(folder)
+        # Vectors of another precision are other vectors: they must not meet in a cache.
+        self.revision = _folder_digest(folder) + ("" if dtype == "float32" else f"-{dtype}")
 
     def encode(self, texts: Sequence[str], instruction: str = "") -> np.ndarray:
         """Return float32 [n, dimensions]. The instruction only chooses the model's own prompt."""
         prompt = self._query_prompt if instruction else self._document_prompt
-        return self._model.encode(list(texts), prompt=prompt or None, convert_to_numpy=True, show_progress_bar=False)
+        return self._encode(texts, prompt or None)
 
     def encode_with_prompt(self, texts: Sequence[str], prompt: str) -> np.ndarray:
         """Vectors of texts with any prompt before each, as a teacher is asked; float32 [n, dimensions]."""
-        return self._model.encode(list(texts), prompt=prompt, convert_to_numpy=True, show_progress_bar=False)
+        return self._encode(texts, prompt)
+
+    def _encode(self, texts: Sequence[str], prompt: str | None) -> np.ndarray:
+        vectors = self._model.encode(list(texts), prompt=prompt, convert_to_numpy=True, show_progress_bar=False)
+        return np.asarray(vectors, dtype=np.float32)
 
     def count_tokens(self, texts: Sequence[str], instruction: str = "") -> int | None:
         """Count the tokens after truncation, without padding."""
@@ -56,10 +61,16 @@ class SentenceTransformerModel:
 def open_folder(specification: ModelSpecification) -> SentenceTransformerModel:
     """Load a sentence-transformers folder.
 
+    Its precision is float32 unless the specification itself names another: the run's is that of our own models.
+
     Raises:
         MissingPackages: the package is not installed.
+        UsageError: no such precision.
         CheckpointError: the folder is not one of that library.
     """
+    dtype = specification.values.get("dtype", ("float32",))[-1]
+    if dtype not in ("float32", "bfloat16"):
+        raise UsageError(f"{specification.target}: dtype={dtype[:40]!r}; write float32 or bfloat16")
     try:
         # Not by an import statement: a type checker would read the modules of all transformers' models for it.
         library = importlib.import_module("sentence_transformers")
@@ -74,7 +85,9 @@ def open_folder(specification: ModelSpecification) -> SentenceTransformerModel:
         )
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return SentenceTransformerModel(model, folder, specification.display_name)
+    if dtype == "bfloat16":
+        model = model.bfloat16()
+    return SentenceTransformerModel(model, folder, specification.display_name, dtype)
 
 
 def _folder_digest(folder: Path) -> str:

@@ -5,7 +5,7 @@
     unmask/smollm2-135m-embed, org/name,        unmask                  adapter (may be repeated), pooling, causal,
     a folder, a .gguf file,                                             dtype, compat, max_length, device,
     unmask:FOLDER with modules.json                                     instructions
-    st:FOLDER, or a folder with modules.json    sentence-transformers   device
+    st:FOLDER, or a folder with modules.json    sentence-transformers   device, dtype (float32 or bfloat16)
     http://host/v1#model                        endpoint                key (name of an environment variable),
                                                                         instructions
     wordllama:default, wordllama:CONFIG         static                  dim
@@ -24,7 +24,7 @@ from unmask.evaluate.models.embedding_model import ModelKind
 
 OPTIONS: Mapping[ModelKind, tuple[str, ...]] = {
     "unmask": ("adapter", "pooling", "causal", "dtype", "compat", "max_length", "device", "instructions"),
-    "sentence-transformers": ("device",),
+    "sentence-transformers": ("device", "dtype"),
     "endpoint": ("key", "instructions"),
     "static": ("dim",),
 }
