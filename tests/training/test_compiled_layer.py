@@ -72,10 +72,11 @@ def test_attention_of_any_lengths(lengths: list[int], heads: tuple[int, int]) ->
 
     def plain(qkv: Tensor) -> Tensor:
         q, k, v = qkv.view(len(qkv), -1, 32).split((heads[0], heads[1], heads[1]), dim=1)
-        parts = [
-            grouped_query_attention(*(x.transpose(0, 1)[None] for x in sequence), shape.attention_scale)[0]  # pyright: ignore[reportCallIssue]
-            for sequence in zip(*(x.split(lengths) for x in (rotate(q, cos, sin), rotate(k, cos, sin), v)), strict=True)
-        ]
+        sequences = zip(*(x.split(lengths) for x in (rotate(q, cos, sin), rotate(k, cos, sin), v)), strict=True)
+        parts: list[Tensor] = []
+        for sequence in sequences:
+            q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in sequence)
+            parts.append(grouped_query_attention(q, k, v, shape.attention_scale).squeeze(0))
         return torch.cat([part.transpose(0, 1).flatten(1) for part in parts])
 
     ours = gradients_of(lambda x: compiled_layer._AttentionProduct.apply(x, cos, sin, layout, shape), qkv)
