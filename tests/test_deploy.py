@@ -137,7 +137,7 @@ def process(command: list[str], log: Path, **environment: str) -> Iterator[subpr
 def wait_until_ready(url: str, log: Path) -> None:
     for _ in range(600):
         try:
-            if httpx.get(f"{url}/ready", timeout=2).status_code == 200:
+            if httpx.get(f"{url}/ready", timeout=30).status_code == 200:
                 return
         except httpx.HTTPError:
             pass
@@ -209,7 +209,7 @@ def test_three_servers_behind_the_balancer_act_as_one(
             caller.start()
         asked_before = len(statuses)
         servers[0].send_signal(signal.SIGTERM)
-        servers[0].wait(40)
+        servers[0].wait(60)
         while len(statuses) < asked_before + 60:
             time.sleep(0.05)
         assert set(statuses) == {200}

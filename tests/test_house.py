@@ -360,6 +360,96 @@ def test_names_beside_the_package_say_what_they_hold() -> None:
     assert not names and not modules
 
 
+CLOCKS = words("monotonic monotonic_ns perf_counter perf_counter_ns process_time process_time_ns thread_time")
+LEAST_TIMEOUT_S = 30
+# Known to compare moments with a tolerance, until it is mended.
+TIMED_TESTS = {"test_a_provider_that_drifts_under_load_is_out_after_two_light_runs"}
+# Calls with a time-out as their only number.
+WAITS = words("wait join result settimeout until")
+
+
+def reads_clock(node: ast.AST, clock_names: set[str]) -> bool:
+    """True if an expression calls a clock, or uses a name that was assigned from one."""
+    return any(
+        (isinstance(part, ast.Attribute) and (part.attr in CLOCKS or ast.unparse(part) == "time.time"))
+        or (isinstance(part, ast.Name) and part.id in clock_names)
+        for part in ast.walk(node)
+    )
+
+
+def is_number(node: ast.AST) -> bool:
+    """True for a literal number, with its sign or computed from others."""
+    arithmetic = ast.BinOp | ast.UnaryOp | ast.operator | ast.unaryop
+    return all(
+        isinstance(part, arithmetic) or (isinstance(part, ast.Constant) and isinstance(part.value, int | float))
+        for part in ast.walk(node)
+    )
+
+
+def timed_asserts(test: Function) -> Iterator[str]:
+    """Yield the comparisons in asserts that hold a clock against a number, or allow a number of seconds."""
+    clock_names: set[str] = set()
+    for node in ast.walk(test):
+        if isinstance(node, ast.Assign) and reads_clock(node.value, clock_names):
+            clock_names.update(target.id for target in node.targets if isinstance(target, ast.Name))
+    for node in ast.walk(test):
+        if not isinstance(node, ast.Assert):
+            continue
+        for compare in (part for part in ast.walk(node.test) if isinstance(part, ast.Compare)):
+            sides = [compare.left, *compare.comparators]
+            timed = [side for side in sides if reads_clock(side, clock_names)]
+            against_number = len(timed) < len(sides) and all(is_number(side) for side in sides if side not in timed)
+            tolerances = [
+                part
+                for side in timed
+                if isinstance(side, ast.BinOp)
+                for part in ast.walk(side)
+                if isinstance(part, ast.Constant) and isinstance(part.value, float)
+            ]
+            if timed and (against_number or tolerances):
+                yield ast.unparse(compare)
+
+
+def short_timeouts(test: ast.AST) -> Iterator[str]:
+    """Yield the calls that fail when they wait a number of seconds below LEAST_TIMEOUT_S."""
+    expected: set[ast.AST] = set()
+    for node in ast.walk(test):
+        if isinstance(node, ast.With) and "pytest.raises" in ast.unparse(node.items[0].context_expr):
+            expected.update(part for statement in node.body for part in ast.walk(statement))
+    for node in ast.walk(test):
+        if not isinstance(node, ast.Call) or node in expected:
+            continue
+        name = ast.unparse(node.func).rpartition(".")[2]
+        waits = [keyword.value for keyword in node.keywords if keyword.arg == "timeout"]
+        if name in WAITS:
+            waits += [*node.args, *(keyword.value for keyword in node.keywords if keyword.arg == "seconds")]
+        for wait in waits:
+            if isinstance(wait, ast.Constant) and isinstance(wait.value, int | float) and wait.value < LEAST_TIMEOUT_S:
+                yield ast.unparse(node)
+
+
+def test_no_test_asserts_seconds() -> None:
+    """Tests compare counts and orders: on a busy machine, everything may take a hundred times as long.
+
+    Times belong into benchmarks/. A time-out that ends a hanging test is at least LEAST_TIMEOUT_S, unless the test
+    expects it to pass.
+    """
+    places = [
+        (path, place)
+        for path, tree in sources_beside().items()
+        if path.startswith("tests/")
+        for place in itertools.chain(
+            short_timeouts(tree),
+            *(
+                timed_asserts(node)
+                for node in ast.walk(tree)
+                if isinstance(node, Function) and node.name not in TIMED_TESTS
+            ),
+        )
+    ]
+    assert not places
+
+
 def audit_calls() -> Places:
     """Calls of `audit.note` outside accounts: an act that must be audited writes its own row."""
     return {

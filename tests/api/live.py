@@ -35,7 +35,7 @@ KEY = "sk-test-0123456789abcdef0123456789"
 BuildPages = Callable[[ModelRegistry, ServeSettings, Metrics, Accounts | None], WebPages]
 
 
-def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
     """Poll until `condition` holds, for changes inside the server that send no signal."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -81,7 +81,7 @@ class Service:
         return parts.hostname, parts.port
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(self.address, timeout=30)
+        return socket.create_connection(self.address, timeout=60)
 
     def call(
         self,
@@ -205,7 +205,7 @@ def running(
         thread = threading.Thread(target=run)
         thread.start()
         try:
-            assert ready.wait(30)
+            assert ready.wait(60)
             service = LocalService(base_url(listener), models.list()[0].record.id, models, server)
             if accounts is not None:
                 deadline = time.monotonic() + 60

@@ -3,11 +3,13 @@
 import json
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import pytest
 
 from tests.api.live import KEY, LocalService, until
+from unmask.encoder import Encoder, Prompt
 
 LEFT = 'unmask_requests_total{route="/v1/embeddings",status="499"}'
 ENVELOPE = {"message", "type", "param", "code"}
@@ -136,12 +138,20 @@ def test_a_body_that_stops_arriving(start: Callable[..., LocalService]):
     assert b"x-should-retry: true" in answer
 
 
-def test_a_caller_who_leaves_stops_the_work(start: Callable[..., LocalService]):
+def test_a_caller_who_leaves_stops_the_work(start: Callable[..., LocalService], monkeypatch: pytest.MonkeyPatch):
     service = start()
+    computed, forward_pack = [], Encoder.forward_pack
+
+    def counted(encoder: Encoder, prompts: Sequence[Prompt]) -> np.ndarray:
+        computed.extend(prompts)
+        return forward_pack(encoder, prompts)
+
+    monkeypatch.setattr(Encoder, "forward_pack", counted)
     with service.busy() as connection:
         connection.close()
-        until(lambda: service.waiting_tokens() < 10_000, seconds=3)
+        until(lambda: service.waiting_tokens() == 0)
     until(lambda: service.metric(LEFT) == 1)
+    assert len(computed) < len(service.long_work["input"])
 
 
 def test_a_caller_who_leaves_before_the_end_of_the_body(start: Callable[..., LocalService]):

@@ -268,7 +268,7 @@ def test_pack_buffer_and_view_agree(golden_dir: Path) -> None:
 
 
 def test_two_packs_are_in_flight() -> None:
-    both = threading.Barrier(2, timeout=10)
+    both = threading.Barrier(2, timeout=60)
 
     def meet(pack: int) -> int:
         both.wait()

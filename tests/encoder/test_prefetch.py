@@ -21,6 +21,6 @@ def test_the_next_item_is_computed_meanwhile_and_an_error_keeps_its_place() -> N
     numbers = []
     with pytest.raises(ValueError, match="the third"):
         for number in prefetch(items()):
-            assert begun[number + 1].wait(10)
+            assert begun[number + 1].wait(60)
             numbers.append(number)
     assert numbers == [0, 1]

@@ -196,7 +196,7 @@ def fault_server_thread(vectors_of: VectorsOf) -> Iterator[FaultServer]:
     thread = threading.Thread(target=run)
     thread.start()
     try:
-        yield started.result(10)
+        yield started.result(60)
     finally:
         loop.call_soon_threadsafe(stop.set)
-        thread.join(10)
+        thread.join(60)

@@ -149,8 +149,17 @@ async def test_a_database_that_is_gone_changes_nothing(
     monkeypatch.setattr("unmask.router.catalogue_sync._POLL_INTERVAL_S", 0.01)
     broken = Database(f"sqlite:///{tmp_path / 'empty.sqlite'}")  # without tables
     models = ModelRegistry([str(tiny_llama)])
-    task = asyncio.create_task(CatalogueSync(models, broken, 0).run())
-    await asyncio.sleep(0.5)
+    sync, polls = CatalogueSync(models, broken, 0), []
+    poll = sync.poll
+
+    async def counted() -> bool:
+        polls.append(1)
+        return await poll()
+
+    monkeypatch.setattr(sync, "poll", counted)
+    task = asyncio.create_task(sync.run())
+    while len(polls) < 4:  # noqa: ASYNC110 - there is no event to wait for
+        await asyncio.sleep(0.01)
     assert caplog.text.count("cannot be read") == 1 and not task.done()
     task.cancel()
     assert models.find("tiny_llama") is not None

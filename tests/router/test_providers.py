@@ -20,7 +20,6 @@ from tests.api.live import LocalService, Reply, running, until
 from tests.router.fault_server import (
     Behaviour,
     FaultServer,
-    after,
     changed,
     fault_server_thread,
     reply,
@@ -46,6 +45,7 @@ from unmask.web import website
 
 FAST = WatchIntervals(busy=0.3, idle=0.3, second=0.05, full=3600.0, retry=0.1)
 SLOW = WatchIntervals(second=0.05, retry=0.1)
+RUN_BEGAN = int(time.time())
 MODEL = "tiny_llama"
 TEXTS = ["a ferry leaves", "bread rises", "the clock is repaired", "rain washed the path", "interest is paid"]
 
@@ -156,7 +156,7 @@ def test_a_model_without_an_engine_is_answered_by_providers(upstreams: Upstreams
     assert got.headers["x-unmask-vector-space"].startswith("vs_")
     precision, worst, checked = got.headers["x-unmask-conformance"].split(";")
     assert precision == "exact" and float(worst.removeprefix("worst=")) < 1e-9
-    assert abs(int(checked.removeprefix("checked=")) - time.time()) < 600
+    assert RUN_BEGAN <= int(checked.removeprefix("checked=")) <= time.time()
     served = upstreams.service.models.list()[0]
     assert served.state == "cold"
     assert upstreams.service.call("GET", "/ready").json["models"] == {MODEL: "ok"}
@@ -444,10 +444,14 @@ def test_a_quarantine_reaches_all_processes_and_survives_a_restart(
 ) -> None:
     url = f"sqlite:///{tmp_path / 'catalogue.sqlite'}"
     database = open_database(url)
-    drifted = threading.Event()
+    drifted, other_has_heard = threading.Event(), threading.Event()
 
     def drifting(texts: Sequence[str], instruction: str) -> np.ndarray:
-        return -vectors_of(texts, instruction) if drifted.is_set() else vectors_of(texts, instruction)
+        if not drifted.is_set():
+            return vectors_of(texts, instruction)
+        if len(texts) > 3:  # of a full run, not of a light one
+            other_has_heard.wait(60)
+        return -vectors_of(texts, instruction)
 
     def status(service: LocalService) -> str:
         return service.call("GET", f"/v1/models/{MODEL}/endpoints").json["data"][0]["status"]
@@ -462,14 +466,14 @@ def test_a_quarantine_reaches_all_processes_and_survives_a_restart(
             until(lambda: status(watching) != "unchecked" and status(other) != "unchecked")
             drifted.set()
             until(lambda: status(watching) == "quarantined")
-            began = time.monotonic()
             until(lambda: status(other) == "quarantined")
-            assert time.monotonic() - began < 5  # without waiting for the full run that names the fault
 
             def history() -> list[dict[str, Any]]:
                 printed = unmask("providers", "history", "--database", url, "--json").stdout
                 return json.loads(printed[printed.index("[\n") :])
 
+            assert len(history()) == 1  # the full run that names the fault is still under way
+            other_has_heard.set()
             until(lambda: len(history()) == 2)
             named, at_once = history()
             for verdict in (named, at_once):
@@ -620,10 +624,8 @@ def test_a_slow_answer_is_hedged_charged_once_and_both_costs_are_booked(
                 upstreams.endpoint("a").usual_seconds.add(tokens, 0.01)
             group = upstreams.pool.models()[MODEL]
             group.hedge_budget.deposit(40 * tokens, time.monotonic())
-            a.script[:] = [after(30)]
-            began = time.monotonic()
+            a.script[:] = [silent]
             hedged = embed(provider={"order": ["a"]})
-            assert time.monotonic() - began < 20
             assert (hedged.headers["x-unmask-provider"], hedged.headers["x-unmask-attempts"]) == ("b", "2")
             charge = hedged.headers["x-unmask-charge"]
             with accounts.database.read() as connection:

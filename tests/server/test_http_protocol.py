@@ -224,7 +224,7 @@ def read_answers(stream: bytes, without_body: frozenset[int] = frozenset()) -> l
     return answers
 
 
-def exchange(service: LocalService, parts: list[bytes], done: Callable[[bytes], bool], seconds: float = 10) -> bytes:
+def exchange(service: LocalService, parts: list[bytes], done: Callable[[bytes], bool], seconds: float = 60) -> bytes:
     """Send the parts, and read until the server closes, `done` holds or nothing has come for a while."""
     answer = b""
     with service.connect() as connection:
@@ -328,7 +328,7 @@ def test_a_body_that_breaks_after_its_answer_gets_no_second_one(service: LocalSe
         answer = connection.recv(65536)
         assert b" 415 " in answer
         connection.sendall(b"no chunk\r\n\r\n")
-        connection.settimeout(10)
+        connection.settimeout(60)
         assert connection.recv(65536) == b""
 
 
@@ -355,7 +355,7 @@ def test_a_broken_message_in_the_queue_is_dropped_alone(service: LocalService, v
 
 
 def test_the_socket_is_closed_after_a_refusal(service: LocalService):
-    with socket.create_connection(service.address, timeout=10) as connection:
+    with socket.create_connection(service.address, timeout=60) as connection:
         connection.sendall(b"nothing\r\n\r\n")
         while connection.recv(65536):
             pass

@@ -110,7 +110,7 @@ def test_a_signal_ends_the_server_after_the_accepted_request(tiny_llama: Path):
             status, answer = status_of(connection)
         assert status == 200
         assert answer.count(b'"object":"embedding"') == len(service.long_work["input"])
-        assert running.wait(30) == 0
+        assert running.wait(60) == 0
         with pytest.raises(ConnectionRefusedError):
             service.connect()
         assert running.stderr
@@ -137,7 +137,7 @@ def test_a_second_signal_ends_it_at_once(tiny_llama: Path):
             running.send_signal(signal.SIGTERM)
             until(service.refuses_connections)
             running.send_signal(signal.SIGTERM)
-            assert running.wait(5) == 128 + signal.SIGTERM
+            assert running.wait(60) == 128 + signal.SIGTERM
 
 
 def test_a_taken_port_is_said_in_one_sentence(tiny_llama: Path):

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, expect, sync_playwright
 
 from tests.api.live import LocalService, running
 from unmask.api.metrics import Metrics
@@ -60,6 +60,7 @@ def browser() -> Iterator[Browser]:
     if not program:
         pytest.skip("no browser to look at the pages with; get one with: apt-get install chromium")
     with sync_playwright() as playwright:
+        expect.set_options(timeout=60_000)
         started = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-dev-shm-usage"])
         yield started
         started.close()

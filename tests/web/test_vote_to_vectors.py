@@ -11,7 +11,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, expect
 
-from tests.api.live import LocalService, running
+from tests.api.live import LocalService, running, until
 from tests.mirror import BASE, FIRST_STAGE, PUBLISHED, published_mirror, small_data
 from unmask.accounts import Accounts, keys, ledger, people
 from unmask.accounts.keys import KeySettings
@@ -81,7 +81,7 @@ def test_from_coming_soon_to_a_vector(
         assert f"{PUBLISHED} is live." in done.stdout and "Voters notified: 1." in done.stdout
 
         # The running server shows it as live, with the measurements.
-        page.wait_for_timeout(1500)
+        until(lambda: PUBLISHED in [served["id"] for served in service.call("GET", "/v1/models", key=key).json["data"]])
         page.goto(f"/models/{PUBLISHED}")
         expect(page.locator(".id .badge")).to_have_text("live")
         expect(page.get_by_role("heading", name="Gates")).to_be_visible()
