@@ -53,7 +53,7 @@ def test_everything_that_decides_a_vector_is_in_the_revision(tiny: str) -> None:
 
 def test_another_way_to_8_bits_is_another_revision(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = open_model(tiny + "?dtype=int8").revision
-    monkeypatch.setattr("unmask.encoder.encoder.INT8_PRECISION", "int8, in another way")
+    monkeypatch.setattr("unmask.encoder.loading.INT8_PRECISION", "int8, in another way")
     assert open_model(tiny + "?dtype=int8").revision != before
 
 

@@ -13,8 +13,7 @@ import numpy as np
 from unmask.conformance.canaries import CanaryText, canary_set_version, canary_texts, fixed_texts
 from unmask.conformance.wrong_references import WrongReference, canary_prompts, unit_length, wrong_references
 from unmask.disk import atomic_write
-from unmask.encoder import Encoder
-from unmask.encoder.encoder import Dtype, LoadOptions
+from unmask.encoder import Dtype, Encoder, LoadOptions
 from unmask.errors import CheckpointError
 from unmask.home import home
 

@@ -11,7 +11,7 @@ import torch
 from unmask.checkpoint.resolve import resolve
 from unmask.conformance.canaries import CanaryText
 from unmask.encoder import Encoder
-from unmask.encoder.encoder import LoadOptions
+from unmask.encoder.loading import LoadOptions
 from unmask.encoder.pooling import pool
 from unmask.encoder.prompts import DefaultPrompts, Prompt
 from unmask.encoder.templates import Template, template_for

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 from unmask.exports import lazy_exports
 
 if TYPE_CHECKING:
-    from unmask.encoder.encoder import Encoder, LoadOptions, require_device
+    from unmask.encoder.encoder import Encoder
+    from unmask.encoder.loading import LoadOptions, require_device
     from unmask.encoder.model.architectures import ARCHITECTURES, Architecture, Shape
     from unmask.encoder.model.decoder import Decoder
     from unmask.encoder.options import Dtype, DtypeChoice
@@ -27,7 +28,8 @@ __all__ = [
 __getattr__ = lazy_exports(
     __name__,
     {
-        "encoder": ("Encoder", "LoadOptions", "require_device"),
+        "encoder": ("Encoder",),
+        "loading": ("LoadOptions", "require_device"),
         "model.architectures": ("ARCHITECTURES", "Architecture", "Shape"),
         "model.decoder": ("Decoder",),
         "options": ("Dtype", "DtypeChoice"),

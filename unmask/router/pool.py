@@ -12,7 +12,7 @@ from pathlib import Path
 from unmask.accounts.costs import AttemptRecord
 from unmask.accounts.usage import day_start
 from unmask.conformance import Finding, References
-from unmask.encoder.encoder import LoadOptions, open_prompts
+from unmask.encoder.loading import LoadOptions, open_prompts
 from unmask.engine import Engine
 from unmask.errors import UnmaskError, UsageError
 from unmask.router.attempts import EmbeddingWork, ModelEndpoints, RoutedVectors, answer

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from unmask.checkpoint import open_checkpoint
 from unmask.checkpoint.checkpoint import Checkpoint
-from unmask.encoder.encoder import LoadOptions, open_prompts
 from unmask.encoder.head import head_steps, vector_length
+from unmask.encoder.loading import LoadOptions, open_prompts
 from unmask.encoder.model.architectures import Shape, shape_of
 from unmask.encoder.prompts import DefaultPrompts
 from unmask.encoder.shear import shear
