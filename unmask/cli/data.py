@@ -20,7 +20,7 @@ def fetch(
     source: Path | None = None,
     yes: Annotated[bool, Parameter(name=["--yes", "-y"])] = False,
 ) -> int:
-    """Build the folder that `unmask evaluate --data` reads, from data sets of the Hugging Face hub.
+    """Build the folder that `unmask evaluate --data` reads, from data sets and repositories at pinned revisions.
 
     Licences and sizes are shown first, and nothing is downloaded without consent. Run again, the command fetches only
     the files that are missing.
@@ -32,18 +32,18 @@ def fetch(
     output
         Folder to write.
     source
-        Folder in the hub's layout (mteb/sts12-sts/...) to read instead of the hub.
+        Folder to read instead of the network, with data sets and repositories by name (mteb/sts12-sts/...).
     yes
         Do not ask.
     """
     from unmask.errors import UsageError
-    from unmask.evaluate.local.public_data import PUBLIC_CORPORA, fetch_public_data, missing_tasks
+    from unmask.evaluate.local.public_data import PUBLIC_CORPORA, TASKS_NOT_FETCHED, fetch_public_data
 
     rows = [
-        (corpus.task, f"{corpus.dataset}@{corpus.revision[:8]}", f"{corpus.kilobytes:,} kB", corpus.licence)
+        (", ".join(corpus.tasks), corpus.origin, f"{corpus.kilobytes:,} kB", corpus.licence)
         for corpus in PUBLIC_CORPORA
     ]
-    print_table(("task", "data set", "size", "licence"), rows, right=("size",))
+    print_table(("task", "source", "size", "licence"), rows, right=("size",))
     if not yes:
         if not sys.stdin.isatty():
             raise UsageError("nothing was fetched: nobody is there to ask; agree to the licences with --yes")
@@ -51,12 +51,15 @@ def fetch(
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             raise UsageError("nothing was fetched")
     measured = fetch_public_data(
-        output, source=source, progress=lambda corpus: say(f"fetching {corpus.dataset} for {corpus.task}")
+        output, source=source, progress=lambda corpus: say(f"fetching {corpus.origin} for {', '.join(corpus.tasks)}")
     )
-    for corpus in PUBLIC_CORPORA:
-        if corpus.task not in measured:
-            say(f"{corpus.task}: not row by row the data of our published figures; expect other last digits")
-    say(f"not on the hub, left out of {suite}: {', '.join(missing_tasks())}")
-    tasks = " ".join(f"--task {corpus.task}" for corpus in PUBLIC_CORPORA)
+    fetched = [task for corpus in PUBLIC_CORPORA for task in corpus.tasks]
+    for task in fetched:
+        if task not in measured:
+            say(f"{task}: not row by row the data of our published figures; expect other last digits")
+    say(f"{len(TASKS_NOT_FETCHED)} tasks of the suite {suite!r} have no public source with the same rows:")
+    for task, reason in TASKS_NOT_FETCHED.items():
+        say(f"  {task}: {reason}")
+    tasks = " ".join(f"--task {task}" for task in fetched)
     print_result(f"unmask evaluate --data {output} {tasks}")
     return 0

@@ -1,9 +1,10 @@
-"""Build the folder of evaluation data from public data sets of the Hugging Face hub, at pinned revisions.
+"""Build the folder of evaluation data from public sources, at pinned revisions.
 
-Revisions are those that mteb evaluates, so that scores compare with published ones. The other corpora of the offline
-suite have no home on the hub with the same rows: their origins are in docs/evaluation.md.
+Data sets of the Hugging Face hub are at the revisions that mteb evaluates, so that scores compare with published ones.
+Others come from repositories, see `repository_data`. `TASKS_NOT_FETCHED` says why some tasks stay without data.
 """
 
+import gzip
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,7 @@ from typing import Any
 
 from unmask.disk import storage_errors
 from unmask.errors import UsageError
+from unmask.evaluate.local.repository_data import REPOSITORY_CORPORA, RepositoryCorpus, TextTables
 from unmask.evaluate.local.tasks import LOCAL_TASKS
 
 # Digests of the examples with which all published figures of ours were measured.
@@ -35,7 +37,7 @@ MEASURED_DIGESTS = {
 
 
 @dataclass(frozen=True)
-class PublicCorpus:
+class HubCorpus:
     """One data set of the hub and its place in the folder.
 
     Attributes:
@@ -58,12 +60,33 @@ class PublicCorpus:
     columns: Mapping[str, str]
     constants: Mapping[str, str]
 
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The task, as `RepositoryCorpus` has several."""
+        return (self.task,)
+
+    @property
+    def origin(self) -> str:
+        """The data set and the beginning of its revision."""
+        return f"{self.dataset}@{self.revision[:8]}"
+
+    def tables(self, source: Path | None) -> TextTables:
+        """Read the corpus from the hub, or from a folder in the hub's layout (`mteb/sts12-sts/...`).
+
+        Raises:
+            UsageError: it cannot be read or lacks a column.
+        """
+        header = [*self.constants, *self.columns]
+        return {file: [header, *_rows(self, split, source)] for file, split in self.files.items()}
+
+
+PublicCorpus = HubCorpus | RepositoryCorpus
 
 _PAIR = {"sentence1": "sentence1", "sentence2": "sentence2", "score": "score"}
 _SEMEVAL = "as distributed by the organisers of SemEval, for research"
 
-PUBLIC_CORPORA = (
-    PublicCorpus(
+HUB_CORPORA = (
+    HubCorpus(
         "STSBenchmark",
         "mteb/stsbenchmark-sts",
         "b0fddb56ed78048fa8b90373c8a3cfc37b684831",
@@ -74,7 +97,7 @@ PUBLIC_CORPORA = (
         {},
     ),
     *(
-        PublicCorpus(
+        HubCorpus(
             f"STS{year}",
             f"mteb/sts{year}-sts",
             revision,
@@ -90,7 +113,7 @@ PUBLIC_CORPORA = (
             (16, "4d8694f8f0e0100860b497b999b3dbed754a0513", 180),
         )
     ),
-    PublicCorpus(
+    HubCorpus(
         "Banking77Classification",
         "mteb/banking77",
         "0fd18e25b25c072e09e0d92ab615fda904d66300",
@@ -102,6 +125,17 @@ PUBLIC_CORPORA = (
     ),
 )
 
+PUBLIC_CORPORA: tuple[PublicCorpus, ...] = (*HUB_CORPORA, *REPOSITORY_CORPORA)
+
+# Reason for each task of the suite that no public source at a pinned revision gives, row by row.
+TASKS_NOT_FETCHED = {
+    "NewsgroupsSubjectClustering": "one file per post of the 20 Newsgroups, and no licence",
+    "StackOverflowTitleClustering": "no licence is stated for the 20,000 titles",
+    "ArxivTitleClustering": "our own selection of arXiv's metadata (CC0)",
+    "ArxivTitleRetrieval": "our own selection of arXiv's metadata (CC0)",
+    "PassageRetrieval": "our own mix of XQuAD and Natural Questions (CC BY-SA)",
+}
+
 
 def fetch_public_data(
     output: Path, *, source: Path | None = None, progress: Callable[[PublicCorpus], None] = lambda corpus: None
@@ -110,7 +144,8 @@ def fetch_public_data(
 
     Args:
         output: the folder.
-        source: a folder in the hub's layout (`mteb/sts12-sts/...`) to read instead of the hub.
+        source: a folder to read instead of the network, with data sets and repositories by name (`mteb/sts12-sts/...`,
+            `pswietojanski/slurp/...`).
         progress: called before each corpus that is downloaded.
 
     Returns:
@@ -118,7 +153,7 @@ def fetch_public_data(
         of their rows or in a row; their scores may then differ in the last digits.
 
     Raises:
-        UsageError: a data set cannot be read or lacks a column.
+        UsageError: a corpus cannot be read, or is not the one that is expected.
         StorageError: the folder cannot be written.
     """
     measured = []
@@ -127,34 +162,25 @@ def fetch_public_data(
             progress(corpus)
             with storage_errors(str(output), "free some space or name another folder"):
                 _write_corpus(corpus, output, source)
-        task = LOCAL_TASKS[corpus.task]
-        if task.digest(task.read(output)) == MEASURED_DIGESTS[corpus.task]:
-            measured.append(corpus.task)
+        tasks = map(LOCAL_TASKS.__getitem__, corpus.tasks)
+        measured += [task.name for task in tasks if task.digest(task.read(output)) == MEASURED_DIGESTS[task.name]]
     return measured
-
-
-def missing_tasks() -> list[str]:
-    """Offline tasks whose corpora are not on the hub."""
-    return [name for name in LOCAL_TASKS if name not in {corpus.task for corpus in PUBLIC_CORPORA}]
 
 
 def _write_corpus(corpus: PublicCorpus, output: Path, source: Path | None) -> None:
     """Write all files of a corpus; each appears only when it is complete."""
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output, prefix=".fetch-") as scratch:
-        for file, split in corpus.files.items():
+        for file, rows in corpus.tables(source).items():
             written = Path(scratch) / Path(file).name
-            columns = [*corpus.constants, *corpus.columns]
-            with written.open("w", encoding="utf-8", newline="\n") as table:
-                table.write("\t".join(columns) + "\n")
-                for row in _rows(corpus, split, source):
-                    table.write("\t".join(row) + "\n")
+            text = "".join("\t".join(row) + "\n" for row in rows).encode()
+            written.write_bytes(gzip.compress(text, mtime=0) if file.endswith(".gz") else text)
             target = output / file
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(written, target)
 
 
-def _rows(corpus: PublicCorpus, split: str, source: Path | None) -> Iterator[list[str]]:
+def _rows(corpus: HubCorpus, split: str, source: Path | None) -> Iterator[list[str]]:
     """Rows of one split as text. A tab or line end inside a value becomes a blank."""
     import datasets
 
