@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import sys
 
 import pytest
 from hypothesis import given
@@ -63,6 +64,16 @@ def test_no_word_is_cut(width: int, rows: list[list[str]]) -> None:
 def test_json_has_an_object_per_row(capsys: pytest.CaptureFixture[str]) -> None:
     print_table(("last used", "count"), [("now", 1), (None, 2)], as_json=True)
     assert json.loads(capsys.readouterr().out) == [{"last_used": "now", "count": 1}, {"last_used": None, "count": 2}]
+
+
+def test_no_rows_are_a_sentence_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    print_table(("time", "count"), [])
+    assert capsys.readouterr() == ("time  count\n", "")  # a script gets the headings
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    print_table(("time", "count"), [])
+    assert capsys.readouterr() == ("", "nothing to list\n")
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

@@ -35,7 +35,7 @@ HOME_FOLDERS = (
 
 
 def home() -> Path:
-    """The folder that holds models, caches and databases: UNMASK_HOME, else the platform's user data folder.
+    """Return the folder that holds models, caches and databases: UNMASK_HOME, else the platform's user data folder.
 
     Calling this does not create the folder.
     """
@@ -48,7 +48,7 @@ def home() -> Path:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files in a folder and those below it; 0 if there is no such folder."""
+    """Return the number of bytes of all files in a folder and those below it; 0 if there is no such folder."""
     return sum(file.lstat().st_size for file in folder.rglob("*") if not file.is_dir())
 
 

@@ -44,7 +44,7 @@ def print_json(value: Any) -> None:
 
 
 def terminal_width(stream: TextIO | None = None) -> int | None:
-    """Columns of the terminal that `stream` (by default stdout) writes to; None for a pipe or file.
+    """Return the columns of the terminal that `stream` (by default stdout) writes to; None for a pipe or file.
 
     The environment variable COLUMNS overrides both.
     """
@@ -70,12 +70,17 @@ def print_table(
         right: headings of the columns to align at their right edge.
         unknown: text in place of None.
         as_json: print a JSON array with one object per row instead; its keys are the headings in snake_case.
+
+    Without rows, a terminal gets a sentence in place of the headings.
     """
     if as_json:
         keys = [heading.replace(" ", "_") for heading in headings]
         print_json([dict(zip(keys, row, strict=True)) for row in rows])
         return
     cells = [[unknown if value is None else str(value) for value in row] for row in rows]
+    if not cells and sys.stdout.isatty():
+        say("nothing to list")
+        return
     for line in table_lines(headings, cells, terminal_width(), right):
         print_result(line)
 
@@ -111,7 +116,7 @@ def table_lines(
 
 
 def _narrowed(widths: list[int], rows: Sequence[Sequence[str]], width: int) -> list[int] | None:
-    """Widths that fit into `width`, taken from the widest columns; None if there are none."""
+    """Return widths that fit into `width`, taken from the widest columns; None if there are none."""
     longest_words = [
         max((len(word) for text in column for word in text.split()), default=0) for column in zip(*rows, strict=True)
     ]
@@ -128,7 +133,7 @@ def _narrowed(widths: list[int], rows: Sequence[Sequence[str]], width: int) -> l
 
 
 def _blocks(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[str]:
-    """A block per row: the first cell, then a line per further cell that is not empty."""
+    """Return a block per row: the first cell, then a line per further cell that is not empty."""
     indent = max((len(heading) for heading in headings[1:]), default=0) + 2 * _GAP
     lines = []
     for row in rows:
@@ -150,7 +155,7 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 
 def format_time(milliseconds: int | None) -> str:
-    """Unix milliseconds as a time in UTC; "" for None."""
+    """Format Unix milliseconds as a time in UTC; "" for None."""
     if milliseconds is None:
         return ""
     return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")

@@ -116,7 +116,7 @@ class _Ended(NamedTuple):
 
 
 def window_start(window: str | None, now: int) -> int:
-    """Unix milliseconds at which the day, the week (from Monday) or the month around `now` began, in UTC."""
+    """Return the Unix milliseconds at which the day, the week (from Monday) or the month around `now` began, in UTC."""
     if window is None:
         return 0
     day = datetime.fromtimestamp(now / 1000, UTC).replace(hour=0, minute=0, second=0, microsecond=0)

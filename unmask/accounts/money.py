@@ -9,7 +9,7 @@ _DOLLARS = re.compile(r"\$?([0-9]{1,9})(?:\.([0-9]{1,9}))?", re.ASCII)
 
 
 def parse_dollars(text: str) -> int:
-    """Nano-dollars of a decimal number of dollars, such as "12.50" or "0.000000008".
+    """Return the nano-dollars of a decimal number of dollars, such as "12.50" or "0.000000008".
 
     Raises:
         ValueError: not such a number, or finer than a nano-dollar.
@@ -21,14 +21,14 @@ def parse_dollars(text: str) -> int:
 
 
 def format_dollars(nano: int) -> str:
-    """The exact dollars of an amount, with at least two decimals: 8 is "0.000000008"."""
+    """Return the exact dollars of an amount, with at least two decimals: 8 is "0.000000008"."""
     whole, rest = divmod(abs(nano), NANO)
     decimals = f"{rest:09d}".rstrip("0").ljust(2, "0")
     return f"{'-' if nano < 0 else ''}{whole}.{decimals}"
 
 
 def cost(tokens: int, nano_per_million: int) -> int:
-    """Nano-dollars for `tokens`, a part of a nano-dollar counting as a whole one.
+    """Return the nano-dollars for `tokens`, a part of a nano-dollar counting as a whole one.
 
     Args:
         tokens: how many.

@@ -58,11 +58,11 @@ class RequestContext:
         return self.principal.share
 
     def elapsed_s(self) -> float:
-        """Seconds since the headers had arrived."""
+        """Return the seconds since the headers had arrived."""
         return time.perf_counter() - self.started
 
     def elapsed_ms(self) -> int:
-        """The same in whole milliseconds."""
+        """Return the same in whole milliseconds."""
         return round(self.elapsed_s() * 1000)
 
 

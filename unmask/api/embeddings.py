@@ -88,7 +88,7 @@ class Dialect:
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingsRoute:
-    """The route. Immutable: all data of a request is in local variables and in its `RequestContext`."""
+    """The route `/v1/embeddings`. Immutable: a request's data is in local variables and its `RequestContext`."""
 
     models: ModelRegistry
     settings: ServeSettings

@@ -34,7 +34,7 @@ NPY_HEADER_BYTES = 128
 
 
 def format_of(name: str, chosen: str | None, formats: Sequence[str], standard: str, option: str) -> str:
-    """The format of a file: `chosen`, else from the ending of its name.
+    """Return the format of a file: `chosen`, else from the ending of its name.
 
     Args:
         name: a path, or `-`.
@@ -60,12 +60,12 @@ def format_of(name: str, chosen: str | None, formats: Sequence[str], standard: s
 
 
 def label_of(name: str) -> str:
-    """An input's name as messages give it."""
+    """Return an input's name as messages give it."""
     return "standard input" if name == STANDARD_STREAM else name
 
 
 def row_count(file: InputFile, file_format: str) -> int | None:
-    """Rows of a file, for display only: a quote inside an unquoted csv field makes it inexact.
+    """Return the number of rows of a file, for display only: a quote inside an unquoted csv field makes it inexact.
 
     None where it cannot be known without using the input up, decompressing or downloading it: standard input, a pipe, a
     gzipped, remote or damaged file.
@@ -116,7 +116,7 @@ def open_texts(file: InputFile, file_format: str, column: str = "text") -> Itera
 
 
 def _set_aside(pipe: IO[bytes], label: str) -> IO[bytes]:
-    """A temporary copy of a pipe: parquet keeps its index at the end."""
+    """Return a temporary copy of a pipe: parquet keeps its index at the end."""
     copy = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
     try:
         shutil.copyfileobj(pipe, copy)
@@ -155,14 +155,14 @@ def _text_of(row: Row, column: str) -> str:
 
 
 def npy_header(rows: int, dim: int) -> bytes:
-    """The first NPY_HEADER_BYTES of an npy file, version 1.0, that holds float32 [rows, dim] in C order."""
+    """Return the first NPY_HEADER_BYTES of an npy file, version 1.0, that holds float32 [rows, dim] in C order."""
     shape = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {dim}), }}"
     length = NPY_HEADER_BYTES - 10
     return b"\x93NUMPY\x01\x00" + length.to_bytes(2, "little") + shape.ljust(length - 1).encode() + b"\n"
 
 
 def jsonl_lines(vectors: np.ndarray, first: int) -> bytes:
-    """One `{"index": i, "embedding": [...]}` per row of float32 [n, dim], counted from `first`.
+    """Return one `{"index": i, "embedding": [...]}` per row of float32 [n, dim], counted from `first`.
 
     A row of NaN is null. The numbers are the shortest that read back as the same float32.
     """
@@ -211,7 +211,7 @@ def _embedding_field(dim: int) -> "pa.Field":
 
 
 def _embeddings(block: np.ndarray) -> "pa.Array":
-    """float32 [n, dim] as fixed-size lists; a row of NaN is null."""
+    """Return float32 [n, dim] as fixed-size lists; a row of NaN is null."""
     import pyarrow as pa
 
     numbers, empty = pa.array(block.reshape(-1)), pa.array(np.isnan(block[:, 0]))
@@ -219,12 +219,12 @@ def _embeddings(block: np.ndarray) -> "pa.Array":
 
 
 def npy_part(vectors: np.ndarray) -> bytes:
-    """float32 [n, dim] as an npy file."""
+    """Return float32 [n, dim] as an npy file."""
     return npy_header(*vectors.shape) + vectors.astype("<f4", copy=False).tobytes()
 
 
 def jsonl_part(vectors: np.ndarray, source: str, first: int) -> bytes:
-    """One `{"file": ..., "index": ..., "embedding": [...]}` per row of float32 [n, dim]; a row of NaN is null.
+    """Return one `{"file": ..., "index": ..., "embedding": [...]}` per row of float32 [n, dim]; a row of NaN is null.
 
     Args:
         source: name of the input file.
@@ -240,7 +240,7 @@ def jsonl_part(vectors: np.ndarray, source: str, first: int) -> bytes:
 
 
 def parquet_part(vectors: np.ndarray, source: str, first: int) -> bytes:
-    """float32 [n, dim] as `file` (string), `index` (int64) and `embedding`; arguments as in `jsonl_part`."""
+    """Return float32 [n, dim] as `file` (string), `index` (int64) and `embedding`; arguments as in `jsonl_part`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

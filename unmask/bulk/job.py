@@ -109,7 +109,7 @@ def _encode_rows(
 
 
 def _open_spool(job: EncodeJob, inputs: Inputs, target: str, stack: ExitStack) -> Spool | None:
-    """The spool beside the output, or a temporary one for standard output; None if rows go straight there."""
+    """Open the spool beside the output, or a temporary one for standard output; None if rows go straight there."""
     if job.output == STANDARD_STREAM:
         if target == "jsonl":
             return None
@@ -137,6 +137,6 @@ def _require_same_texts(inputs: Inputs, rows: int, digest: "hashlib._Hash", spoo
 def _tokenised(
     encoder: Encoder, job: EncodeJob, chunks: Iterator[Chunk]
 ) -> Iterator[tuple[Chunk, list[Prompt | None]]]:
-    """Each chunk with its prompts."""
+    """Yield each chunk with its prompts."""
     for chunk in chunks:
         yield chunk, chunk_prompts(encoder, job, chunk)

@@ -15,7 +15,7 @@ class Tally:
     empty: int = 0
 
     def plus(self, prompts: list[Prompt | None]) -> "Tally":
-        """These counts and those of one row per prompt."""
+        """Return these counts and those of one row per prompt."""
         encoded = [prompt for prompt in prompts if prompt is not None]
         return self.plus_tally(
             Tally(
@@ -27,7 +27,7 @@ class Tally:
         )
 
     def plus_tally(self, other: "Tally") -> "Tally":
-        """The sums of these counts and others."""
+        """Return the sums of these counts and others."""
         return Tally(
             self.rows + other.rows,
             self.tokens + other.tokens,

@@ -181,7 +181,7 @@ class Spool:
             raise self._damaged(f"state.json cannot be read ({error})") from error
 
     def _blocks(self) -> Iterator[np.ndarray]:
-        """All rows in order, each block float32 [n, dim] of at most _BLOCK_BYTES."""
+        """Yield all rows in order, each block float32 [n, dim] of at most _BLOCK_BYTES."""
         assert self._vectors is not None, "resume comes first"
         self._vectors.seek(NPY_HEADER_BYTES)
         row_bytes = self._dim * _FLOAT_BYTES

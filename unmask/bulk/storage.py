@@ -145,7 +145,7 @@ def find_inputs(names: Sequence[str], input_format: str | None = None) -> tuple[
 
 
 def _local_files(name: str) -> tuple[list[InputFile], bool]:
-    """The files of one local name, and whether a folder was listed for them."""
+    """Return the files of one local name, and whether a folder was listed for them."""
     path = Path(name)
     if path.is_dir():
         paths = sorted(file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path)))
@@ -177,7 +177,10 @@ def local_file(path: Path) -> InputFile:
 
 
 def _files_of_url(url: str) -> tuple[list[InputFile], bool]:
-    """The files of a URL, and whether a folder was listed for them. `*` and `[` are patterns; `?` begins parameters."""
+    """Return the files of a URL, and whether a folder was listed for them.
+
+    `*` and `[` are patterns; `?` begins parameters.
+    """
     from pyarrow.fs import FileSelector, FileType
 
     address, question, parameters = url.partition("?")
@@ -349,6 +352,6 @@ def _store_errors(name: str, action: str) -> Iterator[None]:
 
 
 def _first_line(error: Exception, secret: str = "") -> str:
-    """The first line of an error, without the URL that may hold a password."""
+    """Return the first line of an error, without the URL that may hold a password."""
     line = str(error).partition("\n")[0]
     return line.replace(secret, public_name(secret)) if secret else line

@@ -30,7 +30,7 @@ class Entry:
 
 @dataclass
 class Catalogue:
-    """Entries by id, in the order in which they came.
+    """The models on record: entries by id, in the order in which they were added.
 
     Records are parsed once and their figures are worked out once; a page reads both from here.
     """
@@ -40,7 +40,7 @@ class Catalogue:
 
     @classmethod
     def shipped(cls) -> "Catalogue":
-        """A catalogue of the records that come with the package."""
+        """Return a catalogue of the records that come with the package."""
         catalogue = cls()
         measured = shipped_measurements()
         for record in shipped_records().values():

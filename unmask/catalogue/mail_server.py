@@ -41,7 +41,7 @@ class MailServer:
             )
 
     def connect(self) -> smtplib.SMTP:
-        """A session, signed in where the address says so.
+        """Open a session with the mail server, signed in where the address says so.
 
         Raises:
             OSError, smtplib.SMTPException: it cannot be had.

@@ -24,7 +24,7 @@ _WHOLE = ("on", "revision", "hardware", "command", "raw")
 
 
 class Measurement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One value. None means not known.
+    """One measured value of a model. None means not known.
 
     Attributes:
         model: id of the record it belongs to.

@@ -102,7 +102,7 @@ class Adapter:
             )
 
     def digest(self) -> str:
-        """Content address of its weights, 16 hex digits."""
+        """Return the content address of its weights, 16 hex digits."""
         with self.weights_file.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
@@ -132,7 +132,7 @@ class Adapter:
         return self.config.fan_in_fan_out or module.endswith("embed_tokens")
 
     def merged_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of a tensor after `merge`, from its shape before. A resized embedding has other rows."""
+        """Return the shape of a tensor after `merge`, from its shape before. A resized embedding has other rows."""
         module = name.removesuffix(".weight")
         if name in self.whole:
             shape = tuple(self.whole[name].shape)

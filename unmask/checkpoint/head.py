@@ -38,7 +38,7 @@ class HeadLayer:
 
 
 def read_head_file(file: Path) -> list[HeadLayer]:
-    """The layers of a `head.safetensors`, first to last.
+    """Return the layers of a `head.safetensors`, first to last.
 
     Raises:
         CheckpointError: the file is damaged, or holds no linear layers.
@@ -60,7 +60,7 @@ def read_head_file(file: Path) -> list[HeadLayer]:
 
 
 def read_dense_module(folder: Path, inputs: int, outputs: int, bias: bool) -> HeadLayer:
-    """The layer of a sentence-transformers Dense module, checked against its config.
+    """Return the layer of a sentence-transformers Dense module, checked against its config.
 
     Raises:
         CheckpointError: the weights are missing, or are not what the config says.
@@ -107,5 +107,5 @@ class HeadTensors:
 
 
 def head_names(tensors: TensorSource) -> list[str]:
-    """Names of a model's tensors behind its pooling."""
+    """Return the names of a model's tensors behind its pooling."""
     return [name for name in tensors.names() if name.startswith(HEAD_PREFIX)]

@@ -219,7 +219,7 @@ class _FolderReader:
         return settings | self._matryoshka(length)
 
     def _matryoshka(self, longest: int | None) -> dict[str, Any]:
-        """Lengths to which vectors may be cut; those beyond `truncate_dim` are no lengths of this model."""
+        """Return the lengths to which vectors may be cut; those beyond `truncate_dim` are no lengths of this model."""
         lengths = self.config.get("matryoshka_dimensions")
         if not lengths:
             return {}

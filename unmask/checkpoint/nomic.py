@@ -78,7 +78,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 
 
 def _state_of(tensors: dict) -> dict:
-    """Tensors by their names in transformers' NomicBertModel, from those in the GGUF."""
+    """Return the tensors by their names in transformers' NomicBertModel, from those in the GGUF."""
     state = {
         "embeddings.word_embeddings.weight": tensors["token_embd.weight"],
         "embeddings.token_type_embeddings.weight": tensors["token_types.weight"],
@@ -99,7 +99,7 @@ def _state_of(tensors: dict) -> dict:
 
 
 def wordpieces(tokens: list[str]) -> list[str]:
-    """BERT's pieces ("##ing" inside a word) from the GGUF's ("▁the" at its start)."""
+    """Return BERT's pieces ("##ing" inside a word) from the GGUF's ("▁the" at its start)."""
     return [
         token
         if token.startswith("[") and token.endswith("]") and len(token) > 2

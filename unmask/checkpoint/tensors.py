@@ -27,11 +27,11 @@ class TensorSource(Protocol):
     """Named tensors that are read one at a time, so that a model is never in memory twice."""
 
     def names(self) -> Sequence[str]:
-        """Innermost names of all tensors."""
+        """Return the innermost names of all tensors."""
         ...
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape without reading the data."""
+        """Return the shape without reading the data."""
         ...
 
     def read(self, name: str) -> torch.Tensor:

@@ -50,7 +50,7 @@ class HelpPage:
 
 
 def _entry_lines(labels: str, text: str, column: int, width: int) -> list[str]:
-    """Lines of one command or option. `column` is where texts begin; 0 puts each text below its names."""
+    """Return the lines of one command or option. `column` is where texts begin; 0 puts each text below its names."""
     if not column:
         indent = " " * 6
         return [*_fill(labels, width, "  ").splitlines(), *_fill(text, width, indent).splitlines()]
@@ -85,7 +85,7 @@ def _default(text: str) -> str:
 
 
 def _plain(value: Any) -> str:
-    """Text of a rich renderable, without its line breaks at the console's width."""
+    """Return the text of a rich renderable, without its line breaks at the console's width."""
     if isinstance(value, str):
         return value
     from rich.console import Console

@@ -48,7 +48,7 @@ _FORMAT = 1
 
 @dataclass(frozen=True, eq=False)
 class References:
-    """Everything that the answers of a provider are compared with.
+    """The right vectors of a model, and wrong ones by their fault: the answers of a provider are compared with them.
 
     Attributes:
         model, revision: id of the model, and the content address of its weights.
@@ -246,6 +246,6 @@ def load_references(
 
 
 def _current_version(references: References) -> str:
-    """The version that the fixed texts of this release give: boundary pairs follow from the same tokenizer."""
+    """Return the version that the fixed texts of this release give: boundary pairs follow from the same tokenizer."""
     pairs = [canary for canary in references.canaries if canary.boundary]
     return canary_set_version([*fixed_texts(), *pairs])

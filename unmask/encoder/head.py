@@ -70,7 +70,7 @@ class Head(nn.Module):
         return next(iter(self._linears()), None) if is_linear else None
 
     def trainable(self, device: torch.device) -> "Head":
-        """A copy with ordinary weights on a device, through which gradients flow; its own weights take none."""
+        """Return a copy with ordinary weights on a device, through which gradients flow; its own weights take none."""
         layers = [_linear(layer.plain_weight(), layer.bias.detach()) for layer in self._linears()]
         return Head(layers, self.steps, self.in_features).to(device)
 
@@ -103,7 +103,7 @@ def head_steps(tensors: TensorSource, encoder_config: Mapping[str, Any]) -> Sequ
 
 
 def vector_length(tensors: TensorSource, hidden_size: int, encoder_config: Mapping[str, Any]) -> int:
-    """Length of a model's vectors, without reading its weights."""
+    """Return the length of a model's vectors, without reading its weights."""
     length, layer = hidden_size, 0
     for step in head_steps(tensors, encoder_config):
         if step.get("kind") == "dense":
@@ -114,7 +114,7 @@ def vector_length(tensors: TensorSource, hidden_size: int, encoder_config: Mappi
 
 
 def load_head(tensors: TensorSource, hidden_size: int, encoder_config: Mapping[str, Any]) -> Head | None:
-    """A model's head as it serves: float32 on the host, prepacked. None where it has none.
+    """Return a model's head as it serves: float32 on the host, prepacked. None where it has none.
 
     Raises:
         CheckpointError: it was made for another hidden size, or its description is not one.

@@ -20,7 +20,7 @@ _MIN_PACK_TOKENS = 64
 
 
 def packs_of(lengths: Sequence[int], device: torch.device | str) -> list[list[int]]:
-    """All packs of one call, as indices into `lengths`, in the order in which they should be computed.
+    """Return all packs of one call, as indices into `lengths`, in the order in which they should be computed.
 
     On a CPU every core is busy to the end: each gets the same number of packs of nearly equal size. The last round is
     balanced, even if that separates sequences of equal length.
@@ -47,7 +47,7 @@ def parallel_packs(tokens: int, device: torch.device | str) -> int:
 
 
 def pack_budget(tokens: int, device: torch.device | str) -> int:
-    """Tokens per pack, so that `tokens` of work keep every core busy to the end.
+    """Return the number of tokens per pack, so that `tokens` of work keep every core busy to the end.
 
     The number of packs is a multiple of `parallel_packs`, so that no core waits while another computes a last one.
     """
@@ -99,7 +99,7 @@ def _longest_first(lengths: Sequence[int]) -> list[int]:
 
 
 def _smallest_budget(lengths: Sequence[int], count: int) -> int:
-    """The smallest budget with which `pack` makes at most `count` packs."""
+    """Return the smallest budget with which `pack` makes at most `count` packs."""
     low = max(max(lengths), -(-sum(lengths) // count))
     high = low + max(lengths)  # then every pack but the last holds more than its share
     while low < high:

@@ -41,7 +41,7 @@ POOLINGS = (*_POOLERS, "bos_token")
 
 
 def pool(hidden: Tensor, prompts: Sequence[Prompt], pooling: str) -> Tensor:
-    """Vectors of a pack. `pool_bags` is the same for a GPU.
+    """Return the vectors of a pack. `pool_bags` is the same for a GPU.
 
     Args:
         hidden: hidden states of all sequences end to end, [T, W].
@@ -99,7 +99,7 @@ def pooling_bags(prompts: Sequence[Prompt], pooling: str) -> PoolingBags:
 
 
 def pool_bags(hidden: Tensor, rows: Tensor, weights: Tensor, bags: Tensor) -> Tensor:
-    """Vectors of a pack in a few kernels, whatever its number of sequences.
+    """Return the vectors of a pack in a few kernels, whatever its number of sequences.
 
     Args:
         hidden: hidden states of all sequences end to end, [T, W].

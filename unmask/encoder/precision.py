@@ -59,7 +59,7 @@ class TextEncoder(Protocol):
         ...
 
     def encode(self, texts: list[str], *, normalize: bool = False) -> np.ndarray:
-        """Vectors of texts, float32 [n, dim]."""
+        """Return the vectors of texts, float32 [n, dim]."""
         ...
 
 
@@ -116,13 +116,13 @@ def load_fastest(identity: str, device: str, load: Callable[[str], _Encoder]) ->
 
 @cache
 def texts() -> list[str]:
-    """The 64 texts that precisions are compared on: words, questions, code, several languages, long sentences."""
+    """Return the 64 texts to compare precisions on: words, questions, code, several languages, long sentences."""
     file = Path(__file__).with_name("precision_texts.txt")
     return file.read_text(encoding="utf-8").splitlines()
 
 
 def _machine(device: str) -> dict[str, str | int]:
-    """Everything besides the weights that decides the speeds."""
+    """Return everything besides the weights that decides the speeds."""
     library = kernels.library()
     return {
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
@@ -152,7 +152,7 @@ def _read(file: Path) -> PrecisionChoice | None:
 
 
 def _nothing_to_gain(exact: TextEncoder) -> str | None:
-    """Reason for which no other precision need be measured beside float32; None if there is none."""
+    """Return the reason for which no other precision need be measured beside float32; None if there is none."""
     if exact.num_parameters < _FEW_WEIGHTS:
         return f"the model has only {exact.num_parameters:,} weights: no other precision would gain time"
     if exact.bits_per_weight <= 16 and not kernels.has_amx():
@@ -193,7 +193,7 @@ def _distance(vectors: np.ndarray, expected: np.ndarray) -> float:
 
 
 def _time_shares(candidate: TextEncoder, exact: TextEncoder) -> tuple[float, float]:
-    """Time of a candidate over that of float32: for all texts together, and for one alone.
+    """Return the time of a candidate over that of float32: for all texts together, and for one alone.
 
     Interleaved, and the shortest time of each counts: other work on the machine only ever adds.
     """

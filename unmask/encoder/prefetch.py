@@ -8,7 +8,7 @@ _Item = TypeVar("_Item")
 
 
 def prefetch(items: Iterator[_Item]) -> Iterator[_Item]:
-    """The same items in the same order; each is computed in a background thread while the one before is used.
+    """Yield the same items in the same order; each is computed in a background thread while the one before is used.
 
     An exception of the iterator is raised in its place, after the items before it.
     """

@@ -50,7 +50,7 @@ class ReferencePrompts:
         self._eos_text = appended if close_with_eos and not template.closes else None
 
     def build(self, texts: Sequence[str], instruction: str = "", truncate: bool = True, first: int = 0) -> list[Prompt]:
-        """One prompt per text. `first` is the first one's index, for errors.
+        """Return one prompt per text. `first` is the first one's index, for errors.
 
         Raises:
             EmptyText: no token is left to pool (the reference would return a batch-dependent vector).
@@ -59,7 +59,7 @@ class ReferencePrompts:
         return [self._build_one(index, text, instruction, truncate) for index, text in enumerate(texts, first)]
 
     def lengths(self, texts: Sequence[str], instruction: str = "") -> list[int]:
-        """Tokens of each prompt before shortening or truncation."""
+        """Return the number of tokens of each prompt before shortening or truncation."""
         around = len(self._tokenizer.prefix) + len(self._tokenizer.suffix)
         return [around + len(self._ids("".join(self._marked(text, instruction).split(SEPARATOR)))) for text in texts]
 
@@ -102,7 +102,7 @@ class ReferencePrompts:
         return text
 
     def _marked(self, text: str, instruction: str) -> str:
-        """`_convert_to_str` and `prepare_for_tokenization`: the string with its separator and template."""
+        """Return the string with its separator and template, as `_convert_to_str` and `prepare_for_tokenization` do."""
         marked = f"{instruction.strip()} {SEPARATOR}{text}" if instruction else f"{SEPARATOR}{text}"
         if self._template.prefix or self._template.suffix:
             marked = f"{self._template.prefix}{marked.strip()}{self._template.suffix}"

@@ -24,7 +24,7 @@ class Template:
 
 
 def template_for(trained_as: str, encoder_config: Mapping[str, Any]) -> Template:
-    """The template a model carries in its own `llm2vec_config.json` ("template"), or the one of its decoder.
+    """Return the template a model carries in its own `llm2vec_config.json` ("template"), or the one of its decoder.
 
     Raises:
         CheckpointError: the model carries one that is not made of the fields above.

@@ -104,7 +104,7 @@ class OnboardingContext:
 
 @dataclass(frozen=True)
 class Gate:
-    """One gate.
+    """One check that a model must pass on its way to live.
 
     Attributes:
         name: out of `lifecycle.GATE_NAMES`.

@@ -209,7 +209,7 @@ async def answer(
 def _candidates(
     model: ModelEndpoints, engine: Engine | None, work: EmbeddingWork, tried: set[str], now: float
 ) -> list[Candidate]:
-    """Return whoever may answer and can, by the filters in order: admitted, able, permitted, paid for, available."""
+    """Return those that may and can answer, filtered in this order: admitted, able, permitted, paid for, available."""
     tokens = work.num_tokens
     candidates = [
         endpoint.candidate(tokens, now)

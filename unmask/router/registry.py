@@ -108,7 +108,7 @@ class ModelRegistry:
                 log.info("%s", error)
 
     def _loaded_here(self) -> Sequence[ServedModel]:
-        """The warm models without those that only providers answer for."""
+        """Return the warm models without those that only providers answer for."""
         pool = self.providers
         return [model for model in self._warm if pool is None or not pool.is_remote_only(model.record.id)]
 

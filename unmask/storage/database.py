@@ -35,12 +35,12 @@ _TRANSIENT = ("40001", "40P01")
 
 
 def default_url() -> str:
-    """SQLite under `UNMASK_HOME`."""
+    """Return the URL of SQLite under `UNMASK_HOME`."""
     return f"sqlite:///{home() / 'accounts' / 'accounts.sqlite'}"
 
 
 def now_ms() -> int:
-    """Unix milliseconds."""
+    """Return Unix milliseconds."""
     return time.time_ns() // 1_000_000
 
 
@@ -66,7 +66,7 @@ class Database:
 
     @contextmanager
     def begin(self, *, flushed: bool = True, patient: bool = True) -> Iterator[Connection]:
-        """A transaction that may write: committed at the end of the block, rolled back when it raises.
+        """Open a transaction that may write: committed at the end of the block, rolled back when it raises.
 
         On SQLite it is the only writer from its first moment on, so it never finds the ground changed under it.
 
@@ -96,7 +96,7 @@ class Database:
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
-        """A transaction that sees one state of everything, and should not write.
+        """Open a transaction that sees one state of everything, and should not write.
 
         Raises:
             StorageError: as for `begin`.
@@ -241,12 +241,12 @@ def is_transient(error: BaseException) -> bool:
 
 
 def insert(connection: Connection, table: sa.Table) -> Any:
-    """An INSERT that knows `on_conflict_do_nothing` and `on_conflict_do_update`, which both databases have."""
+    """Return an INSERT that knows `on_conflict_do_nothing` and `on_conflict_do_update`, which both databases have."""
     return (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(table)
 
 
 def migration_config(connection: Connection) -> Any:
-    """Alembic's configuration for the migrations that ship in this package, over one connection."""
+    """Return Alembic's configuration for the migrations that ship in this package, over one connection."""
     from alembic.config import Config
 
     config = Config()

@@ -222,7 +222,7 @@ def _gathered(model: TrainingModel, vectors: Callable[[Sequence[str]], np.ndarra
 
 
 def simcse(batch: TextBatch, temperature: float, lengths: Sequence[int], model: TrainingModel) -> StepReport:
-    """SimCSE: each text is its own positive, and dropout makes the two views differ.
+    """Compute a step of SimCSE: each text is its own positive, and dropout makes the two views differ.
 
     Args:
         lengths: also train vectors truncated to these lengths, see `losses.matryoshka`.

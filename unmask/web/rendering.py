@@ -152,23 +152,23 @@ def json_for_script(value: object) -> Markup:
 
 
 def format_day(value: date | None) -> str:
-    """25 November 2026"""
+    """Format a day: 25 November 2026"""
     return f"{value.day} {value:%B} {value.year}" if value else formatting.NO_FIGURE
 
 
 def format_amount(nano: int) -> str:
-    """$0.000000008 and −$12.50: exact, with as many digits as needed"""
+    """Format an amount: $0.000000008 and −$12.50, exact, with as many digits as needed"""
     return f"{'−' if nano < 0 else ''}${format_dollars(abs(nano))}"
 
 
 def format_moment(milliseconds: int) -> str:
-    """25 Nov 2026, 09:15 UTC"""
+    """Format a moment: 25 Nov 2026, 09:15 UTC"""
     at = datetime.fromtimestamp(milliseconds / 1000, UTC)
     return f"{at.day} {at:%b %Y, %H:%M} UTC"
 
 
 def format_price(value: Price) -> str:
-    """$0.008, exact, with as many digits as needed"""
+    """Format a price: $0.008, exact, with as many digits as needed"""
     dollars, rest = divmod(value.nanodollars_per_million_tokens, 10**9)
     digits = f"{rest:09d}".rstrip("0").ljust(2, "0")
     return f"{'~' if value.estimated else ''}${dollars:,}.{digits}"

@@ -44,7 +44,7 @@ class PackLayout:
 
 
 def length_groups(lengths: Sequence[int]) -> list[LengthGroup]:
-    """Neighbouring sequences of equal length; each group is one attention call.
+    """Return the groups of neighbouring sequences of equal length; each group is one attention call.
 
     >>> length_groups([4, 4, 7])
     [(0, 2, 4), (8, 1, 7)]
@@ -62,7 +62,7 @@ def length_groups(lengths: Sequence[int]) -> list[LengthGroup]:
 
 
 def cu_seqlens_of(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """First token of each sequence and the end of the last one: int32 [N+1].
+    """Return the first token of each sequence and the end of the last one: int32 [N+1].
 
     >>> cu_seqlens_of([4, 4, 7], torch.device("cpu")).tolist()
     [0, 4, 8, 15]
@@ -82,7 +82,7 @@ def kernel_supports(dtype: torch.dtype, softcap: float | None) -> bool:
 
 @cache
 def varlen_kernel() -> VarlenKernel | None:
-    """The fastest installed variable-length kernel, or None."""
+    """Return the fastest installed variable-length kernel, or None."""
     return _flash_attn_kernel() or _torch_kernel()
 
 

@@ -49,7 +49,7 @@ class Norm(nn.Module):
         self.eps, self.offset = eps, offset
 
     def factor(self) -> Tensor:
-        """Factor of the normalised states, float32 [size]."""
+        """Return the factor of the normalised states, float32 [size]."""
         return self.weight.float() + self.offset if self.offset else self.weight.float()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -108,11 +108,11 @@ class Layer(nn.Module):
         return self.out(parts[0] if len(parts) == 1 else torch.cat(parts))
 
     def linears(self) -> dict[str, Linear]:
-        """The linear layers by name."""
+        """Return the linear layers by name."""
         return {"qkv": self.qkv, "out": self.out, "gate_up": self.gate_up, "down": self.down}
 
     def norm_factors(self) -> dict[str, Tensor | None]:
-        """Factors of every norm that a layer may have, by name; None for those that this one lacks."""
+        """Return the factors of every norm that a layer may have, by name; None for those that this one lacks."""
         names = ("attention_norm", "mlp_norm", "q_norm", "k_norm", "attention_out_norm", "mlp_out_norm")
         norms = {name: getattr(self, name) for name in names}
         return {name: None if norm is None else norm.factor().detach() for name, norm in norms.items()}
@@ -228,7 +228,7 @@ class Decoder(nn.Module):
         return self.shape.hidden_size
 
     def forward(self, ids: Tensor, lengths: list[int]) -> Tensor:
-        """Final hidden states of a pack.
+        """Return the final hidden states of a pack.
 
         Args:
             ids: token ids of all sequences end to end, [T].
@@ -271,7 +271,7 @@ class Decoder(nn.Module):
         return x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
 
     def compiled_forward(self) -> CompiledForward | None:
-        """This forward as one call to the compiled kernels, with the present weights; None where they cannot run it.
+        """Return this forward as one call to the compiled kernels, with the present weights. None where that cannot be.
 
         They compute float32 on a CPU, from layers as this class makes them.
         """
@@ -313,12 +313,12 @@ class Decoder(nn.Module):
         yield from states
 
     def _rotation(self, rope: Rope, positions: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin for each token, [T, 1, D/2]."""
+        """Return cos and sin for each token, [T, 1, D/2]."""
         cos, sin = self._angles_table(rope, length, positions.device)
         return cos[positions].to(dtype).unsqueeze(1), sin[positions].to(dtype).unsqueeze(1)
 
     def _angles_table(self, rope: Rope, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin of the positions 0 to `length` and some more, float32 [positions, D/2]."""
+        """Return cos and sin of the positions 0 to `length` and some more, float32 [positions, D/2]."""
         size = 1 << (length - 1).bit_length()  # a table for the next power of two, built once
         key = (rope, size, device)
         if key not in self._angles:
@@ -352,7 +352,7 @@ class Decoder(nn.Module):
         return decoder.eval()
 
     def sources(self) -> dict[str, list[str]]:
-        """For each of our parameters, the hub tensors stacked to make it, in order."""
+        """Return, for each of our parameters, the hub tensors stacked to make it, in order."""
         table = {"embedding.weight": ["embed_tokens.weight"], "norm.weight": ["norm.weight"]}
         sandwich = self.shape.sandwich_norm
         for i in range(self.shape.layers):

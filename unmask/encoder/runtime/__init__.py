@@ -11,7 +11,7 @@ __all__ = ["CpuRuntime", "CudaRuntime", "Runtime", "runtime_for"]
 
 
 def runtime_for(decoder: nn.Module, pooling: str, device: torch.device) -> Runtime:
-    """The runtime for a device: CUDA graphs and pinned transfers on CUDA, eager forwards elsewhere.
+    """Return the runtime for a device: CUDA graphs and pinned transfers on CUDA, eager forwards elsewhere.
 
     Args:
         decoder: a `DecoderLike`. Off CUDA, calling it is enough.

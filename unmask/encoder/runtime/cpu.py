@@ -39,7 +39,7 @@ class CpuRuntime:
         return pool(hidden, prompts, self._pooling).cpu().numpy()
 
     def map_packs(self, function: Callable[[_Item], _Result], packs: Sequence[_Item]) -> list[_Result]:
-        """`function` of every pack, in order: several at once, each on one core."""
+        """Return `function` of every pack, in order: several at once, each on one core."""
         return parallel_map(function, packs)
 
     def allow_weight_changes(self) -> None:
@@ -48,6 +48,9 @@ class CpuRuntime:
 
 
 def _compile(decoder: nn.Module) -> Callable[[Tensor, list[int]], Tensor] | None:
-    """The decoder's forward in compiled kernels, which computes with its present weights. None where it has none."""
+    """Return the decoder's forward in compiled kernels, which computes with its present weights.
+
+    None where it has none.
+    """
     compiled_forward = getattr(decoder, "compiled_forward", None)
     return None if compiled_forward is None else compiled_forward()

@@ -50,7 +50,7 @@ class GraphSize(NamedTuple):
     max_seqlen: int
 
     def padded(self) -> "GraphSize":
-        """The next size that has a graph: four steps per doubling in tokens, whole doublings in the others.
+        """Return the next size that has a graph: four steps per doubling in tokens, whole doublings in the others.
 
         >>> GraphSize(tokens=300, sequences=3, max_seqlen=200).padded()
         GraphSize(tokens=320, sequences=4, max_seqlen=256)
@@ -85,7 +85,7 @@ class PackInputs(NamedTuple):
 
     @classmethod
     def view(cls, buffer: Tensor, size: GraphSize) -> "PackInputs":
-        """Views of a buffer of `size.buffer_length` int32."""
+        """Return views of a buffer of `size.buffer_length` int32."""
         ids, positions, rows, weights, cu_seqlens, bags = buffer.split([size.tokens] * 4 + [size.sequences + 1] * 2)
         return cls(ids, positions, rows, weights.view(torch.float32), cu_seqlens, bags)
 
@@ -142,7 +142,7 @@ class CudaRuntime:
         return fetch()
 
     def map_packs(self, function: Callable[[_Item], _Result], packs: Sequence[_Item]) -> list[_Result]:
-        """`function` of every pack, in order, with two of them in flight."""
+        """Return `function` of every pack, in order, with two of them in flight."""
         return pipelined_map(function, packs)
 
     def allow_weight_changes(self) -> None:
@@ -160,7 +160,7 @@ class CudaRuntime:
         return pool_bags(hidden, inputs.rows, inputs.weights, inputs.bags)
 
     def _graph(self, size: GraphSize) -> CapturedForward | None:
-        """The graph of this size; captured now if the size comes for the second time, None if there is none."""
+        """Return the graph of this size; captured now if the size comes for the second time, None if there is none."""
         if size.tokens > self._max_graph_tokens:
             return None
         if size not in self._graphs and size in self._seen_sizes and len(self._graphs) < _MAX_GRAPHS:
@@ -179,7 +179,7 @@ class CudaRuntime:
 
 
 def pack_buffer(prompts: Sequence[Prompt], pooling: str, size: GraphSize) -> np.ndarray:
-    """The `PackInputs` of a pack as one array, int32 [size.buffer_length]. The padding is zero."""
+    """Return the `PackInputs` of a pack as one array, int32 [size.buffer_length]. The padding is zero."""
     buffer = np.zeros(size.buffer_length, dtype=np.int32)
     ids, positions, rows, weights = buffer[: 4 * size.tokens].reshape(4, size.tokens)
     cu_seqlens, bags = buffer[4 * size.tokens :].reshape(2, size.sequences + 1)
@@ -204,7 +204,7 @@ def _next_power_of_two(number: int, minimum: int) -> int:
 
 
 def pipelined_map(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
-    """`function` of every item, in order, with two of them in flight."""
+    """Return `function` of every item, in order, with two of them in flight."""
     return list(_two_threads().map(function, items)) if len(items) > 1 else [function(item) for item in items]
 
 
@@ -224,7 +224,7 @@ def current_device(device: torch.device) -> Iterator[None]:
 
 
 def pinned(buffer: np.ndarray) -> Tensor:
-    """A copy in pinned memory, which the GPU can read while the host goes on."""
+    """Return a copy in pinned memory, which the GPU can read while the host goes on."""
     return torch.from_numpy(buffer).pin_memory()
 
 

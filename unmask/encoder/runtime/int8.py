@@ -55,7 +55,7 @@ class Int8Linear(Linear):
         """Nothing to do: the 8-bit weight is prepacked already."""
 
     def stored_weight(self) -> Tensor:
-        """The 8-bit weight, in the layout of oneDNN."""
+        """Return the 8-bit weight, in the layout of oneDNN."""
         return self.packed
 
     def unpack(self) -> None:
@@ -111,7 +111,7 @@ def _int8_gemm(steps: Tensor, packed: Tensor, scale: Tensor, zero: Tensor) -> Te
 
 
 def _block_size(features: int) -> int:
-    """The largest power of two up to 64 that divides a number of features."""
+    """Return the largest power of two up to 64 that divides a number of features."""
     return min(_BLOCK_SIZE, features & -features)
 
 
@@ -130,7 +130,7 @@ def _rotation(size: int) -> Tensor:
 
 @cache
 def _weight_limit() -> int:
-    """Largest magnitude of an 8-bit weight whose products are exact here: 127, 63, or 0 if there is none.
+    """Return the largest magnitude of an 8-bit weight whose products are exact here: 127, 63, or 0 if there is none.
 
     CPUs without VNNI add pairs of products in 16 bits and saturate silently if both sides use all their bits.
     """

@@ -115,7 +115,7 @@ def num_parameters(module: nn.Module) -> int:
 
 
 def bits_per_weight(module: nn.Module) -> int:
-    """Bits in which the `Linear` layers of a module keep a weight, the most of any; 32 for a module without any."""
+    """Return the most bits in which a `Linear` layer of a module keeps a weight; 32 for a module without any."""
     linears = [part for part in module.modules() if isinstance(part, Linear)]
     return max((8 * part.stored_weight().element_size() for part in linears), default=32)
 

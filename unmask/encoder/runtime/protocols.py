@@ -27,7 +27,7 @@ class Runtime(Protocol):
         ...
 
     def map_packs(self, function: Callable[[_Item], _Result], packs: Sequence[_Item]) -> list[_Result]:
-        """`function` of every pack, in order, as many at the same time as suit the device."""
+        """Return `function` of every pack, in order, as many at the same time as suit the device."""
         ...
 
     def allow_weight_changes(self) -> None:

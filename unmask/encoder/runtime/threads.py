@@ -21,12 +21,12 @@ _Result = TypeVar("_Result")
 
 
 def num_threads() -> int:
-    """torch's number of threads, as it was before this process began to encode."""
+    """Return torch's number of threads, as it was before this process began to encode."""
     return _saved.torch if _users else torch.get_num_threads()
 
 
 def parallel_map(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
-    """`function` of every item, in order: several at once, each on one core; a single one on all cores."""
+    """Return `function` of every item, in order: several at once, each on one core; a single one on all cores."""
 
     def on_one_core(item: _Item) -> _Result:
         torch.set_num_threads(1)  # OpenMP counts for each thread that calls it

@@ -181,7 +181,7 @@ def _write_corpus(corpus: PublicCorpus, output: Path, source: Path | None) -> No
 
 
 def _rows(corpus: HubCorpus, split: str, source: Path | None) -> Iterator[list[str]]:
-    """Rows of one split as text. A tab or line end inside a value becomes a blank."""
+    """Yield the rows of one split as text. A tab or line end inside a value becomes a blank."""
     import datasets
 
     place = str(source / corpus.dataset) if source else corpus.dataset

@@ -392,7 +392,7 @@ def _best_rival_clause(subject: ModelSummary, rival: ModelSummary) -> list[Span]
 
 
 def _certainty(test: PairedDifference | None, delta: float, *, first: bool) -> str:
-    """Return `, more than noise (0.6 to 1.8)`; the first of a sentence names its interval."""
+    """Return how certain a difference is, as `, more than noise (0.6 to 1.8)`; `first` explains the interval."""
     if test is None:
         return " (without per-example values, so not tested)"
     low, high = test.interval

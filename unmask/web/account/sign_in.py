@@ -36,7 +36,7 @@ _RETURN = "/sign-in/provider/return"
 
 @dataclass(frozen=True, eq=False)
 class SignInPages:
-    """The pages. `render` is `Site.render`, `url` is `Site.url`."""
+    """The pages for signing up, in and out. `render` is `Site.render`, `url` is `Site.url`."""
 
     accounts: Accounts
     render: RenderPage

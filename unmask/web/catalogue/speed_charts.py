@@ -10,7 +10,7 @@ from unmask.charts.line_chart import LineChart, LineSeries, line_chart, x_of_cat
 
 
 def sweep_charts(points: Sequence[SpeedPoint]) -> list[LineChart]:
-    """Throughput and latency by number of concurrent callers, one line for each length of text."""
+    """Return the throughput and latency by number of concurrent callers, one line for each length of text."""
     if not points:
         return []
     lengths = sorted({point.tokens for point in points})
@@ -40,7 +40,7 @@ def sweep_charts(points: Sequence[SpeedPoint]) -> list[LineChart]:
 
 
 def traffic_charts(stretches: Sequence[TrafficInterval]) -> list[LineChart]:
-    """Throughput and latency of the requests that a model has answered here over the last day."""
+    """Return the throughput and latency of the requests that a model has answered here over the last day."""
     if not stretches:
         return []
     first, last = stretches[0].start, stretches[-1].start
