@@ -362,8 +362,6 @@ def test_names_beside_the_package_say_what_they_hold() -> None:
 
 CLOCKS = words("monotonic monotonic_ns perf_counter perf_counter_ns process_time process_time_ns thread_time")
 LEAST_TIMEOUT_S = 30
-# Known to compare moments with a tolerance, until it is mended.
-TIMED_TESTS = {"test_a_provider_that_drifts_under_load_is_out_after_two_light_runs"}
 # Calls with a time-out as their only number.
 WAITS = words("wait join result settimeout until")
 
@@ -440,11 +438,7 @@ def test_no_test_asserts_seconds() -> None:
         if path.startswith("tests/")
         for place in itertools.chain(
             short_timeouts(tree),
-            *(
-                timed_asserts(node)
-                for node in ast.walk(tree)
-                if isinstance(node, Function) and node.name not in TIMED_TESTS
-            ),
+            *(timed_asserts(node) for node in ast.walk(tree) if isinstance(node, Function)),
         )
     ]
     assert not places
