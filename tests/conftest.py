@@ -50,6 +50,7 @@ SLOW = {
     "accounts/test_two_accounts.py",
     "api/test_clients.py",
     "api/test_dialects.py",
+    "api/test_langchain_clients.py",
     "api/test_openapi.py",
     "api/test_soak.py",
     "benchmarks/test_distillation.py",

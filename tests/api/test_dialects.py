@@ -21,6 +21,7 @@ from unmask.accounts.keys import KeySettings
 from unmask.api.quantisation import quantise_vectors
 from unmask.encoder import Encoder
 from unmask.storage.database import now_ms
+from unmask.web import website
 
 TEXTS = ["the first text", "another, with more words in it", "日本語の短い文です。"]
 
@@ -38,12 +39,15 @@ EMBEDDING_PATHS: list[tuple[str, dict[str, Any], Any]] = [
     ("/api/embed", {"input": TEXTS}, lambda reply: reply["embeddings"]),
     ("/api/embeddings", {"prompt": TEXTS[0]}, lambda reply: [reply["embedding"]]),
     ("/embed", {"inputs": TEXTS}, lambda reply: reply),
+    ("/", {"inputs": TEXTS}, lambda reply: reply),
+    ("/v1/embed", {"texts": TEXTS}, lambda reply: reply["embeddings"]),
     (
         "/v2/embed",
         {"texts": TEXTS, "input_type": "clustering"},
         lambda reply: reply["embeddings"]["float"],
     ),
 ]
+TEI, COHERE = ("/", "/embed"), ("/v1/embed", "/v2/embed")
 PATHS = pytest.mark.parametrize(("path", "body", "vectors"), EMBEDDING_PATHS, ids=[row[0] for row in EMBEDDING_PATHS])
 
 
@@ -56,7 +60,7 @@ def expected_vectors(service: LocalService, texts: list[str] = TEXTS, **fields: 
 def test_vectors_are_equal_to_the_bit(
     service: LocalService, path: str, body: dict[str, Any], vectors: Any, fields: dict[str, Any]
 ):
-    names = {"dimensions": "output_dimension"} if path == "/v2/embed" else {}
+    names = {"dimensions": "output_dimension"} if path in COHERE else {}
     sent = {"model": service.model, **body} | {names.get(name, name): value for name, value in fields.items()}
     reply = service.call("POST", path, sent)
     assert reply.status == 200, reply.body
@@ -88,16 +92,16 @@ def test_errors_have_the_form_of_the_dialect(
 ):
     sent = {"model": service.model, **body} | {k: v for k, v in change.items() if k in ("model", "dimensions", *body)}
     reply = service.call("POST", path, sent, headers)
-    if "model" in change and (path == "/embed" or "deployments" in path):
+    if "model" in change and (path in TEI or "deployments" in path):
         assert reply.status == 200  # the body's model is not read
         return
     assert reply.status == status, reply.body
     assert reply.headers["x-request-id"]
     if path.startswith("/api/"):
         assert set(reply.json) == {"error"}
-    elif path == "/embed":
+    elif path in TEI:
         assert set(reply.json) == {"error", "error_type"}
-    elif path == "/v2/embed":
+    elif path in COHERE:
         assert set(reply.json) == {"message"}
     else:
         assert set(reply.error) == {"message", "type", "param", "code"}
@@ -107,7 +111,10 @@ def test_errors_have_the_form_of_the_dialect(
 def test_other_methods_are_refused_and_nothing_redirects(
     service: LocalService, path: str, body: dict[str, Any], vectors: Any
 ):
-    assert service.call("GET", path).status == 405
+    assert service.call("GET", path).status == (200 if path == "/" else 405)
+    refusal = service.call("PUT", path)
+    assert (refusal.status, "POST" in refusal.headers["allow"]) == (405, True)
+    assert ("GET" in refusal.headers["allow"]) == (path == "/")
 
 
 def test_azure(service: LocalService):
@@ -212,6 +219,17 @@ def test_ollama_lists_and_shows_models(service: LocalService, ollama_client: oll
 def test_ollama_show_refuses_other_bodies(service: LocalService, body: Any):
     reply = service.call("POST", "/api/show", body)
     assert (reply.status, set(reply.json)) == (400, {"error"})
+
+
+def test_posting_to_the_front_page_needs_a_key(tiny_llama: Path):
+    """A browser may see the page without a key; a POST is an embedding, whatever it accepts."""
+    with running(tiny_llama, None, website) as service:
+        page = service.call("GET", "/", headers={"accept": "text/html"}, key=None)
+        assert (page.status, page.headers["content-type"]) == (200, "text/html; charset=utf-8")
+        for accepted in ("text/html", "*/*", "application/json"):
+            reply = service.call("POST", "/", {"inputs": "a"}, {"accept": accepted}, key=None)
+            assert (reply.status, set(reply.json)) == (401, {"error", "error_type"})
+        assert service.call("POST", "/", {"inputs": "a"}, {"accept": "text/html"}).status == 200
 
 
 def test_text_embeddings_inference(service: LocalService):
@@ -335,6 +353,37 @@ def test_cohere(service: LocalService, cohere_client: cohere.ClientV2, input_typ
     usage = service.embed(TEXTS, input_type=side).json["usage"]["total_tokens"]
     assert response.meta is not None and response.meta.billed_units is not None
     assert response.meta.billed_units.input_tokens == usage
+
+
+@pytest.mark.parametrize("input_type", [None, "search_query", "search_document"])
+def test_cohere_version_1(service: LocalService, input_type: Any):
+    """The forms of version 1, which the installed `cohere.Client` uses and LangChain's class as well."""
+    side = {"search_query": "query", "search_document": "document"}.get(input_type)
+    expected = expected_vectors(service, input_type=side)
+    body = {"model": service.model, "texts": TEXTS, "input_type": input_type, "truncate": None}
+    plain = service.call("POST", "/v1/embed", {**body, "embedding_types": None}).json
+    assert plain["response_type"] == "embeddings_floats"
+    np.testing.assert_array_equal(np.array(plain["embeddings"], dtype=np.float32), expected)
+    typed = service.call("POST", "/v1/embed", {**body, "embedding_types": ["float", "int8"]}).json
+    assert typed["response_type"] == "embeddings_by_type"
+    np.testing.assert_array_equal(np.array(typed["embeddings"]["float"], dtype=np.float32), expected)
+    np.testing.assert_array_equal(np.array(typed["embeddings"]["int8"]), quantise_vectors(expected, "int8"))
+    assert plain["texts"] == typed["texts"] == TEXTS
+    assert plain["meta"]["api_version"] == typed["meta"]["api_version"] == {"version": "1"}
+    with httpx.Client(timeout=30) as http:
+        client = cohere.Client(KEY, base_url=service.url, httpx_client=http)
+        response = client.embed(texts=TEXTS, model=service.model, input_type=input_type)
+    np.testing.assert_array_equal(np.array(response.embeddings, dtype=np.float32), expected)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"truncate": "START"}, {"input_type": "query"}, {"embedding_types": []}, {"images": ["data:"]}, {"texts": "a"}],
+)
+def test_cohere_version_1_refuses_by_name(service: LocalService, fields: dict[str, Any]):
+    reply = service.call("POST", "/v1/embed", {"model": service.model, "texts": ["a"]} | fields)
+    assert (reply.status, set(reply.json)) == (400, {"message"})
+    assert next(iter(fields)) in reply.json["message"]
 
 
 def test_cohere_cuts_vectors_and_texts(service: LocalService, cohere_client: cohere.ClientV2):

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -20,7 +20,7 @@ from unmask.api.authentication import Authenticator
 from unmask.api.charging import Charging
 from unmask.api.context import context_of
 from unmask.api.cors import CorsMiddleware
-from unmask.api.dialects import dialect_error, dialect_routes
+from unmask.api.dialects import dialect_error, dialect_routes, tei
 from unmask.api.embeddings import EmbeddingsRoute, deprecation_headers, find_model
 from unmask.api.endpoint_info import endpoint_list
 from unmask.api.errors import ApiError
@@ -43,6 +43,8 @@ from unmask.router.route import space_of
 
 # A canary that takes longer stands behind a stuck engine. A load balancer asks again in any case.
 _CANARY_TIMEOUT_S = 10
+
+Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def create_app(
@@ -86,7 +88,7 @@ def create_app(
         Route("/ready", service.ready),
         Route("/metrics", service.metrics_text),
         Route("/openapi.json", describe),
-        Route("/", service.index),
+        Route("/", _front(service.index, tei.embed_endpoint(embeddings)), methods=["GET", "POST"]),
     ]
     if accounts is not None:
         account = AccountRoutes(accounts)
@@ -112,12 +114,21 @@ def create_app(
     return app
 
 
+def _front(index: Endpoint, embed: Endpoint) -> Endpoint:
+    """Return the endpoint of `/`: one route for both methods, so that a 405 names both."""
+
+    async def answer(request: Request) -> Response:
+        return await (embed if request.method == "POST" else index)(request)
+
+    return answer
+
+
 def _public_pages(api_routes: Sequence[Route], pages: WebPages | None) -> Callable[[Scope], bool]:
     """Return a test for scopes that ask for a page, or for a page that does not exist: neither needs a key."""
 
     def is_public(scope: Scope) -> bool:
         if pages is None or scope["path"] == "/":
-            return pages is not None and accepts_html(scope)
+            return pages is not None and scope["method"] != "POST" and accepts_html(scope)
         if any(route.matches(scope)[0] is not Match.NONE for route in api_routes):
             return False
         return accepts_html(scope) or any(route.matches(scope)[0] is Match.FULL for route in pages.routes)

@@ -142,7 +142,9 @@ def openapi_document(*, secured: bool, body_limit: int, accounts: bool = False) 
     types += [AccountInfo, UsageReport, KeyList] if accounts else []
     types += [JinaEmbeddingRequest, *_dialect_types()]
     _, schemas = msgspec.json.schema_components(types, ref_template=_REFERENCE)
-    paths = _embedding_paths(app) | _model_paths(app) | _service_paths(app) | _dialect_paths(app)
+    paths = _embedding_paths(app) | _model_paths(app) | _service_paths(app)
+    for path, operations in _dialect_paths(app).items():
+        paths[path] = paths.get(path, {}) | operations
     if accounts:
         paths |= _account_paths(app)
     security: dict[str, Any] = {"security": [{"key": []}]} if app.secured else {}

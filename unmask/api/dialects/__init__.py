@@ -27,5 +27,6 @@ def dialect_routes(embeddings: EmbeddingsRoute) -> list[Route]:
 
 def dialect_error(scope: Scope, error: ApiError) -> Response | None:
     """Return an error in the form of the dialect whose path a request has; None for other paths."""
-    body = _ERROR_BODIES.get(scope["path"])
+    is_embed = scope["path"] == "/" and scope["method"] == "POST"  # the other methods of / are our own
+    body = tei.error_body if is_embed else _ERROR_BODIES.get(scope["path"])
     return None if body is None else error_response(error, body(error))

@@ -1,4 +1,8 @@
-"""Cohere's embed API, version 2: https://docs.cohere.com/reference/embed"""
+"""Cohere's embed API: https://docs.cohere.com/reference/embed
+
+LangChain's CohereEmbeddings and `cohere.Client` use its version 1 (https://docs.cohere.com/v1/reference/embed), where
+`input_type` and `embedding_types` may be left out.
+"""
 
 import base64
 
@@ -12,7 +16,7 @@ from unmask.api.errors import ApiError
 from unmask.api.quantisation import QUANTISED, quantise_vectors
 from unmask.api.schema import EmbeddingRequest, Fields
 
-PATHS = ("/v2/embed",)
+PATHS = ("/v1/embed", "/v2/embed")
 
 _TYPES = msgspec.json.Decoder(list[str])
 _INPUT_TYPES = {
@@ -21,12 +25,16 @@ _INPUT_TYPES = {
     b'"classification"': b"null",
     b'"clustering"': b"null",
 }
+_INPUT_TYPES_V1 = {**_INPUT_TYPES, b"null": b"null"}
 _TRUNCATIONS = {b'"END"': b"true", b'"NONE"': b"false", b"null": b"true"}
 
 
 def routes(embeddings: EmbeddingsRoute) -> list[Route]:
     """Return the routes."""
-    return [Route("/v2/embed", embeddings.endpoint(Dialect(_read, _write)), methods=["POST"])]
+    return [
+        Route("/v1/embed", embeddings.endpoint(Dialect(_read_v1, _write_v1)), methods=["POST"]),
+        Route("/v2/embed", embeddings.endpoint(Dialect(_read, _write)), methods=["POST"]),
+    ]
 
 
 def error_body(error: ApiError) -> dict[str, str]:
@@ -35,6 +43,21 @@ def error_body(error: ApiError) -> dict[str, str]:
 
 
 def _read(request: Request, fields: Fields) -> Fields:
+    return _translate(fields, _INPUT_TYPES)
+
+
+def _read_v1(request: Request, fields: Fields) -> Fields:
+    if _wants_plain_floats(fields):
+        fields = {name: value for name, value in fields.items() if name != "embedding_types"}
+    return _translate(fields, _INPUT_TYPES_V1)
+
+
+def _wants_plain_floats(fields: Fields) -> bool:
+    """True for a request of version 1 without `embedding_types`, whose answer is an array of vectors."""
+    return bytes(fields.get("embedding_types", msgspec.Raw(b"null"))) == b"null"
+
+
+def _translate(fields: Fields, input_types: dict[bytes, bytes]) -> Fields:
     for name in ("images", "inputs"):
         if bytes(fields.get(name, msgspec.Raw(b"null"))) != b"null":
             raise ApiError(400, f"The field '{name}' is not supported: send texts.", param=name)
@@ -46,7 +69,7 @@ def _read(request: Request, fields: Fields) -> Fields:
     _embedding_types(fields)
     translated = {name: value for name, value in fields.items() if name not in ("texts", "embedding_types")}
     translated["input"] = texts
-    translated["input_type"] = _choice(fields, "input_type", _INPUT_TYPES)
+    translated["input_type"] = _choice(fields, "input_type", input_types)
     translated["truncate"] = _choice(fields, "truncate", _TRUNCATIONS)
     if (length := translated.pop("output_dimension", None)) is not None:
         translated["dimensions"] = length
@@ -75,11 +98,26 @@ def _embedding_types(fields: Fields) -> list[str]:
 
 
 def _write(result: EmbeddingResult, parsed: EmbeddingRequest, fields: Fields) -> bytes:
-    forms = b",".join(b'"%b":[%b]' % (kind.encode(), _rows(result, kind)) for kind in _embedding_types(fields))
-    meta = {"api_version": {"version": "2"}, "billed_units": {"input_tokens": result.num_tokens}}
-    return b'{"id":%b,"response_type":"embeddings_by_type","embeddings":{%b},"texts":%b,"meta":%b}' % (
+    return _answer(result, fields, "embeddings_by_type", _by_type(result, fields), "2")
+
+
+def _write_v1(result: EmbeddingResult, parsed: EmbeddingRequest, fields: Fields) -> bytes:
+    if _wants_plain_floats(fields):
+        return _answer(result, fields, "embeddings_floats", b"[%b]" % _rows(result, "float"), "1")
+    return _answer(result, fields, "embeddings_by_type", _by_type(result, fields), "1")
+
+
+def _by_type(result: EmbeddingResult, fields: Fields) -> bytes:
+    forms = (b'"%b":[%b]' % (kind.encode(), _rows(result, kind)) for kind in _embedding_types(fields))
+    return b"{%b}" % b",".join(forms)
+
+
+def _answer(result: EmbeddingResult, fields: Fields, response_type: str, vectors: bytes, version: str) -> bytes:
+    meta = {"api_version": {"version": version}, "billed_units": {"input_tokens": result.num_tokens}}
+    return b'{"id":%b,"response_type":%b,"embeddings":%b,"texts":%b,"meta":%b}' % (
         orjson.dumps(result.request_id),
-        forms,
+        orjson.dumps(response_type),
+        vectors,
         bytes(fields["texts"]),
         orjson.dumps(meta),
     )

@@ -72,6 +72,24 @@ class CohereEmbedRequest(msgspec.Struct, kw_only=True):
     ] = None
 
 
+class CohereEmbedRequestV1(msgspec.Struct, kw_only=True):
+    """Body of `POST /v1/embed`."""
+
+    model: Text
+    texts: Texts
+    input_type: Annotated[
+        Literal["search_query", "search_document", "classification", "clustering"] | None,
+        _doc("Use the model's own instruction for queries or documents; the others use none."),
+    ] = None
+    embedding_types: Annotated[
+        Annotated[list[VectorForm], Meta(min_length=1)] | None,
+        _doc("Forms of the vectors. Without them the answer is an array of vectors."),
+    ] = None
+    truncate: Annotated[
+        Literal["END", "NONE"] | None, _doc("`NONE` refuses texts that are too long. Default `END`.")
+    ] = None
+
+
 class CohereEmbeddings(msgspec.Struct, kw_only=True, rename=lambda name: name.removesuffix("_")):
     """The vectors, in each form that was asked for."""
 
@@ -84,7 +102,7 @@ class CohereEmbeddings(msgspec.Struct, kw_only=True, rename=lambda name: name.re
 
 
 class CohereVersion(msgspec.Struct, kw_only=True):
-    version: Literal["2"] = "2"
+    version: Literal["1", "2"]
 
 
 class CohereUnits(msgspec.Struct, kw_only=True):
@@ -100,6 +118,14 @@ class CohereEmbedResponse(msgspec.Struct, kw_only=True):
     id: str
     response_type: Literal["embeddings_by_type"]
     embeddings: CohereEmbeddings
+    texts: list[str]
+    meta: CohereMeta
+
+
+class CohereEmbedResponseV1(msgspec.Struct, kw_only=True):
+    id: str
+    response_type: Literal["embeddings_floats", "embeddings_by_type"]
+    embeddings: list[Vector] | CohereEmbeddings
     texts: list[str]
     meta: CohereMeta
 
@@ -179,7 +205,7 @@ class OllamaError(msgspec.Struct, kw_only=True):
 
 
 class TeiEmbedRequest(msgspec.Struct, kw_only=True):
-    """Body of `POST /embed`."""
+    """Body of `POST /embed` and `POST /`."""
 
     inputs: Text | Texts
     normalize: Annotated[bool | None, _doc("Scale vectors to length 1. Default true.")] = None
@@ -260,6 +286,14 @@ OPERATIONS = {
     "/embeddings": DialectOperation(
         "createEmbeddingWithoutV1", "Vectors, for base URLs without /v1", "azure", EmbeddingRequest, EmbeddingResponse
     ),
+    "/v1/embed": DialectOperation(
+        "cohereEmbedV1",
+        "Vectors, as Cohere's version 1",
+        "cohere",
+        CohereEmbedRequestV1,
+        CohereEmbedResponseV1,
+        CohereError,
+    ),
     "/v2/embed": DialectOperation(
         "cohereEmbed", "Vectors, as Cohere", "cohere", CohereEmbedRequest, CohereEmbedResponse, CohereError
     ),
@@ -284,6 +318,7 @@ OPERATIONS = {
     "/embed": DialectOperation(
         "teiEmbed", "Vectors, as Text Embeddings Inference", "tei", TeiEmbedRequest, list[Vector], TeiError
     ),
+    "/": DialectOperation("teiEmbedRoot", "As POST /embed", "tei", TeiEmbedRequest, list[Vector], TeiError),
     "/info": DialectOperation(
         "teiInfo", "The first model, as Text Embeddings Inference", "tei", None, TeiInfo, TeiError
     ),

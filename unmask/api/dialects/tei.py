@@ -4,7 +4,7 @@ Requests name no model: the first model of the server answers.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
 import orjson
@@ -19,18 +19,24 @@ from unmask.api.errors import ApiError
 from unmask.api.schema import MAX_INPUTS, EmbeddingRequest, Fields, holds_texts, read_fields, read_input
 from unmask.checkpoint.tokenizer import TextTokenizer
 
-PATHS = ("/embed", "/info", "/tokenize")
+PATHS = ("/embed", "/info", "/tokenize")  # and POST /
 
 _ERROR_TYPES = {429: "Overloaded", 503: "Unhealthy"}
 _INPUT_TYPES = {b'"query"': b'"query"', b'"document"': b'"document"', b'"passage"': b'"document"', b"null": b"null"}
 
 
-def routes(embeddings: EmbeddingsRoute) -> list[Route]:
-    """Return the routes."""
+def embed_endpoint(embeddings: EmbeddingsRoute) -> Callable[[Request], Awaitable[Response]]:
+    """Return the endpoint of `POST /embed`. TEI has it at `POST /` too, for clients that know the address alone."""
 
     def read(request: Request, fields: Fields) -> Fields:
         model = embeddings.models.list()[0].record.id
         return _read(fields) | {"model": msgspec.Raw(msgspec.json.encode(model))}
+
+    return embeddings.endpoint(Dialect(read, _write))
+
+
+def routes(embeddings: EmbeddingsRoute) -> list[Route]:
+    """Return the routes."""
 
     async def info(request: Request) -> Response:
         served = embeddings.models.list()[0]
@@ -59,7 +65,7 @@ def routes(embeddings: EmbeddingsRoute) -> list[Route]:
         return Response(orjson.dumps(tokens), media_type="application/json")
 
     return [
-        Route("/embed", embeddings.endpoint(Dialect(read, _write)), methods=["POST"]),
+        Route("/embed", embed_endpoint(embeddings), methods=["POST"]),
         Route("/info", info),
         Route("/tokenize", tokenize, methods=["POST"]),
     ]
