@@ -60,6 +60,7 @@ SLOW = {
     "bulk/test_storage.py",
     "checkpoint/test_adapter.py",
     "checkpoint/test_packaged_models.py",
+    "cli/test_known_models.py",
     "cli/test_program.py",
     "cli/test_providers.py",
     "conformance/test_finding.py",

@@ -8,6 +8,7 @@ from cyclopts import Group, Parameter
 from unmask.bulk.encode_job import EncodeJob
 from unmask.bulk.storage import public_name
 from unmask.checkpoint import DEFAULT_MODEL
+from unmask.cli.known_models import checks_known_models
 from unmask.cli.options import AsJson, DeviceOption, DtypeOption
 from unmask.errors import UsageError
 from unmask.terminal import Progress, Step, print_json, print_table, say
@@ -69,6 +70,7 @@ class ModelOptions:
         )
 
 
+@checks_known_models
 def encode(
     job: Annotated[EncodeOptions, Parameter(name="*", group=_FILES)] = EncodeOptions(),
     *,

@@ -5,10 +5,12 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from unmask.cli.known_models import checks_known_models
 from unmask.cli.options import AsJson, DeviceOption, DtypeOption
 from unmask.terminal import say
 
 
+@checks_known_models
 def evaluate(
     *models: str,
     suite: tuple[str, ...] = (),
@@ -93,6 +95,7 @@ def report(folder: str, /, *, published: str | None = None) -> int:
     return 0
 
 
+@checks_known_models
 def compare(
     a: str,
     b: str,

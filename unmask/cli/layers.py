@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from unmask.cli.known_models import checks_known_models
 from unmask.terminal import print_result, print_table, say
 
 
@@ -43,6 +44,7 @@ def shear(
     return 0
 
 
+@checks_known_models
 def probe_layers(
     recipe: str,
     /,

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from unmask.cli.known_models import checks_known_models
 from unmask.terminal import Progress, Step, say
 from unmask.training.mining_settings import MiningSettings
 
@@ -18,6 +19,7 @@ class MiningOptions(MiningSettings):
     source: Annotated[str, Parameter(name="SOURCE")] = field(kw_only=False)
 
 
+@checks_known_models
 def mine(options: MiningOptions, *, model: str, output: Annotated[Path, Parameter(name=["--output", "-o"])]) -> int:
     """Find hard negatives for training data.
 

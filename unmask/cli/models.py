@@ -6,6 +6,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from unmask.checkpoint import DEFAULT_MODEL
+from unmask.cli.known_models import checks_known_models
 from unmask.cli.options import AsJson
 from unmask.terminal import print_result, print_table, say
 
@@ -75,6 +76,7 @@ def fetch(
 
 
 @models.command
+@checks_known_models
 def show(model: str = DEFAULT_MODEL, /, *, as_json: AsJson = False) -> int:
     """Show a model as this machine computes it: its size, its precision, and why it has that one.
 

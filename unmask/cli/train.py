@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from unmask.cli.known_models import checks_known_models
 from unmask.cli.options import AsJson
 from unmask.errors import UsageError
 from unmask.terminal import Progress, Step, print_json, print_sentence, print_table, say
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from unmask.training.recipe import Recipe
 
 
+@checks_known_models
 def train(
     recipe: Path,
     /,

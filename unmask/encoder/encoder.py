@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from unmask.checkpoint import Checkpoint, open_checkpoint
 from unmask.encoder.head import Head, load_head
+from unmask.encoder.load_check import run_load_checks
 from unmask.encoder.loading import LoadOptions, load_decoder, precision_of, prompts_for, return_memory
 from unmask.encoder.options import Compat, Dtype, DtypeChoice
 from unmask.encoder.packing import packs_of
@@ -174,7 +175,9 @@ class Encoder:
             device=device,
             causal=causal,
         )
-        return cls.load_with(model, options)
+        encoder = cls.load_with(model, options)
+        run_load_checks(encoder)
+        return encoder
 
     @classmethod
     def load_with(cls, model: str | Path, options: LoadOptions) -> "Encoder":

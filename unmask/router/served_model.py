@@ -13,6 +13,7 @@ import numpy as np
 
 from unmask.catalogue import Catalogue, Record, record_for
 from unmask.catalogue.canary import CANARY_TEXT, check_vector, expected_vector
+from unmask.catalogue.known_vectors import canary_problem
 from unmask.encoder import DtypeChoice, Encoder
 from unmask.encoder.precision import PrecisionChoice
 from unmask.engine import Engine
@@ -207,7 +208,7 @@ class ServedModel:
         if reference is not None and reference.canary is not None:
             vector = canary_vector if reference is record else encoder.encode([reference.canary.text])[0]
             if (verdict := check_vector(vector, expected_vector(reference.canary), dtype)) != "ok":
-                raise CheckpointError(f"{record.id} loaded, but {_canary_problem(reference)}: {verdict}")
+                raise CheckpointError(f"{record.id} loaded, but {canary_problem(reference)}: {verdict}")
         config = encoder.checkpoint.config
         trained_as = encoder.checkpoint.trained_as
         fields = {
@@ -230,16 +231,6 @@ class ServedModel:
 
     def _set_state(self, state: State, reason: str = "") -> None:
         self.state, self.reason, self._changed_at = state, reason, time.monotonic()
-
-
-def _canary_problem(record: Record) -> str:
-    """Say what a wrong canary vector means. The revision, where the record has one, has been compared before."""
-    if record.revision is None:
-        return "its weights are not the published ones"
-    return (
-        f"the files of revision {record.revision} give other vectors here than when the model went live, so the "
-        f"software, precision or processor is at fault; run 'unmask onboard {record.id}' to measure it again"
-    )
 
 
 def _fields_of_files(record: Record, encoder: Encoder) -> dict[str, Any]:
