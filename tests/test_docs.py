@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from unmask import Encoder
+from unmask.checkpoint.adapter_config import LORA_FIELDS
+from unmask.encoder.model.architectures import ROPE_TYPES
 
 ROOT = Path(__file__).parent.parent
 # Reports are generated, and the changelog names files as they were called at the time.
@@ -54,6 +56,18 @@ def test_named_files_exist(page: Path):
     for path in PATH.findall(page.read_text(encoding="utf-8")):
         if path not in models and not re.search(r"\b[xy]\b", path):
             assert (ROOT / path).exists(), f"{name(page)} names {path}"
+
+
+def test_the_table_of_adapter_fields_is_that_of_the_code():
+    rows = [f"| `{field}` | {treatment} | {meaning} |" for field, (treatment, meaning) in LORA_FIELDS.items()]
+    assert "\n".join(["|---|---|---|", *rows, ""]) in (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_rope_types_has_those_of_the_code():
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    table = page[page.index("| `rope_type` |") :].split("\n\n")[0]
+    cells = [line.split("|")[1] for line in table.splitlines()[2:]]
+    assert sorted(re.findall(r"`(\w+)`", " ".join(cells))) == sorted(ROPE_TYPES)
 
 
 def test_the_readme_shows_everything_needed_on_one_screen():

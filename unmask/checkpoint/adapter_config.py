@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from unmask.errors import AdapterMismatch, CheckpointError
 
@@ -18,63 +18,58 @@ _ALL_LINEAR = "all-linear"
 # corda, loftq, lora_ga) change the base before training, so B @ A does not belong to the base that is named.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
-# Every field of PEFT's LoraConfig. Honoured: read below.
-HONOURED_FIELDS = frozenset(
-    {
-        "r",
-        "lora_alpha",
-        "use_rslora",
-        "rank_pattern",
-        "alpha_pattern",
-        "fan_in_fan_out",
-        "base_model_name_or_path",
-        "target_modules",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-        "modules_to_save",
-        "use_dora",
-        "trainable_token_indices",
-        "init_lora_weights",
-        "peft_type",
-        "bias",
-        "lora_bias",
-    }
-)
-# Harmless: they concern training, a class to load the adapter with, or settings of an initialisation.
-HARMLESS_FIELDS = frozenset(
-    {
-        "task_type",
-        "auto_mapping",
-        "peft_version",
-        "revision",
-        "inference_mode",
-        "lora_dropout",
-        "megatron_core",
-        "loftq_config",
-        "eva_config",
-        "corda_config",
-        "lora_ga_config",
-        "runtime_config",
-        "qalora_group_size",
-        "ensure_weight_tying",
-        "velora_config",
-    }
-)
-# Refused by name where they are set: each changes what a layer computes.
-REFUSED_FIELDS = frozenset(
-    {
-        "layer_replication",
-        "target_parameters",
-        "alora_invocation_tokens",
-        "use_qalora",
-        "use_bdlora",
-        "arrow_config",
-        "kasa_config",
-        "monteclora_config",
-        "megatron_config",
-    }
-)
+Treatment = Literal["honoured", "harmless", "refused"]
+
+# Every field of PEFT's LoraConfig: honoured, harmless (it changes no vector of a trained adapter), or refused by name
+# where it is set, since it changes what a layer computes. docs/models.md shows this table; tests compare it with PEFT
+# and with the page.
+LORA_FIELDS: Mapping[str, tuple[Treatment, str]] = {
+    "r": ("honoured", "rank; a whole number of at least 1"),
+    "lora_alpha": ("honoured", "scale: B A is multiplied by alpha / r"),
+    "use_rslora": ("honoured", "scale by alpha / sqrt(r)"),
+    "rank_pattern": ("honoured", "ranks by regular expression for the end of a module's name"),
+    "alpha_pattern": ("honoured", "alphas by regular expression, likewise"),
+    "fan_in_fan_out": ("honoured", "weights that are stored transposed; refused together with DoRA"),
+    "base_model_name_or_path": ("honoured", "the base, or the adapter below"),
+    "target_modules": (
+        "honoured",
+        "ends of names, a regular expression, or `all-linear`; tensors for each are required",
+    ),
+    "exclude_modules": ("honoured", "as `target_modules`, and stronger"),
+    "layers_to_transform": ("honoured", "layers that have tensors"),
+    "layers_pattern": ("honoured", "name of the list of layers"),
+    "modules_to_save": ("honoured", "whole modules, which replace the base's"),
+    "use_dora": ("honoured", "DoRA, on linear layers and on the token embedding"),
+    "trainable_token_indices": ("honoured", "rows that replace the embedding's"),
+    "init_lora_weights": ("honoured", "refused where it changes the base: PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA"),
+    "peft_type": ("honoured", "`LORA`; others are refused"),
+    "bias": ("honoured", "`none`; trained biases are refused"),
+    "lora_bias": ("honoured", "false; biases of B are refused"),
+    "task_type": ("harmless", "class to load the adapter with"),
+    "auto_mapping": ("harmless", "class to load the adapter with"),
+    "peft_version": ("harmless", "written by PEFT"),
+    "revision": ("harmless", "of the base on the hub; the files at hand are read"),
+    "inference_mode": ("harmless", "whether the adapter can be trained"),
+    "lora_dropout": ("harmless", "in training alone"),
+    "megatron_core": ("harmless", "module for `megatron_config`"),
+    "loftq_config": ("harmless", "settings of an initialisation, which `init_lora_weights` names"),
+    "eva_config": ("harmless", "settings of an initialisation; its ranks are saved in `rank_pattern`"),
+    "corda_config": ("harmless", "settings of an initialisation, which `init_lora_weights` names"),
+    "lora_ga_config": ("harmless", "settings of an initialisation, which `init_lora_weights` names"),
+    "runtime_config": ("harmless", "where PEFT keeps weights while it works"),
+    "qalora_group_size": ("harmless", "for `use_qalora`"),
+    "ensure_weight_tying": ("harmless", "ties adapters at their making; the saved tensors are read"),
+    "velora_config": ("harmless", "another backward pass"),
+    "layer_replication": ("refused", "repeats layers"),
+    "target_parameters": ("refused", "adapts parameters that are no layers, as those of experts"),
+    "alora_invocation_tokens": ("refused", "the adapter begins at a token"),
+    "use_qalora": ("refused", "pools the input of A"),
+    "use_bdlora": ("refused", "block-diagonal factors"),
+    "arrow_config": ("refused", "routes between adapters"),
+    "kasa_config": ("refused", "changes the base by its singular values"),
+    "monteclora_config": ("refused", "draws the factors"),
+    "megatron_config": ("refused", "parallel layers of Megatron"),
+}
 
 
 @dataclass(frozen=True)
@@ -131,12 +126,8 @@ class AdapterConfig:
             "LoRA biases (lora_bias)": raw.get("lora_bias"),
             f"init_lora_weights={init!r}, which changes the base before training": init not in _PLAIN_INITS,
             "DoRA (use_dora) with fan_in_fan_out": config.dora and config.fan_in_fan_out,
-            **{name: raw.get(name) for name in sorted(REFUSED_FIELDS)},
-            **{
-                f"the unknown setting {name}": value
-                for name, value in raw.items()
-                if name not in HONOURED_FIELDS | HARMLESS_FIELDS | REFUSED_FIELDS
-            },
+            **{name: raw.get(name) for name, (treatment, _) in LORA_FIELDS.items() if treatment == "refused"},
+            **{f"the unknown setting {name}": value for name, value in raw.items() if name not in LORA_FIELDS},
         }
         named = [name for name, present in unsupported.items() if present]
         if named:
