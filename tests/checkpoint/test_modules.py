@@ -1,6 +1,7 @@
 """Embedding models of other makers: equal to sentence-transformers and llama.cpp's rules, or refused by name."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -179,6 +180,11 @@ REFUSED: list[tuple[dict[str, Mapping[str, Any]], str]] = [
     ({POOLING: {"pooling_mode_attention": True}}, "pooling with pooling_mode_attention=True"),
     ({"tokenizer_config.json": {"add_prefix_space": True}}, "add_prefix_space=True, which tokenizer.json contradicts"),
     ({"config.json": {"is_causal": True, "use_bidirectional_attention": True}}, "a contradiction"),
+    *(({"config.json": {"is_causal": value}}, "is_causal=") for value in ("false", 0, [])),
+    *(
+        ({"config.json": {"use_bidirectional_attention": value}}, "use_bidirectional_attention=")
+        for value in ("vision", "all", 1)
+    ),
     ({"config.json": {"matryoshka_dimensions": [8, 17]}}, "matryoshka_dimensions 17 of vectors with 16 numbers"),
     ({"config.json": {"matryoshka_dimensions": [8, "a"]}}, "matryoshka_dimensions="),
     ({"config.json": {"matryoshka_dimensions": 8}}, "matryoshka_dimensions=8"),
@@ -314,3 +320,13 @@ def test_a_gguf_setting_of_another_type_is_refused(field: str, value: Any) -> No
     fields = {"llama.pooling_type": 1, "llama.context_length": 77, f"llama.{field}": value}
     with pytest.raises(CheckpointError, match=rf"llama\.{field}={value!r}"):
         gguf_settings(Path("m.gguf"), "llama", fields)
+
+
+def test_the_table_of_layouts_has_those_of_the_tests():
+    page = (Path(__file__).parents[2] / "docs" / "other-embedders.md").read_text(encoding="utf-8")
+    table = page[page.index("| layout |") :].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    assert len(rows) == len(LAYOUTS)
+    for layout in LAYOUTS:
+        assert any(re.sub(r"\W", "", row[0].lower()) in re.sub(r"\W", "", layout.lower()) for row in rows), layout
+    assert all(float(difference) <= 1e-5 for row in rows for difference in row[3:])

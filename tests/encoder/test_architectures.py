@@ -268,6 +268,48 @@ def test_an_unknown_rope_type_is_refused_by_name(kind: str) -> None:
                 shape_of({**SMALL, "model_type": kind, key: table})
 
 
+WRONG_NUMBERS: list[dict[str, Any]] = [
+    *({"rope_type": "linear", "factor": value} for value in (0, -2.0, float("nan"), float("inf"), "4.0", True, [4.0])),
+    {**LLAMA3_ROPE, "low_freq_factor": 0.0},
+    {**LLAMA3_ROPE, "high_freq_factor": LLAMA3_ROPE["low_freq_factor"]},
+    {**LLAMA3_ROPE, "original_max_position_embeddings": -1},
+    {"rope_type": "default", "rope_theta": 0},
+    {"rope_type": "default", "rope_theta": "10000"},
+    {"rope_type": "yarn", "factor": 4.0, "attention_factor": -1.0},
+    {"rope_type": "yarn", "factor": 4.0, "beta_fast": "32"},
+    {"rope_type": "dynamic", "factor": 0.0},
+    {"rope_type": "proportional", "partial_rotary_factor": 0.0},
+    {**ROPES["longrope"], "rope_type": "longrope", "short_factor": [0.0] * 8},
+    {**ROPES["longrope"], "rope_type": "longrope", "long_factor": "long"},
+    {"full_attention": {"rope_type": "linear", "factor": 0}},
+]
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("table", WRONG_NUMBERS, ids=lambda table: str(table)[:60])
+@pytest.mark.parametrize("kind", ["llama", "olmo2"])
+def test_a_number_that_scales_no_position_is_refused_by_name(kind: str, table: dict[str, Any], key: str) -> None:
+    """transformers warns at most, and its vectors are then NaN or of another meaning."""
+    with pytest.raises(CheckpointError, match=r"config\.json: \w+=.* of the RoPE scaling"):
+        shape_of({**SMALL, "model_type": kind, key: table})
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("value", ["linear", 4.0, ["linear"], True])
+def test_a_rope_that_is_no_table_is_refused(key: str, value: Any) -> None:
+    with pytest.raises(CheckpointError, match=f"{key}=.* is no table"):
+        shape_of({**SMALL, "model_type": "llama", key: value})
+
+
+@pytest.mark.parametrize("key", ["short_factor", "long_factor"])
+def test_factors_of_another_length_are_no_traceback(key: str) -> None:
+    table = {"rope_type": "longrope", **ROPES["longrope"], key: [1.0] * 5}
+    model = transformers_model({"model_type": "llama"})
+    with pytest.raises((CheckpointError, UnsupportedArchitecture)):
+        decoder = rope_decoder({"model_type": "llama", "rope_scaling": table}, model)
+        decoder(torch.ones(40, dtype=torch.int64), [40])
+
+
 @pytest.mark.parametrize("kind", [kind for kind in ROPE_TYPES if kind != "default"])
 def test_a_rope_without_its_numbers_is_no_traceback(kind: str) -> None:
     config = {**SMALL, "model_type": "llama", "rope_scaling": {"rope_type": kind}}

@@ -132,7 +132,13 @@ class _FolderReader:
         if kinds[0][1] not in ("", "."):
             self.differences.append(f"a Transformer in the folder {kinds[0][1]}")
         settings = {"prompt_style": SENTENCE_TRANSFORMERS, "causal": is_causal(self.config)}
-        if self.config.get("is_causal") and self.config.get("use_bidirectional_attention"):
+        # A text in the place of a flag would count as true.
+        words = ("all", "vision") if str(self.config.get("model_type")).startswith("gemma4") else ()
+        for key, other in (("is_causal", ()), ("use_bidirectional_attention", words)):
+            value = self.config.get(key)
+            if not (value is None or isinstance(value, bool) or value in other):
+                self.differences.append(f"{key}={value!r:.80}, which is neither true nor false")
+        if self.config.get("is_causal") and reads_both_ways(self.config):
             self.differences.append("is_causal beside use_bidirectional_attention, a contradiction")
         settings |= self._pooling(kinds[1][1])
         head: list[dict[str, Any]] = []
@@ -320,9 +326,14 @@ def is_causal(config: Mapping[str, Any]) -> bool:
     `use_bidirectional_attention` counts for every family, as its makers, TEI and vLLM read it; transformers reads it
     for Gemma alone.
     """
-    if config.get("model_type") in BIDIRECTIONAL_TYPES or config.get("use_bidirectional_attention"):
+    if config.get("model_type") in BIDIRECTIONAL_TYPES or reads_both_ways(config):
         return False
     return bool(config.get("is_causal", True))
+
+
+def reads_both_ways(config: Mapping[str, Any]) -> bool:
+    """True if `use_bidirectional_attention` takes the mask from text: true, or "all" (Gemma 4's "vision" does not)."""
+    return config.get("use_bidirectional_attention") in (True, "all")
 
 
 def gguf_settings(path: Path, architecture: str, fields: Mapping[str, Any]) -> dict[str, Any]:

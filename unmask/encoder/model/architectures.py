@@ -6,8 +6,9 @@ add the field there and one branch to the forward.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -113,6 +114,12 @@ _ACTIVATIONS = {
     "gelu": "gelu_tanh",
 }
 
+# Keys of RoPE tables that hold a number, and a list of numbers.
+_ROPE_NUMBERS = {
+    *("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    *("attention_factor", "beta_fast", "beta_slow", "partial_rotary_factor"),
+}
+_ROPE_LISTS = {"short_factor", "long_factor"}
 
 # Every `rope_type` that gives transformers' vectors here; the types that `Rope` lacks run through transformers.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope", "proportional")
@@ -295,10 +302,11 @@ def _windows(config: Mapping[str, Any], row: Architecture, layers: int) -> tuple
 
 
 def require_known_rope(config: Mapping[str, Any]) -> None:
-    """Check the names of all RoPE types in a config.
+    """Check the names of all RoPE types in a config, and their numbers.
 
     Raises:
         UnsupportedArchitecture: a type is not in ROPE_TYPES, so its vectors have never been compared.
+        CheckpointError: a number is none that a position can be scaled by; transformers only warns of it.
     """
     for kind in rope_types(config):
         if kind not in ROPE_TYPES:
@@ -306,18 +314,47 @@ def require_known_rope(config: Mapping[str, Any]) -> None:
                 f"config.json: RoPE scaling of type {kind!r} is not supported; known types: {', '.join(ROPE_TYPES)}"
             )
 
+    for name, value in _rope_numbers(config):
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
+            raise CheckpointError(f"config.json: {name}={value!r:.80} of the RoPE scaling is no number above 0")
+    for table in _rope_tables(config):
+        low, high = table.get("low_freq_factor"), table.get("high_freq_factor")
+        if low is not None and high is not None and high <= low:
+            raise CheckpointError(
+                f"config.json: high_freq_factor={high} of the RoPE scaling is not above low_freq_factor={low}"
+            )
+        lengths = {key: len(table[key]) for key in sorted(_ROPE_LISTS) if key in table}
+        if len(set(lengths.values())) > 1:
+            raise CheckpointError(f"config.json: {lengths} of the RoPE scaling are lists of different lengths")
+
 
 def rope_types(config: Mapping[str, Any]) -> set[str]:
     """RoPE types that a config names, old and new keys, for all kinds of layers."""
-    kinds = set()
+    kinds = (part.get("rope_type") or part.get("type") for part in _rope_tables(config))
+    return {str(kind) for kind in kinds if kind is not None}
+
+
+def _rope_tables(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     for key in ("rope_parameters", "rope_scaling"):
         table = config.get(key)
-        table = table if isinstance(table, Mapping) else {}
-        for part in (table, *(value for value in table.values() if isinstance(value, Mapping))):
-            kind = part.get("rope_type") or part.get("type")
-            if kind is not None:
-                kinds.add(str(kind))
-    return kinds
+        if isinstance(table, Mapping):
+            yield table
+            yield from (value for value in table.values() if isinstance(value, Mapping))
+        elif table is not None:
+            raise CheckpointError(f"config.json: {key}={table!r:.80} is no table")
+
+
+def _rope_numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every number of the tables by its key. Null stands for the default where a table may leave the number out."""
+    yield from ((key, config[key]) for key in ("rope_theta", "rope_local_base_freq") if config.get(key) is not None)
+    yield from (("rope_factors", value) for value in config.get("rope_factors") or ())
+    for table in _rope_tables(config):
+        for key in _ROPE_NUMBERS & table.keys():
+            if table[key] is not None:
+                yield key, table[key]
+        for key in _ROPE_LISTS & table.keys():
+            values = table[key] if isinstance(table[key], list) else [table[key]]
+            yield from ((key, value) for value in values)
 
 
 def _ropes(config: Mapping[str, Any], row: Architecture, windows: tuple[int | None, ...]) -> tuple[Rope, ...] | None:

@@ -88,7 +88,7 @@ class TransformersDecoder(nn.Module):
         try:
             built = AutoConfig.for_model(kind, **values, is_causal=causal)
             model = AutoModel.from_config(built, dtype=dtype)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise UnsupportedArchitecture(
                 f"architecture {kind!r} is neither in unmask's table nor buildable with transformers: "
                 f"{str(error).splitlines()[0]}"
