@@ -11,7 +11,8 @@ with those of transformers in float32 without the causal mask, so that nobody wi
     make bench ARGS="--backends unmask transformers --dtype bfloat16"
     make bench ARGS="--device cuda --mix short"
 
-writes encode-SHAPE.json (with -MIX and -DEVICE where they are not natural and cpu), .md, .svg and .png to --output.
+writes encode-SHAPE.json (with -MIX, -DEVICE and -DTYPE where they are not natural, cpu and its default), .md, .svg and
+.png to --output.
 `--publish` puts them into pages and measures nothing.
 """
 
@@ -285,6 +286,8 @@ def run(options: argparse.Namespace, scratch: Path, console: Console) -> Report:
     counts = token_counts(folder, texts)
     by_length = [texts[i] for i in np.argsort(counts)]
     name = "-".join(["encode", options.shape, *{options.mix} - {"natural"}, *{options.device.split(":")[0]} - {"cpu"}])
+    if options.device == "cpu" and options.dtype != "float32":
+        name += f"-{options.dtype}"
     with (options.output / f"{name}.log").open("wb") as log:
         start = partial(
             Process,

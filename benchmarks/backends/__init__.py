@@ -77,6 +77,7 @@ GPU_BACKENDS = ("unmask", "transformers", "sentence-transformers")
 
 BACKENDS = {
     "unmask": Backend("unmask", "ours:load", "unmask"),
+    "unmask-auto": Backend("unmask, auto", "ours:load", "unmask", "auto"),
     "unmask-int8": Backend("unmask, int8", "ours:load", "unmask", "int8"),
     "transformers": Backend("transformers", "pytorch:transformers", "transformers", settings=BATCHES),
     "sentence-transformers": Backend(
@@ -88,7 +89,7 @@ BACKENDS = {
     "onnxruntime-int8": Backend(
         "ONNX Runtime, dynamic int8", "exported:onnxruntime_int8", "onnxruntime onnx onnxscript", "int8", STREAMS
     ),
-    "openvino": Backend("OpenVINO", "exported:openvino", "openvino", "float32", STREAMS),
+    "openvino": Backend("OpenVINO", "exported:openvino", "openvino", settings=STREAMS),
     "llama-cpp": Backend("llama.cpp, F32", "llama:load", "llama-cpp-python", "float32", TOKENS, "tokens"),
     "llama-cpp-f16": Backend("llama.cpp, F16", "llama:load", "llama-cpp-python", "float16", TOKENS, "tokens"),
     "llama-cpp-q8": Backend("llama.cpp, Q8_0", "llama:load", "llama-cpp-python", "int8", TOKENS, "tokens"),

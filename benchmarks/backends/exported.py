@@ -103,7 +103,7 @@ def _onnxruntime(file: Path, job: Job) -> Run:
 
 
 def openvino(job: Job) -> Run:
-    """Convert the torch module itself, with float32 GEMMs like the others of this precision."""
+    """Convert the torch module itself, with GEMMs in the precision of the run."""
     import openvino  # pyright: ignore[reportMissingImports]
 
     file = job.scratch / "openvino" / "model.xml"
@@ -123,7 +123,7 @@ def openvino(job: Job) -> Run:
         file,
         "CPU",
         {
-            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[job.dtype],
             "INFERENCE_NUM_THREADS": job.threads,
             "NUM_STREAMS": streams,
         },

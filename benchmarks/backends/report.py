@@ -30,7 +30,7 @@ def is_wrong(row: Row) -> bool:
 def markdown(report: Report) -> str:
     """Write the table, and under it the conditions of the measurement."""
     lines = [
-        "| | tokens/s, median (spread) | unmask float32 is faster by, median (rounds) | share of peak "
+        f"| | tokens/s, median (spread) | unmask {report['dtype']} is faster by, median (rounds) | share of peak "
         "| cosine to float32, mean / worst | precision, batches |",
         "|---|---:|---|---:|---|---|",
     ]

@@ -42,7 +42,6 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 def test_a_second_load_reads_no_checkpoint_and_gives_the_same_bits(
     model: str, dtype: str, golden_dir: Path, folder: Path, reads: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "has_amx", lambda: False)
     first = Encoder.load(golden_dir / model, dtype=dtype)  # pyright: ignore[reportArgumentType]
     second = Encoder.load(golden_dir / model, dtype=dtype)  # pyright: ignore[reportArgumentType]
     assert len(reads) == 1 and len(list(folder.glob("*.weights"))) == 1

@@ -22,13 +22,14 @@ from unmask.encoder.prompts import DefaultPrompts, PromptBuilder, SentencePrompt
 from unmask.encoder.reference_prompts import ReferencePrompts
 from unmask.encoder.runtime import kernels
 from unmask.encoder.runtime.int8 import INT8_PRECISION, quantise
-from unmask.encoder.runtime.linear import prepack
+from unmask.encoder.runtime.linear import prepack, terms_of
 from unmask.encoder.shear import Layers
 from unmask.encoder.templates import template_for
 from unmask.errors import CheckpointError, UsageError
 
 # Cache key, as INT8_PRECISION.
 ROUNDED_PRECISION = "bfloat16 weights, all else in float32"
+SPLIT_PRECISION = "bfloat16 weights, inputs of linear layers in two bfloat16 terms, all else in float32"
 
 # Precision of all weights; for int8, of all but the linear layers.
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.float32}
@@ -115,7 +116,7 @@ def load_decoder(checkpoint: Checkpoint, options: LoadOptions) -> tuple[nn.Modul
         config["sliding_window"] = None  # the reference's mask knows no window
     dtype, device, causal = _DTYPES[options.dtype], options.device, bool(options.causal)
     tensors, shape = checkpoint.tensors, shape_of(config)
-    is_float32 = _rounds_weights_only(options) or (options.dtype == "float32" and torch.device(device).type == "cpu")
+    is_float32 = _uses_kernels(options) or (options.dtype == "float32" and torch.device(device).type == "cpu")
     try:
         if shape is not None and is_float32:
 
@@ -138,19 +139,18 @@ def load_decoder(checkpoint: Checkpoint, options: LoadOptions) -> tuple[nn.Modul
 
 def precision_of(decoder: nn.Module, options: LoadOptions) -> str:
     """Return the precision of a loaded decoder's linear layers, in words that change whenever its vectors do."""
-    if isinstance(decoder, Decoder) and _rounds_weights_only(options):
-        return ROUNDED_PRECISION
+    if isinstance(decoder, Decoder) and _uses_kernels(options):
+        return SPLIT_PRECISION if terms_of(torch.bfloat16) else ROUNDED_PRECISION
     return INT8_PRECISION if options.dtype == "int8" else options.dtype
 
 
-def _rounds_weights_only(options: LoadOptions) -> bool:
-    """True if bfloat16 means rounded weights of the linear layers, and everything else in float32.
+def _uses_kernels(options: LoadOptions) -> bool:
+    """Return whether bfloat16 means linear layers in bfloat16 and everything else in float32, in the compiled kernels.
 
-    The compiled kernels do that on a CPU. A processor with AMX multiplies bfloat16 several times as fast as float32,
-    through oneDNN; others do not gain by rounding the activations too.
+    Without the kernels it is a decoder in bfloat16, on a CPU through oneDNN.
     """
     on_cpu = torch.device(options.device).type == "cpu"
-    return options.dtype == "bfloat16" and on_cpu and kernels.library() is not None and not kernels.has_amx()
+    return options.dtype == "bfloat16" and on_cpu and kernels.library() is not None
 
 
 def require_device(device: str, dtype: DtypeChoice) -> None:

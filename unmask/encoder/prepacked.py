@@ -31,7 +31,7 @@ from unmask.disk import atomic_write, locked_where_possible
 from unmask.encoder.model.architectures import Shape
 from unmask.encoder.model.decoder import Decoder
 from unmask.encoder.runtime import kernels
-from unmask.encoder.runtime.linear import Linear, prepack
+from unmask.encoder.runtime.linear import Linear, prepack, terms_of
 from unmask.errors import StorageError
 from unmask.home import home
 
@@ -64,8 +64,12 @@ def load_prepacked(
     decoder = _empty_decoder(shape, causal)
     if library is None or sum(parameter.numel() for parameter in decoder.parameters()) < _FEW_WEIGHTS:
         return _prepacked(load(), dtype)
-    name = f"{revision}-{str(dtype).removeprefix('torch.')}-{Path(library._name).stem}.weights"
+    terms = terms_of(dtype)
+    kind = f"bfloat16x{terms}" if terms else str(dtype).removeprefix("torch.")
+    name = f"{revision}-{kind}-{Path(library._name).stem}.weights"
     file = home() / "prepacked" / name
+    for linear in _linears_of(decoder).values():
+        linear.terms = terms
     if _fill(decoder, file):
         return decoder
     with locked_where_possible(file.with_suffix(".lock")):
@@ -160,9 +164,13 @@ def _mapped(content: mmap.mmap, start: int, dtype: str, shape: list[int], at: in
     return torch.frombuffer(content, dtype=_TYPES[dtype], count=count, offset=start + at).view(shape)
 
 
+def _linears_of(decoder: Decoder) -> dict[str, Linear]:
+    return {name: module for name, module in decoder.named_modules() if isinstance(module, Linear)}
+
+
 def _assign(decoder: Decoder, tensors: Mapping[str, Tensor]) -> None:
     """Set every parameter and prepacked weight of a decoder. Raises ValueError if the tensors are not its own."""
-    linears = {name: module for name, module in decoder.named_modules() if isinstance(module, Linear)}
+    linears = _linears_of(decoder)
     shapes = {name: parameter.shape for name, parameter in decoder.named_parameters()}
     packed_weights = {f"{name}.weight" for name in linears}
     expected = {name for name in shapes if name not in packed_weights} | {f"{name}.prepacked" for name in linears}

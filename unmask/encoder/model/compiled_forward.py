@@ -90,7 +90,7 @@ class CompiledForward:
         weight = linear.stored_weight().contiguous()
         bias = None if linear.bias is None else linear.bias.detach()
         self._tensors += [weight] if bias is None else [weight, bias]
-        return kernels.describe(weight, linear.out_features, bias)
+        return kernels.describe(weight, linear.out_features, linear.in_features, bias, linear.terms)
 
     def __call__(self, ids: Tensor, lengths: list[int]) -> Tensor:
         """ids [T] and the lengths of their sequences -> final hidden states, float32 [T, W]."""

@@ -33,19 +33,23 @@ class Linear(nn.Linear):
     """
 
     prepacked: Tensor | None = None
+    # Of bfloat16 that inputs are split into, for products in bfloat16. 0: products in float32.
+    terms = 0
 
     def prepack(self, dtype: torch.dtype = torch.float32) -> None:
         """Replace the parameter by the faster layout where there is one. `unpack` restores it bit for bit.
 
         The compiled kernels read a weight in the fewest bits that keep it: in 8 where its rows are steps of one size,
-        in 16 where it is made of bfloat16 numbers. With `dtype` bfloat16 any other is rounded to it. They always
-        multiply and sum in float32.
+        in 16 where it is made of bfloat16 numbers. With `dtype` bfloat16 any other is rounded to it. They multiply and
+        sum in float32. On a processor with AMX, bfloat16 also means products in bfloat16: of the weight with inputs
+        that are split into two terms, which keep 16 of their 24 bits. Sums are float32 there too.
         """
         if self.prepacked is not None or not _is_cpu_float32(self.weight):
             return
         if kernels.library() is not None:
+            self.terms = terms_of(dtype)
             with torch.inference_mode(False), torch.no_grad():
-                self.prepacked = _fewest_bits(self.weight.detach(), dtype)
+                self.prepacked = _fewest_bits(self.weight.detach(), dtype, self.terms)
         elif is_batch_invariant():
             self.prepacked = prepack_weight(self.weight.detach())
         else:
@@ -68,6 +72,8 @@ class Linear(nn.Linear):
         weight = self.stored_weight()
         if weight.is_mkldnn:
             return weight.to_dense()
+        if weight.dim() == 5:
+            return kernels.weight_of_tiles(weight, self.out_features, self.in_features).float()
         return weight if weight.dim() == 2 else kernels.weight_of(weight, self.out_features).float()
 
     def forward(self, input: Tensor) -> Tensor:
@@ -76,15 +82,22 @@ class Linear(nn.Linear):
             return F.linear(input, self.weight, self.bias)
         weight = self.stored_weight()
         if kernels.library() is not None and not weight.is_mkldnn:
-            return kernels.linear(input, weight, self.out_features, self.bias)
+            return kernels.linear(input, weight, self.out_features, self.bias, self.terms)
         return invariant_linear(input, weight, self.bias)
 
 
-def _fewest_bits(weight: Tensor, dtype: torch.dtype) -> Tensor:
+def terms_of(dtype: torch.dtype) -> int:
+    """Return in how many bfloat16 terms prepacked layers of a precision split inputs; 0: products in float32."""
+    return 2 if dtype == torch.bfloat16 and kernels.has_amx() else 0
+
+
+def _fewest_bits(weight: Tensor, dtype: torch.dtype, terms: int) -> Tensor:
     """Panels of a weight rounded to `dtype`, in the fewest bits that keep every number."""
     first = weight[:1]  # tells most weights apart without reading them whole
     if kernels.int8_panels_of(first) is not None and (panels := kernels.int8_panels_of(weight)) is not None:
         return panels
+    if terms:
+        return kernels.tiles_of(weight)
     if dtype == torch.float32 and all(torch.equal(part.bfloat16().float(), part) for part in (first, weight)):
         dtype = torch.bfloat16
     return kernels.panels_of(weight.to(dtype))

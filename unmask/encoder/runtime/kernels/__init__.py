@@ -24,14 +24,17 @@ _Pointer = ctypes.c_void_p
 _Integer = ctypes.c_int64
 
 # Storage of a weight, as in kernels.c.
-FLOAT32, BFLOAT16, INT8, ROW_MAJOR = 0, 1, 2, 3
+FLOAT32, BFLOAT16, INT8, ROW_MAJOR, TILES = 0, 1, 2, 3, 4
 _KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.int8: INT8}
 
 
 class LinearWeight(ctypes.Structure):
     """`Linear` of kernels.c."""
 
-    _fields_ = (("weight", _Pointer), ("bias", _Pointer), ("n", _Integer), ("k", _Integer), ("kind", _Integer))
+    _fields_ = (
+        *((name, _Pointer) for name in ("weight", "bias")),
+        *((name, _Integer) for name in ("n", "k", "kind", "terms")),
+    )
 
 
 class LayerWeights(ctypes.Structure):
@@ -86,6 +89,8 @@ def library() -> ctypes.CDLL | None:
     kernels.shared_floats.argtypes, kernels.shared_floats.restype = [_Pointer, _Integer], _Integer
     kernels.private_floats.argtypes, kernels.private_floats.restype = [_Pointer, _Integer], _Integer
     kernels.forward.argtypes, kernels.forward.restype = [_Pointer, _Pointer, ctypes.c_int, ctypes.c_int], None
+    kernels.linear_floats.argtypes, kernels.linear_floats.restype = [_Pointer], _Integer
+    kernels.use_tiles.argtypes, kernels.use_tiles.restype = [ctypes.c_int], ctypes.c_int
     kernels.linear.argtypes, kernels.linear.restype = [_Pointer, _Integer, _Pointer, _Pointer, _Pointer], None
     return kernels
 
@@ -101,8 +106,9 @@ def _target() -> str | None:
 
 @cache
 def has_amx() -> bool:
-    """True if the processor multiplies bfloat16 in tiles (Intel AMX)."""
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+    """True if the kernels multiply bfloat16 in the tile registers of this processor (Intel AMX)."""
+    kernels = library()
+    return kernels is not None and bool(kernels.use_tiles(1))
 
 
 def _folders() -> list[Path]:
@@ -149,6 +155,23 @@ def panels_of(weight: Tensor) -> Tensor:
     return panels.contiguous()
 
 
+def tiles_of(weight: Tensor) -> Tensor:
+    """Round a weight [n, k] to bfloat16 and lay it out as tile registers are loaded: [panels, ceil(k / 32), 2, 16, 32].
+
+    A panel has 32 columns in two tiles. A row of a tile has a pair of inputs of each of its 16 columns.
+    """
+    n, k = weight.shape
+    padded = torch.nn.functional.pad(weight.to(torch.bfloat16), (0, -k % 32, 0, -n % 32))
+    # [panels, tile, column, step, pair, one of the pair] -> [panels, step, tile, pair, column, one of the pair]
+    return padded.view(-1, 2, 16, padded.shape[1] // 32, 16, 2).permute(0, 3, 1, 4, 2, 5).flatten(4).contiguous()
+
+
+def weight_of_tiles(tiles: Tensor, n: int, k: int) -> Tensor:
+    """Return the bfloat16 weight [n, k] that tiles were made of."""
+    columns = tiles.unflatten(4, (16, 2)).permute(0, 2, 4, 1, 3, 5)  # the reverse of `tiles_of`
+    return columns.reshape(len(tiles) * 32, -1)[:n, :k].contiguous()
+
+
 def int8_panels_of(weight: Tensor) -> Tensor | None:
     """Panels of 8 bits, int8 [ceil(n / NR), 4 + k, NR], from which `weight_of` gives a weight [n, k] to the bit.
 
@@ -190,23 +213,25 @@ def weight_of(panels: Tensor, n: int) -> Tensor:
     return panels.transpose(1, 2).reshape(-1, panels.shape[1])[:n].contiguous()
 
 
-def describe(weight: Tensor, n: int, bias: Tensor | None) -> LinearWeight:
-    """Arguments of a linear layer with n outputs: panels [panels, k, NR], or a contiguous float32 weight [n, k].
+def describe(weight: Tensor, n: int, k: int, bias: Tensor | None, terms: int = 0) -> LinearWeight:
+    """Arguments of a linear layer with n outputs of k inputs.
 
-    The caller keeps the tensors alive.
+    Args:
+        weight: panels [panels, k, NR], tiles as from `tiles_of`, or a contiguous float32 weight [n, k]. The caller
+            keeps it and the bias alive.
+        terms: bfloat16 terms that an input is split into, for products in bfloat16; 0 for products in float32.
     """
-    kind = ROW_MAJOR if weight.dim() == 2 else _KINDS[weight.dtype]
-    k = weight.shape[1] - (4 if kind == INT8 else 0)
-    return LinearWeight(weight.data_ptr(), None if bias is None else bias.data_ptr(), n, k, kind)
+    kind = {2: ROW_MAJOR, 5: TILES}.get(weight.dim(), _KINDS[weight.dtype])
+    return LinearWeight(weight.data_ptr(), None if bias is None else bias.data_ptr(), n, k, kind, terms)
 
 
-def linear(x: Tensor, weight: Tensor, n: int, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, n: int, bias: Tensor | None, terms: int = 0) -> Tensor:
     """x [T, k] @ weight.T + bias: float32 [T, n]. `weight` as in `describe`. The bits of a row depend on it alone."""
     kernels = library()
     assert kernels is not None
     x, weight = x.contiguous(), weight.contiguous()
     out = torch.empty(x.shape[0], n)
-    arguments = describe(weight, n, bias)
-    memory = torch.empty(0 if arguments.kind == FLOAT32 else x.shape[1] * panel_columns())
-    kernels.linear(ctypes.byref(arguments), x.shape[0], x.data_ptr(), out.data_ptr(), memory.data_ptr())
+    arguments = ctypes.byref(describe(weight, n, x.shape[1], bias, terms))
+    memory = torch.empty(kernels.linear_floats(arguments))
+    kernels.linear(arguments, x.shape[0], x.data_ptr(), out.data_ptr(), memory.data_ptr())
     return out

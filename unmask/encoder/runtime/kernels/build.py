@@ -1,4 +1,4 @@
-"""Compile `kernels.c`, which includes `training.c`, for one kind of processor.
+"""Compile `kernels.c`, which includes `tiles.h` and `training.c`, for one kind of processor.
 
 Standard library only, so that building a wheel can run it too.
 """
@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("kernels.c")
+_FILES = (SOURCE, SOURCE.with_name("tiles.h"), SOURCE.with_name("training.c"))
 # -std: vector extensions. No -ffast-math: sums keep their order.
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
 # The kinds of processors by the name of their vector instructions.
@@ -29,7 +30,7 @@ def targets() -> list[str]:
 
 def file_name(target: str) -> str:
     """Name of the library for a kind of processor; it changes with the source and the flags."""
-    text = SOURCE.read_bytes() + SOURCE.with_name("training.c").read_bytes() + repr((_FLAGS, TARGETS[target])).encode()
+    text = b"".join(file.read_bytes() for file in _FILES) + repr((_FLAGS, TARGETS[target])).encode()
     return f"{target}-{hashlib.sha256(text).hexdigest()[:16]}.so"
 
 

@@ -12,6 +12,9 @@
 // or 8 bits is converted in registers by the first tile of a block, which keeps it in float32 for the others. Either way
 // gives the same bits.
 //
+// On a processor with AMX a weight may be multiplied in bfloat16 instead (tiles.h), with sums in float32. Everything else
+// stays in float32. The order of a sum does not depend on other rows there either.
+//
 // Several threads may compute one pack together: each calls `forward` with its own `part`. They divide the columns of
 // the products, and meet at barriers.
 //
@@ -37,25 +40,31 @@
 #define MR 12 // 24 accumulators of 32 registers: NEON
 #endif
 #define NR (2 * VL)
+#define TILE_ROWS 32    // of a product in bfloat16
+#define LINEAR_ROWS 128 // of a single linear layer in bfloat16
 #define PADDING 16 // floats behind each row of a buffer, so that rows do not share the sets of the cache
 #define QUERY_ROWS (4 * MR)
 #define CACHE_FLOATS (1 << 18) // largest block of rows: half of a usual L2 cache
+#ifndef TILE_FLOATS
+#define TILE_FLOATS (1 << 18)
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float Vector __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 typedef int32_t Integers __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 
-enum { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, ROW_MAJOR = 3 };
+enum { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, ROW_MAJOR = 3, TILES = 4 };
 enum { SILU = 0, GELU_TANH = 1 };
 
 // A linear layer: n outputs of k inputs. In BFLOAT16, each 32-bit word holds column j in its low half and column
 // j + VL in its high half. In INT8, a panel begins with NR floats: the step of each column, by which its bytes are
-// multiplied.
+// multiplied. For TILES see tiles.h.
 typedef struct {
     const void *weight; // panels, or float32 [n][k]
     const float *bias; // [n] or NULL
     int64_t n, k, kind;
+    int64_t terms; // bfloat16 terms that an input is split into; 0: products in float32
 } Linear;
 
 // Weights of a layer. A norm that the architecture lacks is NULL.
@@ -227,13 +236,13 @@ TILE_FUNCTION(keeping_tile8, MR, INT8, 1)
 
 // Bytes that a panel takes for each k, without the steps of INT8.
 static int64_t row_bytes(const Linear *linear) {
-    return NR * (linear->kind == BFLOAT16 ? 2 : linear->kind == INT8 ? 1 : 4);
+    return NR * (linear->kind == BFLOAT16 || linear->kind == TILES ? 2 : linear->kind == INT8 ? 1 : 4);
 }
 
 // A panel as it is stored, or the NR rows of a row-major weight.
 static const char *stored_panel(const Linear *linear, int64_t index) {
-    int64_t steps = linear->kind == INT8 ? NR * 4 : 0;
-    return (const char *)linear->weight + index * (steps + linear->k * row_bytes(linear));
+    int64_t steps = linear->kind == INT8 ? NR * 4 : 0, k = linear->kind == TILES ? up_to(linear->k, 32) : linear->k;
+    return (const char *)linear->weight + index * (steps + k * row_bytes(linear));
 }
 
 // Panel [k][NR] of a row-major weight.
@@ -244,11 +253,43 @@ static void gather(const Linear *linear, int64_t index, float *panel) {
         for (int64_t i = 0; i < k; i++) panel[i * NR + j] = j < columns ? values[j * k + i] : 0;
 }
 
+#if defined(__AVX512F__)
+#include "tiles.h"
+#else // only a library for AVX-512 is given weights with terms
+int use_tiles(int use) { return 0 * use; }
+static void split_row(const float *x, int64_t k, int64_t terms, float *rows, int64_t row) {
+    (void)x, (void)k, (void)terms, (void)rows, (void)row;
+}
+static uint16_t *split_at(float *rows, int64_t k, int64_t terms, int64_t row, int64_t column) {
+    (void)k, (void)terms, (void)row, (void)column;
+    return (uint16_t *)rows;
+}
+static void split_vector(Vector value, int64_t terms, uint16_t *out) { (void)value, (void)terms, (void)out; }
+static void begin_tiles(const Linear *linear) { (void)linear; }
+static void end_tiles(const Linear *linear) { (void)linear; }
+static void multiply_split(const Linear *linear, int64_t index, int64_t row, int64_t rows, const float *a,
+                           float *memory, float *tile) {
+    (void)linear, (void)index, (void)row, (void)rows, (void)a, (void)memory, (void)tile;
+}
+#endif
+
+// Floats of a panel in the form that it is multiplied in.
+static int64_t panel_floats(int64_t k) { return up_to(k, 32) * NR; }
+
+static int64_t tile_rows(const Linear *linear) { return linear->terms ? TILE_ROWS : MR; }
+
+// Floats for a row of k numbers in a buffer: room for the numbers, or for two bfloat16 terms of each.
+static int64_t row_stride(int64_t k) { return up_to(k, 32) + PADDING; }
+
 // tile [rows from `row` to at most row + MR][NR] = a @ a panel, for all `rows` of a block in their order. What the tiles
 // of a block read in another form than it is stored in, the first one leaves in `memory` [k][NR]. Each tile fetches its
 // share of the next panel.
 static void multiply_tile(const Linear *linear, int64_t index, int64_t row, int64_t rows, const float *a,
                           int64_t stride, float *memory, float *tile) {
+    if (linear->terms) {
+        multiply_split(linear, index, row, rows, a, memory, tile);
+        return;
+    }
     int64_t count = least(MR, rows - row), tile_count = up_to(rows, MR) / MR;
     int64_t step = (row_bytes(linear) + tile_count - 1) / tile_count;
     const char *next = stored_panel(linear, index + 1) + linear->k * (row / MR * step);
@@ -280,11 +321,13 @@ static Share share_of(int64_t panels, int64_t part, int64_t parts) {
 // out [rows][n] = a @ weight (+ bias), or out += that, for the columns of a share.
 static void multiply(const Linear *linear, Share share, int64_t rows, const float *a, int64_t stride, float *out,
                      int64_t out_stride, int add, float *memory) {
-    float tile[MR * NR] __attribute__((aligned(64)));
+    float tile[TILE_ROWS * NR] __attribute__((aligned(64)));
+    int64_t height = tile_rows(linear);
+    begin_tiles(linear);
     for (int64_t panel = share.first; panel < share.last; panel++) {
         int64_t column = panel * NR, columns = least(NR, linear->n - column);
-        for (int64_t row = 0; row < rows; row += MR) {
-            int64_t count = least(MR, rows - row);
+        for (int64_t row = 0; row < rows; row += height) {
+            int64_t count = least(height, rows - row);
             multiply_tile(linear, panel, row, rows, a, stride, memory, tile);
             for (int64_t i = 0; i < count; i++) {
                 float *target = out + (row + i) * out_stride + column;
@@ -302,27 +345,37 @@ static void multiply(const Linear *linear, Share share, int64_t rows, const floa
             }
         }
     }
+    end_tiles(linear);
 }
 
-// out [rows][I] = activation(gate) * up of a layer whose outputs are gate [I] and up [I]; I is a multiple of NR.
-static void multiply_gated(const Linear *linear, Share share, int64_t rows, const float *a, int64_t stride, float *out,
-                           int64_t out_stride, int64_t activation, float *memory) {
-    float gate[MR * NR] __attribute__((aligned(64))), up[MR * NR] __attribute__((aligned(64)));
-    int64_t half = linear->n / 2;
+// out [rows][I] = activation(gate) * up of a layer whose outputs are gate [I] and up [I], as `reader` reads it; I is a
+// multiple of NR.
+static void multiply_gated(const Linear *linear, const Linear *reader, Share share, int64_t rows, const float *a,
+                           int64_t stride, float *out, int64_t out_stride, int64_t activation, float *memory) {
+    float gate[TILE_ROWS * NR] __attribute__((aligned(64))), up[TILE_ROWS * NR] __attribute__((aligned(64)));
+    int64_t half = linear->n / 2, height = tile_rows(linear);
+    begin_tiles(linear);
     for (int64_t panel = share.first; panel < share.last; panel++) {
         int64_t column = panel * NR;
-        for (int64_t row = 0; row < rows; row += MR) {
-            int64_t count = least(MR, rows - row);
+        for (int64_t row = 0; row < rows; row += height) {
+            int64_t count = least(height, rows - row);
             multiply_tile(linear, panel, row, rows, a, stride, memory, gate);
-            multiply_tile(linear, panel + half / NR, row, rows, a, stride, memory + linear->k * NR, up);
-            for (int64_t i = 0; i < count; i++)
+            multiply_tile(linear, panel + half / NR, row, rows, a, stride, memory + panel_floats(linear->k), up);
+            for (int64_t i = 0; i < count; i++) {
+                float *target = out + (row + i) * out_stride;
                 for (int64_t j = 0; j < NR; j += VL) {
                     Vector g = load(gate + i * NR + j), u = load(up + i * NR + j);
                     if (linear->bias) g += load(linear->bias + column + j), u += load(linear->bias + half + column + j);
-                    store(out + (row + i) * out_stride + column + j, activate(g, activation) * u);
+                    g = activate(g, activation) * u;
+                    if (reader->terms)
+                        split_vector(g, reader->terms, split_at(out, half, reader->terms, row + i, column + j));
+                    else
+                        store(target + column + j, g);
                 }
+            }
         }
     }
+    end_tiles(linear);
 }
 
 // ---- Rows -----------------------------------------------------------------------------------------------------------
@@ -394,7 +447,8 @@ static float soften(const Model *model, const Layer *layer, float *scores, int64
 }
 
 static int64_t qkv_stride(const Model *m) { return (m->heads + 2 * m->kv_heads) * m->head_dim + PADDING; }
-static int64_t attended_stride(const Model *m) { return m->heads * m->head_dim + PADDING; }
+static int64_t attended_width(const Model *m) { return m->heads * m->head_dim; }
+static int64_t attended_stride(const Model *m) { return attended_width(m) + PADDING; }
 
 // Attention of one sequence over one key-value head, for all query heads that share it.
 //
@@ -459,12 +513,20 @@ static void attend(const Model *model, const Layer *layer, const Pack *pack, int
 
 // ---- Forward --------------------------------------------------------------------------------------------------------
 
+static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
 // Rows of a block: a whole number of tiles whose widest buffer fits the cache.
 static int64_t block_rows(const Model *model) {
-    int64_t widest = model->intermediate > model->hidden ? model->intermediate : model->hidden;
-    int64_t count = CACHE_FLOATS / widest / MR;
-    return MR * (count < 2 ? 2 : count > 16 ? 16 : count);
+    int64_t widest = most(model->intermediate, model->hidden);
+    if (model->layers->down.terms) return TILE_ROWS * most(2, least(8, TILE_FLOATS / widest / TILE_ROWS));
+    return MR * most(2, least(16, CACHE_FLOATS / widest / MR));
 }
+
+// Rows of a buffer: a tile may read behind the last row of a block.
+static int64_t buffer_rows(const Model *model) { return up_to(block_rows(model), TILE_ROWS); }
+
+// Floats of a row that a part prepares for a linear layer.
+static int64_t prepared_stride(const Model *model) { return row_stride(most(model->hidden, attended_width(model))); }
 
 static int64_t is_gated_whole(const Model *model) { return model->intermediate % NR == 0; }
 
@@ -472,9 +534,9 @@ int64_t panel_columns(void) { return NR; }
 
 // Floats of `Pack.shared` that the forward of a pack needs.
 int64_t shared_floats(const Model *model, int64_t tokens) {
-    int64_t gated = model->intermediate + PADDING, both = is_gated_whole(model) ? 0 : 2 * model->intermediate + PADDING;
+    int64_t gated = row_stride(model->intermediate), both = is_gated_whole(model) ? 0 : row_stride(2 * model->intermediate);
     return tokens * (qkv_stride(model) + attended_stride(model)) +
-           block_rows(model) * (gated + both + model->hidden + PADDING);
+           buffer_rows(model) * (gated + both + row_stride(model->hidden));
 }
 
 // Floats of `Pack.private` that each part needs.
@@ -482,10 +544,9 @@ int64_t private_floats(const Model *model, int64_t max_seqlen) {
     int64_t size = model->head_dim;
     int64_t attention = up_to(max_seqlen, NR) * size + up_to(size, NR) * max_seqlen + QUERY_ROWS * (size + PADDING) +
                         QUERY_ROWS * (up_to(max_seqlen, NR) + PADDING) + size;
-    int64_t widest = model->intermediate > model->hidden ? model->intermediate : model->hidden;
-    widest = widest > model->heads * size ? widest : model->heads * size;
-    int64_t normed = block_rows(model) * (model->hidden + PADDING) + 2 * widest * NR; // and two panels
-    return up_to(attention > normed ? attention : normed, NR);
+    int64_t widest = most(most(model->intermediate, model->hidden), attended_width(model));
+    int64_t prepared = buffer_rows(model) * prepared_stride(model) + 2 * panel_floats(widest); // and two panels
+    return up_to(most(attention, prepared), NR);
 }
 
 static void wait_for_all(Pack *pack, int parts) {
@@ -508,7 +569,7 @@ static void wait_for_all(Pack *pack, int parts) {
 static void add_product(const Model *model, Pack *pack, const Linear *linear, const float *norm, int64_t rows,
                         const float *a, int64_t stride, float *x, float *product, float *memory, int part, int parts) {
     Share share = share_of(up_to(linear->n, NR) / NR, part, parts);
-    int64_t product_stride = model->hidden + PADDING;
+    int64_t product_stride = row_stride(model->hidden);
     if (!norm) {
         multiply(linear, share, rows, a, stride, x, model->hidden, 1, memory);
         return;
@@ -522,44 +583,59 @@ static void add_product(const Model *model, Pack *pack, const Linear *linear, co
     }
 }
 
-static void normalise_rows(const Model *model, const float *x, const float *weight, int64_t rows, float *normed) {
-    for (int64_t i = 0; i < rows; i++)
-        normalise(x + i * model->hidden, weight, model->hidden, model->eps, normed + i * (model->hidden + PADDING));
+// Rows of the residual stream, normalised, as `reader` reads them. `memory` has room for one.
+static void normalise_rows(const Model *model, const Linear *reader, const float *x, const float *weight, int64_t rows,
+                           float *normed, float *memory) {
+    for (int64_t i = 0; i < rows; i++) {
+        float *row = normed + i * prepared_stride(model);
+        normalise(x + i * model->hidden, weight, model->hidden, model->eps, reader->terms ? memory : row);
+        if (reader->terms) split_row(memory, model->hidden, reader->terms, normed, i);
+    }
 }
 
 static void gated(const Model *model, Pack *pack, const Layer *layer, int64_t rows, const float *normed, float *out,
                   float *both, float *memory, int part, int parts) {
-    int64_t half = model->intermediate, stride = half + PADDING, both_stride = 2 * half + PADDING;
+    int64_t half = model->intermediate, stride = row_stride(half), both_stride = row_stride(2 * half);
     if (is_gated_whole(model)) {
-        multiply_gated(&layer->gate_up, share_of(half / NR, part, parts), rows, normed, model->hidden + PADDING, out,
-                       stride, model->activation, memory);
+        multiply_gated(&layer->gate_up, &layer->down, share_of(half / NR, part, parts), rows, normed,
+                       prepared_stride(model), out, stride, model->activation, memory);
         return;
     }
-    multiply(&layer->gate_up, share_of(up_to(2 * half, NR) / NR, part, parts), rows, normed, model->hidden + PADDING,
+    multiply(&layer->gate_up, share_of(up_to(2 * half, NR) / NR, part, parts), rows, normed, prepared_stride(model),
              both, both_stride, 0, memory);
     wait_for_all(pack, parts);
-    for (int64_t i = part; i < rows; i += parts)
-        for (int64_t j = 0; j < half; j++) {
-            Vector gate = broadcast(both[i * both_stride + j]);
-            out[i * stride + j] = activate(gate, model->activation)[0] * both[i * both_stride + half + j];
-        }
+    for (int64_t i = part; i < rows; i += parts) {
+        float *row = both + i * both_stride;
+        for (int64_t j = 0; j < half; j++) row[j] = activate(broadcast(row[j]), model->activation)[0] * row[half + j];
+        if (layer->down.terms)
+            split_row(row, half, layer->down.terms, out, i);
+        else
+            memcpy(out + i * stride, row, (size_t)half * sizeof(float));
+    }
 }
 
 static void mlp_blocks(const Model *model, Pack *pack, const Layer *layer, const float *attended, float *blocks,
                        float *normed, int part, int parts) {
-    int64_t hidden = model->hidden, block = block_rows(model);
-    float *product = blocks, *out = product + block * (hidden + PADDING);
-    float *both = out + block * (model->intermediate + PADDING), *memory = normed + block * (hidden + PADDING);
+    int64_t hidden = model->hidden, block = block_rows(model), height = buffer_rows(model);
+    float *product = blocks, *out = product + height * row_stride(hidden);
+    float *both = out + height * row_stride(model->intermediate), *memory = normed + height * prepared_stride(model);
     for (int64_t row = 0; row < pack->tokens; row += block) {
         int64_t rows = least(block, pack->tokens - row);
         float *x = pack->x + row * hidden;
-        add_product(model, pack, &layer->out, layer->attention_out_norm, rows, attended + row * attended_stride(model),
-                    attended_stride(model), x, product, memory, part, parts);
+        const float *heads = attended + row * attended_stride(model);
+        int64_t heads_stride = attended_stride(model);
+        if (layer->out.terms) {
+            for (int64_t i = 0; i < rows; i++)
+                split_row(heads + i * heads_stride, attended_width(model), layer->out.terms, normed, i);
+            heads = normed;
+        }
+        add_product(model, pack, &layer->out, layer->attention_out_norm, rows, heads, heads_stride, x, product, memory,
+                    part, parts);
         wait_for_all(pack, parts);
-        normalise_rows(model, x, layer->mlp_norm, rows, normed);
+        normalise_rows(model, &layer->gate_up, x, layer->mlp_norm, rows, normed, memory);
         gated(model, pack, layer, rows, normed, out, both, memory, part, parts);
         wait_for_all(pack, parts);
-        add_product(model, pack, &layer->down, layer->mlp_out_norm, rows, out, model->intermediate + PADDING, x,
+        add_product(model, pack, &layer->down, layer->mlp_out_norm, rows, out, row_stride(model->intermediate), x,
                     product, memory, part, parts);
         wait_for_all(pack, parts);
     }
@@ -571,6 +647,7 @@ void forward(const Model *model, Pack *pack, int part, int parts) {
     float *qkv = pack->shared, *attended = qkv + tokens * qkv_stride(model);
     float *blocks = attended + tokens * attended_stride(model);
     float *private = pack->private + part * private_floats(model, pack->max_seqlen);
+    float *memory = private + buffer_rows(model) * prepared_stride(model);
     for (int64_t t = part; t < tokens; t += parts)
         for (int64_t j = 0; j < hidden; j++)
             pack->x[t * hidden + j] = model->embedding[pack->ids[t] * hidden + j] * model->embedding_scale;
@@ -579,9 +656,9 @@ void forward(const Model *model, Pack *pack, int part, int parts) {
         const Layer *layer = model->layers + index;
         for (int64_t row = 0; row < tokens; row += block) {
             int64_t rows = least(block, tokens - row);
-            normalise_rows(model, pack->x + row * hidden, layer->attention_norm, rows, private);
-            multiply(&layer->qkv, share_of(up_to(layer->qkv.n, NR) / NR, part, parts), rows, private, hidden + PADDING,
-                     qkv + row * qkv_stride(model), qkv_stride(model), 0, private + block * (hidden + PADDING));
+            normalise_rows(model, &layer->qkv, pack->x + row * hidden, layer->attention_norm, rows, private, memory);
+            multiply(&layer->qkv, share_of(up_to(layer->qkv.n, NR) / NR, part, parts), rows, private,
+                     prepared_stride(model), qkv + row * qkv_stride(model), qkv_stride(model), 0, memory);
         }
         wait_for_all(pack, parts);
         for (int64_t unit = part; unit < pack->sequences * model->kv_heads; unit += parts)
@@ -593,9 +670,25 @@ void forward(const Model *model, Pack *pack, int part, int parts) {
         normalise(pack->x + t * hidden, model->final_norm, hidden, model->eps, pack->x + t * hidden);
 }
 
-// out [rows][n] = x [rows][k] @ weight + bias, of contiguous rows. `memory` has room for a panel, [k][NR].
+// Floats of memory that `linear` needs.
+int64_t linear_floats(const Linear *weight) {
+    return panel_floats(weight->k) + (weight->terms ? LINEAR_ROWS * row_stride(weight->k) : 0);
+}
+
+// out [rows][n] = x [rows][k] @ weight + bias, of contiguous rows. `memory` has room for `linear_floats`.
 void linear(const Linear *weight, int64_t rows, const float *x, float *out, float *memory) {
-    multiply(weight, share_of(up_to(weight->n, NR) / NR, 0, 1), rows, x, weight->k, out, weight->n, 0, memory);
+    Share all = share_of(up_to(weight->n, NR) / NR, 0, 1);
+    if (!weight->terms) {
+        multiply(weight, all, rows, x, weight->k, out, weight->n, 0, memory);
+        return;
+    }
+    float *split = memory + panel_floats(weight->k);
+    for (int64_t row = 0; row < rows; row += LINEAR_ROWS) {
+        int64_t count = least(LINEAR_ROWS, rows - row), stride = row_stride(weight->k);
+        for (int64_t i = 0; i < count; i++)
+            split_row(x + (row + i) * weight->k, weight->k, weight->terms, split, i);
+        multiply(weight, all, count, split, stride, out + row * weight->n, weight->n, 0, memory);
+    }
 }
 
 #include "training.c"
