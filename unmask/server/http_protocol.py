@@ -18,7 +18,8 @@ HEADER_LIMIT_BYTES = 65_536
 _HOST = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
 _ABSOLUTE_TARGET = re.compile(rb"(?i)https?://")
 _INVALID = "Invalid HTTP request received."
-_REASONS = {400: b"Bad Request", 501: b"Not Implemented"}
+_REASONS = {400: b"Bad Request", 414: b"URI Too Long", 501: b"Not Implemented"}
+_LONGEST_TARGET = 65_535  # bytes that httptools can parse
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -110,8 +111,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._check_headers()
         self._read_target()
         self._headers_arrived()
-        self._in_body = True
         super().on_headers_complete()
+        self._in_body = True
 
     def on_message_complete(self) -> None:
         if self._offer_pending:
@@ -150,6 +151,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _read_target(self) -> None:
         """Replace an absolute target by its path, and the header Host by its host (RFC 9112, 3.2.2)."""
+        if len(self.url) > _LONGEST_TARGET:
+            self._stop(ApiError(414, f"The target of a request has at most {_LONGEST_TARGET} bytes."))
         if not _ABSOLUTE_TARGET.match(self.url):
             if self.url[:1] != b"/" and self.url != b"*":
                 self._stop(ApiError(400, "The target of a request is a path or an address with http://."))
