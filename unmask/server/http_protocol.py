@@ -15,7 +15,10 @@ from unmask.api.middleware import new_request_id
 # uvicorn's httptools parser takes headers of any size.
 HEADER_LIMIT_BYTES = 65_536
 
-_HOST = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
+# RFC 3986, 3.2.2 and 3.2.3: a name or an address, and perhaps a port.
+_HOST = re.compile(rb"([A-Za-z0-9._~%!$&'()*+,;=-]*|\[[0-9A-Za-z.:~_-]+\])(:[0-9]*)?")
+# Fields that hold one value. Of two, every server between caller and engine might take another one.
+_SINGLE_HEADERS = (b"authorization", b"api-key", b"content-type")
 _ABSOLUTE_TARGET = re.compile(rb"(?i)https?://")
 _INVALID = "Invalid HTTP request received."
 _REASONS = {400: b"Bad Request", 414: b"URI Too Long", 501: b"Not Implemented"}
@@ -139,6 +142,9 @@ class HttpProtocol(HttpToolsProtocol):
         version = self.parser.get_http_version()
         if (version == "1.1" and not hosts) or len(hosts) > 1 or not all(map(_HOST.fullmatch, hosts)):
             self._stop(ApiError(400, "A request has one header Host with a host and a port."))
+        twice = next((name for name in _SINGLE_HEADERS if names.count(name) > 1), None)
+        if twice is not None:
+            self._stop(ApiError(400, f"A request has at most one header {twice.decode()}."))
         codings = b",".join(value for name, value in self.headers if name == b"transfer-encoding").strip().lower()
         if version not in ("1.0", "1.1"):
             self._stop(ApiError(400, f"HTTP/{version} is not supported: send HTTP/1.1."))
