@@ -76,7 +76,7 @@ OLD_NAMES_IN = {
     "checkpoint/": words("width inner"),
     "training/": words("width inner bounds longest whole turns say"),
     "training/distributed": {"first"},
-    "router/": words("look begin learn Models"),
+    "router/": words("look begin learn Models standing Standing"),
     "storage/": {"tidy"},
     "accounts/": words("tidy Level"),
     "onboarding/": {"tell"},

@@ -81,6 +81,6 @@ async def test_a_caller_may_leave_at_any_moment(
         assert len(work.attempts) == (steps > 0)  # whatever began is in the books, once
         outcomes |= {attempt.outcome for attempt in work.attempts}
     assert "cancelled" in outcomes and outcomes <= {"cancelled", "answered"}
-    assert endpoint.breaker.state == "closed" and endpoint.standing == "admitted"
+    assert endpoint.breaker.state == "closed" and endpoint.admission == "admitted"
     routed = await answer(group, None, work_of(3), random.Random(1))
     np.testing.assert_allclose(routed.vectors, ones(["a"] * 3, ""), atol=1e-7)

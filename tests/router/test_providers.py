@@ -99,9 +99,9 @@ class Upstreams:
         for server in (self.a, self.b):
             server.script[:] = [right]
         until(lambda: all(not endpoint.full_due for endpoint in self.pool.models()[MODEL].endpoints))
-        if any(endpoint.standing == "quarantined" for endpoint in self.pool.models()[MODEL].endpoints):
+        if any(endpoint.admission == "quarantined" for endpoint in self.pool.models()[MODEL].endpoints):
             self.take_verdicts({("a", MODEL): "", ("b", MODEL): ""})
-        until(lambda: all(endpoint.standing == "admitted" for endpoint in self.pool.models()[MODEL].endpoints))
+        until(lambda: all(endpoint.admission == "admitted" for endpoint in self.pool.models()[MODEL].endpoints))
         for endpoint in self.pool.models()[MODEL].endpoints:
             endpoint.breaker.close()
             endpoint._avoid_until = 0.0
@@ -278,7 +278,7 @@ def test_a_file_that_is_read_again_keeps_what_is_known(upstreams: Upstreams) -> 
     file.write_text(good.replace("max_inputs = 4", "max_inputs = 2"))
     upstreams.in_loop(upstreams.pool.reload)
     until(lambda: upstreams.endpoint("a") is not before)
-    assert upstreams.endpoint("a").standing == "admitted" and upstreams.endpoint("a").load is before.load
+    assert upstreams.endpoint("a").admission == "admitted" and upstreams.endpoint("a").load is before.load
     upstreams.a.requests.clear()
     assert upstreams.embed(TEXTS, provider={"only": ["a"]}).status == 200
     assert sorted(map(len, upstreams.seen(upstreams.a))) == [1, 2, 2]
@@ -344,7 +344,7 @@ def test_a_provider_that_drifts_under_load_is_out_after_two_light_runs(
             def embed() -> Reply:
                 return service.call("POST", "/v1/embeddings", {"model": MODEL, "input": "a ferry leaves"}, key=key)
 
-            until(lambda: all(e.standing == "admitted" for e in upstreams.pool.models()[MODEL].endpoints))
+            until(lambda: all(e.admission == "admitted" for e in upstreams.pool.models()[MODEL].endpoints))
             stop = threading.Event()
 
             def call() -> list[tuple[float, bool, str, str]]:
@@ -362,9 +362,9 @@ def test_a_provider_that_drifts_under_load_is_out_after_two_light_runs(
                 running_calls = [callers.submit(call) for _ in range(4)]
                 until(lambda: len(a.requests) > 60)
                 drifted.set()
-                until(lambda: upstreams.endpoint("a").standing != "admitted")
+                until(lambda: upstreams.endpoint("a").admission != "admitted")
                 suspended = time.monotonic()
-                until(lambda: upstreams.endpoint("a").standing == "quarantined")
+                until(lambda: upstreams.endpoint("a").admission == "quarantined")
                 before = len(b.requests)
                 until(lambda: len(b.requests) > before + 40)  # well after the last answer that was on its way
                 stop.set()
@@ -389,7 +389,7 @@ def test_a_provider_that_drifts_under_load_is_out_after_two_light_runs(
             assert upstreams.endpoint("a").finding == sentence
             b.script[:] = [changed(lambda answer: answer["data"].reverse()), right]
             upstreams.take_verdicts({("b", MODEL): "b was taken out by the operator"})
-            until(lambda: upstreams.endpoint("b").standing == "quarantined")
+            until(lambda: upstreams.endpoint("b").admission == "quarantined")
             nobody = embed()
             assert (nobody.status, nobody.error["code"]) == (503, "no_conforming_provider")
             assert nobody.headers["retry-after"] == "120" and nobody.headers["x-should-retry"] == "true"
@@ -433,7 +433,7 @@ def test_pages_show_providers_and_findings(upstreams: Upstreams) -> None:
         text = page(path)
         assert "Keeps texts" in text and ">a</th>" in text and "30 days" in text and "quarantined" not in text
     upstreams.take_verdicts({("a", MODEL): "a pools the last token; the model pools the mean"})
-    until(lambda: upstreams.endpoint("a").standing == "quarantined")
+    until(lambda: upstreams.endpoint("a").admission == "quarantined")
     for path in (f"/models/{MODEL}", "/status"):
         text = page(path)
         assert "quarantined" in text and "a pools the last token; the model pools the mean" in text
@@ -539,7 +539,7 @@ def test_a_request_is_charged_once_and_every_attempt_is_in_the_books(
                 body = {"model": MODEL, "input": "a ferry leaves"} | fields
                 return service.call("POST", "/v1/embeddings", body, key=key)
 
-            until(lambda: all(e.standing == "admitted" for e in upstreams.pool.models()[MODEL].endpoints))
+            until(lambda: all(e.admission == "admitted" for e in upstreams.pool.models()[MODEL].endpoints))
             a.script[:] = [reply({}, 500)]
             moved = embed(provider={"order": ["a"]})
             assert (moved.status, moved.headers["x-unmask-attempts"]) == (200, "2")
@@ -612,7 +612,7 @@ def test_a_slow_answer_is_hedged_charged_once_and_both_costs_are_booked(
         options: dict[str, Any] = {"api_keys": (), "database": url, "providers": file, "warm": ()}
         with running(tiny_llama, accounts, intervals=SLOW, **options) as service:
             upstreams = Upstreams(a, b, service)
-            until(lambda: all(e.standing == "admitted" for e in upstreams.pool.models()[MODEL].endpoints))
+            until(lambda: all(e.admission == "admitted" for e in upstreams.pool.models()[MODEL].endpoints))
 
             def embed(**fields: Any) -> Reply:
                 body = {"model": MODEL, "input": "a ferry leaves"} | fields
@@ -662,12 +662,12 @@ def test_canaries_end_the_quarantine_that_they_ordered_and_the_file_is_read_on_d
             pool = service.models.providers
             assert pool is not None
 
-            def standing() -> str:
-                return pool.models()[MODEL].endpoints[0].standing
+            def admission() -> str:
+                return pool.models()[MODEL].endpoints[0].admission
 
-            until(lambda: standing() == "admitted")
+            until(lambda: admission() == "admitted")
             drifted.set()
-            until(lambda: standing() == "quarantined")
+            until(lambda: admission() == "quarantined")
             drifted.clear()
             quarantined = len(a.requests)
             file.write_text('readmit = "auto"\n' + file.read_text())
@@ -677,7 +677,7 @@ def test_canaries_end_the_quarantine_that_they_ordered_and_the_file_is_read_on_d
             assert pool.settings.readmit == "operator"
             assert unmask("providers", "reload", "--providers", str(file), "--database", url).returncode == 0
             until(lambda: pool.settings.readmit == "auto")
-            until(lambda: standing() == "admitted")
+            until(lambda: admission() == "admitted")
             assert len(a.requests) - quarantined > 2 * 10  # two full runs and the one that admits
             printed = unmask("providers", "history", "--database", url, "--json").stdout
             events = [(one["verdict"], one["by"]) for one in json.loads(printed[printed.index("[\n") :])]

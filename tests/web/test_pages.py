@@ -122,7 +122,7 @@ def test_the_examples_do_what_they_say(service: LocalService) -> None:
 def test_programs_get_the_same_record(service: LocalService) -> None:
     answer = service.call("GET", f"/models/{COMING}.json").json
     record = shipped_records()[COMING]
-    assert answer["id"] == COMING and answer["standing"] == "coming soon" and answer["state"] is None
+    assert answer["id"] == COMING and answer["display_status"] == "coming soon" and answer["state"] is None
     assert answer["parameters"] == record.parameters and answer["about"]["approach"] == record.about.approach
     assert len(answer["measurements"]) == 57
     assert all(m["origin"] == "published" and m["raw"].startswith("https://") for m in answer["measurements"])

@@ -35,9 +35,9 @@ def pool_of(service: LocalService) -> ProviderPool:
     return service.models.providers
 
 
-def standing(service: LocalService, name: str) -> str:
+def admission(service: LocalService, name: str) -> str:
     endpoints = pool_of(service).models()[MODEL].endpoints
-    return next((one.standing for one in endpoints if one.provider.name == name), "absent")
+    return next((one.admission for one in endpoints if one.provider.name == name), "absent")
 
 
 def page_of(browser: Browser, service: LocalService, session: str) -> Page:
@@ -73,7 +73,7 @@ def test_a_provider_is_added_drifts_and_comes_back(
         head = f'remote_only = ["{MODEL}"]\n'
         file.write_text(head + entry("acme", first.url))
         with running(tiny_llama, accounts, website, intervals=FAST, **options) as service:  # pyright: ignore[reportArgumentType]
-            until(lambda: standing(service, "acme") == "admitted")
+            until(lambda: admission(service, "acme") == "admitted")
             page = page_of(browser, service, session)
             page.goto("/admin/providers")
             expect(page.get_by_role("rowheader", name="acme").first).to_be_visible()
@@ -83,13 +83,13 @@ def test_a_provider_is_added_drifts_and_comes_back(
                 accounts,
                 lambda c: add_verdict(c, Verdict(provider="", model="", verdict="reload", actor="command line")),
             )
-            until(lambda: standing(service, "gpu-2") == "admitted")
+            until(lambda: admission(service, "gpu-2") == "admitted")
             body = {"model": MODEL, "input": "a ferry leaves", "provider": {"only": ["gpu-2"]}}
             assert service.call("POST", "/v1/embeddings", body, key=key).status == 200
             page.reload()
             expect(page.get_by_role("row", name="gpu-2").first).to_contain_text("admitted")
             drifted.set()
-            until(lambda: standing(service, "gpu-2") == "quarantined")
+            until(lambda: admission(service, "gpu-2") == "quarantined")
             sentence = "gpu-2 rotates or mirrors the space: only inner products are right"
             endpoint = next(e for e in pool_of(service).models()[MODEL].endpoints if e.provider.name == "gpu-2")
             until(lambda: endpoint.finding == sentence)
@@ -103,7 +103,7 @@ def test_a_provider_is_added_drifts_and_comes_back(
             drifted.clear()
             press(page, f"Check and admit gpu-2 for {MODEL}")
             expect(page.get_by_role("status")).to_contain_text("The provider is being checked")
-            until(lambda: standing(service, "gpu-2") == "admitted")
+            until(lambda: admission(service, "gpu-2") == "admitted")
             page.reload()
             form = page.locator("form.asking").filter(has=page.get_by_role("button", name="Quarantine acme"))
             form.get_by_role("button").click()
@@ -111,7 +111,7 @@ def test_a_provider_is_added_drifts_and_comes_back(
             form.get_by_label("Reason").fill("maintenance")
             with page.expect_navigation():
                 form.get_by_role("button").click()
-            until(lambda: standing(service, "acme") == "quarantined")
+            until(lambda: admission(service, "acme") == "quarantined")
             page.reload()
             expect(page.get_by_text("acme was quarantined by the operator: maintenance").first).to_be_visible()
             faultless(page)

@@ -40,7 +40,7 @@ class ProviderGauges:
         self._tokens.labels(*labels).set(endpoint.load.tokens)
         for reason, nano in endpoint.costs.items():
             self._cost.labels(*labels, reason).set(nano)
-        self._admitted.labels(*labels).set(endpoint.standing == "admitted")
+        self._admitted.labels(*labels).set(endpoint.admission == "admitted")
         self._breaker.labels(*labels).set(endpoint.breaker.lets_in())
         if endpoint.conformance is not None:
             self._distance.labels(*labels, "worst").set(endpoint.conformance.worst)

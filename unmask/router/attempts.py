@@ -127,7 +127,7 @@ class ModelEndpoints:
 
         While a provider fails, hedges would add to the load of the others.
         """
-        admitted = [endpoint for endpoint in self.endpoints if endpoint.standing == "admitted"]
+        admitted = [endpoint for endpoint in self.endpoints if endpoint.admission == "admitted"]
         return sum(endpoint.model.hedge for endpoint in admitted) >= 2 and all(
             endpoint.breaker.lets_in() for endpoint in admitted
         )
@@ -140,13 +140,13 @@ class ModelEndpoints:
 
     def any_admitted(self) -> bool:
         """True if some endpoint's vectors may be used."""
-        return any(endpoint.standing == "admitted" for endpoint in self.endpoints)
+        return any(endpoint.admission == "admitted" for endpoint in self.endpoints)
 
     def checked_in(self, now: float) -> float:
         """Return the seconds after which an endpoint may have been admitted, for a model of which none is."""
         if self.references is None:
             return _REFERENCES_S
-        unchecked = (endpoint for endpoint in self.endpoints if endpoint.standing == "unchecked")
+        unchecked = (endpoint for endpoint in self.endpoints if endpoint.admission == "unchecked")
         runs = [max(0.0, endpoint.run_at - now) + endpoint.run_seconds for endpoint in unchecked]
         return max(1.0, min(runs, default=_OPERATOR_S))
 
@@ -214,7 +214,7 @@ def _candidates(
     candidates = [
         endpoint.candidate(tokens, now)
         for endpoint in model.endpoints
-        if endpoint.standing == "admitted"
+        if endpoint.admission == "admitted"
         and _is_able(endpoint, work)
         and _has_precision(endpoint, work.preferences)
         and permitted(endpoint.provider.name, endpoint.provider.data, work.preferences)
@@ -296,7 +296,7 @@ async def _attempt(
     endpoint.load.start(tokens)
     try:
         vectors, their_tokens = await _vectors_from(model, endpoint, work, seconds)
-        outcome = "answered" if endpoint.standing == "admitted" else "discarded"
+        outcome = "answered" if endpoint.admission == "admitted" else "discarded"
     except AttemptFailed as failure:
         now = time.monotonic()
         if failure.signal == "timeout" and seconds == left:

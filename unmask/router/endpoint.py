@@ -27,7 +27,7 @@ from unmask.storage.database import now_ms
 
 log = logging.getLogger("unmask")
 
-Standing = Literal["unchecked", "admitted", "quarantined"]
+Admission = Literal["unchecked", "admitted", "quarantined"]
 EndpointStatus = Literal["unchecked", "admitted", "probation", "quarantined", "open", "held", "spent"]
 Outcome = Literal["answered", "discarded"] | SignalName
 
@@ -77,7 +77,7 @@ class ProviderEndpoint:
         model: the model there.
         draw: source of chance.
         daily_cost: of the provider, over all its models.
-        standing: whether its vectors may be used; only a full run or the operator changes it.
+        admission: whether its vectors may be used; only a full run or the operator changes it.
         finding: the fault with its subject; "" for none.
         conformance: last full run; None before it.
         passed_at: Unix seconds of the last passed run of either kind; 0 for never.
@@ -92,7 +92,7 @@ class ProviderEndpoint:
     model: ProviderModel
     draw: random.Random
     daily_cost: DailyCost = field(default_factory=DailyCost)
-    standing: Standing = "unchecked"
+    admission: Admission = "unchecked"
     finding: str = ""
     conformance: Finding | None = None
     passed_at: float = 0.0
@@ -131,8 +131,8 @@ class ProviderEndpoint:
 
     def status(self, now: float) -> EndpointStatus:
         """Return its state in one word; "probation" while it starts slowly."""
-        if self.standing != "admitted":
-            return self.standing
+        if self.admission != "admitted":
+            return self.admission
         if self.breaker.state == "held":
             return "held"
         if not self.breaker.lets_in():
@@ -144,7 +144,7 @@ class ProviderEndpoint:
     def is_available(self, now: float) -> bool:
         """True if a request may be sent now."""
         return (
-            self.standing == "admitted"
+            self.admission == "admitted"
             and self.breaker.lets_in()
             and now >= self._avoid_until
             and self.load.has_room()
@@ -182,7 +182,7 @@ class ProviderEndpoint:
 
     def available_in(self, now: float) -> float:
         """Return the seconds after which it might be available; infinity if nobody knows."""
-        if self.standing != "admitted" or self.breaker.state == "held":
+        if self.admission != "admitted" or self.breaker.state == "held":
             return float("inf")
         if self.breaker.state == "half_open":
             return 1.0
@@ -212,11 +212,11 @@ class ProviderEndpoint:
             seconds: that it took.
             now: time.
         """
-        if self.standing != "admitted":
+        if self.admission != "admitted":
             self.in_traffic_since = now
             self.load = EndpointLoad(self.provider.max_parallel, seconds / max(finding.num_tokens, 1), now)
         before, theirs = self.conformance, finding.their_tokens
-        self.standing, self.finding, self.conformance = "admitted", "", finding
+        self.admission, self.finding, self.conformance = "admitted", "", finding
         self._is_suspended, self.run_seconds = False, seconds
         self.passed_at = time.time() - seconds  # after its first canary, it may have drifted already
         if before is not None and theirs != before.their_tokens and finding.num_tokens == before.num_tokens:
@@ -245,25 +245,25 @@ class ProviderEndpoint:
 
     def inherit(self, earlier: "ProviderEndpoint") -> None:
         """Take over everything that is known of the same endpoint, after the file was read again."""
-        for name in ("standing", "finding", "conformance", "passed_at", "breaker", "load", "in_traffic_since"):
+        for name in ("admission", "finding", "conformance", "passed_at", "breaker", "load", "in_traffic_since"):
             setattr(self, name, getattr(earlier, name))
         self.last_used, self._avoid_until, self._history = earlier.last_used, earlier._avoid_until, earlier._history
         self.costs, self.usual_seconds, self._token_counts = earlier.costs, earlier.usual_seconds, earlier._token_counts
 
     def suspend(self) -> None:
         """Take it out of traffic because of one wrong canary, until the next run of canaries. Answers are discarded."""
-        if self.standing == "admitted":
-            self.standing, self._is_suspended = "unchecked", True
+        if self.admission == "admitted":
+            self.admission, self._is_suspended = "unchecked", True
 
     def resume(self) -> None:
         """Let traffic in again after a right canary, if nothing but `suspend` had taken it out."""
-        if self._is_suspended and self.standing == "unchecked":
-            self.standing = "admitted"
+        if self._is_suspended and self.admission == "unchecked":
+            self.admission = "admitted"
         self._is_suspended = False
 
     def quarantine(self, finding: str) -> None:
         """Take it out of traffic until a full run is asked for and passed. Answers on their way are discarded."""
-        self.standing, self.finding, self._is_suspended = "quarantined", finding, False
+        self.admission, self.finding, self._is_suspended = "quarantined", finding, False
 
     def record(
         self, outcome: Outcome, reason: Reason, tokens: int, their_tokens: int | None, seconds: float

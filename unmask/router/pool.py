@@ -136,7 +136,7 @@ class ProviderPool:
                 earlier_endpoint = self._endpoint(client.provider.name, model.id)
                 if earlier_endpoint is not None and earlier_endpoint.is_same(client.provider, model):
                     endpoint.inherit(earlier_endpoint)
-                self._keep_standing(endpoint)
+                self._keep_admission(endpoint)
                 endpoints.setdefault(model.id, []).append(endpoint)
         earlier = self._models
         self._models = {id: ModelEndpoints(group, providers.min_margin) for id, group in endpoints.items()}
@@ -171,7 +171,7 @@ class ProviderPool:
                     cost.take_books(booked.get(name, 0), own.get(name, 0), day)
             await asyncio.sleep(self.intervals.costs)
 
-    def _keep_standing(self, endpoint: ProviderEndpoint) -> None:
+    def _keep_admission(self, endpoint: ProviderEndpoint) -> None:
         """Quarantine an endpoint that is quarantined already."""
         verdict = self._verdicts.get((endpoint.provider.name, endpoint.model.id))
         if verdict is not None and verdict.is_quarantine:
@@ -192,7 +192,7 @@ class ProviderPool:
             if verdict.is_quarantine:
                 endpoint.quarantine(verdict.finding)
             else:
-                endpoint.standing, endpoint.full_due = "unchecked", True
+                endpoint.admission, endpoint.full_due = "unchecked", True
                 endpoint.breaker.close()
             endpoint.wake.set()
 
@@ -246,14 +246,14 @@ class ProviderPool:
                 await self._watch(endpoint, references)
             except Exception:
                 log.exception("%s cannot be watched, so it is not used", endpoint.provider.name)
-                endpoint.standing, endpoint.full_due = "unchecked", True
+                endpoint.admission, endpoint.full_due = "unchecked", True
                 await asyncio.sleep(self.intervals.busy)
 
     async def _watch(self, endpoint: ProviderEndpoint, references: References) -> None:
         """Run the canaries of an endpoint when they are due, until cancelled."""
         next_full, next_light, silent_runs = 0.0, float("inf"), 0
         while True:
-            if endpoint.standing == "quarantined":
+            if endpoint.admission == "quarantined":
                 endpoint.wake.clear()
                 if self._may_readmit(endpoint):
                     await self._try_readmission(endpoint, references)
@@ -291,7 +291,7 @@ class ProviderPool:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self.intervals.readmit):
                     await endpoint.wake.wait()
-            if endpoint.standing != "quarantined" or not self._may_readmit(endpoint):
+            if endpoint.admission != "quarantined" or not self._may_readmit(endpoint):
                 return  # the operator was quicker
             endpoint.wake.clear()
             try:
@@ -302,8 +302,8 @@ class ProviderPool:
             if not finding.passed:
                 endpoint.conformance = finding
                 return
-        if endpoint.standing == "quarantined" and self._may_readmit(endpoint):
-            endpoint.standing, endpoint.finding, endpoint.full_due = "unchecked", "", True
+        if endpoint.admission == "quarantined" and self._may_readmit(endpoint):
+            endpoint.admission, endpoint.finding, endpoint.full_due = "unchecked", "", True
             endpoint.breaker.close()
             log.info("%s has passed for %s again", endpoint.provider.name, endpoint.model.id)
             await self._report(Verdict(provider=endpoint.provider.name, model=endpoint.model.id, verdict="admitted"))
@@ -325,7 +325,7 @@ class ProviderPool:
             return False
         now = time.monotonic()
         if finding.passed:
-            if endpoint.standing == "unchecked":
+            if endpoint.admission == "unchecked":
                 log.info("%s is admitted for %s", endpoint.provider.name, endpoint.model.id)
             endpoint.admit(finding, now - started, now)
             endpoint.breaker.close()

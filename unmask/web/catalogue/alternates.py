@@ -17,7 +17,7 @@ def model_json(view: ModelView) -> dict[str, Any]:
     figures = view.figures
     return {
         **msgspec.to_builtins(view.record),
-        "standing": view.display_status,
+        "display_status": view.display_status,
         "state": view.served.state if view.served else None,
         "means": {
             f"{suite}, {origin}": {
