@@ -78,7 +78,11 @@ class Providers:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._endpoint = SimpleNamespace(
-            provider=SimpleNamespace(name="stub-2"), precision="exact", conformance=None, passed_at=0.0
+            provider=SimpleNamespace(name="stub-2"),
+            precision="exact",
+            conformance=None,
+            passed_at=0.0,
+            is_admitted_since=lambda changes: True,
         )
         self._group = SimpleNamespace(
             prompts=Prompts(),

@@ -3,7 +3,7 @@
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ import pytest
 from tests.router.fault_server import FaultServer, after, fault_server
 from unmask.conformance import Finding
 from unmask.encoder import Prompt
+from unmask.errors import NoConformingProvider, NoProvider
 from unmask.router.attempts import EmbeddingWork, ModelEndpoints, answer
 from unmask.router.choosing import ProviderPreferences
 from unmask.router.endpoint import ProviderEndpoint
@@ -20,6 +21,17 @@ from unmask.router.outbound import ProviderClient
 from unmask.router.providers import ProviderModel, RemoteProvider
 
 DIM = 8
+RIGHT = Finding(
+    passed=True,
+    precision="exact",
+    worst=0,
+    mean=0,
+    noise=0,
+    normalised=True,
+    fault="",
+    num_texts=1,
+    num_tokens=9,
+)
 
 
 def ones(texts: Sequence[str], instruction: str) -> np.ndarray:
@@ -33,18 +45,7 @@ async def upstream() -> AsyncIterator[tuple[FaultServer, ProviderEndpoint, Model
         provider = RemoteProvider(name="a", kind="openai", url=server.url, private=True, models=(model,))
         client = ProviderClient(provider)
         endpoint = ProviderEndpoint(client, model, random.Random(1))
-        finding = Finding(
-            passed=True,
-            precision="exact",
-            worst=0,
-            mean=0,
-            noise=0,
-            normalised=True,
-            fault="",
-            num_texts=1,
-            num_tokens=9,
-        )
-        endpoint.admit(finding, 0.01, time.monotonic())
+        endpoint.admit(RIGHT, 0.01, time.monotonic())
         group = ModelEndpoints([endpoint])
         group.references = cast(Any, SimpleNamespace(dim=DIM))
         yield server, endpoint, group
@@ -84,3 +85,43 @@ async def test_a_caller_may_leave_at_any_moment(
     assert endpoint.breaker.state == "closed" and endpoint.admission == "admitted"
     routed = await answer(group, None, work_of(3), random.Random(1))
     np.testing.assert_allclose(routed.vectors, ones(["a"] * 3, ""), atol=1e-7)
+
+
+async def test_an_answer_counts_only_if_its_provider_was_admitted_all_the_time(
+    upstream: tuple[FaultServer, ProviderEndpoint, ModelEndpoints],
+) -> None:
+    """A provider that gave a wrong canary and then right ones may have given a wrong vector in between."""
+    server, endpoint, group = upstream
+    server.script[:] = [after(0.1)]
+
+    async def outcome_of(during: Callable[[], None]) -> str:
+        work = work_of(1)
+        task = asyncio.create_task(answer(group, None, work, random.Random(1)))
+        server.arrived.clear()
+        await server.arrived.wait()
+        during()
+        if isinstance(error := (await asyncio.gather(task, return_exceptions=True))[0], BaseException):
+            assert isinstance(error, NoProvider | NoConformingProvider)
+        (attempt,) = work.attempts
+        assert (attempt.outcome == "answered") != isinstance(error, BaseException)
+        return attempt.outcome
+
+    def suspend_for_a_moment() -> None:
+        endpoint.suspend()
+        endpoint.resume()
+
+    def admit_again() -> None:
+        endpoint.quarantine("is another model")
+        endpoint.admit(RIGHT, 0.01, time.monotonic())
+
+    def quarantine_after_a_reload() -> None:
+        again = ProviderEndpoint(endpoint.client, endpoint.model, random.Random(1))
+        again.inherit(endpoint)
+        again.quarantine("is another model")
+
+    assert await outcome_of(lambda: None) == "answered"
+    assert await outcome_of(endpoint.resume) == "answered"  # nothing had taken it out
+    for during in (suspend_for_a_moment, admit_again, endpoint.suspend):
+        assert await outcome_of(during) == "discarded"
+    endpoint.resume()
+    assert await outcome_of(quarantine_after_a_reload) == "discarded"

@@ -20,6 +20,7 @@ from tests.api.live import LocalService, Reply, running, until
 from tests.router.fault_server import (
     Behaviour,
     FaultServer,
+    after,
     changed,
     fault_server_thread,
     reply,
@@ -398,6 +399,73 @@ def test_a_provider_that_drifts_under_load_is_out_after_two_light_runs(
             a.script[:] = [right]
             upstreams.take_verdicts({("a", MODEL): ""})
             until(lambda: embed().status == 200)
+    accounts.close()
+
+
+def test_a_quarantine_in_the_middle_of_a_full_run_stays(upstreams: Upstreams) -> None:
+    """The run passes, but the operator has decided meanwhile."""
+    endpoint = upstreams.endpoint("a")
+    upstreams.a.script[:] = [after(0.2)]
+
+    def check() -> None:
+        endpoint.full_due = True
+        endpoint.wake.set()
+
+    upstreams.in_loop(check)
+    until(lambda: len(upstreams.a.requests) > 2)
+    upstreams.take_verdicts({("a", MODEL): "a was taken out by the operator"})
+    until(lambda: endpoint.admission == "quarantined")
+    upstreams.a.script[:] = [right]
+    seen = len(upstreams.a.requests)
+    until(lambda: len(upstreams.a.requests) > seen)
+    upstreams.in_loop(endpoint.wake.set)  # the watch comes round to it once the run has ended
+    until(lambda: not endpoint.wake.is_set())
+    assert endpoint.admission == "quarantined" and endpoint.finding == "a was taken out by the operator"
+
+
+def test_an_answer_is_withheld_if_its_provider_falls_while_the_charge_is_booked(
+    vectors_of, tiny_llama: Path, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, accounts, account, key = customer(tmp_path, KeySettings())
+    settle, falls = accounts.settle, list[ProviderEndpoint]()
+
+    async def settle_slowly(*arguments: Any) -> None:
+        await settle(*arguments)
+        for endpoint in falls:
+            endpoint.quarantine("fell")
+
+    monkeypatch.setattr(accounts, "settle", settle_slowly)
+    expected = encoder.encode("a ferry leaves", normalize=True)
+    with fault_server_thread(vectors_of) as a, fault_server_thread(vectors_of) as b:
+        file = providers_file(tmp_path, a.url, b.url)
+        options: dict[str, Any] = {"api_keys": (), "database": url, "providers": file, "warm": ()}
+        with running(tiny_llama, accounts, intervals=SLOW, **options) as service:
+            upstreams = Upstreams(a, b, service)
+            until(lambda: all(e.admission == "admitted" for e in upstreams.pool.models()[MODEL].endpoints))
+
+            def embed(**fields: Any) -> Reply:
+                body = {"model": MODEL, "input": "a ferry leaves"} | fields
+                return service.call("POST", "/v1/embeddings", body, key=key)
+
+            def balance() -> int:
+                with accounts.database.read() as connection:
+                    assert verify(connection).drift == ()
+                    return people.account(connection, account).balance
+
+            falls[:] = [upstreams.endpoint("a")]
+            moved = embed(provider={"order": ["a"]})
+            assert (moved.status, moved.headers["x-unmask-provider"]) == (200, "b")
+            np.testing.assert_allclose(moved.vectors, expected, atol=1e-6)
+            cost = 8 * moved.json["usage"]["total_tokens"]
+            assert balance() == 1_000_000_000 - cost
+            falls[:] = [upstreams.endpoint("b")]
+            withheld = embed()
+            assert (withheld.status, withheld.error["code"]) == (503, "no_conforming_provider")
+            until(lambda: balance() == 1_000_000_000 - cost)  # charged, and given back
+            with accounts.database.read() as connection:
+                rows = connection.execute(sa.select(provider_attempts).where(provider_attempts.c.reason != "probe"))
+                booked = [(row.provider, row.outcome, row.charge is not None) for row in rows]
+            assert sorted(booked) == [("a", "answered", True), ("b", "answered", False), ("b", "answered", True)]
     accounts.close()
 
 

@@ -239,6 +239,14 @@ class Accounts:
         except UnmaskError as error:
             log.warning("charge %s stays held until its time is up: %s", charge, error)
 
+    def give_back(self, charge: str) -> None:
+        """Refund a charge whose answer could not be given after all, without waiting."""
+        note = "the answer was withheld: its provider was taken out of traffic"
+        try:
+            self._writer.submit(lambda connection: ledger.refund(connection, charge, now_ms(), note=note))
+        except UnmaskError as error:
+            log.error("charge %s had no answer and is not refunded: %s", charge, error)
+
     async def prices(self) -> list[tariff.TariffPrice]:
         """Return all prices that the operator has set, at most five seconds old.
 

@@ -28,6 +28,7 @@ class Charge:
     accounts: Accounts | None = None
     held: HeldCredit | None = None
     settled: bool = False
+    _num_booked: int = 0
 
     @property
     def cost(self) -> int | None:
@@ -35,25 +36,27 @@ class Charge:
         return None if self.held is None else self.held.amount
 
     async def settle(self, provider: str | None = None, attempts: Sequence[AttemptRecord] = ()) -> None:
-        """Book the charge, before the answer goes out.
+        """Book the charge, before the answer goes out. A second call books further attempts and charges nothing.
 
         Args:
             provider: name of the provider that computed the vectors; None for this server's own engine.
-            attempts: at providers.
+            attempts: all those of the request so far.
 
         Raises:
             StorageError, InsufficientCredit: it was not booked, so there must be no answer.
         """
-        if self.accounts is not None and self.held is not None and not self.held.replayed:
+        if self.accounts is not None and self.held is not None and not self.held.replayed and not self.settled:
             await self.accounts.settle(self.held.id, provider, attempts)
+            self._num_booked = len(attempts)
         else:
             self.record(attempts)
         self.settled = True
 
     def record(self, attempts: Sequence[AttemptRecord]) -> None:
-        """Write attempts of a request that is not charged. Without accounts, do nothing."""
+        """Write those attempts of the request that are in the books of no charge. Without accounts, do nothing."""
         if self.accounts is not None:
-            self.accounts.record_attempts(attempts)
+            self.accounts.record_attempts(attempts[self._num_booked :])
+        self._num_booked = len(attempts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +96,7 @@ class Charging:
         deadline: float,
         max_price: int | None = None,
     ) -> AsyncIterator[Charge]:
-        """Hold the price of `tokens` while the block runs. A block that does not settle releases it.
+        """Hold the price of `tokens` while the block runs. A block that does not settle, or fails, costs nothing.
 
         Args:
             body: body of the request, to tell a repetition from another request.
@@ -144,6 +147,10 @@ class Charging:
             yield charge
         except InsufficientCredit as refusal:
             raise self._not_covered(refusal) from None
+        except BaseException:
+            if charge.settled and not held.replayed:
+                accounts.give_back(held.id)
+            raise
         finally:
             # Safe if the client or the database went away during the settlement: releasing a settled charge is a no-op.
             if not charge.settled and not held.replayed:

@@ -19,7 +19,7 @@ from starlette.responses import Response
 from unmask.accounts.money import format_dollars
 from unmask.api import tokens
 from unmask.api.body import read_body
-from unmask.api.charging import Charging, read_tier
+from unmask.api.charging import Charge, Charging, read_tier
 from unmask.api.context import context_of
 from unmask.api.disconnect import cancel_on_disconnect
 from unmask.api.errors import ApiError
@@ -39,7 +39,8 @@ from unmask.api.settings import ServeSettings
 from unmask.catalogue import Record
 from unmask.encoder import Prompt
 from unmask.encoder.encoder import postprocess
-from unmask.router import EmbeddingWork, ModelRegistry, ProviderPreferences, ServedModel, find_route
+from unmask.router import EmbeddingWork, ModelRegistry, ModelRoute, ProviderPreferences, ServedModel, find_route
+from unmask.router.attempts import RoutedVectors
 from unmask.router.providers import PRECISION_CLASSES
 
 MAX_WAIT_S = 60  # for a cold model, by `Prefer: wait`
@@ -158,21 +159,14 @@ class EmbeddingsRoute:
                 income=charge.cost,
                 hedged=tier == "default",
             )
-            try:
-                routed = await route.run(work)
-            except BaseException:
-                charge.record(work.attempts)
-                raise
-            vectors = routed.vectors
 
-            def write() -> bytes:
+            def write(vectors: np.ndarray) -> bytes:
                 rows = _rows(vectors, parsed)
                 cost, seconds = charge.cost, context.elapsed_s()
                 result = EmbeddingResult(rows, model, num_tokens, cost, seconds, context.request_id)
                 return dialect.write(result, parsed, fields)
 
-            content = await asyncio.to_thread(write) if vectors.size > _SMALL_ANSWER else write()
-            await charge.settle(routed.endpoint.provider.name if routed.endpoint else None, work.attempts)
+            content, routed = await _book_answer(route, work, charge, write)
         context.tokens = num_tokens
         self.metrics.count_embedding(model, num_tokens, context.elapsed_s())
         headers = route.headers(routed) | _input_headers(encoding, prompts, ignored)
@@ -218,6 +212,32 @@ class EmbeddingsRoute:
                 type="max_tokens_per_request",
                 code="max_tokens_per_request",
             )
+
+
+async def _book_answer(
+    route: ModelRoute, work: EmbeddingWork, charge: Charge, write: Callable[[np.ndarray], bytes]
+) -> tuple[bytes, RoutedVectors]:
+    """Compute the vectors, write the answer and book the charge, in this order.
+
+    Booking takes a moment. If the provider is taken out of traffic in it, the answer is thrown away, and another
+    provider answers for the same charge. The charge keeps the name of the first one, so that the report of answers
+    that may be wrong has rather one too many.
+
+    Args:
+        route, work, charge: of the request.
+        write: writes vectors as the body of an answer.
+    """
+    while True:
+        try:
+            routed = await route.run(work)
+        except BaseException:
+            charge.record(work.attempts)
+            raise
+        vectors = routed.vectors
+        content = await asyncio.to_thread(write, vectors) if vectors.size > _SMALL_ANSWER else write(vectors)
+        await charge.settle(routed.endpoint.provider.name if routed.endpoint else None, work.attempts)
+        if routed.may_be_used():
+            return content, routed
 
 
 def find_model(models: ModelRegistry, name: str) -> ServedModel:

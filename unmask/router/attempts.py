@@ -5,7 +5,7 @@ import random
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -90,12 +90,26 @@ class RoutedVectors:
         provider: its name; `LOCAL` for this process's own engine.
         attempts: number of attempts.
         endpoint: the endpoint that answered; None for the local engine.
+        changes: `endpoint.admission_changes` when it was asked.
     """
 
     vectors: np.ndarray
     provider: str
     attempts: int
     endpoint: ProviderEndpoint | None = None
+    changes: int = 0
+
+    def may_be_used(self) -> bool:
+        """False if the endpoint has been taken out of traffic since it was asked."""
+        return self.endpoint is None or self.endpoint.is_admitted_since(self.changes)
+
+
+class _AttemptResult(NamedTuple):
+    """The vectors of one attempt; the rest as in `RoutedVectors`."""
+
+    vectors: np.ndarray
+    endpoint: ProviderEndpoint
+    changes: int
 
 
 class ModelEndpoints:
@@ -195,8 +209,8 @@ async def answer(
                 return RoutedVectors(vectors, LOCAL, len(tried))
             answered = await _attempt_or_hedge(model, chosen, work, tried, draw)
             if answered is not None:
-                vectors, endpoint = answered
-                return RoutedVectors(vectors, endpoint.provider.name, len(tried), endpoint)
+                name = answered.endpoint.provider.name
+                return RoutedVectors(answered.vectors, name, len(tried), answered.endpoint, answered.changes)
         except AttemptFailed as failed:
             failure = failed
         except (DeadlineExceeded, EngineStopped):
@@ -245,7 +259,7 @@ def _has_precision(endpoint: ProviderEndpoint, preferences: ProviderPreferences)
 
 async def _attempt_or_hedge(
     model: ModelEndpoints, chosen: Candidate, work: EmbeddingWork, tried: set[str], draw: random.Random
-) -> tuple[np.ndarray, ProviderEndpoint] | None:
+) -> _AttemptResult | None:
     """Ask a provider for all texts, and another one if that takes unusually long. See `_attempt`.
 
     Args:
@@ -262,7 +276,7 @@ async def _attempt_or_hedge(
     if delay is None or reason == "retry" or not model.may_hedge():
         return await first
 
-    def hedge() -> Coroutine[Any, Any, tuple[np.ndarray, ProviderEndpoint] | None] | None:
+    def hedge() -> Coroutine[Any, Any, _AttemptResult | None] | None:
         now = time.monotonic()
         left = work.deadline - now - _ANSWER_S
         others = [
@@ -281,14 +295,14 @@ async def _attempt_or_hedge(
 
 async def _attempt(
     model: ModelEndpoints, endpoint: ProviderEndpoint, work: EmbeddingWork, estimate: float, reason: Reason
-) -> tuple[np.ndarray, ProviderEndpoint] | None:
-    """Ask one provider for all texts. Returns None if it was quarantined meanwhile.
+) -> _AttemptResult | None:
+    """Ask one provider for all texts. Returns None if it was taken out of traffic meanwhile, be it for a moment.
 
     Raises:
         AttemptFailed: it failed, which is counted already.
         DeadlineExceeded: the caller's time is over, which is no fault of the provider.
     """
-    tokens, started = work.num_tokens, time.monotonic()
+    tokens, started, changes = work.num_tokens, time.monotonic(), endpoint.admission_changes
     outcome: Outcome = "cancelled"  # unless something else happens
     their_tokens: int | None = None
     left = work.deadline - started - _ANSWER_S
@@ -296,7 +310,7 @@ async def _attempt(
     endpoint.load.start(tokens)
     try:
         vectors, their_tokens = await _vectors_from(model, endpoint, work, seconds)
-        outcome = "answered" if endpoint.admission == "admitted" else "discarded"
+        outcome = "answered" if endpoint.is_admitted_since(changes) else "discarded"
     except AttemptFailed as failure:
         now = time.monotonic()
         if failure.signal == "timeout" and seconds == left:
@@ -316,7 +330,7 @@ async def _attempt(
         return None
     endpoint.answered(tokens, now - started, now)
     endpoint.compare_counts(tokens, their_tokens, len(work.prompts), now)
-    return vectors, endpoint
+    return _AttemptResult(vectors, endpoint, changes)
 
 
 async def _vectors_from(

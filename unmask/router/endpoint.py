@@ -14,6 +14,7 @@ import numpy as np
 from unmask.accounts import money
 from unmask.accounts.costs import AttemptRecord, Reason
 from unmask.conformance import Finding, PrecisionClass
+from unmask.router.admission import Admission, AdmissionState
 from unmask.router.breaker import Breaker
 from unmask.router.choosing import Candidate
 from unmask.router.daily_cost import DailyCost, seconds_to_midnight, today
@@ -27,7 +28,6 @@ from unmask.storage.database import now_ms
 
 log = logging.getLogger("unmask")
 
-Admission = Literal["unchecked", "admitted", "quarantined"]
 EndpointStatus = Literal["unchecked", "admitted", "probation", "quarantined", "open", "held", "spent"]
 Outcome = Literal["answered", "discarded"] | SignalName
 
@@ -77,7 +77,6 @@ class ProviderEndpoint:
         model: the model there.
         draw: source of chance.
         daily_cost: of the provider, over all its models.
-        admission: whether its vectors may be used; only a full run or the operator changes it.
         finding: the fault with its subject; "" for none.
         conformance: last full run; None before it.
         passed_at: Unix seconds of the last passed run of either kind; 0 for never.
@@ -92,7 +91,6 @@ class ProviderEndpoint:
     model: ProviderModel
     draw: random.Random
     daily_cost: DailyCost = field(default_factory=DailyCost)
-    admission: Admission = "unchecked"
     finding: str = ""
     conformance: Finding | None = None
     passed_at: float = 0.0
@@ -107,7 +105,7 @@ class ProviderEndpoint:
     costs: Counter[Reason] = field(init=False, default_factory=Counter)
     usual_seconds: UsualSeconds = field(init=False, default_factory=UsualSeconds)
     _token_counts: TokenCounts = field(init=False, default_factory=TokenCounts)
-    _is_suspended: bool = field(init=False, default=False)
+    _admission: Admission = field(init=False, default_factory=Admission)
     _loss_logged: bool = field(init=False, default=False)
     _avoid_until: float = field(init=False, default=float("-inf"))
     _history: deque[_Entry] = field(init=False)
@@ -118,6 +116,20 @@ class ProviderEndpoint:
         self.load = EndpointLoad(self.provider.max_parallel, FIRST_RATE, now)
         self.in_traffic_since = now
         self._history = deque(maxlen=_HISTORY_LENGTH)
+
+    @property
+    def admission(self) -> AdmissionState:
+        """The state that says if its vectors may be used; only canaries and the operator change it."""
+        return self._admission.state
+
+    @property
+    def admission_changes(self) -> int:
+        """Number of changes of `admission` so far, to be read before a request is sent."""
+        return self._admission.changes
+
+    def is_admitted_since(self, changes: int) -> bool:
+        """True if its vectors may be used, and may have been used all the time since `changes` was read."""
+        return self._admission.is_unchanged(changes)
 
     @property
     def provider(self) -> RemoteProvider:
@@ -216,8 +228,8 @@ class ProviderEndpoint:
             self.in_traffic_since = now
             self.load = EndpointLoad(self.provider.max_parallel, seconds / max(finding.num_tokens, 1), now)
         before, theirs = self.conformance, finding.their_tokens
-        self.admission, self.finding, self.conformance = "admitted", "", finding
-        self._is_suspended, self.run_seconds = False, seconds
+        self._admission.change("admitted")
+        self.finding, self.conformance, self.run_seconds = "", finding, seconds
         self.passed_at = time.time() - seconds  # after its first canary, it may have drifted already
         if before is not None and theirs != before.their_tokens and finding.num_tokens == before.num_tokens:
             log.error(
@@ -245,25 +257,29 @@ class ProviderEndpoint:
 
     def inherit(self, earlier: "ProviderEndpoint") -> None:
         """Take over everything that is known of the same endpoint, after the file was read again."""
-        for name in ("admission", "finding", "conformance", "passed_at", "breaker", "load", "in_traffic_since"):
+        # Requests under way at the earlier one learn by the shared admission that it was taken out.
+        for name in ("_admission", "finding", "conformance", "passed_at", "breaker", "load", "in_traffic_since"):
             setattr(self, name, getattr(earlier, name))
         self.last_used, self._avoid_until, self._history = earlier.last_used, earlier._avoid_until, earlier._history
         self.costs, self.usual_seconds, self._token_counts = earlier.costs, earlier.usual_seconds, earlier._token_counts
 
     def suspend(self) -> None:
         """Take it out of traffic because of one wrong canary, until the next run of canaries. Answers are discarded."""
-        if self.admission == "admitted":
-            self.admission, self._is_suspended = "unchecked", True
+        self._admission.suspend()
 
     def resume(self) -> None:
         """Let traffic in again after a right canary, if nothing but `suspend` had taken it out."""
-        if self._is_suspended and self.admission == "unchecked":
-            self.admission = "admitted"
-        self._is_suspended = False
+        self._admission.resume()
+
+    def uncheck(self) -> None:
+        """Take it out of traffic, and out of quarantine, until a full run has passed."""
+        self._admission.change("unchecked")
+        self.finding, self.full_due = "", True
 
     def quarantine(self, finding: str) -> None:
         """Take it out of traffic until a full run is asked for and passed. Answers on their way are discarded."""
-        self.admission, self.finding, self._is_suspended = "quarantined", finding, False
+        self._admission.change("quarantined")
+        self.finding = finding
 
     def record(
         self, outcome: Outcome, reason: Reason, tokens: int, their_tokens: int | None, seconds: float

@@ -192,7 +192,7 @@ class ProviderPool:
             if verdict.is_quarantine:
                 endpoint.quarantine(verdict.finding)
             else:
-                endpoint.admission, endpoint.full_due = "unchecked", True
+                endpoint.uncheck()
                 endpoint.breaker.close()
             endpoint.wake.set()
 
@@ -246,7 +246,8 @@ class ProviderPool:
                 await self._watch(endpoint, references)
             except Exception:
                 log.exception("%s cannot be watched, so it is not used", endpoint.provider.name)
-                endpoint.admission, endpoint.full_due = "unchecked", True
+                if endpoint.admission != "quarantined":
+                    endpoint.uncheck()
                 await asyncio.sleep(self.intervals.busy)
 
     async def _watch(self, endpoint: ProviderEndpoint, references: References) -> None:
@@ -303,7 +304,7 @@ class ProviderPool:
                 endpoint.conformance = finding
                 return
         if endpoint.admission == "quarantined" and self._may_readmit(endpoint):
-            endpoint.admission, endpoint.finding, endpoint.full_due = "unchecked", "", True
+            endpoint.uncheck()
             endpoint.breaker.close()
             log.info("%s has passed for %s again", endpoint.provider.name, endpoint.model.id)
             await self._report(Verdict(provider=endpoint.provider.name, model=endpoint.model.id, verdict="admitted"))
@@ -324,6 +325,8 @@ class ProviderPool:
             endpoint.failed(failure, MIN_TOKENS, now - started, now, alone=False)
             return False
         now = time.monotonic()
+        if endpoint.admission == "quarantined":
+            return True  # by the operator or another process, while the canaries were under way
         if finding.passed:
             if endpoint.admission == "unchecked":
                 log.info("%s is admitted for %s", endpoint.provider.name, endpoint.model.id)
@@ -357,6 +360,8 @@ class ProviderPool:
             if not last:
                 endpoint.suspend()
                 await asyncio.sleep(self.intervals.second)
+        if endpoint.admission == "quarantined":
+            return False  # by the operator or another process: their verdict stays
         await self._quarantine(endpoint, "gives wrong vectors; a full run is under way")
         return True
 
@@ -400,7 +405,9 @@ class ProviderPool:
         if finding.passed:
             finding = Finding.unusable("gave wrong vectors in two light runs, and right ones afterwards")
         endpoint.conformance = finding
-        await self._quarantine(endpoint, finding.fault)
+        verdict = self._verdicts[endpoint.provider.name, endpoint.model.id]
+        if verdict.is_quarantine and verdict.actor == CANARIES:
+            await self._quarantine(endpoint, finding.fault)
 
     async def _quarantine(self, endpoint: ProviderEndpoint, fault: str) -> None:
         """Take an endpoint out of traffic, here at once and in all processes within a second."""
