@@ -27,13 +27,14 @@ from unmask.conformance import (
 )
 from unmask.conformance.canaries import canary_set_version
 from unmask.conformance.references import FLOORS, distances
+from unmask.conformance.unpublished_canaries import draw_prompts
 from unmask.encoder import Encoder
 from unmask.errors import CheckpointError
 
 
 @pytest.fixture(scope="module")
 def references(golden_dir: Path) -> References:
-    return build_references(str(golden_dir / "tiny_llama"), model="tiny_llama")
+    return build_references(str(golden_dir / "tiny_llama"), model="tiny_llama", draw=random.Random(7))
 
 
 @dataclass
@@ -47,12 +48,18 @@ class Stub:
 
     async def __call__(self, texts: Sequence[str], instruction: str) -> Answer:
         self.requests.append(list(texts))
+        unpublished = self.references.unpublished
+        if texts[0] in unpublished.texts:
+            right = unpublished.vectors[[unpublished.texts.index(text) for text in texts]]
+            return Answer(self.change(right.copy(), texts), prompt_tokens=9 * len(texts))
         rows = {(canary.text, canary.instruction): row for row, canary in enumerate(self.references.canaries)}
         right = self.vectors[[rows[text, instruction] for text in texts]]
         return Answer(self.change(right.copy(), texts), prompt_tokens=7 * len(texts))
 
     def finding(self, declared: PrecisionClass = "float16", **limits: Any) -> Finding:
-        return examine(self.references, asyncio.run(full_run(self, self.references, **limits)), declared)
+        return examine(
+            self.references, asyncio.run(full_run(self, self.references, random.Random(3), **limits)), declared
+        )
 
 
 def test_the_set_has_every_group_and_a_stable_version(references: References) -> None:
@@ -84,6 +91,7 @@ def test_a_provider_of_short_texts_is_asked_for_short_texts_only(references: Ref
     stub = Stub(references, references.vectors)
     assert stub.finding(max_tokens=60).passed
     lengths = {c.text: n for c, n in zip(references.canaries, references.num_tokens, strict=True)}
+    lengths |= zip(references.unpublished.texts, references.unpublished.num_tokens, strict=True)
     assert max(lengths[text] for request in stub.requests for text in request) <= 60
 
 
@@ -206,7 +214,7 @@ def test_other_encodings_are_named(references: References, dtype: str, name: str
         raw = [vector.astype(dtype).tobytes() for vector in answer.vectors]
         return Answer([np.frombuffer(content, dtype="<f4") for content in raw], raw)
 
-    finding = examine(references, asyncio.run(full_run(ask, references)))
+    finding = examine(references, asyncio.run(full_run(ask, references, random.Random(3))))
     assert finding.fault == f"encodes vectors as {name}; base64 must hold little-endian float32"
 
 
@@ -239,15 +247,44 @@ def test_another_model(references: References) -> None:
     assert Stub(references, other).finding().fault.startswith("is another model: mean cosine ")
 
 
-def test_a_light_run_keeps_one_text_and_draws_others(references: References) -> None:
-    draws = [light_rows(references, random.Random(seed)) for seed in range(200)]
-    assert all(len(set(rows)) == 3 and 0 in rows for rows in draws)
-    assert len({row for rows in draws for row in rows}) > 30 and {rows.index(0) for rows in draws} == {0, 1, 2}
-    rows = draws[0]
-    assert light_distance(references, rows, references.vectors[rows] * 9) < 1e-9
-    assert light_distance(references, rows, references.vectors[[*rows[1:], rows[0]]]) > 1e-2
-    assert light_distance(references, rows, references.vectors[rows][:, :32]) == float("inf")
-    assert light_distance(references, rows, references.vectors[rows] * np.nan) == float("inf")
+def test_a_light_run_draws_texts_that_no_provider_can_know(references: References) -> None:
+    draws = [light_rows(references, random.Random(seed)) for seed in range(400)]
+    assert all(len(set(rows)) == 3 for rows in draws) and len({row for rows in draws for row in rows}) == 256
+    rows, right = draws[0], references.unpublished.vectors
+    assert light_distance(references, rows, right[rows] * 9) < 1e-9
+    assert light_distance(references, rows, right[[*rows[1:], rows[0]]]) > 1e-2
+    assert light_distance(references, rows, right[rows][:, :32]) == float("inf")
+    assert light_distance(references, rows, right[rows] * np.nan) == float("inf")
+    shortest = int(references.unpublished.num_tokens.argmin())
+    assert light_rows(references, random.Random(1), max_tokens=1) == [shortest]
+
+
+def test_unpublished_texts_are_other_ones_on_each_machine(references: References, golden_dir: Path) -> None:
+    encoder = Encoder.load(golden_dir / "tiny_llama")
+    drawn = [tuple(draw_prompts(encoder, random.SystemRandom())) for _ in range(2)]
+    published = {canary.text for canary in references.canaries}
+    assert len({*drawn[0], *drawn[1], *references.unpublished.texts}) > 2.9 * 256
+    assert not published & {*drawn[0], *references.unpublished.texts}
+    assert references.unpublished.num_tokens.max() <= 200
+    some = list(references.unpublished.texts[:8])
+    right = encoder.encode(some, normalize=True)
+    np.testing.assert_allclose(references.unpublished.vectors[:8], right, atol=1e-6)
+
+
+def test_a_provider_that_knows_the_published_canaries_by_heart_is_refused(references: References) -> None:
+    """It answers every published text rightly and gives any other one a vector of its own."""
+    published = {canary.text for canary in references.canaries}
+
+    def change(vectors: np.ndarray, texts: Sequence[str]) -> list[np.ndarray]:
+        return [v if text in published else np.roll(v, 1) for v, text in zip(vectors, texts, strict=True)]
+
+    finding = Stub(references, references.vectors, change).finding()
+    assert (finding.passed, finding.worst < 1e-9) == (False, True)
+    assert finding.fault == "answers published canary texts rightly and other texts wrongly"
+    short = Stub(references, references.vectors, lambda vectors, texts: [
+        v if text in published else v[:32] for v, text in zip(vectors, texts, strict=True)
+    ])  # fmt: skip
+    assert short.finding().fault == finding.fault
 
 
 def test_distances_are_exact_near_zero() -> None:
@@ -263,6 +300,8 @@ def test_references_survive_their_file(references: References, tmp_path: Path) -
     assert again.canaries == references.canaries and again.limits == references.limits
     assert [mistake.fault for mistake in again.bank] == [mistake.fault for mistake in references.bank]
     np.testing.assert_array_equal(again.vectors, references.vectors)
+    np.testing.assert_array_equal(again.unpublished.vectors, references.unpublished.vectors)
+    assert again.unpublished.texts == references.unpublished.texts and file.stat().st_mode & 0o077 == 0
     assert Stub(again, references.bank[0].vectors).finding().fault == references.bank[0].fault
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="Delete it to compute them again"):

@@ -11,6 +11,7 @@ from unmask.conformance.references import References
 _REPEATED = 4  # plain texts that are asked for again
 _REPEATS = 2
 _LIGHT_TEXTS = 3
+_UNPUBLISHED = 16  # texts of a full run that the provider cannot know
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,8 @@ class CanaryAnswers:
         vectors, raw: the answer to each, as in `Answer`.
         repeats: further answers to texts that were asked for alone: (row, vector).
         arrangements: answers to texts among long neighbours, twice in a request, or after a long text: (row, vector).
-        num_tokens: tokens that the run sent, by our count.
+        unpublished: answers to unpublished texts: (row of `References.unpublished`, vector).
+        num_tokens: tokens that the run sent, without those of unpublished texts, by our count.
         their_tokens: tokens by the count of whoever answered; None if they never said.
     """
 
@@ -50,6 +52,7 @@ class CanaryAnswers:
     raw: Sequence[bytes]
     repeats: Sequence[tuple[int, np.ndarray]]
     arrangements: Sequence[tuple[int, np.ndarray]]
+    unpublished: Sequence[tuple[int, np.ndarray]]
     num_tokens: int
     their_tokens: int | None
 
@@ -57,16 +60,18 @@ class CanaryAnswers:
 async def full_run(
     ask: Ask,
     references: References,
+    draw: random.Random,
     *,
     max_inputs: int = 2048,
     max_tokens: int | None = None,
     instructions: bool = True,
 ) -> CanaryAnswers:
-    """Ask for all canary texts, for some of them again, and for some in other company.
+    """Ask for all canary texts, for some of them again, for some in other company, and for some unpublished ones.
 
     Args:
         ask: sends one request; whatever it raises ends the run.
         references: of the model.
+        draw: source of chance.
         max_inputs: most texts of one request.
         max_tokens: longest text to ask for; None for the model's own maximum.
         instructions: False for somebody who cannot be given instructions.
@@ -102,31 +107,42 @@ async def full_run(
     for batch in _arrangements(references, rows, plain, max_inputs):
         answer = await send(batch)
         arrangements += [(row, vector) for row, vector in zip(batch, answer.vectors, strict=True) if row in plain]
+    unpublished = []
+    drawn = light_rows(references, draw, number=_UNPUBLISHED, max_tokens=max_tokens)
+    for first in range(0, len(drawn), max_inputs):
+        part = drawn[first : first + max_inputs]
+        answer = await ask([references.unpublished.texts[row] for row in part], "")
+        unpublished += zip(part, answer.vectors, strict=True)
     return CanaryAnswers(
         rows=np.array(rows),
         vectors=[vectors[row] for row in rows],
         raw=[raw[row] for row in rows] if len(raw) == len(rows) else (),
         repeats=repeats,
         arrangements=arrangements,
+        unpublished=unpublished,
         num_tokens=sent,
         their_tokens=None if None in counted else sum(count for count in counted if count is not None),
     )
 
 
-def light_rows(references: References, draw: random.Random, *, max_tokens: int | None = None) -> list[int]:
-    """Choose the texts of a light run: one that never changes and two others, in random order.
+def light_rows(
+    references: References, draw: random.Random, *, number: int = _LIGHT_TEXTS, max_tokens: int | None = None
+) -> list[int]:
+    """Draw unpublished texts: rows of `References.unpublished`.
 
-    A cache on the way would answer the same request for ever, and hide that the model behind it has changed.
+    A published text would tell the provider that it is being checked. A text that is always the same would let a cache
+    on the way hide that the model behind it has changed.
+
+    Args:
+        references: of the model.
+        draw: source of chance.
+        number: most texts.
+        max_tokens: longest text; None for any.
     """
-    longest = max_tokens or references.max_tokens
-    pool = [
-        row
-        for row, canary in enumerate(references.canaries)
-        if row and not canary.instruction and not canary.boundary and references.num_tokens[row] <= longest
-    ]
-    rows = [0, *draw.sample(pool, _LIGHT_TEXTS - 1)]
-    draw.shuffle(rows)
-    return rows
+    lengths = references.unpublished.num_tokens
+    pool = [row for row, length in enumerate(lengths) if max_tokens is None or length <= max_tokens]
+    pool = pool or [int(lengths.argmin())]
+    return draw.sample(pool, min(number, len(pool)))
 
 
 def _arrangements(

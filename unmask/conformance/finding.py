@@ -97,6 +97,8 @@ def examine(references: References, answers: CanaryAnswers, declared: PrecisionC
     if precision is not None and not _same_ranking(vectors, right, precision):
         precision = None
     fault = _fault(references, answers, vectors, off, noise, precision, declared)
+    if not fault and not _knows_other_texts(references, answers, declared):
+        fault = "answers published canary texts rightly and other texts wrongly"
     return Finding(
         passed=not fault,
         precision=precision,
@@ -112,10 +114,23 @@ def examine(references: References, answers: CanaryAnswers, declared: PrecisionC
 
 
 def light_distance(references: References, rows: Sequence[int], vectors: np.ndarray) -> float:
-    """Return the largest 1 - cosine of the vectors [n, dim] of a light run; infinity if they cannot be compared."""
+    """Return the largest 1 - cosine of the vectors [n, dim] of a light run; infinity if they cannot be compared.
+
+    Args:
+        references: of the model.
+        rows: unpublished texts, as `light_rows` draws them.
+        vectors: of these texts.
+    """
     if vectors.shape != (len(rows), references.dim) or not usable(vectors):
         return float("inf")
-    return float(distances(vectors, references.vectors[list(rows)]).max())
+    return float(distances(vectors, references.unpublished.vectors[list(rows)]).max())
+
+
+def _knows_other_texts(references: References, answers: CanaryAnswers, declared: PrecisionClass) -> bool:
+    """True if the answers to unpublished texts are right."""
+    rows, vectors = [row for row, _ in answers.unpublished], [vector for _, vector in answers.unpublished]
+    same = {len(vector) for vector in vectors} == {references.dim}
+    return same and light_distance(references, rows, np.stack(vectors)) <= worst_limit(references, declared)
 
 
 def usable(vectors: np.ndarray) -> bool:

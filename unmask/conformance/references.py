@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ import msgspec
 import numpy as np
 
 from unmask.conformance.canaries import CanaryText, canary_set_version, canary_texts, fixed_texts
+from unmask.conformance.unpublished_canaries import UnpublishedCanaries, draw_prompts
 from unmask.conformance.wrong_references import WrongReference, canary_prompts, unit_length, wrong_references
 from unmask.disk import atomic_write
 from unmask.encoder import Dtype, Encoder, LoadOptions
@@ -43,7 +45,7 @@ _MAX_LIMIT = 5e-2
 # A mistake that moves no text by more than this is no mistake for the model.
 _NO_MISTAKE = 3e-5
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +62,7 @@ class References:
         num_tokens: tokens of each text's sequence, int64 [canaries].
         limits: precision class -> most worst and mean distance, most exact class first.
         bank: the vectors under each mistake that changes any.
+        unpublished: further canary texts, which only this machine knows.
     """
 
     model: str
@@ -73,6 +76,7 @@ class References:
     num_tokens: np.ndarray
     limits: dict[PrecisionClass, tuple[float, float]]
     bank: tuple[WrongReference, ...]
+    unpublished: UnpublishedCanaries
 
     @property
     def dim(self) -> int:
@@ -113,7 +117,13 @@ def distances(vectors: np.ndarray, others: np.ndarray) -> np.ndarray:
     return ((a - b) ** 2).sum(axis=1) / 2
 
 
-def build_references(source: str, *, model: str, compat: Literal["default", "reference"] = "default") -> References:
+def build_references(
+    source: str,
+    *,
+    model: str,
+    compat: Literal["default", "reference"] = "default",
+    draw: random.Random | None = None,
+) -> References:
     """Compute the references of a model with our own engine.
 
     Loads the weights once for each precision, for the causal mask, and for each adapter left out.
@@ -122,6 +132,7 @@ def build_references(source: str, *, model: str, compat: Literal["default", "ref
         source: id, folder or file of the weights.
         model: id of the model.
         compat: its text handling.
+        draw: source of chance for the unpublished texts; None for the system's.
 
     Raises:
         CheckpointError: the weights cannot be used.
@@ -130,14 +141,17 @@ def build_references(source: str, *, model: str, compat: Literal["default", "ref
     encoder = Encoder.load_with(source, options)
     canaries = canary_texts(encoder.prompts, encoder.max_length)
     prompts = canary_prompts(encoder, canaries)
-    raw = encoder.encode_prompts(prompts)
-    vectors = unit_length(raw)
+    unpublished = draw_prompts(encoder, draw or random.SystemRandom())
+    all_prompts = [*prompts, *unpublished.values()]
+    all_raw = encoder.encode_prompts(all_prompts)
+    all_vectors = unit_length(all_raw)
+    vectors = all_vectors[: len(prompts)]
     limits: dict[PrecisionClass, tuple[float, float]] = {"exact": FLOORS["exact"]}
     for precision, dtype in _MEASURED:
-        rounded = Encoder.load_with(source, replace(options, dtype=dtype)).encode_prompts(prompts)
+        rounded = Encoder.load_with(source, replace(options, dtype=dtype)).encode_prompts(all_prompts)
         if not np.isfinite(rounded).all():
             continue  # some models overflow in float16: nobody can be right in it
-        off = distances(rounded, vectors)
+        off = distances(rounded, all_vectors)
         worst, mean = (
             max(f, _MARGIN * float(m)) for f, m in zip(FLOORS[precision], (off.max(), off.mean()), strict=True)
         )
@@ -156,16 +170,21 @@ def build_references(source: str, *, model: str, compat: Literal["default", "ref
         max_tokens=encoder.max_length,
         canaries=canaries,
         vectors=vectors,
-        norms=np.linalg.norm(raw, axis=1),
+        norms=np.linalg.norm(all_raw[: len(prompts)], axis=1),
         num_tokens=np.array([len(prompt.ids) for prompt in prompts], dtype=np.int64),
         limits=limits,
         bank=bank,
+        unpublished=UnpublishedCanaries(
+            texts=tuple(unpublished),
+            vectors=all_vectors[len(prompts) :],
+            num_tokens=np.array([len(prompt.ids) for prompt in unpublished.values()], dtype=np.int64),
+        ),
     )
 
 
 def references_file(model: str, revision: str, compat: str) -> Path:
     """Return the place of stored references: a file under `UNMASK_HOME/conformance`."""
-    return home() / "conformance" / model.replace("/", "--") / f"{revision}-{compat}.npz"
+    return home() / "conformance" / model.replace("/", "--") / f"{revision}-{compat}-{_FORMAT}.npz"
 
 
 def store_references(references: References, file: Path) -> None:
@@ -181,8 +200,10 @@ def store_references(references: References, file: Path) -> None:
         "format": _FORMAT,
         "canaries": msgspec.to_builtins(references.canaries),
         "faults": [mistake.fault for mistake in references.bank],
+        "unpublished": references.unpublished.texts,
     }
     with atomic_write(file) as partial, partial.open("wb") as opened:
+        partial.chmod(0o600)  # whoever reads the unpublished texts can answer them
         np.savez(
             opened,
             description=np.array(json.dumps(described)),
@@ -190,6 +211,8 @@ def store_references(references: References, file: Path) -> None:
             norms=references.norms,
             num_tokens=references.num_tokens,
             bank=np.stack([mistake.vectors for mistake in references.bank]),
+            unpublished_vectors=references.unpublished.vectors,
+            unpublished_num_tokens=references.unpublished.num_tokens,
         )
 
 
@@ -204,7 +227,7 @@ def read_references(file: Path) -> References:
             described = json.loads(str(stored["description"]))
             if described.pop("format") != _FORMAT:
                 raise ValueError("it is of another version of unmask")
-            faults = described.pop("faults")
+            faults, texts = described.pop("faults"), described.pop("unpublished")
             return References(
                 canaries=msgspec.convert(described.pop("canaries"), tuple[CanaryText, ...]),
                 limits={name: tuple(limit) for name, limit in described.pop("limits").items()},
@@ -212,6 +235,9 @@ def read_references(file: Path) -> References:
                 norms=stored["norms"],
                 num_tokens=stored["num_tokens"],
                 bank=tuple(map(WrongReference, faults, stored["bank"])),
+                unpublished=UnpublishedCanaries(
+                    tuple(texts), stored["unpublished_vectors"], stored["unpublished_num_tokens"]
+                ),
                 **described,
             )
     except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:

@@ -36,7 +36,11 @@ NoteProbe = Callable[[Outcome, int, int | None, float], None]
 
 
 async def full_check(
-    client: ProviderClient, model: ProviderModel, references: References, note: NoteProbe | None = None
+    client: ProviderClient,
+    model: ProviderModel,
+    references: References,
+    note: NoteProbe | None = None,
+    draw: random.Random | None = None,
 ) -> Finding:
     """Ask a provider for all canaries and judge its answers.
 
@@ -45,6 +49,7 @@ async def full_check(
         model: the model there.
         references: of the model.
         note: told of every request, for the books.
+        draw: source of chance; None for one of its own.
 
     Raises:
         AttemptFailed: it did not answer, so nothing is known about its vectors.
@@ -62,6 +67,7 @@ async def full_check(
         answers = await full_run(
             send,
             references,
+            draw or random.Random(),
             max_inputs=provider.inputs_per_request(model),
             max_tokens=model.max_tokens,
             instructions=provider.takes_instructions,
@@ -78,7 +84,7 @@ def _noted(
     references: References, texts: Sequence[str], instruction: str, note: NoteProbe | None
 ) -> Iterator[list[Answer]]:
     """Note a request for canaries, whatever becomes of it. The block appends its answer to the list."""
-    started = time.monotonic()
+    started, unpublished = time.monotonic(), references.unpublished
     answers: list[Answer] = []
     outcome: Outcome = "cancelled"  # unless something else happens
     try:
@@ -89,8 +95,9 @@ def _noted(
         raise
     finally:
         if note is not None:
+            lengths = {(text, ""): n for text, n in zip(unpublished.texts, unpublished.num_tokens, strict=True)}
             canaries = [(canary.text, canary.instruction) for canary in references.canaries]
-            lengths = dict(zip(canaries, references.num_tokens, strict=True))
+            lengths |= zip(canaries, references.num_tokens, strict=True)
             theirs = answers[0].prompt_tokens if answers else None
             note(outcome, sum(int(lengths[text, instruction]) for text in texts), theirs, time.monotonic() - started)
 
@@ -102,7 +109,7 @@ async def light_check(
     draw: random.Random,
     note: NoteProbe | None = None,
 ) -> float:
-    """Ask a provider for three canaries, and return the largest 1 - cosine.
+    """Ask a provider for three unpublished canaries, and return the largest 1 - cosine.
 
     Args:
         client: of the provider.
@@ -115,7 +122,7 @@ async def light_check(
         AttemptFailed: it did not answer. "malformed" is a failure of conformance, everything else one of health.
     """
     rows = light_rows(references, draw, max_tokens=model.max_tokens)
-    texts = [references.canaries[row].text for row in rows]
+    texts = [references.unpublished.texts[row] for row in rows]
     with _noted(references, texts, "", note) as answers:
         answer = await ask(client, model, texts, dim=references.dim, seconds=_LIGHT_S)
         answers.append(answer)
