@@ -175,14 +175,14 @@ async def right_then_close(server: FaultServer, request: SeenRequest, writer: as
 
 
 @contextmanager
-def fault_server_thread(vectors_of: VectorsOf) -> Iterator[FaultServer]:
+def fault_server_thread(vectors_of: VectorsOf, tls: ssl.SSLContext | None = None) -> Iterator[FaultServer]:
     """Run a fault server in a thread of its own, for tests without an event loop."""
     loop = asyncio.new_event_loop()
     started: Future[FaultServer] = Future()
     stop = asyncio.Event()
 
     async def serve() -> None:
-        async with fault_server(vectors_of) as server:
+        async with fault_server(vectors_of, tls=tls) as server:
             started.set_result(server)
             await stop.wait()
 

@@ -9,6 +9,7 @@ import logging
 import socket
 import ssl
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
@@ -377,6 +378,81 @@ async def test_certificates(tmp_path: Path) -> None:
             with pytest.raises(AttemptFailed) as failed:
                 await vectors_from(server.url, ca_file=str(file))
             assert failed.value.signal == "unreachable" and not server.requests
+
+
+async def test_a_provider_may_ask_for_a_certificate(tmp_path: Path) -> None:
+    ca, context = certificate(tmp_path, "server")
+    mine, _ = certificate(tmp_path, "mine")
+    stranger, _ = certificate(tmp_path, "stranger")
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_verify_locations(mine)
+    async with fault_server(vectors_of, tls=context) as server:
+        fields = {"ca_file": str(ca)}
+        for name in ("", "stranger"):
+            other = {"client_cert_file": str(stranger), "client_key_file": str(tmp_path / "stranger.key")}
+            with pytest.raises(AttemptFailed) as refused:
+                await vectors_from(server.url, **fields | (other if name else {}))
+            assert refused.value.signal in ("cut_off", "unreachable") and not server.requests
+        pair = {"client_cert_file": str(mine), "client_key_file": str(tmp_path / "mine.key")}
+        await vectors_from(server.url, **fields, **pair)
+        assert len(server.requests) == 1
+    with pytest.raises(UsageError, match=r"client_cert_file .* cannot be used"):
+        client_of("https://a/", client_cert_file=str(mine), client_key_file=str(tmp_path / "stranger.key"))
+
+
+@dataclass
+class Proxy:
+    """A proxy that tunnels, and notes the first line of each request."""
+
+    status: int = 200
+    lines: list[str] = field(default_factory=list)
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        self.lines.append(head.split("\r\n")[0])
+        assert KEY not in head
+        writer.write(f"HTTP/1.1 {self.status} X\r\n\r\n".encode())
+        if self.status == 200:
+            host, _, port = head.split()[1].partition(":")
+            up_reader, up_writer = await asyncio.open_connection(host, int(port))
+            await asyncio.gather(pump(reader, up_writer), pump(up_reader, writer))
+        writer.close()
+
+
+async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    try:
+        while content := await reader.read(65_536):
+            writer.write(content)
+            await writer.drain()
+    except ConnectionError:
+        pass
+    writer.close()
+
+
+async def test_a_proxy_of_the_file_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The key and the texts are inside the tunnel, and the certificate is the provider's own."""
+    monkeypatch.setenv("ACME_KEY", KEY)
+    ca, context = certificate(tmp_path, "server")
+    proxy = Proxy()
+    listening = await asyncio.start_server(proxy.serve, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+    async with fault_server(vectors_of, tls=context) as server:
+        got = await vectors_from(server.url, proxy=url, ca_file=str(ca), key_env="ACME_KEY", private=False)
+        np.testing.assert_allclose(got, unit(vectors_of(["a", "b"], "")), atol=1e-6)
+        (request,) = server.requests
+        assert request.headers["authorization"] == f"Bearer {KEY}"
+        port = server.url.split(":")[-1].partition("/")[0]
+        assert proxy.lines == [f"CONNECT 127.0.0.1:{port} HTTP/1.1"]
+        proxy.status = 407
+        with pytest.raises(AttemptFailed) as refused:
+            await vectors_from(server.url, proxy=url, ca_file=str(ca))
+        assert (refused.value.signal, "proxy" in refused.value.detail) == ("unreachable", True)
+        for elsewhere in ("http://127.0.0.1:1", "http://169.254.169.254:80"):
+            with pytest.raises(AttemptFailed) as gone:
+                await vectors_from(server.url, proxy=elsewhere, ca_file=str(ca))
+            assert gone.value.signal == "unreachable"
+        assert len(server.requests) == 1
+    listening.close()
 
 
 async def test_a_cancelled_request_closes_its_connection() -> None:

@@ -78,6 +78,14 @@ def test_a_good_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ('name = "acme"', 'name = "Acme Inc"', r"provider\[1\].name \(Acme Inc\): expected `str` matching regex"),
         ("priority = 1", "priority = -1", r"provider\[1\].model\[0\].priority \(acme\): expected `int` >= 0"),
         ('data = "30d"', 'data = "30d"\nca_file = "/no/such.pem"', r"provider\[1\].ca_file \(acme\): there is no file"),
+        ('data = "30d"', 'client_cert_file = "/no.pem"', r"provider\[1\].client_cert_file \(acme\): there is no file"),
+        ('data = "30d"', f'client_key_file = "{__file__}"', r"client_cert_file \(acme\): a certificate needs its key"),
+        (
+            'data = "30d"',
+            f'client_cert_file = "{__file__}"\nclient_key_file = "{__file__}"',
+            r"client_key_file \(acme\): .* chmod 600",
+        ),
+        ('data = "30d"', 'proxy = "http://user:pw@proxy"', r"provider\[1\].proxy \(acme\): "),
         ("[[provider]]", "[[provider", "cannot be read: "),
     ],
 )

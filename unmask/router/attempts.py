@@ -343,7 +343,8 @@ async def _vectors_from(
     """
     references = model.references
     assert references is not None and work.texts is not None  # the endpoint is admitted, and able
-    size = endpoint.provider.inputs_per_request(endpoint.model)
+    size, name = endpoint.provider.inputs_per_request(endpoint.model), endpoint.provider.name
+    is_normalised = endpoint.conformance is not None and endpoint.conformance.normalised
 
     counts: list[int | None] = []
 
@@ -352,7 +353,7 @@ async def _vectors_from(
             endpoint.client, endpoint.model, texts, instruction=work.instruction, dim=references.dim, seconds=seconds
         )
         counts.append(received.prompt_tokens)
-        return require_vectors(received, references.dim, endpoint.provider.name)
+        return require_vectors(received, references.dim, name, has_unit_length=is_normalised)
 
     parts = [work.texts[first : first + size] for first in range(0, len(work.texts), size)]
     if len(parts) == 1:

@@ -248,6 +248,7 @@ class ProviderEndpoint:
                 provider.name,
                 provider.kind,
                 provider.url,
+                provider.proxy,
                 provider.max_parallel,
                 model.name_there,
                 model.precision,

@@ -54,13 +54,13 @@ class ProviderClient:
         provider: address, key and certificate authority.
 
     Raises:
-        UsageError: the key or the certificate authority cannot be read.
+        UsageError: the key, the certificate authority or the client's certificate cannot be read.
     """
 
     def __init__(self, provider: RemoteProvider) -> None:
         self.provider = provider
         self._key = provider.read_key()
-        self._ssl = _ssl_context(provider.ca_file)
+        self._ssl = _ssl_context(provider)
         self._session: aiohttp.ClientSession | None = None
         self._under_way = 0
         self._idle = asyncio.Event()
@@ -124,10 +124,13 @@ class ProviderClient:
         return self._session
 
     def _checked_socket(self, address: tuple[Any, ...]) -> socket.socket:
-        """Make the socket for an address that aiohttp is about to connect to, or refuse it."""
+        """Make the socket for an address that aiohttp is about to connect to, or refuse it.
+
+        With a proxy, this is the proxy's address: it resolves the provider's name itself.
+        """
         family, kind, protocol, _, where = address
         try:
-            check_address(where[0], private=self.provider.private)
+            check_address(where[0], private=self.provider.private or self.provider.proxy is not None)
         except UsageError as refusal:
             raise OSError(errno.EPERM, str(refusal)) from None
         return socket.socket(family, kind, protocol)
@@ -167,6 +170,7 @@ class ProviderClient:
             data=body,
             headers=self._headers(headers),
             allow_redirects=False,
+            proxy=self.provider.proxy,
             timeout=timeout,
             trace_request_ctx=state,
         ) as response:
@@ -203,6 +207,8 @@ class ProviderClient:
             return self._fails("unreachable", f"no connection within {CONNECT_S:g} seconds")
         if isinstance(error, aiohttp.ClientConnectorCertificateError):
             return self._fails("unreachable", "its certificate is not valid for this address and authority")
+        if isinstance(error, aiohttp.ClientHttpProxyError | aiohttp.ClientProxyConnectionError):
+            return self._fails("unreachable", "its proxy refuses, or cannot be connected to")
         if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ClientSSLError):
             cause = getattr(error, "os_error", None)
             is_ours = isinstance(cause, OSError) and cause.errno == errno.EPERM
@@ -254,10 +260,18 @@ def _retry_after(value: str | None) -> float | None:
         return None
 
 
-def _ssl_context(ca_file: str | None) -> ssl.SSLContext:
+def _ssl_context(provider: RemoteProvider) -> ssl.SSLContext:
+    ca_file = provider.ca_file
     try:
         context = ssl.create_default_context(cafile=str(Path(ca_file).expanduser()) if ca_file else None)
     except (OSError, ssl.SSLError) as error:
         raise UsageError(f"ca_file {ca_file} is no certificate authority: {error}") from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if provider.client_cert_file is not None and provider.client_key_file is not None:
+        files = [Path(file).expanduser() for file in (provider.client_cert_file, provider.client_key_file)]
+        try:
+            # A key with a password would be asked for on the terminal: an empty one is wrong at once.
+            context.load_cert_chain(*files, password=b"")
+        except (OSError, ssl.SSLError) as error:
+            raise UsageError(f"client_cert_file {files[0]} and its key cannot be used: {error}") from None
     return context

@@ -100,6 +100,10 @@ class RemoteProvider(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         key_env: environment variable with its API key.
         key_file: file with its API key, readable by the owner alone.
         ca_file: certificate authority that signed its certificate; None for the system's.
+        client_cert_file, client_key_file: certificate that this server shows to it, and its private key, readable by
+            the owner alone; None for none.
+        proxy: URL of a proxy inside this network through which it is reached; None for none. Proxies of the environment
+            are never used.
         max_parallel: most requests at the same time.
         max_cost_per_day: dollars after which it gets no request until midnight, UTC; None for no limit.
         data: whether it keeps texts: not at all, for 30 days, or to train with.
@@ -114,6 +118,9 @@ class RemoteProvider(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     key_env: str | None = None
     key_file: str | None = None
     ca_file: str | None = None
+    client_cert_file: str | None = None
+    client_key_file: str | None = None
+    proxy: str | None = None
     max_parallel: Annotated[int, Meta(ge=1, le=1000)] = 16
     max_cost_per_day: str | None = None
     data: DataPolicy = "none"
@@ -235,8 +242,12 @@ def _problems(provider: RemoteProvider) -> list[tuple[str, str]]:
             provider.read_key()
         except UsageError as error:
             problems.append(("key_env" if provider.key_env is not None else "key_file", str(error)))
-    if provider.ca_file is not None and not Path(provider.ca_file).expanduser().is_file():
-        problems.append(("ca_file", f"there is no file {provider.ca_file}"))
+    problems += _tls_problems(provider)
+    if provider.proxy is not None:
+        try:
+            check_url(provider.proxy, private=True)
+        except UsageError as error:
+            problems.append(("proxy", str(error)))
     if provider.max_cost_per_day is not None:
         try:
             parse_dollars(provider.max_cost_per_day)
@@ -252,6 +263,23 @@ def _problems(provider: RemoteProvider) -> list[tuple[str, str]]:
                     raise ValueError(f"{price} is more than 1000 dollars per million tokens")
             except ValueError as error:
                 problems.append((f"model[{index}].cost", str(error)))
+    return problems
+
+
+def _tls_problems(provider: RemoteProvider) -> list[tuple[str, str]]:
+    """Return missing or open files of certificates, as (key, problem)."""
+    problems = []
+    files = {name: getattr(provider, name) for name in ("ca_file", "client_cert_file", "client_key_file")}
+    for name, file in files.items():
+        if file is not None and not Path(file).expanduser().is_file():
+            problems.append((name, f"there is no file {file}"))
+    if (provider.client_cert_file is None) != (provider.client_key_file is None):
+        missing = "client_key_file" if provider.client_key_file is None else "client_cert_file"
+        problems.append((missing, "a certificate needs its key, and a key its certificate: name both files"))
+    elif provider.client_key_file is not None and not problems:
+        key = Path(provider.client_key_file).expanduser()
+        if key.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            problems.append(("client_key_file", f"{key} is open to other users: chmod 600 {key}"))
     return problems
 
 

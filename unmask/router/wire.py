@@ -16,6 +16,8 @@ from unmask.router.signals import AttemptFailed
 # Of an answer: per number as Python's repr of a double writes it, per vector, and for the rest.
 _BYTES_PER_NUMBER, _BYTES_PER_VECTOR, _BYTES_BESIDES = 26, 200, 65_536
 
+_UNIT_LENGTH = 1e-2  # lengths may be off by so much: more than any rounding
+
 
 class _Item(msgspec.Struct):
     embedding: str | list[float]
@@ -100,11 +102,17 @@ async def ask(
     return Answer(vectors, raw, usage.prompt_tokens if usage else None)
 
 
-def require_vectors(answer: Answer, dim: int, provider: str) -> np.ndarray:
+def require_vectors(answer: Answer, dim: int, provider: str, *, has_unit_length: bool = False) -> np.ndarray:
     """Return the vectors of an answer, float32 [n, dim], of length 1.
 
+    Args:
+        answer: as the provider gave it.
+        dim: length of the model's vectors.
+        provider: its name.
+        has_unit_length: its vectors have always come in length 1. Bytes in another order or format do not.
+
     Raises:
-        AttemptFailed: a vector has another length, is zero or is not finite.
+        AttemptFailed: a vector has another number of numbers, is zero or is not finite, or is suddenly not of length 1.
     """
     lengths = {len(vector) for vector in answer.vectors}
     if lengths != {dim}:
@@ -112,7 +120,10 @@ def require_vectors(answer: Answer, dim: int, provider: str) -> np.ndarray:
     vectors = np.stack(answer.vectors).astype(np.float64)
     if not usable(vectors):
         raise AttemptFailed(provider, "malformed", "a vector is zero or not finite")
-    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    if has_unit_length and np.abs(norms - 1).max() > _UNIT_LENGTH:
+        raise AttemptFailed(provider, "malformed", "a vector is not of length 1, as all of them were so far")
+    return (vectors / norms).astype(np.float32)
 
 
 def _in_order(items: Sequence[_Item]) -> list[_Item] | None:

@@ -1,0 +1,470 @@
+"""The list of faults that a provider can have, each against a real server with accounts: answer, attempts, breaker,
+books and costs, and another caller who must not notice.
+
+Faults on the wire are in `WIRE`, here. The others have tests of their own, which `ELSEWHERE` names.
+"""
+
+import asyncio
+import base64
+import gzip
+import importlib
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import sqlalchemy as sa
+
+from tests.api.live import Reply, running, until
+from tests.router.fault_server import (
+    Behaviour,
+    FaultServer,
+    SeenRequest,
+    after,
+    changed,
+    envelope,
+    fault_server_thread,
+    reply,
+    reset,
+    right,
+    right_then_close,
+    silent,
+)
+from tests.router.test_outbound import certificate
+from tests.router.test_providers import MODEL, SLOW, TEXTS, Upstreams, customer, providers_file
+from unmask.accounts import Accounts, money, people
+from unmask.accounts.costs import FREE_OUTCOMES
+from unmask.accounts.keys import KeySettings
+from unmask.accounts.verification import verify
+from unmask.encoder import Encoder
+from unmask.router import attempts
+from unmask.router.outbound import ProviderClient
+from unmask.storage.schema import provider_attempts
+
+CREDIT = 1_000_000_000
+PRICE, COST = 8, 4_000_000  # nano-dollars of a token here; of a million tokens at either provider
+SECRET = "sk-provider-0123456789abcdef"
+
+
+async def endless(server: FaultServer, request: SeenRequest, writer: asyncio.StreamWriter) -> bool:
+    """Promise ten gigabytes of JSON, and write them for as long as anybody reads."""
+    writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 10000000000\r\n\r\n")
+    while True:
+        writer.write(b" " * 65_536)
+        await writer.drain()
+
+
+def rows(change: Callable[[np.ndarray], np.ndarray], dtype: str = "<f4") -> Behaviour:
+    """Answer with the right vectors [n, dim], changed, in a number format."""
+
+    async def behave(server: FaultServer, request: SeenRequest, writer: asyncio.StreamWriter) -> bool:
+        vectors = change(server.vectors_of(request.texts, ""))
+        vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if np.isfinite(vectors).all() else vectors
+        answer = envelope(list(vectors))
+        for item, row in zip(answer["data"], vectors, strict=True):
+            item["embedding"] = base64.b64encode(row.astype(dtype).tobytes()).decode()
+        return await reply(answer)(server, request, writer)
+
+    return behave
+
+
+def to_callers(behaviour: Behaviour, times: int) -> Behaviour:
+    """Behave so to so many requests of callers; answer canaries, and everything after that, rightly."""
+    left = [behaviour] * times
+
+    async def behave(server: FaultServer, request: SeenRequest, writer: asyncio.StreamWriter) -> bool:
+        is_callers = set(request.texts) <= {*TEXTS}
+        return await (left.pop() if left and is_callers else right)(server, request, writer)
+
+    return behave
+
+
+def usage(**counts: int) -> Behaviour:
+    return changed(lambda answer: answer | {"usage": counts})
+
+
+def busy(retry_after: str | None) -> Behaviour:
+    return reply({}, 429, {"retry-after": retry_after} if retry_after is not None else None)
+
+
+def in_a_minute() -> str:
+    return format_datetime(datetime.now(UTC) + timedelta(minutes=1), usegmt=True)
+
+
+def no_data(answer: dict[str, Any]) -> None:
+    answer["data"].pop()
+
+
+def one_more(answer: dict[str, Any]) -> None:
+    answer["data"].append(answer["data"][0])
+
+
+def same_index(answer: dict[str, Any]) -> None:
+    answer["data"][1]["index"] = 0
+
+
+def gap(answer: dict[str, Any]) -> None:
+    answer["data"][1]["index"] = 7
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault of provider a, and what is left of it.
+
+    Attributes:
+        number: in the list of faults.
+        behaviour: of its next answer.
+        outcome: of the attempt; "answered" where it is no fault after all.
+        breaker: its state afterwards.
+        checked: a full run of the canaries follows.
+    """
+
+    number: int
+    behaviour: Behaviour
+    outcome: str
+    breaker: str = "closed"
+    checked: bool = False
+
+
+HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 900\r\n\r\n"
+WIRE: dict[str, Fault] = {
+    "says nothing": Fault(2, silent, "timeout"),
+    "reset in the headers": Fault(3, reset(b"HTTP/1.1 200 OK\r\ncontent-"), "cut_off"),
+    "reset in the body": Fault(4, reset(HEAD + b'{"data":'), "cut_off"),
+    "a byte at a time": Fault(5, reply({}, dots=0.2), "timeout"),
+    "a redirect to metadata": Fault(9, reply(b"", 302, {"location": "http://169.254.169.254/"}), "failed"),
+    "a gzip bomb": Fault(10, reply(gzip.compress(b" " * 50_000_000), headers={"content-encoding": "gzip"}), "failed"),
+    "ten gigabytes": Fault(10, endless, "malformed", checked=True),
+    "a header of a megabyte": Fault(10, reply({}, headers={"x-large": "x" * 1_000_000}), "failed"),
+    "HTML": Fault(11, reply(b"<html>Welcome</html>", headers={"content-type": "text/html"}), "failed"),
+    "half of the JSON": Fault(11, changed(lambda answer: json.dumps(answer)[:-20].encode()), "malformed", checked=True),
+    "deep JSON": Fault(11, reply(b"[" * 50_000), "malformed", checked=True),
+    "one vector less": Fault(12, changed(no_data), "malformed", checked=True),
+    "one vector more": Fault(12, changed(one_more), "malformed", checked=True),
+    "an index twice": Fault(12, changed(same_index), "malformed", checked=True),
+    "a gap": Fault(12, changed(gap), "malformed", checked=True),
+    "another order": Fault(12, changed(lambda answer: answer["data"].reverse()), "answered"),
+    "NaN": Fault(13, rows(lambda vectors: vectors * np.nan), "malformed", checked=True),
+    "infinity": Fault(13, rows(lambda vectors: vectors + np.inf), "malformed", checked=True),
+    "zeros": Fault(13, changed(lambda answer: envelope([np.zeros(64)] * 2)), "malformed", checked=True),
+    "one number less": Fault(13, rows(lambda vectors: vectors[:, 1:]), "malformed", checked=True),
+    "float16": Fault(13, rows(lambda vectors: vectors, "<f2"), "malformed", checked=True),
+    "big-endian": Fault(13, rows(lambda vectors: vectors, ">f4"), "malformed", checked=True),
+    "busy for a second": Fault(14, busy("1"), "rate_limited"),
+    "busy until a date": Fault(14, busy(in_a_minute()), "rate_limited"),
+    "busy": Fault(14, busy(None), "rate_limited"),
+    "busy for ever": Fault(14, busy("9" * 400), "rate_limited"),
+    "no credit": Fault(16, reply({}, 402), "no_access", "held"),
+    "no such key": Fault(16, reply({}, 401), "no_access", "held"),
+    "forbidden": Fault(16, reply({}, 403), "no_access", "held"),
+    "no such model": Fault(16, reply({}, 404), "no_access", "held"),
+    "too large": Fault(16, reply({}, 413), "rejected"),
+    "invalid": Fault(16, reply({}, 422), "rejected"),
+    "no usage": Fault(23, changed(lambda answer: {"data": answer["data"]}), "answered"),
+    "usage of nothing": Fault(23, usage(prompt_tokens=0, total_tokens=0), "answered"),
+    "ten times the usage": Fault(23, usage(prompt_tokens=900, total_tokens=900), "answered"),
+    "echoes the key": Fault(24, reply({"error": {"message": f"wrong {SECRET} {TEXTS[0]}"}}, 401), "no_access", "held"),
+}  # fmt: skip
+
+# The other numbers of the list, and who tests them.
+ELSEWHERE: dict[int, str] = {
+    1: "tests.router.test_faults:test_nobody_there_moves_the_request",
+    6: "tests.router.test_faults:test_a_kept_connection_that_was_closed_is_asked_again_over_a_new_one",
+    7: "tests.router.test_faults:test_certificates_that_do_not_fit_move_the_request",
+    8: "tests.router.test_faults:test_nobody_there_moves_the_request",
+    15: "tests.router.test_faults:test_a_storm_of_refusals_loses_traffic",
+    17: "tests.router.test_faults:test_a_provider_that_fails_half_of_the_time_is_out",
+    18: "tests.router.test_routing_algorithms:test_traffic_leaves_an_endpoint_that_becomes_slow_and_returns",
+    19: "tests.router.test_faults:test_one_canary_decides_about_recovery_under_load",
+    20: "tests.router.test_faults:test_with_all_down_nothing_is_charged",
+    21: "tests.router.test_faults:test_many_short_deadlines_blame_nobody",
+    22: "tests.router.test_attempts:test_a_caller_may_leave_at_any_moment",
+    25: "tests.accounts.test_chaos:test_every_answer_is_charged_exactly_once_and_every_cost_booked_once",
+    26: "tests.router.test_providers:test_a_quarantine_reaches_all_processes_and_survives_a_restart",
+    27: "tests.router.test_routing_algorithms:test_a_clock_that_stands_still_or_steps_back_does_no_harm",
+    28: "tests.conformance.test_finding:test_every_mistake_of_the_bank_gets_its_own_sentence",
+    29: "tests.conformance.test_finding:test_noise_company_and_state",
+    30: "tests.conformance.test_finding:test_noise_company_and_state",
+    31: "tests.router.test_faults:test_a_provider_that_begins_to_recognise_canaries_is_out_at_its_next_check",
+    32: "tests.router.test_providers:test_a_provider_that_drifts_under_load_is_out_after_two_light_runs",
+}
+
+
+def test_every_fault_of_the_list_is_tested() -> None:
+    assert {fault.number for fault in WIRE.values()} | set(ELSEWHERE) == set(range(1, 33))
+    for place in ELSEWHERE.values():
+        module, _, name = place.partition(":")
+        assert callable(getattr(importlib.import_module(module), name))
+
+
+class Books:
+    """Two scripted providers, a server with accounts before them, and its books."""
+
+    def __init__(self, upstreams: Upstreams, accounts: Accounts, account: str, key: str) -> None:
+        self.upstreams, self.accounts, self.account, self.key = upstreams, accounts, account, key
+        self.a = upstreams.endpoint("a")
+        self.client = self.a.client
+
+    def embed(self, texts: Sequence[str] = TEXTS[:2], headers: dict[str, str] | None = None, **fields: Any) -> Reply:
+        body = {"model": MODEL, "input": texts} | fields
+        return self.upstreams.service.call("POST", "/v1/embeddings", body, headers, self.key)
+
+    def balance(self) -> int:
+        """The balance once nothing is held any more; the books must be right then."""
+
+        def held() -> int:
+            with self.accounts.database.read() as connection:
+                return people.account(connection, self.account).held
+
+        until(lambda: held() == 0)
+        with self.accounts.database.read() as connection:
+            assert verify(connection).drift == ()
+            return people.account(connection, self.account).balance
+
+    def attempts(self, charge: str) -> list[Any]:
+        with self.accounts.database.read() as connection:
+            table = provider_attempts.c
+            return list(
+                connection.execute(sa.select(provider_attempts).where(table.charge == charge).order_by(table.id))
+            )
+
+    def connect_to(self, stack: ExitStack, **fields: Any) -> None:
+        """Let provider a be elsewhere until the stack is closed, with its vectors still admitted."""
+        client = ProviderClient(msgspec.structs.replace(self.client.provider, **fields))
+        self.a.client = client
+        stack.callback(self.upstreams.in_loop, lambda: asyncio.ensure_future(client.close_when_idle()))
+        stack.callback(setattr, self.a, "client", self.client)
+
+    def expect(self, outcome: str, headers: dict[str, str] | None = None) -> None:
+        """Send a request that prefers provider a, and check answer, attempts and books; others must not notice."""
+        before = self.balance()
+        with ThreadPoolExecutor(1) as another:
+            quiet = another.submit(self.embed, TEXTS[2:4], provider={"only": ["b"]})
+            got = self.embed(headers=headers, provider={"order": ["a"]})
+            calm = quiet.result()
+        assert got.status == 200, got.body
+        assert (calm.status, calm.headers["x-unmask-attempts"]) == (200, "1")
+        moved = outcome != "answered"
+        assert (got.headers["x-unmask-provider"], got.headers["x-unmask-attempts"]) == (
+            ("b", "2") if moved else ("a", "1")
+        )
+        np.testing.assert_allclose(got.vectors, RIGHT[0], atol=1e-6)
+        tokens, others = got.json["usage"]["total_tokens"], calm.json["usage"]["total_tokens"]
+        assert before - self.balance() == PRICE * (tokens + others)
+        first, *more = self.attempts(got.headers["x-unmask-charge"])
+        free = outcome in FREE_OUTCOMES
+        assert (first.provider, first.outcome, first.reason) == ("a", outcome, "answer")
+        assert (first.tokens, first.cost) == (tokens, 0 if free else money.cost(tokens, COST))
+        assert [(row.provider, row.outcome, row.reason) for row in more] == [("b", "answered", "retry")] * moved
+
+
+RIGHT: list[np.ndarray] = []
+
+
+@pytest.fixture(scope="module")
+def all_books(encoder: Encoder, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Books]:
+    lock, vectors = threading.Lock(), dict[tuple[str, str], np.ndarray]()
+
+    def vectors_of(texts: Sequence[str], instruction: str) -> np.ndarray:
+        with lock:
+            if new := [text for text in dict.fromkeys(texts) if (text, instruction) not in vectors]:
+                rows = encoder.encode(new, instruction=instruction, normalize=True)
+                vectors.update(((text, instruction), row) for text, row in zip(new, rows, strict=True))
+            return np.stack([vectors[text, instruction] for text in texts])
+
+    folder = tmp_path_factory.mktemp("faults")
+    url, accounts, account, key = customer(folder, KeySettings())
+    RIGHT[:] = [encoder.encode(TEXTS[:2], normalize=True)]
+    (folder / "key").write_text(SECRET)
+    (folder / "key").chmod(0o600)
+    with fault_server_thread(vectors_of) as a, fault_server_thread(vectors_of) as b:
+        file = providers_file(folder, a.url, b.url)
+        file.write_text(file.read_text().replace('data = "30d"', f'key_file = "{folder / "key"}"'))
+        options: dict[str, Any] = {"api_keys": (), "database": url, "providers": file, "warm": ()}
+        with running(tiny_llama, accounts, intervals=SLOW, **options) as service:
+            upstreams = Upstreams(a, b, service)
+            until(lambda: all(e.admission == "admitted" for e in upstreams.pool.models()[MODEL].endpoints), 60)
+            yield Books(upstreams, accounts, account, key)
+    accounts.close()
+
+
+@pytest.fixture
+def books(all_books: Books) -> Books:
+    all_books.upstreams.reset()
+    return all_books
+
+
+@pytest.mark.parametrize("name", WIRE)
+def test_faults_on_the_wire(
+    books: Books, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    fault, endpoint = WIRE[name], books.a
+    if fault.outcome == "timeout":
+        monkeypatch.setattr(attempts, "_MIN_ATTEMPT_S", 1.0)
+    # A kept connection that breaks is asked twice.
+    books.upstreams.a.script[:] = [to_callers(fault.behaviour, 2 if fault.outcome == "cut_off" else 1)]
+    books.expect(fault.outcome)
+    assert endpoint.breaker.state == fault.breaker and endpoint.admission == "admitted"
+    if name in ("busy until a date", "busy for ever"):
+        requests = len(books.upstreams.seen(books.upstreams.a))
+        assert books.embed().headers["x-unmask-provider"] == "b"
+        assert len(books.upstreams.seen(books.upstreams.a)) == requests
+    if fault.checked:
+        until(lambda: any(set(request.texts) - {*TEXTS} for request in books.upstreams.a.requests))
+        assert endpoint.admission == "admitted"
+    metrics = books.upstreams.service.call("GET", "/metrics", key=books.key).body.decode()
+    assert SECRET not in caplog.text + metrics
+
+
+def test_nobody_there_moves_the_request(books: Books) -> None:
+    """Refused; no such host; a name and a literal that lead to this machine, for a provider outside this network."""
+    port = books.upstreams.a.url.split(":")[-1]
+    places: list[dict[str, Any]] = [{"url": "http://127.0.0.1:1/v1"}, {"url": "http://no-such-host.invalid/v1"}]
+    places += [{"url": f"http://{host}:{port}", "private": False} for host in ("localhost", "0x7f.1")]
+    places += [{"url": "http://[::ffff:169.254.169.254]/v1"}]
+    for place in places:
+        connections = books.upstreams.a.connections
+        with ExitStack() as stack:
+            books.connect_to(stack, **place)
+            books.expect("unreachable")
+        assert books.a.breaker.state == "closed" and books.upstreams.a.connections == connections
+        books.a.breaker.close()  # five in a row would open it
+
+
+def test_certificates_that_do_not_fit_move_the_request(books: Books, tmp_path: Path) -> None:
+    for name, fields in {"self-signed": {}, "expired": {"days": -1}, "elsewhere": {"host": "127.0.0.2"}}.items():
+        file, context = certificate(tmp_path, name, **fields)  # pyright: ignore[reportArgumentType]
+        with fault_server_thread(books.upstreams.a.vectors_of, tls=context) as strange, ExitStack() as stack:
+            trusted = {} if name == "self-signed" else {"ca_file": str(file)}
+            books.connect_to(stack, url=strange.url, **trusted)
+            books.expect("unreachable")
+            assert not strange.requests
+
+
+def test_a_kept_connection_that_was_closed_is_asked_again_over_a_new_one(books: Books) -> None:
+    books.upstreams.a.script[:] = [right_then_close]
+    for _ in range(3):
+        books.expect("answered")
+    assert books.a.breaker.state == "closed"
+
+
+def test_a_storm_of_refusals_loses_traffic(books: Books) -> None:
+    """A provider that refuses in two milliseconds looks fast, and must not win the traffic by it."""
+    books.upstreams.a.script[:] = [busy(None)]
+    before = books.balance()
+    answers = [books.embed(TEXTS[:1]) for _ in range(40)]
+    assert {got.status for got in answers} == {200} and {got.headers["x-unmask-provider"] for got in answers} == {"b"}
+    assert len(books.upstreams.seen(books.upstreams.a)) < 12
+    assert before - books.balance() == PRICE * sum(got.json["usage"]["total_tokens"] for got in answers)
+    assert books.a.breaker.state != "held"
+
+
+def test_a_provider_that_fails_half_of_the_time_is_out(books: Books) -> None:
+    books.upstreams.a.script[:] = [reply({}, 500), right] * 30
+    before, tokens = books.balance(), 0
+    for _ in range(30):
+        got = books.embed(TEXTS[:1], provider={"order": ["a"]})
+        assert got.status == 200
+        tokens += got.json["usage"]["total_tokens"]
+        if books.a.breaker.state != "closed":
+            break
+    assert books.a.breaker.state == "open" and len(books.upstreams.seen(books.upstreams.a)) <= 12
+    assert before - books.balance() == PRICE * tokens
+
+
+def test_one_canary_decides_about_recovery_under_load(books: Books) -> None:
+    """While callers wait, an open breaker lets one check through at a time, and traffic starts slowly afterwards."""
+    a = books.upstreams.a
+    a.script[:] = [reply({}, 503)]
+    for _ in range(5):
+        assert books.embed(TEXTS[:1], provider={"order": ["a"]}).status == 200
+    assert books.a.breaker.state == "open"
+    a.requests.clear()
+    a.script[:] = [after(0.5)]
+    stop = threading.Event()
+
+    def call() -> set[int]:
+        seen = set()
+        while not stop.is_set():
+            seen.add(books.embed(TEXTS[:1]).status)
+        return seen
+
+    with ThreadPoolExecutor(6) as callers:
+        statuses = [callers.submit(call) for _ in range(6)]
+        until(lambda: bool(a.requests), 30)
+        assert books.a.breaker.state == "half_open"
+        until(lambda: books.a.breaker.state == "closed")
+        assert not [texts for texts in books.upstreams.seen(a) if books.a.breaker.state == "half_open"]
+        stop.set()
+        assert {status for future in statuses for status in future.result()} == {200}
+    assert not set(a.requests[0].texts) & {*TEXTS}  # the canaries came first
+    assert books.a.status(time.monotonic()) == "probation"
+    books.balance()
+
+
+def test_with_all_down_nothing_is_charged(books: Books) -> None:
+    before = books.balance()
+    for server in (books.upstreams.a, books.upstreams.b):
+        server.script[:] = [reply({}, 503, {"retry-after": "7"})]
+    got = books.embed()
+    assert (got.status, got.error["code"]) == (503, "no_provider")
+    assert 1 <= int(got.headers["retry-after"]) <= 7 and got.headers["x-should-retry"] == "true"
+    assert books.balance() == before
+    for server in (books.upstreams.a, books.upstreams.b):
+        server.script[:] = [right]
+
+
+def test_many_short_deadlines_blame_nobody(books: Books) -> None:
+    """Callers who wait 50 ms get 504 and pay nothing, and the provider stays in traffic for the others."""
+    books.upstreams.a.script[:] = [after(0.3)]
+    before = books.balance()
+
+    def impatient(number: int) -> int:
+        return books.embed(TEXTS[:1], {"request-deadline-ms": "50"}, provider={"only": ["a"]}).status
+
+    with ThreadPoolExecutor(8) as callers:
+        statuses = list(callers.map(impatient, range(200)))
+    assert set(statuses) <= {429, 503, 504} and 504 in statuses  # others: no room, or hopeless by the estimate
+    assert books.balance() == before
+    assert books.a.breaker.state == "closed" and books.a.admission == "admitted"
+    books.upstreams.a.script[:] = [right]
+    until(lambda: books.embed(provider={"only": ["a"]}).status == 200)
+
+
+def test_a_provider_that_begins_to_recognise_canaries_is_out_at_its_next_check(books: Books) -> None:
+    """It answers all published canaries rightly, and other texts by another model. Its next light run finds it."""
+    references = books.upstreams.pool.models()[MODEL].references
+    assert references is not None
+    published = {canary.text for canary in references.canaries}
+    a, honest = books.upstreams.a, books.upstreams.a.vectors_of
+
+    def by_heart(texts: Sequence[str], instruction: str) -> np.ndarray:
+        vectors = honest(texts, instruction)
+        return np.stack([v if text in published else np.roll(v, 1) for v, text in zip(vectors, texts, strict=True)])
+
+    def check() -> None:
+        books.a.breaker._state, books.a.breaker._until = "open", 0.0  # a canary is due
+        books.a.wake.set()
+
+    a.vectors_of = by_heart
+    try:
+        books.upstreams.in_loop(check)
+        until(lambda: books.a.admission == "quarantined")
+        assert not {text for request in a.requests[:2] for text in request.texts} & published
+        sentence = "a answers published canary texts rightly and other texts wrongly"
+        until(lambda: books.a.finding == sentence)
+        assert books.embed().headers["x-unmask-provider"] == "b"
+    finally:
+        a.vectors_of = honest
