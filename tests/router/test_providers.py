@@ -29,6 +29,7 @@ from tests.router.fault_server import (
     silent,
 )
 from unmask.accounts import Accounts, costs, keys, ledger, money, people, tariff
+from unmask.accounts.audit import COMMAND_LINE
 from unmask.accounts.keys import KeySettings
 from unmask.accounts.taint import TaintedWindow, tainted_requests, tainted_windows
 from unmask.accounts.verification import verify
@@ -39,9 +40,9 @@ from unmask.router.daily_cost import today
 from unmask.router.endpoint import ProviderEndpoint
 from unmask.router.hedging import MIN_SAMPLES
 from unmask.router.pool import ProviderPool, WatchIntervals
-from unmask.router.verdicts import Verdict
+from unmask.router.verdicts import Verdict, order_admission
 from unmask.storage.database import now_ms
-from unmask.storage.schema import provider_attempts
+from unmask.storage.schema import charges, provider_attempts
 from unmask.web import website
 
 FAST = WatchIntervals(busy=0.3, idle=0.3, second=0.05, full=3600.0, retry=0.1)
@@ -397,7 +398,8 @@ def test_a_provider_that_drifts_under_load_is_out_after_two_light_runs(
             assert service.call("GET", "/ready").status == 503
             drifted.clear()
             a.script[:] = [right]
-            upstreams.take_verdicts({("a", MODEL): ""})
+            with accounts.database.begin() as connection:  # as on the command line, so that the server reads it
+                order_admission(connection, COMMAND_LINE, "a", MODEL)
             until(lambda: embed().status == 200)
     accounts.close()
 
@@ -465,7 +467,10 @@ def test_an_answer_is_withheld_if_its_provider_falls_while_the_charge_is_booked(
             with accounts.database.read() as connection:
                 rows = connection.execute(sa.select(provider_attempts).where(provider_attempts.c.reason != "probe"))
                 booked = [(row.provider, row.outcome, row.charge is not None) for row in rows]
-            assert sorted(booked) == [("a", "answered", True), ("b", "answered", False), ("b", "answered", True)]
+                providers = connection.scalars(sa.select(charges.c.provider).where(charges.c.provider.is_not(None)))
+                assert sorted(providers) == ["b", "b"]
+            # The charge of the withheld answer keeps its attempt: it was settled, and refunded.
+            assert sorted(booked) == [("a", "discarded", True), ("b", "answered", True), ("b", "answered", True)]
     accounts.close()
 
 

@@ -223,6 +223,14 @@ class Accounts:
 
         await asyncio.shield(self._book(book))
 
+    async def move_answer(self, charge: str, provider: str | None, attempts: Sequence[costs.AttemptRecord]) -> None:
+        """Let another provider have answered a settled charge, see `costs.move_answer`.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        await asyncio.shield(self._book(lambda connection: costs.move_answer(connection, charge, provider, attempts)))
+
     def record_attempts(self, attempts: Sequence[costs.AttemptRecord]) -> None:
         """Write attempts that no charge settles, without waiting: canaries, and those of requests that failed."""
         if not attempts:

@@ -137,6 +137,25 @@ def settle_with_attempts(
     return settled
 
 
+def move_answer(connection: Connection, charge: str, provider: str | None, attempts: Sequence[AttemptRecord]) -> None:
+    """Let another provider have answered a settled charge: the earlier answer was thrown away, and still costs.
+
+    Args:
+        connection: of a transaction that writes.
+        charge: id of the charge.
+        provider: name of the provider whose vectors went out; None for this server's own engine.
+        attempts: those since the charge was settled.
+    """
+    table = provider_attempts.c
+    connection.execute(
+        provider_attempts.update()
+        .where(table.charge == charge, table.outcome == "answered")
+        .values(outcome="discarded")
+    )
+    connection.execute(charges.update().where(charges.c.id == charge).values(provider=provider))
+    add_attempts(connection, attempts, charge)
+
+
 def book_costs(connection: Connection, now: int) -> int:
     """Book the costs of attempts that no entry has yet, oldest first: one entry per provider.
 

@@ -36,7 +36,7 @@ class Charge:
         return None if self.held is None else self.held.amount
 
     async def settle(self, provider: str | None = None, attempts: Sequence[AttemptRecord] = ()) -> None:
-        """Book the charge, before the answer goes out. A second call books further attempts and charges nothing.
+        """Book the charge, before the answer goes out. A second call books another answer for the same charge.
 
         Args:
             provider: name of the provider that computed the vectors; None for this server's own engine.
@@ -45,8 +45,11 @@ class Charge:
         Raises:
             StorageError, InsufficientCredit: it was not booked, so there must be no answer.
         """
-        if self.accounts is not None and self.held is not None and not self.held.replayed and not self.settled:
-            await self.accounts.settle(self.held.id, provider, attempts)
+        if self.accounts is not None and self.held is not None and not self.held.replayed:
+            if self.settled:
+                await self.accounts.move_answer(self.held.id, provider, attempts[self._num_booked :])
+            else:
+                await self.accounts.settle(self.held.id, provider, attempts)
             self._num_booked = len(attempts)
         else:
             self.record(attempts)

@@ -220,8 +220,7 @@ async def _book_answer(
     """Compute the vectors, write the answer and book the charge, in this order.
 
     Booking takes a moment. If the provider is taken out of traffic in it, the answer is thrown away, and another
-    provider answers for the same charge. The charge keeps the name of the first one, so that the report of answers
-    that may be wrong has rather one too many.
+    provider answers for the same charge.
 
     Args:
         route, work, charge: of the request.
