@@ -385,8 +385,10 @@ def test_a_provider_that_drifts_under_load_is_out_after_two_light_runs(
                 tainted = {charge for charge, _, _, _ in tainted_requests(connection, windows()[0])}
             assert {charge for _, is_right, _, charge in answers if not is_right} <= tainted
             assert tainted <= {charge for _, _, name, charge in answers if name == "a"}
-            (line,) = service.call("GET", "/v1/usage", key=key).json["tainted"]
-            assert (line["provider"], line["model"], line["requests"]) == ("a", MODEL, len(tainted))
+            lines = service.call("GET", "/v1/usage", key=key).json["tainted"]
+            # A canary may notice the drift before any answer goes out, on a machine that is busy.
+            expected_lines = [("a", MODEL, len(tainted))] if tainted else []
+            assert [(line["provider"], line["model"], line["requests"]) for line in lines] == expected_lines
             sentence = "a rotates or mirrors the space: only inner products are right"
             assert upstreams.endpoint("a").finding == sentence
             b.script[:] = [changed(lambda answer: answer["data"].reverse()), right]

@@ -10,7 +10,7 @@ from importlib.resources import files
 from typing import Any
 
 from unmask.encoder.prompts import PromptBuilder
-from unmask.errors import TextTooLong
+from unmask.errors import InstructionTooLong, TextTooLong
 
 # Lengths in tokens at which implementations cut texts, besides the model's own maximum.
 _BOUNDARIES = (128, 256, 512)
@@ -51,7 +51,7 @@ def canary_texts(prompts: PromptBuilder, max_tokens: int) -> tuple[CanaryText, .
         for boundary in boundaries
         for text in _pair(prompts, boundary, _data()["boundary"])
     ]
-    return (*fixed_texts(), *(canary for canary in pairs if _fits(prompts, canary.text)))
+    return tuple(canary for canary in (*fixed_texts(), *pairs) if _fits(prompts, canary))
 
 
 def fixed_texts() -> tuple[CanaryText, ...]:
@@ -63,11 +63,11 @@ def fixed_texts() -> tuple[CanaryText, ...]:
     )
 
 
-def _fits(prompts: PromptBuilder, text: str) -> bool:
-    """False for a text that is shortened below the model's maximum, as in the reference mode."""
+def _fits(prompts: PromptBuilder, canary: CanaryText) -> bool:
+    """False for a text that is too long for the model, or shortened below its maximum as in the reference mode."""
     try:
-        prompts.build([text], truncate=False)
-    except TextTooLong:
+        prompts.build([canary.text], canary.instruction, truncate=False)
+    except (TextTooLong, InstructionTooLong):
         return False
     return True
 

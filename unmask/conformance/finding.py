@@ -264,7 +264,9 @@ def _fault(
         return fault  # it explains everything below as well
     if noise > limit / 4:
         return f"gives another vector each time it is asked for the same text (1 - cosine up to {noise:.1e})"
-    if _depends_on_company(answers, limit):
+    # A lower precision than declared rounds differently in company: that is the fault then, and not the company.
+    rounding = limit if precision is None else max(limit, references.limits[precision][0])
+    if _depends_on_company(answers, rounding):
         return "gives a text another vector depending on its neighbours or on what came before"
     if precision is not None and not _is_coarser(precision, allowed):
         return ""

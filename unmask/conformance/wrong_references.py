@@ -134,7 +134,11 @@ def _prompt_changes(subject: _Subject) -> Iterator[tuple[str, Callable[[Prompt],
 
     if begins_with_bos:
         yield "leaves out the BOS token", lambda p: moved(p, p.ids[1:], -1, -1)
-        yield "begins with two BOS tokens", lambda p: moved(p, np.concatenate([p.ids[:1], p.ids]), 1, 1)
+        # A mean that has BOS in it has both.
+        yield (
+            "begins with two BOS tokens",
+            lambda p: moved(p, np.concatenate([p.ids[:1], p.ids]), min(1, p.pooled[0]), 1),
+        )
     elif bos is not None:
         yield "adds a BOS token", lambda p: moved(p, np.concatenate([[bos], p.ids]), 1, 1)
     if ends_with_eos:
