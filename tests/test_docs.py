@@ -1,6 +1,7 @@
 """The pages: links resolve, named files exist, snippets run, and no page prints an install command that fails."""
 
 import re
+import runpy
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 
 from unmask import Encoder
 from unmask.checkpoint.adapter_config import LORA_FIELDS
+from unmask.checkpoint.shipped import SHIPPED
 from unmask.encoder.model.architectures import ROPE_TYPES
 
 ROOT = Path(__file__).parent.parent
@@ -52,9 +54,8 @@ def test_links_lead_to_files_and_headings(page: Path):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=name)
 def test_named_files_exist(page: Path):
-    models = ("unmask/smollm2-135m", "unmask/smollm2-135m-embed")
     for path in PATH.findall(page.read_text(encoding="utf-8")):
-        if path not in models and not re.search(r"\b[xy]\b", path):
+        if path not in SHIPPED and not re.search(r"\b[xy]\b", path):
             assert (ROOT / path).exists(), f"{name(page)} names {path}"
 
 
@@ -76,6 +77,15 @@ def test_the_readme_shows_everything_needed_on_one_screen():
     assert len(screen.splitlines()) <= 50
     for part in ("make serve", "make test", "Encoder.load", "curl ", "](docs/performance/", "docs/index.md"):
         assert part in screen
+
+
+@pytest.mark.slow
+def test_figures_in_the_pages_are_those_of_the_committed_evaluation():
+    """`python docs/figures.py` mends them."""
+    module = runpy.run_path(str(ROOT / "docs" / "figures.py"))
+    for page in module["PAGES"]:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert "<!-- figures: " in text and module["fill"](text) == text, page
 
 
 @pytest.mark.weights
