@@ -327,10 +327,10 @@ def docstring_clauses() -> Places:
 
 @cache
 def sources_beside() -> dict[str, ast.Module]:
-    """Every module of tests, benchmarks, examples and docs by its path in the repository."""
+    """Every module of tests, benchmarks, examples, tools and docs by its path in the repository."""
     return {
         file.relative_to(REPOSITORY).as_posix(): ast.parse(file.read_text(encoding="utf-8"))
-        for folder in ("tests", "benchmarks", "examples", "docs")
+        for folder in ("tests", "benchmarks", "examples", "tools", "docs")
         for file in sorted((REPOSITORY / folder).rglob("*.py"))
     }
 

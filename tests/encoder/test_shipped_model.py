@@ -1,7 +1,8 @@
-"""The model that ships: its adapter is in the package, its vectors are those it was measured with."""
+"""Models that ship: their weights are in the package, their vectors are those they were measured with."""
 
 import base64
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,45 +13,30 @@ from unmask.catalogue.canary import expected_vector
 from unmask.checkpoint import DEFAULT_MODEL
 from unmask.checkpoint.shipped import SHIPPED
 
-# Normalised vectors' first eight numbers, as they were when the model was measured.
-VECTORS = {
-    "How do I open a bank account?": [
-        -0.028172,
-        0.008819,
-        0.079896,
-        -0.008422,
-        -0.006214,
-        0.025795,
-        -0.087390,
-        0.051832,
-    ],
-    "A man is playing a guitar.": [-0.007392, 0.043013, -0.000089, -0.044988, -0.069154, -0.004439, 0.010125, 0.056881],
-    "Graph neural networks for molecules": [
-        -0.022728,
-        -0.027208,
-        0.011900,
-        0.001282,
-        0.012530,
-        -0.057274,
-        -0.003187,
-        0.000965,
-    ],
-}
+GOLDEN = Path(__file__).parent.parent / "golden" / "shipped_vectors.json"
+# Normalised vectors' first eight numbers by model and text, as they were when the model was measured.
+VECTORS: dict[str, dict[str, list[float]]] = json.loads(GOLDEN.read_text(encoding="utf-8"))
+ENCODERS = {name: model for name, model in SHIPPED.items() if model.adapter or model.layers_folder}
 
 
-@pytest.fixture(scope="module")
-def encoder() -> Encoder:
-    return Encoder.load(DEFAULT_MODEL, dtype="float32")
+@pytest.fixture(scope="module", params=ENCODERS)
+def encoder(request: pytest.FixtureRequest) -> Encoder:
+    return Encoder.load(request.param, dtype="float32")
 
 
-@pytest.mark.parametrize("text", VECTORS)
-def test_a_handful_of_vectors(encoder: Encoder, text: str) -> None:
-    vector = encoder.encode(text, normalize=True)[0]
-    np.testing.assert_allclose(vector[:8], VECTORS[text], atol=2e-5)
+def test_the_default_model_and_every_encoder_have_vectors_and_a_record() -> None:
+    assert DEFAULT_MODEL in ENCODERS
+    assert set(VECTORS) == set(ENCODERS) == {id for id, r in shipped_records().items() if r.owned_by == "unmask"}
+
+
+def test_a_handful_of_vectors(encoder: Encoder) -> None:
+    rows = VECTORS[encoder.checkpoint.name]
+    vectors = encoder.encode(list(rows), normalize=True)
+    np.testing.assert_allclose(vectors[:, :8], list(rows.values()), atol=2e-5)
 
 
 def test_the_canary_in_the_record_is_its_own(encoder: Encoder) -> None:
-    canary = shipped_records()[DEFAULT_MODEL].canary
+    canary = shipped_records()[encoder.checkpoint.name].canary
     assert canary is not None
     assert len(base64.b64decode(canary.vector)) == 2 * encoder.dim
     assert float(encoder.encode(canary.text, normalize=True)[0] @ expected_vector(canary)) > 0.9999
@@ -65,16 +51,26 @@ def test_what_means_the_same_is_nearer_than_what_looks_the_same(encoder: Encoder
 
 
 def test_half_of_the_numbers_say_nearly_the_same(encoder: Encoder) -> None:
-    texts = [*VECTORS, "Someone plays an instrument.", "Where can I get a current account?", "Chemistry with GNNs"]
+    texts = [*VECTORS[DEFAULT_MODEL], "Someone plays an instrument.", "Where can I get a current account?"]
+    texts.append("Chemistry with GNNs")
     whole, cut = (encoder.encode(texts, normalize=True, dimensions=size) for size in (None, 256))
     assert np.corrcoef((whole @ whole.T).ravel(), (cut @ cut.T).ravel())[0, 1] > 0.97
 
 
-def test_the_adapter_says_what_it_was_trained_on_and_how() -> None:
-    folder = SHIPPED[DEFAULT_MODEL].adapter
-    assert folder is not None
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    assert config["base_model_name_or_path"] in SHIPPED and SHIPPED[config["base_model_name_or_path"]].adapter is None
-    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("name", ENCODERS)
+def test_the_weights_say_what_they_were_trained_on_and_how(name: str) -> None:
+    model = ENCODERS[name]
+    if model.adapter:
+        folder, key, file = model.adapter, "base_model_name_or_path", "adapter_config.json"
+    else:
+        assert model.layers_folder
+        folder, key, file = model.layers_folder, "token_embedding_from", "config.json"
+    base = json.loads((folder / file).read_text(encoding="utf-8"))[key]
+    assert base in SHIPPED and base not in ENCODERS
+    text = (folder / "run.json").read_text(encoding="utf-8")
+    run = json.loads(text)
     assert run["recipe"]["steps"] and run["data"] and run["versions"]
-    assert "Licence" in (folder / "README.md").read_text(encoding="utf-8")
+    assert '"/' not in text and ":/" not in text  # no path of the machine it was trained on
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "licence" in card.lower()
+    assert all(f"| {source['name']} |" in card for source in run["recipe"]["data"]) or model.adapter

@@ -13,6 +13,7 @@ import msgspec
 from unmask.catalogue.figures import Figures, figures
 from unmask.catalogue.measurement import Measurement, read_measurements
 from unmask.catalogue.record import Record
+from unmask.checkpoint.shipped import DEFAULT_MODEL, SHIPPED
 from unmask.errors import UsageError
 
 
@@ -88,14 +89,25 @@ def parse_record(text: str, name: str) -> Record:
 
 @cache
 def shipped_records() -> dict[str, Record]:
-    """Return the records that ship with the package, by id: the default model first, then by name."""
+    """Return the records that ship with the package, by id: the default model first, then by name.
+
+    A record of ours whose weights are not in the package yet is left out.
+    """
     folder = files("unmask.catalogue").joinpath("records")
     records = [
         parse_record(file.read_text(encoding="utf-8"), file.name)
         for file in folder.iterdir()
         if file.name.endswith(".toml")
     ]
-    records.sort(key=lambda record: (record.owned_by != "unmask", record.role == "reference", record.id.lower()))
+    records = [record for record in records if record.owned_by != "unmask" or record.id in SHIPPED]
+    records.sort(
+        key=lambda record: (
+            record.id != DEFAULT_MODEL,
+            record.owned_by != "unmask",
+            record.role == "reference",
+            record.id.lower(),
+        )
+    )
     return {record.id: record for record in records}
 
 

