@@ -18,13 +18,13 @@ from starlette.types import ASGIApp, Message
 from unmask.api import ServeSettings, create_app
 from unmask.api.metrics import Metrics
 from unmask.catalogue import Catalogue, shipped_measurements, shipped_records
+from unmask.checkpoint import DEFAULT_MODEL as DEFAULT
 from unmask.router import ModelRegistry
 from unmask.web import website
 
 TARGET_MS = 20
 COMING = "McGill-NLP/LLM2Vec-Sheared-LLaMA-mntp-supervised"
 REFERENCE = "sentence-transformers/all-MiniLM-L6-v2"
-DEFAULT = "unmask/smollm2-135m-embed"
 PAGES = (
     "/", "/models", "/models?q=llama&sort=mteb", "/models?page=10", f"/models/{DEFAULT}", f"/models/{COMING}",
     f"/compare?models={DEFAULT},{REFERENCE},{COMING}", "/docs", "/status", "/llms.txt", "/sitemap.xml", "/feed.xml",

@@ -14,7 +14,9 @@ ROOT = Path(__file__).parent.parent
 PAGES = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
-    "unmask/checkpoint/adapters/smollm2-135m-embed/README.md": "model-card.md",
+} | {
+    card.relative_to(ROOT).as_posix(): f"model-cards/{card.parent.name}.md"
+    for card in sorted(ROOT.glob("unmask/checkpoint/*/*/README.md"))
 }
 CLI_MARK = "<!-- generated from unmask.cli -->"
 _LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)")

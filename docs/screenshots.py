@@ -18,8 +18,9 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
+from unmask.checkpoint import DEFAULT_MODEL as MODEL
+
 IMAGES = Path(__file__).parent / "images"
-MODEL = "unmask/smollm2-135m-embed"
 PERSON, PASSWORD = "ada@example.org", "correct horse battery"
 TEXTS = ("how much protein should a female eat", "As a general guideline, 46 grams per day.")
 

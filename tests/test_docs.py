@@ -10,7 +10,7 @@ import pytest
 
 from unmask import Encoder
 from unmask.checkpoint.adapter_config import LORA_FIELDS
-from unmask.checkpoint.shipped import SHIPPED
+from unmask.checkpoint.shipped import DEFAULT_MODEL, SHIPPED
 from unmask.encoder.model.architectures import ROPE_TYPES
 
 ROOT = Path(__file__).parent.parent
@@ -118,3 +118,13 @@ def test_pictures_stay_small():
     """The pictures of the docs are at most 3 MB together."""
     pictures = [file for file in (ROOT / "docs").rglob("*") if file.suffix in (".png", ".webp", ".svg", ".jpg")]
     assert sum(file.stat().st_size for file in pictures) < 3_000_000
+
+
+def test_the_pages_name_models_that_ship_and_the_readme_the_default_one():
+    names = {
+        file: set(re.findall(r"\bunmask/smollm2[\w-]*", (ROOT / file).read_text(encoding="utf-8")))
+        for file in tracked("README.md", "docs/*.md", "examples/*", ".github/*.yml")
+        if not file.startswith(GENERATED)
+    }
+    assert {name for page_names in names.values() for name in page_names} <= set(SHIPPED)
+    assert names["README.md"] == {DEFAULT_MODEL}

@@ -17,8 +17,8 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from unmask import Encoder
+from unmask.checkpoint import DEFAULT_MODEL as MODEL
 
-MODEL = "unmask/smollm2-135m-embed"
 CLIENTS = 64
 SECONDS = 60.0
 WORDS = [

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from unmask import Encoder, __version__
+from unmask.checkpoint import DEFAULT_MODEL
 
 Ended = subprocess.CompletedProcess[str]
 Command = Callable[..., Ended]
@@ -26,7 +27,7 @@ def test_version() -> None:
 
 def test_models_lists_the_default(unmask: Command) -> None:
     done = unmask("models")
-    assert done.returncode == 0 and "unmask/smollm2-135m-embed" in done.stdout
+    assert done.returncode == 0 and DEFAULT_MODEL in done.stdout
 
 
 def test_encode_a_file(unmask: Command, golden_dir: Path, tmp_path: Path) -> None:

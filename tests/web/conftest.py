@@ -13,6 +13,7 @@ from unmask.api.metrics import Metrics
 from unmask.api.settings import ServeSettings
 from unmask.api.web_pages import WebPages
 from unmask.catalogue import Catalogue
+from unmask.checkpoint import DEFAULT_MODEL
 from unmask.router import ModelRegistry
 from unmask.web import AccountHooks, Site, build_pages, website
 
@@ -20,7 +21,7 @@ HTML = {"accept": "text/html,application/xhtml+xml;q=0.9,*/*;q=0.8"}
 
 COMING = "McGill-NLP/LLM2Vec-Sheared-LLaMA-mntp-supervised"
 REFERENCE = "sentence-transformers/all-MiniLM-L6-v2"
-DEFAULT = "unmask/smollm2-135m-embed"
+DEFAULT = DEFAULT_MODEL
 
 
 @pytest.fixture(scope="session")
