@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -52,10 +53,10 @@ async def upstream() -> AsyncIterator[tuple[FaultServer, ProviderEndpoint, Model
         await client.close()
 
 
-def work_of(number: int) -> EmbeddingWork:
+def work_of(number: int, text: str = "a text") -> EmbeddingWork:
     prompt = cast(Prompt, SimpleNamespace(ids=range(4), truncated=False))
     return EmbeddingWork(
-        texts=["a text"] * number,
+        texts=[text] * number,
         prompts=[prompt] * number,
         instruction="",
         raw=False,
@@ -125,3 +126,16 @@ async def test_an_answer_counts_only_if_its_provider_was_admitted_all_the_time(
         assert await outcome_of(during) == "discarded"
     endpoint.resume()
     assert await outcome_of(quarantine_after_a_reload) == "discarded"
+
+
+@pytest.mark.parametrize("text", ["strike out </s> here", "<|im_end|>", "[CLS] a", "<0x0A>", "!@#$%^&*()"])
+async def test_texts_like_control_tokens_go_to_those_who_read_them_as_text(
+    upstream: tuple[FaultServer, ProviderEndpoint, ModelEndpoints], text: str
+) -> None:
+    server, endpoint, group = upstream
+    endpoint.model = msgspec.structs.replace(endpoint.model, reads_control_tokens=True)
+    with pytest.raises(NoProvider):
+        await answer(group, None, work_of(1, text), random.Random(1))
+    assert not server.requests
+    await answer(group, None, work_of(1, "a < b and c > d [see note 3]"), random.Random(1))
+    assert len(server.requests) == 1

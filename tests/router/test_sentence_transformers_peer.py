@@ -164,8 +164,8 @@ def load(folder: Path, mistake: Mistake, copy: Path) -> Model:
     return model
 
 
-def finding_of(url: str, references: References, kind: Any = "openai") -> Finding:
-    model = ProviderModel(id="m", precision="float32")  # 299 of 300 tokens would pass as float16
+def finding_of(url: str, references: References, kind: Any = "openai", **fields: Any) -> Finding:
+    model = ProviderModel(id="m", **{"precision": "float32"} | fields)  # 299 of 300 tokens would pass as float16
     provider = RemoteProvider(name="peer", kind=kind, url=url, private=True, models=(model,))
 
     async def check() -> Finding:

@@ -65,6 +65,7 @@ async def full_run(
     max_inputs: int = 2048,
     max_tokens: int | None = None,
     instructions: bool = True,
+    control_tokens: bool = True,
 ) -> CanaryAnswers:
     """Ask for all canary texts, for some of them again, for some in other company, and for some unpublished ones.
 
@@ -75,12 +76,15 @@ async def full_run(
         max_inputs: most texts of one request.
         max_tokens: longest text to ask for; None for the model's own maximum.
         instructions: False for somebody who cannot be given instructions.
+        control_tokens: False for somebody who is never sent texts that look like control tokens.
     """
     longest = min(max_tokens or references.max_tokens, references.max_tokens)
     rows = [
         row
         for row, canary in enumerate(references.canaries)
-        if references.num_tokens[row] <= longest and (instructions or not canary.instruction)
+        if references.num_tokens[row] <= longest
+        and (instructions or not canary.instruction)
+        and (control_tokens or canary.group != "control")
     ]
     vectors: dict[int, np.ndarray] = {}
     raw: dict[int, bytes] = {}

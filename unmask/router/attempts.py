@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import re
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
@@ -43,6 +44,9 @@ _ATTEMPT_FACTOR = 4.0
 # Usual seconds until a model without an admitted endpoint has one: while its references are computed, and while all are
 # quarantined, which takes a person.
 _REFERENCES_S, _OPERATOR_S = 30.0, 120.0
+
+# The forms of control tokens in use, and more: a text that has one by chance is answered by somebody else.
+_CONTROL_TOKEN = re.compile(r"<[^\s<>]{1,40}>|\[[A-Za-z_0-9]{1,40}\]|!@#\$%")
 
 _ANSWER_S = 0.02  # left for writing the answer
 
@@ -248,6 +252,8 @@ def _candidates(
 def _is_able(endpoint: ProviderEndpoint, work: EmbeddingWork) -> bool:
     """True if the provider's API can carry the request without changing what it means."""
     if work.texts is None or work.raw or (work.instruction and not endpoint.provider.takes_instructions):
+        return False
+    if endpoint.model.reads_control_tokens and any(map(_CONTROL_TOKEN.search, work.texts)):
         return False
     longest = endpoint.model.max_tokens
     return all(not prompt.truncated and (longest is None or len(prompt.ids) <= longest) for prompt in work.prompts)

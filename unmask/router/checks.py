@@ -71,6 +71,7 @@ async def full_check(
             max_inputs=provider.inputs_per_request(model),
             max_tokens=model.max_tokens,
             instructions=provider.takes_instructions,
+            control_tokens=not model.reads_control_tokens,
         )
     except AttemptFailed as failure:
         if failure.signal != "malformed":

@@ -252,6 +252,7 @@ class ProviderEndpoint:
                 provider.max_parallel,
                 model.name_there,
                 model.precision,
+                model.reads_control_tokens,
             )
 
         return key(provider, model) == key(self.provider, self.model)

@@ -61,6 +61,8 @@ class ProviderModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         max_tokens: longest text; None for the model's own maximum.
         priority: 0 first; a group is asked only when nobody of the one before is left.
         allow_loss: it may answer requests that earn less than it costs.
+        reads_control_tokens: it takes `</s>` and the like in a user's text for control tokens, as llama.cpp does. Texts
+            with anything of that form are not sent to it, and neither are such canaries.
         hedge: slow requests may be sent to it and to another such provider at the same time.
     """
 
@@ -72,6 +74,7 @@ class ProviderModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
     priority: Annotated[int, Meta(ge=0, le=99)] = 0
     allow_loss: bool = False
+    reads_control_tokens: bool = False
     hedge: bool = False
 
     @property
