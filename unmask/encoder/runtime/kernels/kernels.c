@@ -45,9 +45,7 @@
 #define PADDING 16 // floats behind each row of a buffer, so that rows do not share the sets of the cache
 #define QUERY_ROWS (4 * MR)
 #define CACHE_FLOATS (1 << 18) // largest block of rows: half of a usual L2 cache
-#ifndef TILE_FLOATS
-#define TILE_FLOATS (1 << 18)
-#endif
+#define TILE_FLOATS (3 << 16)  // the same for products in bfloat16, whose panels are in the cache as well
 
 #define INLINE static inline __attribute__((always_inline))
 
