@@ -37,6 +37,7 @@ ORDER = (
     "charts",
     "evaluate",
     "training",
+    "export",
     "engine",
     "storage",
     "accounts",

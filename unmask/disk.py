@@ -1,6 +1,7 @@
 """Writes that survive a crash: atomic replacement, file locks, fsync, and one error for a disk that refuses."""
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -32,6 +33,29 @@ def atomic_write(target: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # an error of the block counts, not one of the clean-up
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `target`, which gets its name only if the block ends without an error.
+
+    Args:
+        target: must not exist, or be an empty folder.
+
+    Raises:
+        StorageError: it cannot be written, or the disk is full; nothing is left of it then.
+    """
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        with storage_errors(str(target), "free some space"):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            yield partial
+            if target.is_dir():
+                target.rmdir()
+            partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager

@@ -32,6 +32,7 @@ UnmaskError
 │   ├── KeyReused              the same Idempotency-Key came with another request
 │   ├── NoPrice                the model has no price yet
 │   └── LedgerRefused          a booking that would break the ledger's rules
+├── ExportError                a model cannot be exported to a format, or its exported files give other vectors
 ├── GateFailed                 a model did not pass a gate on its way to live
 ├── TrainingError              a run cannot go on: the loss is not a number, memory is out
 └── StorageError               the disk is full or cannot be written
@@ -220,6 +221,10 @@ class NoPrice(AccountError):
 
 class LedgerRefused(AccountError):
     """A booking that breaks a rule: a reference used twice, more than the balance, a charge that is not open."""
+
+
+class ExportError(UnmaskError):
+    """A format cannot express a model, or the files that were written do not give the model's vectors."""
 
 
 class GateFailed(UnmaskError):

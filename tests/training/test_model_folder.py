@@ -155,7 +155,7 @@ def test_whole_or_not_at_all(golden_dir: Path, tmp_path: Path, monkeypatch: pyte
     def no_space(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("unmask.training.model_folder._write_tokenizer", no_space)
+    monkeypatch.setattr("unmask.training.model_folder.write_tokenizer", no_space)
     with pytest.raises(StorageError, match="No space left"):
         write_model(tmp_path / "model", encoder)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["full"]

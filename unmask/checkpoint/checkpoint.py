@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from filecmp import cmp
 from functools import cached_property
 from pathlib import Path
@@ -113,6 +113,7 @@ def _open(location: Location) -> Checkpoint:
     layers = described.layers if head is None else read_head_file(head)
     if layers:
         tensors = HeadTensors(tensors, layers)
+    tokenizer = _with_sequence_tokens(tokenizer, described.settings)
     config = {**config, "model_type": BIDIRECTIONAL_TYPES.get(config["model_type"], config["model_type"])}
     _check_vocabulary(location.name, tensors, tokenizer)
     if merged:
@@ -129,6 +130,24 @@ def _open(location: Location) -> Checkpoint:
     )
 
 
+def _with_sequence_tokens(tokenizer: TextTokenizer, settings: Mapping[str, Any]) -> TextTokenizer:
+    """Replace the ids around a sequence by those of "sequence_tokens", [before, after], in the encoder's settings.
+
+    The tokenizer of an exported folder adds a template's special tokens too, for libraries that know no templates.
+
+    Raises:
+        CheckpointError: the setting is not two lists of ids.
+    """
+    around = settings.get("sequence_tokens")
+    if around is None:
+        return tokenizer
+    try:
+        prefix, suffix = (tuple(map(int, ids)) for ids in around)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"sequence_tokens is {around!r:.80}; expected two lists of token ids") from error
+    return replace(tokenizer, prefix=prefix, suffix=suffix)
+
+
 def _description(folders: Sequence[Path], config: Mapping[str, Any]) -> ModulesDescription | None:
     """The outermost description of the encoder: an `llm2vec_config.json`, else a `modules.json`.
 
@@ -141,6 +160,7 @@ def _description(folders: Sequence[Path], config: Mapping[str, Any]) -> ModulesD
         if settings:
             # Training carries the steps of a head on to its adapter; the layers stay in the base's folder.
             dense = any(step.get("kind") == "dense" for step in settings.get("head") or ())
+            dense = dense and not (folder / HEAD_FILE).is_file()  # that file holds the layers
             below = (read_modules(path, config) for path in folders[i:]) if dense else ()
             carried = next((modules for modules in below if modules is not None), ModulesDescription({}))
             return ModulesDescription(settings, carried.files, carried.layers)

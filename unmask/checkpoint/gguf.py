@@ -13,7 +13,7 @@ import mmap
 import re
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from unmask.checkpoint.gguf_families import FAMILIES, GEMMA2_CAPS, ROPE_FACTORS, layout_of, undo_conversion
 from unmask.checkpoint.gguf_tokenizer import build_tokenizer
 from unmask.checkpoint.modules import gguf_settings
 from unmask.checkpoint.tensors import TensorSource
@@ -45,80 +46,6 @@ _PLAIN = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloa
 _CHUNK = 1 << 17
 
 
-# A tensor's name without `.weight` -> the hub's, and a letter per dimension of its weight, outermost first:
-# V vocabulary, H hidden, Q all query heads, K all key heads, D one head, I feed-forward.
-_OUTER = {
-    "token_embd": ("embed_tokens", "VH"),
-    "output_norm": ("norm", "H"),
-    "output": ("lm_head", "VH"),
-}
-_LLAMA_BLOCK = {
-    "attn_norm": ("input_layernorm", "H"),
-    "attn_q": ("self_attn.q_proj", "QH"),
-    "attn_k": ("self_attn.k_proj", "KH"),
-    "attn_v": ("self_attn.v_proj", "KH"),
-    "attn_output": ("self_attn.o_proj", "HQ"),
-    "ffn_norm": ("post_attention_layernorm", "H"),
-    "ffn_gate": ("mlp.gate_proj", "IH"),
-    "ffn_up": ("mlp.up_proj", "IH"),
-    "ffn_down": ("mlp.down_proj", "HI"),
-}
-_HEAD_NORMS = {"attn_q_norm": ("self_attn.q_norm", "D"), "attn_k_norm": ("self_attn.k_norm", "D")}
-_GEMMA2_BLOCK = _LLAMA_BLOCK | {
-    "post_attention_norm": ("post_attention_layernorm", "H"),
-    "ffn_norm": ("pre_feedforward_layernorm", "H"),
-    "post_ffw_norm": ("post_feedforward_layernorm", "H"),
-}
-
-
-@dataclass(frozen=True)
-class _Family:
-    """Facts about an architecture that a GGUF file does not contain.
-
-    Attributes:
-        block: the tensors of a layer.
-        constants: entries of the hub's config.json; a field of the file overrides them.
-        interleaved: tensors whose rows the converter reordered for llama.cpp's rotary layout, and the config
-            entry that counts their heads.
-        norm_offset: number that the converter added to every norm weight.
-        wide_depth: the depth of the one model whose query scalar is hidden_size / heads, not head_dim.
-    """
-
-    block: Mapping[str, tuple[str, str]]
-    constants: Mapping[str, Any]
-    interleaved: Mapping[str, str] = field(default_factory=dict)
-    norm_offset: float = 0.0
-    wide_depth: int | None = None
-
-
-_SILU = {"hidden_act": "silu", "rope_theta": 10000.0}
-_GELU = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "rope_theta": 10000.0}
-# https://huggingface.co/google/gemma-2-9b/blob/main/config.json and gemma-3-4b-pt
-_GEMMA2 = _GELU | {"sliding_window": 4096, "sliding_window_pattern": 2}
-_GEMMA2_CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
-_GEMMA3 = _GELU | {"sliding_window": 1024, "sliding_window_pattern": 6}
-_GEMMA3_ROPE = {"rope_theta": 1000000.0, "rope_local_base_freq": 10000.0}
-_LLAMA = _Family(
-    _LLAMA_BLOCK,
-    {"model_type": "llama"} | _SILU,
-    interleaved={"self_attn.q_proj": "num_attention_heads", "self_attn.k_proj": "num_key_value_heads"},
-)
-_FAMILIES = {
-    # Files of Mistral have the architecture llama as well; nothing in a file tells the two apart.
-    "llama": _LLAMA,
-    "llama-embed": _LLAMA,  # the converter's name of LlamaBidirectionalModel
-    "qwen2": _Family(_LLAMA_BLOCK, {"model_type": "qwen2"} | _SILU),
-    "qwen3": _Family(_LLAMA_BLOCK | _HEAD_NORMS, {"model_type": "qwen3"} | _SILU),
-    "gemma": _Family(_LLAMA_BLOCK, {"model_type": "gemma"} | _GELU, norm_offset=1.0),
-    "gemma2": _Family(_GEMMA2_BLOCK, {"model_type": "gemma2"} | _GEMMA2 | _GEMMA2_CAPS, norm_offset=1.0, wide_depth=46),
-    "gemma3": _Family(
-        _GEMMA2_BLOCK | _HEAD_NORMS,
-        {"model_type": "gemma3_text"} | _GEMMA3 | _GEMMA3_ROPE,
-        norm_offset=1.0,
-        wide_depth=62,
-    ),
-}
-
 # Field, after the architecture's name and a dot -> entry of config.json. Later rows override earlier ones.
 _NEEDED = {
     "block_count": "num_hidden_layers",
@@ -139,7 +66,7 @@ _OPTIONAL = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
 }
-_REAL = ("rms_norm_eps", "rope_theta", "rope_local_base_freq", *_GEMMA2_CAPS)
+_REAL = ("rms_norm_eps", "rope_theta", "rope_local_base_freq", *GEMMA2_CAPS)
 _ROPE_SCALING = {
     "linear": {"rope.scale_linear": "factor", "rope.scaling.factor": "factor"},
     "yarn": {
@@ -150,7 +77,6 @@ _ROPE_SCALING = {
     },
 }
 
-_ROPE_FACTORS = "rope_freqs.weight"
 # Rotary tables that the config already gives, and the vision tower and projector of a multimodal file.
 _IRRELEVANT = re.compile(r"blk\.\d+\.attn_rot_embd\.weight|(?:v|mm)\..+", re.ASCII)
 
@@ -169,8 +95,8 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], TensorSource, TextTokenizer, 
     """
     header = _read_header(path)
     architecture = header.fields.get("general.architecture")
-    if not isinstance(architecture, str) or architecture not in _FAMILIES:
-        supported = ", ".join(_FAMILIES)
+    if not isinstance(architecture, str) or architecture not in FAMILIES:
+        supported = ", ".join(FAMILIES)
         raise UnsupportedArchitecture(f"{path} holds architecture {architecture!r}; known are {supported}")
     settings = gguf_settings(path, architecture, header.fields)
     config = _config(header, architecture)
@@ -182,6 +108,27 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], TensorSource, TextTokenizer, 
     tokenizer = build_tokenizer(path, header.fields)
     config["bos_token_id"], config["eos_token_id"] = tokenizer.bos_id, tokenizer.eos_id
     return config, tensors, tokenizer, settings
+
+
+def tensor_types(path: Path) -> set[str]:
+    """Names of the types of a file's matrices, such as F16 and Q8_0.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    from gguf.constants import GGMLQuantizationType
+
+    stored = _read_header(path).tensors.values()
+    return {GGMLQuantizationType(tensor.kind).name for tensor in stored if len(tensor.shape) > 1}
+
+
+def header_fields(path: Path) -> Mapping[str, Any]:
+    """Fields of a file's header by key: numbers, texts, lists of texts and numpy arrays.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    return _read_header(path).fields
 
 
 @dataclass(frozen=True)
@@ -347,7 +294,7 @@ def _block(kind: int) -> tuple[int, int] | None:
 
 
 def _config(header: _Header, architecture: str) -> dict[str, Any]:
-    family = _FAMILIES[architecture]
+    family = FAMILIES[architecture]
     config = dict(family.constants)
     for suffix, entry in (_NEEDED | _OPTIONAL).items():
         value = _number(header, f"{architecture}.{suffix}", real=entry in _REAL, needed=suffix in _NEEDED)
@@ -417,10 +364,10 @@ class GgufTensors:
             UnsupportedArchitecture: there is a tensor that this architecture does not have.
             CheckpointError: a tensor is missing or has another shape than the header implies.
         """
-        self._header, self._family, self._config = header, _FAMILIES[architecture], config
+        self._header, self._family, self._config = header, FAMILIES[architecture], config
         self._stored: dict[str, _Stored] = {}
         embedding = header.tensors.get("token_embd.weight")
-        layout = _layout(self._family, config, embedding.shape[0] if embedding else 0)
+        layout = layout_of(self._family, config, embedding.shape[0] if embedding else 0)
         for name, stored in header.tensors.items():
             if _IRRELEVANT.fullmatch(name):
                 continue
@@ -433,9 +380,9 @@ class GgufTensors:
                 raise _damaged(header.path, f"tensor {name!r} has shape {stored.shape}, not {shape}")
             self._stored[hub_name] = stored
         missing = [name for name in layout if name.endswith(".weight") and name not in header.tensors]
-        if missing := [name for name in missing if name not in ("output.weight", _ROPE_FACTORS)]:
+        if missing := [name for name in missing if name not in ("output.weight", ROPE_FACTORS)]:
             raise _damaged(header.path, f"it lacks {len(missing)} tensors, {missing[0]} among them")
-        if (factors := self._stored.pop(_ROPE_FACTORS, None)) is not None:
+        if (factors := self._stored.pop(ROPE_FACTORS, None)) is not None:
             config["rope_factors"] = self._load(factors).tolist()
 
     def names(self) -> Sequence[str]:
@@ -449,14 +396,7 @@ class GgufTensors:
         if hasattr(mmap, "MADV_DONTNEED"):
             # Without this, every page that was ever read counts as memory of this process.
             self._header.data.madvise(mmap.MADV_DONTNEED)
-        if self._family.norm_offset and name.endswith("norm.weight"):
-            return tensor.float() - self._family.norm_offset
-        part = name.split(".", 2)[-1].rpartition(".")[0]  # layers.0.self_attn.q_proj.bias: self_attn.q_proj
-        if (heads := self._family.interleaved.get(part)) is not None:
-            # Rows of a head: pairs (0, d/2), (1, d/2 + 1), ... in the file, first half then second half here.
-            pairs = tensor.reshape(self._config[heads], -1, 2, *tensor.shape[1:])  # [heads, d/2, 2, hidden]
-            return pairs.transpose(1, 2).reshape(tensor.shape)
-        return tensor
+        return undo_conversion(self._family, self._config, name, tensor)
 
     def _load(self, stored: _Stored) -> torch.Tensor:
         raw = np.frombuffer(self._header.data, np.uint8, stored.size, stored.start)
@@ -474,25 +414,3 @@ class GgufTensors:
             row = raw[block * size : (block + step) * size]
             values[block * elements : (block + step) * elements] = dequantize(row, kind)
         return torch.from_numpy(values).reshape(stored.shape)
-
-
-def _layout(family: _Family, config: Mapping[str, Any], vocabulary: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return, for every tensor that the model may have: name in the file -> the hub's name and the shape."""
-    sizes = {
-        "V": vocabulary,
-        "H": config["hidden_size"],
-        "Q": config["num_attention_heads"] * config["head_dim"],
-        "K": config["num_key_value_heads"] * config["head_dim"],
-        "D": config["head_dim"],
-        "I": config["intermediate_size"],
-    }
-    layout = {_ROPE_FACTORS: (_ROPE_FACTORS, (config["head_dim"] // 2,))}
-    blocks = [("", "", _OUTER)]
-    blocks += [(f"blk.{n}.", f"layers.{n}.", family.block) for n in range(config["num_hidden_layers"])]
-    for outer, hub_outer, parts in blocks:
-        for part, (hub_part, letters) in parts.items():
-            shape = tuple(sizes[letter] for letter in letters)
-            layout[f"{outer}{part}.weight"] = f"{hub_outer}{hub_part}.weight", shape
-            if outer and len(shape) == 2:  # a linear map inside a layer
-                layout[f"{outer}{part}.bias"] = f"{hub_outer}{hub_part}.bias", shape[:1]
-    return layout

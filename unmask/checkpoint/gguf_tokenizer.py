@@ -5,7 +5,8 @@ hold the pre-tokeniser, which splits text before the merges, but only its name: 
 the rules for each name.
 """
 
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,19 +191,44 @@ class _Vocabulary:
         ]
 
 
-def _byte_level(vocabulary: _Vocabulary) -> tuple[Tokenizer, bool]:
-    pre = vocabulary.pre
-    merges = [(left, right) for left, _, right in (text.partition(" ") for text in vocabulary.texts("merges"))]
-    # Unused tokens pad the vocabulary to the embedding's rows; the model's own tokenizer does not have them.
-    model = BPE(vocabulary.ids(without=_UNUSED), merges, ignore_merges=pre.ignore_merges)
-    tokenizer = Tokenizer(model)
+def rule_names(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
+    """Names for `tokenizer.ggml.pre` whose rule splits these texts as a byte-level tokenizer does, the first the best.
+
+    "default" is left out: llama.cpp splits by another rule under that name.
+    """
+    if tokenizer.pre_tokenizer is None:
+        return []
+    normalizer = tokenizer.normalizer
+    normalized = [normalizer.normalize_str(text) if normalizer is not None else text for text in texts]
+    own = [tokenizer.pre_tokenizer.pre_tokenize_str(text) for text in normalized]
+    names = []
+    for name, pre in _PRE.items():
+        composed = [unicodedata.normalize("NFC", text) if pre.nfc else text for text in texts]
+        if name != "default" and composed == normalized:
+            rule = _pre_tokenizer(pre)
+            splits = [rule.pre_tokenize_str(text) for text in normalized]
+            if [[piece for piece, _ in text] for text in splits] == [[piece for piece, _ in text] for text in own]:
+                names.append(name)
+    return names
+
+
+def _pre_tokenizer(pre: _Pre) -> pre_tokenizers.PreTokenizer:
     steps: list[pre_tokenizers.PreTokenizer] = [
         pre_tokenizers.Split(Regex(split), behavior="isolated") for split in pre.splits
     ]
     if pre.digits:
         steps.append(pre_tokenizers.Digits(individual_digits=True))
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.gpt2))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    return pre_tokenizers.Sequence(steps)
+
+
+def _byte_level(vocabulary: _Vocabulary) -> tuple[Tokenizer, bool]:
+    pre = vocabulary.pre
+    merges = [(left, right) for left, _, right in (text.partition(" ") for text in vocabulary.texts("merges"))]
+    # Unused tokens pad the vocabulary to the embedding's rows; the model's own tokenizer does not have them.
+    model = BPE(vocabulary.ids(without=_UNUSED), merges, ignore_merges=pre.ignore_merges)
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = _pre_tokenizer(pre)
     tokenizer.decoder = decoders.ByteLevel()
     if pre.nfc:
         tokenizer.normalizer = normalizers.NFC()

@@ -361,6 +361,8 @@ def gguf_settings(path: Path, architecture: str, fields: Mapping[str, Any]) -> d
     ):
         if not isinstance(value, kinds):
             raise CheckpointError(f"{path} has {architecture}.{name}={value!r:.80}, which llama.cpp does not write")
+    if causal is None and architecture == "gemma-embedding":
+        causal = False  # llama.cpp's code of this family has no causal mask
     if causal is None:
         log.warning(
             "%s states pooling_type %s but no %s.attention.causal; its causal mask is kept, as llama.cpp does",

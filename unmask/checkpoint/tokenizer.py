@@ -1,6 +1,7 @@
 """Tokenizer of a model: the `tokenizers` object and the special ids that encoding needs."""
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -13,6 +14,10 @@ from unmask.errors import CheckpointError
 
 # Classes that rebuild the post-processor from these two flags; for the others tokenizer.json decides alone.
 _FLAGGED_CLASSES = ("LlamaTokenizer", "GemmaTokenizer", "CodeLlamaTokenizer")
+
+
+# Characters with a meaning in a regular expression of Onigmo and of JavaScript.
+_REGEX_SIGNS = re.compile(r"[\\^$.*+?()\[\]{}|/]")
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,7 @@ def read_tokenizer(folder: Path) -> TextTokenizer:
         tokenizer = _convert_sentencepiece(folder)
     else:
         raise CheckpointError(f"{folder} has no tokenizer: looked for tokenizer.json and tokenizer.model")
+    tokenizer = _without_prompt_rules(tokenizer)
     tokenizer.no_padding()
     tokenizer.no_truncation()
     bos_id = _id_of(tokenizer, named.get("bos_token"))
@@ -98,6 +104,39 @@ def read_tokenizer(folder: Path) -> TextTokenizer:
         if isinstance(settings.get("add_eos_token"), bool):
             suffix = (eos_id,) if settings["add_eos_token"] and eos_id is not None else ()
     return TextTokenizer(tokenizer, bos_id, eos_id, prefix, suffix)
+
+
+def prompt_rule(prompt: str) -> dict[str, Any]:
+    """Make a normaliser by which sentence-transformers counts the tokens of a prompt right.
+
+    That library tokenises a prompt alone. Its last space becomes a token of its own there, but belongs to the first
+    word where a text follows. The rule takes that space away from a text that is the prompt and nothing else. The
+    pattern is one that JavaScript reads as well, for transformers.js.
+
+    Args:
+        prompt: ends in a space.
+    """
+    pattern = _REGEX_SIGNS.sub(r"\\\g<0>", prompt[:-1])
+    return {"type": "Replace", "pattern": {"Regex": f"^{pattern} $"}, "content": prompt[:-1]}
+
+
+def _without_prompt_rules(tokenizer: Tokenizer) -> Tokenizer:
+    """Remove the normalisers of `prompt_rule`: no text may depend on them here."""
+    if tokenizer.normalizer is None:
+        return tokenizer
+    state = json.loads(tokenizer.normalizer.__getstate__())
+    steps = state.get("normalizers", [state])
+    others = [step for step in steps if not _is_prompt_rule(step)]
+    if len(others) == len(steps):
+        return tokenizer
+    content = json.loads(tokenizer.to_str())
+    content["normalizer"] = {"type": "Sequence", "normalizers": others} if len(others) > 1 else next(iter(others), None)
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def _is_prompt_rule(step: dict[str, Any]) -> bool:
+    content = step.get("content")
+    return step.get("type") == "Replace" and bool(content) and step == prompt_rule(f"{content} ")
 
 
 def _read_json(file: Path) -> dict[str, Any]:

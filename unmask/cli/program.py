@@ -46,6 +46,8 @@ COMMANDS = (
     Command("shear", _TRAINING, "Write a decoder with only some of its layers.", ("layers",)),
     Command("mine", _TRAINING, "Find hard negatives for training data.", ("mine",)),
     Command("merge", _TRAINING, "Make one model or adapter out of several.", ("merge",)),
+    Command("export", _TRAINING, "Write a model for other runtimes, with proof of its vectors.", ("export",)),
+    Command("parity", _TRAINING, "Compare vectors elsewhere with a model's own.", ("export",)),
     Command("evaluate", _EVALUATION, "Measure models on benchmarks and write a report.", ("evaluate",)),
     Command("compare", _EVALUATION, "Compare two models, with a test of significance.", ("evaluate",)),
     Command("report", _EVALUATION, "Write the report again from stored results.", ("evaluate",)),

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -123,6 +124,7 @@ def build_references(
     model: str,
     compat: Literal["default", "reference"] = "default",
     draw: random.Random | None = None,
+    canaries: Sequence[CanaryText] | None = None,
 ) -> References:
     """Compute the references of a model with our own engine.
 
@@ -133,15 +135,16 @@ def build_references(
         model: id of the model.
         compat: its text handling.
         draw: source of chance for the unpublished texts; None for the system's.
+        canaries: other texts than the canary texts of this package; there are no unpublished ones then.
 
     Raises:
         CheckpointError: the weights cannot be used.
     """
     options = LoadOptions(compat=compat, dtype="float32")
     encoder = Encoder.load_with(source, options)
-    canaries = canary_texts(encoder.prompts, encoder.max_length)
+    unpublished = {} if canaries is not None else draw_prompts(encoder, draw or random.SystemRandom())
+    canaries = canary_texts(encoder.prompts, encoder.max_length) if canaries is None else tuple(canaries)
     prompts = canary_prompts(encoder, canaries)
-    unpublished = draw_prompts(encoder, draw or random.SystemRandom())
     all_prompts = [*prompts, *unpublished.values()]
     all_raw = encoder.encode_prompts(all_prompts)
     all_vectors = unit_length(all_raw)

@@ -52,6 +52,26 @@ class PromptBuilder(Protocol):
     def lengths(self, texts: Sequence[str], instruction: str = "") -> list[int]: ...
 
 
+@dataclass(frozen=True)
+class PromptParts:
+    """Everything of a prompt but instruction and text, as another runtime must add it.
+
+    Attributes:
+        bos: ids that begin every sequence: a part of `head`.
+        head: ids before the text, BOS and special tokens of the template.
+        plain_head, plain_tail: text that is tokenised together with instruction and text.
+        tail: ids behind the text.
+        strips: blanks around a text are removed.
+    """
+
+    bos: tuple[int, ...]
+    head: tuple[int, ...]
+    plain_head: str
+    plain_tail: str
+    tail: tuple[int, ...]
+    strips: bool
+
+
 class DefaultPrompts:
     """Token-exact prompts: nothing in a user's text can act as a separator, a special token or an instruction.
 
@@ -86,6 +106,22 @@ class DefaultPrompts:
         self._tail = tail + list(tokenizer.suffix)
         if close_with_eos and not template.closes and tokenizer.eos_id is not None and not tokenizer.suffix:
             self._tail.append(tokenizer.eos_id)
+
+    @property
+    def parts(self) -> PromptParts:
+        """The fixed parts of every prompt."""
+        return PromptParts(
+            tuple(self._bos),
+            tuple(self._head),
+            self._plain_head,
+            self._plain_tail,
+            tuple(self._tail),
+            self._templated,
+        )
+
+    def opening(self, instruction: str) -> str:
+        """Text before a text: template and instruction, as one string with their blanks."""
+        return self._opening(instruction)
 
     def build(self, texts: Sequence[str], instruction: str = "", truncate: bool = True, first: int = 0) -> list[Prompt]:
         """One prompt per text. `first` is the first one's index, for errors.

@@ -7,8 +7,7 @@ is written atomically.
 import json
 import math
 import os
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,17 @@ from torch import Tensor
 
 from unmask.checkpoint import Checkpoint
 from unmask.checkpoint.head import HEAD_BIAS, HEAD_FILE, HEAD_PREFIX, HEAD_WEIGHT, head_names
+from unmask.checkpoint.hub_config import hub_config
 from unmask.checkpoint.resolve import EMBEDDING_FROM
 from unmask.checkpoint.tensors import EMBEDDING, STEP, TensorSource
-from unmask.checkpoint.tokenizer import TextTokenizer
+from unmask.disk import atomic_folder
 from unmask.encoder import Encoder
 from unmask.encoder.model.architectures import Rope, shape_of
 from unmask.encoder.model.decoder import Decoder
 from unmask.encoder.model.transformers_decoder import TransformersDecoder
 from unmask.encoder.shear import shear
 from unmask.encoder.templates import template_for
-from unmask.errors import StorageError, UsageError
+from unmask.errors import UsageError
 from unmask.training.recipe import Save
 
 HEAD = "lm_head.weight"
@@ -51,6 +51,7 @@ _COPIED_SETTINGS = (
     "default_instruction",
     "takes_instructions",
     "matryoshka",
+    "sequence_tokens",
 )
 
 # Llama 3.1 and 3.2, whose GGUF files hold the resulting factors and not the rule.
@@ -172,7 +173,7 @@ def write_model(
 def write_head(folder: Path, head: Mapping[str, Tensor]) -> None:
     """Write `head.safetensors`, float32: `weight` and `bias`, or those of several layers with their number before."""
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in head.items()}
-    _write_tensors(folder / HEAD_FILE, NamedTensors(tensors), {name: name for name in tensors}, torch.float32)
+    write_tensors(folder / HEAD_FILE, NamedTensors(tensors), {name: name for name in tensors}, torch.float32)
 
 
 def hub_tensors(
@@ -193,7 +194,12 @@ def hub_tensors(
 
 
 def write_model_folder(
-    folder: Path, checkpoint: Checkpoint, tensors: TensorSource, settings: EncoderSettings, dtype: torch.dtype
+    folder: Path,
+    checkpoint: Checkpoint,
+    tensors: TensorSource,
+    settings: EncoderSettings,
+    dtype: torch.dtype,
+    add_files: Callable[[Path], None] | None = None,
 ) -> None:
     """Write `tensors` as a model like `checkpoint`: its configuration and tokenizer, other weights.
 
@@ -201,34 +207,27 @@ def write_model_folder(
         folder: must not exist, or be empty.
         tensors: under innermost names; those that the architecture has no place for are left out.
         dtype: precision of the file.
+        add_files: writes further files into the folder before it gets its name.
 
     Raises:
         UsageError: the folder is not empty.
         StorageError: it cannot be written; nothing is left of it then.
     """
     require_new(folder)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with atomic_folder(folder) as partial:
         in_file = _names_in_file(checkpoint, tensors)
         if settings.embedding_from is not None:
             in_file = {key: name for key, name in in_file.items() if name not in (EMBEDDING, HEAD)}
-        _write_tensors(partial / "model.safetensors", tensors, in_file, dtype)
-        _write_json(partial / "config.json", _config(checkpoint, settings, dtype))
-        _write_json(partial / "llm2vec_config.json", _encoder_config(checkpoint, settings))
+        write_tensors(partial / "model.safetensors", tensors, in_file, dtype)
+        write_json(partial / "config.json", written_config(checkpoint, settings, dtype))
+        write_json(partial / "llm2vec_config.json", _encoder_config(checkpoint, settings))
         if names := head_names(tensors):
             short = f"{HEAD_PREFIX}0." if len(names) == 2 else HEAD_PREFIX
             write_head(partial, {name.removeprefix(short): tensors.read(name) for name in names})
         if settings.embedding_from is None:
-            _write_tokenizer(partial, checkpoint, settings.max_length)
-        if folder.is_dir():
-            folder.rmdir()
-        partial.rename(folder)
-    except OSError as error:
-        raise StorageError(f"cannot write {folder}: {error.strerror or error}; free some space") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            write_tokenizer(partial, checkpoint, settings.max_length)
+        if add_files is not None:
+            add_files(partial)
 
 
 def require_new(folder: Path) -> None:
@@ -261,9 +260,11 @@ def _has_own_head(config: Mapping[str, Any], tensors: TensorSource) -> bool:
     return HEAD in tensors.names() and not config.get("tie_word_embeddings")
 
 
-def _write_tensors(file: Path, tensors: TensorSource, names: Mapping[str, str], dtype: torch.dtype) -> None:
-    """The safetensors format (https://github.com/huggingface/safetensors#format), one tensor in memory at a time;
-    the library's own writer wants all of them at once."""
+def write_tensors(file: Path, tensors: TensorSource, names: Mapping[str, str], dtype: torch.dtype) -> None:
+    """Write a safetensors file (https://github.com/huggingface/safetensors#format), one tensor in memory at a time.
+
+    The library's own writer wants all of them at once.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for key, name in names.items():
@@ -315,25 +316,25 @@ def int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / size[:, None]).round().clamp(-127, 127).to(torch.int8), size
 
 
-def _config(checkpoint: Checkpoint, settings: EncoderSettings, dtype: torch.dtype) -> dict[str, Any]:
+def written_config(checkpoint: Checkpoint, settings: EncoderSettings, dtype: torch.dtype) -> dict[str, Any]:
+    """Make the `config.json` of a model that is written with these settings."""
     config = {key: value for key, value in checkpoint.config.items() if key not in _NOT_OURS}
     if not Path(checkpoint.trained_as).expanduser().exists():
         config["_name_or_path"] = checkpoint.trained_as  # LLM2Vec's own package finds the chat template by it
     factors = config.get("rope_factors")
-    rule = _llama3_rule(config, factors) if factors else None
+    rule = llama3_rule(float(config["rope_theta"]), factors) if factors else None
     if rule is not None:
         del config["rope_factors"]
         config["rope_scaling"] = rule
-    # Since version 5.2 transformers leaves the causal mask out where a config says so (PR 43705).
     if settings.embedding_from is not None:
         config[EMBEDDING_FROM] = settings.embedding_from
     stored = torch.float32 if dtype == torch.int8 else dtype
-    return config | {"is_causal": settings.causal, "dtype": str(stored).removeprefix("torch.")}
+    return hub_config(config, settings.causal) | {"dtype": str(stored).removeprefix("torch.")}
 
 
-def _llama3_rule(config: Mapping[str, Any], factors: Sequence[float]) -> dict[str, Any] | None:
+def llama3_rule(theta: float, factors: Sequence[float]) -> dict[str, Any] | None:
     """Find the hub's RoPE rule that gives these divisors of the frequencies, if it is Llama 3's."""
-    theta, size = float(config["rope_theta"]), 2 * len(factors)
+    size = 2 * len(factors)
     plain = Rope(theta).frequencies(size)
     for factor in _LLAMA3_FACTORS:
         stretched = Rope(theta, "llama3", factor, 1.0, 4.0, 8192).frequencies(size)
@@ -364,26 +365,38 @@ def _encoder_config(checkpoint: Checkpoint, settings: EncoderSettings) -> dict[s
     return config | ({"template": stored_settings} if stored_settings else {})
 
 
-def _write_tokenizer(folder: Path, checkpoint: Checkpoint, max_length: int) -> None:
+def write_tokenizer(
+    folder: Path,
+    checkpoint: Checkpoint,
+    max_length: int,
+    around: tuple[Sequence[int], Sequence[int]] | None = None,
+) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json`.
+
+    Args:
+        around: ids that the post-processor adds before and after a text; by default BOS and EOS as the model has them.
+    """
     ours = checkpoint.tokenizer
     # A copy: the encoder goes on using its own, which has no post-processor.
     tokenizer = Tokenizer.from_str(ours.text.to_str())
-    if ours.prefix or ours.suffix:
-        tokenizer.post_processor = _adding(tokenizer, ours)
+    before, after = around or (ours.prefix, ours.suffix)
+    if before or after:
+        tokenizer.post_processor = _adding(tokenizer, before, after)
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = _special_tokens(checkpoint) | {
         "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is
         "model_max_length": max_length,
+        "split_special_tokens": True,  # a control token that a user types is ordinary text, as it is here
     }
-    _write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "tokenizer_config.json", settings)
 
 
-def _adding(tokenizer: Tokenizer, ours: TextTokenizer) -> processors.TemplateProcessing:
-    """Make a post-processor that adds BOS and EOS as `TextTokenizer` does."""
-    ids = dict.fromkeys((*ours.prefix, *ours.suffix))
+def _adding(tokenizer: Tokenizer, prefix: Sequence[int], suffix: Sequence[int]) -> processors.TemplateProcessing:
+    """Make a post-processor that adds ids before and after every text."""
+    ids = dict.fromkeys((*prefix, *suffix))
     # Named by number, as a token's own text may hold characters that the template gives a meaning to.
     names = {token: f"special{token}" for token in ids}
-    before, after = ([names[token] for token in part] for part in (ours.prefix, ours.suffix))
+    before, after = ([names[token] for token in part] for part in (prefix, suffix))
     return processors.TemplateProcessing(
         single=[*before, "$A", *after],
         pair=[*before, "$A", *after, *(f"{name}:1" for name in before), "$B:1", *(f"{name}:1" for name in after)],
@@ -415,5 +428,6 @@ def _special_tokens(checkpoint: Checkpoint) -> dict[str, Any]:
     return settings
 
 
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+def write_json(file: Path, content: Any) -> None:
+    """Write JSON as the hub's libraries do."""
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -36,6 +36,7 @@ class Architecture:
         local_theta: RoPE base of the sliding layers, where it differs.
         tied_scale: attention is scaled by `query_pre_attn_scalar`, not by the head size.
         softcapped: attention scores are squashed by `attn_logit_softcapping`.
+        states_whole_window: with `use_bidirectional_attention`, `sliding_window` counts both sides of a token.
         default_*: what the defining code assumes where a config says nothing.
     """
 
@@ -52,6 +53,7 @@ class Architecture:
     local_theta: float | None = None
     tied_scale: bool = False
     softcapped: bool = False
+    states_whole_window: bool = False
     default_softcap: float | None = None
     default_theta: float = 10_000.0
     default_head_dim: int | None = None
@@ -100,6 +102,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         local_theta=10_000.0,
         tied_scale=True,
         softcapped=True,
+        states_whole_window=True,
         default_theta=1_000_000.0,
         default_head_dim=256,
     ),
@@ -279,13 +282,13 @@ def _number(config: Mapping[str, Any], key: str) -> int:
 def _windows(config: Mapping[str, Any], row: Architecture, layers: int) -> tuple[int | None, ...]:
     """Per layer, the attention window as a distance; None attends to everything.
 
-    transformers' bidirectional sliding mask keeps |i - j| <= sliding_window; a model trained bidirectionally
+    transformers' bidirectional sliding mask keeps |i - j| <= sliding_window; a Gemma 3 that was trained bidirectionally
     (`use_bidirectional_attention`) states the whole width, half of it on either side.
     """
     window = config.get("sliding_window")
     if not window or config.get("use_sliding_window") is False:
         return (None,) * layers
-    if config.get("use_bidirectional_attention"):
+    if row.states_whole_window and config.get("use_bidirectional_attention"):
         window = window // 2
     kinds = config.get("layer_types")
     if kinds is not None:

@@ -1,0 +1,116 @@
+"""GGUF files: llama.cpp gives the model's vectors, and our own reader the tensors and ids that were written."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.checkpoint.layouts import LAYOUTS, write_layout
+from tests.export.tiny import FAMILIES, FEW, tiny_model
+from unmask import Encoder
+from unmask.checkpoint.gguf import open_gguf, tensor_types
+from unmask.errors import ExportError
+from unmask.export import ExportOptions, ParityReport, run_export, run_parity
+
+TEXTS = ["an ordinary text", "x", "  two blanks, and 12 numbers ", "東京 été"]
+
+
+def exported(model: Path, output: Path, **options: Any) -> ParityReport | None:
+    options.setdefault("texts", FEW)
+    return run_export(ExportOptions(model=str(model), target="gguf", output=output, **options), lambda line: None)
+
+
+def worst(report: ParityReport | None) -> float:
+    assert report is not None and report.passed, report
+    return min(row.worst for row in report.rows if row.gate)
+
+
+def only_gguf(folder: Path) -> Path:
+    (file,) = folder.glob("*.gguf")
+    return file
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_llama_cpp_gives_the_vectors_of_every_family(tmp_path: Path, family: str) -> None:
+    model = tiny_model(tmp_path / "model", family)
+    assert worst(exported(model, tmp_path / "out")) >= 0.9999
+    source, again = Encoder.load(model, dtype="float32"), Encoder.load(only_gguf(tmp_path / "out"), dtype="float32")
+    # llama.cpp's file says all that we need: unmask reads the same vectors from it.
+    np.testing.assert_allclose(again.encode(TEXTS), source.encode(TEXTS, normalize=True), atol=2e-6)
+    assert (tmp_path / "out" / "Modelfile").read_text().startswith(f"FROM ./{only_gguf(tmp_path / 'out').name}\n")
+
+
+@pytest.mark.parametrize(("dtype", "kinds"), [("float16", {"F16"}), ("q8", {"F16", "Q8_0"})])
+def test_fewer_bits_are_as_near_as_the_gate(tmp_path: Path, dtype: str, kinds: set[str]) -> None:
+    model = tiny_model(tmp_path / "model", "llama")
+    report = exported(model, tmp_path / "out", dtype=dtype)
+    assert worst(report) >= 0.995
+    assert tensor_types(only_gguf(tmp_path / "out")) == kinds
+
+
+def refusals(*pairs: tuple[str, str]) -> Sequence[tuple[str, str]]:
+    return pairs
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    refusals(
+        ("tiny_llama", "llama.cpp pools every token, BOS too"),
+        ("tiny_gemma", "llama.cpp pools every token, BOS too"),
+        ("tiny_llama3_instruct", "adds no template"),
+    ),
+)
+def test_models_whose_bos_or_template_is_not_pooled_are_refused(
+    golden_dir: Path, tmp_path: Path, name: str, reason: str
+) -> None:
+    with pytest.raises(ExportError, match=reason):
+        exported(golden_dir / name, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_instruction_is_refused_and_written_with_its_loss_where_that_is_allowed(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model", "llama", query_instruction="Find what answers it:")
+    with pytest.raises(ExportError, match="pools the instruction of a query"):
+        exported(model, tmp_path / "out")
+    report = exported(model, tmp_path / "out", allow_inexact=True)
+    assert report is not None and not report.passed
+    by_use = {row.use: row.worst for row in report.rows}
+    assert by_use["queries"] < 0.99 < 0.9999 <= by_use["texts"]
+    assert "pools the mean of all tokens; the model leaves out BOS, template and instruction" in report.faults[0]
+
+
+def test_a_window_that_looks_back_only_is_refused(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model", "gemma2", max_length=300)
+    with pytest.raises(ExportError, match="looks back only"):
+        exported(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_models_of_other_makers_are_written_or_refused_with_the_reason(tmp_path: Path, layout: str) -> None:
+    model = write_layout(tmp_path / "model", LAYOUTS[layout])
+    try:
+        report = exported(model, tmp_path / "out")
+    except ExportError as error:
+        assert "--to gguf" in str(error) and not (tmp_path / "out").exists()
+        assert layout in ("google/embeddinggemma-300m", "intfloat/e5-mistral-7b-instruct") or "tokenizer" in str(error)
+    else:
+        assert worst(report) >= 0.9999
+
+
+def test_a_gguf_file_is_written_again_with_its_own_tokenizer(tmp_path: Path) -> None:
+    first = tiny_model(tmp_path / "model", "qwen3")
+    exported(first, tmp_path / "a", check=False)
+    source = only_gguf(tmp_path / "a")
+    assert worst(exported(source, tmp_path / "b")) >= 0.9999
+    fields = [open_gguf(only_gguf(tmp_path / name))[2].text.get_vocab() for name in "ab"]
+    assert fields[0] == fields[1]
+
+
+def test_a_causal_file_is_named(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model", "llama")
+    causal = tiny_model(tmp_path / "causal", "llama", causal=True)
+    exported(causal, tmp_path / "out", check=False)
+    report = run_parity(str(model), str(only_gguf(tmp_path / "out")), texts=FEW)
+    assert "keeps the causal mask" in report.faults[0]

@@ -1,0 +1,202 @@
+"""The model card of an export: front matter of the hub, usage per runtime, what is exact, and the parity table."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from unmask import __version__
+from unmask.export.capabilities import ExportedModel, ExportVerdict, Target
+from unmask.export.hub import default_prompt_name, lengths_of, prompts_of, vector_size
+from unmask.export.parity import ParityReport, ParityRow
+
+_TAGS = ("sentence-transformers", "sentence-similarity", "feature-extraction", "dense", "llm2vec", "unmask")
+_LIBRARIES: dict[Target, str] = {"hub": "sentence-transformers", "onnx": "onnx", "gguf": "gguf"}
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """Facts about a model that its files do not hold.
+
+    Attributes:
+        name: of the model, for the title.
+        licence: as the hub spells it; "" if not known.
+        languages: two-letter codes.
+    """
+
+    name: str
+    licence: str = ""
+    languages: Sequence[str] = ()
+
+
+def model_card(
+    model: ExportedModel,
+    verdict: ExportVerdict,
+    dtype: str,
+    facts: CardFacts,
+    report: ParityReport | None,
+    file: str = "",
+) -> str:
+    """Write README.md.
+
+    Args:
+        report: of the files that were written; None if they were not checked.
+        file: name of the GGUF file.
+    """
+    parts = [
+        _front_matter(model, verdict.target, facts),
+        f"# {facts.name}",
+        _summary(model, dtype),
+        "## Usage",
+        *_usage(model, verdict.target, facts.name, file),
+        "## What these files can express",
+        "\n".join(f"- {sentence.strip()}" for sentence in verdict.sentences()),
+        "## Parity",
+        parity_markdown(report) if report is not None else "Not checked: run `unmask parity MODEL FOLDER`.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def parity_markdown(report: ParityReport) -> str:
+    """Write a report as a table, with its notes."""
+    lines = [
+        f"Cosine to unmask {__version__} in float32; `unmask parity MODEL FOLDER` measures it again.",
+        "",
+        "| runtime | precision | texts | company | number | mean | worst | largest difference | gate (mean, worst) |",
+        "|---|---|---|---|---|---|---|---|---|",
+        *(_markdown_row(row) for row in report.rows),
+    ]
+    return "\n".join([*lines, *(f"\n{note}." for note in report.notes)])
+
+
+def _markdown_row(row: ParityRow) -> str:
+    gate = "not judged" if row.gate is None else f"{row.gate[0]}, {row.gate[1]}"
+    cells = (
+        row.runtime,
+        row.dtype,
+        row.use,
+        row.company,
+        str(row.count),
+        f"{row.mean:.7f}",
+        f"{row.worst:.7f}",
+        f"{row.difference:.1e}",
+        gate,
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _front_matter(model: ExportedModel, target: Target, facts: CardFacts) -> str:
+    lines = [f"library_name: {_LIBRARIES[target]}"]
+    lines += ["pipeline_tag: sentence-similarity" if target == "hub" else "pipeline_tag: feature-extraction"]
+    if facts.licence:
+        lines.append(f"license: {facts.licence.lower()}")
+    if facts.languages:
+        lines += ["language:", *(f"- {language}" for language in facts.languages)]
+    base = model.checkpoint.trained_as
+    if base.count("/") == 1 and not base.startswith((".", "/", "~")):
+        relation = "finetune" if target == "hub" else "quantized"
+        lines += [f"base_model: {base}", f"base_model_relation: {relation}"]
+    lines += ["tags:", *(f"- {tag}" for tag in (*_TAGS, *({"onnx": ("onnx", "transformers.js")}.get(target, ()))))]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _summary(model: ExportedModel, dtype: str) -> str:
+    config = model.checkpoint.config
+    mask = "the causal mask on" if model.causal else "attention in both directions"
+    facts = [
+        f"{config.get('num_hidden_layers')} layers of {config.get('model_type')} with {mask}",
+        f"pooling `{model.pooling}`",
+        f"vectors of {vector_size(model)} numbers, scaled to length 1",
+        f"at most {model.max_length} tokens",
+        f"weights in {dtype}",
+    ]
+    if lengths := lengths_of(model):
+        facts.append(f"vectors may be cut to {', '.join(map(str, lengths))} numbers and scaled again")
+    prompts = {name: prompt for name, prompt in prompts_of(model).items() if prompt}
+    lines = [f"Written by unmask {__version__}: {'; '.join(facts)}."]
+    if prompts:
+        table = [f"| `{name}` | `{json.dumps(prompt, ensure_ascii=False)}` |" for name, prompt in prompts.items()]
+        lines += ["", "| prompt | text before a text |", "|---|---|", *table]
+    return "\n".join(lines)
+
+
+def _code(language: str, text: str) -> str:
+    return f"```{language}\n{text.strip()}\n```"
+
+
+def _usage(model: ExportedModel, target: Target, name: str, file: str) -> list[str]:
+    return {"hub": _hub_usage, "onnx": _onnx_usage, "gguf": _gguf_usage}[target](model, name, file)
+
+
+def _hub_usage(model: ExportedModel, name: str, file: str) -> list[str]:
+    has_query = bool(model.instructions["query"])
+    calls = 'queries = model.encode_query(["a question"])\n' if has_query else ""
+    texts = "encode_document" if has_query or default_prompt_name(model) else "encode"
+    family = str(model.checkpoint.config.get("model_type"))
+    parts = [
+        "**sentence-transformers** (with transformers 5.2 or newer; older versions keep the causal mask)",
+        _code(
+            "python",
+            "from sentence_transformers import SentenceTransformer\n\n"
+            f'model = SentenceTransformer("path/to/{name}")\n{calls}vectors = model.{texts}(["a text"])',
+        ),
+        "With FlashAttention 2, set `model[0].unpad_inputs = False`.",
+        "**unmask**",
+        _code("python", f'from unmask import Encoder\n\nvectors = Encoder.load("path/to/{name}").encode(["a text"])'),
+        "**vLLM**",
+        _code("sh", f"vllm serve path/to/{name} --runner pooling{_vllm_flags(family)}"),
+        _pools_everything(model, "vLLM"),
+        "**Text Embeddings Inference** (GPU images)",
+        _code("sh", f"text-embeddings-router --model-id path/to/{name}"),
+        _pools_everything(model, "Text Embeddings Inference"),
+    ]
+    return [part for part in parts if part]
+
+
+def _vllm_flags(family: str) -> str:
+    """Gemma 1 and 2 are causal in vLLM's own code (0.32), and right in its transformers backend."""
+    return " --model-impl transformers" if family in ("gemma", "gemma2") else ""
+
+
+def _pools_everything(model: ExportedModel, runtime: str) -> str:
+    skipped = [
+        *(["BOS"] if model.parts.bos and not model.is_plain else []),
+        *(["the instruction"] if any(model.instructions.values()) and model.prompts.skip_instruction else []),
+    ]
+    if not skipped or not model.is_mean:
+        return ""
+    return f"{runtime} pools {' and '.join(skipped)} too, so its vectors are not the model's. The ONNX export is exact."
+
+
+def _onnx_usage(model: ExportedModel, name: str, file: str) -> list[str]:
+    return [
+        "The graph pools and scales by itself: take the output `sentence_embedding`. BOS, instruction and template are "
+        "kept out of the mean inside the graph. Put a prompt before a text as a string.",
+        "**ONNX Runtime**",
+        _code(
+            "python",
+            "import numpy as np\nimport onnxruntime\nfrom tokenizers import Tokenizer\n\n"
+            f'tokenizer = Tokenizer.from_file("{name}/tokenizer.json")\n'
+            "tokenizer.encode_special_tokens = True\n"
+            f"tokenizer.enable_truncation({model.max_length})\ntokenizer.enable_padding()\n"
+            f'session = onnxruntime.InferenceSession("{name}/onnx/model.onnx")\n'
+            'rows = tokenizer.encode_batch(["a text", "another text"])\n'
+            'feed = {\n    "input_ids": np.array([row.ids for row in rows]),\n'
+            '    "attention_mask": np.array([row.attention_mask for row in rows]),\n}\n'
+            'vectors = session.run(["sentence_embedding"], feed)[0]',
+        ),
+        "**transformers.js**",
+        _code(
+            "js",
+            'const extract = await pipeline("feature-extraction", "' + name + '", { dtype: "fp32" });\n'
+            'const vectors = await extract(["a text"], { pooling: "mean", normalize: true });',
+        ),
+    ]
+
+
+def _gguf_usage(model: ExportedModel, name: str, file: str) -> list[str]:
+    return [
+        "**llama.cpp**: pooling, mask and length are in the file.",
+        _code("sh", f"llama-server -m {file} --embedding -ub {model.max_length}"),
+        "**Ollama**: `ollama create NAME -f Modelfile` with the Modelfile beside the file.",
+        'LM Studio takes this for a chat model: set "Override Domain Type" to "Text Embedding".',
+    ]
