@@ -1,5 +1,7 @@
 """`POST /v1/embeddings` on a live server: OpenAI's contract, and the extensions to it."""
 
+import json
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -68,6 +70,27 @@ def test_an_input_type_takes_the_models_instruction_unless_one_is_given(service:
         np.testing.assert_allclose(
             own_instruction, encoder.encode(TEXTS, instruction="Other:", normalize=True), atol=1e-5
         )
+
+
+def test_a_model_name_may_say_the_use_of_a_text(tiny_llama: Path, tmp_path: Path):
+    """A client that sends nothing but a model name gets the instruction of that side."""
+    model = tmp_path / "tiny"
+    shutil.copytree(tiny_llama, model)
+    settings = {"query_instruction": "Find what answers:", "document_instruction": "A passage:"}
+    (model / "llm2vec_config.json").write_text(json.dumps(settings))
+    encoder = Encoder.load(model)
+    with running(model) as service:
+        service.embed(TEXTS)  # the model's files say its instructions, once it is loaded
+        listed = [entry["id"] for entry in service.call("GET", "/v1/models").json["data"]]
+        assert {f"{service.model}:query", f"{service.model}:document"} <= set(listed)
+        for use, method in (("query", encoder.encode_query), ("document", encoder.encode_document)):
+            reply = service.embed(TEXTS, model=f"{service.model}:{use}")
+            np.testing.assert_allclose(reply.vectors, method(TEXTS, normalize=True), atol=1e-5)
+            assert service.call("GET", f"/v1/models/{service.model}:{use}").json["id"] == f"{service.model}:{use}"
+        other = service.embed(TEXTS, model=f"{service.model}:query", instruction="Other:").vectors
+        np.testing.assert_allclose(other, encoder.encode(TEXTS, instruction="Other:", normalize=True), atol=1e-5)
+        assert service.embed(TEXTS, model=f"{service.model}:other").status == 404
+        assert service.embed(TEXTS, model="nobody:query").status == 404
 
 
 @pytest.mark.parametrize("encoding", ["cl100k_base", "o200k_base"])

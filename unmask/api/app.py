@@ -21,7 +21,7 @@ from unmask.api.charging import Charging
 from unmask.api.context import context_of
 from unmask.api.cors import CorsMiddleware
 from unmask.api.dialects import dialect_error, dialect_routes, tei
-from unmask.api.embeddings import EmbeddingsRoute, deprecation_headers, find_model
+from unmask.api.embeddings import USES, EmbeddingsRoute, deprecation_headers, find_model, split_use
 from unmask.api.endpoint_info import endpoint_list
 from unmask.api.errors import ApiError
 from unmask.api.metrics import CONTENT_TYPE, Metrics
@@ -163,16 +163,19 @@ class _ServiceRoutes:
 
     async def list_models(self, request: Request) -> Response:
         prices = await self._prices()
-        entries = [_model_info(served, id, prices) for served in self.models.list() for id in _listed_ids(served)]
+        entries = [_model_info(served, id, prices) for served in self.models.list() for id in listed_ids(served)]
         return _json(ModelList(data=entries))
 
     async def model(self, request: Request) -> Response:
-        served = find_model(self.models, request.path_params["id"])
+        name, use = split_use(self.models, request.path_params["id"])
+        served = find_model(self.models, name)
         context_of(request).response_headers |= deprecation_headers(served.record)
-        return _json(_model_info(served, served.record.id, await self._prices()))
+        id = f"{served.record.id}:{use}" if use else served.record.id
+        return _json(_model_info(served, id, await self._prices()))
 
     async def endpoints(self, request: Request) -> Response:
-        return _json(endpoint_list(self.models, find_model(self.models, request.path_params["id"])))
+        name, _ = split_use(self.models, request.path_params["id"])
+        return _json(endpoint_list(self.models, find_model(self.models, name)))
 
     async def _prices(self) -> Sequence[TariffPrice] | None:
         """Return the operator's prices; None where nobody is charged."""
@@ -233,12 +236,19 @@ async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
     raise ApiError(404, message, code="not_found")
 
 
-def _listed_ids(served: ServedModel) -> list[str]:
-    """Return the id, and aliases that contain "embed" if it does not: n8n shows only such ids."""
+def listed_ids(served: ServedModel) -> list[str]:
+    """Return the ids that a model is listed by.
+
+    Beside its own: aliases that contain "embed" if it does not, since n8n shows only such ids, and NAME:query and
+    NAME:document for a model with instructions.
+    """
     record = served.record
-    if "embed" in record.id.lower():
-        return [record.id]
-    return [record.id, *(alias for alias in record.aliases if "embed" in alias)]
+    ids = [record.id]
+    if "embed" not in record.id.lower():
+        ids += [alias for alias in record.aliases if "embed" in alias]
+    if record.query_instruction or record.document_instruction:
+        ids += [f"{record.id}:{use}" for use in USES]
+    return ids
 
 
 def _model_info(served: ServedModel, id: str, prices: Sequence[TariffPrice] | None) -> Model:

@@ -53,6 +53,10 @@ _BATCH_SHARE = "tier batch"
 _SMALL_ANSWER = 65_536
 
 
+# Uses of a text that may end a model's name, as in NAME:query.
+USES = ("query", "document")
+
+
 @dataclass(frozen=True, eq=False)
 class EmbeddingResult:
     """Vectors of a request, and everything that an answer says about them.
@@ -128,12 +132,13 @@ class EmbeddingsRoute:
         if dialect is not OPENAI:
             body = f"{request.scope['path']}\n".encode() + body  # the path may name the model
         inputs = read_input(parsed.input)
-        served = find_model(self.models, parsed.model)
+        name, use = split_use(self.models, parsed.model)
+        served = find_model(self.models, name)
         model = served.record.id
         context.response_headers |= deprecation_headers(served.record)
         tier = read_tier(request.headers)
         await self.charging.check_access(request, model, tier)
-        instruction = _instruction(parsed, served.record)
+        instruction = _instruction(parsed, served.record, use)
         wait = min(_preferred_wait(request.headers), deadline - time.monotonic())
         is_native = parsed.token_encoding == "native" and not isinstance(inputs[0], str)
         is_raw = parsed.normalize is False
@@ -302,10 +307,23 @@ def _preferred_wait(headers: Headers) -> float:
     return min(float(wait[1]), MAX_WAIT_S) if wait else 0.0
 
 
-def _instruction(parsed: EmbeddingRequest, record: Record) -> str:
+def split_use(models: ModelRegistry, name: str) -> tuple[str, str]:
+    """Split NAME:query or NAME:document into the model's name and its use; "" for a name without one.
+
+    A client that can send nothing but a model name asks right with these. A model of that very name comes first.
+    """
+    base, colon, use = name.rpartition(":")
+    if not colon or use not in USES or models.find(name) is not None or models.catalogue.get(name) is not None:
+        return name, ""
+    return base, use
+
+
+def _instruction(parsed: EmbeddingRequest, record: Record, use: str) -> str:
+    """Instruction of a request: its own field, else that of its `input_type`, else that of the model's name."""
     if parsed.instruction:
         return parsed.instruction
-    return {"query": record.query_instruction, "document": record.document_instruction}.get(parsed.input_type or "", "")
+    own = {"query": record.query_instruction, "document": record.document_instruction}
+    return own.get(parsed.input_type or use, "")
 
 
 def _input_headers(encoding: TokenEncoding | None, prompts: Sequence[Prompt], ignored: Sequence[str]) -> dict[str, str]:
