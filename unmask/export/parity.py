@@ -175,6 +175,8 @@ def check_parity(
         except _OtherLength as error:
             faults.append(f"{runtime.name} {error}")
             continue
+        finally:
+            runtime.close()
         if missing := {"documents", "queries"} - set(runtime.uses):
             notes.append(f"{runtime.name}: {' and '.join(sorted(missing))} were not asked for")
         gate = _LLAMA_CPP_GATE if runtime.kind == "llama.cpp" and runtime.dtype == "float32" else GATES[runtime.dtype]

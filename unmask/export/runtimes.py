@@ -32,6 +32,7 @@ class OtherRuntime:
         uses: uses of texts that it can be asked for.
         encode: (texts, use, texts in a batch) -> vectors, float32 [n, dimensions].
         truncates: it cuts texts that are too long, and does not refuse them.
+        close: ends its connections.
     """
 
     kind: RuntimeKind
@@ -40,6 +41,7 @@ class OtherRuntime:
     uses: tuple[TextUse, ...]
     encode: Callable[[Sequence[str], TextUse, int], np.ndarray]
     truncates: bool = True
+    close: Callable[[], None] = lambda: None
 
 
 def open_runtimes(target: str, prompts: Mapping[TextUse, str], model_name: str = "") -> list[OtherRuntime]:
@@ -233,4 +235,9 @@ def _endpoint(url: str, model: str) -> OtherRuntime:
     def encode(texts: Sequence[str], use: TextUse, batch: int) -> np.ndarray:
         return np.concatenate([clients[use].encode(texts[i : i + batch]) for i in range(0, len(texts), batch)])
 
-    return OtherRuntime("endpoint", f"{model} at {url}", "float32", tuple(clients), encode, truncates=False)
+    def close() -> None:
+        for client in clients.values():
+            client.close()
+
+    name = f"{model} at {url}"
+    return OtherRuntime("endpoint", name, "float32", tuple(clients), encode, truncates=False, close=close)

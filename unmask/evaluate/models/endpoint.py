@@ -75,6 +75,10 @@ class EndpointModel:
         """Return None: the tokenizer is on the server."""
         return None
 
+    def close(self) -> None:
+        """Close the connections to the server."""
+        self._client.close()
+
     def _post(self, body: dict[str, Any]) -> Any:
         problem = ""
         for attempt in range(_TRIES):
