@@ -77,6 +77,7 @@ SLOW = {
     "evaluate/test_word_level.py",
     "export/test_gguf.py",
     "export/test_hub.py",
+    "export/test_integrations.py",
     "export/test_onnx.py",
     "onboarding/test_onboarding.py",
     "router/test_catalogue_sync.py",

@@ -119,6 +119,12 @@ def test_the_examples_do_what_they_say(service: LocalService) -> None:
             assert isinstance(vectors, list) and len(vectors) == 2 and len(vectors[0]) == 64
 
 
+def test_a_models_page_has_the_commands_of_an_export(service: LocalService) -> None:
+    page = get(service, "/models/tiny_llama").text
+    assert "unmask export tiny_llama --to hub --output tiny_llama" in page
+    assert "unmask parity tiny_llama tiny_llama" in page
+
+
 def test_programs_get_the_same_record(service: LocalService) -> None:
     answer = service.call("GET", f"/models/{COMING}.json").json
     record = shipped_records()[COMING]

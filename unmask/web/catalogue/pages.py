@@ -23,7 +23,7 @@ from unmask.web.catalogue import alternates, documentation, quality_charts, spee
 from unmask.web.catalogue.comparison import MAX_MODELS, compare_models
 from unmask.web.catalogue.listing import filter_choices, list_models
 from unmask.web.catalogue.model_view import STATUS_MEANINGS, ModelView, number_sources, pipeline, source_key
-from unmask.web.catalogue.snippets import Snippet, snippets
+from unmask.web.catalogue.snippets import Snippet, export_snippet, snippets
 from unmask.web.query import parse_comparison_query, parse_listing_query
 from unmask.web.rendering import HEADERS, environment, text_response
 from unmask.web.site import Site
@@ -166,7 +166,7 @@ async def _model_html(site: Site, request: Request, view: ModelView) -> Response
         request,
         "model.html.j2",
         **_model_values(view),
-        snippets=_snippets(site, request, view.record),
+        snippets=[*_snippets(site, request, view.record), export_snippet(view.record)],
         related=_related(view, site.model_views(request)),
         vote_button=await vote_button(request, view.record) if vote_button and not view.is_served else None,
         points=points,

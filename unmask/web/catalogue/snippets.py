@@ -1,6 +1,7 @@
 """Example calls to copy: curl, Python, JavaScript and LangChain, with this server's address and the model's id."""
 
 import json
+import shlex
 from dataclasses import dataclass
 
 from unmask.catalogue import Record
@@ -31,6 +32,19 @@ def snippets(record: Record, base: str, *, secured: bool) -> list[Snippet]:
         Snippet("javascript", "JavaScript", _javascript(model, address, instructed=instructed, secured=secured)),
         Snippet("langchain", "LangChain", _langchain(model, address, instructed=instructed, secured=secured)),
     ]
+
+
+def export_snippet(record: Record) -> Snippet:
+    """Return the commands that write a model for other runtimes, and compare its vectors there."""
+    folder = shlex.quote(record.id.rpartition("/")[2])
+    model = shlex.quote(record.id)
+    lines = [
+        "# sentence-transformers, vLLM, TEI; or --to onnx, --to gguf",
+        f"unmask export {model} --to hub --output {folder}",
+        "# compares texts, documents and queries, and names what differs",
+        f"unmask parity {model} {folder}",
+    ]
+    return Snippet("export", "Other runtimes", "\n".join(lines))
 
 
 def _curl(record: Record, base: str, *, secured: bool) -> str:
