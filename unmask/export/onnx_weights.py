@@ -81,9 +81,9 @@ class WeightStore:
     def _product_q8(self, name: str, x: str) -> str:
         outputs, inputs = self._tensors.shape(name)
         blocks = -(-inputs // _BLOCK)
-        load = self._quantised(name)
-        steps = StoredWeight(f"{name}.steps", TensorProto.UINT8, (outputs, blocks, _BLOCK), lambda: load()[0])
-        sizes = StoredWeight(f"{name}.sizes", TensorProto.FLOAT, (outputs * blocks,), lambda: load()[1])
+        load_steps, load_sizes = self._quantised(name)
+        steps = StoredWeight(f"{name}.steps", TensorProto.UINT8, (outputs, blocks, _BLOCK), load_steps)
+        sizes = StoredWeight(f"{name}.sizes", TensorProto.FLOAT, (outputs * blocks,), load_sizes)
         return self.builder.op(
             "MatMulNBits",
             x,
@@ -97,15 +97,20 @@ class WeightStore:
             accuracy_level=4,  # activations in 8 bits too
         )
 
-    def _quantised(self, name: str) -> Callable[[], tuple[np.ndarray, np.ndarray]]:
-        def load() -> tuple[np.ndarray, np.ndarray]:
+    def _quantised(self, name: str) -> tuple[Callable[[], np.ndarray], Callable[[], np.ndarray]]:
+        """Loaders of steps and sizes. A file holds the steps first, and the sizes wait for their turn meanwhile."""
+        waiting: list[np.ndarray] = []
+
+        def load_steps() -> np.ndarray:
             weight = self._tensors.read(name).float().numpy()
             outputs, inputs = weight.shape
             if inputs % _TURNED == 0:
                 weight = (weight.reshape(outputs, -1, _TURNED) @ hadamard(_TURNED)).reshape(outputs, inputs)
-            return block_steps(weight)
+            steps, sizes = block_steps(weight)
+            waiting[:] = [sizes]
+            return steps
 
-        return load
+        return load_steps, lambda: waiting.pop()
 
 
 def block_steps(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
