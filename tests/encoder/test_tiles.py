@@ -121,6 +121,19 @@ def test_every_architecture_is_near_float32(variant: str, way: str) -> None:
     assert not torch.equal(states, expected)
 
 
+def test_gates_of_any_size(way: str) -> None:
+    decoder = decoder_of("llama")
+    with torch.no_grad():  # gates far below and above the range of the exponential
+        for name, weight in decoder.named_parameters():
+            weight.copy_((weight * (3000 if "gate_up" in name else 1)).bfloat16())
+    ids = torch.randint(1, 120, (sum(LENGTHS),))
+    with torch.enable_grad():
+        expected = decoder(ids, LENGTHS).detach()
+    prepack(decoder, torch.bfloat16)
+    states = compiled_states(decoder, ids, LENGTHS)
+    assert ((states - expected).norm(dim=1) <= 1e-2 * expected.norm(dim=1)).all()
+
+
 @pytest.mark.parametrize(
     "sizes",
     [

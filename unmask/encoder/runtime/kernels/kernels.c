@@ -263,6 +263,7 @@ static uint16_t *split_at(float *rows, int64_t k, int64_t terms, int64_t row, in
     return (uint16_t *)rows;
 }
 static void split_vector(Vector value, int64_t terms, uint16_t *out) { (void)value, (void)terms, (void)out; }
+static Vector silu(Vector x) { return activate(x, SILU); }
 static void begin_tiles(const Linear *linear) { (void)linear; }
 static void end_tiles(const Linear *linear) { (void)linear; }
 static void multiply_split(const Linear *linear, int64_t index, int64_t row, int64_t rows, const float *a,
@@ -364,11 +365,12 @@ static void multiply_gated(const Linear *linear, const Linear *reader, Share sha
                 for (int64_t j = 0; j < NR; j += VL) {
                     Vector g = load(gate + i * NR + j), u = load(up + i * NR + j);
                     if (linear->bias) g += load(linear->bias + column + j), u += load(linear->bias + half + column + j);
-                    g = activate(g, activation) * u;
-                    if (reader->terms)
-                        split_vector(g, reader->terms, split_at(out, half, reader->terms, row + i, column + j));
-                    else
-                        store(target + column + j, g);
+                    if (reader->terms) {
+                        g = activation == SILU ? silu(g) : activate(g, activation);
+                        split_vector(g * u, reader->terms, split_at(out, half, reader->terms, row + i, column + j));
+                    } else {
+                        store(target + column + j, activate(g, activation) * u);
+                    }
                 }
             }
         }

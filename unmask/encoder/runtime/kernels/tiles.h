@@ -26,6 +26,23 @@ INLINE uint16_t *split_at(float *rows, int64_t k, int64_t terms, int64_t row, in
     return (uint16_t *)rows + block * terms * SPLIT_STEP + row % TILE_ROWS * STEP + column % STEP;
 }
 
+// x / (1 + exp(-x)) in half the time of `activate`, to 4 units in the last place, for numbers that are split next.
+INLINE Vector silu(Vector x) {
+    __m512 value = _mm512_max_ps(_mm512_set1_ps(-87.0f), (__m512)x); // keeps NaN
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(value, _mm512_set1_ps(-1.44269504088896341f)), 0);
+    Vector r = (Vector)_mm512_fnmadd_ps(n, _mm512_set1_ps(0.69314718055994531f), _mm512_sub_ps(_mm512_setzero_ps(), value));
+    Vector p = broadcast(1.0f / 720);
+    p = p * r + broadcast(1.0f / 120);
+    p = p * r + broadcast(1.0f / 24);
+    p = p * r + broadcast(1.0f / 6);
+    p = p * r + broadcast(0.5f);
+    p = p * r + broadcast(1.0f);
+    p = p * r + broadcast(1.0f);
+    Vector divisor = broadcast(1.0f) + (Vector)_mm512_scalef_ps((__m512)p, n);
+    Vector inverse = (Vector)_mm512_rcp14_ps((__m512)divisor);
+    return x * (inverse * (broadcast(2.0f) - divisor * inverse));
+}
+
 // Write the terms of 16 numbers.
 INLINE void split_vector(Vector value, int64_t terms, uint16_t *out) {
     for (int64_t term = 0; term < terms; term++, out += SPLIT_STEP) {
