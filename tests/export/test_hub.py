@@ -1,7 +1,8 @@
 """Hub folders: our own loader reads them to the same bits, sentence-transformers to the same vectors."""
 
 import json
-from collections.abc import Mapping
+import subprocess
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -180,3 +181,27 @@ def test_an_unknown_target_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(Exception, match=r"holds no modules\.json"):
         open_runtimes(str(tmp_path / "empty"), {})
+
+
+@pytest.mark.parametrize(("dtype", "least"), [("float16", 0.999), ("bfloat16", 0.995)])
+def test_fewer_bits_keep_their_gate(golden_dir: Path, tmp_path: Path, dtype: str, least: float) -> None:
+    report = exported(golden_dir / "tiny_llama", tmp_path / "out", dtype=dtype)
+    assert min(gated(report).values()) >= least
+    assert report is not None and {row.dtype for row in report.rows} == {dtype}
+
+
+def test_the_commands_print_the_verdict_first_and_end_with_their_code(
+    golden_dir: Path, tmp_path: Path, unmask: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("an ordinary text\n7 lamps\n")
+    model, folder = str(golden_dir / "tiny_llama"), str(tmp_path / "out")
+    done = unmask("export", model, "--to", "hub", "--output", folder, "--no-check")
+    assert done.returncode == 0 and done.stderr.startswith("hub: exact\n")
+    same = unmask("parity", model, folder, "--texts", str(texts))
+    assert same.returncode == 0 and "sentence-transformers" in same.stdout
+    damage(tmp_path / "out", "1_Pooling/config.json", pooling_mode_mean_tokens=False, pooling_mode_lasttoken=True)
+    other = unmask("parity", model, folder, "--texts", str(texts))
+    assert other.returncode == 1 and "pools the last token; the model pools the mean" in other.stderr
+    refused = unmask("export", model, "--to", "gguf", "--output", str(tmp_path / "gguf"))
+    assert refused.returncode == 1 and "BOS is not pooled" in refused.stderr
