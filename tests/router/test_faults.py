@@ -243,7 +243,9 @@ class Books:
         """Let provider a be elsewhere until the stack is closed, with its vectors still admitted."""
         client = ProviderClient(msgspec.structs.replace(self.client.provider, **fields))
         self.a.client = client
-        stack.callback(self.upstreams.in_loop, lambda: asyncio.ensure_future(client.close_when_idle()))
+
+        loop = next(iter(self.upstreams.pool._watches)).get_loop()
+        stack.callback(lambda: asyncio.run_coroutine_threadsafe(client.close_when_idle(), loop).result())
         stack.callback(setattr, self.a, "client", self.client)
 
     def expect(self, outcome: str, headers: dict[str, str] | None = None) -> None:

@@ -387,13 +387,16 @@ async def test_a_provider_may_ask_for_a_certificate(tmp_path: Path) -> None:
     context.verify_mode = ssl.CERT_REQUIRED
     context.load_verify_locations(mine)
     async with fault_server(vectors_of, tls=context) as server:
-        fields = {"ca_file": str(ca)}
+        fields: dict[str, Any] = {"ca_file": str(ca)}
         for name in ("", "stranger"):
-            other = {"client_cert_file": str(stranger), "client_key_file": str(tmp_path / "stranger.key")}
+            other: dict[str, Any] = {
+                "client_cert_file": str(stranger),
+                "client_key_file": str(tmp_path / "stranger.key"),
+            }
             with pytest.raises(AttemptFailed) as refused:
                 await vectors_from(server.url, **fields | (other if name else {}))
             assert refused.value.signal in ("cut_off", "unreachable") and not server.requests
-        pair = {"client_cert_file": str(mine), "client_key_file": str(tmp_path / "mine.key")}
+        pair: dict[str, Any] = {"client_cert_file": str(mine), "client_key_file": str(tmp_path / "mine.key")}
         await vectors_from(server.url, **fields, **pair)
         assert len(server.requests) == 1
     with pytest.raises(UsageError, match=r"client_cert_file .* cannot be used"):

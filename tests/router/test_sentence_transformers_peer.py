@@ -48,7 +48,7 @@ def peer(model: Model, edit: Callable[[str], str] = str) -> Iterator[str]:
             self.end_headers()
             self.wfile.write(content)
 
-        def log_message(self, *_: object) -> None: ...
+        def log_message(self, format: str, *args: Any) -> None: ...
 
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever)
@@ -165,7 +165,8 @@ def load(folder: Path, mistake: Mistake, copy: Path) -> Model:
 
 
 def finding_of(url: str, references: References, kind: Any = "openai", **fields: Any) -> Finding:
-    model = ProviderModel(id="m", **{"precision": "float32"} | fields)  # 299 of 300 tokens would pass as float16
+    settings: dict[str, Any] = {"precision": "float32"}  # 299 of 300 tokens would pass as float16
+    model = ProviderModel(id="m", **settings | fields)
     provider = RemoteProvider(name="peer", kind=kind, url=url, private=True, models=(model,))
 
     async def check() -> Finding:

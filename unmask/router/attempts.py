@@ -126,6 +126,7 @@ class ModelEndpoints:
     Attributes:
         references: of the model; None until they are computed, and before that nobody is admitted.
         prompts: its text handling, which needs no weights; None until it is read.
+        cross_check: the one that is under way; None for none.
     """
 
     def __init__(self, endpoints: Sequence[ProviderEndpoint], min_margin: float = 0.0) -> None:
@@ -133,6 +134,7 @@ class ModelEndpoints:
         self.min_margin = min_margin
         self.references: References | None = None
         self.prompts: PromptBuilder | None = None
+        self.cross_check: asyncio.Task[None] | None = None
         self.budget = RetryBudget()
         self.hedge_budget = RetryBudget(hedging.SHARE, 0)
 

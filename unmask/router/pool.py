@@ -17,6 +17,7 @@ from unmask.engine import Engine
 from unmask.errors import UnmaskError, UsageError
 from unmask.router.attempts import EmbeddingWork, ModelEndpoints, RoutedVectors, answer
 from unmask.router.checks import ModelSource, NoteProbe, full_check, light_check, light_limit, references_of
+from unmask.router.cross_check import cross_check
 from unmask.router.daily_cost import DailyCost, today
 from unmask.router.endpoint import Outcome, ProviderEndpoint
 from unmask.router.load import MIN_TOKENS
@@ -26,6 +27,9 @@ from unmask.router.signals import AttemptFailed
 from unmask.router.verdicts import CANARIES, Verdict
 
 log = logging.getLogger("unmask")
+
+# Orders quarantines that only a person ends: the provider's canaries are right.
+CROSS_CHECK = "cross-check"
 
 READMISSION_RUNS = 2  # full runs in a row that end a quarantine, where no person needs to
 
@@ -210,10 +214,41 @@ class ProviderPool:
 
     async def answer(self, model: ModelEndpoints, engine: Engine | None, work: EmbeddingWork) -> RoutedVectors:
         """Embed the inputs of a request, see `attempts.answer`."""
-        return await answer(model, engine, work, self.draw)
+        routed = await answer(model, engine, work, self.draw)
+        endpoint = routed.endpoint
+        if endpoint is not None and model.cross_check is None and self.draw.random() < self.settings.cross_check:
+            model.cross_check = asyncio.create_task(self._cross_check(model, engine, endpoint))
+            model.cross_check.add_done_callback(lambda task: setattr(model, "cross_check", None))
+        return routed
+
+    async def _cross_check(self, model: ModelEndpoints, engine: Engine | None, first: ProviderEndpoint) -> None:
+        """Compare a provider with others on a new text, and take out whoever is wrong."""
+        if model.references is None or model.prompts is None:
+            return
+        others = [
+            endpoint
+            for endpoint in model.endpoints
+            if endpoint is not first and endpoint.is_available(time.monotonic())
+        ]
+        self.draw.shuffle(others)
+        verdicts, attempts = await cross_check([first, *others], engine, model.references, model.prompts, self.draw)
+        self.record_attempts(attempts)
+        for endpoint in verdicts.liars:
+            if endpoint.admission == "admitted":
+                fault = "gives a new text another vector than all others do"
+                await self._quarantine(endpoint, fault, CROSS_CHECK)
+                endpoint.wake.set()
+        if verdicts.suspects:
+            names = " and ".join(endpoint.provider.name for endpoint in verdicts.suspects)
+            log.error("%s give a new text different vectors: none is used until all its canaries are right", names)
+        for endpoint in verdicts.suspects:
+            if endpoint.admission == "admitted":
+                endpoint.uncheck()
+                endpoint.wake.set()
 
     async def close(self) -> None:
         """Stop watching and close all connections."""
+        self._watches |= {model.cross_check for model in self._models.values() if model.cross_check is not None}
         for task in self._watches:
             task.cancel()
         await asyncio.gather(*self._watches, return_exceptions=True)
@@ -409,7 +444,7 @@ class ProviderPool:
         if verdict.is_quarantine and verdict.actor == CANARIES:
             await self._quarantine(endpoint, finding.fault)
 
-    async def _quarantine(self, endpoint: ProviderEndpoint, fault: str) -> None:
+    async def _quarantine(self, endpoint: ProviderEndpoint, fault: str, actor: str = CANARIES) -> None:
         """Take an endpoint out of traffic, here at once and in all processes within a second."""
         name, model = endpoint.provider.name, endpoint.model.id
         sentence = f"{name} {fault}"
@@ -417,7 +452,9 @@ class ProviderPool:
         log.error("%s is quarantined for %s: %s", name, model, sentence)
         passed_at = int(endpoint.passed_at * 1000) or None
         await self._report(
-            Verdict(provider=name, model=model, verdict="quarantined", finding=sentence, passed_at=passed_at)
+            Verdict(
+                provider=name, model=model, verdict="quarantined", finding=sentence, passed_at=passed_at, actor=actor
+            )
         )
 
     async def _report(self, verdict: Verdict) -> None:

@@ -177,11 +177,14 @@ class Providers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         min_margin: share of a request's price that must remain after the provider's cost; see `allow_loss`.
         readmit: "auto" ends a quarantine that canaries ordered once two full runs in a row have passed; "operator"
             leaves it to a person.
+        cross_check: share of the answered requests after which a text of our own is asked of the provider and of
+            others, or of this server's engine, to see that they agree. 0 for none.
     """
 
     remote_only: tuple[str, ...] = ()
     min_margin: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     readmit: Literal["operator", "auto"] = "operator"
+    cross_check: Annotated[float, Meta(ge=0, le=1)] = 0.0
     providers: tuple[RemoteProvider, ...] = msgspec.field(name="provider", default=())
 
     def of_model(self, model: str) -> list[tuple[RemoteProvider, ProviderModel]]:
