@@ -1,4 +1,4 @@
-"""The card of a model that ships: a template, filled from the run, its log, the evaluation and the record."""
+"""The card of a model that ships: a template, filled from the run, the evaluation and the record."""
 
 import json
 import re
@@ -15,11 +15,6 @@ from unmask.errors import UsageError
 from unmask.evaluate.results import ModelResult, Results, TaskScore
 
 HERE = Path(__file__).parent
-
-# As `unmask train` logs the size of each data set.
-_SIZE = re.compile(
-    r"^(?P<name>.+?): (?P<used>\d+) examples(?:, (?P<dropped>\d+) dropped that overlap with evaluation data)?", re.M
-)
 
 
 @dataclass(frozen=True)
@@ -56,18 +51,17 @@ class Measured:
     variants: Mapping[str, ModelResult]
 
 
-def data_table(recipe: Mapping[str, Any], log: str, tables: Mapping[str, Any]) -> list[DataRow]:
+def data_table(run: Mapping[str, Any], tables: Mapping[str, Any]) -> list[DataRow]:
     """Return the data sets of a run with their licences.
 
     Args:
-        log: printed lines of `unmask train`, which count the rows of each set.
+        run: content of `run.json`.
 
     Raises:
-        UsageError: a set has no known or no clear licence, or the log does not count it.
+        UsageError: a set has no known or no clear licence, or the run does not count its rows.
     """
-    sizes = {match["name"]: match for match in _SIZE.finditer(log)}
     rows, reasons = [], []
-    for source in recipe["data"]:
+    for source in run["recipe"]["data"]:
         entry = tables["data"].get(source["path"])
         if entry is None:
             reasons.append(f"{source['path']} has no entry; add what it is and its licence")
@@ -77,12 +71,11 @@ def data_table(recipe: Mapping[str, Any], log: str, tables: Mapping[str, Any]) -
         for column, values in entry.get("leave_out", {}).items():
             if not set(values) <= set(source["without"].get(column, ())):
                 reasons.append(f"{source['path']}: the recipe must leave out {column} = {values}")
-        if source["name"] not in sizes:
-            reasons.append(f"the log has no line that counts the examples of {source['name']!r}")
+        counts = run.get("rows", {}).get(source["name"])
+        if counts is None:
+            reasons.append(f"run.json does not count the rows of {source['name']!r}; train with this version")
             continue
-        size = sizes[source["name"]]
-        row = DataRow(source["name"], entry["what"], entry["licence"], int(size["used"]), int(size["dropped"] or 0))
-        rows.append(row)
+        rows.append(DataRow(source["name"], entry["what"], entry["licence"], counts["train"], counts["overlapping"]))
     if reasons:
         raise UsageError("training data (tools/training_data.toml):\n  " + "\n  ".join(reasons))
     return rows
@@ -209,7 +202,6 @@ def render_card(
     folder: Path,
     results: Results,
     measured: Measured,
-    log: str,
     report: str,
 ) -> str:
     """Return the text of a model card.
@@ -239,6 +231,6 @@ def render_card(
         objective=objective_of(recipe), steps=steps, tokens=tokens, dev=dev,
         hardware=run["hardware"], precision=run["precision"],
         teachers=teachers_of(recipe, tables), decontaminated=bool(recipe.get("decontaminate_against")),
-        data=data_table(recipe, log, tables),
+        data=data_table(run, tables),
     )  # fmt: skip
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"

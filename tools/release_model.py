@@ -2,7 +2,7 @@
 
     unmask evaluate 'RUN/best?name=unmask/NAME' 'RUN/best?dimensions=256&name=256' --baseline ... \
         --suite local --data DATA/eval --output docs/evaluation
-    python tools/release_model.py RUN/best --name NAME --results docs/evaluation/results.json --log RUN.log
+    python tools/release_model.py RUN/best --name NAME --results docs/evaluation/results.json
 
 The record `unmask/catalogue/records/NAME.toml` is written by hand before; it holds no figure of a measurement. Nothing
 is written before everything is checked. A second run replaces what the first one wrote, and adds no measurement twice.
@@ -55,14 +55,12 @@ class Release:
         folder: result of a run: `RUN/best`, `RUN/model`, or one of an exit, such as `RUN/best-4-layers`.
         name: without owner; the id is `unmask/NAME`.
         results: `results.json` of `unmask evaluate`, in the repository, because measurements cite it.
-        log: printed lines of the training run, which count the rows of each data set.
         root: the repository.
     """
 
     folder: Path
     name: str
     results: Path
-    log: Path
     root: Path
 
     @property
@@ -95,8 +93,7 @@ def release(model: Release) -> None:
     measured = find_measured(results, open_checkpoint(model.folder).revision)
     raw = model.results.resolve().relative_to(model.root.resolve())
     report = (raw.parent / "report.md").as_posix()
-    log = model.log.read_text(encoding="utf-8", errors="replace")
-    card = render_card(record, run, model.folder, results, measured, log, report)
+    card = render_card(record, run, model.folder, results, measured, report)
     values = new_measurements(model.root, results, {measured.plain.name: record.id}, raw.as_posix())
 
     write_folder(model.target, files, run, card)
@@ -247,10 +244,9 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="result folder of a run, such as RUN/best or RUN/best-4-layers")
     parser.add_argument("--name", required=True, help="the model's name without its owner: smollm2-embed-6l")
     parser.add_argument("--results", type=Path, required=True, help="results.json of unmask evaluate")
-    parser.add_argument("--log", type=Path, required=True, help="what unmask train printed")
     parser.add_argument("--root", type=Path, default=Path(__file__).parent.parent, help="the repository")
     options = parser.parse_args()
-    model = Release(options.folder, options.name, options.results, options.log, options.root)
+    model = Release(options.folder, options.name, options.results, options.root)
     try:
         release(model)
     except UnmaskError as error:

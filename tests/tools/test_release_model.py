@@ -42,14 +42,13 @@ class Workshop:
 
     root: Path
     run: Path
-    log: Path
 
     @property
     def results(self) -> Path:
         return self.root / "docs" / "evaluation" / "results.json"
 
     def tool(self, name: str, folder: Path, **options: Path) -> subprocess.CompletedProcess[str]:
-        arguments = {"results": self.results, "log": self.log} | options
+        arguments = {"results": self.results} | options
         command = [sys.executable, str(self.root / "tools" / "release_model.py"), str(folder), "--name", name]
         command += [part for key, path in arguments.items() for part in (f"--{key}", str(path))]
         return self.python(*command[1:])
@@ -103,9 +102,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, eval_data: Path) -> Works
             "matryoshka": [24],
         },
     )
-    lines: list[str] = []
-    run_training(recipe, data=write_pairs(folder), output=folder / "run", log=lines.append)
-    (folder / "log").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    run_training(recipe, data=write_pairs(folder), output=folder / "run")
     root = folder / "repository"
     copy_repository(root)
     for name in NAMES:
@@ -124,7 +121,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, eval_data: Path) -> Works
         command="unmask evaluate RUN/model --task STSBenchmark",
     )
     run_evaluation(evaluation)
-    return Workshop(root, folder / "run", folder / "log")
+    return Workshop(root, folder / "run")
 
 
 @pytest.fixture(scope="module")
@@ -253,9 +250,12 @@ def test_what_does_not_belong_together_is_refused(released: Workshop, tmp_path: 
     results.provenance.command = "unmask evaluate '/models/a b?name=c' --suite local"
     changed.write_bytes(msgspec.json.encode(results))
     assert "holds a path of this machine" in refusal("tiny-2l", released.run / "model", results=changed)
-    empty = tmp_path / "empty.log"
-    empty.touch()
-    assert "no line that counts the examples of 'pairs'" in refusal("tiny-2l", released.run / "model", log=empty)
+    old = tmp_path / "run"
+    shutil.copytree(released.run, old)
+    description = json.loads((old / "run.json").read_text(encoding="utf-8"))
+    del description["rows"]  # as before runs counted them
+    (old / "run.json").write_text(json.dumps(description), encoding="utf-8")
+    assert "does not count the rows of 'pairs'" in refusal("tiny-2l", old / "model")
     table = released.root / "tools" / "training_data.toml"
     text = table.read_text(encoding="utf-8")
     try:

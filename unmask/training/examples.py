@@ -45,6 +45,15 @@ class Examples:
     bad: BadRows
     overlapping: int
 
+    def counts(self) -> dict[str, int]:
+        """Return the numbers of examples and of rows left out, by their names."""
+        return {
+            "train": len(self.train),
+            "held_out": len(self.held_out),
+            "overlapping": self.overlapping,
+            "unusable": self.bad.bad,
+        }
+
     def digest(self) -> str:
         """Hash of the training examples, 16 hex digits."""
         digest = hashlib.sha256()

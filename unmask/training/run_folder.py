@@ -160,12 +160,17 @@ class RunFolder:
 
 
 def describe_run(
-    recipe: Mapping[str, Any], data: Mapping[str, Any], hardware: str, precision: str = "float32"
+    recipe: Mapping[str, Any],
+    data: Mapping[str, Any],
+    hardware: str,
+    precision: str = "float32",
+    rows: Mapping[str, Mapping[str, int]] | None = None,
 ) -> dict[str, Any]:
     """Return the content of `run.json`: enough to repeat the run elsewhere.
 
     Args:
         precision: that of the forward, as measured where the recipe says auto; a resumed run keeps it.
+        rows: counts of each data set in memory, by their names.
     """
     from importlib.metadata import version
 
@@ -173,6 +178,7 @@ def describe_run(
     return {
         "recipe": dict(recipe),
         "data": dict(data),
+        "rows": {name: dict(counts) for name, counts in (rows or {}).items()},
         "versions": {"unmask": __version__, "python": platform.python_version()}
         | {name: version(name) for name in names},
         "git": _git_revision(),

@@ -105,7 +105,13 @@ def run_training(
                 adapter = initial_adapter(recipe.lora.init_from, recipe.base, recipe.adapters)
                 digests["lora.init_from"] = adapter.digest()
             chosen = str(compute_dtype(recipe.precision, device)).removeprefix("torch.")
-            description = describe_run(_plain(recipe), digests, _hardware(device, group), chosen)
+            description = describe_run(
+                _plain(recipe),
+                digests,
+                _hardware(device, group),
+                chosen,
+                {examples.source.name: examples.counts() for examples in sets},
+            )
             stored = folder.begin(description, resume, lambda before: _upgraded(before, recipe, folder.step()))
             precision = stored.get("precision", chosen)
         recipe = msgspec.structs.replace(recipe, precision=group.broadcast(precision))
