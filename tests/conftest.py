@@ -128,10 +128,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(marker)
         if _is_slow(item.path):
             item.add_marker("slow")
-    if "UNMASK_TEST_DATA" not in os.environ:
-        left_out = [item for item in items if item.get_closest_marker("public_data")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+    left_out = [item for item in items if _lacks_data(item) or _lacks_processor(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+def _lacks_data(item: pytest.Item) -> bool:
+    return "UNMASK_TEST_DATA" not in os.environ and item.get_closest_marker("public_data") is not None
+
+
+def _lacks_processor(item: pytest.Item) -> bool:
+    """True for a test of instructions that this processor lacks: "avx512", or "amx" beside it."""
+    features = {marker.args[0] for marker in item.iter_markers("processor")}
+    if not features:
+        return False
+    from unmask.encoder.runtime import kernels  # imports torch
+
+    has_avx512 = kernels._target() == "avx512"
+    return not has_avx512 or ("amx" in features and not kernels.has_amx())
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:

@@ -32,6 +32,8 @@ NUMBERS: dict[str, tuple[list[str], dict[str, tuple[str, ...]]]] = {
         ["{tmp}/a.txt", "-o", "{tmp}/a.npy", "--model", TINY],
         {"--dimensions": (*COUNT, "65"), "--max-length": COUNT},
     ),
+    "export": ([TINY, "--to", "hub", "-o", "{tmp}/exported"], {"--dimensions": (*COUNT, "65")}),
+    "parity": ([TINY, TINY], {"--dimensions": (*COUNT, "65")}),
     "serve": (
         ["--model", TINY],
         {

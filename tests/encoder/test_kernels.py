@@ -261,10 +261,9 @@ def test_a_damaged_library_is_not_used(tmp_path: Path, monkeypatch: pytest.Monke
     assert kernels.library.__wrapped__() is None
 
 
+@pytest.mark.processor("avx512")
 def test_the_other_targets_give_the_same_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor with AVX-512 runs the code for AVX2 as well."""
-    if kernels._target() != "avx512":
-        pytest.skip("only a processor with AVX-512 has two targets")
     expected = compiled_states(decoder_of("gemma3"), ids := torch.randint(1, 120, (sum(LENGTHS),)), LENGTHS)
     monkeypatch.setattr(kernels, "_target", lambda: "avx2")
     monkeypatch.setattr(kernels, "_folders", lambda: [tmp_path])

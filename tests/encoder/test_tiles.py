@@ -25,15 +25,17 @@ pytestmark = pytest.mark.skipif(
 TEXTS = ["one text", "another one, which is longer", "a " * 90]
 
 
-@pytest.fixture(params=["plain", "registers"])
+@pytest.fixture(
+    params=[
+        pytest.param("plain", marks=pytest.mark.processor("avx512")),
+        pytest.param("registers", marks=pytest.mark.processor("amx")),
+    ]
+)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Choose how tiles are multiplied: by vector instructions that any AVX-512 has, or in the tile registers."""
     library = kernels.library()
     assert library is not None
-    if library.panel_columns() != 32:
-        pytest.skip("products of tiles are in the kernels for AVX-512 alone")
-    if not library.use_tiles(request.param == "registers") and request.param == "registers":
-        pytest.skip("this processor has no tile registers (AMX)")
+    assert library.use_tiles(request.param == "registers") or request.param == "plain"
     monkeypatch.setattr(kernels, "has_amx", lambda: True)
     yield request.param
     library.use_tiles(1)
@@ -166,11 +168,10 @@ def test_a_sequence_has_the_same_bits_in_any_pack(way: str, lengths: list[int], 
         assert torch.equal(compiled_states(decoder, sequence, [len(sequence)]), states)
 
 
+@pytest.mark.processor("amx")
 def test_registers_and_vectors_give_the_same_bits() -> None:
     library = kernels.library()
     assert library is not None
-    if library.panel_columns() != 32 or not kernels.has_amx():
-        pytest.skip("this processor has no tile registers (AMX)")
     decoder = decoder_of("llama with biases")
     prepack(decoder, torch.bfloat16)
     ids = torch.randint(1, 120, (sum(LENGTHS),))

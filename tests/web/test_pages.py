@@ -1,6 +1,7 @@
 """Pages of the catalogue over HTTP: content, visitors and formats."""
 
 import json
+import re
 import subprocess
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
@@ -247,7 +248,7 @@ def test_status_says_what_happened_and_no_more(start: Callable[..., LocalService
     service.embed("a text", model="no/such")
     text = "".join(get(service, "/status").text.split())
     assert "Answered2" in text and "Refused1" in text and "Failed0" in text  # one text warmed the model
-    assert "0to5ms" in text
+    assert re.search(r"\d+to\d+m?s", text)  # which, depends on what else the machine does
 
 
 def test_the_docs_have_a_part_for_each_dialect_of_the_openapi_document(service: LocalService) -> None:

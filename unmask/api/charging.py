@@ -183,7 +183,7 @@ def read_tier(headers: Headers) -> str:
     Raises:
         ApiError: there is no such tier.
     """
-    tier = headers.get("x-tier", "").strip().lower() or "default"
+    tier = headers.get("x-tier", "default").strip().lower()
     if tier not in TIERS:
         raise ApiError(400, f"The header X-Tier must be one of {', '.join(TIERS)}.", param="X-Tier")
     return tier

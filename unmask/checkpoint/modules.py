@@ -136,7 +136,8 @@ class _FolderReader:
         words = ("all", "vision") if str(self.config.get("model_type")).startswith("gemma4") else ()
         for key, other in (("is_causal", ()), ("use_bidirectional_attention", words)):
             value = self.config.get(key)
-            if not (value is None or isinstance(value, bool) or value in other):
+            # JSON's 0 and 1 are equal to false and true, and transformers reads them so.
+            if not (value in (None, False, True) or value in other):
                 self.differences.append(f"{key}={value!r:.80}, which is neither true nor false")
         if self.config.get("is_causal") and reads_both_ways(self.config):
             self.differences.append("is_causal beside use_bidirectional_attention, a contradiction")

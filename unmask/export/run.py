@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from unmask.checkpoint import open_checkpoint
+from unmask.checkpoint.checkpoint import Checkpoint
 from unmask.encoder import Encoder
 from unmask.encoder.loading import LoadOptions
 from unmask.errors import ExportError, MissingPackages, UsageError
@@ -79,10 +80,7 @@ def run_export(options: ExportOptions, say: Callable[[str], None]) -> ParityRepo
         StorageError: the files cannot be written; nothing is left of them then.
     """
     checkpoint = open_checkpoint(options.model)
-    model = describe_model(checkpoint, options.instructions, options.dimensions)
-    longest = vector_size(replace(model, dimensions=None))
-    if options.dimensions is not None and not 1 <= options.dimensions <= longest:
-        raise UsageError(f"--dimensions {options.dimensions}: this model's vectors have 1 to {longest} numbers")
+    model = _describe(checkpoint, options.instructions, options.dimensions)
     verdict = judge(options.target, traits_of(model))
     for line in verdict.sentences():
         say(line)
@@ -117,18 +115,26 @@ def run_parity(
     """Compare a folder, a file or an endpoint with a model's own vectors.
 
     Raises:
-        UsageError: no runtime here reads it.
+        UsageError: no runtime here reads it, or the model's vectors are not that long.
         CheckpointError: the model or the target cannot be used.
     """
     encoder = Encoder.load_with(model, LoadOptions(dtype="float32"))
     return check_parity(
         encoder,
-        describe_model(encoder.checkpoint, instructions, dimensions),
+        _describe(encoder.checkpoint, instructions or {}, dimensions),
         target,
         model_name=model_name,
         texts=texts,
         say=say,
     )
+
+
+def _describe(checkpoint: Checkpoint, instructions: Mapping[str, str], dimensions: int | None) -> ExportedModel:
+    model = describe_model(checkpoint, instructions, dimensions)
+    longest = vector_size(replace(model, dimensions=None))
+    if dimensions is not None and not 1 <= dimensions <= longest:
+        raise UsageError(f"--dimensions {dimensions}: this model's vectors have 1 to {longest} numbers")
+    return model
 
 
 def failing_rows(report: ParityReport) -> Sequence[str]:

@@ -100,20 +100,9 @@ def run_training(
         folder = RunFolder(output, recipe.keep)
         precision = recipe.precision
         if group.is_main:
-            digests = {examples.source.name: examples.digest() for examples in sets}
-            if recipe.lora is not None and recipe.lora.init_from is not None:
-                adapter = initial_adapter(recipe.lora.init_from, recipe.base, recipe.adapters)
-                digests["lora.init_from"] = adapter.digest()
-            chosen = str(compute_dtype(recipe.precision, device)).removeprefix("torch.")
-            description = describe_run(
-                _plain(recipe),
-                digests,
-                _hardware(device, group),
-                chosen,
-                {examples.source.name: examples.counts() for examples in sets},
-            )
+            description = _description(recipe, sets, device, group)
             stored = folder.begin(description, resume, lambda before: _upgraded(before, recipe, folder.step()))
-            precision = stored.get("precision", chosen)
+            precision = stored.get("precision", description["precision"])
         recipe = msgspec.structs.replace(recipe, precision=group.broadcast(precision))
         teachers = None
         if recipe.distillation is not None:
@@ -145,6 +134,17 @@ def run_training(
             draw_curves(folder)
         group.wait()
         return TrainingResult(output / "best" if scores else result, scores, group.is_main)
+
+
+def _description(recipe: Recipe, sets: Sequence[Examples], device: torch.device, group: Processes) -> dict[str, Any]:
+    """Return the content of a new run's `run.json`."""
+    digests = {examples.source.name: examples.digest() for examples in sets}
+    if recipe.lora is not None and recipe.lora.init_from is not None:
+        adapter = initial_adapter(recipe.lora.init_from, recipe.base, recipe.adapters)
+        digests["lora.init_from"] = adapter.digest()
+    precision = str(compute_dtype(recipe.precision, device)).removeprefix("torch.")
+    rows = {examples.source.name: examples.counts() for examples in sets}
+    return describe_run(_plain(recipe), digests, _hardware(device, group), precision, rows)
 
 
 def load_data(recipe: Recipe, data: Path, log: Callable[[str], None]) -> LoadedData:

@@ -8,7 +8,6 @@ add the field there and one branch to the forward.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import torch
@@ -318,7 +317,7 @@ def require_known_rope(config: Mapping[str, Any]) -> None:
             )
 
     for name, value in _rope_numbers(config):
-        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise CheckpointError(f"config.json: {name}={value!r:.80} of the RoPE scaling is no number above 0")
     for table in _rope_tables(config):
         low, high = table.get("low_freq_factor"), table.get("high_freq_factor")
