@@ -21,14 +21,14 @@ def checks_known_models(command: Callable[_Arguments, _Result]) -> Callable[_Arg
 
     @wraps(command)
     def run(*arguments: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
-        with known_models_checked():
+        with known_model_check():
             return command(*arguments, **options)
 
     return run
 
 
 @contextmanager
-def known_models_checked() -> Iterator[None]:
+def known_model_check() -> Iterator[None]:
     """Check every model that is loaded during the block. The catalogue is read when the first one is loaded."""
     from unmask.encoder.load_check import checking_loads
 
