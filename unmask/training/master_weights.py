@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from unmask.encoder.model.attention import PackLayout
 from unmask.encoder.model.decoder import Decoder, Layer
+from unmask.encoder.runtime import kernels
 from unmask.encoder.runtime.linear import Linear
 from unmask.training import compiled_layer
 
@@ -57,9 +58,17 @@ class _MasterProduct(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         narrow, copy = ctx.saved_tensors
         dx = (dy @ copy).to(ctx.input_dtype) if ctx.needs_input_grad[0] else None
-        d_weight = (compiled_layer.transposed(dy) @ narrow).float() if ctx.needs_input_grad[1] else None
+        d_weight = _weight_gradient(dy, narrow) if ctx.needs_input_grad[1] else None
         d_bias = dy.sum(dim=0, dtype=torch.float32) if ctx.needs_input_grad[3] else None
         return dx, d_weight, None, d_bias
+
+
+def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """dy^T x in float32: [T, out], [T, in] -> [out, in]."""
+    # In tile registers oneDNN is two to five times as fast with a contiguous left side. Without them, the copy takes
+    # more time than it saves.
+    left = compiled_layer.transposed(dy) if kernels.has_amx() else dy.T
+    return (left @ x).float()
 
 
 def use_master_weights(decoder: Decoder, dtype: torch.dtype) -> list[MasterLinear]:
