@@ -40,6 +40,7 @@ def until(condition: Callable[[], bool], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.002)  # a loop without a pause would take the interpreter from the server
 
 
 @dataclass

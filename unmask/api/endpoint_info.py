@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import asdict
+from typing import Literal
 
 import msgspec
 
@@ -19,8 +20,8 @@ def endpoint_list(models: ModelRegistry, served: ServedModel) -> EndpointList:
     pool = models.providers
     group = pool.of_model(served.record.id) if pool is not None else None
     data = []
-    if pool is None or not pool.is_remote_only(served.record.id):
-        data.append(_local(served))
+    if (state := served.state) != "remote":
+        data.append(_local(served, state))
     if group is not None:
         data += [_remote(endpoint, group.references) for endpoint in group.endpoints]
     references = group.references if group is not None else None
@@ -28,11 +29,11 @@ def endpoint_list(models: ModelRegistry, served: ServedModel) -> EndpointList:
     return EndpointList(model=served.record.id, vector_space=space, data=data)
 
 
-def _local(served: ServedModel) -> EndpointInfo:
+def _local(served: ServedModel, state: Literal["cold", "loading", "ready", "failed"]) -> EndpointInfo:
     return EndpointInfo(
         name=LOCAL,
         kind="local",
-        status="admitted" if served.state == "ready" else served.state,
+        status="admitted" if state == "ready" else state,
         precision=PRECISION_CLASSES[served.dtype],
         max_tokens=served.record.max_tokens,
     )

@@ -125,7 +125,7 @@ class EmbeddingResponse(msgspec.Struct, kw_only=True):
 
 
 Precision = Literal["auto", "float32", "bfloat16", "float16", "int8"]
-ModelStatus = Literal["cold", "loading", "ready", "failed"]
+ModelStatus = Literal["cold", "loading", "ready", "failed", "remote"]
 
 
 class ModelPrice(msgspec.Struct, kw_only=True, frozen=True):
@@ -140,7 +140,9 @@ class Model(Specification, kw_only=True, frozen=True):
     """A model, in the shape of OpenAI's model object: its catalogue record, and its state on this server."""
 
     object: Literal["model"] = "model"
-    status: Annotated[ModelStatus, _doc("A cold model loads with its first request.")]
+    status: Annotated[
+        ModelStatus, _doc("A cold model loads with its first request; providers alone answer for a remote one.")
+    ]
     precision: Annotated[
         Precision,
         _doc("Of the weights on this server; vectors are float32 in any case. auto: chosen when the model loads."),

@@ -14,7 +14,14 @@ from unmask.checkpoint.gguf import open_gguf
 from unmask.checkpoint.head import HEAD_FILE, HeadTensors, read_head_file
 from unmask.checkpoint.modules import BIDIRECTIONAL_TYPES, ModulesDescription, read_modules
 from unmask.checkpoint.resolve import Location, resolve
-from unmask.checkpoint.tensors import EMBEDDING, BorrowedEmbedding, FiniteTensors, TensorSource, open_tensors
+from unmask.checkpoint.tensors import (
+    EMBEDDING,
+    AbsentTensors,
+    BorrowedEmbedding,
+    FiniteTensors,
+    TensorSource,
+    open_tensors,
+)
 from unmask.checkpoint.tokenizer import TOKENIZER_FILES, TextTokenizer, read_tokenizer
 from unmask.errors import CheckpointError, StorageError
 
@@ -48,7 +55,13 @@ class Checkpoint:
 
     @cached_property
     def revision(self) -> str:
-        """Content address of the weights: 16 hex digits over all files' SHA-256, in merging order."""
+        """Content address of the weights: 16 hex digits over all files' SHA-256, in merging order.
+
+        Raises:
+            CheckpointError: the model was opened without its weights.
+        """
+        if isinstance(self.tensors, AbsentTensors):
+            raise CheckpointError(f"{self.name} was opened without its weights, so it has no revision")
         whole = hashlib.sha256()
         for file in self.files:
             with file.open("rb") as opened:
@@ -58,27 +71,29 @@ class Checkpoint:
         return whole.hexdigest()[:16]
 
 
-def open_checkpoint(model: str | Path, adapters: Sequence[str | Path] = ()) -> Checkpoint:
+def open_checkpoint(model: str | Path, adapters: Sequence[str | Path] = (), *, weights: bool = True) -> Checkpoint:
     """Find a model and its adapters by name, read their headers and check that they fit together.
 
     Args:
         model: `unmask/smollm2-135m-embed`, a hub id, a folder in the hub's layout, or a `.gguf` file. Naming an
             adapter is enough: its base, and the adapters it was trained on top of, are found from it.
         adapters: further LoRA adapters, merged in this order after those.
+        weights: False opens tokenizer, configuration and settings alone, of a folder that may have no weights, and
+            fetches nothing else. Whoever then uses `tensors` or `revision` gets a CheckpointError.
 
     Raises:
         ModelNotFound: nothing of that name is here or can be fetched.
         CheckpointError: a file is damaged, or the files do not fit each other.
         StorageError: a file is there but cannot be read.
     """
-    location = resolve(model, adapters)
+    location = resolve(model, adapters, weights=weights)
     try:
-        return _open(location)
+        return _open(location, weights)
     except OSError as error:
         raise StorageError(f"cannot read {error.filename or location.base}: {error.strerror or error}") from error
 
 
-def _open(location: Location) -> Checkpoint:
+def _open(location: Location, weights: bool) -> Checkpoint:
     base = location.base
     gguf_settings: Mapping[str, Any] = {}
     if base.is_file():
@@ -86,48 +101,58 @@ def _open(location: Location) -> Checkpoint:
         files, tokenizer_folder = [base], None
     elif location.embedding is not None:
         config = _read_config(base)
-        below = _open(location.embedding)
-        tensors, tokenizer = BorrowedEmbedding(open_tensors(base), below.tensors), below.tokenizer
+        below = _open(location.embedding, weights)
+        tensors, tokenizer = _tensors(location, weights, below.tensors), below.tokenizer
         files, tokenizer_folder = [*_deciding_files(base), *below.files], below.tokenizer_folder
     else:
         config = _read_config(base)
-        tensors, tokenizer = open_tensors(base), read_tokenizer(base)
+        tensors, tokenizer = _tensors(location, weights), read_tokenizer(base)
         files, tokenizer_folder = _deciding_files(base), base
-    merged = [Adapter(path) for path in location.adapters]
+    merged = [Adapter(path) for path in location.adapters] if weights else []
     for adapter in merged:
         files += [adapter.folder / "adapter_config.json", adapter.weights_file]
         files += sorted(adapter.folder.glob("llm2vec_config.json"))
     if merged:
         tensors = MergedTensors(tensors, merged)
+    if location.adapters:
         own = _adapter_tokenizer(location.adapters, tokenizer, tokenizer_folder)
         if own is not None:
             tokenizer, tokenizer_folder = own
             files += _tokenizer_files(tokenizer_folder)
     outermost_first = [path for path in (*reversed(location.adapters), base) if path.is_dir()]
-    described = _description(outermost_first, config) or ModulesDescription(gguf_settings)
+    described = _description(outermost_first, config, weights) or ModulesDescription(gguf_settings)
     files += described.files
     # The outermost head counts: it was trained on what lies below it.
     head = next((file for path in outermost_first if (file := path / HEAD_FILE).is_file()), None)
     if head is not None:
         files.append(head)
-    layers = described.layers if head is None else read_head_file(head)
-    if layers:
+    if weights and (layers := described.layers if head is None else read_head_file(head)):
         tensors = HeadTensors(tensors, layers)
     tokenizer = _with_sequence_tokens(tokenizer, described.settings)
     config = {**config, "model_type": BIDIRECTIONAL_TYPES.get(config["model_type"], config["model_type"])}
-    _check_vocabulary(location.name, tensors, tokenizer)
+    if weights:
+        _check_vocabulary(location.name, tensors, tokenizer)
+        tensors = FiniteTensors(tensors, location.name)
     if merged:
         config["vocab_size"] = tensors.shape(EMBEDDING)[0]  # an adapter may bring an embedding of its own size
     return Checkpoint(
         name=location.name,
         config=config,
-        tensors=FiniteTensors(tensors, location.name),
+        tensors=tensors,
         tokenizer=tokenizer,
         encoder_config=described.settings,
         trained_as=str(config.get("_name_or_path") or location.trained_as),
         files=tuple(files),
         tokenizer_folder=tokenizer_folder,
     )
+
+
+def _tensors(location: Location, weights: bool, embedding: TensorSource | None = None) -> TensorSource:
+    """Open the weights of a folder, with the token embedding of another model where they lack one."""
+    if not weights:
+        return AbsentTensors(location.name)
+    tensors = open_tensors(location.base)
+    return tensors if embedding is None else BorrowedEmbedding(tensors, embedding)
 
 
 def _with_sequence_tokens(tokenizer: TextTokenizer, settings: Mapping[str, Any]) -> TextTokenizer:
@@ -148,12 +173,13 @@ def _with_sequence_tokens(tokenizer: TextTokenizer, settings: Mapping[str, Any])
     return replace(tokenizer, prefix=prefix, suffix=suffix)
 
 
-def _description(folders: Sequence[Path], config: Mapping[str, Any]) -> ModulesDescription | None:
+def _description(folders: Sequence[Path], config: Mapping[str, Any], weights: bool) -> ModulesDescription | None:
     """The outermost description of the encoder: an `llm2vec_config.json`, else a `modules.json`.
 
     Args:
         folders: the outermost first: the last adapter's, ..., the base's.
         config: the decoder's `config.json`.
+        weights: open the layers behind the pooling.
     """
     for i, folder in enumerate(folders):
         settings = _encoder_config(folder)
@@ -161,10 +187,10 @@ def _description(folders: Sequence[Path], config: Mapping[str, Any]) -> ModulesD
             # Training carries the steps of a head on to its adapter; the layers stay in the base's folder.
             dense = any(step.get("kind") == "dense" for step in settings.get("head") or ())
             dense = dense and not (folder / HEAD_FILE).is_file()  # that file holds the layers
-            below = (read_modules(path, config) for path in folders[i:]) if dense else ()
+            below = (read_modules(path, config, weights=weights) for path in folders[i:]) if dense else ()
             carried = next((modules for modules in below if modules is not None), ModulesDescription({}))
             return ModulesDescription(settings, carried.files, carried.layers)
-        modules = read_modules(folder, config)
+        modules = read_modules(folder, config, weights=weights)
         if modules is not None:
             return modules
     return None

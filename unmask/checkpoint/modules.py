@@ -78,18 +78,20 @@ class ModulesDescription:
     layers: Sequence[HeadLayer] = ()
 
 
-def read_modules(folder: Path, config: Mapping[str, Any]) -> ModulesDescription | None:
+def read_modules(folder: Path, config: Mapping[str, Any], *, weights: bool = True) -> ModulesDescription | None:
     """Read `modules.json` and the files that it names; None where there is none.
 
     Args:
+        folder: the model's.
         config: the decoder's `config.json`.
+        weights: open the layers behind the pooling; without them, the description has none.
 
     Raises:
         CheckpointError: a setting means a vector that `Encoder` does not compute; all such settings are named.
     """
     if not (folder / "modules.json").is_file():
         return _bidirectional_type(folder, config)
-    reader = _FolderReader(folder, config)
+    reader = _FolderReader(folder, config, weights)
     settings = reader.settings()
     if reader.differences:
         raise CheckpointError(
@@ -116,8 +118,9 @@ def _bidirectional_type(folder: Path, config: Mapping[str, Any]) -> ModulesDescr
 class _FolderReader:
     """Reads the files of one folder, and collects their names and the settings that cannot be followed."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        self.folder, self.config = folder, config
+    def __init__(self, folder: Path, config: Mapping[str, Any], weights: bool) -> None:
+        self.folder, self.config, self._weights = folder, config, weights
+        self._outputs: int | None = None  # of the last linear layer
         self.differences: list[str] = []
         self.files: list[Path] = []
         self.layers: list[HeadLayer] = []
@@ -185,9 +188,10 @@ class _FolderReader:
         sizes = [config.get(key) for key in ("in_features", "out_features")]
         if not all(isinstance(size, int) for size in sizes):
             raise CheckpointError(f"{self.folder / path / 'config.json'} lacks in_features or out_features")
-        folder = self.folder / path
-        self.layers.append(read_dense_module(folder, *map(int, sizes), bias=config.get("bias", True)))
-        self.files += sorted([*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")])
+        folder, self._outputs = self.folder / path, config["out_features"]
+        if self._weights:
+            self.layers.append(read_dense_module(folder, *map(int, sizes), bias=config.get("bias", True)))
+            self.files += sorted([*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")])
         return [{"kind": "dense", "activation": _ACTIVATIONS.get(activation)}]
 
     def _model_settings(self, head: list[dict[str, Any]]) -> dict[str, Any]:
@@ -230,7 +234,7 @@ class _FolderReader:
         lengths = self.config.get("matryoshka_dimensions")
         if not lengths:
             return {}
-        size = longest or (self.layers[-1].shape()[0] if self.layers else self.config.get("hidden_size"))
+        size = longest or self._outputs or self.config.get("hidden_size")
         if not isinstance(lengths, list) or not all(type(length) is int and length > 0 for length in lengths):
             raise CheckpointError(
                 f"{self.folder / 'config.json'} has matryoshka_dimensions={lengths!r:.80}: no lengths"

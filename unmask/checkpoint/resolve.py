@@ -44,24 +44,28 @@ class Location:
     embedding: "Location | None" = None
 
 
-def resolve(model: str | Path, adapters: Sequence[str | Path] = ()) -> Location:
+def resolve(model: str | Path, adapters: Sequence[str | Path] = (), *, weights: bool = True) -> Location:
     """Find the files of `model`, following an adapter's configuration down to its base.
+
+    Args:
+        model, adapters: as for `open_checkpoint`.
+        weights: fetch the weights as well, if the model has to be fetched from the hub.
 
     Raises:
         ModelNotFound: a name in the chain is neither local nor fetchable.
         CheckpointError: the chain of adapters does not end at a model.
     """
-    location = _follow(str(model), seen=())
-    added = tuple(_adapter_folder(str(adapter)) for adapter in adapters)
+    location = _follow(str(model), (), weights)
+    added = tuple(_adapter_folder(str(adapter), weights) for adapter in adapters)
     return replace(location, name=str(model), adapters=location.adapters + added)
 
 
-def _follow(name: str, seen: tuple[str, ...]) -> Location:
+def _follow(name: str, seen: tuple[str, ...], weights: bool) -> Location:
     if name in seen:
         raise CheckpointError(
             f"the adapters {' -> '.join((*seen, name))} name each other as their base; no model is left"
         )
-    path = local_path(name)
+    path = local_path(name, weights=weights)
     if name in SHIPPED:
         shipped = SHIPPED[name]
         if shipped.layers_folder is not None:
@@ -71,7 +75,7 @@ def _follow(name: str, seen: tuple[str, ...]) -> Location:
         below = _embedding_source(path)
         if below is None:
             return Location(name, path, (), name)
-        source = _follow(below, (*seen, name))
+        source = _follow(below, (*seen, name), weights)
         return Location(name, path, (), source.trained_as, source)
     config = AdapterConfig.read(path)
     base = config.base
@@ -85,7 +89,7 @@ def _follow(name: str, seen: tuple[str, ...]) -> Location:
         raise CheckpointError(f"{path / 'adapter_config.json'} does not name its base model (base_model_name_or_path)")
     # Inside the adapter's own folder, or beside it in a mirror of the hub, where folders are organisation/model.
     beside = next((folder for folder in (path / base, path.parent.parent / base) if folder.is_dir()), None)
-    below = _follow(str(beside or base), (*seen, name))
+    below = _follow(str(beside or base), (*seen, name), weights)
     return replace(below, adapters=(*below.adapters, path))
 
 
@@ -113,15 +117,15 @@ def _published_name(path: Path) -> str:
     return "/".join(path.parts[-2:])
 
 
-def _adapter_folder(name: str) -> Path:
-    path = local_path(name)
+def _adapter_folder(name: str, weights: bool) -> Path:
+    path = local_path(name, weights=weights)
     if not (path / "adapter_config.json").is_file():
         raise CheckpointError(f"{name} is not an adapter: {path} has no adapter_config.json")
     return path
 
 
-def local_path(name: str) -> Path:
-    """Return the local path of a model's files. Downloads them if necessary.
+def local_path(name: str, *, weights: bool = True) -> Path:
+    """Return the local path of a model's files. Downloads them if necessary, without `weights` only the small ones.
 
     Order: shipped models, an existing path, `UNMASK_HOME/models/<name>`, the hub (its cache first when offline).
     """
@@ -139,10 +143,10 @@ def local_path(name: str) -> Path:
         raise ModelNotFound(
             f"no model at {name}: expected a folder with config.json, a .gguf file, or a hub id like org/name"
         )
-    return _fetch_from_hub(name)
+    return _fetch_from_hub(name, weights)
 
 
-def _fetch_from_hub(repo: str) -> Path:
+def _fetch_from_hub(repo: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -156,8 +160,9 @@ def _fetch_from_hub(repo: str) -> Path:
         # Small files first: they say whether there is anything to load. Each call falls back to the cache by itself
         # when the hub cannot be reached or HF_HUB_OFFLINE is set.
         folder = Path(snapshot_download(repo, allow_patterns=["*.json", "tokenizer.model"]))
-        snapshot_download(repo, allow_patterns=["*.safetensors"])
-        if not any(folder.glob("*.safetensors")):
+        if weights:
+            snapshot_download(repo, allow_patterns=["*.safetensors"])
+        if weights and not any(folder.glob("*.safetensors")):
             snapshot_download(repo, allow_patterns=["pytorch_model*.bin", "adapter_model.bin"])
     except GatedRepoError as error:
         raise ModelNotFound(

@@ -39,6 +39,32 @@ class TensorSource(Protocol):
         ...
 
 
+class AbsentTensors:
+    """Stands in for weights that nobody asked for: whoever reads them is told so.
+
+    Args:
+        name: of the model.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def names(self) -> Sequence[str]:
+        """Raise CheckpointError."""
+        raise self._error()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Raise CheckpointError."""
+        raise self._error()
+
+    def read(self, name: str) -> torch.Tensor:
+        """Raise CheckpointError."""
+        raise self._error()
+
+    def _error(self) -> CheckpointError:
+        return CheckpointError(f"{self._name} was opened without its weights")
+
+
 def innermost(name: str) -> str:
     """Strip the wrappers around the decoder's own tensor name.
 

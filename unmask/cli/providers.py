@@ -106,6 +106,39 @@ def check(
 
 
 @providers.command
+def references(model: str, *, output: Path, weights: str | None = None, database: DatabaseUrl = None) -> int:
+    """Write the right vectors of a model's canary texts to a file, for servers without its weights.
+
+    Such a server needs the model's tokenizer and configuration, and the file, named under [references] in its file of
+    providers. Whoever reads the file can answer the unpublished texts in it: it is readable by its owner alone, and
+    should be copied over a secure channel.
+
+    Parameters
+    ----------
+    model
+        Id under which the other servers serve the model.
+    output
+        File to write, such as model.npz.
+    weights
+        Folder or file with the weights, if the id does not say where they are.
+    """
+    from unmask.conformance import store_references
+    from unmask.router.checks import ModelSource, references_of
+
+    with closing(open_database(database)) as opened:
+        source = _sources(opened, ()).get(model, ModelSource(model))
+    source = source._replace(weights=weights or source.weights)
+    say(f"the right vectors of {model}: computed, or read from an earlier run")
+    computed = references_of(model, source)
+    store_references(computed, output)
+    say(
+        f"{output}: {len(computed.canaries)} canary texts and {len(computed.unpublished.texts)} unpublished ones, of "
+        f"the weights {computed.revision}"
+    )
+    return 0
+
+
+@providers.command
 def quarantine(name: str, model: str, *, reason: str, database: DatabaseUrl = None) -> int:
     """Take a provider of a model out of traffic, in all running servers within a second.
 
@@ -371,7 +404,7 @@ def _time(milliseconds: int) -> str:
 
 def _chosen(file: "Providers", name: str) -> "Providers":
     """Return the providers to check."""
-    from unmask.router.providers import Providers
+    import msgspec
 
     if not name:
         return file
@@ -379,7 +412,7 @@ def _chosen(file: "Providers", name: str) -> "Providers":
     if not matching:
         names = ", ".join(provider.name for provider in file.providers) or "none"
         raise UsageError(f"there is no provider {name!r} in the file, only {names}")
-    return Providers(providers=matching)
+    return msgspec.structs.replace(file, providers=matching)
 
 
 def _sources(database: "Database", weights: Sequence[str]) -> "dict[str, ModelSource]":

@@ -8,6 +8,7 @@ from unmask.conformance.references import (
     build_references,
     load_references,
     read_references,
+    require_same_model,
     store_references,
 )
 
@@ -25,6 +26,7 @@ __all__ = [
     "light_rows",
     "load_references",
     "read_references",
+    "require_same_model",
     "store_references",
     "worst_limit",
 ]

@@ -17,7 +17,8 @@ from unmask.conformance.unpublished_canaries import UnpublishedCanaries, draw_pr
 from unmask.conformance.wrong_references import WrongReference, canary_prompts, unit_length, wrong_references
 from unmask.disk import atomic_write
 from unmask.encoder import Dtype, Encoder, LoadOptions
-from unmask.errors import CheckpointError
+from unmask.encoder.prompts import PromptBuilder
+from unmask.errors import CheckpointError, InputError
 from unmask.home import home
 
 PrecisionClass = Literal["exact", "float16", "bfloat16", "int8"]
@@ -248,6 +249,39 @@ def read_references(file: Path) -> References:
         raise CheckpointError(
             f"{file} holds no references of canary texts: {error}. Delete it to compute them again"
         ) from error
+
+
+def require_same_model(
+    references: References, prompts: PromptBuilder, *, pooling: str, compat: str, max_tokens: int
+) -> None:
+    """Check that references from elsewhere are of the model whose text handling is here, by the tokens of every text.
+
+    Args:
+        references: made on another machine.
+        prompts, pooling, compat, max_tokens: of the model here.
+
+    Raises:
+        CheckpointError: they differ; providers would be asked for one model and charged for by another's tokens.
+    """
+    here = {"pooling": pooling, "compat": compat, "max_tokens": max_tokens}
+    for name, value in here.items():
+        if (theirs := getattr(references, name)) != value:
+            raise CheckpointError(f"the references of {references.model} have {name} {theirs}, its files here {value}")
+    texts = [(canary.text, canary.instruction) for canary in references.canaries]
+    texts += [(text, "") for text in references.unpublished.texts]
+    counts = [*references.num_tokens, *references.unpublished.num_tokens]
+    for (text, instruction), count in zip(texts, counts, strict=True):
+        try:
+            own = len(prompts.build([text], instruction, truncate=False)[0].ids)
+        except InputError as error:
+            raise CheckpointError(
+                f"the references of {references.model} have a text that is none here: {error}"
+            ) from None
+        if own != count:
+            raise CheckpointError(
+                f"the references of {references.model} count {count} tokens for a canary text, and its files here "
+                f"{own}: the tokenizer or the template is another model's"
+            )
 
 
 def load_references(

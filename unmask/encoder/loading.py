@@ -66,7 +66,7 @@ def open_prompts(model: str | Path, options: LoadOptions) -> PromptBuilder:
 
     Raises: as `Encoder.load`.
     """
-    return prompts_for(open_checkpoint(model, options.adapters), options)[2]
+    return prompts_for(open_checkpoint(model, options.adapters, weights=False), options)[2]
 
 
 def prompts_for(checkpoint: Checkpoint, options: LoadOptions) -> tuple[str, int, PromptBuilder]:

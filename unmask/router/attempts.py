@@ -6,11 +6,13 @@ import re
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from unmask.accounts.costs import AttemptRecord, Reason
+from unmask.checkpoint.tokenizer import TextTokenizer
 from unmask.conformance import References
 from unmask.conformance.references import SHARED_PRECISIONS
 from unmask.encoder import Prompt
@@ -125,7 +127,9 @@ class ModelEndpoints:
 
     Attributes:
         references: of the model; None until they are computed, and before that nobody is admitted.
-        prompts: its text handling, which needs no weights; None until it is read.
+        references_stamp: path and time of the file that they are read from; None where they are computed here.
+        prompts, tokenizer: its text handling, which needs no weights; None until it is read.
+        problem: why there are no references, for the operator; "" for none.
         cross_check: the one that is under way; None for none.
     """
 
@@ -133,7 +137,10 @@ class ModelEndpoints:
         self.endpoints = list(endpoints)
         self.min_margin = min_margin
         self.references: References | None = None
+        self.references_stamp: tuple[Path, int] | None = None
         self.prompts: PromptBuilder | None = None
+        self.tokenizer: TextTokenizer | None = None
+        self.problem = ""
         self.cross_check: asyncio.Task[None] | None = None
         self.budget = RetryBudget()
         self.hedge_budget = RetryBudget(hedging.SHARE, 0)
@@ -165,7 +172,7 @@ class ModelEndpoints:
     def checked_in(self, now: float) -> float:
         """Return the seconds after which an endpoint may have been admitted, for a model of which none is."""
         if self.references is None:
-            return _REFERENCES_S
+            return _OPERATOR_S if self.problem else _REFERENCES_S
         unchecked = (endpoint for endpoint in self.endpoints if endpoint.admission == "unchecked")
         runs = [max(0.0, endpoint.run_at - now) + endpoint.run_seconds for endpoint in unchecked]
         return max(1.0, min(runs, default=_OPERATOR_S))

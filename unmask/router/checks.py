@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple
 
-from unmask.checkpoint import open_checkpoint
+from unmask.checkpoint import Checkpoint, open_checkpoint
 from unmask.conformance import (
     Answer,
     Finding,
@@ -18,8 +19,14 @@ from unmask.conformance import (
     light_distance,
     light_rows,
     load_references,
+    read_references,
+    require_same_model,
     worst_limit,
 )
+from unmask.encoder import LoadOptions
+from unmask.encoder.loading import prompts_for
+from unmask.encoder.prompts import PromptBuilder
+from unmask.errors import CheckpointError
 from unmask.router.endpoint import Outcome
 from unmask.router.outbound import ProviderClient
 from unmask.router.providers import ProviderModel, Providers
@@ -137,7 +144,7 @@ def light_limit(model: ProviderModel, references: References) -> float:
 
 
 class ModelSource(NamedTuple):
-    """The place of a model's weights on this machine, and its text handling."""
+    """The place of a model's files on this machine, and its text handling."""
 
     weights: str
     compat: Literal["default", "reference"] = "default"
@@ -172,7 +179,8 @@ async def check_all(
         report_progress: gets a line before each long step.
 
     Raises:
-        CheckpointError: a model cannot be loaded here, so there are no right vectors to compare with.
+        CheckpointError: a model's weights are not here and the file of providers names no references, so there are no
+            right vectors to compare with.
         UsageError: a key or a certificate authority cannot be read.
     """
     references: dict[str, References] = {}
@@ -182,9 +190,9 @@ async def check_all(
         try:
             for model in provider.models:
                 if model.id not in references:
-                    report_progress(f"the right vectors of {model.id}: computed, or read from an earlier run")
-                    source = sources.get(model.id, ModelSource(model.id))
-                    references[model.id] = await asyncio.to_thread(references_of, model.id, source)
+                    report_progress(f"the right vectors of {model.id}: computed, or read from a file")
+                    source, file = sources.get(model.id, ModelSource(model.id)), providers.references_file(model.id)
+                    references[model.id] = await asyncio.to_thread(references_of, model.id, source, file)
                 report_progress(
                     f"{provider.name} is asked for {len(references[model.id].canaries)} texts of {model.id}"
                 )
@@ -194,14 +202,56 @@ async def check_all(
     return results
 
 
-def references_of(model: str, source: ModelSource) -> References:
-    """Return the references of a model, computed once and stored.
+def references_of(model: str, source: ModelSource, file: Path | None = None) -> References:
+    """Return the references of a model: those of a file, or computed from its weights once and stored.
 
     Raises:
-        CheckpointError, StorageError: as `load_references`.
+        CheckpointError, StorageError: as `load_references`; without weights, the message says how to get a file.
     """
-    revision = open_checkpoint(source.weights).revision
+    if file is not None:
+        return read_references(file)
+    try:
+        revision = open_checkpoint(source.weights).revision
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}. Without weights, let 'unmask providers references {model} --output FILE' write the right "
+            "vectors on a machine that has them, and name the file under [references] in the file of providers"
+        ) from error
     return load_references(source.weights, model=model, revision=revision, compat=source.compat)
+
+
+class RemoteModel(NamedTuple):
+    """The parts of a model that providers answer for, which need no weights.
+
+    Attributes:
+        checkpoint: its files, opened without weights.
+        prompts: its text handling.
+        references: its right vectors.
+    """
+
+    checkpoint: Checkpoint
+    prompts: PromptBuilder
+    references: References
+
+
+def open_remote_model(model: str, source: ModelSource, file: Path | None) -> RemoteModel:
+    """Open a model that providers answer for.
+
+    Args:
+        model: its id.
+        source: folder of its tokenizer and configuration; with its weights, if there is no `file`.
+        file: its references; None to compute them.
+
+    Raises:
+        CheckpointError, StorageError: as `references_of`, or the references are of another model than the tokenizer.
+        ModelNotFound, UsageError: as `open_checkpoint` and `prompts_for`.
+    """
+    checkpoint = open_checkpoint(source.weights, weights=False)
+    pooling, max_tokens, prompts = prompts_for(checkpoint, LoadOptions(compat=source.compat))
+    references = references_of(model, source, file)
+    if file is not None:
+        require_same_model(references, prompts, pooling=pooling, compat=source.compat, max_tokens=max_tokens)
+    return RemoteModel(checkpoint, prompts, references)
 
 
 async def _check_one(client: ProviderClient, model: ProviderModel, references: References) -> CheckResult:

@@ -12,11 +12,18 @@ from pathlib import Path
 from unmask.accounts.costs import AttemptRecord
 from unmask.accounts.usage import day_start
 from unmask.conformance import Finding, References
-from unmask.encoder.loading import LoadOptions, open_prompts
 from unmask.engine import Engine
 from unmask.errors import UnmaskError, UsageError
 from unmask.router.attempts import EmbeddingWork, ModelEndpoints, RoutedVectors, answer
-from unmask.router.checks import ModelSource, NoteProbe, full_check, light_check, light_limit, references_of
+from unmask.router.checks import (
+    ModelSource,
+    NoteProbe,
+    RemoteModel,
+    full_check,
+    light_check,
+    light_limit,
+    open_remote_model,
+)
 from unmask.router.cross_check import cross_check
 from unmask.router.daily_cost import DailyCost, today
 from unmask.router.endpoint import Outcome, ProviderEndpoint
@@ -62,8 +69,10 @@ class ProviderPool:
 
     Args:
         file: the file of providers.
-        source_of: model id -> its weights on this machine, of which the references are made.
+        source_of: model id -> its files on this machine; the references are made of its weights, unless the file of
+            providers names some.
         report: told of a quarantine that this process ordered. Runs in a thread.
+        take_model: told of a model's id once its files and references were read; raises UnmaskError to refuse them.
         record_attempts: gets the requests for canaries, which are to be paid for as well.
         costs_since: Unix milliseconds -> nano-dollars of each provider's attempts since then, of all processes. Runs in
             a thread. None on a server without accounts.
@@ -81,6 +90,7 @@ class ProviderPool:
     file: Path
     source_of: Callable[[str], ModelSource]
     report: Callable[[Verdict], None] = lambda verdict: None
+    take_model: Callable[[str, RemoteModel], None] = lambda id, model: None
     record_attempts: Callable[[Sequence[AttemptRecord]], None] = lambda attempts: None
     costs_since: Callable[[int], Mapping[str, int]] | None = None
     intervals: WatchIntervals = field(default_factory=WatchIntervals)
@@ -132,21 +142,26 @@ class ProviderPool:
             UsageError: a key or a certificate authority cannot be read; nothing has changed then.
         """
         clients = [ProviderClient(provider) for provider in providers.providers]
+        stamps = {id: _stamp(providers.references_file(id)) for id in providers.references}
+        same_references = {id for id, model in self._models.items() if model.references_stamp == stamps.get(id)}
         endpoints: dict[str, list[ProviderEndpoint]] = {}
         for client in clients:
             for model in client.provider.models:
                 daily_cost = self._daily_costs.setdefault(client.provider.name, DailyCost())
                 endpoint = ProviderEndpoint(client, model, random.Random(self.draw.random()), daily_cost)
                 earlier_endpoint = self._endpoint(client.provider.name, model.id)
-                if earlier_endpoint is not None and earlier_endpoint.is_same(client.provider, model):
+                is_same = earlier_endpoint is not None and earlier_endpoint.is_same(client.provider, model)
+                if earlier_endpoint is not None and is_same and model.id in same_references:
                     endpoint.inherit(earlier_endpoint)
                 self._keep_admission(endpoint)
                 endpoints.setdefault(model.id, []).append(endpoint)
         earlier = self._models
         self._models = {id: ModelEndpoints(group, providers.min_margin) for id, group in endpoints.items()}
         for id, model in self._models.items():
-            if id in earlier:
-                model.references, model.prompts = earlier[id].references, earlier[id].prompts
+            model.references_stamp = stamps.get(id)
+            if id in same_references:
+                for name in ("references", "prompts", "tokenizer", "problem"):
+                    setattr(model, name, getattr(earlier[id], name))
         for task in self._watches:
             task.cancel()
         self._watches = {self._start_watch(id, model) for id, model in self._models.items()}
@@ -263,13 +278,18 @@ class ProviderPool:
     async def _watch_model(self, id: str, model: ModelEndpoints) -> None:
         """Make the references of a model, then watch its endpoints until cancelled."""
         while model.references is None:
+            file = model.references_stamp[0] if model.references_stamp is not None else None
             try:
-                source = self.source_of(id)
-                model.prompts = await asyncio.to_thread(open_prompts, source.weights, LoadOptions(compat=source.compat))
-                model.references = await asyncio.to_thread(references_of, id, source)
+                opened = await asyncio.to_thread(open_remote_model, id, self.source_of(id), file)
+                self.take_model(id, opened)
             except UnmaskError as error:
-                log.error("the right vectors of %s cannot be computed, so no provider of it is used: %s", id, error)
+                if str(error) != model.problem:
+                    log.error("the right vectors of %s are not known, so no provider of it is used: %s", id, error)
+                model.problem = str(error)
                 await asyncio.sleep(self.intervals.busy)
+                continue
+            model.tokenizer, model.prompts, model.problem = opened.checkpoint.tokenizer, opened.prompts, ""
+            model.references = opened.references
         async with asyncio.TaskGroup() as group:
             for endpoint in model.endpoints:
                 group.create_task(self._watch_always(endpoint, model.references))
@@ -464,3 +484,11 @@ class ProviderPool:
             await asyncio.to_thread(self.report, verdict)
         except UnmaskError as error:
             log.error("other processes do not know that %s is %s: %s", verdict.provider, verdict.verdict, error)
+
+
+def _stamp(file: Path | None) -> tuple[Path, int] | None:
+    """Return path and time of change of a file, to notice a new one; None for none."""
+    try:
+        return None if file is None else (file, file.stat().st_mtime_ns)
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error}") from None

@@ -14,9 +14,9 @@ import msgspec
 from msgspec import Meta
 
 from unmask.accounts.money import parse_dollars
-from unmask.conformance import PrecisionClass
+from unmask.conformance import PrecisionClass, read_references
 from unmask.encoder import Dtype, DtypeChoice
-from unmask.errors import UsageError
+from unmask.errors import CheckpointError, UsageError
 from unmask.router.addresses import check_url
 
 Kind = Literal["unmask", "openai", "tei"]
@@ -174,6 +174,8 @@ class Providers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     Attributes:
         remote_only: ids of models that this server never loads: providers alone answer for them.
+        references: id of such a model -> file of its right vectors, made where the weights are. Without one, they are
+            computed here.
         min_margin: share of a request's price that must remain after the provider's cost; see `allow_loss`.
         readmit: "auto" ends a quarantine that canaries ordered once two full runs in a row have passed; "operator"
             leaves it to a person.
@@ -182,6 +184,7 @@ class Providers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """
 
     remote_only: tuple[str, ...] = ()
+    references: dict[str, str] = {}
     min_margin: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     readmit: Literal["operator", "auto"] = "operator"
     cross_check: Annotated[float, Meta(ge=0, le=1)] = 0.0
@@ -190,6 +193,10 @@ class Providers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     def of_model(self, model: str) -> list[tuple[RemoteProvider, ProviderModel]]:
         """Return the providers of a model, in the order of the file."""
         return [(provider, entry) for provider in self.providers for entry in provider.models if entry.id == model]
+
+    def references_file(self, model: str) -> Path | None:
+        """Return the file of a model's right vectors; None for one that are computed here."""
+        return Path(self.references[model]).expanduser() if model in self.references else None
 
     def keys(self) -> tuple[str, ...]:
         """Return all API keys, to be redacted wherever they appear."""
@@ -219,6 +226,9 @@ def read_providers(file: Path) -> Providers:
     for index, id in enumerate(parsed.remote_only):
         if id not in ids:
             raise UsageError(f"{file}: remote_only[{index}]: {id} has no provider, so nobody would answer for it")
+    for id in parsed.references:
+        if problem := _references_problem(parsed, id):
+            raise UsageError(f'{file}: references."{id}": {problem}')
     twice = [name for name, count in Counter(provider.name for provider in parsed.providers).items() if count > 1]
     if twice:
         raise UsageError(f"{file}: provider.name: two providers are called {twice[0]!r}")
@@ -270,6 +280,21 @@ def _problems(provider: RemoteProvider) -> list[tuple[str, str]]:
             except ValueError as error:
                 problems.append((f"model[{index}].cost", str(error)))
     return problems
+
+
+def _references_problem(providers: Providers, model: str) -> str:
+    """Return why the file of a model's right vectors cannot be used; "" if it can."""
+    if model not in providers.remote_only:
+        return "the model is not in remote_only, so its right vectors are computed here from its weights"
+    file = providers.references_file(model)
+    assert file is not None
+    try:
+        if file.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            return f"{file} is open to other users, who could answer its unpublished texts: chmod 600 {file}"
+        named = read_references(file).model
+    except (OSError, CheckpointError) as error:
+        return str(error)
+    return "" if named == model else f"{file} is for {named}"
 
 
 def _tls_problems(provider: RemoteProvider) -> list[tuple[str, str]]:

@@ -42,13 +42,13 @@ class ModelRegistry:
         self._options = options or ModelOptions()
         require_device(self._options.device, self._options.dtype)
         self.catalogue = catalogue or Catalogue.shipped()
+        self.providers: ProviderPool | None = None
         self._models: list[ServedModel] = []
         self._by_name: dict[str, ServedModel] = {}
         for name in dict.fromkeys(names):
             entry = self.catalogue.get(name)
             record = entry.record if entry is not None and entry.record.id == name else None
             self.add((sources or {}).get(name, name), record)
-        self.providers: ProviderPool | None = None
         self._warm = [self._warm_model(name) for name in dict.fromkeys(warm)]
 
     def add(self, source: str, record: Record | None = None) -> ServedModel:
@@ -61,7 +61,7 @@ class ModelRegistry:
         Raises:
             UsageError: another model has its name.
         """
-        model = ServedModel(source, record, self._options, self.catalogue)
+        model = ServedModel(source, record, self._options, self.catalogue, self._is_remote)
         names = (model.record.id, *model.record.aliases)
         if taken := next((name for name in names if name in self._by_name), None):
             raise UsageError(f"two models would both be called {taken!r}; rename the folder of one of them")
@@ -109,13 +109,15 @@ class ModelRegistry:
 
     def _loaded_here(self) -> Sequence[ServedModel]:
         """Return the warm models without those that only providers answer for."""
-        pool = self.providers
-        return [model for model in self._warm if pool is None or not pool.is_remote_only(model.record.id)]
+        return [model for model in self._warm if not self._is_remote(model.record.id)]
+
+    def _is_remote(self, id: str) -> bool:
+        return self.providers is not None and self.providers.is_remote_only(id)
 
     async def canaries(self) -> dict[str, str]:
         """Return for each model that is warm, loaded or has providers "ok", or the reason why it cannot answer."""
         warm = self._loaded_here()
-        models = [model for model in self._models if model in warm or model.state != "cold"]
+        models = [model for model in self._models if model in warm or model.state not in ("cold", "remote")]
         verdicts = await asyncio.gather(*(model.canary() for model in models))
         by_id = {model.record.id: verdict for model, verdict in zip(models, verdicts, strict=True)}
         groups = self.providers.models() if self.providers is not None else {}

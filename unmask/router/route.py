@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from unmask.checkpoint.tokenizer import TextTokenizer
 from unmask.conformance import PrecisionClass
 from unmask.conformance.references import vector_space
 from unmask.encoder import DtypeChoice, Prompt
@@ -96,11 +97,27 @@ class ModelRoute:
 
 
 def space_of(served: ServedModel, dtype: DtypeChoice) -> str | None:
-    """Return the id of a loaded model's vector space in a precision; None if it is not loaded."""
+    """Return the id of a model's vector space in a precision; None if it is not loaded.
+
+    For a model that providers alone answer for, it is that of exact vectors; None until its references are read.
+    """
     record = served.record
     if record.revision is None or record.pooling is None:
         return None
-    return vector_space(record.id, record.revision, record.pooling, record.compat, PRECISION_CLASSES[dtype])
+    precision = "exact" if served.state == "remote" else PRECISION_CLASSES[dtype]
+    return vector_space(record.id, record.revision, record.pooling, record.compat, precision)
+
+
+async def find_tokenizer(served: ServedModel, pool: ProviderPool | None) -> TextTokenizer:
+    """Return a model's tokenizer: the one that its providers' texts are counted with, or the engine's.
+
+    Raises:
+        ModelLoading, CheckpointError, NoConformingProvider: as `ServedModel.engine`.
+    """
+    endpoints = pool.of_model(served.record.id) if pool is not None else None
+    if endpoints is not None and endpoints.tokenizer is not None:
+        return endpoints.tokenizer
+    return (await served.engine()).encoder.checkpoint.tokenizer
 
 
 async def find_route(served: ServedModel, pool: ProviderPool | None, wait: float, *, local: bool = False) -> ModelRoute:
@@ -121,8 +138,7 @@ async def find_route(served: ServedModel, pool: ProviderPool | None, wait: float
         return ModelRoute(served, await served.engine(wait), None, None)
     if pool.is_remote_only(served.record.id):
         if local:
-            message = "this server answers for the model through providers alone, which cannot do this"
-            raise NoConformingProvider(message, retry_after=60.0)
+            return ModelRoute(served, await served.engine(), endpoints, pool)  # which it refuses
         if not endpoints.any_admitted():
             message = "no provider of this model has been found to give the right vectors: try again later"
             raise NoConformingProvider(message, retry_after=endpoints.checked_in(time.monotonic()))

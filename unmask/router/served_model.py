@@ -4,6 +4,7 @@ import asyncio
 import gc
 import logging
 import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -14,14 +15,15 @@ import numpy as np
 from unmask.catalogue import Catalogue, Record, record_for
 from unmask.catalogue.canary import CANARY_TEXT, check_vector, expected_vector
 from unmask.catalogue.known_vectors import canary_problem
+from unmask.conformance import References
 from unmask.encoder import DtypeChoice, Encoder
 from unmask.encoder.precision import PrecisionChoice
 from unmask.engine import Engine
-from unmask.errors import CheckpointError, EngineError, ModelLoading, UnmaskError
+from unmask.errors import CheckpointError, EngineError, ModelLoading, NoConformingProvider, UnmaskError
 
 log = logging.getLogger("unmask")
 
-State = Literal["cold", "loading", "ready", "failed"]
+State = Literal["cold", "loading", "ready", "failed", "remote"]
 
 # Fields of a record that the loaded weights decide, whatever the catalogue says.
 FIELDS_OF_WEIGHTS = ("architecture", "base", "parameters", "dimensions", "max_tokens", "pooling", "revision")
@@ -60,9 +62,9 @@ class ServedModel:
         record: its catalogue record; None for the shipped one, or one made from its name.
         options: precision, device, queue and cache.
         catalogue: records of other models, one of which may know the same files; None for none.
+        is_remote: tells of a model's id whether providers alone answer for it, and it is never loaded.
 
     Attributes:
-        state: cold, loading, ready or failed.
         reason: why loading failed; empty otherwise. May name files of this machine.
     """
 
@@ -72,12 +74,14 @@ class ServedModel:
         record: Record | None = None,
         options: ModelOptions | None = None,
         catalogue: Catalogue | None = None,
+        is_remote: Callable[[str], bool] = lambda id: False,
     ) -> None:
         self.source = source
+        self._is_remote = is_remote
         self._catalogue = catalogue or Catalogue()
         self.options = options or ModelOptions()
         self.record: Record = record or record_for(source)
-        self.state: State = "cold"
+        self._state: State = "cold"
         self.reason = ""
         self._engine: Engine | None = None
         self._load_task: asyncio.Task[None] | None = None
@@ -87,6 +91,14 @@ class ServedModel:
         self._changed_at = time.monotonic()
         self._load_seconds = 5.0
         self._dtype_choice: PrecisionChoice | None = None
+        self._live_revision = self.record.revision  # of the catalogue
+        self._fields_of_references: dict[str, Any] = {}
+        self._settings: Mapping[str, Any] = {}  # of the model's files, once they were read
+
+    @property
+    def state(self) -> State:
+        """cold, loading, ready or failed; remote if providers alone answer for it."""
+        return "remote" if self._is_remote(self.record.id) else self._state
 
     @property
     def dtype(self) -> DtypeChoice:
@@ -113,9 +125,13 @@ class ServedModel:
         Raises:
             ModelLoading: not ready within `wait`; carries `retry_after`.
             CheckpointError: it could not be loaded. Loading is tried again at most once a minute.
+            NoConformingProvider: it is never loaded here.
         """
         if self._engine is not None:
             return self._engine
+        if self.state == "remote":
+            message = "this server answers for the model through providers alone, which cannot do this"
+            raise NoConformingProvider(message, retry_after=60.0)
         now = time.monotonic()
         if self.state == "failed" and now - self._changed_at < _RETRY_FAILED_S:
             raise CheckpointError(self.reason)
@@ -156,10 +172,36 @@ class ServedModel:
 
     def update_record(self, record: Record) -> None:
         """Replace the record by a newer one. Fields that the loaded weights decide stay."""
+        self._live_revision = record.revision
+        own_fields = self._fields_of_references
         if self._engine is not None:
             own_fields = {name: getattr(self.record, name) for name in FIELDS_OF_WEIGHTS}
-            record = msgspec.structs.replace(record, **own_fields, **_fields_of_files(record, self._engine.encoder))
-        self.record = record
+        self.record = msgspec.structs.replace(record, **own_fields, **_fields_of_files(record, self._settings))
+
+    def take_files(self, settings: Mapping[str, Any], references: References) -> None:
+        """Take what the files and the references of a model that has providers say about it, before it is loaded.
+
+        Args:
+            settings: the encoder's, from the model's files: the instructions that providers are to be given.
+            references: its right vectors; for a model that is never loaded, they decide what the weights would.
+
+        Raises:
+            CheckpointError: the references are of other weights than those that went live.
+        """
+        if self._live_revision not in (None, references.revision):
+            raise CheckpointError(
+                f"{self.record.id} went live with the weights {self._live_revision}, and the references are of "
+                f"{references.revision}: make them of the right weights, or run 'unmask onboard {self.record.id}' again"
+            )
+        fields = {
+            "dimensions": references.dim,
+            "max_tokens": references.max_tokens,
+            "pooling": references.pooling,
+            "revision": references.revision,
+        }
+        self._settings, self._fields_of_references = settings, fields if self.state == "remote" else {}
+        own_fields = self._fields_of_references | _fields_of_files(self.record, settings)
+        self.record = msgspec.structs.replace(self.record, **own_fields)
 
     async def close(self, grace: float) -> None:
         """Finish accepted requests within `grace` seconds, and stop."""
@@ -185,6 +227,7 @@ class ServedModel:
             return
         # The record may have changed while the weights were loaded; the fields of the weights have not.
         self.record, self._canary_vector = msgspec.structs.replace(self.record, **fields), canary_vector
+        self._settings = encoder.checkpoint.encoder_config
         self._engine = Engine(encoder, queue_tokens=self.options.queue_tokens, cache_bytes=self.options.cache_bytes)
         self._load_seconds = time.monotonic() - started
         self._set_state("ready")
@@ -194,9 +237,9 @@ class ServedModel:
         record, options = self.record, self.options
         encoder = Encoder.load(self.source, compat=record.compat, dtype=options.dtype, device=options.device)
         self._dtype_choice, dtype = encoder.dtype_choice, encoder.dtype_choice.dtype
-        if record.revision is not None and encoder.checkpoint.revision != record.revision:
+        if self._live_revision not in (None, encoder.checkpoint.revision):
             raise CheckpointError(
-                f"{record.id} went live with the weights {record.revision}, and {self.source} holds "
+                f"{record.id} went live with the weights {self._live_revision}, and {self.source} holds "
                 f"{encoder.checkpoint.revision}: put the files back, or run 'unmask onboard {record.id}' again"
             )
         canary_vector = encoder.encode([self._canary_text()])[0]
@@ -219,7 +262,7 @@ class ServedModel:
             "max_tokens": encoder.max_length,
             "pooling": encoder.pooling,
             "revision": encoder.checkpoint.revision,
-            **_fields_of_files(record, encoder),
+            **_fields_of_files(record, encoder.checkpoint.encoder_config),
         }
         return encoder, fields, canary_vector
 
@@ -230,11 +273,10 @@ class ServedModel:
         return self.record.canary.text if self.record.canary is not None else CANARY_TEXT
 
     def _set_state(self, state: State, reason: str = "") -> None:
-        self.state, self.reason, self._changed_at = state, reason, time.monotonic()
+        self._state, self.reason, self._changed_at = state, reason, time.monotonic()
 
 
-def _fields_of_files(record: Record, encoder: Encoder) -> dict[str, Any]:
+def _fields_of_files(record: Record, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Values of `FIELDS_OF_FILES`: the record's where it has one, else those in the model's files."""
-    settings = encoder.checkpoint.encoder_config
     fields = {name: getattr(record, name) or settings.get(name) for name in FIELDS_OF_FILES}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items() if value}

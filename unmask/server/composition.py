@@ -21,7 +21,7 @@ from unmask.router import (
     retired_models,
     sources_of_answering_models,
 )
-from unmask.router.checks import ModelSource
+from unmask.router.checks import ModelSource, RemoteModel
 from unmask.router.verdicts import Verdict, add_verdict, last_reload, read_verdicts
 from unmask.server.notices import NoticeMailer
 from unmask.storage.database import Database
@@ -121,7 +121,11 @@ def open_providers(file: Path, models: ModelRegistry, database: Database | None)
             with database.begin() as connection:
                 add_verdict(connection, verdict)
 
-    pool = ProviderPool(file, source_of, report)
+    def take_model(id: str, opened: RemoteModel) -> None:
+        if (served := models.find(id)) is not None:
+            served.take_files(opened.checkpoint.encoder_config, opened.references)
+
+    pool = ProviderPool(file, source_of, report, take_model)
     if database is not None:
         with database.read() as connection:
             pool.take_verdicts(read_verdicts(connection))

@@ -18,6 +18,7 @@ from unmask.api.embeddings import Dialect, EmbeddingResult, EmbeddingsRoute, flo
 from unmask.api.errors import ApiError
 from unmask.api.schema import MAX_INPUTS, EmbeddingRequest, Fields, holds_texts, read_fields, read_input
 from unmask.checkpoint.tokenizer import TextTokenizer
+from unmask.router.route import find_tokenizer
 
 PATHS = ("/embed", "/info", "/tokenize")  # and POST /
 
@@ -60,7 +61,7 @@ def routes(embeddings: EmbeddingsRoute) -> list[Route]:
         texts, special = _read_tokenize(fields)
         embeddings.check_characters(texts)
         await embeddings.charging.check_access(request, served.record.id, "default")
-        tokenizer = (await served.engine()).encoder.checkpoint.tokenizer
+        tokenizer = await find_tokenizer(served, embeddings.models.providers)
         tokens = await asyncio.to_thread(_tokens, tokenizer, texts, special)
         return Response(orjson.dumps(tokens), media_type="application/json")
 

@@ -45,6 +45,7 @@ class ManagedProvider:
         spent_today: nano-dollars of all its models; `daily_limit`: None for no limit.
         margin: of the last 30 days; None if it had nothing to do.
         owed: nano-dollars, over all its models.
+        problem: why no provider of the model can be checked; "" for none. May name files of this machine.
     """
 
     info: EndpointInfo
@@ -55,6 +56,7 @@ class ManagedProvider:
     daily_limit: int | None
     margin: Margin | None
     owed: int
+    problem: str
 
     @property
     def sells_below_cost(self) -> bool:
@@ -132,9 +134,10 @@ class ProviderAdminPages:
         by_name = {(line.provider, line.model): line for line in margins}
         managed = []
         for served in self.models.list():
+            group = self.models.providers.of_model(served.record.id) if self.models.providers is not None else None
             for info in endpoint_list(self.models, served).data:
                 endpoint = self._endpoint(info.name, served.record.id)
-                if info.name == LOCAL or endpoint is None:
+                if info.name == LOCAL or endpoint is None or group is None:
                     continue
                 managed.append(
                     ManagedProvider(
@@ -146,6 +149,7 @@ class ProviderAdminPages:
                         daily_limit=endpoint.provider.max_daily_cost,
                         margin=by_name.get((info.name, served.record.id)),
                         owed=owed.get(info.name, 0),
+                        problem=group.problem,
                     )
                 )
         return managed

@@ -1,14 +1,16 @@
 """The playground: encode a few texts with a live model, compare them, and rank them for a query."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from urllib.parse import parse_qs
 
 import numpy as np
 
 from unmask.api.errors import ApiError
+from unmask.encoder import Prompt
 from unmask.encoder.encoder import postprocess
-from unmask.router import ServedModel
+from unmask.router import EmbeddingWork, ModelRegistry, ModelRoute, ProviderPreferences, ServedModel, find_route
 
 MAX_TEXTS = 12
 MAX_CHARACTERS = 1_000  # per text
@@ -108,34 +110,58 @@ def trial_error(trial: Trial) -> str:
     return ""
 
 
-async def run_trial(served: ServedModel, trial: Trial, caller: str) -> TrialResult:
-    """Encode the texts and the query in the model's queue, beside all other requests, and compare them.
+async def run_trial(models: ModelRegistry, served: ServedModel, trial: Trial, caller: str) -> TrialResult:
+    """Encode the texts and the query like any other request, here or at a provider, and compare them.
+
+    Args:
+        models: of the server.
+        served: the one to try.
+        trial: the form.
+        caller: whose share of the model it takes.
 
     Raises:
         InputError, EngineError, CheckpointError: the model cannot encode them, or not within 30 seconds.
     """
     deadline = time.monotonic() + _DEADLINE_S
-    engine = await served.engine(wait=_DEADLINE_S / 2)
+    route = await find_route(served, models.providers, _DEADLINE_S / 2)
     start = time.monotonic()
     record = served.record
-    prompts = list(await engine.prepare(trial.texts, instruction=record.document_instruction, truncate=True))
-    if trial.query:
-        prompts += await engine.prepare([trial.query], instruction=record.query_instruction, truncate=True)
-    raw = await engine.run(prompts, deadline=deadline, caller=caller)
-    vectors = postprocess(raw, normalize=True, dimensions=None)
-    seconds = time.monotonic() - start
-    texts = vectors[: len(trial.texts)]
+    prompts, texts = await _encode(route, trial.texts, record.document_instruction, deadline, caller)
     similarity = texts @ texts.T
     nearest: list[tuple[str, float, int]] = []
     if trial.query:
-        scores = texts @ vectors[-1]
+        more, query = await _encode(route, [trial.query], record.query_instruction, deadline, caller)
+        prompts += more
+        scores = texts @ query[0]
         nearest = [(trial.texts[at], float(scores[at]), _shade(scores[at])) for at in np.argsort(-scores)]
     return TrialResult(
         [[(float(value), _shade(value)) for value in row] for row in similarity],
         nearest,
         sum(len(prompt.ids) for prompt in prompts),
-        seconds,
+        time.monotonic() - start,
     )
+
+
+async def _encode(
+    route: ModelRoute, texts: Sequence[str], instruction: str, deadline: float, caller: str
+) -> tuple[list[Prompt], np.ndarray]:
+    """Return the prompts of texts, and their vectors of length 1, float32 [n, dim]."""
+    prompts = await route.prepare(texts, instruction=instruction, truncate=True)
+    work = EmbeddingWork(
+        texts=texts,
+        prompts=prompts,
+        instruction=instruction,
+        raw=False,
+        deadline=deadline,
+        share=caller,
+        preferences=ProviderPreferences(),
+    )
+    try:
+        routed = await route.run(work)
+    finally:
+        if route.pool is not None:
+            route.pool.record_attempts(work.attempts)
+    return list(prompts), postprocess(routed.vectors, normalize=True, dimensions=None)
 
 
 def _shade(cosine: float) -> int:

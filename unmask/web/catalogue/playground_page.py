@@ -48,7 +48,7 @@ async def _run(site: Site, request: Request) -> Response:
     caller = f"playground {context.share}"
     site.trial_limit.take(caller)
     try:
-        result = await run_trial(served, trial, caller)
+        result = await run_trial(site.models, served, trial, caller)
     except ApiError:
         raise
     except UnmaskError as failure:
