@@ -21,7 +21,7 @@ from unmask.accounts.costs import AttemptRecord, Reason
 from unmask.api import ServeSettings, create_app
 from unmask.api.logs import configure_logging
 from unmask.catalogue import Record
-from unmask.router import EmbeddingWork, ModelOptions, ModelRegistry
+from unmask.router import EmbeddingWork, ModelOptions, ModelRegistry, PublicNames
 from unmask.router.attempts import RoutedVectors
 from unmask.server.http_server import HttpServer, base_url, listen
 from unmask.server.process import serve_models
@@ -75,6 +75,8 @@ class Prompts:
 class Providers:
     """In place of a pool: a provider that fails at one request in five, and another one that answers them all."""
 
+    public_names = PublicNames()
+
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._endpoint = SimpleNamespace(
@@ -122,6 +124,8 @@ class Providers:
 
 
 class Stub:
+    public_names = PublicNames()
+
     def __init__(self, slowest_ms: float, *, by_providers: bool) -> None:
         engine = Engine(slowest_ms)
         self._served = Served(engine)

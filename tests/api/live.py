@@ -189,7 +189,9 @@ def running(
         settings = replace(settings, cache_bytes=0)  # each request is work
         models, sync = open_models(settings, accounts.database if accounts else catalogue)
         if settings.providers is not None:
-            models.providers = open_providers(settings.providers, models, accounts.database if accounts else catalogue)
+            database = accounts.database if accounts else catalogue
+            hides_names = settings.hide_providers
+            models.providers = open_providers(settings.providers, models, database, hides_names=hides_names)
             if accounts is not None:
                 book_providers(models.providers, accounts)
             models.providers.intervals = intervals or models.providers.intervals

@@ -17,6 +17,7 @@ from unmask.api.download import csv_file, csv_response
 from unmask.api.errors import ApiError
 from unmask.api.schema import AccountInfo, KeyInfo, KeyList, Minute, TaintedUsage, UsageReport, UsageRow
 from unmask.errors import UsageError
+from unmask.router import ModelRegistry, PublicNames
 from unmask.storage.database import now_ms
 
 _DEFAULT_DAYS = 30
@@ -27,6 +28,7 @@ class AccountRoutes:
     """The routes. Each reads the account of the key that calls, never an account that the request names."""
 
     accounts: Accounts
+    models: ModelRegistry
 
     async def account(self, request: Request) -> Response:
         """Return the balance, the limits and the calling key."""
@@ -75,6 +77,7 @@ class AccountRoutes:
             groups_used, tainted = await self.accounts.read(read_usage)
         except UsageError as error:
             raise ApiError(400, f"{str(error)[:200]}.") from None
+        names = self.models.public_names
         rows = [
             UsageRow(
                 day=row.day.isoformat() if row.day else None,
@@ -84,23 +87,23 @@ class AccountRoutes:
                 requests=row.requests,
                 tokens=row.tokens,
                 cost=format_dollars(row.cost),
-                provider=row.provider,
+                provider=names.public_name(row.provider) if row.provider is not None else None,
             )
             for row in groups_used
         ]
         if format == "csv":
             file = csv_file(UsageRow.__struct_fields__, map(msgspec.structs.astuple, rows))
             return csv_response("usage.csv", iter([file]))
-        lines = [_tainted_usage(answers) for answers in tainted]
+        lines = [_tainted_usage(answers, names) for answers in tainted]
         return _json(UsageReport(start=start.isoformat(), end=end.isoformat(), data=rows, tainted=lines))
 
 
-def _tainted_usage(answers: TaintedAnswers) -> TaintedUsage:
+def _tainted_usage(answers: TaintedAnswers, names: PublicNames) -> TaintedUsage:
     first, last = (
         datetime.fromtimestamp(at / 1000, UTC).isoformat(timespec="seconds") for at in (answers.first, answers.last)
     )
     return TaintedUsage(
-        provider=answers.window.provider,
+        provider=names.public_name(answers.window.provider),
         model=answers.window.model,
         key=answers.key,
         requests=answers.requests,

@@ -91,7 +91,7 @@ def create_app(
         Route("/", _front(service.index, tei.embed_endpoint(embeddings)), methods=["GET", "POST"]),
     ]
     if accounts is not None:
-        account = AccountRoutes(accounts)
+        account = AccountRoutes(accounts, models)
         api_routes += [
             Route("/v1/account", account.account),
             Route("/v1/usage", account.usage),
@@ -207,7 +207,7 @@ class _ServiceRoutes:
         if self.models.providers is not None:
             for model, group in self.models.providers.models().items():
                 for endpoint in group.endpoints:
-                    self.metrics.set_provider(model, endpoint)
+                    self.metrics.set_provider(model, endpoint, self.models.public_names)
         return Response(self.metrics.exposition(), headers={"content-type": CONTENT_TYPE})
 
     async def index(self, request: Request) -> Response:

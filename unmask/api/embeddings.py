@@ -160,7 +160,7 @@ class EmbeddingsRoute:
                 raw=is_raw,
                 deadline=deadline,
                 share=share,
-                preferences=_provider_preferences(parsed.provider),
+                preferences=self.models.public_names.real_preferences(_provider_preferences(parsed.provider)),
                 income=charge.cost,
                 hedged=tier == "default",
             )

@@ -7,23 +7,30 @@ from typing import Literal
 import msgspec
 
 from unmask.api.schema import ConformanceInfo, EndpointInfo, EndpointList, PercentileInfo
-from unmask.conformance import References
-from unmask.router import ModelRegistry, ServedModel
+from unmask.conformance import Finding, References
+from unmask.router import ModelRegistry, PublicNames, ServedModel
 from unmask.router.attempts import LOCAL
-from unmask.router.endpoint import Percentiles, ProviderEndpoint
+from unmask.router.endpoint import EndpointStatus, Percentiles, ProviderEndpoint
 from unmask.router.providers import PRECISION_CLASSES
 from unmask.router.route import space_of
 
 
-def endpoint_list(models: ModelRegistry, served: ServedModel) -> EndpointList:
-    """Describe this server's own engine, if it ever loads the model, and all providers."""
+def endpoint_list(models: ModelRegistry, served: ServedModel, names: PublicNames | None = None) -> EndpointList:
+    """Describe this server's own engine, if it ever loads the model, and all providers.
+
+    Args:
+        models: of the server.
+        served: the model.
+        names: the names of the providers; None for those that callers see.
+    """
+    names = models.public_names if names is None else names
     pool = models.providers
     group = pool.of_model(served.record.id) if pool is not None else None
     data = []
     if (state := served.state) != "remote":
         data.append(_local(served, state))
     if group is not None:
-        data += [_remote(endpoint, group.references) for endpoint in group.endpoints]
+        data += [_remote(endpoint, group.references, names) for endpoint in group.endpoints]
     references = group.references if group is not None else None
     space = references.vector_space("exact") if references else space_of(served, served.dtype)
     return EndpointList(model=served.record.id, vector_space=space, data=data)
@@ -39,19 +46,19 @@ def _local(served: ServedModel, state: Literal["cold", "loading", "ready", "fail
     )
 
 
-def _remote(endpoint: ProviderEndpoint, references: References | None) -> EndpointInfo:
+def _remote(endpoint: ProviderEndpoint, references: References | None, names: PublicNames) -> EndpointInfo:
     now, provider, model = time.monotonic(), endpoint.provider, endpoint.model
-    run = endpoint.conformance
+    run, name, status = endpoint.conformance, names.public_name(provider.name), endpoint.status(now)
     return EndpointInfo(
-        name=provider.name,
-        kind=provider.kind,
-        status=endpoint.status(now),
+        name=name,
+        kind="remote" if names.hides else provider.kind,
+        status=status,
         precision=endpoint.precision,
         max_inputs=provider.inputs_per_request(model),
         max_tokens=model.max_tokens,
-        priority=model.priority,
+        priority=0 if names.hides else model.priority,  # often an order of prices
         data=provider.data,
-        country=provider.country or None,
+        country=None if names.hides else provider.country or None,
         latency_last_30m=_percentiles(endpoint.latency(now)),
         throughput_last_30m=_percentiles(endpoint.throughput(now)),
         uptime_last_5m=endpoint.uptime(300, now),
@@ -65,9 +72,16 @@ def _remote(endpoint: ProviderEndpoint, references: References | None) -> Endpoi
             noise=run.noise,
             set=references.set_version,
             checked=round(endpoint.passed_at),
-            finding=endpoint.finding,
+            finding=_hidden_finding(name, run, status) if names.hides else endpoint.finding,
         ),
     )
+
+
+def _hidden_finding(name: str, run: Finding, status: EndpointStatus) -> str:
+    """Return the fault of a full run. An operator's own words are left out: they may have any name in them."""
+    if run.fault:
+        return f"{name} {run.fault}"
+    return f"{name} was taken out of traffic" if status == "quarantined" else ""
 
 
 def _percentiles(percentiles: Percentiles | None) -> PercentileInfo | None:

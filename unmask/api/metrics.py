@@ -4,6 +4,7 @@ import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from unmask.api.traffic import TrafficHistory, TrafficInterval
+from unmask.router import PublicNames
 from unmask.router.endpoint import ProviderEndpoint
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
@@ -32,13 +33,13 @@ class ProviderGauges:
             "conformance_distance", "1 - cosine of a provider's canaries in its last full run", "stat"
         )
 
-    def set(self, model: str, endpoint: ProviderEndpoint) -> None:
-        """Set the figures of a provider of a model."""
-        labels = endpoint.provider.name, model
+    def set(self, model: str, endpoint: ProviderEndpoint, names: PublicNames) -> None:
+        """Set the figures of a provider of a model; without its costs where providers are hidden."""
+        labels = names.public_name(endpoint.provider.name), model
         for outcome, count in endpoint.outcomes().items():
             self._requests.labels(*labels, outcome).set(count)
         self._tokens.labels(*labels).set(endpoint.load.tokens)
-        for reason, nano in endpoint.costs.items():
+        for reason, nano in () if names.hides else endpoint.costs.items():
             self._cost.labels(*labels, reason).set(nano)
         self._admitted.labels(*labels).set(endpoint.admission == "admitted")
         self._breaker.labels(*labels).set(endpoint.breaker.lets_in())
@@ -105,9 +106,9 @@ class Metrics:
         """Set the number of inputs of a model that were answered from its cache."""
         self._reused.labels(model).set(count)
 
-    def set_provider(self, model: str, endpoint: ProviderEndpoint) -> None:
-        """Set the figures of a provider of a model."""
-        self._providers.set(model, endpoint)
+    def set_provider(self, model: str, endpoint: ProviderEndpoint, names: PublicNames) -> None:
+        """Set the figures of a provider of a model, see `ProviderGauges.set`."""
+        self._providers.set(model, endpoint, names)
 
     def requests_by_status(self, route: str) -> dict[int, int]:
         """Return the number of requests of a route since the start, by status."""

@@ -183,7 +183,9 @@ class EndpointInfo(msgspec.Struct, kw_only=True):
     """A provider of a model. `local` is this server's own engine."""
 
     name: str
-    kind: Literal["local", "unmask", "openai", "tei"]
+    kind: Annotated[
+        Literal["local", "unmask", "openai", "tei", "remote"], _doc("remote: this server does not say which kind.")
+    ]
     status: Literal[
         "unchecked", "admitted", "probation", "quarantined", "open", "held", "spent", "cold", "loading", "failed"
     ]

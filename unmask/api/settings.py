@@ -89,6 +89,7 @@ class ServeSettings:
         cors_origins: Origin whose pages may call the API from a browser, such as https://app.example.org. Cookies are
             never accepted from there. Repeat it for several.
         providers: File of providers that answer for models elsewhere, see the how-to guide. Read again on SIGHUP.
+        hide_providers: Give callers letters for the names of providers, and neither their countries, kinds nor costs.
         playground: Let visitors try models on the pages. Default: only where no key is needed.
         mail: mail server for notices to people who voted for a model; None for notices on the pages alone.
 
@@ -126,6 +127,7 @@ class ServeSettings:
     trusted_proxies: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     providers: Path | None = None
+    hide_providers: bool = False
     playground: bool | None = None
     mail: MailServer | None = None
 

@@ -4,6 +4,7 @@ from unmask.router.attempts import EmbeddingWork
 from unmask.router.catalogue_sync import CatalogueSync, retired_models, sources_of_answering_models
 from unmask.router.choosing import ProviderPreferences
 from unmask.router.pool import ProviderPool
+from unmask.router.public_names import PublicNames
 from unmask.router.registry import ModelRegistry
 from unmask.router.route import ModelRoute, find_route
 from unmask.router.served_model import ModelOptions, ServedModel
@@ -16,6 +17,7 @@ __all__ = [
     "ModelRoute",
     "ProviderPool",
     "ProviderPreferences",
+    "PublicNames",
     "ServedModel",
     "find_route",
     "retired_models",

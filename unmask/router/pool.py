@@ -30,6 +30,7 @@ from unmask.router.endpoint import Outcome, ProviderEndpoint
 from unmask.router.load import MIN_TOKENS
 from unmask.router.outbound import ProviderClient
 from unmask.router.providers import Providers, read_providers
+from unmask.router.public_names import PublicNames
 from unmask.router.signals import AttemptFailed
 from unmask.router.verdicts import CANARIES, Verdict
 
@@ -78,9 +79,11 @@ class ProviderPool:
             a thread. None on a server without accounts.
         intervals: of the canaries.
         draw: source of chance.
+        hides_names: callers see letters in place of names.
 
     Attributes:
         settings: the content of the file.
+        public_names: the names that callers see.
         last_reload: number of the last request to read it again that was followed.
 
     Raises:
@@ -95,7 +98,9 @@ class ProviderPool:
     costs_since: Callable[[int], Mapping[str, int]] | None = None
     intervals: WatchIntervals = field(default_factory=WatchIntervals)
     draw: random.Random = field(default_factory=random.Random)
+    hides_names: bool = False
     settings: Providers = field(init=False)
+    public_names: PublicNames = field(init=False)
     last_reload: int = field(init=False, default=0)
     _models: dict[str, ModelEndpoints] = field(init=False, default_factory=dict)
     _clients: list[ProviderClient] = field(init=False, default_factory=list)
@@ -104,7 +109,12 @@ class ProviderPool:
     _daily_costs: dict[str, DailyCost] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.settings = read_providers(self.file)
+        self._take_settings(read_providers(self.file))
+
+    def _take_settings(self, settings: Providers) -> None:
+        self.settings = settings
+        names = [provider.name for provider in settings.providers]
+        self.public_names = PublicNames.of(names, hides=self.hides_names)
 
     def reload(self) -> None:
         """Read the file again. Requests under way are finished with the providers they began with.
@@ -114,7 +124,7 @@ class ProviderPool:
         """
         settings = read_providers(self.file)
         self._replace(settings)
-        self.settings = settings
+        self._take_settings(settings)
 
     def try_reload(self) -> None:
         """Read the file again; log what is wrong with it, and change nothing then."""

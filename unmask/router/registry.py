@@ -8,6 +8,7 @@ from unmask.catalogue import Catalogue, Record
 from unmask.encoder import require_device
 from unmask.errors import UnmaskError, UsageError
 from unmask.router.pool import ProviderPool
+from unmask.router.public_names import PublicNames
 from unmask.router.served_model import ModelOptions, ServedModel
 
 log = logging.getLogger("unmask")
@@ -85,6 +86,11 @@ class ModelRegistry:
         if model is None:
             raise UsageError(f"{name} is to be warmed but is not among the served models")
         return model
+
+    @property
+    def public_names(self) -> PublicNames:
+        """The names by which callers know the providers."""
+        return self.providers.public_names if self.providers is not None else PublicNames()
 
     def list(self) -> list[ServedModel]:
         """Return all models in the order of the command line."""

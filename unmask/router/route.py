@@ -76,7 +76,8 @@ class ModelRoute:
 
     def headers(self, routed: RoutedVectors) -> dict[str, str]:
         """Return the headers that say who answered, and in which vector space the vectors are."""
-        headers = {"x-unmask-provider": routed.provider, "x-unmask-attempts": str(routed.attempts)}
+        name = routed.provider if self.pool is None else self.pool.public_names.public_name(routed.provider)
+        headers = {"x-unmask-provider": name, "x-unmask-attempts": str(routed.attempts)}
         endpoint = routed.endpoint
         if endpoint is None:
             precision = PRECISION_CLASSES[self.served.dtype]

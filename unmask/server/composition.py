@@ -70,7 +70,7 @@ def build_application(settings: ServeSettings) -> Application:
         database = open_database(settings.catalogue)
     models, sync = open_models(settings, database)
     if settings.providers is not None:
-        models.providers = open_providers(settings.providers, models, database)
+        models.providers = open_providers(settings.providers, models, database, hides_names=settings.hide_providers)
         if accounts is not None:
             book_providers(models.providers, accounts)
     models.preload()
@@ -100,13 +100,16 @@ def open_accounts(settings: ServeSettings) -> Accounts | None:
     )
 
 
-def open_providers(file: Path, models: ModelRegistry, database: Database | None) -> ProviderPool:
+def open_providers(
+    file: Path, models: ModelRegistry, database: Database | None, *, hides_names: bool = False
+) -> ProviderPool:
     """Open the providers of a file. They are watched and used once the event loop runs.
 
     Args:
         file: the file.
         models: the served models.
         database: keeps quarantines, for all processes and for the next start; None for this process alone.
+        hides_names: callers see letters in place of the providers' names.
 
     Raises:
         UsageError: the file is wrong, or names a model that is not served.
@@ -125,7 +128,7 @@ def open_providers(file: Path, models: ModelRegistry, database: Database | None)
         if (served := models.find(id)) is not None:
             served.take_files(opened.checkpoint.encoder_config, opened.references)
 
-    pool = ProviderPool(file, source_of, report, take_model)
+    pool = ProviderPool(file, source_of, report, take_model, hides_names=hides_names)
     if database is not None:
         with database.read() as connection:
             pool.take_verdicts(read_verdicts(connection))

@@ -113,7 +113,7 @@ def _account_routes(site: Site) -> list[Route]:
         return []
     return [
         *SignInPages(accounts, site.render, site.url).routes(),
-        *AccountPages(accounts, site.render).routes(),
+        *AccountPages(accounts, site.models, site.render).routes(),
         *KeyPages(accounts, site.models, site.render).routes(),
         *AdminPages(accounts, site.models, site.render).routes(),
         *VotePages(accounts, site.catalogue, site.render).routes(),

@@ -24,6 +24,7 @@ from unmask.api.download import csv_file, csv_response
 from unmask.api.errors import ApiError
 from unmask.catalogue import votes
 from unmask.errors import AccountError, UnmaskError, UsageError
+from unmask.router import ModelRegistry
 from unmask.storage.database import now_ms
 from unmask.web.account.usage_chart import usage_chart
 from unmask.web.forms import Form, sentence
@@ -51,6 +52,7 @@ class AccountPages:
     """The pages. `render` is `Site.render`."""
 
     accounts: Accounts
+    models: ModelRegistry
     render: RenderPage
 
     def routes(self) -> list[Route]:
@@ -92,6 +94,7 @@ class AccountPages:
             person,
             "account/overview.html.j2",
             **values,
+            names=self.models.public_names,
             span=_OVERVIEW_DAYS,
             spent=sum(row.cost for row in used),
             tokens=sum(row.tokens for row in used),

@@ -18,7 +18,7 @@ from unmask.accounts.usage import day_start
 from unmask.api.endpoint_info import endpoint_list
 from unmask.api.schema import EndpointInfo
 from unmask.errors import UsageError
-from unmask.router import ModelRegistry
+from unmask.router import ModelRegistry, PublicNames
 from unmask.router.attempts import LOCAL
 from unmask.router.endpoint import ProviderEndpoint
 from unmask.router.verdicts import order_admission, order_quarantine, verdict_history
@@ -135,7 +135,7 @@ class ProviderAdminPages:
         managed = []
         for served in self.models.list():
             group = self.models.providers.of_model(served.record.id) if self.models.providers is not None else None
-            for info in endpoint_list(self.models, served).data:
+            for info in endpoint_list(self.models, served, PublicNames()).data:
                 endpoint = self._endpoint(info.name, served.record.id)
                 if info.name == LOCAL or endpoint is None or group is None:
                     continue
