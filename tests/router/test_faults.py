@@ -12,7 +12,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,12 +25,14 @@ import msgspec
 import numpy as np
 import pytest
 import sqlalchemy as sa
+from starlette.requests import ClientDisconnect, Request
 
 from tests.api.live import Reply, running, until
 from tests.router.fault_server import (
     Behaviour,
     FaultServer,
     SeenRequest,
+    VectorsOf,
     after,
     changed,
     envelope,
@@ -44,12 +46,16 @@ from tests.router.fault_server import (
 from tests.router.test_outbound import certificate
 from tests.router.test_providers import MODEL, SLOW, TEXTS, Upstreams, customer, providers_file
 from unmask.accounts import Accounts, money, people
+from unmask.accounts.audit import COMMAND_LINE
 from unmask.accounts.costs import FREE_OUTCOMES
 from unmask.accounts.keys import KeySettings
 from unmask.accounts.verification import verify
+from unmask.api import embeddings
 from unmask.encoder import Encoder
-from unmask.router import attempts
+from unmask.router import attempts, daily_cost, load
+from unmask.router import endpoint as endpoint_module
 from unmask.router.outbound import ProviderClient
+from unmask.router.verdicts import order_admission
 from unmask.storage.schema import provider_attempts
 
 CREDIT = 1_000_000_000
@@ -185,17 +191,17 @@ ELSEWHERE: dict[int, str] = {
     8: "tests.router.test_faults:test_nobody_there_moves_the_request",
     15: "tests.router.test_faults:test_a_storm_of_refusals_loses_traffic",
     17: "tests.router.test_faults:test_a_provider_that_fails_half_of_the_time_is_out",
-    18: "tests.router.test_routing_algorithms:test_traffic_leaves_an_endpoint_that_becomes_slow_and_returns",
+    18: "tests.router.test_faults:test_a_provider_that_becomes_slow_loses_its_traffic_until_it_recovers",
     19: "tests.router.test_faults:test_one_canary_decides_about_recovery_under_load",
     20: "tests.router.test_faults:test_with_all_down_nothing_is_charged",
     21: "tests.router.test_faults:test_many_short_deadlines_blame_nobody",
-    22: "tests.router.test_attempts:test_a_caller_may_leave_at_any_moment",
+    22: "tests.router.test_faults:test_a_caller_who_leaves_at_any_await_pays_for_a_settled_answer_alone",
     25: "tests.accounts.test_chaos:test_every_answer_is_charged_exactly_once_and_every_cost_booked_once",
-    26: "tests.router.test_providers:test_a_quarantine_reaches_all_processes_and_survives_a_restart",
-    27: "tests.router.test_routing_algorithms:test_a_clock_that_stands_still_or_steps_back_does_no_harm",
-    28: "tests.conformance.test_finding:test_every_mistake_of_the_bank_gets_its_own_sentence",
-    29: "tests.conformance.test_finding:test_noise_company_and_state",
-    30: "tests.conformance.test_finding:test_noise_company_and_state",
+    26: "tests.router.test_faults:test_a_quarantine_moves_the_requests_of_another_process",
+    27: "tests.router.test_faults:test_a_clock_that_jumps_changes_no_answer_and_no_charge",
+    28: "tests.router.test_faults:test_every_mistake_of_the_bank_is_named_and_costs_no_caller",
+    29: "tests.router.test_faults:test_noise_company_and_state_are_named_and_cost_no_caller",
+    30: "tests.router.test_faults:test_noise_company_and_state_are_named_and_cost_no_caller",
     31: "tests.router.test_faults:test_a_provider_that_begins_to_recognise_canaries_is_out_at_its_next_check",
     32: "tests.router.test_providers:test_a_provider_that_drifts_under_load_is_out_after_two_light_runs",
 }
@@ -208,11 +214,21 @@ def test_every_fault_of_the_list_is_tested() -> None:
         assert callable(getattr(importlib.import_module(module), name))
 
 
+def cost_of(row: Any) -> int:
+    """The nano-dollars of an attempt that a provider bills: by its own count, unless that is absurd."""
+    theirs = row.their_tokens
+    is_count = theirs is not None and row.tokens <= 2 * theirs <= 4 * row.tokens
+    return money.cost(theirs if is_count else row.tokens, COST)
+
+
 class Books:
     """Two scripted providers, a server with accounts before them, and its books."""
 
-    def __init__(self, upstreams: Upstreams, accounts: Accounts, account: str, key: str) -> None:
+    def __init__(
+        self, upstreams: Upstreams, accounts: Accounts, account: str, key: str, options: dict[str, Any]
+    ) -> None:
         self.upstreams, self.accounts, self.account, self.key = upstreams, accounts, account, key
+        self.options = options  # of the server
         self.a = upstreams.endpoint("a")
         self.client = self.a.client
 
@@ -238,6 +254,58 @@ class Books:
             return list(
                 connection.execute(sa.select(provider_attempts).where(table.charge == charge).order_by(table.id))
             )
+
+    def later_attempts(self, than: int, *, probes: bool = False) -> list[Any]:
+        """All attempts after the one with this id: those for requests, failed ones included, or canaries."""
+        table = provider_attempts.c
+        query = sa.select(provider_attempts).where(table.id > than, (table.reason == "probe") == probes)
+        with self.accounts.database.read() as connection:
+            return list(connection.execute(query.order_by(table.id)))
+
+    def last_attempt(self) -> int:
+        with self.accounts.database.read() as connection:
+            return connection.execute(sa.select(sa.func.max(provider_attempts.c.id))).scalar() or 0
+
+    def check(self, name: str, *, light: bool = False) -> None:
+        """Let a provider be asked for canaries now: for all of them, or as a health check."""
+        endpoint = self.upstreams.endpoint(name)
+
+        def ask() -> None:
+            if light:
+                endpoint.breaker._state, endpoint.breaker._until = "open", 0.0
+            endpoint.full_due = not light
+            endpoint.wake.set()
+
+        self.upstreams.in_loop(ask)
+
+    def readmit(self, name: str) -> None:
+        """End a quarantine as the operator does, in all processes."""
+        with self.accounts.database.begin() as connection:
+            order_admission(connection, COMMAND_LINE, name, MODEL)
+        until(lambda: self.upstreams.endpoint(name).admission == "admitted")
+
+    def expect_quarantine(self, vectors_of: VectorsOf) -> str:
+        """Let provider b answer so: its next full run takes it out, and callers do not notice. Returns its fault."""
+        b, endpoint = self.upstreams.b, self.upstreams.endpoint("b")
+        honest, before, last = b.vectors_of, self.balance(), self.last_attempt()
+        b.vectors_of = vectors_of
+        try:
+            self.check("b")
+            until(lambda: endpoint.admission == "quarantined")
+            got = self.embed(provider={"order": ["b"]})
+        finally:
+            b.vectors_of = honest
+        assert (got.status, got.headers["x-unmask-provider"], got.headers["x-unmask-attempts"]) == (200, "a", "1")
+        np.testing.assert_allclose(got.vectors, RIGHT[0], atol=1e-6)
+        assert endpoint.breaker.state == "closed"
+        tokens = got.json["usage"]["total_tokens"]
+        assert before - self.balance() == PRICE * tokens
+        (answered,) = self.attempts(got.headers["x-unmask-charge"])
+        assert (answered.provider, answered.outcome, answered.cost) == ("a", "answered", cost_of(answered))
+        probes = [row for row in self.later_attempts(last, probes=True) if row.provider == "b"]
+        assert {(row.charge, row.outcome) for row in probes} == {(None, "answered")}
+        assert sum(row.tokens for row in probes) > 5_000 and all(row.cost > 0 for row in probes)
+        return endpoint.finding.removeprefix("b ")
 
     def connect_to(self, stack: ExitStack, **fields: Any) -> None:
         """Let provider a be elsewhere until the stack is closed, with its vectors still admitted."""
@@ -297,7 +365,7 @@ def all_books(encoder: Encoder, tiny_llama: Path, tmp_path_factory: pytest.TempP
         with running(tiny_llama, accounts, intervals=SLOW, **options) as service:
             upstreams = Upstreams(a, b, service)
             until(lambda: all(e.admission == "admitted" for e in upstreams.pool.models()[MODEL].endpoints), 60)
-            yield Books(upstreams, accounts, account, key)
+            yield Books(upstreams, accounts, account, key, options)
     accounts.close()
 
 
@@ -436,10 +504,14 @@ def test_many_short_deadlines_blame_nobody(books: Books) -> None:
     def impatient(number: int) -> int:
         return books.embed(TEXTS[:1], {"request-deadline-ms": "50"}, provider={"only": ["a"]}).status
 
+    last = books.last_attempt()
     with ThreadPoolExecutor(8) as callers:
-        statuses = list(callers.map(impatient, range(200)))
+        statuses = list(callers.map(impatient, range(1000)))
     assert set(statuses) <= {429, 503, 504} and 504 in statuses  # others: no room, or hopeless by the estimate
     assert books.balance() == before
+    late = books.later_attempts(last)
+    assert {(row.provider, row.outcome, row.charge) for row in late} == {("a", "cancelled", None)}
+    assert len(late) <= 1000 and all(row.cost == cost_of(row) for row in late)
     assert books.a.breaker.state == "closed" and books.a.admission == "admitted"
     books.upstreams.a.script[:] = [right]
     until(lambda: books.embed(provider={"only": ["a"]}).status == 200)
@@ -456,13 +528,9 @@ def test_a_provider_that_begins_to_recognise_canaries_is_out_at_its_next_check(b
         vectors = honest(texts, instruction)
         return np.stack([v if text in published else np.roll(v, 1) for v, text in zip(vectors, texts, strict=True)])
 
-    def check() -> None:
-        books.a.breaker._state, books.a.breaker._until = "open", 0.0  # a canary is due
-        books.a.wake.set()
-
     a.vectors_of = by_heart
     try:
-        books.upstreams.in_loop(check)
+        books.check("a", light=True)
         until(lambda: books.a.admission == "quarantined")
         assert not {text for request in a.requests[:2] for text in request.texts} & published
         sentence = "a answers published canary texts rightly and other texts wrongly"
@@ -470,3 +538,210 @@ def test_a_provider_that_begins_to_recognise_canaries_is_out_at_its_next_check(b
         assert books.embed().headers["x-unmask-provider"] == "b"
     finally:
         a.vectors_of = honest
+    books.readmit("a")
+
+
+def test_a_provider_that_becomes_slow_loses_its_traffic_until_it_recovers(
+    books: Books, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One slow answer is enough to leave, and it comes back once its average has decayed. The clock is ours here."""
+    a, before, charged = books.upstreams.a, books.balance(), list[Reply]()
+
+    def embed(**fields: Any) -> str:
+        charged.append(books.embed(TEXTS[:1], **fields))
+        assert charged[-1].status == 200 and charged[-1].headers["x-unmask-attempts"] == "1"
+        return charged[-1].headers["x-unmask-provider"]
+
+    def timed(name: str) -> float:
+        started = time.monotonic()
+        assert embed(provider={"only": [name]}) == name
+        return time.monotonic() - started
+
+    usual = max(timed(name) for name in "abab")
+    with monkeypatch.context() as scope:
+        scope.setattr(load, "DECAY_S", 1e9)  # no time passes
+        a.script[:] = [after(20 * usual)]
+        timed("a")
+        requests = len(books.upstreams.seen(a))
+        assert [embed() for _ in range(20)] == ["b"] * 20 and len(books.upstreams.seen(a)) == requests
+        a.script[:] = [right]
+    books.a.load._rate._at -= 600  # minutes pass for it; b has answered meanwhile
+    assert embed() == "a"
+    tokens = sum(got.json["usage"]["total_tokens"] for got in charged)
+    assert before - books.balance() == PRICE * tokens
+    rows = [row for got in charged for row in books.attempts(got.headers["x-unmask-charge"])]
+    assert len(rows) == len(charged) and {(row.outcome, row.reason) for row in rows} == {("answered", "answer")}
+    assert all(row.cost == cost_of(row) > 0 for row in rows)
+    assert books.a.breaker.state == "closed"
+
+
+class Leaving(Coroutine[Any, Any, Any]):
+    """Work whose task is cancelled while it waits for the n-th time."""
+
+    def __init__(self, work: Coroutine[Any, Any, Any], waits: int) -> None:
+        self.work, self.waits = work, waits
+
+    def send(self, value: Any) -> Any:
+        waiting_for = self.work.send(value)
+        self.waits -= 1
+        if not self.waits and (task := asyncio.current_task()) is not None:
+            asyncio.get_running_loop().call_soon(task.cancel)
+        return waiting_for
+
+    def throw(self, *error: Any) -> Any:
+        return self.work.throw(*error)
+
+    def close(self) -> None:
+        self.work.close()
+
+    def __await__(self) -> Any:
+        return self.work.__await__()
+
+
+def test_a_caller_who_leaves_at_any_await_pays_for_a_settled_answer_alone(
+    books: Books, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The work is cancelled at its first wait, at its second and so on, until it ends before the caller leaves."""
+    waits = [0]
+
+    async def leave(work: Coroutine[Any, Any, Any], request: Request) -> Any:
+        leaving = Leaving(work, waits[0])
+        try:
+            return await asyncio.ensure_future(leaving)
+        except asyncio.CancelledError:
+            raise ClientDisconnect from None
+        finally:
+            waits[0] = max(leaving.waits, 0)
+
+    outcomes = set[str]()
+    for number in range(1, 200):
+        before, last = books.balance(), books.last_attempt()
+        with monkeypatch.context() as scope:
+            scope.setattr(embeddings, "cancel_on_disconnect", leave)
+            waits[0] = number
+            got = books.embed(TEXTS[:1], provider={"order": ["a"]})
+        left_early = waits[0] == 0
+        assert got.status == (500 if left_early else 200)  # it never leaves in truth, so uvicorn answers
+        until(lambda: books.a.load.requests == 0)
+        paid = before - books.balance()
+        rows = books.later_attempts(last)
+        settled = [row for row in rows if row.charge is not None]
+        assert paid == PRICE * sum(row.tokens for row in settled) and {row.outcome for row in settled} <= {"answered"}
+        assert bool(settled) or left_early
+        assert len(rows) <= 1 and all(row.cost == cost_of(row) > 0 for row in rows)
+        outcomes |= {row.outcome for row in rows}
+        assert (books.a.breaker.state, books.a.admission) == ("closed", "admitted")
+        if not left_early:
+            break
+    assert not left_early and number > 3 and outcomes == {"cancelled", "answered"}
+    books.expect("answered")
+
+
+def test_a_quarantine_moves_the_requests_of_another_process(books: Books, tiny_llama: Path) -> None:
+    """One process finds the fault; an answer that the other one is waiting for is thrown away, and paid for by us."""
+    a, released = books.upstreams.a, threading.Event()
+    honest = a.vectors_of
+
+    async def slow(server: FaultServer, request: SeenRequest, writer: asyncio.StreamWriter) -> bool:
+        if set(request.texts) <= {*TEXTS}:
+            await asyncio.to_thread(released.wait, 60)
+        return await right(server, request, writer)
+
+    url = books.options["database"]
+    accounts = Accounts(url, pepper=Path(url.removeprefix("sqlite:///")).parent / "pepper")
+    with running(tiny_llama, accounts, intervals=SLOW, **books.options) as service, ThreadPoolExecutor(1) as caller:
+        other = Upstreams(a, books.upstreams.b, service)
+        until(lambda: all(one.admission == "admitted" for one in other.pool.models()[MODEL].endpoints))
+        before = books.balance()
+        a.requests.clear()
+        a.script[:] = [slow]
+        body = {"model": MODEL, "input": TEXTS[:2], "provider": {"order": ["a"]}}
+        waiting = caller.submit(service.call, "POST", "/v1/embeddings", body, None, books.key)
+        until(lambda: bool(other.seen(a)))
+        a.vectors_of = lambda texts, instruction: np.roll(honest(texts, instruction), 3, axis=1)
+        try:
+            books.check("a", light=True)
+            until(lambda: other.endpoint("a").admission == "quarantined")
+            assert books.a.admission == "quarantined"
+            released.set()
+            got = waiting.result()
+        finally:
+            released.set()
+            a.vectors_of = honest
+        assert (got.status, got.headers["x-unmask-provider"], got.headers["x-unmask-attempts"]) == (200, "b", "2")
+        np.testing.assert_allclose(got.vectors, RIGHT[0], atol=1e-6)
+        tokens = got.json["usage"]["total_tokens"]
+        assert before - books.balance() == PRICE * tokens
+        rows = books.attempts(got.headers["x-unmask-charge"])
+        outcomes = [(row.provider, row.outcome, row.reason) for row in rows]
+        assert outcomes == [("a", "discarded", "answer"), ("b", "answered", "retry")]
+        assert all(row.cost == cost_of(row) > 0 for row in rows)
+        assert other.endpoint("a").breaker.state == "closed"
+        a.script[:] = [right]
+        books.readmit("a")
+        until(lambda: other.endpoint("a").admission == "admitted")
+    accounts.close()
+
+
+@pytest.mark.parametrize("hours", [-30, 30])
+def test_a_clock_that_jumps_changes_no_answer_and_no_charge(
+    books: Books, monkeypatch: pytest.MonkeyPatch, hours: int
+) -> None:
+    """The wall clock only dates rows: deadlines, breakers and averages go by the monotonic one."""
+    a, real = books.upstreams.a, time.time_ns
+    books.expect("answered")
+    with monkeypatch.context() as scope:
+        scope.setattr(time, "time_ns", lambda: real() + hours * 3600 * 10**9)
+        scope.setattr(time, "time", lambda: real() / 1e9 + hours * 3600)
+        for module in (endpoint_module, daily_cost):
+            scope.setattr(module, "today", lambda: (datetime.now(UTC) + timedelta(hours=hours)).date())
+        last = books.last_attempt()
+        books.expect("answered")
+        a.script[:] = [to_callers(reply({}, 500), 1)]
+        books.expect("failed")
+        dates = {round((row.at - real() / 1e6) / 3.6e6) for row in books.later_attempts(last)}
+        assert dates == {hours}
+        assert books.a.daily_cost.total(endpoint_module.today()) > 0
+    books.upstreams.reset()
+    books.expect("answered")
+    assert books.a.breaker.state == "closed"
+
+
+def test_every_mistake_of_the_bank_is_named_and_costs_no_caller(books: Books, monkeypatch: pytest.MonkeyPatch) -> None:
+    references, honest = books.upstreams.pool.models()[MODEL].references, books.upstreams.b.vectors_of
+    monkeypatch.setattr(books.upstreams.pool, "report", lambda verdict: None)  # this process alone, see fault 26
+    assert references is not None and len(references.bank) >= 15
+    for mistake in references.bank:
+        canaries = [(canary.text, canary.instruction) for canary in references.canaries]
+        vectors = dict(zip(canaries, mistake.vectors, strict=True))
+
+        def mistaken(texts: Sequence[str], instruction: str, vectors: Any = vectors) -> np.ndarray:
+            rows = honest(texts, instruction)
+            return np.stack([vectors.get((text, instruction), row) for text, row in zip(texts, rows, strict=True)])
+
+        assert books.expect_quarantine(mistaken) == mistake.fault
+        books.upstreams.reset()
+
+
+def test_noise_company_and_state_are_named_and_cost_no_caller(books: Books, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest, draw, long_texts = books.upstreams.b.vectors_of, np.random.default_rng(1), list[str]()
+    monkeypatch.setattr(books.upstreams.pool, "report", lambda verdict: None)
+
+    def noisy(texts: Sequence[str], instruction: str) -> np.ndarray:
+        rows = honest(texts, instruction)
+        return rows + draw.normal(size=rows.shape).astype(np.float32) * 4e-3
+
+    def neighbourly(texts: Sequence[str], instruction: str) -> np.ndarray:
+        rows = honest(texts, instruction)
+        mixed = max(map(len, texts)) > 200 and min(map(len, texts)) < 100 and len(texts) < 20
+        return rows + 0.2 * rows.mean(0) if mixed else rows
+
+    def stateful(texts: Sequence[str], instruction: str) -> np.ndarray:
+        long_texts.extend(text for text in texts if len(text) > 1000)
+        return honest(texts, instruction) + 0.05 * (len({*long_texts}) < len(long_texts))
+
+    company = "gives a text another vector depending on its neighbours or on what came before"
+    noise = "gives another vector each time it is asked for the same text"
+    for vectors_of, sentence in ((noisy, noise), (neighbourly, company), (stateful, company)):
+        assert books.expect_quarantine(vectors_of).startswith(sentence)
+        books.upstreams.reset()
