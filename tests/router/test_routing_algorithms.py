@@ -394,3 +394,12 @@ def test_hedges_never_exceed_their_share(requests: list[tuple[int, bool]]) -> No
         if wants and budget.withdraw(tokens, 1.0):
             taken += tokens
         assert taken <= 0.05 * deposits
+
+
+def test_a_budget_that_nobody_draws_on_remembers_its_last_seconds_alone() -> None:
+    """A server without failures counts first attempts for months, and must not keep them."""
+    budget = RetryBudget(0.5, 0)
+    for number in range(10_000):
+        budget.deposit(100, number / 10)
+    assert len(budget._deposits._amounts) <= 10 * LIFE_S
+    assert budget.covers(round(50 * 10 * LIFE_S), 999.9) and not budget.covers(round(50 * 10 * LIFE_S) + 51, 999.9)

@@ -78,8 +78,8 @@ def create_app(
         return _json(openapi)
 
     api_routes = [
-        *dialect_routes(embeddings),  # before the route itself: counters are labelled by the last path of an endpoint
-        Route("/v1/embeddings", embeddings.answer, methods=["POST"]),
+        Route("/v1/embeddings", embeddings.answer, methods=["POST"]),  # first: routes are tried in their order
+        *dialect_routes(embeddings),
         Route("/v1/models", service.list_models),
         Route("/v1/models/", service.list_models),  # from base URLs with a slash at the end
         Route("/v1/models/{id:path}/endpoints", service.endpoints),  # before the next one, whose id would take it in
@@ -101,7 +101,7 @@ def create_app(
     authenticator = Authenticator(settings.api_keys, accounts, _public_pages(api_routes, pages))
     middlewares = (  # outermost first
         Middleware(RequestContextMiddleware),
-        Middleware(AccessLogMiddleware, metrics, {route.endpoint: route.path for route in routes}),
+        Middleware(AccessLogMiddleware, metrics, {route.endpoint: route.path for route in [*routes, routes[0]]}),
         Middleware(ResponseHeadersMiddleware),
         Middleware(CorsMiddleware, settings.cors_origins, _pages_of(pages)),
         Middleware(ErrorMiddleware, stopping, _error_writer(pages)),
@@ -125,11 +125,12 @@ def _front(index: Endpoint, embed: Endpoint) -> Endpoint:
 
 def _public_pages(api_routes: Sequence[Route], pages: WebPages | None) -> Callable[[Scope], bool]:
     """Return a test for scopes that ask for a page, or for a page that does not exist: neither needs a key."""
+    api_paths = {route.path for route in api_routes}  # those without parameters are found without a pattern
 
     def is_public(scope: Scope) -> bool:
         if pages is None or scope["path"] == "/":
             return pages is not None and scope["method"] != "POST" and accepts_html(scope)
-        if any(route.matches(scope)[0] is not Match.NONE for route in api_routes):
+        if scope["path"] in api_paths or any(route.matches(scope)[0] is not Match.NONE for route in api_routes):
             return False
         return accepts_html(scope) or any(route.matches(scope)[0] is Match.FULL for route in pages.routes)
 

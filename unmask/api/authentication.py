@@ -75,7 +75,8 @@ class Authenticator:
 
 
 def _refuse_key_in_url(scope: Scope) -> None:
-    names = _KEY_PARAMETERS.intersection(QueryParams(scope.get("query_string", b"")))
+    query = scope.get("query_string", b"")
+    names = _KEY_PARAMETERS.intersection(QueryParams(query)) if query else ()
     if names:
         raise ApiError(
             400,

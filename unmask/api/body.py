@@ -19,11 +19,10 @@ async def read_body(request: Request, limit: int, seconds: float) -> bytes:
         ApiError: 413 or 408.
         ClientDisconnect: the connection was closed before the end.
     """
-    too_large = ApiError(413, f"The body is larger than {limit} bytes: send fewer inputs at a time.", code="too_large")
     # The parser has checked that Content-Length is a number. uvicorn discards the rest of a refused body, so that
     # the caller can finish sending and read the answer.
     if int(request.headers.get("content-length", 0)) > limit:
-        raise too_large
+        raise _too_large(limit)
     chunks = []
     size = 0
     try:
@@ -35,7 +34,7 @@ async def read_body(request: Request, limit: int, seconds: float) -> bytes:
                 chunk = message.get("body", b"")
                 size += len(chunk)
                 if size > limit:
-                    raise too_large
+                    raise _too_large(limit)
                 chunks.append(chunk)
                 if not message.get("more_body", False):
                     return b"".join(chunks)
@@ -47,3 +46,7 @@ async def read_body(request: Request, limit: int, seconds: float) -> bytes:
             retry_after=1,
             headers={"connection": "close"},
         ) from None
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, f"The body is larger than {limit} bytes: send fewer inputs at a time.", code="too_large")

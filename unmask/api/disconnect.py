@@ -13,21 +13,34 @@ T = TypeVar("T")
 async def cancel_on_disconnect(work: Coroutine[Any, Any, T], request: Request) -> T:
     """Await `work` and return its result; cancel it if the client disconnects. The body must have been read.
 
+    The work runs in the caller's task, as under `asyncio.timeout`: one of its own would cost every request a tenth of
+    what it takes here. So cancelled work has released its hold before the request counts as over.
+
     Raises:
         ClientDisconnect: the client disconnected.
     """
-    task = asyncio.ensure_future(work)
+    task = asyncio.current_task()
+    assert task is not None
+    is_over = has_left = False
+
+    def leave(watch: asyncio.Task[None]) -> None:
+        nonlocal has_left
+        if not is_over and not watch.cancelled():
+            watch.exception()  # whatever it is, nobody waits for the answer
+            has_left = True
+            task.cancel()
+
     watch = asyncio.ensure_future(_disconnected(request.receive))
+    watch.add_done_callback(leave)
     try:
-        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientDisconnect
+        return await work
+    except asyncio.CancelledError:
+        if has_left and not task.uncancel():
+            raise ClientDisconnect from None
+        raise
     finally:
-        task.cancel()
+        is_over = True
         watch.cancel()
-        # Cancelled work must have released its hold before the request counts as over.
-        await asyncio.gather(task, watch, return_exceptions=True)
 
 
 async def _disconnected(receive: Receive) -> None:

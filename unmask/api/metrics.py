@@ -1,5 +1,7 @@
 """The counters that Prometheus reads. Labels come from our own tables, never from a caller."""
 
+from functools import cache
+
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -78,16 +80,20 @@ class Metrics:
             registry=self._registry,
         )
         self._providers = ProviderGauges(self._registry)
+        # The client checks and looks up labels at every call, which takes longer than to count.
+        self._answers_of = cache(lambda route, status: self._requests.labels(route, str(status)))
+        self._seconds_of = cache(self._seconds.labels)
+        self._tokens_of = cache(self._tokens.labels)
         prometheus_client.ProcessCollector(registry=self._registry)
 
     def count_request(self, route: str, status: int, seconds: float) -> None:
         """Count a request by route and status; status 499 if its client disconnected."""
-        self._requests.labels(route, str(status)).inc()
-        self._seconds.labels(route).observe(seconds)
+        self._answers_of(route, status).inc()
+        self._seconds_of(route).observe(seconds)
 
     def count_tokens(self, model: str, count: int) -> None:
         """Count tokens that a model turned into vectors."""
-        self._tokens.labels(model).inc(count)
+        self._tokens_of(model).inc(count)
 
     def count_embedding(self, model: str, tokens: int, seconds: float) -> None:
         """Count a request of the embeddings route that a model has answered."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import structlog
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -93,13 +93,16 @@ class ResponseHeadersMiddleware:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 context.status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers.update(context.response_headers)
-                headers["x-request-id"] = context.request_id
-                headers["openai-processing-ms"] = str(context.elapsed_ms())
+                added = context.response_headers | {
+                    "x-request-id": context.request_id,
+                    "openai-processing-ms": str(context.elapsed_ms()),
+                }
                 if context.status >= 400 and "expect" in Headers(scope=scope):
                     # The body may never come; the server would take the next request for it.
-                    headers["connection"] = "close"
+                    added["connection"] = "close"
+                encoded = {name.lower().encode("latin-1"): value.encode("latin-1") for name, value in added.items()}
+                own = [pair for pair in message["headers"] if pair[0] not in encoded]
+                message["headers"] = [*own, *encoded.items()]
             await send(message)
 
         await self._app(scope, receive, send_with_headers)

@@ -5,6 +5,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 from zipfile import BadZipFile
@@ -95,6 +96,7 @@ class References:
         return canary_set_version(self.canaries)
 
 
+@cache
 def vector_space(model: str, revision: str, pooling: str, compat: str, precision: PrecisionClass) -> str:
     """Return the id of a vector space. Vectors of one id may be mixed in an index, and no others.
 

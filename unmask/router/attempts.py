@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,7 +82,7 @@ class EmbeddingWork:
     hedged: bool = False
     attempts: list[AttemptRecord] = field(default_factory=list)
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         """Tokens of all prompts."""
         return sum(len(prompt.ids) for prompt in self.prompts)
@@ -196,8 +197,9 @@ async def answer(
         Overloaded, DeadlineExceeded, EngineStopped: as `Engine.run`.
     """
     tokens = work.num_tokens
-    for budget in (model.budget, model.hedge_budget):
-        budget.deposit(tokens, time.monotonic())
+    now = time.monotonic()
+    model.budget.deposit(tokens, now)
+    model.hedge_budget.deposit(tokens, now)
     tried: set[str] = set()
     failure: AttemptFailed | EngineError | None = None
     while len(tried) < _MAX_ATTEMPTS:

@@ -12,12 +12,14 @@ import socket
 import ssl
 import time
 from collections.abc import Mapping
+from contextvars import ContextVar
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import aiohttp
+from yarl import URL
 
 from unmask import __version__
 from unmask.errors import UsageError
@@ -60,6 +62,8 @@ class ProviderClient:
     def __init__(self, provider: RemoteProvider) -> None:
         self.provider = provider
         self._key = provider.read_key()
+        self._urls: dict[str, URL] = {}  # by path; parsed once
+        self._own_headers = self._headers()
         self._ssl = _ssl_context(provider)
         self._session: aiohttp.ClientSession | None = None
         self._under_way = 0
@@ -104,8 +108,6 @@ class ProviderClient:
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
-            trace = aiohttp.TraceConfig()
-            trace.on_connection_reuseconn.append(_note_reuse)
             connector = aiohttp.TCPConnector(
                 limit=0,  # the router counts requests
                 ssl=self._ssl,
@@ -118,7 +120,6 @@ class ProviderClient:
                 trust_env=False,
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
-                trace_configs=[trace],
                 skip_auto_headers=("user-agent", "accept", "accept-encoding"),
             )
         return self._session
@@ -128,6 +129,8 @@ class ProviderClient:
 
         With a proxy, this is the proxy's address: it resolves the provider's name itself.
         """
+        if (state := _sending.get()) is not None:
+            state.reused = False
         family, kind, protocol, _, where = address
         try:
             check_address(where[0], private=self.provider.private or self.provider.proxy is not None)
@@ -135,13 +138,21 @@ class ProviderClient:
             raise OSError(errno.EPERM, str(refusal)) from None
         return socket.socket(family, kind, protocol)
 
-    def _headers(self, further: Mapping[str, str]) -> dict[str, str]:
+    def _url(self, path: str) -> URL:
+        if path not in self._urls:
+            place = self.provider.url.rstrip("/") + path
+            try:
+                self._urls[path] = URL(place)
+            except ValueError as error:
+                raise aiohttp.InvalidURL(place) from error
+        return self._urls[path]
+
+    def _headers(self) -> dict[str, str]:
         headers = {
             "content-type": "application/json",
             "accept": "application/json",
             "accept-encoding": "identity",
             "user-agent": f"unmask/{__version__}",
-            **further,
         }
         if self._key:
             headers["authorization"] = f"Bearer {self._key}"
@@ -157,6 +168,7 @@ class ProviderClient:
                 return await self._post(path, body, until, max_bytes, headers, state)
             except (aiohttp.ClientError, OSError, TimeoutError) as error:
                 stale = isinstance(error, aiohttp.ServerDisconnectedError | ConnectionError | aiohttp.ClientOSError)
+                stale = stale and not isinstance(error, aiohttp.ClientConnectorError)  # there was no connection yet
                 if last or not (stale and state.reused and not state.answered):
                     raise self._failure(error) from None
         raise AssertionError("the second time returns or raises")
@@ -165,14 +177,14 @@ class ProviderClient:
         self, path: str, body: bytes, until: float, max_bytes: int, headers: Mapping[str, str], state: "_Sending"
     ) -> Content:
         timeout = aiohttp.ClientTimeout(total=max(0.001, until - time.monotonic()), sock_connect=CONNECT_S)
+        _sending.set(state)
         async with self._open().post(
-            self.provider.url.rstrip("/") + path,
+            self._url(path),
             data=body,
-            headers=self._headers(headers),
+            headers={**self._own_headers, **headers} if headers else self._own_headers,
             allow_redirects=False,
             proxy=self.provider.proxy,
             timeout=timeout,
-            trace_request_ctx=state,
         ) as response:
             state.answered = True
             kind = response.content_type
@@ -228,12 +240,12 @@ class ProviderClient:
 class _Sending:
     """Progress of one request."""
 
-    reused = False  # over a connection that was kept alive
+    reused = True  # over a connection that was kept alive; False once a socket was made for it
     answered = False  # the headers of the answer have come
 
 
-async def _note_reuse(session: aiohttp.ClientSession, context: Any, parameters: Any) -> None:
-    context.trace_request_ctx.reused = True
+# The request that the current task sends. Tasks that aiohttp starts for it, to connect, have a copy of the reference.
+_sending: ContextVar[_Sending | None] = ContextVar("sending", default=None)
 
 
 async def _read(response: aiohttp.ClientResponse, most: int) -> bytes | None:

@@ -36,9 +36,12 @@ class TokenCounts:
         elif now - self._began >= PERIOD_S and self._texts >= MIN_TEXTS:
             change = self._end_period()
             self._began = now
-        row = np.array([ours, texts], dtype=np.float64)
-        self._normal += np.outer(row, row)
-        self._right += row * theirs
+        # Sums of a least-squares fit, as plain numbers: this runs at every answer.
+        self._squares += ours * ours
+        self._products += ours * texts
+        self._squared_texts += texts * texts
+        self._right_ours += ours * theirs
+        self._right_texts += texts * theirs
         self._ours += ours
         self._theirs += theirs
         self._texts += texts
@@ -49,12 +52,14 @@ class TokenCounts:
         if self._fit is not None:
             expected = float(self._fit @ np.array([self._ours, self._texts], dtype=np.float64))
             change = self._theirs / expected - 1 if expected > 0 else None
+        normal = np.array([[self._squares, self._products], [self._products, self._squared_texts]], dtype=np.float64)
+        right = np.array([self._right_ours, self._right_texts], dtype=np.float64)
         # Texts of one length have many fits: the smallest of them predicts the same length rightly.
-        self._fit = np.linalg.lstsq(self._normal, self._right, rcond=None)[0]
+        self._fit = np.linalg.lstsq(normal, right, rcond=None)[0]
         self._clear()
         return change if change is not None and abs(change) > MAX_CHANGE else None
 
     def _clear(self) -> None:
-        self._normal = np.zeros((2, 2))
-        self._right = np.zeros(2)
+        self._squares = self._products = self._squared_texts = 0
+        self._right_ours = self._right_texts = 0
         self._ours = self._theirs = self._texts = 0

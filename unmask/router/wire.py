@@ -2,13 +2,13 @@
 
 import base64
 import binascii
+import math
 from collections.abc import Sequence
 
 import msgspec
 import numpy as np
 
 from unmask.conformance import Answer
-from unmask.conformance.finding import usable
 from unmask.router.outbound import ProviderClient
 from unmask.router.providers import ProviderModel
 from unmask.router.signals import AttemptFailed
@@ -117,13 +117,14 @@ def require_vectors(answer: Answer, dim: int, provider: str, *, has_unit_length:
     lengths = {len(vector) for vector in answer.vectors}
     if lengths != {dim}:
         raise AttemptFailed(provider, "malformed", f"vectors of {sorted(lengths)[:3]} numbers; the model's have {dim}")
-    vectors = np.stack(answer.vectors).astype(np.float64)
-    if not usable(vectors):
+    vectors = np.array(answer.vectors, dtype=np.float64)
+    norms = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))  # of float32, so no square overflows in float64
+    least, most = float(norms.min()), float(norms.max())
+    if not 0 < least <= most < math.inf:  # false for NaN as well
         raise AttemptFailed(provider, "malformed", "a vector is zero or not finite")
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    if has_unit_length and np.abs(norms - 1).max() > _UNIT_LENGTH:
+    if has_unit_length and not 1 - _UNIT_LENGTH <= least <= most <= 1 + _UNIT_LENGTH:
         raise AttemptFailed(provider, "malformed", "a vector is not of length 1, as all of them were so far")
-    return (vectors / norms).astype(np.float32)
+    return (vectors / norms[:, None]).astype(np.float32)
 
 
 def _in_order(items: Sequence[_Item]) -> list[_Item] | None:
