@@ -128,6 +128,41 @@ def test_a_run_resumes_to_the_digit_with_its_average(folder: Path) -> None:
     ).read_bytes()
 
 
+def test_a_second_stage_keeps_head_and_space_by_the_targets_of_the_first(folder: Path) -> None:
+    first = run_training(recipe_for(folder, steps=20), data=folder, output=folder / "first").folder
+    settings = msgspec.to_builtins(recipe_for(folder).distillation) | {"targets": "first/targets.npz", "sample": 40}
+    recipe = recipe_for(
+        folder, base=str(first), layers=None, steps=1, optimiser={"lr": 1e-12}, evaluate_every=1, distillation=settings
+    )
+    run_training(recipe, data=folder, output=folder / "second")
+    assert (folder / "second" / "targets.npz").read_bytes() == (folder / "first" / "targets.npz").read_bytes()
+    vectors = [Encoder.load(model).encode(TEXTS) for model in (first, folder / "second" / "model")]
+    assert np.allclose(*vectors, atol=1e-5)
+    # Another rotation in the same place is another run.
+    with np.load(folder / "first" / "targets.npz") as arrays:
+        other = {name: array * 0.5 for name, array in arrays.items()}
+    np.savez(folder / "first" / "targets.npz", **other)
+    with pytest.raises(UsageError, match=r"distillation\.targets"):
+        run_training(recipe, data=folder, output=folder / "second", resume=True)
+
+
+def test_targets_of_other_teachers_or_lengths_are_refused(folder: Path) -> None:
+    def refused(match: str, **fields: Any) -> None:
+        distillation = {"teachers": [{"model": str(folder / "teacher")}], "dimensions": 24, "vector_weight": 10.0}
+        with pytest.raises(UsageError, match=match):
+            settings = {**distillation, **fields}
+            recipe = recipe_for(folder, distillation=settings, head={"dimensions": settings["dimensions"]})
+            run_training(
+                recipe, data=folder, output=folder / f"{Path(settings['targets']).stem}-{settings['dimensions']}"
+            )
+
+    run_training(recipe_for(folder, steps=1), data=folder, output=folder / "first")
+    refused(r"no file at .*nothing\.npz; name the targets\.npz", targets="nothing.npz")
+    refused(r"fitted to teachers with \[32, 32\] numbers, and the recipe's have \[32\]", targets="first/targets.npz")
+    both = {"teachers": [{"model": str(folder / "teacher")}] * 2, "dimensions": 16, "targets": "first/targets.npz"}
+    refused("targets of 24 numbers, and distillation.dimensions asks for 16; set it to 24", **both)
+
+
 def test_an_exit_is_a_shallower_model_of_its_own(folder: Path) -> None:
     recipe = recipe_for(folder, layers=3, exits=[{"layers": 1}, {"layers": 2, "weight": 0.25}], steps=30)
     run_training(recipe, data=folder, output=folder / "run")
@@ -153,7 +188,7 @@ def test_an_exit_is_a_shallower_model_of_its_own(folder: Path) -> None:
 
 def _scores_of(encoder: Encoder, folder: Path, recipe: Recipe) -> dict[str, Any]:
     sets, _ = load_data(recipe, folder, lambda _: None)
-    teachers = open_teachers(recipe, sets, RunFolder(folder / "run", 1), Processes())
+    teachers = open_teachers(recipe, sets, folder, RunFolder(folder / "run", 1), Processes())
     scores = dev_sets_of(recipe, sets, folder, teachers).scores(
         lambda texts, instruction: encoder.encode(list(texts), instruction=instruction, normalize=True)
     )
@@ -163,7 +198,7 @@ def _scores_of(encoder: Encoder, folder: Path, recipe: Recipe) -> dict[str, Any]
 def _targets_and_vectors(folder: Path, encoder: Encoder) -> tuple[np.ndarray, np.ndarray]:
     recipe = recipe_for(folder)
     sets, _ = load_data(recipe, folder, lambda _: None)
-    teachers = open_teachers(recipe, sets, RunFolder(folder / "run", 1), Processes())
+    teachers = open_teachers(recipe, sets, folder, RunFolder(folder / "run", 1), Processes())
     return teachers.targets(TEXTS), encoder.encode(TEXTS, normalize=True)
 
 

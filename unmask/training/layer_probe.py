@@ -19,7 +19,7 @@ from unmask.training.dev import DevSets, GradedPairs, spearman
 from unmask.training.device import choose_device
 from unmask.training.head import ridge
 from unmask.training.recipe import Recipe
-from unmask.training.targets import FILE, Targets
+from unmask.training.targets import FILE, Targets, targets_file
 from unmask.training.train import distilled_texts, load_data
 from unmask.training.training_model import TrainingModel
 
@@ -107,7 +107,7 @@ def probe_recipe(
     all_texts = distilled_texts(sets, recipe.contrastive.hard_negatives)
     chosen = [all_texts[i] for i in np.random.default_rng([recipe.seed, 4]).permutation(len(all_texts))[:texts]]
     output.mkdir(parents=True, exist_ok=True)
-    targets = Targets(recipe.distillation, chosen, output / FILE)
+    targets = Targets(recipe.distillation, chosen, output / FILE, targets_file(recipe.distillation, data))
     graded = DevSets(recipe.dev, sets, data, seed=recipe.seed, max_bad_rows=recipe.max_bad_rows).graded
     curves: dict[str, list[LayerScore]] = {}
     for name, masked in (("mask off", False), *((("causal", True),) if causal else ())):

@@ -230,6 +230,8 @@ class Distillation(Struct, forbid_unknown_fields=True, kw_only=True):
         teachers: several teachers, or one with options.
         dimensions: length of the target; default: that of all teachers' vectors together.
         sample: number of texts that centring and PCA are fitted on.
+        targets: `targets.npz` of an earlier run with the same teachers. Its means and rotation are used and nothing is
+            fitted, so that models of both runs share a space, and a model of the first keeps its head in the second.
         vector_weight: weight of 1 - cosine between vector and target (LEAF, arXiv 2509.12539; Jasper, arXiv
             2412.19048). It needs vectors of the target's length: see `head`.
         weight: weight of the Kullback-Leibler divergence between the similarities within a batch.
@@ -242,6 +244,7 @@ class Distillation(Struct, forbid_unknown_fields=True, kw_only=True):
     teachers: list[Teacher] = []
     dimensions: Positive | None = None
     sample: Positive = 20_000
+    targets: str | None = None
     vector_weight: Annotated[float, Meta(ge=0.0)] = 0.0
     weight: Annotated[float, Meta(ge=0.0)] = 1.0
     temperature: Rate = 0.05

@@ -64,6 +64,20 @@ class TeacherVectors:
         return _unit(self.cache.encode(texts, key, compute, progress=progress))
 
 
+def targets_file(settings: Distillation, data: Path) -> Path | None:
+    """Return the file of the earlier run whose rotation the recipe uses, or None. Paths are relative to the data.
+
+    Raises:
+        UsageError: there is no such file.
+    """
+    if settings.targets is None:
+        return None
+    file = data / settings.targets
+    if not file.is_file():
+        raise UsageError(f"distillation.targets: no file at {file}; name the {FILE} in the folder of an earlier run")
+    return file
+
+
 def compute_vectors(
     settings: Distillation, texts: Sequence[str], progress: Callable[[str, int, int], None] = lambda *_: None
 ) -> None:
@@ -129,18 +143,22 @@ class Targets:
         settings: the teachers and the length.
         sample: texts of the data that means and components are fitted on.
         file: where the rotation is stored. If it exists, it is read and not fitted again.
+        earlier: rotation of an earlier run, to be used instead of a fitted one.
 
     Raises:
-        UsageError: a teacher cannot be opened, or the target is longer than its vectors together.
+        UsageError: a teacher cannot be opened, the target is longer than its vectors together, or the earlier rotation
+            is of other teachers or of another length.
         StorageError: vectors or fit cannot be kept.
     """
 
-    def __init__(self, settings: Distillation, sample: Sequence[str], file: Path) -> None:
+    def __init__(self, settings: Distillation, sample: Sequence[str], file: Path, earlier: Path | None = None) -> None:
         self._teachers: list[tuple[Teacher, TeacherVectors]] = [
             (teacher, TeacherVectors(teacher.model)) for teacher in settings.ensemble()
         ]
-        self.rotation = Rotation.load(file) if file.is_file() else self._fit(settings, sample)
-        if not file.is_file():
+        if file.is_file():
+            self.rotation = Rotation.load(file)
+        else:
+            self.rotation = self._fit(settings, sample) if earlier is None else self._adopt(settings, earlier)
             self.rotation.save(file)
         components = self.rotation.components
         self.dimensions = sum(mean.size for mean in self.rotation.means) if components is None else components.shape[1]
@@ -163,6 +181,24 @@ class Targets:
             for (teacher, vectors), mean in zip(self._teachers, means, strict=True)
         ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+    def _adopt(self, settings: Distillation, earlier: Path) -> Rotation:
+        """Read the rotation of an earlier run, and refuse one that does not belong to these teachers."""
+        rotation = Rotation.load(earlier)
+        theirs = [mean.size for mean in rotation.means]
+        ours = [vectors.model.dimensions for _, vectors in self._teachers]
+        if theirs != ours:
+            raise UsageError(
+                f"distillation.targets: {earlier} was fitted to teachers with {theirs} numbers, and the recipe's have "
+                f"{ours}; name the same teachers in the same order"
+            )
+        length = sum(theirs) if rotation.components is None else rotation.components.shape[1]
+        if length != (settings.dimensions or sum(ours)):
+            raise UsageError(
+                f"distillation.targets: {earlier} has targets of {length} numbers, and distillation.dimensions asks "
+                f"for {settings.dimensions or sum(ours)}; set it to {length}"
+            )
+        return rotation
 
     def _fit(self, settings: Distillation, sample: Sequence[str]) -> Rotation:
         means = tuple(self._mean(teacher, vectors, sample) for teacher, vectors in self._teachers)

@@ -9,6 +9,7 @@ With several processes a launcher starts the same command, and the recipe stays 
 Across machines, every process must see the output folder if the run is to be resumed.
 """
 
+import hashlib
 import json
 import operator
 import shutil
@@ -44,7 +45,7 @@ from unmask.training.recipe import HeadSettings, Recipe
 from unmask.training.recipe_file import stored_recipe
 from unmask.training.run_folder import RunFolder, describe_run
 from unmask.training.sharding import unshard
-from unmask.training.targets import FILE, RankingTeacher, Targets, compute_vectors
+from unmask.training.targets import FILE, RankingTeacher, Targets, compute_vectors, targets_file
 from unmask.training.training_model import TrainingModel, adapter_base, embedding_base, initial_adapter
 
 LoadedData = tuple[list[Examples], Decontaminator | None]
@@ -100,13 +101,15 @@ def run_training(
         folder = RunFolder(output, recipe.keep)
         precision = recipe.precision
         if group.is_main:
-            description = _description(recipe, sets, device, group)
+            description = _description(recipe, sets, data, device, group)
             stored = folder.begin(description, resume, lambda before: _upgraded(before, recipe, folder.step()))
             precision = stored.get("precision", description["precision"])
         recipe = msgspec.structs.replace(recipe, precision=group.broadcast(precision))
         teachers = None
         if recipe.distillation is not None:
-            teachers = open_teachers(recipe, sets, folder, group, _counted(log if group.is_main else lambda _: None))
+            teachers = open_teachers(
+                recipe, sets, data, folder, group, _counted(log if group.is_main else lambda _: None)
+            )
         model = TrainingModel(recipe, device, group)
         if recipe.head is not None:
             set_heads(recipe, recipe.head, model, sets, teachers)
@@ -136,12 +139,17 @@ def run_training(
         return TrainingResult(output / "best" if scores else result, scores, group.is_main)
 
 
-def _description(recipe: Recipe, sets: Sequence[Examples], device: torch.device, group: Processes) -> dict[str, Any]:
+def _description(
+    recipe: Recipe, sets: Sequence[Examples], data: Path, device: torch.device, group: Processes
+) -> dict[str, Any]:
     """Return the content of a new run's `run.json`."""
     digests = {examples.source.name: examples.digest() for examples in sets}
     if recipe.lora is not None and recipe.lora.init_from is not None:
         adapter = initial_adapter(recipe.lora.init_from, recipe.base, recipe.adapters)
         digests["lora.init_from"] = adapter.digest()
+    earlier = None if recipe.distillation is None else targets_file(recipe.distillation, data)
+    if earlier is not None:
+        digests["distillation.targets"] = hashlib.sha256(earlier.read_bytes()).hexdigest()[:16]
     precision = str(compute_dtype(recipe.precision, device)).removeprefix("torch.")
     rows = {examples.source.name: examples.counts() for examples in sets}
     return describe_run(_plain(recipe), digests, _hardware(device, group), precision, rows)
@@ -196,6 +204,7 @@ def dev_sets_of(recipe: Recipe, sets: Sequence[Examples], data: Path | None, tea
 def open_teachers(
     recipe: Recipe,
     sets: Sequence[Examples],
+    data: Path,
     folder: RunFolder,
     group: Processes,
     report: Callable[[str, int, int], None] = lambda *_: None,
@@ -213,7 +222,7 @@ def open_teachers(
     group.wait()
 
     def build() -> Teachers:
-        targets = Targets(settings, sample, folder.path / FILE)
+        targets = Targets(settings, sample, folder.path / FILE, targets_file(settings, data))
         ranking = RankingTeacher(settings.ranking) if settings.ranking is not None else None
         if ranking is not None:
             pairs = [e for examples in sets if examples.source.query for e in examples.train]
