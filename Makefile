@@ -64,13 +64,15 @@ $(VENV)/.docs: $(VENV)/.serve
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group docs
 	touch $@
 
-# llama-cpp-python compiles for minutes, and infinity-emb cannot live with the transformers that the others use. Where
-# one of them does not install, its row of the table says so.
-$(VENV)/.bench: benchmarks/infinity.txt $(VENV)/.dev
+# llama-cpp-python compiles for minutes, infinity-emb cannot live with the transformers that the others use, and LiteLLM
+# pins what others have newer. Where one of them does not install, its row of the table says so.
+$(VENV)/.bench: benchmarks/infinity.txt benchmarks/litellm.txt $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	-$(BIN)/python -m pip install --quiet --constraint constraints.txt llama-cpp-python
 	-$(PYTHON) -m venv $(VENV)/peers/infinity && \
 		$(VENV)/peers/infinity/bin/python -m pip install --quiet --requirement benchmarks/infinity.txt
+	-$(PYTHON) -m venv $(VENV)/peers/litellm && \
+		$(VENV)/peers/litellm/bin/python -m pip install --quiet --requirement benchmarks/litellm.txt
 	touch $@
 
 clean:  ## remove everything that is not in the repository

@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 from urllib.parse import urlsplit
 
 
@@ -73,8 +74,14 @@ class Client:
         self._idle.clear()
 
 
+class Posts(Protocol):
+    """Sends a body and returns status, headers and body of the answer, as `Client` does."""
+
+    async def post(self, body: bytes, headers: str = "") -> tuple[int, dict[str, str], bytes]: ...
+
+
 async def load(
-    client: Client, request: Callable[[int], tuple[bytes, str]], rate: float, seconds: float, seed: int
+    client: Posts, request: Callable[[int], tuple[bytes, str]], rate: float, seconds: float, seed: int
 ) -> list[Answer]:
     """Send `rate` requests per second at random moments (Poisson) for `seconds`, and wait for all answers.
 
