@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from unmask import Encoder
 from unmask.errors import CheckpointError, EngineError, UsageError
 from unmask.evaluate.models import open_model
 from unmask.evaluate.models.embedding_model import EmbeddingModel
+from unmask.export import ExportOptions, run_export
 
 TEXTS = ["a text", "another, somewhat longer text", "a text"]
 
@@ -33,6 +35,25 @@ def test_a_decoder(tiny: str) -> None:
     assert not np.allclose(vectors, model.encode(TEXTS, "Find it:"))
     plain, instructed = model.count_tokens(TEXTS), model.count_tokens(TEXTS, "Find it:")
     assert plain is not None and instructed is not None and plain < instructed
+
+
+def test_an_onnx_file_with_the_prompts_of_its_export(tiny: str, tmp_path: Path) -> None:
+    instructions = {"query": "Find it:"}
+    options = ExportOptions(
+        model=tiny, target="onnx", output=tmp_path / "out", instructions=instructions, dimensions=32, check=False
+    )
+    run_export(options, lambda line: None)
+    file = tmp_path / "out" / "onnx" / "model.onnx"
+    model, encoder = open_model(f"{file}?name=graph"), Encoder.load(tiny, dtype="float32")
+    assert (model.name, model.kind, model.dimensions, model.takes_instructions) == ("graph", "onnxruntime", 32, True)
+    assert open_model(str(file)).revision == model.revision
+    texts = [*TEXTS, "a longer text of many words " * 8, *TEXTS[:2] * 8]
+    for asked, instruction in (("", ""), ("Any instruction of a task", "Find it:")):
+        expected = encoder.encode(texts, instruction=instruction)[:, :32]
+        expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+        np.testing.assert_allclose(model.encode(texts, asked), expected, atol=1e-6)
+        assert model.count_tokens(TEXTS, asked) == encoder.count_tokens(TEXTS, instruction=instruction).sum()
+    assert model.encode([]).shape == (0, 32)
 
 
 def test_a_sentence_transformers_folder_in_two_precisions(published: Callable[[str], Path]) -> None:
@@ -102,6 +123,8 @@ def test_the_static_model_comes_with_its_package() -> None:
         ("http://me:secret@127.0.0.1/v1#m", UsageError, "a key does not belong into the address"),
         ("http://127.0.0.1:1/v1#m?key=NO_SUCH_VARIABLE", UsageError, "not set"),
         ("st:.", CheckpointError, "no modules.json"),
+        ("no/such.onnx", CheckpointError, "there is no file no/such.onnx"),
+        ("x.onnx?dtype=int8", UsageError, "has no option 'dtype'"),
         ("st:.?dtype=int8", UsageError, "write float32 or bfloat16"),
     ],
 )

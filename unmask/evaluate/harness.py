@@ -39,6 +39,7 @@ from unmask.evaluate.results import Category, Statistic, TaskScore
 
 # Vectors that a kill loses at most, and the step of the progress shown.
 _CHUNK = 256
+_FRAMEWORKS = {"endpoint": "API", "onnxruntime": "ONNX"}  # in mteb's words; the others are PyTorch
 
 # Metrics beside the main score, by kind of task.
 _DETAILS: dict[str, tuple[str, ...]] = {
@@ -144,7 +145,7 @@ def model_meta(model: EmbeddingModel) -> ModelMeta:
         open_weights=None if model.kind == "endpoint" else True,
         public_training_code=None,
         public_training_data=None,
-        framework=["API"] if model.kind == "endpoint" else ["PyTorch"],
+        framework=[_FRAMEWORKS.get(model.kind, "PyTorch")],
         similarity_fn_name="cosine",  # type: ignore[arg-type]
         use_instructions=model.takes_instructions,
         training_datasets=None,

@@ -85,7 +85,7 @@ class ModelResult(msgspec.Struct, kw_only=True):
     """One model under test: identity, scores and cost."""
 
     name: str
-    kind: Literal["unmask", "sentence-transformers", "endpoint", "static"]
+    kind: Literal["unmask", "sentence-transformers", "onnxruntime", "endpoint", "static"]
     revision: str
     cost: Cost
     scores: list[TaskScore] = []

@@ -15,8 +15,11 @@ from typing import Any, Literal
 import numpy as np
 
 from unmask.errors import CheckpointError, MissingPackages, UsageError
+from unmask.evaluate.models.onnx_file import OnnxModel
 
-RuntimeKind = Literal["unmask", "sentence-transformers", "onnxruntime", "llama.cpp", "endpoint"]
+RuntimeKind = Literal[
+    "unmask", "sentence-transformers", "onnxruntime", "fastembed", "transformers.js", "llama.cpp", "endpoint"
+]
 # Use of a text: as `encode`, `encode_document` or `encode_query` of a client reads it.
 TextUse = Literal["texts", "documents", "queries"]
 PROMPT_NAMES: Mapping[TextUse, str] = {"documents": "document", "queries": "query"}
@@ -125,48 +128,28 @@ def _sentence_transformers(folder: Path) -> OtherRuntime:
     return OtherRuntime("sentence-transformers", name, _stored_dtype(folder), uses, encode)
 
 
-def _stored_prompts(folder: Path, prompts: Mapping[TextUse, str]) -> Mapping[TextUse, str]:
-    """Prompts of a folder by the use of a text: its own where it has any."""
-    file = folder / "config_sentence_transformers.json"
-    if not file.is_file():
+def stored_prompts(file: Path, prompts: Mapping[TextUse, str]) -> Mapping[TextUse, str]:
+    """Return the text before a text by its use, as stated beside an ONNX file; `prompts` where nothing is stated."""
+    places = (folder / "config_sentence_transformers.json" for folder in (file.parent, file.parent.parent))
+    stated = next((place for place in places if place.is_file()), None)
+    if stated is None:
         return prompts
-    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings = json.loads(stated.read_text(encoding="utf-8"))
     own = settings.get("prompts") or {}
     stored: dict[TextUse, str] = {use: str(own.get(name) or "") for use, name in PROMPT_NAMES.items()}
     return {**stored, "texts": str(own.get(settings.get("default_prompt_name") or "") or "")}
 
 
 def _onnxruntime(file: Path, prompts: Mapping[TextUse, str]) -> OtherRuntime:
-    """ONNX Runtime with the tokenizer beside the file, as fastembed, transformers.js and TEI's ort backend run it."""
-    from tokenizers import Tokenizer
-
-    library = _module("onnxruntime", "an ONNX file is checked with")
-    folder = next((place for place in (file.parent, file.parent.parent) if (place / "tokenizer.json").is_file()), None)
-    if folder is None:
-        raise CheckpointError(f"{file} has no tokenizer.json beside it or one folder above")
-    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.encode_special_tokens = bool(settings.get("split_special_tokens"))
-    tokenizer.enable_truncation(int(settings["model_max_length"]))
-    pad = str(settings["pad_token"])
-    tokenizer.enable_padding(direction="right", pad_token=pad, pad_id=tokenizer.token_to_id(pad))
-    session = library.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    dtype = dict(session.get_modelmeta().custom_metadata_map).get("dtype", "float32")
-    before = _stored_prompts(folder, prompts)
+    """ONNX Runtime with the tokenizer beside the file, as TEI's ort backend runs it."""
+    model = OnnxModel(file, file.name)
+    before = stored_prompts(file, prompts)
 
     def encode(texts: Sequence[str], use: TextUse, batch: int) -> np.ndarray:
-        rows = []
-        for start in range(0, len(texts), batch):
-            encodings = tokenizer.encode_batch([before.get(use, "") + text for text in texts[start : start + batch]])
-            feed = {
-                "input_ids": np.array([encoding.ids for encoding in encodings], dtype=np.int64),
-                "attention_mask": np.array([encoding.attention_mask for encoding in encodings], dtype=np.int64),
-            }
-            rows.append(session.run(["sentence_embedding"], feed)[0])
-        return np.concatenate(rows)
+        return model.encode_with_prompt(texts, before.get(use, ""), batch)
 
-    name = f"ONNX Runtime {library.__version__} ({file.name})"
-    return OtherRuntime("onnxruntime", name, dtype, ("texts", "documents", "queries"), encode)
+    name = f"{model.runtime} ({file.name})"
+    return OtherRuntime("onnxruntime", name, model.precision, ("texts", "documents", "queries"), encode)
 
 
 def _llama_cpp(file: Path, prompts: Mapping[TextUse, str]) -> OtherRuntime:

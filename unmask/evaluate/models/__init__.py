@@ -1,4 +1,6 @@
-"""The models under test: decoders, sentence-transformers folders, endpoints and static models behind one protocol.
+"""The models under test behind one protocol.
+
+They are decoders, sentence-transformers folders, ONNX files, endpoints and static models.
 
 `specification.py` says how a user names one.
 """
@@ -39,6 +41,10 @@ def _open(specification: ModelSpecification) -> EmbeddingModel:
             from unmask.evaluate.models.sentence_transformers import open_folder
 
             return open_folder(specification)
+        case "onnxruntime":
+            from unmask.evaluate.models.onnx_file import open_onnx
+
+            return open_onnx(specification)
         case "endpoint":
             from unmask.evaluate.models.endpoint import open_endpoint
 

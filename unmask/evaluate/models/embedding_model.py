@@ -7,7 +7,7 @@ import numpy as np
 
 from unmask.errors import UsageError
 
-ModelKind = Literal["unmask", "sentence-transformers", "endpoint", "static"]
+ModelKind = Literal["unmask", "sentence-transformers", "onnxruntime", "endpoint", "static"]
 
 
 class EmbeddingModel(Protocol):

@@ -6,6 +6,7 @@
     a folder, a .gguf file,                                             dtype, compat, max_length, device,
     unmask:FOLDER with modules.json                                     instructions
     st:FOLDER, or a folder with modules.json    sentence-transformers   device, dtype (float32 or bfloat16)
+    an .onnx file of `unmask export`            onnxruntime
     http://host/v1#model                        endpoint                key (name of an environment variable),
                                                                         instructions
     wordllama:default, wordllama:CONFIG         static                  dim
@@ -25,6 +26,7 @@ from unmask.evaluate.models.embedding_model import ModelKind
 OPTIONS: Mapping[ModelKind, tuple[str, ...]] = {
     "unmask": ("adapter", "pooling", "causal", "dtype", "compat", "max_length", "device", "instructions"),
     "sentence-transformers": ("device", "dtype"),
+    "onnxruntime": (),
     "endpoint": ("key", "instructions"),
     "static": ("dim",),
 }
@@ -119,6 +121,8 @@ def _split_kind(target: str) -> tuple[ModelKind, str]:
         return "unmask", rest
     if head == "wordllama" and colon:
         return "static", rest
+    if target.endswith(".onnx"):
+        return "onnxruntime", target
     if (Path(target).expanduser() / "modules.json").is_file():
         return "sentence-transformers", target
     if colon and "/" not in head and "\\" not in rest and not Path(target).exists():
