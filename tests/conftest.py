@@ -79,6 +79,7 @@ SLOW = {
     "export/test_hub.py",
     "export/test_integrations.py",
     "export/test_onnx.py",
+    "export/test_readers.py",
     "onboarding/test_onboarding.py",
     "router/test_catalogue_sync.py",
     "router/test_faults.py",
@@ -131,13 +132,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(marker)
         if _is_slow(item.path):
             item.add_marker("slow")
-    left_out = [item for item in items if _lacks_data(item) or _lacks_processor(item)]
+    chosen = "parity" in (config.option.markexpr or "")
+    left_out = [item for item in items if _lacks_data(item) or _lacks_processor(item) or _is_for_parity(item, chosen)]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
 
 
 def _lacks_data(item: pytest.Item) -> bool:
     return "UNMASK_TEST_DATA" not in os.environ and item.get_closest_marker("public_data") is not None
+
+
+def _is_for_parity(item: pytest.Item, chosen: bool) -> bool:
+    """True for a test of `make parity` in a run that has not chosen them."""
+    return not chosen and item.get_closest_marker("parity") is not None
 
 
 def _lacks_processor(item: pytest.Item) -> bool:

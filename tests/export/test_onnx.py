@@ -13,13 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.checkpoint.layouts import LAYOUTS, write_layout
-from tests.export.tiny import FAMILIES, FEW, WINDOW, tiny_model
+from tests.export.tiny import FAMILIES, FEW, GOLDEN, WINDOW, tiny_model
 from unmask import Encoder
 from unmask.export import ExportOptions, ParityReport, run_export, run_parity
 from unmask.export.onnx_weights import block_steps, hadamard
 from unmask.export.onnx_writer import _varint
 
-GOLDEN = ["tiny_gemma", "tiny_llama", "tiny_llama2_chat", "tiny_llama3_instruct", "tiny_mistral_instruct"]
 QUESTION = "Given a question (of any kind), find passages that answer it:"
 
 

@@ -7,6 +7,8 @@ from typing import Any
 from tests.checkpoint.layouts import MEAN, Layout, byte_level, write_layout
 
 WINDOW = 20
+# Golden models, with BOS and without, with and without a template.
+GOLDEN = ["tiny_gemma", "tiny_llama", "tiny_llama2_chat", "tiny_llama3_instruct", "tiny_mistral_instruct"]
 # Texts for tests that need no more: the shipped ones take seconds.
 FEW = [
     "an ordinary text",

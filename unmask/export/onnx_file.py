@@ -1,14 +1,17 @@
 """ONNX folders for ONNX Runtime, fastembed, transformers.js and TEI's CPU image: graph, config, tokenizer, prompts."""
 
+import json
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 
 from unmask import __version__
 from unmask.disk import atomic_folder
 from unmask.export.capabilities import ExportedModel
-from unmask.export.hub import default_prompt_name, lengths_of, prompts_of, write_prompted_tokenizer
+from unmask.export.hub import default_prompt_name, lengths_of, prompts_of, sequence_tokens, write_prompted_tokenizer
 from unmask.export.onnx_graph import build_graph
 from unmask.export.onnx_weights import WeightStore
 from unmask.export.onnx_writer import write_onnx
@@ -40,6 +43,32 @@ def write_onnx_folder(folder: Path, model: ExportedModel, dtype: str) -> str:
             config["matryoshka_dimensions"] = lengths
         write_json(partial / "config.json", config)
         write_prompted_tokenizer(partial, model)
+        _unlist_control_tokens(partial, {token for part in sequence_tokens(model) for token in part})
         prompts = {"prompts": prompts_of(model), "default_prompt_name": default_prompt_name(model)}
         write_json(partial / "config_sentence_transformers.json", prompts)
     return f"onnx/{_FILES[dtype]}"
+
+
+def _unlist_control_tokens(folder: Path, around: Collection[int]) -> None:
+    """Take the control tokens from the list of added ones in tokenizer.json, so that no reader looks for them in texts.
+
+    fastembed and transformers.js do not read `split_special_tokens`. What is not in the list is an ordinary string to
+    them, as it is to unmask.
+
+    Args:
+        around: ids that are added before and after a text. Their tokens stay in the vocabulary, where transformers.js
+            looks their ids up; no merge leads to them.
+    """
+    file, settings_file = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    added, vocabulary = content["added_tokens"], content["model"]["vocab"]
+    content["added_tokens"] = [token for token in added if not token["special"]]
+    if isinstance(vocabulary, dict):
+        vocabulary |= {token["content"]: token["id"] for token in added if token["id"] in around}
+    file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    settings = json.loads(settings_file.read_text(encoding="utf-8"))
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    if tokenizer.token_to_id(settings["pad_token"]) is None:
+        # Masked positions may hold any id.
+        settings["pad_token"] = tokenizer.id_to_token(min(tokenizer.get_vocab().values()))
+        write_json(settings_file, settings)

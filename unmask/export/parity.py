@@ -6,7 +6,7 @@ the bank of wrong references of `conformance` says which mistake explains it.
 
 import tomllib
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from typing import Any
@@ -39,6 +39,8 @@ _TARGETS: Mapping[RuntimeKind, Target] = {
     "unmask": "hub",
     "sentence-transformers": "hub",
     "onnxruntime": "onnx",
+    "fastembed": "onnx",
+    "transformers.js": "onnx",
     "llama.cpp": "gguf",
 }
 
@@ -163,15 +165,38 @@ def check_parity(
         UsageError: no runtime here reads the target.
         CheckpointError: a runtime refuses it.
     """
-    prompts: dict[TextUse, str] = {use: _prompt_text(model, name) for use, name in PROMPT_NAMES.items()}
-    prompts["texts"] = prompts["documents"] if model.parts.plain_head and not model.is_plain else ""
+    runtimes = open_runtimes(target, prompt_texts(model), model_name)
+    return compare_runtimes(encoder, model, runtimes, texts=texts, say=say)
+
+
+def compare_runtimes(
+    encoder: Encoder,
+    model: ExportedModel,
+    runtimes: Iterable[OtherRuntime],
+    *,
+    texts: Sequence[str] = (),
+    say: Callable[[str], None] = lambda line: None,
+) -> ParityReport:
+    """Compare runtimes that read files of one model with our own vectors, one runtime after the other.
+
+    Args:
+        encoder: the model in float32.
+        model: the same model, with the instructions of the comparison.
+        runtimes: closed here.
+        texts: other texts than those that ship.
+        say: gets a line per runtime.
+
+    Raises:
+        CheckpointError: a runtime refuses its files.
+    """
+    own_vectors = _OwnVectors(encoder)
     rows: list[ParityRow] = []
     faults: list[str] = []
     notes: list[str] = []
-    for runtime in open_runtimes(target, prompts, model_name):
+    for runtime in runtimes:
         say(f"comparing with {runtime.name}")
         try:
-            comparisons = _compare(encoder, model, runtime, texts)
+            comparisons = _compare(own_vectors, model, runtime, texts)
         except _OtherLength as error:
             faults.append(f"{runtime.name} {error}")
             continue
@@ -189,6 +214,12 @@ def check_parity(
     return ParityReport(tuple(rows), tuple(faults), tuple(notes))
 
 
+def prompt_texts(model: ExportedModel) -> dict[TextUse, str]:
+    """Return the text that a caller puts before a text, by its use, for files that hold no prompts."""
+    prompts: dict[TextUse, str] = {use: _prompt_text(model, name) for use, name in PROMPT_NAMES.items()}
+    return {**prompts, "texts": prompts["documents"] if model.parts.plain_head and not model.is_plain else ""}
+
+
 class _OtherLength(Exception):
     """Vectors of another length than the model's, in words."""
 
@@ -203,7 +234,26 @@ def _verdict_on(runtime: OtherRuntime, model: ExportedModel) -> ExportVerdict | 
     return None if target is None or runtime.kind == "unmask" else judge(target, traits_of(model))
 
 
-def _compare(encoder: Encoder, model: ExportedModel, runtime: OtherRuntime, own: Sequence[str]) -> list[_Comparison]:
+class _OwnVectors:
+    """The model's own vectors, computed once for all runtimes."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self._vectors: dict[tuple[str, str], np.ndarray] = {}
+
+    def encode(self, texts: Sequence[str], instruction: str) -> np.ndarray:
+        """Return float32 [n, dimensions]."""
+        missing = [text for text in dict.fromkeys(texts) if (instruction, text) not in self._vectors]
+        if missing:
+            vectors = self.encoder.encode(missing, instruction=instruction)
+            self._vectors |= {(instruction, text): row for text, row in zip(missing, vectors, strict=True)}
+        return np.stack([self._vectors[instruction, text] for text in texts])
+
+
+def _compare(
+    own_vectors: _OwnVectors, model: ExportedModel, runtime: OtherRuntime, own: Sequence[str]
+) -> list[_Comparison]:
+    encoder = own_vectors.encoder
     verdict = _verdict_on(runtime, model)
     exceptions = {} if verdict is None else verdict.exceptions
     texts = parity_texts(encoder, truncating=runtime.truncates, own=own)
@@ -221,7 +271,7 @@ def _compare(encoder: Encoder, model: ExportedModel, runtime: OtherRuntime, own:
             prompts = [encoder.prompts.build([text.text], instruction)[0] for text in chosen]
             chosen = [text for text, prompt in zip(chosen, prompts, strict=True) if not prompt.truncated]
         strings = [text.text for text in chosen]
-        ours = encoder.encode(strings, instruction=instruction)
+        ours = own_vectors.encode(strings, instruction)
         alone, batch = (_of_length(ours, runtime.encode(strings, use, size), model) for size in (1, _BATCH))
         ours = np.ascontiguousarray(ours[:, : alone.shape[1]])
         kinds = _exceptions(encoder, chosen, instruction, exceptions)

@@ -394,16 +394,25 @@ def write_tokenizer(
 def _adding(tokenizer: Tokenizer, prefix: Sequence[int], suffix: Sequence[int]) -> processors.TemplateProcessing:
     """Make a post-processor that adds ids before and after every text."""
     ids = dict.fromkeys((*prefix, *suffix))
-    # Named by number, as a token's own text may hold characters that the template gives a meaning to.
+    # Named by number at first, as a token's own text may hold characters that the template gives a meaning to.
     names = {token: f"special{token}" for token in ids}
     before, after = ([names[token] for token in part] for part in (prefix, suffix))
-    return processors.TemplateProcessing(
+    template = processors.TemplateProcessing(
         single=[*before, "$A", *after],
         pair=[*before, "$A", *after, *(f"{name}:1" for name in before), "$B:1", *(f"{name}:1" for name in after)],
         special_tokens=[
             {"id": name, "ids": [token], "tokens": [tokenizer.id_to_token(token)]} for token, name in names.items()
         ],
     )
+    # transformers.js reads no ids here: it looks the names up in the vocabulary.
+    state = json.loads(template.__getstate__())
+    own = {name: tokenizer.id_to_token(token) for token, name in names.items()}
+    for piece in (*state["single"], *state["pair"]):
+        if special := piece.get("SpecialToken"):
+            special["id"] = own[special["id"]]
+    state["special_tokens"] = {own[name]: {**entry, "id": own[name]} for name, entry in state["special_tokens"].items()}
+    template.__setstate__(json.dumps(state).encode())
+    return template
 
 
 def _special_tokens(checkpoint: Checkpoint) -> dict[str, Any]:
