@@ -2,13 +2,13 @@
 
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from unmask.catalogue import Measurement, append_measurements
 from unmask.catalogue.figures import figures
-from unmask.catalogue.measurement import LOCAL, read_measurements
+from unmask.catalogue.measurement import LOCAL, PARITY, parity_quantity, read_measurements
 from unmask.errors import UsageError
 
 
@@ -41,6 +41,22 @@ def test_a_file_only_grows(tmp_path: Path) -> None:
     assert [m.value for m in put_together.suites[LOCAL, "measured"].tasks] == [2.0]
     assert [m.value for m in put_together.suites[LOCAL, "published"].tasks] == [3.0]
     assert put_together.local is None  # thirteen tasks are missing
+
+
+def test_parity_is_a_mean_and_a_worst_cosine_of_each_runtime_and_precision() -> None:
+    def cosine(value: float, runtime: str, precision: str, kind: Literal["mean", "worst"]) -> Measurement:
+        what = parity_quantity(runtime, precision, kind)
+        return measured(value, group=PARITY, what=what, category=runtime, metric=precision, unit="cosine")
+
+    values = [
+        cosine(0.9, "llama.cpp", "q8", "worst"),
+        cosine(0.999, "llama.cpp", "q8", "mean"),
+        cosine(0.99, "llama.cpp", "q8", "worst"),  # found later
+        cosine(1.0, "fastembed", "float32", "mean"),  # alone: no row
+    ]
+    assert [(p.runtime, p.precision, p.mean.value, p.worst.value) for p in figures(values).parity] == [
+        ("llama.cpp", "q8", 0.999, 0.99)
+    ]
 
 
 def test_a_broken_line_is_named(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from datetime import date
+from typing import Literal
 
 import msgspec
 import pytest
@@ -14,7 +15,8 @@ from starlette.requests import Request
 from tests.api.live import KEY, LocalService
 from tests.web.conftest import COMING, DEFAULT, HTML, REFERENCE
 from tests.web.html import Page
-from unmask.catalogue import Catalogue, Event, Record, shipped_records
+from unmask.catalogue import Catalogue, Event, Measurement, Record, shipped_records
+from unmask.catalogue.measurement import PARITY, parity_quantity
 from unmask.catalogue.record import Price
 from unmask.web import AccountHooks, VoteButton
 
@@ -124,6 +126,24 @@ def test_a_models_page_has_the_commands_of_an_export(service: LocalService) -> N
     page = get(service, "/models/tiny_llama").text
     assert "unmask export tiny_llama --to hub --output tiny_llama" in page
     assert "unmask parity tiny_llama tiny_llama" in page
+
+
+def test_a_models_page_has_the_parity_of_its_exports(start: Callable[..., LocalService]) -> None:
+    def value(kind: Literal["mean", "worst"], cosine: float) -> Measurement:
+        return Measurement(
+            model="org/x", group=PARITY, what=parity_quantity("llama.cpp", "q8", kind), category="llama.cpp",
+            metric="q8", value=cosine, unit="cosine", examples=63, origin="measured", by="unmask",
+            on=date(2026, 11, 29), revision="r", hardware="h", command="make parity", raw="docs/parity/results.json",
+            note="llama.cpp 1.2",
+        )  # fmt: skip
+
+    catalogue = Catalogue.shipped()
+    catalogue.put(Record(id="org/x"), [value("mean", 0.9990965), value("worst", 0.998189)])
+    service = start(catalogue)
+    text = get(service, "/models/org/x").text
+    assert re.search(r"llama\.cpp\s*q8\s*63\s*0\.9990965\s*0\.9981890", text), text
+    assert "llama.cpp 1.2" in text and "unmask export org/x --to hub --output x" in text
+    assert re.search(r"\| q8 \| 63 \| 0.9990965 \| 0.9981890 \|", service.call("GET", "/models/org/x.md").body.decode())
 
 
 def test_programs_get_the_same_record(service: LocalService) -> None:

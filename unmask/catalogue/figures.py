@@ -8,6 +8,7 @@ from unmask.catalogue.measurement import (
     LOCAL,
     MTEB,
     ONBOARDING,
+    PARITY,
     PEAK_MEMORY,
     SPEED,
     TEXTS_PER_SECOND,
@@ -16,6 +17,7 @@ from unmask.catalogue.measurement import (
     Measurement,
     Origin,
     newest,
+    parity_quantity,
 )
 
 # Number of tasks of each category in the suites. A mean over fewer tasks is not the suite's mean.
@@ -75,6 +77,21 @@ class SuiteScores:
 
 
 @dataclass(frozen=True)
+class ParityFigure:
+    """Cosines of a model's vectors in another runtime with its own.
+
+    Attributes:
+        runtime: without its version, which the note of the measurements states.
+        precision: of the exported weights.
+    """
+
+    runtime: str
+    precision: str
+    mean: Measurement
+    worst: Measurement
+
+
+@dataclass(frozen=True)
 class Figures:
     """The figures of one model. None means not known."""
 
@@ -84,6 +101,7 @@ class Figures:
     cost: dict[str, Measurement] = field(default_factory=dict)
     sweep: list[Measurement] = field(default_factory=list)
     gates: list[Measurement] = field(default_factory=list)
+    parity: list[ParityFigure] = field(default_factory=list)
     mteb: float | None = None
     local: float | None = None
 
@@ -123,9 +141,21 @@ def figures(measurements: Sequence[Measurement]) -> Figures:
         cost={m.what: m for m in current if m.group == COST},
         sweep=[m for m in current if m.group == SPEED],
         gates=[m for m in current if m.group == ONBOARDING],
+        parity=_parity([m for m in current if m.group == PARITY]),
         mteb=next((s.mean for s in (ours, theirs) if s and s.mean is not None), None),
         local=local.mean if local else None,
     )
+
+
+def _parity(measurements: Sequence[Measurement]) -> list[ParityFigure]:
+    """Pair means and worst cosines of each runtime and precision."""
+    by_what = {m.what: m for m in measurements}
+    pairs = [(m, by_what.get(parity_quantity(m.category, m.metric, "worst"))) for m in measurements]
+    return [
+        ParityFigure(mean.category, mean.metric, mean, worst)
+        for mean, worst in pairs
+        if worst is not None and mean.what == parity_quantity(mean.category, mean.metric, "mean")
+    ]
 
 
 def _mean(tasks: Sequence[Measurement]) -> float:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Origin = Literal["published", "measured"]
 
 MTEB, LOCAL, WORDS, COST = "MTEB(eng, v1)", "local", "word level", "cost"
-SPEED, ONBOARDING = "speed", "onboarding"
+SPEED, ONBOARDING, PARITY = "speed", "onboarding", "parity"
 
 TEXTS_PER_SECOND, TOKENS_PER_SECOND, PEAK_MEMORY = "texts per second", "tokens per second", "peak memory"
 
@@ -28,9 +28,9 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     Attributes:
         model: id of the record it belongs to.
-        group: the suite of a score, or "cost", "speed" or "onboarding".
+        group: the suite of a score, or "cost", "speed", "onboarding" or "parity".
         what: the task of a score, or the quantity.
-        category, metric: of a score, in mteb's words.
+        category, metric: of a score, in mteb's words; of parity, the runtime and the precision of its files.
         value, unit: scores are on a scale from 0 to 100, and their unit is "score".
         interval: 95 %, where there is one.
         examples: what the value is over.
@@ -70,6 +70,11 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise ValueError(
                 f"a measured value of {self.what!r} needs {', '.join(missing)}: without, nobody can check it"
             )
+
+
+def parity_quantity(runtime: str, precision: str, kind: Literal["mean", "worst"]) -> str:
+    """Return the quantity of a measurement of parity: `worst cosine in llama.cpp, q8`."""
+    return f"{kind} cosine in {runtime}, {precision}"
 
 
 _DECODER = msgspec.json.Decoder(Measurement)
