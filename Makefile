@@ -9,7 +9,7 @@ ARGS   ?=
 COVERAGE ?= $(shell $(PYTHON) -c 'import sys; print(int(sys.version_info >= (3, 12)))')
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help serve check test lint format bench bench-training docs clean
+.PHONY: help serve check test lint format bench bench-training parity docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F '\t' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -42,6 +42,11 @@ bench: $(VENV)/.bench  ## measure against the peers, interleaved in one run
 
 bench-training: $(VENV)/.dev  ## measure a training step against sentence-transformers' trainer
 	$(BIN)/python benchmarks/training.py $(ARGS)
+
+# Needs Node.js. pip and npm install the runtimes and clients into folders of their own on first use, about 1.5 GB.
+parity: $(VENV)/.dev  ## compare exports in every runtime, write the table of docs/export.md, test the clients of others
+	$(BIN)/python -m pytest -m parity tests/export
+	$(BIN)/python tools/parity.py $(ARGS)
 
 docs: $(VENV)/.docs  ## build the documentation into site/; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)

@@ -1,9 +1,10 @@
-"""Fill figures of the default model into the pages, from the committed evaluation.
+"""Fill figures into the pages, from the committed evaluation of the default model and from docs/parity/results.json.
 
 `python docs/figures.py` rewrites every block `<!-- figures: NAME -->...<!-- /figures -->` of the pages in PAGES.
 A test compares the blocks with what this module computes, so a new evaluation cannot leave an old figure behind.
 """
 
+import json
 import re
 from collections.abc import Callable
 from functools import cache
@@ -15,7 +16,8 @@ from unmask.evaluate.results import Category, read_results
 
 ROOT = Path(__file__).parent.parent
 EVALUATION = ROOT / "docs" / "evaluation"
-PAGES = ("README.md", "docs/evaluation.md", "docs/performance.md")
+PARITY = ROOT / "docs" / "parity" / "results.json"
+PAGES = ("README.md", "docs/evaluation.md", "docs/export.md", "docs/performance.md")
 SINGLE_TASKS = {"STSBenchmark": "STSBenchmark", "Banking77Classification": "Banking77"}
 
 _BLOCK = re.compile(r"(<!-- figures: (?P<name>[a-z-]+) -->)(?P<text>.*?)(<!-- /figures -->)", re.DOTALL)
@@ -77,7 +79,24 @@ def _difference(row: ModelSummary) -> str:
     return f"{-row.difference.delta:.1f} ({-high:.1f} to {-low:.1f})"
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"means": means, "verdicts": verdicts, "table": table}
+def parity() -> str:
+    """Return the table of parity: a row for each model, runtime and precision."""
+    rows = json.loads(PARITY.read_text(encoding="utf-8"))["rows"] if PARITY.is_file() else []
+    if not rows:
+        return "\n\nNo row yet: run `make parity`.\n\n"
+    lines = [
+        "| model | runtime | weights | texts | mean | worst: texts | documents | queries | difference | measured |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for row in rows:
+        worst = [f"{row['worst'][use]:.7f}" if use in row["worst"] else "" for use in ("texts", "documents", "queries")]
+        cells = [row["model"], row["runtime"], row["precision"], str(row["texts"]), f"{row['mean']:.7f}", *worst]
+        lines.append(f"| {' | '.join([*cells, format(row['difference'], '.1e'), row['on']])} |".replace("|  |", "| |"))
+    machines = "; ".join(sorted({row["machine"] for row in rows}))
+    return "\n\n" + "\n".join(lines) + f"\n\nMeasured on {machines}.\n\n"
+
+
+BLOCKS: dict[str, Callable[[], str]] = {"means": means, "verdicts": verdicts, "table": table, "parity": parity}
 
 
 def fill(text: str) -> str:

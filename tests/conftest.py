@@ -102,6 +102,7 @@ SLOW = {
     "training/test_shear.py",
     "training/test_train.py",
     "training/test_training_model.py",
+    "tools/test_parity.py",
     "tools/test_release_model.py",
     "web/test_vote_to_vectors.py",
     "web/test_votes.py",
