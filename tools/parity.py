@@ -183,8 +183,8 @@ def write(rows: Sequence[dict[str, Any]], root: Path) -> None:
     old = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
     content = {"command": "make parity", "rows": merge(old, rows)}
     file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    known = {entry.record.id for entry in Catalogue.shipped().entries()}
-    for model in dict.fromkeys(row["model"] for row in rows if row["model"] in known):
+    ids = {entry.record.id for entry in Catalogue.shipped().entries()}
+    for model in dict.fromkeys(row["model"] for row in rows if row["model"] in ids):
         values = root / "unmask" / "catalogue" / "measurements" / f"{model.rpartition('/')[2]}.jsonl"
         there = read_measurements(values)
         append_measurements(

@@ -48,11 +48,11 @@ def test_an_onnx_file_with_the_prompts_of_its_export(tiny: str, tmp_path: Path) 
     assert (model.name, model.kind, model.dimensions, model.takes_instructions) == ("graph", "onnxruntime", 32, True)
     assert open_model(str(file)).revision == model.revision
     texts = [*TEXTS, "a longer text of many words " * 8, *TEXTS[:2] * 8]
-    for asked, instruction in (("", ""), ("Any instruction of a task", "Find it:")):
+    for task_instruction, instruction in (("", ""), ("Any instruction of a task", "Find it:")):
         expected = encoder.encode(texts, instruction=instruction)[:, :32]
         expected /= np.linalg.norm(expected, axis=1, keepdims=True)
-        np.testing.assert_allclose(model.encode(texts, asked), expected, atol=1e-6)
-        assert model.count_tokens(TEXTS, asked) == encoder.count_tokens(TEXTS, instruction=instruction).sum()
+        np.testing.assert_allclose(model.encode(texts, task_instruction), expected, atol=1e-6)
+        assert model.count_tokens(TEXTS, task_instruction) == encoder.count_tokens(TEXTS, instruction=instruction).sum()
     assert model.encode([]).shape == (0, 32)
 
 
