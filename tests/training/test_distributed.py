@@ -1,8 +1,10 @@
 """Compare two processes over gloo with one. The reference implementation never synchronised its gradients."""
 
+import json
 import os
 import shutil
 import socket
+from collections.abc import Sequence
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.tensor import DTensor
 
-from tests.training.tiny import CPU, GOLDEN, distance, recipe_of, run_recipe, write_decoder
+from tests.training.tiny import CPU, GOLDEN, distance, recipe_of, run_recipe, write_decoder, write_pairs
 from unmask import Encoder
+from unmask.errors import UsageError
+from unmask.training import distributed
 from unmask.training.distributed import Processes
 from unmask.training.distributed import processes as process_group
 from unmask.training.recipe import Recipe
 from unmask.training.run_folder import RunFolder
+from unmask.training.sharding import unshard
+from unmask.training.train import run_training
 from unmask.training.training_model import TrainingModel
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -59,14 +65,32 @@ def parameters(output: Path) -> dict[str, torch.Tensor]:
 
 
 def run_together(
-    processes: ForkServerContext, size: int, recipe: Recipe, data: Path, output: Path, **more: Any
+    processes: ForkServerContext,
+    size: int,
+    recipe: Recipe,
+    data: Path,
+    output: Path,
+    per_machine: int | None = None,
+    **more: Any,
 ) -> None:
     """One run by `size` processes, to its end."""
-    port = str(free_port())
+    run_apart(processes, recipe, [(data, output)] * size, per_machine, **more)
+    assert not list(output.parent.glob("*.error"))
+
+
+def run_apart(
+    processes: ForkServerContext,
+    recipe: Recipe,
+    folders: Sequence[tuple[Path, Path]],
+    per_machine: int | None = None,
+    **more: Any,
+) -> None:
+    """One run by processes that each see a data folder and an output folder of their own."""
+    port, size = str(free_port()), len(folders)
     started = []
-    for rank in range(size):
+    for rank, (data, output) in enumerate(folders):
         environment = {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
+        environment |= {"GLOO_SOCKET_IFNAME": "lo", "LOCAL_WORLD_SIZE": str(per_machine or size)}
         keywords = {"environment": environment if size > 1 else {}, **more}
         started.append(processes.Process(target=run_recipe, args=(recipe, data, output), kwargs=keywords))
     for process in started:
@@ -74,7 +98,6 @@ def run_together(
     for process in started:
         process.join()
     assert [process.exitcode for process in started] == [0] * size
-    assert not list(output.parent.glob("*.error"))
 
 
 @pytest.mark.parametrize("kind", RUNS)
@@ -115,6 +138,94 @@ def test_a_sharded_run_goes_on_with_another_number_of_processes(
     result = "adapter" if lora else "model"
     written = [Encoder.load(run / result).encode(["one text", "another"]) for run in (whole, tmp_path / "cut")]
     np.testing.assert_allclose(written[0], written[1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_machine_that_does_not_see_the_run_goes_on_with_the_others(
+    shard: bool, processes: ForkServerContext, data: Path, tmp_path: Path
+) -> None:
+    """It used to begin at step 0 without a word, and the first sum mixed both."""
+    recipe = recipe_of(shard=shard, optimiser={"lr": 1e-2, "epsilon": 1e-4}, checkpoint_every=3)
+    whole, cut, elsewhere = tmp_path / "whole", tmp_path / "cut", tmp_path / "elsewhere"
+    run_together(processes, 2, recipe, data, whole)
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoints" / "step-00000006")
+    run_apart(processes, recipe, [(data, cut), (data, elsewhere)], 1, resume=True)
+    assert not list(tmp_path.glob("*.error"))
+    assert distance(parameters(cut), parameters(whole)) < 1e-6
+    assert [line["step"] for line in RunFolder(cut, 1).metrics()] == [1, 2, 3, 4, 5, 6]
+    assert not list((elsewhere / "checkpoints").iterdir())
+
+
+def test_machines_with_other_data_are_refused(processes: ForkServerContext, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    other = write_pairs(tmp_path / "other", rows=30)
+    outputs = [tmp_path / "first", tmp_path / "second"]
+    run_apart(processes, recipe_of(), [(data, outputs[0]), (other, outputs[1])], 1)
+    for output in outputs:
+        error = Path(f"{output}.error").read_text()
+        assert error.startswith("UsageError: the data set pairs differs between machines (")
+
+
+def test_two_machines_of_two_processes_are_as_one(processes: ForkServerContext, data: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(shard="machine", steps=3, optimiser={"lr": 1e-2, "epsilon": 1e-4}, matryoshka=[16])
+    run_together(processes, 1, recipe, data, tmp_path / "one")
+    run_together(processes, 4, recipe, data, tmp_path / "four", per_machine=2)
+    assert distance(parameters(tmp_path / "four"), parameters(tmp_path / "one")) < 1e-5
+
+
+def test_a_process_that_torchrun_starts_again_goes_on(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rate = {"lr": 1e-2, "schedule": "constant", "warmup": 0}
+    run_training(recipe_of(steps=2, optimiser=rate), data=data, output=tmp_path / "run")
+    longer = recipe_of(steps=3, optimiser=rate)
+    with pytest.raises(UsageError, match="holds this run already; continue it with --resume"):
+        run_training(longer, data=data, output=tmp_path / "run")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    run_training(longer, data=data, output=tmp_path / "run")
+    assert [line["step"] for line in RunFolder(tmp_path / "run", 1).metrics()] == [1, 2, 3]
+
+
+def check_parts_of_a_group(environment: dict[str, str], base: str, output: Path) -> None:
+    """In a process of a group that its launcher has joined: write what a checkpoint keeps here, and gradients' sums."""
+    os.environ.update(environment)
+    torch.distributed.init_process_group("gloo")
+    with process_group(CPU) as group:
+        model = TrainingModel(recipe_of(base=base, shard=True), CPU, group)
+        weights = unshard({"parameters": model.parameters}, group.is_main)["parameters"]
+        distributed.BUCKET_BYTES = 24
+        trained = [torch.nn.Parameter(torch.zeros(size)) for size in (3, 5, 1, 20, 2)]
+        for number, parameter in enumerate(trained[:-1]):
+            parameter.grad = torch.full_like(parameter, 10.0**number * (group.rank + 1))
+        group.sum_gradients(trained)
+        sums = [sorted(set(parameter.grad.tolist())) for parameter in trained if parameter.grad is not None]
+    tensors = sum(value is not None for value in weights.values())
+    report = {"tensors": tensors, "all": len(weights), "sums": sums, "joined": torch.distributed.is_initialized()}
+    output.with_suffix(f".{group.rank}").write_text(json.dumps(report))
+    torch.distributed.destroy_process_group()
+
+
+def test_a_group_that_the_launcher_has_joined_is_used_and_only_its_first_process_keeps_weights(
+    processes: ForkServerContext, tmp_path: Path
+) -> None:
+    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment["GLOO_SOCKET_IFNAME"] = "lo"
+    arguments = (str(GOLDEN / "tiny_llama"), tmp_path / "report")
+    started = [
+        processes.Process(target=check_parts_of_a_group, args=({**environment, "RANK": rank}, *arguments))
+        for rank in "01"
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    reports = [json.loads((tmp_path / f"report.{rank}").read_text()) for rank in "01"]
+    assert reports[0]["tensors"] == reports[0]["all"] > 0
+    assert reports[1]["tensors"] == 0
+    for report in reports:
+        assert report["joined"]  # the group is the launcher's to end
+        assert report["sums"] == [[3.0], [30.0], [300.0], [3000.0], [0.0]]
 
 
 def halves(environment: dict[str, str], base: str, output: Path) -> None:

@@ -77,11 +77,7 @@ def train_steps(
     """
     processes = model.processes
     adamw = _adamw(recipe.optimiser, None if recipe.head is None else recipe.head.lr, model)
-    start, best = 0, {}
-    latest = folder.latest()
-    if latest is not None:
-        start, state = latest
-        best = _restore(state, model, adamw)
+    start, best = _resume(folder, model, adamw)
     if processes.is_main:
         folder.truncate_metrics(start)  # also after a run that was killed before its first checkpoint
     scores = dict(best)
@@ -227,29 +223,42 @@ def _clip(parameters: list[torch.nn.Parameter], limit: float) -> float:
 
 def _state(model: TrainingModel, adamw: torch.optim.AdamW, best: Mapping[str, float]) -> dict[str, Any]:
     state = {"parameters": model.parameters, "optimiser": adamw.state_dict(), "best": dict(best)}
-    return unshard(state | ({"average": model.average} if model.average else {}))
+    return unshard(state | ({"average": model.average} if model.average else {}), model.processes.is_main)
 
 
-def _restore(state: Mapping[str, Any], model: TrainingModel, adamw: torch.optim.AdamW) -> dict[str, float]:
-    for name, parameter in model.parameters.items():
-        copy_unsharded(parameter, state["parameters"][name])
-    model.average = {
-        name: shard_like(value, model.parameters[name]) for name, value in state.get("average", {}).items()
-    }
+def _resume(folder: RunFolder, model: TrainingModel, adamw: torch.optim.AdamW) -> tuple[int, dict[str, float]]:
+    """Continue at the last checkpoint. Returns its step, 0 if there is none, and its best scores.
+
+    The main process reads it for all: another machine may not see the folder, and would begin at step 0.
+    """
+    latest = folder.latest() if model.processes.is_main else None
+    step = model.processes.broadcast(0 if latest is None else latest[0])
+    if step == 0:
+        return 0, {}
+    return step, _restore(None if latest is None else latest[1], model, adamw)
+
+
+def _restore(state: Mapping[str, Any] | None, model: TrainingModel, adamw: torch.optim.AdamW) -> dict[str, float]:
+    """Take over the main process's checkpoint, tensor by tensor. Returns the best scores in it."""
     # torch numbers the parameters of an optimiser across its groups. Moments are sharded like their parameters.
     ordered = [parameter for group in adamw.param_groups for parameter in group["params"]]
-    moments = {
-        number: {name: shard_like(value, ordered[number]) for name, value in tensors.items()}
-        for number, tensors in state["optimiser"]["state"].items()
-    }
-    stored = state["optimiser"]
+
+    def place(path: tuple[Any, ...], tensor: torch.Tensor) -> torch.Tensor | None:
+        if path[0] == "parameters":
+            copy_unsharded(model.parameters[path[1]], tensor)
+            return None
+        return shard_like(tensor, model.parameters[path[1]] if path[0] == "average" else ordered[path[2]])
+
+    restored = model.processes.broadcast_state(state, place)
+    model.average = restored.get("average", {})
+    stored = restored["optimiser"]
     groups = [
         {"lr_share": own["lr_share"], **group}  # older checkpoints have no lr_share
         for own, group in zip(adamw.param_groups, stored["param_groups"], strict=True)
     ]
-    adamw.load_state_dict({"param_groups": groups, "state": moments})
+    adamw.load_state_dict({"param_groups": groups, "state": stored["state"]})
     model.merge()
-    return dict(state["best"])
+    return dict(restored["best"])
 
 
 @contextmanager

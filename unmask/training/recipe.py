@@ -382,6 +382,7 @@ class Recipe(Struct, forbid_unknown_fields=True, kw_only=True):
             parameters and the optimiser are float32 in any case.
         gradient_checkpointing: recompute activations in the backward, for less memory.
         shard: shard weights, gradients and optimiser state over the processes (FSDP), for models too large for one.
+            "machine" shards over the processes of each machine alone, so that layers are not gathered over the network.
         decontaminate_against: folder of evaluation data, relative to the data folder. Training rows that overlap with
             it are dropped.
         max_bad_rows: share of unreadable rows above which the run stops.
@@ -417,7 +418,7 @@ class Recipe(Struct, forbid_unknown_fields=True, kw_only=True):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
     gradient_checkpointing: bool = False
-    shard: bool = False
+    shard: bool | Literal["machine"] = False
     decontaminate_against: str | None = None
     max_bad_rows: Share = 0.01
     shuffle_buffer: Positive = 100_000

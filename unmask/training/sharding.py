@@ -15,12 +15,31 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from unmask.encoder.model.decoder import Decoder
+from unmask.errors import UsageError
 from unmask.training.distributed import Processes
 
 
-def shard(decoder: Decoder, device: torch.device, processes: Processes) -> None:
-    """Shard every parameter of a decoder in place. Each layer is one unit; embedding and final norm are another."""
-    mesh = init_device_mesh(device.type, (processes.size,))
+def shard(decoder: Decoder, device: torch.device, processes: Processes, within_machines: bool = False) -> None:
+    """Shard every parameter of a decoder in place. Each layer is one unit; embedding and final norm are another.
+
+    Args:
+        within_machines: each machine has all of it, sharded over its own processes (hybrid sharding). Layers are then
+            gathered inside a machine, and only gradients cross the network between machines.
+
+    Raises:
+        UsageError: the machines have not equally many processes.
+    """
+    if within_machines and processes.per_machine < processes.size:
+        machines, rest = divmod(processes.size, processes.per_machine)
+        if rest:
+            raise UsageError(
+                f'shard = "machine": {processes.size} processes are not {processes.per_machine} on each machine; start '
+                "equally many on each, or set shard = true"
+            )
+        names = ("replicate", "shard")
+        mesh = init_device_mesh(device.type, (machines, processes.per_machine), mesh_dim_names=names)
+    else:
+        mesh = init_device_mesh(device.type, (processes.size,))
     for layer in decoder.layers:
         fully_shard(layer, mesh=mesh)
     # The embedding stays after the forward: a tied language-model head needs it before the backward.
@@ -32,15 +51,22 @@ def shard(decoder: Decoder, device: torch.device, processes: Processes) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
-def unshard(state: Any) -> Any:
-    """Gather the sharded tensors in a tensor, dict or list. All processes must call it."""
+def unshard(state: Any, keep: bool = True) -> Any:
+    """Gather the sharded tensors in a tensor, dict or list. All processes must call it.
+
+    Args:
+        keep: return the tensors. False, in a process that does not need them, returns None in their places.
+    """
     if isinstance(state, dict):
-        return {key: unshard(value) for key, value in state.items()}
+        return {key: unshard(value, keep) for key, value in state.items()}
     if isinstance(state, list):
-        return [unshard(value) for value in state]
+        return [unshard(value, keep) for value in state]
     if isinstance(state, DTensor):
-        return state.full_tensor().detach().cpu()
-    return state.detach() if isinstance(state, Tensor) else state
+        gathered = state.full_tensor()
+        return gathered.detach().cpu() if keep else None
+    if isinstance(state, Tensor):
+        return state.detach() if keep else None
+    return state
 
 
 def copy_unsharded(target: Tensor, value: Tensor) -> None:

@@ -6,7 +6,7 @@ With several processes a launcher starts the same command, and the recipe stays 
     accelerate launch --num_processes 8 -m unmask train recipe.toml --output RUN
 
 `batch.size` counts the examples of all processes together, so that the result does not depend on their number.
-Across machines, every process must see the output folder if the run is to be resumed.
+The main process alone reads and writes the run; other machines need not see its folder.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ from unmask.training.checks import check_run
 from unmask.training.decontamination import Decontaminator, read_decontaminator
 from unmask.training.dev import DevSets
 from unmask.training.device import choose_device, compute_dtype
-from unmask.training.distributed import Processes, processes
+from unmask.training.distributed import Processes, processes, restarted
 from unmask.training.examples import Examples, load_examples
 from unmask.training.head import first_numbers, linear_head, ridge
 from unmask.training.loop import TrainingProgress, learning_rate, train_steps
@@ -84,7 +84,7 @@ def run_training(
     Args:
         data: folder that the recipe's paths are taken from.
         output: the run's folder; see `run_folder`.
-        resume: continue the run that is there.
+        resume: continue the run that is there. A process that torchrun has started again always does.
         loaded: the data, where `load_data` has read it already for another run of the same data section and seed.
         progress: called after every step.
         log: called with each line of the report.
@@ -98,11 +98,16 @@ def run_training(
         report_progress = progress if group.is_main else lambda _: None
         sets, decontaminator = loaded or load_data(recipe, data, log if group.is_main else lambda _: None)
         check_run(recipe, data, sets)
+        group.require_equal(
+            {examples.source.name: examples.digest() for examples in sets},
+            "the data set {name} differs between machines ({places}); copy the same files to all",
+        )
         folder = RunFolder(output, recipe.keep)
         precision = recipe.precision
         if group.is_main:
             description = _description(recipe, sets, data, device, group)
-            stored = folder.begin(description, resume, lambda before: _upgraded(before, recipe, folder.step()))
+            again = resume or restarted()
+            stored = folder.begin(description, again, lambda before: _upgraded(before, recipe, folder.step()))
             precision = stored.get("precision", description["precision"])
         recipe = msgspec.structs.replace(recipe, precision=group.broadcast(precision))
         teachers = None
@@ -367,7 +372,10 @@ def _write_result(folder: Path, model: TrainingModel, recipe: Recipe, base: str)
     All processes must call it; the main one writes.
     """
     with model.averaged():
-        weights = adapter_tensors(model.adapted) if recipe.lora is not None else unshard(model.trained_decoder())
+        if recipe.lora is not None:
+            weights = adapter_tensors(model.adapted)
+        else:
+            weights = unshard(model.trained_decoder(), model.processes.is_main)
         # Steps of the base's own are never trained: they stay in its folder.
         head = _copied(model.head) if isinstance(model.head, nn.Linear) else None
         exit_heads = {layers: _copied(each) for layers, each in model.exit_heads.items()}

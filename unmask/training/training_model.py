@@ -44,7 +44,7 @@ class TrainingModel:
 
     def __init__(self, recipe: Recipe, device: torch.device, processes: Processes | None = None) -> None:
         self.processes = processes or Processes()
-        self.sharded = recipe.shard and self.processes.size > 1
+        self.sharded = bool(recipe.shard) and self.processes.size > 1
         self.encoder = Encoder.load(
             recipe.base,
             adapters=recipe.adapters,
@@ -85,7 +85,7 @@ class TrainingModel:
                 layer.attention_dropout = recipe.simcse.attention_dropout
         decoder.checkpointing = recipe.gradient_checkpointing
         if self.sharded:
-            shard(decoder, device, self.processes)
+            shard(decoder, device, self.processes, within_machines=recipe.shard == "machine")
         # Frozen ones too. Taken later, sharded ones could be the gathered copies of a forward.
         self._decoder_parameters = dict(decoder.named_parameters())
         self.parameters: dict[str, nn.Parameter] = {
