@@ -62,7 +62,7 @@ $(VENV)/.serve: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.serve
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[evaluate,oidc,postgres,redis,train]' --group dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[evaluate,oidc,postgres,ray,redis,train]' --group dev
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.serve

@@ -63,6 +63,8 @@ SLOW = {
     "cli/test_known_models.py",
     "cli/test_program.py",
     "cli/test_providers.py",
+    "cluster/test_cluster.py",
+    "cluster/test_connection.py",
     "conformance/test_finding.py",
     "encoder/test_golden.py",
     "encoder/test_int8.py",

@@ -37,6 +37,7 @@ ORDER = (
     "charts",
     "evaluate",
     "training",
+    "cluster",
     "export",
     "engine",
     "storage",

@@ -32,6 +32,7 @@ UnmaskError
 │   ├── KeyReused              the same Idempotency-Key came with another request
 │   ├── NoPrice                the model has no price yet
 │   └── LedgerRefused          a booking that would break the ledger's rules
+├── ClusterError               a Ray cluster cannot be reached, refuses, or lost its workers
 ├── ExportError                a model cannot be exported to a format, or its exported files give other vectors
 ├── GateFailed                 a model did not pass a gate on its way to live
 ├── TrainingError              a run cannot go on: the loss is not a number, memory is out
@@ -221,6 +222,10 @@ class NoPrice(AccountError):
 
 class LedgerRefused(AccountError):
     """A booking that breaks a rule: a reference used twice, more than the balance, a charge that is not open."""
+
+
+class ClusterError(UnmaskError):
+    """A Ray cluster cannot be reached, refuses, has no room, or lost its workers over a piece of work."""
 
 
 class ExportError(UnmaskError):

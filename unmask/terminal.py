@@ -6,7 +6,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _GAP = 2  # blanks between columns
 _SECONDS_BETWEEN_LINES = 10.0  # progress in a pipe or file
+_SECONDS_BETWEEN_OBJECTS = 1.0
 _BAR = (8, 28)  # narrowest and widest progress bar
 _NARROWEST = 24  # a column of prose is not made narrower than this; the rows become blocks instead
 
@@ -244,6 +245,25 @@ class Progress:
         advanced = step.done - self._first
         left = None if step.total is None or advanced <= 0 else max(step.total - step.done, 0) * elapsed / advanced
         return progress_line(step, left, width)
+
+
+class JsonProgress:
+    """Writes progress to stderr as a JSON object per line, at most one per second.
+
+    Args:
+        stream: another place to write to.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._printed: float | None = None
+
+    def show(self, state: Mapping[str, Any], last: bool = False) -> None:
+        """Write a state, unless another one was written in the second before and this is not the last."""
+        now = time.monotonic()
+        if last or self._printed is None or now - self._printed >= _SECONDS_BETWEEN_OBJECTS:
+            self._printed = now
+            print(json.dumps(state, ensure_ascii=False), file=self._stream, flush=True)
 
 
 def progress_line(step: Step, seconds_left: float | None, width: int | None) -> str:

@@ -14,12 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from unmask.bulk import chunks as chunks_module
-from unmask.bulk import parts as parts_module
+from unmask.bulk import units as units_module
 from unmask.bulk.encode_job import EncodeJob
 from unmask.bulk.job import run
-from unmask.bulk.parts import Manifest, UnitEncoder, read_manifests, read_status
+from unmask.bulk.parts import read_manifests, read_status
 from unmask.bulk.report import EncodeReport
 from unmask.bulk.storage import Store
+from unmask.bulk.units import Manifest, UnitEncoder
 from unmask.encoder.encoder import Encoder
 from unmask.errors import EmptyText, StorageError, UsageError
 
@@ -37,7 +38,7 @@ def encoder(golden_dir: Path) -> Encoder:
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 4 rows and units of 2 chunks: 6 units of the first file, 3 of the second."""
     monkeypatch.setattr(chunks_module, "CHUNK_ROWS", 4)
-    monkeypatch.setattr(parts_module, "UNIT_CHUNKS", 2)
+    monkeypatch.setattr(units_module, "UNIT_CHUNKS", 2)
 
 
 @pytest.fixture
@@ -134,9 +135,9 @@ def test_a_run_that_stops_anywhere_goes_on_to_the_same_bytes(
 def test_killed_at_any_moment(tmp_path: Path, job: EncodeJob, golden_dir: Path, encoder: Encoder) -> None:
     launch(replace(job, output=f"{tmp_path}/whole/"), encoder)
     script = (
-        "import sys\nfrom unmask.bulk import chunks, job, parts\nfrom unmask.bulk.storage import Store\n"
+        "import sys\nfrom unmask.bulk import chunks, job, units\nfrom unmask.bulk.storage import Store\n"
         "from unmask.encoder.encoder import Encoder\n"
-        "chunks.CHUNK_ROWS, parts.UNIT_CHUNKS = 4, 2\nput = Store.put\n"
+        "chunks.CHUNK_ROWS, units.UNIT_CHUNKS = 4, 2\nput = Store.put\n"
         "def slow(store, name, content):\n    put(store, name, content)\n    print(name, flush=True)\n"
         "Store.put = slow\n"
         "job.run(job.EncodeJob((sys.argv[1],), sys.argv[2]), lambda: Encoder.load(sys.argv[3]))\n"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.bulk.s3 import FaultyProxy, s3_server, url
 from unmask.bulk import chunks as chunks_module
-from unmask.bulk import parts as parts_module
+from unmask.bulk import units as units_module
 from unmask.bulk.encode_job import EncodeJob
 from unmask.bulk.job import run
 from unmask.bulk.parts import read_status
@@ -52,7 +52,7 @@ def s3(buckets: Path) -> Iterator[int]:
 @pytest.fixture(autouse=True)
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks_module, "CHUNK_ROWS", 4)
-    monkeypatch.setattr(parts_module, "UNIT_CHUNKS", 2)
+    monkeypatch.setattr(units_module, "UNIT_CHUNKS", 2)
 
 
 def names_of(*names: str, input_format: str | None = None) -> list[str]:

@@ -5,7 +5,7 @@ the same texts in it; then the vectors are the same too.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,8 +123,8 @@ def chunk_vectors(encoder: Encoder, job: EncodeJob, prompts: list[Prompt | None]
     return padded
 
 
-def job_options(job: EncodeJob, encoder: Encoder, output_format: str) -> dict[str, object]:
-    """Return everything but the texts that decides a byte of the output, by the name a user knows it by."""
+def model_options(job: EncodeJob, encoder: Encoder) -> dict[str, object]:
+    """Return everything of a model that decides a byte of the output, by the name a user knows it by."""
     # The prompt of a probe text represents the model's template, special tokens and pooled positions.
     probe = encoder.prompts.build(["probe"], job.instruction)[0]
     return {
@@ -136,6 +136,13 @@ def job_options(job: EncodeJob, encoder: Encoder, output_format: str) -> dict[st
         "device": encoder.device.type,
         "instruction": job.instruction,
         "prompt": hashlib.sha256(repr((probe.pooled, probe.ids.tolist())).encode()).hexdigest()[:16],
+    }
+
+
+def job_options(job: EncodeJob, of_model: Mapping[str, object], output_format: str) -> dict[str, object]:
+    """Return everything but the texts that decides a byte of the output, with `model_options`."""
+    return {
+        **of_model,
         "normalize": job.normalize,
         "dimensions": job.dimensions,
         "on_empty": job.on_empty,

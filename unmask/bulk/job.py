@@ -10,15 +10,16 @@ same to the byte.
 import hashlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 
-from unmask.bulk.chunks import Chunk, add_text, chunk_prompts, chunk_vectors, job_options
+from unmask.bulk.chunks import add_text, job_options
 from unmask.bulk.encode_job import EncodeJob
+from unmask.bulk.executor import Executor, OpenExecutor, local_executor
 from unmask.bulk.files import OUTPUT_FORMATS, format_of, jsonl_lines, write_out
 from unmask.bulk.inputs import Inputs
 from unmask.bulk.parts import encode_to_parts, is_parts_folder
@@ -26,19 +27,21 @@ from unmask.bulk.report import EncodeProgress, EncodeReport, Tally
 from unmask.bulk.spool import Spool
 from unmask.bulk.storage import STANDARD_STREAM
 from unmask.encoder.encoder import Encoder, postprocess
-from unmask.encoder.prefetch import prefetch
-from unmask.encoder.prompts import Prompt
 from unmask.errors import UsageError
 
 
 def run(
-    job: EncodeJob, load_encoder: Callable[[], Encoder], progress: Callable[[EncodeProgress], None] | None = None
+    job: EncodeJob,
+    load_encoder: Callable[[], Encoder],
+    progress: Callable[[EncodeProgress], None] | None = None,
+    open_executor: OpenExecutor = local_executor,
 ) -> EncodeReport:
     """Encode files, continuing where an earlier run of the same job was interrupted.
 
     Args:
         load_encoder: called once, after everything that can be wrong without a model has been checked.
-        progress: called before the first text and after every chunk.
+        progress: called before the first text and after every chunk or unit.
+        open_executor: opens what encodes the pieces; by default it is this process.
 
     Raises:
         UsageError: an input cannot be read, the output exists or another run is writing it, or the inputs or the
@@ -50,62 +53,61 @@ def run(
     started = time.perf_counter()
     with Inputs(job) as inputs:
         encode = encode_to_parts if is_parts_folder(job.output) else _encode_to_file
-        report = encode(job, inputs, load_encoder, progress)
+        report = encode(job, inputs, lambda: open_executor(job, load_encoder), progress)
         return replace(report, seconds=time.perf_counter() - started, left_out=inputs.left_out)
 
 
 def _encode_to_file(
     job: EncodeJob,
     inputs: Inputs,
-    load_encoder: Callable[[], Encoder],
+    open_executor: Callable[[], AbstractContextManager[Executor]],
     progress: Callable[[EncodeProgress], None] | None,
 ) -> EncodeReport:
     target = format_of(job.output, job.output_format, OUTPUT_FORMATS, "jsonl", "--output-format")
     with ExitStack() as stack:
         spool = _open_spool(job, inputs, target, stack)
-        encoder = load_encoder()
-        postprocess(np.empty((0, encoder.dim), np.float32), normalize=job.normalize, dimensions=job.dimensions)
-        return _encode_rows(job, inputs, encoder, target, spool, progress)
+        executor = stack.enter_context(open_executor())
+        postprocess(np.empty((0, executor.model.dim), np.float32), normalize=job.normalize, dimensions=job.dimensions)
+        return _encode_rows(job, inputs, executor, target, spool, progress)
 
 
 def _encode_rows(
     job: EncodeJob,
     inputs: Inputs,
-    encoder: Encoder,
+    executor: Executor,
     target: str,
     spool: Spool | None,
     progress: Callable[[EncodeProgress], None] | None,
 ) -> EncodeReport:
-    done, digest = Tally(), hashlib.sha256()
+    done, digest, model = Tally(), hashlib.sha256(), executor.model
     if spool is not None:
-        options = job_options(job, encoder, target) | inputs.identity()
-        done = spool.resume(options, job.dimensions or encoder.dim)
+        options = job_options(job, model.options, target) | inputs.identity()
+        done = spool.resume(options, job.dimensions or model.dim)
         _require_same_texts(inputs, done.rows, digest, spool)
     resumed_at, resumed_tokens = done.rows, done.tokens
     total = inputs.rows() if progress is not None else None
     began = time.monotonic()
     if progress is not None:
-        progress(EncodeProgress(done.rows, total, 0, 0.0))
-    made = _tokenised(encoder, job, inputs.chunks(encoder.max_length))
-    # A GPU need not wait for the next chunk. On a CPU tokenising takes a core, and a pipe may have none yet.
-    for chunk, prompts in prefetch(made) if encoder.prefetches and inputs.at_hand else made:
-        vectors = chunk_vectors(encoder, job, prompts, chunk)
-        before, done = done, done.plus(prompts)
-        for text in chunk.texts:
+        progress(EncodeProgress(done.rows, total, 0, 0.0, executor.activity))
+    for encoded in executor.encode_chunks(inputs.chunks(model.max_length), inputs.at_hand):
+        before, done = done, done.plus_tally(encoded.tally)
+        for text in encoded.chunk.texts:
             add_text(digest, text)
         if spool is None:
-            write_out(jsonl_lines(vectors, before.rows))
+            write_out(jsonl_lines(encoded.vectors, before.rows))
         else:
-            spool.append(vectors)
+            spool.append(encoded.vectors)
             # A chunk that the end of the input cut short is not recorded: should the input have grown when the
             # job is resumed, its rows belong to a longer chunk. Several inputs may not change at all.
-            if chunk.full or len(inputs.files) > 1:
+            if encoded.chunk.full or len(inputs.files) > 1:
                 spool.record(done, digest.hexdigest())
         if progress is not None:
-            progress(EncodeProgress(done.rows, total, done.tokens - resumed_tokens, time.monotonic() - began))
+            tokens, seconds = done.tokens - resumed_tokens, time.monotonic() - began
+            progress(EncodeProgress(done.rows, total, tokens, seconds, executor.activity))
     if spool is not None:
         spool.deliver(target, done.rows)
-    return EncodeReport(**asdict(done), resumed_at=resumed_at, precision=encoder.precision)
+    redone = executor.activity.redone
+    return EncodeReport(**asdict(done), resumed_at=resumed_at, precision=model.precision, redone=redone)
 
 
 def _open_spool(job: EncodeJob, inputs: Inputs, target: str, stack: ExitStack) -> Spool | None:
@@ -132,11 +134,3 @@ def _require_same_texts(inputs: Inputs, rows: int, digest: "hashlib._Hash", spoo
             f"{inputs.label} has changed: its first {rows:,} rows are not those that the unfinished run in "
             f"{spool.folder} encoded; restore it, or add --restart to begin again"
         )
-
-
-def _tokenised(
-    encoder: Encoder, job: EncodeJob, chunks: Iterator[Chunk]
-) -> Iterator[tuple[Chunk, list[Prompt | None]]]:
-    """Yield each chunk with its prompts."""
-    for chunk in chunks:
-        yield chunk, chunk_prompts(encoder, job, chunk)

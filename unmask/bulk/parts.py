@@ -5,111 +5,42 @@
     _unmask/units/00000-00000042.json   the unit's manifest: rows, digests, counts, who made it
     _unmask/done.json               the job is complete: counts, and a digest over all parts
 
-A unit is at most UNIT_CHUNKS whole chunks of one file, so its borders follow from the texts alone. Its manifest is the
-commit: a part without one counts as nothing, and is written again with the same bytes. Whoever reads the output counts
-only parts that a manifest names. So any number of processes may work on one output; the worst that can happen is that
-a unit is computed twice.
+The manifest of a unit (`units.py`) is the commit: a part without one counts as nothing, and is written again with the
+same bytes. Whoever reads the output counts only parts that a manifest names. So any number of processes may work on
+one output; the worst that can happen is that a unit is computed twice.
 """
 
 import hashlib
 import json
 import os
-import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, dataclass
-from functools import cache, reduce
-from importlib.metadata import version
-from itertools import groupby, zip_longest
+from functools import reduce
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 import numpy as np
 
-from unmask import __version__
-from unmask.bulk.chunks import Chunk, add_text, chunk_prompts, chunk_vectors, job_options
+from unmask.bulk import units as units_module
+from unmask.bulk.chunks import job_options
 from unmask.bulk.encode_job import EncodeJob
-from unmask.bulk.files import OUTPUT_FORMATS, format_of, jsonl_part, npy_part, parquet_part
+from unmask.bulk.executor import Executor, ModelDescription, UnitFailure
 from unmask.bulk.inputs import Inputs
 from unmask.bulk.report import EncodeProgress, EncodeReport, Tally
 from unmask.bulk.spool import require_same_options
 from unmask.bulk.storage import Store, is_url
-from unmask.conformance.canaries import fixed_texts
+from unmask.bulk.units import JOB_FILE, UNITS_FOLDER, Manifest, Unit, cut_units, part_format
 from unmask.disk import storage_errors, try_lock
-from unmask.encoder.encoder import Encoder, postprocess
-from unmask.errors import InputError, StorageError, UsageError
+from unmask.encoder.encoder import postprocess
+from unmask.errors import InputError, StorageError, UnmaskError, UsageError
 
-UNIT_CHUNKS = 8
-_JOB, _DONE, _UNITS, _LOCK = "_unmask/job.json", "_unmask/done.json", "_unmask/units", "_unmask/lock"
-_PROBE_TEXTS = 16
+_DONE, _LOCK = "_unmask/done.json", "_unmask/lock"
 _READERS = 16
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Work for one call: whole chunks of one input file, with their texts.
-
-    Attributes:
-        number: of the unit in its file, from 0.
-    """
-
-    number: int
-    chunks: Sequence[Chunk]
-
-    @property
-    def name(self) -> str:
-        """Return the name of its part and manifest."""
-        return f"{self.chunks[0].file:05d}-{self.number:08d}"
-
-    def texts_sha256(self) -> str:
-        """Return a digest of its texts."""
-        digest = hashlib.sha256()
-        for chunk in self.chunks:
-            for text in chunk.texts:
-                add_text(digest, text)
-        return digest.hexdigest()
-
-
-class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A finished unit.
-
-    Attributes:
-        unit: its name.
-        file: name of the input file.
-        first, rows: its rows in the input file, from 0.
-        texts_sha256: digest of their texts.
-        part: name of the part.
-        bytes, sha256: size and digest of the part.
-        tokens, truncated, empty: as in `Tally`.
-        probe: digest of the vectors that the process gave a few fixed texts: equal for processors of one kind.
-        seconds: time that the unit took.
-        worker: host and process.
-        versions: of what decides the last bits.
-    """
-
-    unit: str
-    file: str
-    first: int
-    rows: int
-    texts_sha256: str
-    part: str
-    bytes: int
-    sha256: str
-    tokens: int
-    truncated: int
-    empty: int
-    probe: str
-    seconds: float
-    worker: str
-    versions: dict[str, str]
-
-    @property
-    def tally(self) -> Tally:
-        """Return the counts of the unit."""
-        return Tally(self.rows, self.tokens, self.truncated, self.empty)
 
 
 @dataclass(frozen=True)
@@ -140,106 +71,70 @@ def is_parts_folder(output: str) -> bool:
     return is_url(output) or output.endswith(("/", os.sep)) or Path(output).is_dir()
 
 
-def cut_units(chunks: Iterable[Chunk]) -> Iterator[Unit]:
-    """Group the chunks of each file into units."""
-    for _, of_file in groupby(chunks, key=lambda chunk: chunk.file):
-        for number, group in groupby(enumerate(of_file), key=lambda item: item[0] // UNIT_CHUNKS):
-            yield Unit(number, [chunk for _, chunk in group])
-
-
-class UnitEncoder:
-    """Encodes units and stores their parts. It is the same code in one process and in a worker of a cluster."""
-
-    def __init__(self, job: EncodeJob, encoder: Encoder, store: Store) -> None:
-        self._job, self._encoder, self._store = job, encoder, store
-        self._format = part_format(job)
-        texts = [canary.text for canary in fixed_texts()[:_PROBE_TEXTS]]
-        self.probe = hashlib.sha256(encoder.encode(texts).tobytes()).hexdigest()[:16]
-
-    def encode(self, unit: Unit) -> Manifest:
-        """Encode a unit, write its part, and then its manifest.
-
-        Raises:
-            EmptyText, TextTooLong: a text is an error by the job's options.
-            CheckpointError: the model gives numbers that are not finite.
-            StorageError: the store refuses.
-        """
-        began = time.perf_counter()
-        tally, blocks = Tally(), []
-        for chunk in unit.chunks:
-            prompts = chunk_prompts(self._encoder, self._job, chunk)
-            blocks.append(chunk_vectors(self._encoder, self._job, prompts, chunk))
-            tally = tally.plus(prompts)
-        first, source = unit.chunks[0].first, unit.chunks[0].source
-        content = _part(self._format, np.concatenate(blocks), source, first)
-        part = f"part-{unit.name}.{self._format}"
-        self._store.put(part, content)
-        manifest = Manifest(
-            unit=unit.name,
-            file=source,
-            first=first,
-            texts_sha256=unit.texts_sha256(),
-            part=part,
-            bytes=len(content),
-            sha256=hashlib.sha256(content).hexdigest(),
-            probe=self.probe,
-            seconds=round(time.perf_counter() - began, 3),
-            worker=f"{platform.node()}:{os.getpid()}",
-            versions=_versions(),
-            **asdict(tally),
-        )
-        self._store.put(f"{_UNITS}/{unit.name}.json", msgspec.json.format(msgspec.json.encode(manifest)) + b"\n")
-        return manifest
-
-
 def encode_to_parts(
     job: EncodeJob,
     inputs: Inputs,
-    load_encoder: Callable[[], Encoder],
+    open_executor: Callable[[], AbstractContextManager[Executor]],
     progress: Callable[[EncodeProgress], None] | None = None,
 ) -> EncodeReport:
-    """Encode what an output in parts lacks. A text that is an error fails its unit; the other units are done.
+    """Encode what an output in parts lacks. A unit that fails leaves the others alone.
 
     Raises:
         UsageError: the output is complete already, belongs to another job or to nobody, or another process of this
             machine is writing it.
-        InputError: of the first failed unit, with the number of all.
+        InputError, ClusterError: of the first failed unit, with the number of all.
         StorageError: the store refuses. What is done is kept.
     """
     part_format(job)
     store = Store(job.output)
     with ExitStack() as stack:
         _prepare(job, store, stack)
-        encoder = load_encoder()
-        postprocess(np.empty((0, encoder.dim), np.float32), normalize=job.normalize, dimensions=job.dimensions)
-        _begin(job, inputs, encoder, store)
-        finished = dict(read_manifests(store))
-        worker = UnitEncoder(job, encoder, store)
-        _check_processors(job, store, finished, worker.probe)
-        before = _sum(finished.values())
-        failures: list[InputError] = []
-        done, total = before, inputs.rows() if progress is not None else None
+        executor = stack.enter_context(open_executor())
+        model = executor.model
+        postprocess(np.empty((0, model.dim), np.float32), normalize=job.normalize, dimensions=job.dimensions)
+        _begin(job, inputs, model, store)
+        earlier = read_manifests(store)
+        _check_processors(job, store, earlier, executor.probe)
+        finished, names, failures = dict(earlier), [], []
+        before = done = _sum(earlier.values())
+        total = inputs.rows() if progress is not None else None
         began = time.monotonic()
-        if progress is not None:
-            progress(EncodeProgress(done.rows, total, 0, 0.0))
-        names: list[str] = []
-        for unit in cut_units(inputs.chunks(encoder.max_length)):
-            names.append(unit.name)
-            if _is_done(unit, finished, store):
-                continue
-            try:
-                finished[unit.name] = worker.encode(unit)
-            except InputError as error:
-                failures.append(error)
-                continue
-            done = done.plus_tally(finished[unit.name].tally)
+
+        def report(seconds: float) -> None:
             if progress is not None:
-                progress(EncodeProgress(done.rows, total, done.tokens - before.tokens, time.monotonic() - began))
+                tokens = done.tokens - before.tokens
+                progress(EncodeProgress(done.rows, total, tokens, seconds, executor.activity))
+
+        report(0.0)
+        for outcome in executor.encode_units(_missing_units(inputs, model, names, earlier, store)):
+            if isinstance(outcome, UnitFailure):
+                failures.append(outcome)
+                continue
+            finished[outcome.unit] = outcome
+            done = done.plus_tally(outcome.tally)
+            report(time.monotonic() - began)
         if failures:
             raise _failure_of_all(failures, len(names))
         _finish(store, names, finished)
     kinds = len({manifest.probe for manifest in finished.values()})
-    return EncodeReport(**asdict(done), resumed_at=before.rows, precision=encoder.precision, processors=kinds)
+    return EncodeReport(
+        **asdict(done),
+        resumed_at=before.rows,
+        precision=model.precision,
+        processors=kinds,
+        worker_seconds=sum(manifest.seconds for name, manifest in finished.items() if name not in earlier),
+        redone=executor.activity.redone,
+    )
+
+
+def _missing_units(
+    inputs: Inputs, model: ModelDescription, names: list[str], finished: Mapping[str, Manifest], store: Store
+) -> Iterator[Unit]:
+    """Cut the inputs, add the name of every unit to `names`, and yield those that are not finished."""
+    for unit in cut_units(inputs.chunks(model.max_length)):
+        names.append(unit.name)
+        if not _is_done(unit, finished, store):
+            yield unit
 
 
 def read_status(output: str) -> PartsStatus:
@@ -250,9 +145,9 @@ def read_status(output: str) -> PartsStatus:
         StorageError: the store cannot be read, or a manifest is damaged.
     """
     store = Store(output)
-    job = _read_json(store, _JOB)
+    job = _read_json(store, JOB_FILE)
     if job is None:
-        raise UsageError(f"{store.name} holds no parts: there is no {_JOB}")
+        raise UsageError(f"{store.name} holds no parts: there is no {JOB_FILE}")
     manifests, done = read_manifests(store), _read_json(store, _DONE)
     return PartsStatus(
         tally=_sum(manifests.values()),
@@ -271,7 +166,7 @@ def read_manifests(store: Store) -> dict[str, Manifest]:
     Raises:
         StorageError: one is damaged.
     """
-    names = store.names(_UNITS)
+    names = store.names(UNITS_FOLDER)
     with ThreadPoolExecutor(_READERS) as readers:  # an object store answers each request late, and many at once
         manifests = list(readers.map(lambda name: _manifest(store, name), names))
     return {manifest.unit: manifest for manifest in manifests}
@@ -284,15 +179,6 @@ def _manifest(store: Store, name: str) -> Manifest:
         raise StorageError(
             f"{store.name}/{name} is damaged ({error}); remove it, and its unit is encoded again"
         ) from error
-
-
-def part_format(job: EncodeJob) -> str:
-    """Return the format of a job's parts.
-
-    Raises:
-        UsageError: there is no such format.
-    """
-    return format_of("parts.parquet", job.output_format, OUTPUT_FORMATS, "parquet", "--output-format")
 
 
 def _prepare(job: EncodeJob, store: Store, stack: ExitStack) -> None:
@@ -334,13 +220,13 @@ def _lock(folder: Path, name: str, stack: ExitStack) -> None:
     stack.callback(remove)
 
 
-def _begin(job: EncodeJob, inputs: Inputs, encoder: Encoder, store: Store) -> None:
+def _begin(job: EncodeJob, inputs: Inputs, model: ModelDescription, store: Store) -> None:
     """Write the description of the job, or check that the one here is the same."""
-    options = job_options(job, encoder, part_format(job)) | {"unit_chunks": UNIT_CHUNKS}
+    options = job_options(job, model.options, part_format(job)) | {"unit_chunks": units_module.UNIT_CHUNKS}
     files = [{"name": file.name, "size": file.size} for file in inputs.files]
-    before = _read_json(store, _JOB)
+    before = _read_json(store, JOB_FILE)
     if before is None:
-        store.put(_JOB, json.dumps({"options": options, "inputs": files}, indent=1).encode() + b"\n")
+        store.put(JOB_FILE, json.dumps({"options": options, "inputs": files}, indent=1).encode() + b"\n")
         return
     require_same_options(before["options"], options, store.name)
     changed = next((pair for pair in zip_longest(before["inputs"], files) if pair[0] != pair[1]), None)
@@ -395,22 +281,17 @@ def _finish(store: Store, names: Sequence[str], finished: Mapping[str, Manifest]
     store.put(_DONE, json.dumps(content, indent=1).encode() + b"\n")
 
 
-def _failure_of_all(failures: Sequence[InputError], units: int) -> InputError:
-    """Return the first failure, with the number of units that failed."""
+def _failure_of_all(failures: Sequence[UnitFailure], units: int) -> UnmaskError:
+    """Return the first failure in the order of the texts, with the number of units that failed."""
+    first = min(failures, key=lambda failure: failure.unit).error
     if len(failures) == 1:
-        message = f"{failures[0]}. All other units are done; run the same command again for the one that failed"
+        message = f"{first}. All other units are done; run the same command again for the one that failed"
     else:
         message = (
-            f"{failures[0]}. {len(failures):,} of {units:,} units failed, each at a text of its own; the others are "
-            "done, and the same command does the rest"
+            f"{first}. {len(failures):,} of {units:,} units failed; the others are done, and the same "
+            "command does the rest"
         )
-    return type(failures[0])(message, failures[0].index)
-
-
-def _part(file_format: str, vectors: np.ndarray, source: str, first: int) -> bytes:
-    if file_format == "npy":
-        return npy_part(vectors)
-    return (parquet_part if file_format == "parquet" else jsonl_part)(vectors, source, first)
+    return type(first)(message, first.index) if isinstance(first, InputError) else type(first)(message)
 
 
 def _sum(manifests: Iterable[Manifest]) -> Tally:
@@ -423,12 +304,3 @@ def _read_json(store: Store, name: str) -> Any:
         return None if content is None else json.loads(content)
     except ValueError as error:
         raise StorageError(f"{store.name}/{name} is damaged ({error}); add --restart to begin again") from error
-
-
-@cache
-def _versions() -> dict[str, str]:
-    return {
-        "unmask": __version__,
-        "python": platform.python_version(),
-        **{package: version(package) for package in ("torch", "tokenizers", "numpy")},
-    }

@@ -37,6 +37,14 @@ class Tally:
 
 
 @dataclass(frozen=True)
+class Activity:
+    """Workers that are encoding now, and pieces of work that had to be given out again since the job began."""
+
+    workers: int = 1
+    redone: int = 0
+
+
+@dataclass(frozen=True)
 class EncodeProgress:
     """State of a running job.
 
@@ -45,12 +53,14 @@ class EncodeProgress:
         total: rows of the input; None if it is a stream, or several files.
         tokens: tokens encoded by this run.
         seconds: time since the first text was read.
+        activity: workers that are encoding.
     """
 
     rows: int
     total: int | None
     tokens: int
     seconds: float
+    activity: Activity = Activity()
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,8 @@ class EncodeReport(Tally):
         left_out: files of the input folders that hold no table, by name.
         processors: kinds of processors that made the vectors, told apart by the vectors of a few texts; 0 where this
             is not recorded. Float32 vectors of two kinds may differ in their last bits.
+        worker_seconds: time that workers took for the units of this run, all together; 0 where it is not recorded.
+        redone: pieces of work that had to be given out again, because a worker was lost.
     """
 
     seconds: float = 0.0
@@ -71,3 +83,5 @@ class EncodeReport(Tally):
     precision: str = ""
     left_out: tuple[str, ...] = ()
     processors: int = 0
+    worker_seconds: float = 0.0
+    redone: int = 0

@@ -1,7 +1,9 @@
 """`unmask encode`."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Annotated, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
@@ -9,16 +11,19 @@ from unmask.bulk.encode_job import EncodeJob
 from unmask.bulk.storage import public_name
 from unmask.checkpoint import DEFAULT_MODEL
 from unmask.cli.known_models import checks_known_models
-from unmask.cli.options import AsJson, DeviceOption, DtypeOption
+from unmask.cli.options import THIS_PROCESS, AsJson, DeviceOption, DtypeOption
+from unmask.cluster.options import ClusterOptions
 from unmask.errors import UsageError
-from unmask.terminal import Progress, Step, print_json, print_table, say
+from unmask.terminal import JsonProgress, Progress, Step, print_json, print_table, say
 
 if TYPE_CHECKING:
     from unmask.bulk.job import EncodeProgress
+    from unmask.bulk.report import EncodeReport
     from unmask.encoder import Encoder
 
 _FILES = Group.create_ordered("Files and texts")
 _MODEL = Group.create_ordered("Model")
+_CLUSTER = Group.create_ordered("Cluster")
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,9 @@ def encode(
     job: Annotated[EncodeOptions, Parameter(name="*", group=_FILES)] = EncodeOptions(),
     *,
     model: ModelOptions = ModelOptions(),
+    cluster: Annotated[ClusterOptions, Parameter(name="*", group=_CLUSTER)] = THIS_PROCESS,
     status: Annotated[str | None, Parameter(group=_FILES)] = None,
+    progress: Literal["text", "json"] = "text",
     as_json: AsJson = False,
 ) -> int:
     """Encode files of texts into a file or a folder of vectors.
@@ -86,6 +93,9 @@ def encode(
     ----------
     status
         Folder or URL of parts: say how far it is, and encode nothing.
+    progress
+        Progress on stderr as text, or as a JSON object per line: rows, total, tokens, tokens_per_second, workers,
+        redone, seconds, seconds_left.
     """
     if status is not None:
         return _print_status(status, as_json)
@@ -93,14 +103,31 @@ def encode(
         raise UsageError("no input: name files or folders of texts, or - for standard input")
     if not job.output:
         raise UsageError("no output: add --output with a file, a folder of parts (FOLDER/), a URL, or -")
+    if cluster.worker_gpus and not model.device.startswith("cuda"):
+        raise UsageError(f"--worker-gpus {cluster.worker_gpus:g} needs --device cuda; the device is {model.device}")
+    from unmask.bulk.executor import local_executor
     from unmask.bulk.job import run
 
-    with Progress() as progress:
-        report = run(job, model.load, lambda state: progress.show(_step(state)))
+    open_executor: Any = local_executor
+    if cluster.cluster is not None:
+        from unmask.cluster.bulk import cluster_executor
+
+        open_executor = partial(cluster_executor, cluster)
+    if progress == "json":
+        report = run(job, model.load, _json_line(JsonProgress()), open_executor)
+    else:
+        with Progress() as display:
+            report = run(job, model.load, lambda state: display.show(_step(state)), open_executor)
     if as_json and job.output != "-":
         print_json(asdict(report))
+    _say_report(report, job.output)
+    return 0
+
+
+def _say_report(report: "EncodeReport", output: str) -> None:
+    """Tell what was encoded, on stderr."""
     done = f"{report.rows} texts, {report.tokens} tokens, {report.seconds:.1f} s"
-    say(f"{done}, {report.precision} -> {public_name(job.output)}")
+    say(f"{done}, {report.precision} -> {public_name(output)}")
     if report.resumed_at:
         say(f"continued an earlier run at text {report.resumed_at}")
     if report.truncated:
@@ -112,7 +139,8 @@ def encode(
         say(f"left out, as the name does not tell the format: {name}{others}")
     if report.processors > 1:
         say(f"{report.processors} kinds of processors made these vectors; their last bits may differ")
-    return 0
+    if report.redone:
+        say(f"{report.redone} pieces of work were given to another worker, because theirs was lost")
 
 
 def _print_status(output: str, as_json: bool) -> int:
@@ -141,5 +169,37 @@ def _print_status(output: str, as_json: bool) -> int:
 
 
 def _step(state: "EncodeProgress") -> Step:
-    speed = f"{state.tokens / state.seconds:,.0f} tokens/s" if state.seconds else ""
-    return Step("encode", state.rows, state.total, "rows", (speed,))
+    details = [f"{state.tokens / state.seconds:,.0f} tokens/s" if state.seconds else ""]
+    if state.activity.workers != 1:
+        details.append(f"{state.activity.workers} workers")
+    if state.activity.redone:
+        details.append(f"{state.activity.redone} redone")
+    return Step("encode", state.rows, state.total, "rows", tuple(details))
+
+
+def _json_line(progress: JsonProgress) -> "Callable[[EncodeProgress], None]":
+    """Return a function that writes states of a job as JSON."""
+    first: int | None = None
+
+    def show(state: "EncodeProgress") -> None:
+        nonlocal first
+        first = state.rows if first is None else first
+        encoded = state.rows - first
+        left = None
+        if state.total is not None and encoded > 0:
+            left = round(max(state.total - state.rows, 0) * state.seconds / encoded, 1)
+        progress.show(
+            {
+                "rows": state.rows,
+                "total": state.total,
+                "tokens": state.tokens,
+                "tokens_per_second": round(state.tokens / state.seconds, 1) if state.seconds else None,
+                "workers": state.activity.workers,
+                "redone": state.activity.redone,
+                "seconds": round(state.seconds, 3),
+                "seconds_left": left,
+            },
+            last=state.rows == state.total,
+        )
+
+    return show

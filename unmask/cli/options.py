@@ -5,10 +5,13 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter, Token
 
+from unmask.cluster.options import ClusterOptions
 from unmask.errors import UsageError
 
 # Actor of the command line in the audit log and in the history of a model.
 ACTOR = "command line"
+
+THIS_PROCESS = ClusterOptions()  # no cluster
 
 DeviceOption = Annotated[
     str,

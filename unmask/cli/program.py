@@ -61,6 +61,7 @@ COMMANDS = (
     Command("ledger", _OPERATION, "Check the books.", ("ledger",)),
     Command("catalogue", _OPERATION, "Manage the models on record and their lifecycle.", ("catalogue",)),
     Command("providers", _OPERATION, "Manage providers of models, and check their vectors.", ("providers",)),
+    Command("cluster", _OPERATION, "Check the machines of a Ray cluster.", ("cluster",)),
     Command("home", _OPERATION, "Show what UNMASK_HOME holds, and empty its caches.", ("home",)),
     Command("onboard", _OPERATION, "Measure a model and take it live.", ("onboard",)),
 )

@@ -6,10 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 
 from unmask.cli.known_models import checks_known_models
-from unmask.cli.options import AsJson
+from unmask.cli.options import THIS_PROCESS, AsJson
+from unmask.cluster.options import ClusterOptions
 from unmask.errors import UsageError
 from unmask.terminal import Progress, Step, print_json, print_sentence, print_table, say
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from unmask.training.loop import TrainingProgress
     from unmask.training.plan import RunPlan
     from unmask.training.recipe import Recipe
+
+
+_CLUSTER = Group.create_ordered("Cluster")
 
 
 @checks_known_models
@@ -29,6 +33,7 @@ def train(
     set: Annotated[tuple[str, ...], Parameter(name="--set")] = (),
     resume: bool = False,
     dry_run: bool = False,
+    cluster: Annotated[ClusterOptions, Parameter(name="*", group=_CLUSTER)] = THIS_PROCESS,
     as_json: AsJson = False,
 ) -> int:
     """Train an encoder from a decoder, as a recipe says.
@@ -72,7 +77,7 @@ def train(
         raise UsageError("--output names the folder of the run; --dry-run needs none")
 
     def run(stage: "Recipe", target: Path, resumed: bool) -> Path:
-        return _train_one(stage, folder, target, resumed)
+        return _train_one(stage, folder, target, resumed, cluster)
 
     if len(recipes) == 1:
         run(recipes[0], output, resume)
@@ -81,11 +86,17 @@ def train(
     return 0
 
 
-def _train_one(recipe: "Recipe", data: Path, output: Path, resume: bool) -> Path:
-    from unmask.training.train import run_training
-
+def _train_one(recipe: "Recipe", data: Path, output: Path, resume: bool, cluster: ClusterOptions) -> Path:
     with training_progress() as progress:
-        outcome = run_training(recipe, data=data, output=output, resume=resume, progress=progress, log=say)
+        if cluster.cluster is None:
+            from unmask.training.train import run_training
+
+            outcome = run_training(recipe, data=data, output=output, resume=resume, progress=progress, log=say)
+        else:
+            from unmask.cluster.training import train_on_cluster
+
+            folders = {"data": data.absolute(), "output": output.absolute()}
+            outcome = train_on_cluster(cluster, recipe, **folders, resume=resume, progress=progress, log=say)
     if outcome.is_main:
         scores = "".join(f", {name} {score:.2f}" for name, score in outcome.scores.items())
         say(f"{recipe.steps} steps -> {outcome.folder}{scores}")

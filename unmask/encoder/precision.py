@@ -126,7 +126,7 @@ def _machine(device: str) -> dict[str, str | int]:
     library = kernels.library()
     return {
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
-        "processor": _processor(),
+        "processor": processor_name(),
         "instructions": torch.backends.cpu.get_cpu_capability() + (" AMX" if kernels.has_amx() else ""),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -134,7 +134,8 @@ def _machine(device: str) -> dict[str, str | int]:
     }
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """Return the number of cores of this machine and the name of its processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

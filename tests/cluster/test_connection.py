@@ -1,0 +1,63 @@
+"""Connections that fail, without a cluster: each says in one sentence what to do."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tests.cluster.raylets  # noqa: F401 - before ray
+from unmask.cluster import connection
+from unmask.cluster.connection import connected
+from unmask.cluster.options import ClusterOptions
+from unmask.errors import ClusterError, UsageError
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_an_address_where_nobody_listens() -> None:
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{opened.getsockname()[1]}"
+        with (
+            pytest.raises(ClusterError, match=rf"no Ray cluster answers at {address} \(Connection refused\); run the"),
+            connected(address),
+        ):
+            pass
+
+
+@pytest.mark.parametrize("address", ["ray://head:10001", "https://head:8265", "head", "head:"])
+def test_addresses_of_another_form(address: str) -> None:
+    with pytest.raises(UsageError, match=rf"--cluster {address}: give auto, local, or HOST:PORT"), connected(address):
+        pass
+
+
+def test_another_version_of_ray_is_named() -> None:
+    from ray._private.utils import check_version_info
+
+    with pytest.raises(RuntimeError) as raised:
+        check_version_info(
+            {"ray_version": "2.1.0", "python_version": "3.11.0"}, "this process", python_version_match_level="minor"
+        )
+    sentence = str(connection._sentence("head:6379", raised.value))
+    assert "\n" not in sentence
+    assert sentence.startswith(
+        "the cluster at head:6379 has another version of Ray or Python: the cluster has Ray: 2.1.0"
+    )
+
+
+@pytest.mark.parametrize("workers", ["0", "4:2", "a", "1:2:3", ""])
+def test_numbers_of_workers_that_are_none(workers: str) -> None:
+    with pytest.raises(UsageError, match="give a number, or LEAST:MOST"):
+        ClusterOptions(workers=workers)
+
+
+def test_without_ray_the_option_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("a text\n")
+    script = "import sys; sys.modules['ray'] = None; from unmask.cli import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", script, "encode", str(tmp_path / "in.txt"), "-o", str(tmp_path / "out.npy")]
+    refusal = subprocess.run([*command, "--cluster", "local"], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert refusal.returncode == 1
+    assert "unmask: --cluster needs packages that are not installed: pip install" in refusal.stderr
+    assert not (tmp_path / "out.npy").exists()

@@ -1,0 +1,50 @@
+"""`unmask cluster ...`: the machines that `--cluster` uses."""
+
+from dataclasses import asdict
+
+from cyclopts import App
+
+from unmask.cli.encode import ModelOptions
+from unmask.cli.options import AsJson
+from unmask.terminal import print_json, print_table, say
+
+_DEFAULT = ModelOptions()
+cluster = App(name="cluster", help="Check the machines of a Ray cluster.")
+
+
+@cluster.command
+def check(
+    address: str = "auto",
+    /,
+    *,
+    storage: str | None = None,
+    wait: float = 300.0,
+    model: ModelOptions = _DEFAULT,
+    as_json: AsJson = False,
+) -> int:
+    """Check versions, tokens, processors, the model's vectors and the bandwidth of every machine.
+
+    The exit code is 1 if something needs attention.
+
+    Parameters
+    ----------
+    address
+        auto (RAY_ADDRESS, or the cluster of this machine), or HOST:PORT of the cluster's head.
+    storage
+        Folder or URL of an output: read and write it from every machine.
+    wait
+        Seconds that a machine may take for an answer.
+    """
+    from unmask.cluster.check import check_cluster
+
+    rows = check_cluster(address, model.load, storage, wait)
+    faults = sum(bool(row.advice) for row in rows)
+    if as_json:
+        print_json([asdict(row) for row in rows])
+    else:
+        print_table(
+            ("machine", "check", "value", "what to do"),
+            [(row.machine, row.check, row.value, row.advice or "-") for row in rows],
+        )
+        say(f"{faults} of {len(rows)} rows need attention" if faults else "all is well")
+    return 1 if faults else 0

@@ -1,0 +1,127 @@
+"""Connections to a Ray cluster. What goes wrong is one sentence."""
+
+import logging
+import os
+import re
+import secrets
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from unmask.errors import ClusterError, MissingPackages, UsageError
+
+_CONNECT_S = 10.0
+_LOCAL_STORE_BYTES = 512 * 2**20
+_ON_A_MACHINE = (
+    "run the command on a machine of the cluster, or send it there: "
+    "ray job submit --address http://HEAD:8265 -- unmask ... --cluster auto"
+)
+
+
+def import_ray() -> Any:
+    """Return the module ray.
+
+    Raises:
+        MissingPackages: it is not installed.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray prints a page on stdout, where vectors may go, for every worker that dies. It is said here in a sentence.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
+    try:
+        import ray
+    except ImportError as error:
+        raise MissingPackages("--cluster needs", "ray") from error
+    return ray
+
+
+@contextmanager
+def connected(address: str) -> Iterator[Any]:
+    """Connect this process to a cluster; yields the module ray.
+
+    A process that is connected already stays so.
+
+    Args:
+        address: auto, local or HOST:PORT.
+
+    Raises:
+        UsageError: the address is of another form.
+        ClusterError: no cluster answers, it refuses, or it has another version.
+    """
+    if "://" in address:
+        raise UsageError(f"--cluster {address}: give auto, local, or HOST:PORT of the cluster's head; {_ON_A_MACHINE}")
+    ray = import_ray()
+    if ray.is_initialized():
+        yield ray
+        return
+    folder = tempfile.mkdtemp(prefix="unmask-ray-") if address == "local" else None
+    quiet = {"namespace": "unmask", "log_to_driver": False, "logging_level": logging.CRITICAL}
+    try:
+        try:
+            if folder is not None:
+                _start_local(ray, folder, quiet)
+            else:
+                place = os.environ.get("RAY_ADDRESS", "auto") if address == "auto" else address
+                ray.init(address=place, **_require_answer(place), **quiet)
+        except UsageError:
+            raise
+        except Exception as error:  # Ray raises Exception itself, among many others
+            raise _sentence(address, error) from error
+        yield ray
+    finally:
+        ray.shutdown()
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start_local(ray: Any, folder: str, quiet: dict[str, Any]) -> None:
+    """Start a cluster of this machine alone. Only who has its token may use it."""
+    # Ray asks for tokens here by itself, as long as RAY_AUTH_MODE is not set.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        object_store_memory=_LOCAL_STORE_BYTES,
+        _node_ip_address="127.0.0.1",
+        _temp_dir=folder,
+        **quiet,
+    )
+
+
+def _require_answer(address: str) -> dict[str, str]:
+    """Fail early where nobody listens, since Ray itself tries for a minute; return options for the connection."""
+    if address == "auto":
+        return {}
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    if not host or not port.isdigit():
+        raise UsageError(f"--cluster {address}: give auto, local, or HOST:PORT of the cluster's head")
+    with socket.create_connection((host, int(port)), timeout=_CONNECT_S):
+        pass
+    # Ray would take this machine's address in the network, where a cluster on a loopback address does not listen.
+    return {"_node_ip_address": host} if host == "127.0.0.1" else {}
+
+
+def _sentence(address: str, error: Exception) -> ClusterError:
+    """Return an error that says what Ray's error means."""
+    text = " ".join(str(error).split())
+    causes = f"{text} {error.__cause__}"
+    versions = re.search(r"cluster was started with: (.*?) This process.*? started with: (.*?)\.? *$", text)
+    if "ersion mismatch" in text:
+        detail = f": the cluster has {versions[1]}, this process {versions[2]}" if versions else ""
+        return ClusterError(f"the cluster at {address} has another version of Ray or Python{detail}; install the same")
+    if re.search(r"authenticat|auth.?token", causes, re.IGNORECASE):
+        return ClusterError(
+            f"the cluster at {address} refuses this process's token; set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the "
+            "cluster's, and RAY_AUTH_MODE=token"
+        )
+    if isinstance(error, OSError):
+        where = "on this machine" if address == "auto" else f"at {address}"
+        return ClusterError(f"no Ray cluster answers {where} ({error.strerror or _first(text)}); {_ON_A_MACHINE}")
+    return ClusterError(f"the cluster at {address} cannot be used: {_first(text)}; {_ON_A_MACHINE}")
+
+
+def _first(text: str) -> str:
+    return text.partition(". ")[0][:200]

@@ -1,0 +1,55 @@
+"""`ClusterOptions`: which cluster, and how many workers of which size. This module imports neither ray nor torch."""
+
+from dataclasses import dataclass
+
+from unmask.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterOptions:
+    """A cluster, and the workers that a job or a run may have on it.
+
+    Attributes:
+        cluster: Work on a Ray cluster: auto (RAY_ADDRESS, or the cluster of this machine), HOST:PORT of its head, or
+            local, which starts one here.
+        workers: Number of workers, each a process. Encoding also takes LEAST:MOST; its default is 1 up to those that
+            fit into the cluster, and that of training is 1.
+        worker_cpus: Processors of a worker.
+        worker_gpus: GPUs of a worker. Encoding with them needs --device cuda.
+        worker_wait: Seconds that the cluster may take to start the first worker, or all of a training run. An
+            autoscaler may have to start machines.
+    """
+
+    cluster: str | None = None
+    workers: str | None = None
+    worker_cpus: float = 1.0
+    worker_gpus: float = 0.0
+    worker_wait: float = 300.0
+
+    def __post_init__(self) -> None:
+        self.limits()
+        for name in ("worker_cpus", "worker_gpus"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name):g}: give 0 or more")
+        if self.worker_wait <= 0:
+            raise UsageError(f"--worker-wait {self.worker_wait:g}: give a number of seconds above 0")
+
+    def limits(self) -> tuple[int, int | None]:
+        """Return the least and the most workers; None for as many as fit.
+
+        >>> ClusterOptions(workers="4:64").limits()
+        (4, 64)
+
+        Raises:
+            UsageError: `workers` is neither N nor LEAST:MOST.
+        """
+        if self.workers is None:
+            return 1, None
+        least, colon, most = self.workers.partition(":")
+        try:
+            limits = int(least), int(most) if colon else int(least)
+        except ValueError:
+            limits = 0, 0
+        if not 1 <= limits[0] <= limits[1]:
+            raise UsageError(f"--workers {self.workers}: give a number, or LEAST:MOST as in 4:64, from 1 on")
+        return limits
