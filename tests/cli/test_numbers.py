@@ -25,13 +25,17 @@ TINY = str(GOLDEN / "tiny_llama")
 COUNT = ("0", "-1", "0.4", "1.5", "2.0", "1e3", "nan", "inf", "")
 POSITIVE = ("0", "-1", "nan", "inf", "")
 SHARE = ("-0.1", "1.1", "nan", "inf", "")
+SIZE = ("-1", "nan", "inf", "")
 AMOUNT = ("-1", "nan", "inf", "1e3", "1,000", "0.0000000001", "٣", "")
+WORKERS = {"--worker-cpus": SIZE, "--worker-gpus": SIZE, "--worker-wait": POSITIVE}
 # Command -> the arguments that it needs besides, and option -> numbers that it refuses.
 NUMBERS: dict[str, tuple[list[str], dict[str, tuple[str, ...]]]] = {
     "encode": (
         ["{tmp}/a.txt", "-o", "{tmp}/a.npy", "--model", TINY],
-        {"--dimensions": (*COUNT, "65"), "--max-length": COUNT},
+        {"--dimensions": (*COUNT, "65"), "--max-length": COUNT, **WORKERS},
     ),
+    "train": (["{tmp}/r.toml", "-o", "{tmp}/run"], WORKERS),
+    "cluster check": (["127.0.0.1:1"], {"--wait": POSITIVE, "--max-length": COUNT}),
     "export": ([TINY, "--to", "hub", "-o", "{tmp}/exported"], {"--dimensions": (*COUNT, "65")}),
     "parity": ([TINY, TINY], {"--dimensions": (*COUNT, "65")}),
     "serve": (

@@ -160,7 +160,7 @@ def test_a_model_without_an_engine_is_answered_by_providers(upstreams: Upstreams
     assert precision == "exact" and float(worst.removeprefix("worst=")) < 1e-9
     assert RUN_BEGAN <= int(checked.removeprefix("checked=")) <= time.time()
     served = upstreams.service.models.list()[0]
-    assert served.state == "cold"
+    assert served.state == "remote"
     assert upstreams.service.call("GET", "/ready").json["models"] == {MODEL: "ok"}
 
 

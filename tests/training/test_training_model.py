@@ -103,7 +103,7 @@ def test_gradcache_has_the_direct_gradient(fields: dict[str, Any], tokens: int, 
     direct = loss_of(rows[torch.tensor([i for pack in packs for i in pack]).argsort()])
     direct.backward()
     assert loss == pytest.approx(float(direct), rel=1e-5)
-    assert distance(cached, gradients(model)) < 1e-6
+    assert distance(cached, gradients(model)) < 3e-6  # as processors sum: 1.04e-6 on Zen 5
 
 
 def test_the_pack_does_not_change_the_gradient() -> None:

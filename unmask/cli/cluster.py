@@ -1,11 +1,13 @@
 """`unmask cluster ...`: the machines that `--cluster` uses."""
 
+import math
 from dataclasses import asdict
 
 from cyclopts import App
 
 from unmask.cli.encode import ModelOptions
 from unmask.cli.options import AsJson
+from unmask.errors import UsageError
 from unmask.terminal import print_json, print_table, say
 
 _DEFAULT = ModelOptions()
@@ -35,6 +37,10 @@ def check(
     wait
         Seconds that a machine may take for an answer.
     """
+    if not 0 < wait < math.inf:
+        raise UsageError(f"--wait {wait:g}: give a number of seconds above 0")
+    if model.max_length is not None and model.max_length < 1:
+        raise UsageError(f"--max-length {model.max_length}: give 1 or more")
     from unmask.cluster.check import check_cluster
 
     rows = check_cluster(address, model.load, storage, wait)

@@ -1,5 +1,6 @@
 """`ClusterOptions`: which cluster, and how many workers of which size. This module imports neither ray nor torch."""
 
+import math
 from dataclasses import dataclass
 
 from unmask.errors import UsageError
@@ -15,7 +16,7 @@ class ClusterOptions:
         workers: Number of workers, each a process. Encoding also takes LEAST:MOST; its default is 1 up to those that
             fit into the cluster, and that of training is 1.
         worker_cpus: Processors of a worker.
-        worker_gpus: GPUs of a worker. Encoding with them needs --device cuda.
+        worker_gpus: GPUs of a worker. Its model needs the device cuda.
         worker_wait: Seconds that the cluster may take to start the first worker, or all of a training run. An
             autoscaler may have to start machines.
     """
@@ -29,9 +30,9 @@ class ClusterOptions:
     def __post_init__(self) -> None:
         self.limits()
         for name in ("worker_cpus", "worker_gpus"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name):g}: give 0 or more")
-        if self.worker_wait <= 0:
+        if not 0 < self.worker_wait < math.inf:
             raise UsageError(f"--worker-wait {self.worker_wait:g}: give a number of seconds above 0")
 
     def limits(self) -> tuple[int, int | None]:

@@ -69,6 +69,8 @@ class WorkerPool(Generic[_Task]):
         self._workers: list[_Worker[_Task]] = []
         self._waiting: deque[_Task] = deque()
         self._attempts: Counter[Hashable] = Counter()
+        # Tasks that were at a lost worker together, by name: which of them killed it is seen when each runs alone.
+        self._suspects: set[Hashable] = set()
         self._lost_loading = 0
         self._alone_since = time.monotonic()  # the time from which no worker is ready
         self.redone = 0
@@ -129,11 +131,17 @@ class WorkerPool(Generic[_Task]):
         return sum(len(worker.tasks) for worker in self._workers)
 
     def _hand_out(self, method: str) -> None:
-        for depth in range(_TASKS_PER_WORKER):
+        # While a suspect waits no worker gets a second task, so that one is soon free for the suspect alone.
+        deepest = 1 if any(map(self._is_suspect, self._waiting)) else _TASKS_PER_WORKER
+        for depth in range(deepest):
             for worker in self._workers:
-                if self._waiting and len(worker.tasks) == depth:
+                alone = any(self._is_suspect(task) for _, task in worker.tasks)
+                if self._waiting and len(worker.tasks) == depth and not alone:
                     task = self._waiting.popleft()
                     worker.tasks.append((getattr(worker.actor, method).remote(task), task))
+
+    def _is_suspect(self, task: _Task) -> bool:
+        return self._name_of(task) in self._suspects
 
     def _grow(self, size: int) -> None:
         while len(self._workers) + len(self._loading) < size:
@@ -197,22 +205,37 @@ class WorkerPool(Generic[_Task]):
             worker.tasks.remove((reference, task))
             return self._again(task, f"raised {type(error.cause).__name__} in its worker")
         except exceptions.RayError as error:
-            # The worker computes its tasks in their order, so it was lost over the first.
-            self._workers.remove(worker)
-            self._alone_since = time.monotonic()
-            self._ray.kill(worker.actor)
-            first, *others = [task for _, task in worker.tasks]
-            self._waiting.extendleft(reversed(others))
-            self.redone += len(others)
-            return self._again(first, f"killed its worker ({_reason(error)})")
+            return self._lose(worker, f"killed its worker ({_reason(error)})")
         worker.tasks.remove((reference, task))
+        self._suspects.discard(self._name_of(task))
         return [(task, outcome)]
+
+    def _lose(self, worker: _Worker[_Task], fault: str) -> list[tuple[_Task, Any]]:
+        """Take a lost worker off the pool, and keep the outcomes that it delivered before."""
+        self._workers.remove(worker)
+        self._alone_since = time.monotonic()
+        self._ray.kill(worker.actor)
+        outcomes: list[tuple[_Task, Any]] = []
+        lost: list[_Task] = []
+        for reference, task in worker.tasks:
+            try:
+                outcomes.append((task, self._ray.get(reference)))
+            except self._ray.exceptions.RayError:
+                lost.append(task)
+        self._suspects.update(map(self._name_of, lost))
+        if len(lost) == 1:
+            return outcomes + self._again(lost[0], fault)
+        # The outcome of the first may be lost on its way although the second killed the worker.
+        self._waiting.extendleft(reversed(lost))
+        self.redone += len(lost)
+        return outcomes
 
     def _again(self, task: _Task, fault: str) -> list[tuple[_Task, Any]]:
         """Give a task to another worker, or to none if it had its attempts."""
         name = self._name_of(task)
         self._attempts[name] += 1
         if self._attempts[name] >= ATTEMPTS:
+            self._suspects.discard(name)
             return [(task, ClusterError(f"{name} {fault}, as in {ATTEMPTS - 1} attempts before"))]
         self._waiting.appendleft(task)
         self.redone += 1

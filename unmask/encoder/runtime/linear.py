@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from unmask.encoder.runtime import kernels
 
-# oneDNN sums a single row with another kernel in another order, and OpenBLAS very small products.
+# oneDNN sums a single row with another kernel in another order.
 _MIN_ROWS = 8
-_MIN_MULTIPLICATIONS = 1_000_001
+# OpenBLAS multiplies tiles of 4 to 48 rows, the rest of the rows in another order, and small products in yet another.
+# Every tile divides a block of this size. A processor for which the place in a tile counts too gets one row at a time.
+_BLOCK_ROWS = 96
 # Number of rows for which oneDNN chooses the memory layout of a weight.
 _EXPECTED_ROWS = 512
 
@@ -157,11 +159,32 @@ def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _openblas_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    rows = x.shape[0]
-    x = _pad_rows(x, max(_MIN_ROWS, -(-_MIN_MULTIPLICATIONS // weight.numel())))
+    rows, step = x.shape[0], _BLOCK_ROWS if _openblas_keeps_rows() else 1
+    x = F.pad(x, (0, 0, 0, -rows % step))
     out = torch.empty(x.shape[0], weight.shape[0])
-    np.dot(x.numpy(), weight.detach().numpy().T, out=out.numpy())  # the .T is a flag to BLAS, no copy
+    for first in range(0, len(x), step):
+        block = slice(first, first + step)
+        _dot(x[block], weight, out[block])
     return (out if bias is None else out.add_(bias.detach()))[:rows]
+
+
+def _dot(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    np.dot(x.numpy(), weight.detach().numpy().T, out=out.numpy())  # the .T is a flag to BLAS, no copy
+
+
+@cache
+def _openblas_keeps_rows() -> bool:
+    """True if a row of a block has the same bits at each place in it. Its kernel for Haswell and Zen has not."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(_BLOCK_ROWS, 576, generator=generator)
+    weight = torch.randn(192, 576, generator=generator)
+    plain, turned = torch.empty(_BLOCK_ROWS, 192), torch.empty(_BLOCK_ROWS, 192)
+    _dot(x, weight, plain)
+    for places in range(1, 12):
+        _dot(x.roll(places, 0), weight, turned)
+        if not torch.equal(turned, plain.roll(places, 0)):
+            return False
+    return True
 
 
 def _pad_rows(x: Tensor, rows: int) -> Tensor:
