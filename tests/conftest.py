@@ -55,6 +55,7 @@ SLOW = {
     "api/test_soak.py",
     "benchmarks/test_distillation.py",
     "benchmarks/test_encode.py",
+    "benchmarks/test_export_memory.py",
     "bulk/test_job.py",
     "bulk/test_parts.py",
     "bulk/test_storage.py",

@@ -8,7 +8,7 @@ innermost name, so the code that builds a model knows one spelling.
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -122,13 +122,13 @@ def _listing(folder: Path) -> str:
 
 
 class SafetensorsFiles:
-    """Memory-mapped safetensors. Reading a tensor reads its bytes."""
+    """Safetensors files. Each is mapped anew for each tensor: pages stay in memory as long as their file is mapped."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         from safetensors import SafetensorError, safe_open
 
-        self._where: dict[str, tuple[Callable[..., torch.Tensor], str, tuple[int, ...]]] = {}
-        self._steps: dict[str, tuple[Callable[..., torch.Tensor], str]] = {}
+        self._where: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
+        self._steps: dict[str, tuple[Path, str]] = {}
         for file in files:
             try:
                 handle = safe_open(str(file), framework="pt")
@@ -136,15 +136,13 @@ class SafetensorsFiles:
                     shape = tuple(handle.get_slice(key).get_shape())
                     name = innermost(key)
                     if name.endswith(f".weight{STEP}"):
-                        self._steps[name.removesuffix(STEP)] = (handle.get_tensor, key)
+                        self._steps[name.removesuffix(STEP)] = (file, key)
                         continue
                     if name in self._where:
                         _require_equal(self.read(name), handle.get_tensor(key), key, file)
-                    self._where[name] = (handle.get_tensor, key, shape)
+                    self._where[name] = (file, key, shape)
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(
-                    f"{file} is damaged or truncated ({error}); delete it and fetch it again"
-                ) from error
+                raise _damage(file, error) from error
 
     def names(self) -> Sequence[str]:
         return list(self._where)
@@ -153,12 +151,30 @@ class SafetensorsFiles:
         return self._where[name][2]
 
     def read(self, name: str) -> torch.Tensor:
-        get, key, _ = self._where[name]
-        tensor = get(key)
+        file, key, _ = self._where[name]
+        tensor = _read_mapped(file, key)
         if name not in self._steps:
             return tensor
-        get, key = self._steps[name]
-        return tensor.float() * get(key).float().unsqueeze(1)
+        return tensor.float() * _read_mapped(*self._steps[name]).float().unsqueeze(1)
+
+
+def _read_mapped(file: Path, key: str) -> torch.Tensor:
+    """Return a tensor of a safetensors file that is mapped as long as the tensor lives.
+
+    Raises:
+        CheckpointError: the file has changed since it was opened, and does not hold it any more.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), framework="pt") as handle:
+            return handle.get_tensor(key)
+    except (SafetensorError, OSError) as error:
+        raise _damage(file, error) from error
+
+
+def _damage(file: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{file} is damaged or truncated ({error}); delete it and fetch it again")
 
 
 class PickledFiles:

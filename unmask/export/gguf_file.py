@@ -37,6 +37,7 @@ _ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "gemma3": "gemma3
 _BIDIRECTIONAL = {"llama": "llama-embed", "gemma3": "gemma-embedding"}
 _POOLINGS = {"mean": 1, "first_token": 2, "bos_token": 2, "last_token": 3, "eos_token": 3}
 _BLOCK = 32  # numbers in a block of Q8_0
+_NUMBERS_AT_A_TIME = 2**22  # of a matrix in float32
 _SUFFIXES = {"float32": "F32", "float16": "F16", "q8": "Q8_0"}
 
 
@@ -136,8 +137,7 @@ def _write(file: Path, model: ExportedModel, fields: Mapping[str, Any], dtype: s
         writer.write_ti_data_to_file()
         for _, hub_name, shape in names:
             kind = _kind(model, hub_name, shape, dtype)
-            values = _read(model, FAMILIES[architecture], hub_name)
-            writer.write_tensor_data(quantize(values, kind))
+            writer.write_tensor_data(_stored(_read(model, FAMILIES[architecture], hub_name), kind))
     finally:
         writer.close()
 
@@ -184,15 +184,32 @@ def _kind(model: ExportedModel, name: str, shape: tuple[int, ...], dtype: str) -
     return _KINDS[dtype]
 
 
-def _read(model: ExportedModel, family: GgufFamily, name: str) -> np.ndarray:
+def _read(model: ExportedModel, family: GgufFamily, name: str) -> torch.Tensor:
+    """Read a tensor in GGUF's layout; a matrix keeps its stored precision, in which no number of it is changed."""
     shape = model.shape
     assert shape is not None
     if name == ROPE_FACTORS:
         factors = _factors(shape)
         assert factors is not None
-        return factors
+        return torch.from_numpy(factors)
     heads = {"num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads}
-    return convert(family, heads, name, model.checkpoint.tensors.read(name).float()).contiguous().numpy()
+    tensor = model.checkpoint.tensors.read(name)
+    return convert(family, heads, name, tensor if tensor.ndim > 1 else tensor.float())
+
+
+def _stored(tensor: torch.Tensor, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    """Convert a tensor to a type of GGUF, some rows at a time: the whole in float32 may be most of the memory."""
+    if tensor.ndim < 2:
+        return quantize(tensor.float().contiguous().numpy(), kind)
+    out: np.ndarray | None = None
+    rows = max(1, _NUMBERS_AT_A_TIME // tensor.shape[1])
+    for start in range(0, len(tensor), rows):
+        part = quantize(tensor[start : start + rows].float().contiguous().numpy(), kind)
+        if out is None:
+            out = np.empty((len(tensor), *part.shape[1:]), dtype=part.dtype)
+        out[start : start + rows] = part
+    assert out is not None
+    return out
 
 
 def _require_same_ids(file: Path, model: ExportedModel) -> None:

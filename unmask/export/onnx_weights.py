@@ -74,7 +74,7 @@ class WeightStore:
 
         def load() -> np.ndarray:
             values = self._tensors.read(name).float().numpy()
-            return (values.T if transposed else values).astype(number)
+            return np.ascontiguousarray(values.T if transposed else values, dtype=number)
 
         return self.builder.weight(StoredWeight(name, kind, shape[::-1] if transposed else shape, load))
 
