@@ -87,6 +87,7 @@ SLOW = {
     "router/test_catalogue_sync.py",
     "router/test_faults.py",
     "router/test_hidden_providers.py",
+    "router/test_infinity_peer.py",
     "router/test_providers.py",
     "router/test_remote_models.py",
     "server/test_http_protocol.py",

@@ -4,13 +4,10 @@ They need huggingface_hub below 2 and cohere below 6. So pip installs what `lang
 once, and a Python without this environment's packages runs `langchain_clients.py` over it.
 """
 
-import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +15,11 @@ import numpy as np
 import pytest
 
 from tests.api.live import KEY, LocalService
-from tests.conftest import model_cache
+from tests.package_folder import package_folder
 from unmask.api.quantisation import quantise_vectors
-from unmask.disk import locked
 
 HERE = Path(__file__).parent
 TEXTS = ["the first text", "another, with more words in it", "日本語の短い文です。"]
-
-
-def install_langchain() -> Path:
-    """Return the folder of the packages that `langchain.txt` pins, installed by pip on first use."""
-    requirements = HERE / "langchain.txt"
-    python = f"{sys.implementation.cache_tag}-{sys.platform}"
-    folder = model_cache() / f"langchain-{python}-{hashlib.sha256(requirements.read_bytes()).hexdigest()[:16]}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with locked(folder.with_suffix(".lock")):
-        if not folder.is_dir():
-            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-                command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary=:all:"]
-                command += ["--disable-pip-version-check", "--target", f"{scratch}/packages", "-r", str(requirements)]
-                subprocess.run(command, check=True, stdout=sys.stderr)
-                shutil.move(f"{scratch}/packages", folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +29,7 @@ def answers(service: LocalService) -> dict[str, Any]:
     finished = subprocess.run(
         [sys.executable, "-S", HERE / "langchain_clients.py"],
         input=json.dumps(request),
-        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(install_langchain())},
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(package_folder(HERE / "langchain.txt"))},
         stdout=subprocess.PIPE,
         check=True,
         text=True,
