@@ -127,6 +127,7 @@ async def wait_for_vectors(url: str, body: bytes, seconds: float = 180) -> None:
     Raises:
         SystemExit: it does not within `seconds`.
     """
+    status = 0
     async with aiohttp.ClientSession() as session:
         for _ in range(int(seconds)):
             try:

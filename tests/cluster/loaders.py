@@ -58,7 +58,7 @@ def dying_at(model: Path, deaths: dict[str, str], folder: Path) -> Encoder:
             return
         os.kill(os.getpid(), signal.SIGKILL)
 
-    Store.put = deadly
+    Store.put = deadly  # pyright: ignore[reportAttributeAccessIssue]
     return Encoder.load(model)
 
 

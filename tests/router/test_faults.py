@@ -216,9 +216,10 @@ def test_every_fault_of_the_list_is_tested() -> None:
 
 def cost_of(row: Any) -> int:
     """The nano-dollars of an attempt that a provider bills: by its own count, unless that is absurd."""
-    theirs = row.their_tokens
-    is_count = theirs is not None and row.tokens <= 2 * theirs <= 4 * row.tokens
-    return money.cost(theirs if is_count else row.tokens, COST)
+    theirs: int | None = row.their_tokens
+    if theirs is not None and row.tokens <= 2 * theirs <= 4 * row.tokens:
+        return money.cost(theirs, COST)
+    return money.cost(row.tokens, COST)
 
 
 class Books:
@@ -615,7 +616,7 @@ def test_a_caller_who_leaves_at_any_await_pays_for_a_settled_answer_alone(
         finally:
             waits[0] = max(leaving.waits, 0)
 
-    outcomes = set[str]()
+    outcomes, number, left_early = set[str](), 0, True
     for number in range(1, 200):
         before, last = books.balance(), books.last_attempt()
         with monkeypatch.context() as scope:

@@ -26,7 +26,7 @@ from mteb.abstasks import (
 )
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.models.abs_encoder import AbsEncoder
-from mteb.models.model_meta import ModelMeta
+from mteb.models.model_meta import FRAMEWORKS, ModelMeta
 from mteb.results import TaskResult
 from mteb.types import PromptType
 from threadpoolctl import threadpool_limits
@@ -39,7 +39,8 @@ from unmask.evaluate.results import Category, Statistic, TaskScore
 
 # Vectors that a kill loses at most, and the step of the progress shown.
 _CHUNK = 256
-_FRAMEWORKS = {"endpoint": "API", "onnxruntime": "ONNX"}  # in mteb's words; the others are PyTorch
+# By kind of model, in mteb's words. All others are PyTorch.
+_FRAMEWORKS: dict[str, FRAMEWORKS] = {"endpoint": "API", "onnxruntime": "ONNX"}
 
 # Metrics beside the main score, by kind of task.
 _DETAILS: dict[str, tuple[str, ...]] = {

@@ -71,7 +71,8 @@ class OnnxModel:
     def encode(self, texts: Sequence[str], instruction: str = "") -> np.ndarray:
         """Return float32 [n, dimensions]. The instruction only chooses the file's own prompt."""
         prompt = self._prompt(instruction)
-        order = np.argsort([len(text) for text in texts], kind="stable")  # texts of a batch are padded to the longest
+        # Texts of a batch are padded to the longest.
+        order: list[int] = np.argsort([len(text) for text in texts], kind="stable").tolist()
         vectors = self.encode_with_prompt([texts[at] for at in order], prompt)
         out = np.empty_like(vectors)
         out[order] = vectors
