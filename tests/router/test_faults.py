@@ -728,7 +728,7 @@ def test_every_mistake_of_the_bank_is_named_and_costs_no_caller(books: Books, mo
 
 def test_noise_company_and_state_are_named_and_cost_no_caller(books: Books, monkeypatch: pytest.MonkeyPatch) -> None:
     honest, draw, long_texts = books.upstreams.b.vectors_of, np.random.default_rng(1), list[str]()
-    monkeypatch.setattr(books.upstreams.pool, "report", lambda verdict: None)
+    monkeypatch.setattr(books.upstreams.pool, "report", lambda verdict: None)  # this process alone, see fault 26
 
     def noisy(texts: Sequence[str], instruction: str) -> np.ndarray:
         rows = honest(texts, instruction)
