@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from unmask.errors import UsageError
 from unmask.training.decontamination import Decontaminator
-from unmask.training.examples import Example, Examples, load_examples
+from unmask.training.examples import Example, Examples, load_examples, pieces
 from unmask.training.recipe import DataSource
 
 
@@ -118,3 +120,35 @@ def test_texts_are_cut_between_words(tmp_path: Path) -> None:
     rows = [{"q": "  one two three", "p": "four", "n": ["fivesixseven eight", "nine ten"]}]
     dataset = load(tmp_path, rows, query="q", positive="p", negatives=["n"], max_characters=8)
     assert dataset.train == [Example("one two", "four", ("fivesixs", "nine ten"))]
+
+
+def test_a_long_text_becomes_pieces_of_whole_sentences(tmp_path: Path) -> None:
+    rows = [
+        {"t": "Q: How do I sort it? I have a list.\n\n{\n    return sorted(a, b)\nUse sort. It is short! "},
+        {"t": "A sentence that goes on and on without an end"},
+    ]
+    dataset = load(tmp_path, rows, text="t", piece_characters=24)
+    expected = {"Q: How do I sort it?", "I have a list.", "return sorted(a, b)", "Use sort. It is short!"}
+    assert {e.query for e in dataset.train} == expected | {"A sentence that goes on"}
+    assert dataset.bad.seen == 2
+
+
+def test_pieces_of_an_empty_text_are_a_bad_row(tmp_path: Path) -> None:
+    dataset = load(tmp_path, [{"t": " "}, {"t": "three words here"}], bad=1.0, text="t", piece_characters=20)
+    assert [e.query for e in dataset.train] == ["three words here"]
+    assert dataset.bad.places == ["rows.jsonl:1: field 't' is empty"]
+
+
+@given(st.text(alphabet="ab .?!\n", max_size=200), st.integers(1, 40))
+def test_pieces_hold_only_words_of_their_text_in_its_order(text: str, characters: int) -> None:
+    words = iter(text.split())
+    for piece in pieces(text, characters):
+        assert 0 < len(piece) <= characters
+        assert all(any(word.startswith(part) for word in words) for part in piece.split())
+
+
+def test_pieces_go_with_a_text_alone() -> None:
+    with pytest.raises(ValueError, match="piece_characters goes with text, and excludes label"):
+        DataSource(name="set", path="p", query="q", positive="p", piece_characters=9)
+    with pytest.raises(ValueError, match="piece_characters goes with text, and excludes label"):
+        DataSource(name="set", path="p", text="t", label="l", piece_characters=9)

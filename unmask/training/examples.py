@@ -1,6 +1,7 @@
 """Read rows into examples: choose columns, count bad rows, drop evaluation texts, draw the sample by the seed."""
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,10 @@ from unmask.errors import UsageError
 from unmask.training.decontamination import Decontaminator
 from unmask.training.recipe import DataSource
 from unmask.training.rows import BadRows, Row, read_rows
+
+_SENTENCE_END = re.compile(r"(?<=[.?!])\s+")
+# A shorter piece is a brace of code or a heading of a word or two.
+_WORDS_OF_A_PIECE = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +116,12 @@ def read_examples(source: DataSource, root: Path | None, bad: BadRows) -> Iterat
         if any(str(row.fields.get(column)) in values for column, values in source.without.items()):
             continue
         try:
-            example = _example(source, row)
+            examples = _examples(source, row)
         except ValueError as error:
             bad.report(row.place, str(error))
             continue
         bad.good()
-        yield example
+        yield from examples
 
 
 def _require_columns(source: DataSource, row: Row) -> None:
@@ -125,6 +130,36 @@ def _require_columns(source: DataSource, row: Row) -> None:
             raise UsageError(
                 f"data {source.name!r}: {row.place} has no column {column!r}; it has {', '.join(row.fields)}"
             )
+
+
+def _examples(source: DataSource, row: Row) -> list[Example]:
+    if source.piece_characters is None:
+        return [_example(source, row)]
+    assert source.text is not None  # DataSource requires it
+    text = _text(row, source.text)
+    if not text.strip():
+        raise ValueError(f"field {source.text!r} is empty")
+    return [Example(_cut(piece, source)) for piece in pieces(text, source.piece_characters)]
+
+
+def pieces(text: str, characters: int) -> list[str]:
+    """Split a text into pieces of whole sentences, each of at most `characters` characters.
+
+    A piece ends with its line: headings, list items and code keep apart. A sentence that is longer than a piece is cut
+    at its last space within the piece, and the rest is dropped. Pieces of fewer than three words are left out.
+    """
+    parts: list[str] = []
+    for line in text.splitlines():
+        piece = ""
+        for sentence in filter(None, _SENTENCE_END.split(line.strip())):
+            longer = f"{piece} {sentence}" if piece else sentence
+            if piece and len(longer) > characters:
+                parts.append(piece)
+                longer = sentence
+            piece = _shorten(longer, characters)
+        if piece:
+            parts.append(piece)
+    return [piece for piece in parts if len(piece.split()) >= _WORDS_OF_A_PIECE]
 
 
 def _example(source: DataSource, row: Row) -> Example:
@@ -160,8 +195,12 @@ def _text(row: Row, column: str) -> str:
 
 def _cut(text: str, source: DataSource) -> str:
     """Cut a text to the source's `max_characters` at the end of a word. A longer word is cut within."""
-    limit = source.max_characters
-    text = text.lstrip() if limit else text
-    if limit is None or len(text) <= limit:
+    if source.max_characters is None:
         return text
-    return (text[: limit + 1].rpartition(" ")[0] or text[:limit]).rstrip()
+    return _shorten(text.lstrip(), source.max_characters)
+
+
+def _shorten(text: str, characters: int) -> str:
+    if len(text) <= characters:
+        return text
+    return (text[: characters + 1].rpartition(" ")[0] or text[:characters]).rstrip()

@@ -44,6 +44,9 @@ class DataSource(Struct, forbid_unknown_fields=True, kw_only=True):
         only, without: keep, or drop, the rows whose column has one of these values.
         max_length: tokens per sequence in this set; default: the run's.
         max_characters: cut each text at the last space within this many characters, for the teacher too.
+        piece_characters: make several texts of a long one, each of whole sentences and of at most so many characters
+            (a longer sentence is cut there). Pieces of fewer than three words are left out. Only with `text`, without a
+            label.
         use_teacher: learn from the teacher's vectors of these texts, if there is a teacher.
         use_labels: learn from positives or labels. False leaves only distillation.
     """
@@ -68,6 +71,7 @@ class DataSource(Struct, forbid_unknown_fields=True, kw_only=True):
     without: dict[str, list[str]] = {}
     max_length: Positive | None = None
     max_characters: Positive | None = None
+    piece_characters: Positive | None = None
     use_teacher: bool = True
     use_labels: bool = True
 
@@ -79,6 +83,8 @@ class DataSource(Struct, forbid_unknown_fields=True, kw_only=True):
             raise ValueError(f"data {self.name!r}: label goes with text")
         if self.negatives and not pair:
             raise ValueError(f"data {self.name!r}: negatives go with query and positive")
+        if self.piece_characters is not None and (self.text is None or self.label is not None):
+            raise ValueError(f"data {self.name!r}: piece_characters goes with text, and excludes label")
         if self.stream and (self.weight is None or self.label or self.limit or self.share or self.held_out):
             raise ValueError(f"data {self.name!r}: stream needs a weight, and excludes label, limit, share, held_out")
 
