@@ -6,8 +6,6 @@ import os
 import random
 import resource
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -20,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.bulk.processes import encoding, resumed_at
 from unmask.bulk import chunks as chunks_module
 from unmask.bulk.encode_job import EncodeJob
 from unmask.bulk.files import INPUT_FORMATS, NPY_HEADER_BYTES, OUTPUT_FORMATS
@@ -28,7 +27,6 @@ from unmask.bulk.spool import Spool
 from unmask.encoder.encoder import Encoder
 from unmask.errors import CheckpointError, EmptyText, StorageError, TextTooLong, UsageError
 
-ROOT = Path(__file__).parent.parent.parent
 CHUNK = 8
 TEXTS = [f"Row {i}: " + "the river, übersetzt " * (i % 5) for i in range(45)]
 
@@ -398,42 +396,24 @@ def test_progress_is_reported_before_the_first_chunk_and_after_each(job: EncodeJ
     assert 0 < states[-1].tokens < report.tokens  # the tokens of this run alone
 
 
-CHILD = """
-import os, signal, sys
-from pathlib import Path
-from unmask.bulk import chunks, job, spool
-from unmask.encoder import Encoder
-model, source, last_step, *outputs = sys.argv[1:]
-chunks.CHUNK_ROWS = 64
-def sync(path, real=spool.fsync_path):
-    if path.name == last_step:
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(path)
-spool.fsync_path = sync
-encoder = Encoder.load(model)
-for output in outputs:
-    print(job.run(job.EncodeJob((source,), output), lambda: encoder).resumed_at, flush=True)
-"""
+@pytest.fixture(scope="module")
+def model(golden_dir: Path) -> Path:
+    return golden_dir / "tiny_llama"
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory, golden_dir: Path) -> tuple[Path, list[str]]:
-    """A folder with an input of 4000 rows and the outputs of unbroken runs, and the command that makes more."""
+def folder(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    """A folder with an input of 4000 rows, and the outputs of an unbroken run."""
     folder = tmp_path_factory.mktemp("killed")
     (folder / "in.txt").write_text("".join(f"{i} {TEXTS[i % 45]}\n" for i in range(4000)))
-    command = [sys.executable, "-c", CHILD, str(golden_dir / "tiny_llama"), str(folder / "in.txt")]
-    whole = [str(folder / f"whole.{target}") for target in OUTPUT_FORMATS]
-    subprocess.run([*command, "none", *whole], check=True, cwd=ROOT, env=one_thread())
-    return folder, command
-
-
-def one_thread() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+    with encoding(model, folder / "in.txt", [folder / f"whole.{target}" for target in OUTPUT_FORMATS]) as process:
+        process.join()
+        assert process.exitcode == 0
+    return folder
 
 
 @pytest.mark.parametrize("target", OUTPUT_FORMATS)
-def test_killed_at_any_moment(killed: tuple[Path, list[str]], target: str) -> None:
-    folder, command = killed
+def test_killed_at_any_moment(folder: Path, model: Path, target: str) -> None:
     output, state = folder / f"out.{target}", folder / f".out.{target}.partial" / "state.json"
     moments = random.Random(target)
 
@@ -442,34 +422,32 @@ def test_killed_at_any_moment(killed: tuple[Path, list[str]], target: str) -> No
 
     for _ in range(3):
         before = recorded()
-        with subprocess.Popen([*command, "none", str(output)], cwd=ROOT, env=one_thread()) as child:
-            while recorded() <= before and child.poll() is None:
+        with encoding(model, folder / "in.txt", [output]) as process:
+            while recorded() <= before and process.is_alive():
                 time.sleep(0.005)
             time.sleep(moments.uniform(0, 0.2))
-            child.send_signal(signal.SIGKILL)
         assert not output.exists(), "killed too late to show anything; give it more rows"
-    resumed = subprocess.run(
-        [*command, "none", str(output)], check=True, cwd=ROOT, env=one_thread(), stdout=subprocess.PIPE
-    )
-    assert int(resumed.stdout) >= 3 * 64
+    with encoding(model, folder / "in.txt", [output]) as process:
+        process.join()
+        assert process.exitcode == 0
+    assert resumed_at(output) >= 3 * 64
     assert output.read_bytes() == (folder / f"whole.{target}").read_bytes()
 
 
 @pytest.mark.parametrize(
-    ("target", "step", "resumed_at"),
-    [("npy", "state.json.new", 0), ("npy", "vectors", 3968), ("parquet", "finished", 3968)],
+    ("target", "step", "row"), [("npy", "state.json.new", 0), ("npy", "vectors", 3968), ("parquet", "finished", 3968)]
 )
 def test_killed_at_the_worst_moments(
-    killed: tuple[Path, list[str]], tmp_path: Path, target: str, step: str, resumed_at: int
+    folder: Path, model: Path, tmp_path: Path, target: str, step: str, row: int
 ) -> None:
     """Kill before the first record is in place, and before the finished file is."""
-    folder, command = killed
     output = tmp_path / f"out.{target}"
-    child = subprocess.run([*command, step, str(output)], cwd=ROOT, env=one_thread())
-    assert child.returncode == -signal.SIGKILL
+    with encoding(model, folder / "in.txt", [output], dies_at=step) as process:
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
     assert not output.exists()
-    resumed = subprocess.run(
-        [*command, "none", str(output)], check=True, cwd=ROOT, env=one_thread(), stdout=subprocess.PIPE
-    )
-    assert int(resumed.stdout) == resumed_at
+    with encoding(model, folder / "in.txt", [output]) as process:
+        process.join()
+        assert process.exitcode == 0
+    assert resumed_at(output) == row
     assert output.read_bytes() == (folder / f"whole.{target}").read_bytes()

@@ -1,0 +1,65 @@
+"""Bulk jobs in processes of their own, for tests that kill them.
+
+They are forked from a process that has imported torch already, so that one starts in a tenth of a second.
+"""
+
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import get_context
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+import torch
+
+from unmask.bulk import chunks, spool
+from unmask.bulk.encode_job import EncodeJob
+from unmask.bulk.job import run
+from unmask.encoder.encoder import Encoder
+
+_CONTEXT = get_context("forkserver")
+_CONTEXT.set_forkserver_preload([__name__])
+
+
+@contextmanager
+def encoding(model: Path, source: Path, outputs: Sequence[Path], dies_at: str = "") -> Iterator[ForkServerProcess]:
+    """Encode a file to each output, in chunks of 64 rows, in a process that is killed when the block ends.
+
+    Args:
+        dies_at: name of a file; when it is about to be written to the disk, the process kills itself with SIGKILL.
+    """
+    process = _CONTEXT.Process(target=_encode, args=(model, source, outputs, dies_at))
+    process.start()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
+        process.close()
+
+
+def resumed_at(output: Path) -> int:
+    """The row at which the process began that finished an output."""
+    return int(_resumed(output).read_text())
+
+
+def _resumed(output: Path) -> Path:
+    return output.with_name(f"{output.name}.resumed")
+
+
+def _encode(model: Path, source: Path, outputs: Sequence[Path], dies_at: str) -> None:
+    torch.set_num_threads(1)
+    chunks.CHUNK_ROWS = 64
+    sync = spool.fsync_path
+
+    def sync_or_die(path: Path) -> None:
+        if path.name == dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        sync(path)
+
+    spool.fsync_path = sync_or_die
+    encoder = Encoder.load(model)
+    for output in outputs:
+        report = run(EncodeJob((str(source),), str(output)), lambda: encoder)
+        _resumed(output).write_text(str(report.resumed_at))
