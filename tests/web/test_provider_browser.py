@@ -95,6 +95,7 @@ def test_a_provider_is_added_drifts_and_comes_back(
             until(lambda: endpoint.finding == sentence)
             page.reload()
             expect(page.get_by_text(sentence).first).to_be_visible()
+            expect(page.get_by_role("row", name="gpu-2").first).to_contain_text("quarantined")
             # The customer's answer came after the last right canary, or before it: then nothing is tainted.
             expect(page.get_by_role("heading", name="Answers that may be wrong")).to_be_visible()
             expect(page.get_by_role("region", name=f"Costs of the providers of {MODEL}")).to_contain_text("$5.00")
@@ -105,6 +106,7 @@ def test_a_provider_is_added_drifts_and_comes_back(
             expect(page.get_by_role("status")).to_contain_text("The provider is being checked")
             until(lambda: admission(service, "gpu-2") == "admitted")
             page.reload()
+            expect(page.get_by_role("row", name="gpu-2").first).to_contain_text("admitted")
             form = page.locator("form.asking").filter(has=page.get_by_role("button", name="Quarantine acme"))
             form.get_by_role("button").click()
             expect(page.get_by_role("alert")).to_contain_text("A quarantine needs a reason")
