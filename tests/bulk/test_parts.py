@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -254,23 +255,22 @@ def test_no_texts_are_a_complete_output_without_parts(tmp_path: Path, encoder: E
         read_status(str(tmp_path / "nowhere"))
 
 
-def test_the_command_line(tmp_path: Path, job: EncodeJob, golden_dir: Path) -> None:
-    def unmask(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "unmask", "encode", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-
-    model = ("--model", str(golden_dir / "tiny_llama"))
-    done = unmask(job.inputs[0], "-o", job.output, *model)
+def test_the_command_line(
+    tmp_path: Path, job: EncodeJob, golden_dir: Path, unmask: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    command = [sys.executable, "-m", "unmask", "encode", job.inputs[0], "-o", job.output]
+    command += ["--model", str(golden_dir / "tiny_llama")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0 and "64 texts" in done.stderr
     assert "left out" in done.stderr and "README.md" in done.stderr
-    status = unmask("--status", job.output, "--json")
+    status = unmask("encode", "--status", job.output, "--json")
     counts = json.loads(status.stdout)
     assert (counts["state"], counts["rows"], counts["units"]) == ("complete", 64, 2)
-    assert counts["sha256"] in unmask("--status", job.output).stdout
+    assert counts["sha256"] in unmask("encode", "--status", job.output).stdout
     for arguments, message in (
         ((job.inputs[0],), "no output: add --output"),
         (("-o", job.output), "no input: name files"),
         (("--status", str(tmp_path / "none")), "holds no parts"),
     ):
-        refusal = unmask(*arguments)
+        refusal = unmask("encode", *arguments)
         assert refusal.returncode == 1 and message in refusal.stderr

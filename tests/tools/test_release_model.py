@@ -8,18 +8,23 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import model_card
 import msgspec
 import numpy as np
 import pytest
+import release_model
 from release_model import shorten_paths
 
 from tests.training.tiny import recipe_of, write_pairs
 from unmask import Encoder
 from unmask.catalogue import parse_record
 from unmask.catalogue.measurement import read_measurements
+from unmask.evaluate import run as evaluation_run
+from unmask.evaluate.cost import sample_texts
 from unmask.evaluate.results import read_results
 from unmask.evaluate.run import Evaluation, run_evaluation
 from unmask.training.train import run_training
@@ -47,11 +52,10 @@ class Workshop:
     def results(self) -> Path:
         return self.root / "docs" / "evaluation" / "results.json"
 
-    def tool(self, name: str, folder: Path, **options: Path) -> subprocess.CompletedProcess[str]:
-        arguments = {"results": self.results} | options
-        command = [sys.executable, str(self.root / "tools" / "release_model.py"), str(folder), "--name", name]
-        command += [part for key, path in arguments.items() for part in (f"--{key}", str(path))]
-        return self.python(*command[1:])
+    def command(self, name: str, folder: Path, results: Path | None = None) -> list[str]:
+        """The tool's path and arguments."""
+        tool = str(self.root / "tools" / "release_model.py")
+        return [tool, str(folder), "--name", name, "--results", str(results or self.results)]
 
     def python(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, *arguments]
@@ -120,29 +124,48 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, eval_data: Path) -> Works
         output=root / "docs" / "evaluation",
         command="unmask evaluate RUN/model --task STSBenchmark",
     )
-    run_evaluation(evaluation)
+    with pytest.MonkeyPatch.context() as scope:
+        # Speed is measured on a few texts only: its figures are no part of these tests.
+        scope.setattr(evaluation_run, "sample_texts", lambda: sample_texts()[:3])
+        run_evaluation(evaluation)
     return Workshop(root, folder / "run")
 
 
 @pytest.fixture(scope="module")
 def released(workshop: Workshop) -> Workshop:
     for name, part in NAMES.items():
-        done = workshop.tool(name, workshop.run / part)
+        done = workshop.python(*workshop.command(name, workshop.run / part))
         assert done.returncode == 0, done.stderr
     return workshop
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_name_gives_the_vectors_of_the_run_to_the_bit(released: Workshop, tmp_path: Path, name: str) -> None:
+@pytest.fixture
+def release(
+    released: Workshop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
+    """`release(name, folder)` runs the tool over the copy, in this process. Returns the exit code and the errors."""
+    monkeypatch.setattr(model_card, "HERE", released.root / "tools")
+
+    def run(name: str, folder: Path, results: Path | None = None) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [*released.command(name, folder, results), "--root", str(released.root)])
+        code = release_model.main()
+        return code, capsys.readouterr().err
+
+    return run
+
+
+def test_the_names_give_the_vectors_of_the_run_to_the_bit(released: Workshop, tmp_path: Path) -> None:
     code = (
         "import sys, json, numpy; from unmask import Encoder\n"
-        "encoder = Encoder.load(sys.argv[1], dtype='float32')\n"
-        "numpy.save(sys.argv[2], encoder.encode(json.loads(sys.argv[3])))\n"
+        "for name in sys.argv[3:]:\n"
+        "    encoder = Encoder.load(f'unmask/{name}', dtype='float32')\n"
+        "    numpy.save(f'{sys.argv[1]}/{name}.npy', encoder.encode(json.loads(sys.argv[2])))\n"
     )
-    done = released.python("-c", code, f"unmask/{name}", str(tmp_path / "vectors.npy"), json.dumps(TEXTS))
+    done = released.python("-c", code, str(tmp_path), json.dumps(TEXTS), *NAMES)
     assert done.returncode == 0, done.stderr
-    expected = Encoder.load(str(released.run / NAMES[name]), dtype="float32").encode(TEXTS)
-    assert expected.shape == (3, 48) and np.array_equal(np.load(tmp_path / "vectors.npy"), expected)
+    for name, part in NAMES.items():
+        expected = Encoder.load(str(released.run / part), dtype="float32").encode(TEXTS)
+        assert expected.shape == (3, 48) and np.array_equal(np.load(tmp_path / f"{name}.npy"), expected)
 
 
 def test_a_server_answers_with_it_once_its_canary_is_right(released: Workshop, tmp_path: Path) -> None:
@@ -220,21 +243,24 @@ def test_the_card_has_the_figures_of_the_evaluation_and_the_data_with_licences(r
     assert "an exit of" not in card
 
 
-def test_a_second_time_changes_nothing(released: Workshop) -> None:
+def test_a_second_time_changes_nothing(released: Workshop, release: Callable[..., tuple[int, str]]) -> None:
     def contents() -> dict[str, bytes]:
         files = [*(released.root / "unmask").rglob("*.*"), *(released.root / "tests").rglob("*.json")]
         return {str(file): file.read_bytes() for file in files if file.is_file() and file.suffix != ".pyc"}
 
     before = contents()
-    assert released.tool("tiny-2l", released.run / "model").returncode == 0
+    code, error = release("tiny-2l", released.run / "model")
+    assert code == 0, error
     assert contents() == before
 
 
-def test_what_does_not_belong_together_is_refused(released: Workshop, tmp_path: Path) -> None:
-    def refusal(name: str, folder: Path, **options: Path) -> str:
-        done = released.tool(name, folder, **options)
-        assert done.returncode == 2, done.stderr
-        return done.stderr
+def test_what_does_not_belong_together_is_refused(
+    released: Workshop, release: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    def refusal(name: str, folder: Path, results: Path | None = None) -> str:
+        code, error = release(name, folder, results)
+        assert code == 2, error
+        return error
 
     assert "is 35" in refusal("tiny-1l", released.run / "model")  # parameters
     assert "is missing; write it by hand" in refusal("unknown", released.run / "model")
