@@ -66,6 +66,7 @@ SLOW = {
     "cli/test_providers.py",
     "cluster/test_cluster.py",
     "cluster/test_connection.py",
+    "cluster/test_replicas.py",
     "conformance/test_finding.py",
     "encoder/test_golden.py",
     "encoder/test_int8.py",

@@ -47,6 +47,8 @@ NUMBERS: dict[str, tuple[list[str], dict[str, tuple[str, ...]]]] = {
             "--request-timeout": POSITIVE,
             "--queue-tokens": COUNT,
             "--cache-mb": ("-1", "nan", "inf", "x"),
+            "--replica-cpus": POSITIVE,
+            "--replica-gpus": SIZE,
         },
     ),
     "probe-layers": (["{tmp}/r.toml", "-o", "{tmp}/probe"], {"--texts": COUNT, "--held-out": (*COUNT, "4500")}),
@@ -175,8 +177,8 @@ def test_settings_of_a_server(value: float) -> None:
     ]
     assert len(numbers) > 10
     for name in numbers:
-        if value == 0 and name in ("port", "cache_bytes", "free_credit"):
-            continue  # any free port, no cache, no credit
+        if value == 0 and name in ("port", "cache_bytes", "free_credit", "replica_gpus"):
+            continue  # any free port, no cache, no credit, no GPU
         with pytest.raises(UsageError, match=name):
             ServeSettings(**{name: value})  # pyright: ignore[reportArgumentType]
 

@@ -27,6 +27,7 @@ ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": TOKEN,
     "RAY_worker_register_timeout_seconds": "600",
+    "RAY_worker_niceness": "0",  # at its default of 15, workers get next to nothing of a busy machine
     "RAY_health_check_timeout_ms": "60000",
     "RAY_enable_metrics_collection": "0",
     # Without this, drivers take 127.0.0.1 for the machine's address in the network.
@@ -46,18 +47,18 @@ def _free_port() -> int:
 
 
 class Raylets:
-    """A running cluster: a head without processors, and nodes with one each.
+    """A running cluster: a head, without processors by default, and nodes with one each.
 
     Attributes:
         address: host and port of the head.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, head_cpus: int = 0) -> None:
         from ray.cluster_utils import Cluster
 
         self._folder = folder
         self._cluster = Cluster()
-        self._node(num_cpus=0, include_dashboard=False, no_monitor=True)
+        self._node(num_cpus=head_cpus, include_dashboard=False, no_monitor=True)
         self.address: str = self._cluster.address or ""
 
     def add(self) -> None:
@@ -126,13 +127,13 @@ def patience() -> Iterator[None]:
 
 
 @contextmanager
-def raylets() -> Iterator[Raylets]:
+def raylets(head_cpus: int = 0) -> Iterator[Raylets]:
     """Start a head in a folder of its own; end everything and remove the folder at the end."""
     # Not pytest's folder: the path of a Unix socket has at most 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="unmask-ray-"))
     cluster = None
     try:
-        cluster = Raylets(folder)
+        cluster = Raylets(folder, head_cpus)
         yield cluster
     finally:
         if cluster is not None:

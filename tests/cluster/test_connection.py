@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import tests.cluster.raylets  # noqa: F401 - before ray
+from unmask.api import ServeSettings
 from unmask.cluster import connection
 from unmask.cluster.connection import connected
 from unmask.cluster.options import ClusterOptions
@@ -49,8 +50,10 @@ def test_another_version_of_ray_is_named() -> None:
 
 @pytest.mark.parametrize("workers", ["0", "4:2", "a", "1:2:3", ""])
 def test_numbers_of_workers_that_are_none(workers: str) -> None:
-    with pytest.raises(UsageError, match="give a number, or LEAST:MOST"):
+    with pytest.raises(UsageError, match=r"--workers .*: give a number, or LEAST:MOST"):
         ClusterOptions(workers=workers)
+    with pytest.raises(UsageError, match=r"--replicas .*: give a number, or LEAST:MOST"):
+        ServeSettings(cluster="local", replicas=workers)
 
 
 def test_without_ray_the_option_says_what_to_install(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from unmask import Encoder
 from unmask.encoder import Prompt
 from unmask.engine import Engine
 from unmask.engine.engine import _SAFE_SHARE
+from unmask.engine.hand import LocalHand
 from unmask.errors import (
     DeadlineExceeded,
     EmptyText,
@@ -122,7 +123,7 @@ async def test_one_request_larger_than_the_queue_is_served_alone(encoder: Encode
 
 async def test_what_cannot_meet_its_deadline_is_not_begun(gated: Gated) -> None:
     engine = Engine(gated)
-    engine.tokens_per_second = 1.0
+    assume_speed(engine, 1.0)
     ahead = await hold_forward(engine, gated)
     with pytest.raises(Overloaded) as refused:
         await vectors(engine, ["word " * 100], deadline=time.monotonic() + 60)
@@ -133,11 +134,16 @@ async def test_what_cannot_meet_its_deadline_is_not_begun(gated: Gated) -> None:
     engine.close()
 
 
+def assume_speed(engine: Engine, tokens_per_second: float) -> None:
+    """Take a speed for measured."""
+    engine._workers[0].tokens_per_second = tokens_per_second
+
+
 async def flood(engine: Engine, prompts: Sequence[Prompt], callers: Sequence[str]) -> list[asyncio.Task[np.ndarray]]:
     """Send the prompts once for each caller, to a model that can compute them 20 times before the deadline."""
     seconds = 600  # none of which the test takes: what is measured here is the number that is let in
     tokens = sum(len(prompt.ids) for prompt in prompts)
-    engine.tokens_per_second = (20.5 * tokens + engine.waiting_tokens()) / seconds / _SAFE_SHARE
+    assume_speed(engine, (20.5 * tokens + engine.waiting_tokens()) / seconds / _SAFE_SHARE)
     deadline = time.monotonic() + seconds
     requests = [engine.run(prompts, deadline=deadline, caller=caller) for caller in callers]
     tasks = [asyncio.create_task(request) for request in requests]
@@ -216,13 +222,14 @@ async def test_a_failing_forward_fails_its_own_callers_only(gated: Gated) -> Non
 
 
 async def test_out_of_memory_halves_the_pack_and_loses_nothing(gated: Gated) -> None:
-    engine = Engine(gated, pack_tokens=1024)
+    hand = LocalHand(gated, pack_tokens=1024)
+    engine = Engine(gated, hands=[hand])
     gated.broken = MemoryError()
     gated.gate.set()
     texts = [f"text number {i} with some words" for i in range(40)]
     result = await vectors(engine, texts)
     np.testing.assert_allclose(result, gated.encode(texts), rtol=0, atol=1e-5)
-    assert engine._pack_tokens == 256
+    assert hand.pack_tokens == 256
     engine.close()
 
 

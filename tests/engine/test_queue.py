@@ -53,6 +53,29 @@ def test_every_sequence_leaves_exactly_once(requests, budget: int, between: list
     assert queue.tokens == 0 and not queue.requests()
 
 
+@given(
+    lengths=st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=6), min_size=1, max_size=5),
+    fates=st.lists(st.sampled_from(["done", "back", "back, then done elsewhere"]), max_size=40),
+)
+def test_what_is_put_back_comes_again_and_is_counted_once(lengths: list[list[int]], fates: list[str]) -> None:
+    queue = FairQueue()
+    for number, one in enumerate(lengths):
+        queue.add(request(one, "ab"[number % 2]))
+    done: list[QueuedPrompt] = []
+    fate = iter(fates)
+    while len(queue):
+        for prompt in queue.take(50, now=0.0):
+            became = next(fate, "done")
+            if became != "done":
+                queue.put_back([prompt])
+            if became != "back":
+                prompt.done = True
+                queue.withdraw(prompt)
+                done.append(prompt)
+    assert queue.tokens == 0 and not queue.requests()
+    assert len(done) == len({id(prompt) for prompt in done}) == sum(map(len, lengths))
+
+
 @pytest.mark.parametrize("caller", ["bulk", "single"], ids=["same caller", "another caller"])
 def test_a_single_text_is_not_behind_a_large_request(caller: str) -> None:
     queue = FairQueue()

@@ -205,6 +205,8 @@ class _ServiceRoutes:
                 engine = await served.engine()
                 self.metrics.set_waiting_tokens(served.record.id, engine.waiting_tokens())
                 self.metrics.set_reused_inputs(served.record.id, engine.reused_prompts)
+                if engine.has_replicas:
+                    self.metrics.set_hands(served.record.id, engine.hands())
         if self.models.providers is not None:
             for model, group in self.models.providers.models().items():
                 for endpoint in group.endpoints:

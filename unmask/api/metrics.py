@@ -1,11 +1,13 @@
 """The counters that Prometheus reads. Labels come from our own tables, never from a caller."""
 
+from collections.abc import Sequence
 from functools import cache
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from unmask.api.traffic import TrafficHistory, TrafficInterval
+from unmask.engine.engine import HandFigures
 from unmask.router import PublicNames
 from unmask.router.endpoint import ProviderEndpoint
 
@@ -50,6 +52,26 @@ class ProviderGauges:
             self._distance.labels(*labels, "mean").set(endpoint.conformance.mean)
 
 
+class HandGauges:
+    """The figures of the processes that compute, by model and replica."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def gauge(name: str, description: str, *labels: str) -> Gauge:
+            return Gauge(f"unmask_replica_{name}", description, ["model", "replica", *labels], registry=registry)
+
+        self._up = gauge("up", "1 if the replica computes, 0 if it is being started or suspect")
+        self._speed = gauge("tokens_per_second", "Measured speed of the replica, 0 until it is known")
+        self._forwards = gauge("forwards", "Forwards since the model was loaded: done, late or lost", "outcome")
+
+    def set(self, model: str, hands: Sequence[HandFigures]) -> None:
+        """Set the figures of all replicas of a model."""
+        for hand in hands:
+            self._up.labels(model, hand.name).set(hand.state == "ready")
+            self._speed.labels(model, hand.name).set(hand.tokens_per_second or 0)
+            for outcome, count in hand.forwards.items():
+                self._forwards.labels(model, hand.name, outcome).set(count)
+
+
 class Metrics:
     """The counters of one app, in their own registry."""
 
@@ -79,6 +101,7 @@ class Metrics:
             ["model"],
             registry=self._registry,
         )
+        self._hands = HandGauges(self._registry)
         self._providers = ProviderGauges(self._registry)
         # The client checks and looks up labels at every call, which takes longer than to count.
         self._answers_of = cache(lambda route, status: self._requests.labels(route, str(status)))
@@ -111,6 +134,10 @@ class Metrics:
     def set_reused_inputs(self, model: str, count: int) -> None:
         """Set the number of inputs of a model that were answered from its cache."""
         self._reused.labels(model).set(count)
+
+    def set_hands(self, model: str, hands: Sequence[HandFigures]) -> None:
+        """Set the figures of the replicas of a model."""
+        self._hands.set(model, hands)
 
     def set_provider(self, model: str, endpoint: ProviderEndpoint, names: PublicNames) -> None:
         """Set the figures of a provider of a model, see `ProviderGauges.set`."""

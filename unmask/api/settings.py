@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from unmask.accounts.money import MAX_AMOUNT
 from unmask.accounts.provider_settings import IdentityProviderSettings, is_this_machine
 from unmask.catalogue.mail_server import MailServer
+from unmask.cluster.options import ReplicaOptions
 from unmask.encoder import DtypeChoice
 from unmask.errors import UsageError
 
@@ -21,6 +22,7 @@ _ADDRESS = re.compile(r"https?://[A-Za-z0-9.:\[\]-]+(/[\w./-]*)?")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
 _DEFAULT_PORT = re.compile(r"(http://.*:80|https://.*:443)")
 
+_MAY_BE_ZERO = ("port", "cache_bytes", "free_credit", "replica_gpus")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -80,6 +82,12 @@ class ServeSettings:
         dtype: precision of the weights, as for `Encoder.load`.
         device: torch device, as for `Encoder.load`.
         cache_bytes: memory of each model for vectors of earlier inputs; 0 turns the cache off.
+        cluster: Compute in replicas on a Ray cluster: auto (RAY_ADDRESS, or the cluster of this machine), HOST:PORT of
+            its head, or local, which starts one here. Needs the optional dependencies ray, and --replicas.
+        replicas: Number of replicas of each loaded model: processes that compute, while this one keeps queue, keys and
+            money. LEAST:MOST, as in 2:16, starts more while many tokens wait.
+        replica_cpus: Processors of a replica.
+        replica_gpus: GPUs of a replica. Its model needs the device cuda.
         log_level: Least level of messages to log on stderr.
         shutdown_grace_s: seconds that accepted requests have left after SIGTERM.
         public_url: Address of this server for links and examples on its pages and in mail. Default: the address that
@@ -121,6 +129,10 @@ class ServeSettings:
     dtype: DtypeChoice = "auto"
     device: str = "cpu"
     cache_bytes: int = 64_000_000
+    cluster: str | None = None
+    replicas: str | None = None
+    replica_cpus: float = 1.0
+    replica_gpus: float = 0.0
     log_level: str = "info"
     shutdown_grace_s: float = 30
     public_url: str | None = None
@@ -136,10 +148,11 @@ class ServeSettings:
             raise UsageError(f"port {self.port}: choose 0 to 65535")
         for name, value in vars(self).items():
             counts = isinstance(value, int | float) and not isinstance(value, bool)
-            if counts and name not in ("port", "cache_bytes", "free_credit") and not 0 < value < math.inf:
+            if counts and name not in _MAY_BE_ZERO and not 0 < value < math.inf:
                 raise UsageError(f"{name}={value}: must be greater than 0, and finite")
         if not 0 <= self.cache_bytes < math.inf:
             raise UsageError(f"cache_bytes={self.cache_bytes}: must be 0 (no cache) or greater")
+        self._check_replicas()
         if self.log_level not in LOG_LEVELS:
             raise UsageError(f"log_level={self.log_level!r}: choose one of {', '.join(LOG_LEVELS)}")
         if not all(key.isascii() and key.isprintable() and key and " " not in key for key in self.api_keys):
@@ -170,6 +183,22 @@ class ServeSettings:
                 f"host {self.host!r} can be reached from other machines and no API key is set: "
                 "turn on accounts, name a key file, or listen on 127.0.0.1"
             )
+
+    def _check_replicas(self) -> None:
+        if not 0 <= self.replica_gpus < math.inf:
+            raise UsageError(f"replica_gpus={self.replica_gpus}: must be 0 or greater, and finite")
+        if (options := self.replica_options()) is not None:
+            options.limits()
+        if self.replicas is not None and self.cluster is None:
+            raise UsageError(f"replicas={self.replicas!r}: name their cluster too, such as --cluster local")
+        if self.cluster is not None and self.replicas is None:
+            raise UsageError(f"cluster={self.cluster!r}: say how many replicas, such as --replicas 2")
+
+    def replica_options(self) -> ReplicaOptions | None:
+        """Return number and size of the replicas; None for a server that computes itself."""
+        if self.replicas is None:
+            return None
+        return ReplicaOptions(replicas=self.replicas, replica_cpus=self.replica_cpus, replica_gpus=self.replica_gpus)
 
 
 def _check_origin(origin: str) -> None:

@@ -16,6 +16,7 @@ from unmask.cli.options import DeviceOption, DtypeOption, amount_option, megabyt
 from unmask.errors import UsageError
 
 _LIMITS = Group("Limits", sort_key=10)
+_REPLICAS = Group("Replicas", sort_key=15)
 _ACCOUNTS = Group("Accounts", sort_key=20)
 _OIDC = Group("Sign-in with OpenID Connect", sort_key=30)
 _INTERNAL = Parameter(parse=False)
@@ -66,6 +67,11 @@ class ServeOptions(ServeSettings):
     body_limit_bytes: Annotated[int, Parameter(group=_LIMITS), megabytes_option("--body-limit-mb")] = 32_000_000
     queue_tokens: Annotated[int, Parameter(group=_LIMITS)] = 262_144
     cache_bytes: Annotated[int, Parameter(group=_LIMITS), megabytes_option("--cache-mb")] = 64_000_000
+
+    cluster: Annotated[str | None, Parameter(group=_REPLICAS)] = None
+    replicas: Annotated[str | None, Parameter(group=_REPLICAS)] = None
+    replica_cpus: Annotated[float, Parameter(group=_REPLICAS)] = 1.0
+    replica_gpus: Annotated[float, Parameter(group=_REPLICAS)] = 0.0
 
     catalogue: Annotated[str | None, _INTERNAL] = None
     provider: Annotated[IdentityProviderSettings | None, _INTERNAL] = None

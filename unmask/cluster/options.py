@@ -1,4 +1,4 @@
-"""`ClusterOptions`: which cluster, and how many workers of which size. This module imports neither ray nor torch."""
+"""Which cluster, and how many workers or replicas of which size. This module imports neither ray nor torch."""
 
 import math
 from dataclasses import dataclass
@@ -46,11 +46,39 @@ class ClusterOptions:
         """
         if self.workers is None:
             return 1, None
-        least, colon, most = self.workers.partition(":")
-        try:
-            limits = int(least), int(most) if colon else int(least)
-        except ValueError:
-            limits = 0, 0
-        if not 1 <= limits[0] <= limits[1]:
-            raise UsageError(f"--workers {self.workers}: give a number, or LEAST:MOST as in 4:64, from 1 on")
-        return limits
+        return _limits("--workers", self.workers)
+
+
+def _limits(option: str, text: str) -> tuple[int, int]:
+    least, colon, most = text.partition(":")
+    try:
+        limits = int(least), int(most) if colon else int(least)
+    except ValueError:
+        limits = 0, 0
+    if not 1 <= limits[0] <= limits[1]:
+        raise UsageError(f"{option} {text}: give a number, or LEAST:MOST as in 4:64, from 1 on")
+    return limits
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaOptions:
+    """Number and size of the replicas of a model.
+
+    Attributes:
+        replicas: number of processes that compute for a model, or LEAST:MOST.
+        replica_cpus, replica_gpus: processors and GPUs of each.
+        replica_wait: seconds that the cluster may take to start the first one.
+    """
+
+    replicas: str = "1"
+    replica_cpus: float = 1.0
+    replica_gpus: float = 0.0
+    replica_wait: float = 300.0
+
+    def limits(self) -> tuple[int, int]:
+        """Return the least and the most replicas.
+
+        Raises:
+            UsageError: `replicas` is neither N nor LEAST:MOST.
+        """
+        return _limits("--replicas", self.replicas)

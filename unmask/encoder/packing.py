@@ -36,24 +36,27 @@ def packs_of(lengths: Sequence[int], device: torch.device | str) -> list[list[in
     return packs[:-parallel] + [[last_round[i] for i in members] for members in balanced]
 
 
-def parallel_packs(tokens: int, device: torch.device | str) -> int:
+def parallel_packs(tokens: int, device: torch.device | str, threads: int | None = None) -> int:
     """Number of packs that are computed at the same time when `tokens` wait.
 
     On a CPU one per core. On an accelerator one, or two of the largest: one is transferred while the other is computed.
+
+    Args:
+        threads: cores of the process that computes; None for this process's.
     """
     if torch.device(device).type != "cpu":
         return 2 if tokens > ACCELERATOR_TOKENS else 1
-    return max(1, min(num_threads(), tokens // _MIN_PACK_TOKENS))
+    return max(1, min(threads or num_threads(), tokens // _MIN_PACK_TOKENS))
 
 
-def pack_budget(tokens: int, device: torch.device | str) -> int:
+def pack_budget(tokens: int, device: torch.device | str, threads: int | None = None) -> int:
     """Return the number of tokens per pack, so that `tokens` of work keep every core busy to the end.
 
     The number of packs is a multiple of `parallel_packs`, so that no core waits while another computes a last one.
     """
     if torch.device(device).type != "cpu":
         return ACCELERATOR_TOKENS
-    parallel = parallel_packs(tokens, device)
+    parallel = parallel_packs(tokens, device, threads)
     return max(1, -(-tokens // (_rounds(tokens, parallel) * parallel)))
 
 

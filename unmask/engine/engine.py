@@ -1,19 +1,22 @@
-"""`Engine`: batches the requests of many callers through one loaded model."""
+"""`Engine`: batches the requests of many callers through one model, computed by one or several hands."""
 
 import asyncio
 import itertools
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from unmask.encoder import Encoder, Prompt
-from unmask.encoder.packing import balance, pack_budget, parallel_packs
+from unmask.encoder.packing import balance
 from unmask.encoder.prompts import DefaultPrompts
+from unmask.encoder.remote_encoder import RemoteEncoder
+from unmask.engine.hand import PACK_TOKENS, Hand, HandLost, HandState, LocalHand, PackVectors
 from unmask.engine.queue import FairQueue, QueuedPrompt, QueuedRequest
 from unmask.engine.recent_vectors import RecentVectors, cache_key
 from unmask.errors import DeadlineExceeded, EngineError, EngineStopped, InputError, Overloaded
@@ -33,40 +36,141 @@ _SAFE_SHARE = 0.75
 # callers with an empty queue.
 _QUEUED_SHARE = 0.75
 
-# One forward at a time in this process, whatever the number of models: two at once would slow each other down.
-_COMPUTE_LOCK = threading.Lock()
+# Fewer waiting tokens go to one hand whole; more are shared among those that are free.
+_MIN_SHARED_TOKENS = 256
+
+# A forward is late after this many times the time that it should take, and never before the second number of seconds.
+# Without a measured speed, the third counts.
+_LATE_TIMES, _MIN_LATE_S, _UNMEASURED_LATE_S = 3.0, 1.0, 30.0
+
+# Forwards in which a prompt may lose its hand; in the last one it is alone, so that it takes no other with it.
+_MAX_LOSSES = 3
+
+# Seconds without work after which a hand is checked.
+_CHECK_S = 10.0
+
+# A hand more is used when the tokens that wait would take all others longer than the first number of seconds, and one
+# less when not all were busy at the same time for the second.
+_GROW_S, _SHRINK_S = 5.0, 300.0
+_PARKED_S = 0.2
+
+
+@dataclass(eq=False)
+class _Worker:
+    """A thread of the engine, and its hand.
+
+    Attributes:
+        number: of the hand, from 0. Hands with higher numbers are parked first.
+        tokens_per_second: measured speed, a moving average; None until a large forward has run.
+        taken: prompts of the running forward.
+        last_end: `time.perf_counter()` at which the last forward, or the last wait for work, ended.
+        forwards, times_late, times_lost: number of forwards that ended well, were late, or lost their hand.
+    """
+
+    hand: Hand
+    number: int = 0
+    thread: threading.Thread | None = None
+    tokens_per_second: float | None = None
+    taken: list[QueuedPrompt] = field(default_factory=list)
+    last_end: float = 0.0
+    forwards: int = 0
+    times_late: int = 0
+    times_lost: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Return the number of tokens of the running forward."""
+        return sum(queued.length for queued in self.taken)
+
+    @property
+    def rate(self) -> float | None:
+        """Return the measured speed, or the one that the hand had at its start."""
+        return self.tokens_per_second or self.hand.tokens_per_second
+
+
+@dataclass(frozen=True)
+class HandFigures:
+    """A hand of an engine, as pages and metrics show it.
+
+    Attributes:
+        name, state: see `Hand`.
+        tokens_per_second: measured speed; None until it is known.
+        forwards: number of forwards by outcome: "done", "late" or "lost".
+    """
+
+    name: str
+    state: HandState
+    tokens_per_second: float | None
+    forwards: dict[str, int]
 
 
 class Engine:
-    """Batches the requests of many callers through one encoder, in its own thread.
+    """Batches the requests of many callers through one model, with a thread for each of its hands.
 
     Args:
-        encoder: the loaded model.
+        encoder: the loaded model, or the description of one that is loaded elsewhere.
         queue_tokens: most tokens in the queue; requests beyond it are refused.
-        pack_tokens: most tokens of one forward; halved when memory runs out.
+        pack_tokens: most tokens of one forward of this process; halved when memory runs out.
         cache_bytes: memory for vectors of recent prompts; 0 for no cache.
+        hands: what computes; None for this process. The engine closes them.
+        least_hands: number of hands that are always used, others only while many tokens wait; None for all.
 
     Attributes:
         reused_prompts: number of prompts answered without a forward.
-        tokens_per_second: measured speed, a moving average; None until a large forward has run.
     """
 
     def __init__(
-        self, encoder: Encoder, *, queue_tokens: int = 262_144, pack_tokens: int = 16_384, cache_bytes: int = 0
+        self,
+        encoder: Encoder | RemoteEncoder,
+        *,
+        queue_tokens: int = 262_144,
+        pack_tokens: int = PACK_TOKENS,
+        cache_bytes: int = 0,
+        hands: Sequence[Hand] | None = None,
+        least_hands: int | None = None,
     ) -> None:
+        if hands is None:
+            assert isinstance(encoder, Encoder), "a model that is loaded elsewhere needs hands"
+            hands = [LocalHand(encoder, pack_tokens)]
         self.encoder = encoder
-        self.tokens_per_second: float | None = None
         self.reused_prompts = 0
         self._recent = RecentVectors(cache_bytes) if cache_bytes else None
-        self._queue_tokens, self._pack_tokens = queue_tokens, pack_tokens
+        self._queue_tokens = queue_tokens
         self._queue = FairQueue()
         self._changed = threading.Condition()
-        self._in_flight = 0
+        self._idle = 0  # workers that wait for work
+        self._least = self._active = len(hands) if least_hands is None else least_hands
+        self._full_at = time.monotonic()  # time at which no active hand was idle
         self._stopping = False
         self._anonymous = itertools.count()
         self._tokenisers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="unmask-tokenise")
-        self._worker = threading.Thread(target=self._work, name=f"unmask-engine-{encoder.name}", daemon=True)
-        self._worker.start()
+        self._workers = [_Worker(hand, number) for number, hand in enumerate(hands)]
+        for worker in self._workers:
+            name = f"unmask-engine-{encoder.name}-{worker.hand.name}"
+            worker.thread = threading.Thread(target=self._work, args=(worker,), name=name, daemon=True)
+            worker.thread.start()
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Return the measured speed of all hands that can compute now; None until it is known of one."""
+        return sum(worker.rate or 0.0 for worker in self._workers if worker.hand.state == "ready") or None
+
+    @property
+    def has_replicas(self) -> bool:
+        """True if other processes compute."""
+        return not isinstance(self.encoder, Encoder)
+
+    def hands(self) -> list[HandFigures]:
+        """Return the figures of all hands."""
+        return [
+            HandFigures(
+                worker.hand.name,
+                worker.hand.state,
+                worker.rate,
+                {"done": worker.forwards, "late": worker.times_late, "lost": worker.times_lost},
+            )
+            for worker in self._workers
+        ]
 
     async def prepare(
         self, texts: Sequence[str] | Sequence[Sequence[int]], *, instruction: str = "", truncate: bool = False
@@ -165,6 +269,7 @@ class Engine:
         with self._changed:
             self._admit(request)
             self._queue.add(request)
+            self._grow()
             self._changed.notify()
         try:
             await asyncio.wait_for(future, None if deadline is None else max(0.0, deadline - time.monotonic()))
@@ -189,13 +294,14 @@ class Engine:
                 retry_after=(waiting + new_tokens - self._queue_tokens) / (self._safe_rate() or self._queue_tokens),
             )
         rate = self._safe_rate()
-        if rate is None or not waiting + self._in_flight:
+        running = self._running_tokens()
+        if rate is None or not waiting + running:
             return
         now = time.monotonic()
-        late = self._queue.lateness(new_tokens, request.deadline, now=now, rate=rate, running=self._in_flight)
+        late = self._queue.lateness(new_tokens, request.deadline, now=now, rate=rate, running=running)
         if late > 0:
             raise Overloaded(
-                f"{waiting + self._in_flight} tokens are ahead, too many for all to be done by their deadlines",
+                f"{waiting + running} tokens are ahead, too many for all to be done by their deadlines",
                 retry_after=late,
             )
         queued = self._queue.queued_tokens(request.caller)
@@ -209,97 +315,180 @@ class Engine:
 
     def _safe_rate(self) -> float | None:
         """Return the tokens per second that admission counts on; None until the speed was measured."""
-        return None if self.tokens_per_second is None else _SAFE_SHARE * self.tokens_per_second
+        rate = self.tokens_per_second
+        return None if rate is None else _SAFE_SHARE * rate
+
+    def _running_tokens(self) -> int:
+        return sum(worker.tokens for worker in self._workers)
 
     def waiting_tokens(self) -> int:
-        """Return the number of tokens in the queue and in the running forward."""
+        """Return the number of tokens in the queue and in the running forwards."""
         with self._changed:
-            return self._queue.tokens + self._in_flight
+            return self._queue.tokens + self._running_tokens()
 
     def close(self, grace: float = 30.0) -> None:
-        """Refuse new requests, finish accepted ones for up to `grace` seconds, and end the thread."""
+        """Refuse new requests, finish accepted ones for up to `grace` seconds, and end the threads and the hands."""
+        end = time.monotonic() + grace
         with self._changed:
             self._stopping = True
-            self._changed.notify()
-        self._worker.join(grace)
+            self._changed.notify_all()
+        for worker in self._workers:
+            if worker.thread is not None:
+                worker.thread.join(max(0.0, end - time.monotonic()))
         with self._changed:
-            abandoned = self._queue.requests()
-            for request in abandoned:
+            running = [queued.request for worker in self._workers for queued in worker.taken]
+            abandoned = {id(request): request for request in [*self._queue.requests(), *running] if not request.ended}
+            for request in abandoned.values():
                 self._queue.drop(request)
-        for request in abandoned:
+        for request in abandoned.values():
             request.done(EngineStopped("the server shut down before this request was done"))
+        for worker in self._workers:
+            worker.hand.close()
         self._tokenisers.shutdown(wait=False, cancel_futures=True)
 
-    def _work(self) -> None:
-        last_end = time.perf_counter()
-        while True:
-            with self._changed:
-                while not len(self._queue) and not self._stopping:
-                    self._changed.wait()
-                    last_end = time.perf_counter()
-                if not len(self._queue):
-                    return
-                now = time.monotonic()
-                expired = self._queue.expired(now)
-                for request in expired:
-                    self._queue.drop(request)
-                packs = self._take_packs(now)
-                self._in_flight = sum(prompt.length for pack in packs for prompt in pack)
-            for request in expired:
-                request.done(DeadlineExceeded("the deadline passed before the vectors were ready"))
+    def _work(self, worker: _Worker) -> None:
+        worker.last_end = time.perf_counter()
+        while not self._is_over():
+            if worker.number >= self._active:
+                worker.hand.park()
+                time.sleep(_PARKED_S)
+                continue
+            if not worker.hand.restore():
+                continue
+            self._shrink()
+            if not self._wait_for_work(worker):
+                worker.hand.check()
+                continue
+            packs = self._next_forward(worker)
             if packs:
-                with _COMPUTE_LOCK:
-                    self.encoder.map_packs(self._run_pack, packs)
-                # Measured from the end of the last forward: the gap between two forwards delays callers as well.
-                start, last_end = last_end, time.perf_counter()
-                self._measure(self._in_flight, last_end - start)
-            with self._changed:
-                self._in_flight = 0
+                self._run_forward(worker, packs)
 
-    def _take_packs(self, now: float) -> list[list[QueuedPrompt]]:
+    def _grow(self) -> None:
+        """Use as many hands as the waiting tokens need, if their speed is known."""
+        rates = [worker.rate for worker in self._workers if worker.rate is not None]
+        if rates and self._active < len(self._workers):
+            seconds_of_one = (self._queue.tokens + self._running_tokens()) * len(rates) / sum(rates)
+            self._active = min(len(self._workers), max(self._active, math.ceil(seconds_of_one / _GROW_S)))
+
+    def _shrink(self) -> None:
+        """Use a hand less, if some were idle all the time for long."""
+        with self._changed:
+            now = time.monotonic()
+            if not self._idle:
+                self._full_at = now
+            elif self._active > self._least and now - self._full_at > _SHRINK_S:
+                self._active, self._full_at = self._active - 1, now
+
+    def _is_over(self) -> bool:
+        """Return true if the engine stops and nothing is left: neither in the queue nor in a hand that may be lost."""
+        with self._changed:
+            return self._stopping and not len(self._queue) and not self._running_tokens()
+
+    def _wait_for_work(self, worker: _Worker) -> bool:
+        """Wait until something changes, unless prompts are in the queue. Return false if nothing did for a while."""
+        with self._changed:
+            if len(self._queue) or self._is_over():
+                return True
+            self._idle += 1
+            try:
+                return self._changed.wait(_CHECK_S)
+            finally:
+                self._idle -= 1
+                worker.last_end = time.perf_counter()
+
+    def _next_forward(self, worker: _Worker) -> list[list[QueuedPrompt]]:
+        """Take the packs of the next forward from the queue, and end the requests that are too late for one."""
+        with self._changed:
+            now = time.monotonic()
+            expired = self._queue.expired(now)
+            for request in expired:
+                self._queue.drop(request)
+            packs = self._take_packs(worker, now)
+            worker.taken = [queued for pack in packs for queued in pack]
+            if len(self._queue):
+                self._changed.notify()  # there is work for another hand as well
+        for request in expired:
+            request.done(DeadlineExceeded("the deadline passed before the vectors were ready"))
+        return packs
+
+    def _take_packs(self, worker: _Worker, now: float) -> list[list[QueuedPrompt]]:
         """Take the next prompts from the queue, as packs that end at about the same time.
 
         A forward ends with its longest pack, and admission counts on the speed of all cores.
         """
-        waiting, device = self._queue.tokens, self.encoder.device
-        count = parallel_packs(waiting, device)
-        budget = min(self._pack_tokens, pack_budget(waiting, device))
-        prompts = self._queue.take(count * budget, now, rate=self._safe_rate())
+        waiting, rate = self._queue.tokens, self.tokens_per_second
+        if waiting > _MIN_SHARED_TOKENS:
+            waiting = -(-waiting // (1 + self._idle))
+        count, budget = worker.hand.sizes(waiting)
+        share = 1.0 if rate is None or worker.rate is None else min(1.0, worker.rate / rate)
+        running = self._running_tokens()
+        prompts = self._queue.take(count * budget, now, rate=self._safe_rate(), running=running, share=share)
+        suspects = [queued for queued in prompts if queued.times_lost == _MAX_LOSSES - 1]
+        if suspects:
+            self._queue.put_back([queued for queued in prompts if queued is not suspects[0]])
+            prompts = suspects[:1]
         return [[prompts[i] for i in rows] for rows in balance([prompt.length for prompt in prompts], count)]
 
-    def _run_pack(self, pack: list[QueuedPrompt]) -> None:
-        """Run one forward and deliver its vectors. Never raises: the thread must live on for other requests."""
+    def _run_forward(self, worker: _Worker, packs: list[list[QueuedPrompt]]) -> None:
+        """Let the hand compute packs. Never raises: the thread must live on for other requests."""
+        tokens = worker.tokens
         try:
-            vectors = self.encoder.forward_pack([queued.prompt for queued in pack])
-        except Exception as error:
-            if not _out_of_memory(error) or len(pack) == 1:
-                log.exception("a forward of %d sequences failed", len(pack))
-                self._fail(pack, EngineError("the model failed on this request"))
-                return
-            self._pack_tokens = max(256, min(self._pack_tokens, sum(queued.length for queued in pack)) // 2)
-            log.warning("out of memory: packs are now at most %d tokens", self._pack_tokens)
-            half = len(pack) // 2
-            self._run_pack(pack[:half])
-            self._run_pack(pack[half:])
+            worker.hand.forward(
+                [[queued.prompt for queued in pack] for pack in packs],
+                _seconds_until_late(worker, tokens),
+                lambda number, outcome: self._deliver(packs[number], outcome),
+            )
+        except HandLost as lost:
+            self._take_back(worker, tokens, lost.is_late)
             return
-        finite = [bool(np.isfinite(vector).all()) for vector in vectors]
-        self._fail(
-            [queued for queued, is_finite in zip(pack, finite, strict=True) if not is_finite],
-            EngineError("the model produced a vector that is not finite; its precision may be too low"),
-        )
-        for queued, vector, is_finite in zip(pack, vectors, finite, strict=True):
-            if is_finite:
-                self._deliver(queued, vector)
-
-    def _deliver(self, queued: QueuedPrompt, vector: np.ndarray) -> None:
-        request = queued.request
-        request.vectors[queued.index] = vector
+        except Exception:
+            log.exception("a forward of %d tokens failed", tokens)
+            self._fail(worker.taken, EngineError("the model failed on this request"))
+        # Measured from the end of the last forward: the gap between two forwards delays callers as well.
+        start, worker.last_end = worker.last_end, time.perf_counter()
+        _measure(worker, tokens, worker.last_end - start)
         with self._changed:
-            request.unfinished -= 1
-            complete = request.unfinished == 0 and not request.ended
-            request.ended = request.ended or complete
-        if complete:
+            worker.forwards += 1
+            worker.taken = []
+            if self._stopping:
+                self._changed.notify_all()
+
+    def _take_back(self, worker: _Worker, tokens: int, is_late: bool) -> None:
+        """Queue the prompts of a lost forward again, for whoever is free."""
+        failure = EngineError(f"the model failed on this request: {_MAX_LOSSES} replicas ended while they computed it")
+        with self._changed:
+            taken, worker.taken = worker.taken, []
+            for queued in taken:
+                queued.times_late += is_late
+                queued.times_lost += not is_late
+            worker.times_late += is_late
+            worker.times_lost += not is_late
+            if is_late and worker.rate is not None and tokens >= _MIN_MEASURED_TOKENS:
+                worker.tokens_per_second = worker.rate / 2  # it is slower than expected, if it is alive at all
+            self._fail([queued for queued in taken if queued.times_lost >= _MAX_LOSSES], failure)
+            self._queue.put_back(taken)
+            self._changed.notify_all()
+
+    def _deliver(self, pack: Sequence[QueuedPrompt], outcome: PackVectors) -> None:
+        """Take the vectors of a pack. The first answer counts, if a prompt was given to two hands."""
+        complete: list[QueuedRequest] = []
+        with self._changed:
+            for row, queued in enumerate(pack):
+                request = queued.request
+                if row in outcome.errors or queued.done or request.ended:
+                    continue
+                request.vectors[queued.index] = outcome.vectors[row]
+                queued.done = True
+                self._queue.withdraw(queued)
+                request.unfinished -= 1
+                if request.unfinished == 0:
+                    request.ended = True
+                    complete.append(request)
+        for request in complete:
             request.done(None)
+        for row, error in outcome.errors.items():
+            if not pack[row].done:
+                self._fail([pack[row]], error)
 
     def _fail(self, prompts: Sequence[QueuedPrompt], error: BaseException) -> None:
         for request in {id(queued.request): queued.request for queued in prompts}.values():
@@ -309,12 +498,18 @@ class Engine:
             if is_awaited:
                 request.done(error)
 
-    def _measure(self, tokens: int, seconds: float) -> None:
-        if tokens < _MIN_MEASURED_TOKENS:
-            return
-        rate = tokens / max(seconds, 1e-6)
-        average = self.tokens_per_second
-        self.tokens_per_second = rate if average is None else 0.8 * average + 0.2 * rate
+
+def _seconds_until_late(worker: _Worker, tokens: int) -> float:
+    """Return the time after which a forward is late. It doubles each time that one of its prompts was late before."""
+    seconds = _UNMEASURED_LATE_S if worker.rate is None else max(_MIN_LATE_S, _LATE_TIMES * tokens / worker.rate)
+    return seconds * 2 ** max((queued.times_late for queued in worker.taken), default=0)
+
+
+def _measure(worker: _Worker, tokens: int, seconds: float) -> None:
+    if tokens < _MIN_MEASURED_TOKENS:
+        return
+    rate, average = tokens / max(seconds, 1e-6), worker.tokens_per_second
+    worker.tokens_per_second = rate if average is None else 0.8 * average + 0.2 * rate
 
 
 def _call_soon(
@@ -323,7 +518,3 @@ def _call_soon(
     # The caller's event loop may have closed while its prompts were running.
     if not loop.is_closed():
         loop.call_soon_threadsafe(resolve, error)
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

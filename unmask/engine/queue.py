@@ -16,7 +16,7 @@ deadlines go instead.
 import bisect
 import heapq
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -50,12 +50,22 @@ class QueuedRequest:
 
 @dataclass(order=True, slots=True)
 class QueuedPrompt:
-    """One prompt in the queue. Sorts by its fair tag among its caller's requests, then by arrival."""
+    """One prompt in the queue. Sorts by its fair tag among its caller's requests, then by arrival.
+
+    Attributes:
+        waiting: True while it is in the queue.
+        done: True once it has its vector.
+        times_late, times_lost: number of forwards with it that were late, and whose hand died.
+    """
 
     tag: float
     order: int
     request: QueuedRequest = field(compare=False)
     index: int = field(compare=False)
+    waiting: bool = field(default=True, compare=False)
+    done: bool = field(default=False, compare=False)
+    times_late: int = field(default=0, compare=False)
+    times_lost: int = field(default=0, compare=False)
 
     @property
     def prompt(self) -> Prompt:
@@ -177,7 +187,9 @@ class FairQueue:
             latenesses.append(((tokens + new_tokens) / rate - (new_deadline - now), len(self._by_deadline)))
         return latenesses
 
-    def take(self, budget: int, now: float, *, rate: float | None = None) -> list[QueuedPrompt]:
+    def take(
+        self, budget: int, now: float, *, rate: float | None = None, running: int = 0, share: float = 1.0
+    ) -> list[QueuedPrompt]:
         """Remove and return the prompts of the next forward, longest first.
 
         They have at most `budget` tokens; a single prompt may have more. Prompts of ended requests are removed on the
@@ -187,16 +199,19 @@ class FairQueue:
             budget: most tokens of the forward.
             now: `time.monotonic()`.
             rate: tokens per second that the engine is sure to compute; None if unknown: deadlines are then ignored.
+            running: tokens of other forwards that are running.
+            share: part of the rate that computes this forward.
         """
         self._by_deadline = [request for request in self._by_deadline if request.waiting]
         chosen = self._fair_choice(budget, now)
         if chosen and rate:
-            urgent = self._urgent_requests(chosen, now, rate)
+            urgent = self._urgent_requests(chosen, now, rate, running)
             if urgent:
                 for prompt in chosen:
                     self._put_back(prompt)
-                chosen = self._take_by_deadline(urgent, budget, now, rate)
+                chosen = self._take_by_deadline(urgent, budget, now, rate * share)
         for prompt in chosen:
+            prompt.waiting = False
             caller = self._callers[prompt.request.caller]
             caller.clock = max(caller.clock, prompt.tag)
             prompt.request.waiting -= prompt.length
@@ -204,12 +219,35 @@ class FairQueue:
         self._forget_idle()
         return sorted(chosen, key=lambda prompt: -prompt.length)
 
-    def _urgent_requests(self, chosen: list[QueuedPrompt], now: float, rate: float) -> list[QueuedRequest]:
+    def put_back(self, prompts: Sequence[QueuedPrompt]) -> None:
+        """Queue prompts again that were taken, at their old places. Those that nobody awaits are left out."""
+        for prompt in prompts:
+            request = prompt.request
+            if request.ended or prompt.done:
+                continue
+            if request not in self._by_deadline:
+                bisect.insort(self._by_deadline, request, key=_deadline)
+            prompt.waiting = True
+            request.waiting += prompt.length
+            self.tokens += prompt.length
+            self._callers.setdefault(request.caller, _CallerQueue(self._clock))
+            self._put_back(prompt)
+
+    def withdraw(self, prompt: QueuedPrompt) -> None:
+        """Stop waiting for a prompt that has its vector from elsewhere."""
+        if prompt.waiting and not prompt.request.ended:
+            prompt.request.waiting -= prompt.length
+            self.tokens -= prompt.length
+        prompt.waiting = False
+
+    def _urgent_requests(
+        self, chosen: list[QueuedPrompt], now: float, rate: float, running: int
+    ) -> list[QueuedRequest]:
         """Return the requests that must go before `chosen`: all up to the first that would be late after it."""
         taken: dict[int, int] = {}
         for prompt in chosen:
             taken[id(prompt.request)] = taken.get(id(prompt.request), 0) + prompt.length
-        latenesses = self._lateness(now, rate, sum(taken.values()), taken=taken)
+        latenesses = self._lateness(now, rate, running + sum(taken.values()), taken=taken)
         return next((self._by_deadline[: position + 1] for late, position in latenesses if late > 0), [])
 
     def _take_by_deadline(
@@ -218,9 +256,7 @@ class FairQueue:
         """Take a forward of these requests, strictly by deadline, that ends before the first deadline."""
         ids = {id(request) for request in requests}
         heaps = [caller.heap for caller in self._callers.values()]
-        waiting = [
-            prompt for heap in heaps for prompt in heap if id(prompt.request) in ids and not prompt.request.ended
-        ]
+        waiting = [prompt for heap in heaps for prompt in heap if id(prompt.request) in ids and _is_awaited(prompt)]
         chosen: list[QueuedPrompt] = []
         tokens = 0
         for prompt in sorted(waiting, key=lambda prompt: (prompt.request.deadline, prompt)):
@@ -275,7 +311,7 @@ class FairQueue:
         while turns and total < tokens:
             _, number, caller = heapq.heappop(turns)
             prompt = heapq.heappop(caller.heap)
-            if not prompt.request.ended:
+            if _is_awaited(prompt):
                 candidates.append(prompt)
                 total += prompt.length
                 caller.served += prompt.length
@@ -304,6 +340,10 @@ class FairQueue:
     def requests(self) -> list[QueuedRequest]:
         """Return all waiting requests that have not ended, the earliest deadline first."""
         return [request for request in self._by_deadline if request.waiting]
+
+
+def _is_awaited(prompt: QueuedPrompt) -> bool:
+    return prompt.waiting and not prompt.request.ended
 
 
 def _deadline(request: QueuedRequest) -> float:

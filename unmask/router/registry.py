@@ -41,7 +41,8 @@ class ModelRegistry:
         sources: Mapping[str, str] | None = None,
     ) -> None:
         self._options = options or ModelOptions()
-        require_device(self._options.device, self._options.dtype)
+        if self._options.replicas is None:  # replicas check it where they are
+            require_device(self._options.device, self._options.dtype)
         self.catalogue = catalogue or Catalogue.shipped()
         self.providers: ProviderPool | None = None
         self._models: list[ServedModel] = []

@@ -4,9 +4,11 @@ import asyncio
 import gc
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import msgspec
@@ -15,10 +17,13 @@ import numpy as np
 from unmask.catalogue import Catalogue, Record, record_for
 from unmask.catalogue.canary import CANARY_TEXT, check_vector, expected_vector
 from unmask.catalogue.known_vectors import canary_problem
+from unmask.cluster.options import ReplicaOptions
 from unmask.conformance import References
-from unmask.encoder import DtypeChoice, Encoder
+from unmask.encoder import DtypeChoice, Encoder, LoadOptions
 from unmask.encoder.precision import PrecisionChoice
+from unmask.encoder.remote_encoder import RemoteEncoder
 from unmask.engine import Engine
+from unmask.engine.hand import Hand
 from unmask.errors import CheckpointError, EngineError, ModelLoading, NoConformingProvider, UnmaskError
 
 log = logging.getLogger("unmask")
@@ -34,8 +39,29 @@ FIELDS_OF_FILES = ("query_instruction", "document_instruction", "matryoshka")
 _CANARY_VALID_S = 30.0  # time for which a passed canary is not computed again
 _RETRY_FAILED_S = 60.0
 
-# The encoder, the fields of the record that its files decide, and the encoder's vector of the canary text.
-_LoadedModel = tuple[Encoder, dict[str, Any], np.ndarray]
+
+@dataclass(frozen=True, eq=False)
+class _LoadedModel:
+    """A model that is ready for an engine.
+
+    Attributes:
+        encoder: the model, or the description of one in replicas.
+        revision: of its weights.
+        encode: raw vectors of texts.
+        hands, least_hands: of the replicas, see `Engine`; None for a model in this process.
+        close: ends the replicas.
+        fields: of the record, which the model's files decide.
+        canary_vector: its vector of the canary text.
+    """
+
+    encoder: Encoder | RemoteEncoder
+    revision: str
+    encode: Callable[[list[str]], np.ndarray]
+    hands: Sequence[Hand] | None = None
+    least_hands: int | None = None
+    close: Callable[[], None] = lambda: None
+    fields: dict[str, Any] = field(default_factory=dict)
+    canary_vector: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.float32))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +72,15 @@ class ModelOptions:
         queue_tokens: tokens that may wait in each model's engine.
         cache_bytes: memory of each model for vectors of recent inputs; 0 for none.
         dtype, device: precision and device of the weights, as for `Encoder.load`.
+        replicas: number and size of the processes that compute; None for this process alone. It must be connected to
+            a cluster.
     """
 
     queue_tokens: int = 262_144
     cache_bytes: int = 0
     dtype: DtypeChoice = "auto"
     device: str = "cpu"
+    replicas: ReplicaOptions | None = None
 
 
 class ServedModel:
@@ -215,7 +244,7 @@ class ServedModel:
         try:
             preload, self._preload = self._preload, None
             loading = asyncio.wrap_future(preload) if preload is not None else asyncio.to_thread(self._load_weights)
-            encoder, fields, canary_vector = await loading
+            loaded = await loading
         except UnmaskError as error:
             self._set_state("failed", str(error))
             log.error("%s could not be loaded: %s", self.record.id, error)
@@ -226,30 +255,64 @@ class ServedModel:
             log.exception("%s could not be loaded", self.record.id)
             return
         # The record may have changed while the weights were loaded; the fields of the weights have not.
-        self.record, self._canary_vector = msgspec.structs.replace(self.record, **fields), canary_vector
-        self._settings = encoder.checkpoint.encoder_config
-        self._engine = Engine(encoder, queue_tokens=self.options.queue_tokens, cache_bytes=self.options.cache_bytes)
+        self.record, self._canary_vector = msgspec.structs.replace(self.record, **loaded.fields), loaded.canary_vector
+        self._settings = loaded.encoder.checkpoint.encoder_config
+        self._engine = Engine(
+            loaded.encoder,
+            queue_tokens=self.options.queue_tokens,
+            cache_bytes=self.options.cache_bytes,
+            hands=loaded.hands,
+            least_hands=loaded.least_hands,
+        )
         self._load_seconds = time.monotonic() - started
         self._set_state("ready")
         log.info("%s is ready after %.1f s", self.record.id, self._load_seconds)
 
     def _load_weights(self) -> _LoadedModel:
-        record, options = self.record, self.options
-        encoder = Encoder.load(self.source, compat=record.compat, dtype=options.dtype, device=options.device)
-        self._dtype_choice, dtype = encoder.dtype_choice, encoder.dtype_choice.dtype
-        if self._live_revision not in (None, encoder.checkpoint.revision):
-            raise CheckpointError(
-                f"{record.id} went live with the weights {self._live_revision}, and {self.source} holds "
-                f"{encoder.checkpoint.revision}: put the files back, or run 'unmask onboard {record.id}' again"
-            )
-        canary_vector = encoder.encode([self._canary_text()])[0]
+        loaded = self._load_here() if self.options.replicas is None else self._load_replicas(self.options.replicas)
+        try:
+            return self._checked(loaded)
+        except BaseException:
+            loaded.close()
+            raise
+
+    def _load_here(self) -> _LoadedModel:
+        options = self.options
+        encoder = Encoder.load(self.source, compat=self.record.compat, dtype=options.dtype, device=options.device)
         # The model and its libraries stay for good. Searching them for garbage would stop all requests again and again.
         gc.collect()
         gc.freeze()
+        return _LoadedModel(encoder, encoder.checkpoint.revision, encoder.encode)
+
+    def _load_replicas(self, replicas: ReplicaOptions) -> _LoadedModel:
+        from unmask.cluster.replicas import open_replicas
+
+        options, compat = self.options, self.record.compat
+        source = str(Path(self.source).absolute()) if Path(self.source).exists() else self.source
+        load = partial(Encoder.load, source, compat=compat, dtype=options.dtype, device=options.device)
+        encoder, group = open_replicas(self.source, LoadOptions(compat=compat), load, replicas)
+
+        def encode(texts: list[str]) -> np.ndarray:
+            return group.vectors(encoder.prompts.build(texts))
+
+        return _LoadedModel(encoder, encoder.revision, encode, group.hands, group.least, group.close)
+
+    def _checked(self, loaded: _LoadedModel) -> _LoadedModel:
+        """Check the revision and the canary of a loaded model, and add the fields of the record that it decides."""
+        record, encoder = self.record, loaded.encoder
+        self._dtype_choice, dtype = encoder.dtype_choice, encoder.dtype_choice.dtype
+        if self._live_revision not in (None, loaded.revision):
+            raise CheckpointError(
+                f"{record.id} went live with the weights {self._live_revision}, and {self.source} holds "
+                f"{loaded.revision}: put the files back, or run 'unmask onboard {record.id}' again"
+            )
+        canary_vector = loaded.encode([self._canary_text()])[0]
         # A folder without a record of its own may hold the files of a model that has one.
-        reference = record if record.canary is not None else self._record_of_files(encoder)
+        reference = record
+        if record.canary is None:
+            reference = self._catalogue.with_revision(loaded.revision, encoder.compat)
         if reference is not None and reference.canary is not None:
-            vector = canary_vector if reference is record else encoder.encode([reference.canary.text])[0]
+            vector = canary_vector if reference is record else loaded.encode([reference.canary.text])[0]
             if (verdict := check_vector(vector, expected_vector(reference.canary), dtype)) != "ok":
                 raise CheckpointError(f"{record.id} loaded, but {canary_problem(reference)}: {verdict}")
         config = encoder.checkpoint.config
@@ -261,13 +324,10 @@ class ServedModel:
             "dimensions": encoder.dim,
             "max_tokens": encoder.max_length,
             "pooling": encoder.pooling,
-            "revision": encoder.checkpoint.revision,
+            "revision": loaded.revision,
             **_fields_of_files(record, encoder.checkpoint.encoder_config),
         }
-        return encoder, fields, canary_vector
-
-    def _record_of_files(self, encoder: Encoder) -> Record | None:
-        return self._catalogue.with_revision(encoder.checkpoint.revision, encoder.compat)
+        return replace(loaded, fields=fields, canary_vector=canary_vector)
 
     def _canary_text(self) -> str:
         return self.record.canary.text if self.record.canary is not None else CANARY_TEXT

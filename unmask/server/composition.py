@@ -170,6 +170,7 @@ def open_models(settings: ServeSettings, database: Database | None) -> tuple[Mod
         cache_bytes=settings.cache_bytes,
         dtype=settings.dtype,
         device=settings.device,
+        replicas=settings.replica_options(),
     )
     if database is None:
         return ModelRegistry(settings.models, warm=settings.warm, options=options), None

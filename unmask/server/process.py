@@ -6,10 +6,11 @@ import os
 import signal
 import socket
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 from unmask.api.logs import configure_logging
 from unmask.api.settings import ServeSettings
+from unmask.cluster.connection import connected
 from unmask.router import CatalogueSync, ModelRegistry, ProviderPool
 from unmask.router.providers import read_providers
 from unmask.server.announcement import announce, create_invitation
@@ -26,6 +27,7 @@ def serve(settings: ServeSettings) -> int:
         Exit code of the process: 0 after an orderly end, 1 if the address cannot be listened on.
 
     Raises:
+        UsageError, ClusterError: see `connected`.
         UsageError, CheckpointError, StorageError: see `build_application`.
     """
     secrets = (settings.provider.client_secret,) if settings.provider else ()
@@ -38,7 +40,8 @@ def serve(settings: ServeSettings) -> int:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
         sys.stderr.write(f"cannot listen on {settings.host} port {settings.port}: {reason}. Choose another port.\n")
         return 1
-    with listener:
+    # Connected here, in the main thread, so that Ray's handler of SIGTERM comes before the server's own.
+    with listener, connected(settings.cluster) if settings.cluster is not None else nullcontext():
         url = base_url(listener)
         built = build_application(settings)
         accounts = built.accounts

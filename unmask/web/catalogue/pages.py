@@ -19,6 +19,8 @@ from unmask.catalogue import Measurement, Record
 from unmask.catalogue.figures import SUITES, CategoryScores, SuiteScores
 from unmask.catalogue.measurement import LOCAL, MTEB
 from unmask.catalogue.speed import points_of
+from unmask.engine.engine import HandFigures
+from unmask.router.served_model import ServedModel
 from unmask.web.catalogue import alternates, documentation, quality_charts, speed_charts
 from unmask.web.catalogue.comparison import MAX_MODELS, compare_models
 from unmask.web.catalogue.listing import filter_choices, list_models
@@ -145,6 +147,11 @@ async def status_page(site: Site, request: Request) -> Response:
             for view in site.model_views(request)
             if view.served
         ],
+        replicas=[
+            (view, hands)
+            for view in site.model_views(request)
+            if view.served and (hands := await _replicas(view.served))
+        ],
         providers=[(view, endpoints) for view in site.model_views(request) if (endpoints := _endpoints(site, view))],
         started=site.started,
         uptime=site.uptime_s(),
@@ -217,6 +224,14 @@ def _model_values(view: ModelView) -> dict[str, Any]:
         "source_key": source_key,
         "pipeline": pipeline(view),
     }
+
+
+async def _replicas(served: ServedModel | None) -> list[HandFigures]:
+    """Return the replicas of a model; empty for one that this process computes, or that is not loaded."""
+    if served is None or served.state != "ready":
+        return []
+    engine = await served.engine()
+    return engine.hands() if engine.has_replicas else []
 
 
 async def _waiting_tokens(view: ModelView) -> int:

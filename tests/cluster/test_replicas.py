@@ -1,0 +1,198 @@
+"""A server whose model is computed by two replicas on Ray: the bits of one process, whoever is killed or frozen."""
+
+import asyncio
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.api.live import LocalService, running, until
+from tests.cluster.raylets import Raylets, raylets
+from unmask.api import ServeSettings
+from unmask.cluster import replicas as replicas_module
+from unmask.cluster.connection import connected
+from unmask.cluster.replicas import ReplicaHand
+from unmask.encoder.encoder import Encoder
+from unmask.engine import Engine
+from unmask.errors import MissingPackages, UsageError
+from unmask.server import serve
+
+PATIENCE_S = 900  # of the tests on a busy machine; none waits for it
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Raylets]:
+    """A head with two processors, to which this process is connected."""
+    with raylets(head_cpus=2) as started, connected(started.address):
+        yield started
+
+
+@pytest.fixture(scope="module")
+def model(golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A link to a model, which may be replaced."""
+    folder = tmp_path_factory.mktemp("replicas")
+    (folder / "model").symlink_to(golden_dir / "tiny_llama", target_is_directory=True)
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def service(cluster: Raylets, model: Path) -> Iterator[LocalService]:
+    options = {"cluster": cluster.address, "replicas": "2", "replica_cpus": 0.5, "shutdown_grace_s": PATIENCE_S}
+    with running(model, warm=(), **options) as started:
+        until(lambda: started.embed("a first text", {"prefer": "wait=30"}).status == 200, PATIENCE_S)
+        yield started
+
+
+@pytest.fixture(scope="module")
+def encoder(golden_dir: Path) -> Encoder:
+    return Encoder.load(golden_dir / "tiny_llama", dtype="float32")
+
+
+def engine_of(service: LocalService) -> Engine:
+    return asyncio.run(service.models.list()[0].engine())
+
+
+def hands_of(service: LocalService) -> list[ReplicaHand]:
+    return [worker.hand for worker in engine_of(service)._workers if isinstance(worker.hand, ReplicaHand)]
+
+
+def all_ready(service: LocalService) -> bool:
+    return all(hand.state == "ready" for hand in engine_of(service).hands())
+
+
+Calls = list[tuple[list[str], Future[np.ndarray]]]
+
+
+def vectors(engine: Engine, texts: list[str], caller: str = "") -> np.ndarray:
+    """Raw vectors, as a request gets them whose deadline allows for much."""
+
+    async def run() -> np.ndarray:
+        prompts = await engine.prepare(texts)
+        return await engine.run(prompts, deadline=time.monotonic() + PATIENCE_S, caller=caller)
+
+    return asyncio.run(run())
+
+
+def load_on(service: LocalService, pool: ThreadPoolExecutor, count: int) -> Calls:
+    """Send requests of one to four texts, no two alike."""
+    engine = engine_of(service)
+    texts = [[f"{number}.{i} of {time.monotonic_ns()}" for i in range(1 + number % 4)] for number in range(count)]
+    return [(inputs, pool.submit(vectors, engine, inputs)) for inputs in texts]
+
+
+def assert_answered(calls: Calls, encoder: Encoder) -> None:
+    """All requests have the vectors of one process, to the bit."""
+    for texts, call in calls:
+        np.testing.assert_array_equal(call.result(), encoder.encode(texts))
+
+
+def test_replicas_give_the_bits_of_one_process_and_are_seen(service: LocalService, encoder: Encoder) -> None:
+    until(lambda: all_ready(service), PATIENCE_S)
+    reply = service.embed(["a text by HTTP", "another"])
+    np.testing.assert_allclose(
+        reply.vectors, encoder.encode(["a text by HTTP", "another"], normalize=True), rtol=0, atol=1e-6
+    )
+    with ThreadPoolExecutor(8) as pool:
+        calls = load_on(service, pool, 60)
+        large = [f"{i} " + "many words of a long text " * (i % 20) for i in range(200)]
+        assert_answered([*calls, (large, pool.submit(vectors, engine_of(service), large))], encoder)
+    assert all(hand.forwards["done"] > 0 for hand in engine_of(service).hands())
+    assert service.metric("unmask_replica_up{") == 2
+    assert service.metric('unmask_replica_forwards{model="model",outcome="done"') >= 2
+    assert service.call("GET", "/ready").status == 200
+
+
+def test_a_single_text_is_not_behind_a_large_request(service: LocalService) -> None:
+    engine, order = engine_of(service), list[str]()
+    with ThreadPoolExecutor(2) as pool:
+        texts = [f"{i} " + "some words " * 20 for i in range(800)]
+        large = pool.submit(vectors, engine, texts, "an account")
+        large.add_done_callback(lambda _: order.append("large"))
+        until(lambda: engine.waiting_tokens() > 10_000, PATIENCE_S)
+        vectors(engine, ["a single text"], "another account")
+        order.append("single")
+    assert order == ["single", "large"]
+    assert large.result().shape == (800, engine.encoder.dim)
+
+
+def test_nobody_notices_replicas_that_freeze_and_die(
+    cluster: Raylets, service: LocalService, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replicas_module, "_SUSPECT_S", 2.0)
+    until(lambda: all_ready(service), PATIENCE_S)
+    frozen, killed = cluster.worker_ids("Replica")
+    with ThreadPoolExecutor(8) as pool:
+        calls = load_on(service, pool, 40)
+        os.kill(frozen, signal.SIGSTOP)
+        calls += load_on(service, pool, 40)
+        # A canary every ten seconds notices a frozen replica that has no work.
+        until(lambda: any(hand.state != "ready" for hand in engine_of(service).hands()), PATIENCE_S)
+        calls += load_on(service, pool, 40)
+        os.kill(killed, signal.SIGKILL)
+        calls += load_on(service, pool, 40)
+        assert_answered(calls, encoder)
+    until(lambda: all_ready(service), PATIENCE_S)
+    assert not {frozen, killed} & set(cluster.worker_ids("Replica"))
+    assert sum(hand.forwards["lost"] + hand.forwards["late"] for hand in engine_of(service).hands()) >= 1
+
+
+def test_a_frozen_replica_that_wakes_is_used_again(cluster: Raylets, service: LocalService, encoder: Encoder) -> None:
+    until(lambda: all_ready(service), PATIENCE_S)
+    processes = cluster.worker_ids("Replica")
+    with ThreadPoolExecutor(8) as pool:
+        os.kill(processes[0], signal.SIGSTOP)
+        calls = load_on(service, pool, 40)
+        until(lambda: any(hand.state == "suspect" for hand in engine_of(service).hands()), PATIENCE_S)
+        os.kill(processes[0], signal.SIGCONT)
+        assert_answered(calls, encoder)
+    until(lambda: all_ready(service), PATIENCE_S)
+    assert cluster.worker_ids("Replica") == processes
+
+
+def test_another_revision_is_refused_and_draining_loses_nothing(
+    cluster: Raylets, service: LocalService, model: Path, encoder: Encoder
+) -> None:
+    """The last test of this server: it stops it."""
+    until(lambda: all_ready(service), PATIENCE_S)
+    other = model.with_name("other")
+    shutil.copytree(model, other)
+    [weights] = other.glob("*.safetensors")
+    tensors = load_file(weights)
+    save_file({name: tensor + torch.full_like(tensor, 0.01) for name, tensor in tensors.items()}, weights)
+    model.unlink()
+    model.symlink_to(other, target_is_directory=True)
+    os.kill(cluster.worker_ids("Replica")[0], signal.SIGKILL)
+    with ThreadPoolExecutor(8) as pool:
+        calls = load_on(service, pool, 20)
+        until(lambda: any(hand.problem for hand in hands_of(service)), PATIENCE_S)
+        [problem] = [hand.problem for hand in hands_of(service) if hand.problem]
+        revisions = r"has revision [0-9a-f]+, and \S+:\d+ [0-9a-f]+"
+        assert re.fullmatch(rf"replica \S+:\d+ {revisions}; give all machines the same model", problem)
+        assert_answered(calls, encoder)
+        assert service.metric("unmask_replica_up{") == 1
+        inputs = [f"{i} at the end" for i in range(500)]
+        last = pool.submit(vectors, engine_of(service), inputs)
+        until(lambda: engine_of(service).waiting_tokens() > 0, PATIENCE_S)
+        service.server.stop()
+        assert_answered([(inputs, last)], encoder)
+    until(lambda: not cluster.worker_ids("Replica"), PATIENCE_S)
+
+
+def test_options_that_lack_their_companion(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="replicas='2': name their cluster too, such as --cluster local"):
+        ServeSettings(replicas="2")
+    with pytest.raises(UsageError, match="cluster='local': say how many replicas, such as --replicas 2"):
+        ServeSettings(cluster="local")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingPackages, match="--cluster needs packages that are not installed: pip install"):
+        serve(ServeSettings(cluster="local", replicas="2", port=0))
