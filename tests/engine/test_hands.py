@@ -67,7 +67,8 @@ class FaultyHand(LocalHand):
         self.state = "parked"
 
     def restore(self) -> bool:
-        if not self.may_restore.wait(0.01):
+        if not self.may_restore.is_set():
+            time.sleep(0.01)
             return False
         late, self._late = self._late, None
         if late is not None:

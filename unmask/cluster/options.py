@@ -1,4 +1,4 @@
-"""Which cluster, and how many workers or replicas of which size. This module imports neither ray nor torch."""
+"""Names of clusters, numbers and sizes of workers and replicas. This module imports neither ray nor torch."""
 
 import math
 from dataclasses import dataclass

@@ -56,7 +56,7 @@ _PARKED_S = 0.2
 
 
 @dataclass(eq=False)
-class _Worker:
+class _HandThread:
     """A thread of the engine, and its hand.
 
     Attributes:
@@ -144,7 +144,7 @@ class Engine:
         self._stopping = False
         self._anonymous = itertools.count()
         self._tokenisers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="unmask-tokenise")
-        self._workers = [_Worker(hand, number) for number, hand in enumerate(hands)]
+        self._workers = [_HandThread(hand, number) for number, hand in enumerate(hands)]
         for worker in self._workers:
             name = f"unmask-engine-{encoder.name}-{worker.hand.name}"
             worker.thread = threading.Thread(target=self._work, args=(worker,), name=name, daemon=True)
@@ -346,7 +346,7 @@ class Engine:
             worker.hand.close()
         self._tokenisers.shutdown(wait=False, cancel_futures=True)
 
-    def _work(self, worker: _Worker) -> None:
+    def _work(self, worker: _HandThread) -> None:
         worker.last_end = time.perf_counter()
         while not self._is_over():
             if worker.number >= self._active:
@@ -384,7 +384,7 @@ class Engine:
         with self._changed:
             return self._stopping and not len(self._queue) and not self._running_tokens()
 
-    def _wait_for_work(self, worker: _Worker) -> bool:
+    def _wait_for_work(self, worker: _HandThread) -> bool:
         """Wait until something changes, unless prompts are in the queue. Return false if nothing did for a while."""
         with self._changed:
             if len(self._queue) or self._is_over():
@@ -396,7 +396,7 @@ class Engine:
                 self._idle -= 1
                 worker.last_end = time.perf_counter()
 
-    def _next_forward(self, worker: _Worker) -> list[list[QueuedPrompt]]:
+    def _next_forward(self, worker: _HandThread) -> list[list[QueuedPrompt]]:
         """Take the packs of the next forward from the queue, and end the requests that are too late for one."""
         with self._changed:
             now = time.monotonic()
@@ -411,7 +411,7 @@ class Engine:
             request.done(DeadlineExceeded("the deadline passed before the vectors were ready"))
         return packs
 
-    def _take_packs(self, worker: _Worker, now: float) -> list[list[QueuedPrompt]]:
+    def _take_packs(self, worker: _HandThread, now: float) -> list[list[QueuedPrompt]]:
         """Take the next prompts from the queue, as packs that end at about the same time.
 
         A forward ends with its longest pack, and admission counts on the speed of all cores.
@@ -429,7 +429,7 @@ class Engine:
             prompts = suspects[:1]
         return [[prompts[i] for i in rows] for rows in balance([prompt.length for prompt in prompts], count)]
 
-    def _run_forward(self, worker: _Worker, packs: list[list[QueuedPrompt]]) -> None:
+    def _run_forward(self, worker: _HandThread, packs: list[list[QueuedPrompt]]) -> None:
         """Let the hand compute packs. Never raises: the thread must live on for other requests."""
         tokens = worker.tokens
         try:
@@ -453,7 +453,7 @@ class Engine:
             if self._stopping:
                 self._changed.notify_all()
 
-    def _take_back(self, worker: _Worker, tokens: int, is_late: bool) -> None:
+    def _take_back(self, worker: _HandThread, tokens: int, is_late: bool) -> None:
         """Queue the prompts of a lost forward again, for whoever is free."""
         failure = EngineError(f"the model failed on this request: {_MAX_LOSSES} replicas ended while they computed it")
         with self._changed:
@@ -499,13 +499,13 @@ class Engine:
                 request.done(error)
 
 
-def _seconds_until_late(worker: _Worker, tokens: int) -> float:
+def _seconds_until_late(worker: _HandThread, tokens: int) -> float:
     """Return the time after which a forward is late. It doubles each time that one of its prompts was late before."""
     seconds = _UNMEASURED_LATE_S if worker.rate is None else max(_MIN_LATE_S, _LATE_TIMES * tokens / worker.rate)
     return seconds * 2 ** max((queued.times_late for queued in worker.taken), default=0)
 
 
-def _measure(worker: _Worker, tokens: int, seconds: float) -> None:
+def _measure(worker: _HandThread, tokens: int, seconds: float) -> None:
     if tokens < _MIN_MEASURED_TOKENS:
         return
     rate, average = tokens / max(seconds, 1e-6), worker.tokens_per_second
