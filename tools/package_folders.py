@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 
 from unmask.disk import locked
@@ -56,10 +57,27 @@ def node_packages(manifest: Path, root: Path) -> Path:
     return _folder(manifest, root, f"node-{sys.platform}", "packages", npm, {"package.json": manifest})
 
 
-def isolated_python(packages: Path, program: Path, *arguments: str) -> tuple[list[str], dict[str, str]]:
-    """Return command and environment of a program that sees the packages of a folder, and none of this environment."""
-    command = [sys.executable, "-S", str(program), *arguments]
-    return command, {"PATH": os.environ["PATH"], "PYTHONPATH": str(packages)}
+def isolated_python(folders: Sequence[Path], *arguments: str) -> tuple[list[str], dict[str, str]]:
+    """Return command and environment of a Python that sees the packages of folders, and none of this environment.
+
+    Args:
+        arguments: those of Python: a program and its own, or `-c` and code.
+    """
+    search_path = os.pathsep.join(map(str, folders))
+    return [sys.executable, "-S", *arguments], {"PATH": os.environ["PATH"], "PYTHONPATH": search_path}
+
+
+def link_packages(folder: Path, *distributions: str) -> Path:
+    """Link packages of this environment into a folder, and return it: a second torch would be a gigabyte.
+
+    Raises:
+        PackageNotFoundError: this environment lacks a package.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for distribution in map(metadata.distribution, distributions):
+        for name in {path.parts[0] for path in distribution.files or ()} - {"..", "__pycache__"}:
+            (folder / name).symlink_to(Path(str(distribution.locate_file(name))))
+    return folder
 
 
 def _folder(

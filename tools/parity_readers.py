@@ -73,9 +73,8 @@ def fastembed_runtime(file: Path, dimensions: int, prompts: Mapping[TextUse, str
     """
     folder, name, _, dtype = _parts(file)
     packages = python_packages(READERS / "fastembed.txt", root)
-    command, environment = isolated_python(
-        packages, READERS / "fastembed_reader.py", str(folder), name, str(dimensions)
-    )
+    program = str(READERS / "fastembed_reader.py")
+    command, environment = isolated_python([packages], program, str(folder), name, str(dimensions))
     return _runtime("fastembed", ReaderProgram(command, environment), dtype, stored_prompts(file, prompts))
 
 

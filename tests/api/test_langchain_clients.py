@@ -5,17 +5,16 @@ once, and a Python without this environment's packages runs `langchain_clients.p
 """
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from package_folders import isolated_python, python_packages
 
 from tests.api.live import KEY, LocalService
-from tests.package_folder import package_folder
+from tests.conftest import model_cache
 from unmask.api.quantisation import quantise_vectors
 
 HERE = Path(__file__).parent
@@ -26,10 +25,12 @@ TEXTS = ["the first text", "another, with more words in it", "日本語の短い
 def answers(service: LocalService) -> dict[str, Any]:
     """Everything that `langchain_clients.py` got from the server."""
     request = {"url": service.url, "key": KEY, "model": service.model, "texts": TEXTS}
+    packages = python_packages(HERE / "langchain.txt", model_cache())
+    command, environment = isolated_python([packages], str(HERE / "langchain_clients.py"))
     finished = subprocess.run(
-        [sys.executable, "-S", HERE / "langchain_clients.py"],
+        command,
         input=json.dumps(request),
-        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(package_folder(HERE / "langchain.txt"))},
+        env=environment,
         stdout=subprocess.PIPE,
         check=True,
         text=True,

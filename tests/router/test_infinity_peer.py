@@ -1,20 +1,18 @@
 """infinity-emb as a provider: it is refused, because the library that it needs keeps a decoder's causal mask."""
 
-import os
 import random
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 
 import httpx
 import pytest
+from package_folders import isolated_python, link_packages, python_packages
 
 from tests.api.live import until
 from tests.checkpoint.layouts import MEAN, Layout, llama3, write_layout
-from tests.package_folder import package_folder
+from tests.conftest import model_cache
 from tests.router.test_sentence_transformers_peer import finding_of
 from unmask.conformance import References, build_references
 from unmask.server.http_server import listen
@@ -22,22 +20,14 @@ from unmask.server.http_server import listen
 LONGEST = 300
 
 
-def link_torch(folder: Path) -> Path:
-    """Link this environment's torch, and nothing else of it, into a folder: a second one would be a gigabyte."""
-    distribution = metadata.distribution("torch")
-    for name in {
-        path.parts[0] for path in distribution.files or () if path.parts[0].startswith(("torch", "functorch"))
-    }:
-        (folder / name).symlink_to(Path(str(distribution.locate_file(name))))
-    return folder
-
-
 @contextmanager
-def infinity(model: Path, links: Path) -> Iterator[str]:
+def infinity(model: Path, scratch: Path) -> Iterator[str]:
     """Run infinity-emb's server over a model folder. Yields its URL."""
     with listen("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-S", "-c", "from infinity_emb.cli import cli; cli()", "v2"]
+    packages = python_packages(Path(__file__).parent / "infinity.txt", model_cache())
+    folders = [packages, link_packages(scratch / "packages", "torch")]
+    command, environment = isolated_python(folders, "-c", "from infinity_emb.cli import cli; cli()", "v2")
     command += [
         "--model-id",
         str(model),
@@ -53,15 +43,8 @@ def infinity(model: Path, links: Path) -> Iterator[str]:
         "cpu",
     ]
     command += ["--dtype", "float32", "--batch-size", "8", "--no-bettertransformer", "--no-model-warmup"]
-    packages = package_folder(Path(__file__).parent / "infinity.txt")
-    environment = {
-        "PATH": os.environ["PATH"],
-        "HOME": str(links),
-        "PYTHONPATH": f"{packages}:{links}",
-        "HF_HUB_OFFLINE": "1",
-        "DO_NOT_TRACK": "1",
-    }
-    log = links / "log"
+    environment |= {"HOME": str(scratch), "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
+    log = scratch / "log"
     with log.open("wb") as opened, subprocess.Popen(command, env=environment, stdout=opened, stderr=opened) as process:
         url = f"http://127.0.0.1:{port}"
 
@@ -91,6 +74,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_peer_that_keeps_the_causal_mask_is_refused_by_that_sentence(folder: Path, tmp_path: Path) -> None:
     references: References = build_references(str(folder), model="m", draw=random.Random(5))
-    with infinity(folder, link_torch(tmp_path)) as url:
+    with infinity(folder, tmp_path) as url:
         finding = finding_of(url, references)
     assert (finding.passed, finding.fault) == (False, "keeps the causal mask")
