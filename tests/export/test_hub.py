@@ -56,6 +56,7 @@ def test_a_folder_is_read_to_the_same_bits_and_by_sentence_transformers(
     assert_same_bits(golden_dir / name, tmp_path / name)
     card = (tmp_path / name / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: sentence-transformers\n") and "encode_query" in card
+    assert f"vllm serve path/to/{name} --runner pooling --dtype float32" in card
     assert "| sentence-transformers" in card and json.loads((tmp_path / name / "parity.json").read_text())["passed"]
 
 

@@ -74,11 +74,18 @@ def test_fewer_bits_keep_the_gate_alone_and_in_a_batch(tmp_path: Path, dtype: st
         {row.use: row.worst for row in report.rows if row.company == company} for company in ("alone", "in a batch")
     )
     assert alone.keys() == batch.keys() and all(abs(alone[use] - batch[use]) < 1e-4 for use in alone)
+    (file,) = (tmp_path / "out" / "onnx").glob("*.onnx")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f'InferenceSession("out/onnx/{file.name}")' in card and f'model_file="onnx/{file.name}"' in card
+    assert f'dtype: "{"fp16" if dtype == "float16" else dtype}"' in card
 
 
 def test_a_plain_mean_of_the_token_output_is_exact_too(golden_dir: Path, tmp_path: Path) -> None:
     """Consumers that know nothing but "mean over the attention mask, then normalise" get the same vectors."""
     exported(golden_dir / "tiny_llama", tmp_path / "out", check=False)
+    assert (
+        "text-embeddings-router --model-id path/to/out --pooling mean" in (tmp_path / "out" / "README.md").read_text()
+    )
     session = onnxruntime.InferenceSession(str(tmp_path / "out" / "onnx" / "model.onnx"))
     assert [output.name for output in session.get_outputs()] == ["last_hidden_state", "sentence_embedding"]
     assert [value.name for value in session.get_inputs()] == ["input_ids", "attention_mask"]
@@ -97,6 +104,7 @@ def test_a_plain_mean_of_the_token_output_is_exact_too(golden_dir: Path, tmp_pat
 
 def test_a_cut_is_in_the_graph_and_scaled_again(golden_dir: Path, tmp_path: Path) -> None:
     assert worst(exported(golden_dir / "tiny_llama", tmp_path / "out", dimensions=32)) >= 0.999999
+    assert "call the model, and take `sentence_embedding`" in (tmp_path / "out" / "README.md").read_text()
     session = onnxruntime.InferenceSession(str(tmp_path / "out" / "onnx" / "model.onnx"))
     feed = {"input_ids": np.array([[1, 20, 30]]), "attention_mask": np.ones((1, 3), np.int64)}
     (vector,) = map(np.asarray, session.run(["sentence_embedding"], feed))

@@ -141,7 +141,7 @@ def test_a_models_page_has_the_parity_of_its_exports(start: Callable[..., LocalS
     catalogue.put(Record(id="org/x"), [value("mean", 0.9990965), value("worst", 0.998189)])
     service = start(catalogue)
     text = get(service, "/models/org/x").text
-    assert re.search(r"llama\.cpp\s*q8\s*63\s*0\.9990965\s*0\.9981890", text), text
+    assert re.search(r"llama\.cpp\s*8 bits\s*0\.9981890[^.]*0\.9990965\s*63", text), text
     assert "llama.cpp 1.2" in text and "unmask export org/x --to hub --output x" in text
     assert re.search(r"\| q8 \| 63 \| 0.9990965 \| 0.9981890 \|", service.call("GET", "/models/org/x.md").body.decode())
 

@@ -74,7 +74,8 @@ class Rule:
 
 RULES: tuple[Rule, ...] = (
     Rule("hub", "a space behind the instruction", "exact", "sentence-transformers leaves one token fewer out of a "
-         "query that begins with a digit, a tab or a line break", "joining space"),
+         "text behind an instruction if its first token does not take the space before it up: a digit, a tab, a letter "
+         "that the vocabulary does not hold with a space", "joining space"),
     Rule("hub", "a template", "exact", "sentence-transformers 6 keeps the blanks around a text", "outer blanks"),
     Rule("hub", "a template that ends in plain text", "impossible", "sentence-transformers counts the end of the "
          "template as prompt; ONNX does not: --to onnx"),

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from unmask import __version__
+from unmask.encoder.head import head_steps
 from unmask.export.capabilities import ExportedModel, ExportVerdict, Target
 from unmask.export.hub import default_prompt_name, lengths_of, prompts_of, vector_size
 from unmask.export.parity import ParityReport, ParityRow
@@ -47,7 +48,7 @@ def model_card(
         f"# {facts.name}",
         _summary(model, dtype),
         "## Usage",
-        *_usage(model, verdict.target, facts.name, file),
+        *_usage(model, verdict.target, facts.name, dtype, file),
         "## What these files can express",
         "\n".join(f"- {sentence.strip()}" for sentence in verdict.sentences()),
         "## Parity",
@@ -123,11 +124,11 @@ def _code(language: str, text: str) -> str:
     return f"```{language}\n{text.strip()}\n```"
 
 
-def _usage(model: ExportedModel, target: Target, name: str, file: str) -> list[str]:
-    return {"hub": _hub_usage, "onnx": _onnx_usage, "gguf": _gguf_usage}[target](model, name, file)
+def _usage(model: ExportedModel, target: Target, name: str, dtype: str, file: str) -> list[str]:
+    return {"hub": _hub_usage, "onnx": _onnx_usage, "gguf": _gguf_usage}[target](model, name, dtype, file)
 
 
-def _hub_usage(model: ExportedModel, name: str, file: str) -> list[str]:
+def _hub_usage(model: ExportedModel, name: str, dtype: str, file: str) -> list[str]:
     has_query = bool(model.instructions["query"])
     calls = 'queries = model.encode_query(["a question"])\n' if has_query else ""
     texts = "encode_document" if has_query or default_prompt_name(model) else "encode"
@@ -142,8 +143,8 @@ def _hub_usage(model: ExportedModel, name: str, file: str) -> list[str]:
         "With FlashAttention 2, set `model[0].unpad_inputs = False`.",
         "**unmask**",
         _code("python", f'from unmask import Encoder\n\nvectors = Encoder.load("path/to/{name}").encode(["a text"])'),
-        "**vLLM**",
-        _code("sh", f"vllm serve path/to/{name} --runner pooling{_vllm_flags(family)}"),
+        "**vLLM** (without `--dtype`, it rounds float32 weights to 16 bits)",
+        _code("sh", f"vllm serve path/to/{name} --runner pooling --dtype {dtype}{_vllm_flags(family)}"),
         _pools_everything(model, "vLLM"),
         "**Text Embeddings Inference** (GPU images)",
         _code("sh", f"text-embeddings-router --model-id path/to/{name}"),
@@ -167,7 +168,7 @@ def _pools_everything(model: ExportedModel, runtime: str) -> str:
     return f"{runtime} pools {' and '.join(skipped)} too, so its vectors are not the model's. The ONNX export is exact."
 
 
-def _onnx_usage(model: ExportedModel, name: str, file: str) -> list[str]:
+def _onnx_usage(model: ExportedModel, name: str, dtype: str, file: str) -> list[str]:
     return [
         "The graph pools and scales by itself: take the output `sentence_embedding`. BOS, instruction and template are "
         "kept out of the mean inside the graph. Put a prompt before a text as a string.",
@@ -178,25 +179,64 @@ def _onnx_usage(model: ExportedModel, name: str, file: str) -> list[str]:
             f'tokenizer = Tokenizer.from_file("{name}/tokenizer.json")\n'
             "tokenizer.encode_special_tokens = True\n"
             f"tokenizer.enable_truncation({model.max_length})\ntokenizer.enable_padding()\n"
-            f'session = onnxruntime.InferenceSession("{name}/onnx/model.onnx")\n'
+            f'session = onnxruntime.InferenceSession("{name}/{file}")\n'
             'rows = tokenizer.encode_batch(["a text", "another text"])\n'
             'feed = {\n    "input_ids": np.array([row.ids for row in rows]),\n'
             '    "attention_mask": np.array([row.attention_mask for row in rows]),\n}\n'
             'vectors = session.run(["sentence_embedding"], feed)[0]',
         ),
-        "**transformers.js**",
+        "**fastembed**",
         _code(
-            "js",
-            'const extract = await pipeline("feature-extraction", "' + name + '", { dtype: "fp32" });\n'
-            'const vectors = await extract(["a text"], { pooling: "mean", normalize: true });',
+            "python",
+            "from fastembed import TextEmbedding\n"
+            "from fastembed.common.model_description import ModelSource, PoolingType\n\n"
+            "TextEmbedding.add_custom_model(\n"
+            f'    model="local/{name}",\n    pooling=PoolingType.DISABLED,\n    normalization=False,\n'
+            f'    sources=ModelSource(url="local"),\n    dim={vector_size(model)},\n    model_file="{file}",\n'
+            '    output_name="sentence_embedding",\n)\n'
+            f'model = TextEmbedding("local/{name}", specific_model_path="path/to/{name}")\n'
+            'vectors = list(model.embed(["a text"]))',
         ),
+        "**transformers.js**",
+        _transformers_js(model, name, dtype),
+        *_cpu_text_embeddings_inference(name, dtype),
     ]
 
 
-def _gguf_usage(model: ExportedModel, name: str, file: str) -> list[str]:
+def _cpu_text_embeddings_inference(name: str, dtype: str) -> list[str]:
+    """It asks for a pooling where the folder states none, and then takes `sentence_embedding` as it is."""
+    if dtype != "float32":
+        return []  # it opens onnx/model.onnx alone
     return [
-        "**llama.cpp**: pooling, mask and length are in the file.",
+        "**Text Embeddings Inference** (CPU images; `--pooling` has to be there, and is not used)",
+        _code("sh", f"text-embeddings-router --model-id path/to/{name} --pooling mean"),
+    ]
+
+
+def _transformers_js(model: ExportedModel, name: str, dtype: str) -> str:
+    """The pipeline averages the token output, so it knows neither other poolings nor layers behind them, nor a cut."""
+    if model.pooling != "mean" or vector_size(model) != model.checkpoint.config["hidden_size"] or _has_head(model):
+        return "The pipeline pools by itself and has other vectors: call the model, and take `sentence_embedding`."
+    option = {"float32": "fp32", "float16": "fp16"}.get(dtype, dtype)
+    return _code(
+        "js",
+        'import { env, pipeline } from "@huggingface/transformers";\n\n'
+        'env.localModelPath = "path/to/";\n'
+        f'const extract = await pipeline("feature-extraction", "{name}", {{ dtype: "{option}" }});\n'
+        'const vectors = await extract(["a text"], { pooling: "mean", normalize: true });',
+    )
+
+
+def _has_head(model: ExportedModel) -> bool:
+    steps = head_steps(model.checkpoint.tensors, model.checkpoint.encoder_config)
+    return any(step.get("kind") != "normalize" for step in steps)
+
+
+def _gguf_usage(model: ExportedModel, name: str, dtype: str, file: str) -> list[str]:
+    return [
+        "**llama.cpp**: pooling, mask and length are in the file. `-ub` bounds the length of a text.",
         _code("sh", f"llama-server -m {file} --embedding -ub {model.max_length}"),
-        "**Ollama**: `ollama create NAME -f Modelfile` with the Modelfile beside the file.",
+        "**Ollama**, in this folder",
+        _code("sh", f"ollama create {name} -f Modelfile"),
         'LM Studio takes this for a chat model: set "Override Domain Type" to "Text Embedding".',
     ]
