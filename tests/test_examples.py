@@ -2,13 +2,13 @@
 
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.evaluate.example_data import write_example_data
+from unmask.evaluate import run as evaluation_run
+from unmask.evaluate.cost import sample_texts
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -53,32 +53,30 @@ def test_the_official_client_gets_vectors_from_the_server(run):
 
 
 @pytest.mark.slow
-def test_training_brings_queries_nearer_to_their_answers(capfd: pytest.CaptureFixture[str], tmp_path: Path):
-    script = [sys.executable, EXAMPLES / "train_on_pairs.py", tmp_path / "run", "4"]
-    subprocess.run(script, check=True)
-    output = capfd.readouterr().out
+def test_training_brings_queries_nearer_to_their_answers(run, tmp_path: Path):
+    output = run("train_on_pairs.py", str(tmp_path / "run"), "4")
     before, after = (float(re.findall(rf"^{word}: +(\S+)$", output, re.M)[0]) for word in ("before", "after"))
     assert after > before
 
 
 @pytest.mark.slow
 @pytest.mark.weights
-def test_distillation_writes_two_depths(capfd: pytest.CaptureFixture[str], tmp_path: Path):
+def test_distillation_writes_two_depths(run, tmp_path: Path):
     things, verbs = ("parcel", "invoice", "password", "contract", "phone", "refund"), ("lost", "late", "wrong", "new")
     texts = [f"my {thing} number {n} is {verb}" for thing in things for verb in verbs for n in range(12)]
     (tmp_path / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
-    subprocess.run([sys.executable, EXAMPLES / "distil.py", tmp_path / "run", tmp_path / "texts.txt", "6"], check=True)
-    output = capfd.readouterr().out
+    output = run("distil.py", str(tmp_path / "run"), str(tmp_path / "texts.txt"), "6")
     assert "model: 22 MB, vectors of 256 numbers" in output
     assert "model-4-layers: 15 MB, vectors of 256 numbers" in output
     assert float(re.findall(r"teacher's vectors: (\S+)", output)[0]) > 0.5
 
 
 @pytest.mark.slow
-def test_evaluation_writes_a_report_and_compares(tmp_path: Path):
-    data = write_example_data(tmp_path / "data")
-    script = [sys.executable, EXAMPLES / "evaluate_and_compare.py", data, tmp_path / "results", "STSBenchmark"]
-    subprocess.run(script, check=True)
+def test_evaluation_writes_a_report_and_compares(run, eval_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # Speed is measured on a few texts only: its figures are no part of this test.
+    monkeypatch.setattr(evaluation_run, "sample_texts", lambda: sample_texts()[:3])
+    output = run("evaluate_and_compare.py", str(eval_data), str(tmp_path / "results"), "STSBenchmark")
+    assert f"The report is {tmp_path}/results/report.html" in output
     assert (tmp_path / "results" / "report.html").exists()
 
 
