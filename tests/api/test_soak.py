@@ -1,4 +1,8 @@
-"""Memory of a server: the default model under 64 clients for a minute, and a small one after many lengths."""
+"""Memory of a server: the default model under 64 clients, and a small one after many lengths.
+
+The clients ask for 15 seconds, which shows what grows by about 10 kB with each answer. `UNMASK_SOAK_SECONDS=600` shows
+smaller leaks.
+"""
 
 import asyncio
 import os
@@ -20,7 +24,9 @@ from unmask import Encoder
 from unmask.checkpoint import DEFAULT_MODEL as MODEL
 
 CLIENTS = 64
-SECONDS = 60.0
+FIRST = 8  # requests of each client before the memory counts: buffers, pools and the cache of vectors fill
+SECONDS = float(os.environ.get("UNMASK_SOAK_SECONDS", "15"))
+SAMPLES = 20
 WORDS = [
     "the",
     "river",
@@ -66,10 +72,10 @@ def texts_of_mixed_sizes() -> list[str]:
     return [" ".join(generator.choice(WORDS, length)) for length in lengths]
 
 
-@pytest.mark.timeout(400)
-async def test_a_minute_of_64_clients(tmp_path: Path) -> None:
+@pytest.mark.timeout(400 + SECONDS)
+async def test_64_clients_get_right_vectors_and_memory_does_not_grow(tmp_path: Path) -> None:
     with serving(tmp_path) as (base_url, process):
-        await a_minute(base_url, process)
+        await soak(base_url, process)
 
 
 def test_memory_does_not_grow_with_every_new_length(tiny_llama: Path, tmp_path: Path) -> None:
@@ -92,38 +98,44 @@ def test_memory_does_not_grow_with_every_new_length(tiny_llama: Path, tmp_path: 
     assert grown < 16, f"{grown:.0f} MiB after 100 lengths"
 
 
-async def a_minute(base_url: str, process: psutil.Process) -> None:
+async def soak(base_url: str, process: psutil.Process) -> None:
     texts = texts_of_mixed_sizes()
     encoder = Encoder.load(MODEL)
     expected = encoder.encode(texts, normalize=True)
     worst, answered, memory = 0.0, 0, []
+    generators = [np.random.default_rng(number) for number in range(CLIENTS)]
     # Retries would hide errors.
     async with AsyncOpenAI(base_url=base_url, api_key="any", max_retries=0, timeout=120.0) as client:
         # The model may still be loading: hold this one request until it is there.
         await client.embeddings.create(model=MODEL, input="ready?", extra_headers={"Prefer": "wait=60"})
-        end = time.monotonic() + SECONDS
 
-        async def ask(number: int) -> None:
+        async def ask(generator: np.random.Generator) -> None:
             nonlocal worst, answered
-            generator = np.random.default_rng(number)
+            chosen = generator.integers(0, len(texts), size=int(generator.choice([1, 1, 1, 2, 4, 8])))
+            answer = await client.embeddings.create(model=MODEL, input=[texts[i] for i in chosen])
+            vectors = np.array([item.embedding for item in answer.data], dtype=np.float32)
+            worst = max(worst, float(np.abs(vectors - expected[chosen]).max()))
+            answered += 1
+
+        async def begin(generator: np.random.Generator) -> None:
+            for _ in range(FIRST):
+                await ask(generator)
+
+        async def go_on(generator: np.random.Generator) -> None:
             while time.monotonic() < end:
-                chosen = generator.integers(0, len(texts), size=int(generator.choice([1, 1, 1, 2, 4, 8])))
-                answer = await client.embeddings.create(model=MODEL, input=[texts[i] for i in chosen])
-                vectors = np.array([item.embedding for item in answer.data], dtype=np.float32)
-                worst = max(worst, float(np.abs(vectors - expected[chosen]).max()))
-                answered += 1
+                await ask(generator)
 
         async def watch() -> None:
             while time.monotonic() < end:
-                await asyncio.sleep(2)
+                await asyncio.sleep(SECONDS / SAMPLES)
                 memory.append(process.memory_info().rss)
 
-        await asyncio.gather(watch(), *(ask(number) for number in range(CLIENTS)))
-    assert answered >= CLIENTS
+        await asyncio.gather(*map(begin, generators))
+        end = time.monotonic() + SECONDS
+        await asyncio.gather(watch(), *map(go_on, generators))
+    assert answered > CLIENTS * FIRST
     assert worst <= 1e-5, "a vector depended on what else was in its batch"
-    # The first third is warm-up: buffers and thread pools reach their size.
-    settled = memory[len(memory) // 3 :]
-    growth = np.median(settled[-5:]) / np.median(settled[:5])
-    summary = f"{answered} answers, worst difference {worst:.1e}, {settled[-1] / 2**20:.0f} MiB, x{growth:.3f}"
+    growth = np.median(memory[-5:]) / np.median(memory[:5])
+    summary = f"{answered} answers, worst difference {worst:.1e}, {memory[-1] / 2**20:.0f} MiB, x{growth:.3f}"
     print(f"\n{summary}")  # noqa: T201 - the figures belong into the test's record
     assert growth <= 1.05, summary
