@@ -47,14 +47,16 @@ def url(port: int, path: str, secret: str = SECRET) -> str:
 class FaultyProxy:
     """Passes connections on to a server: one in four gets 503, another is cut in the middle of its request.
 
+    Args:
+        cut_after: bytes of the client after which it is cut: the head of a request and a piece of an object.
+        end_after: bytes of the client after which any other connection ends, so that none lives for ever.
+
     Attributes:
         refused, cut: connections that were.
     """
 
-    CUT_AFTER = 2000  # bytes of the client: the head of a request and a piece of an object
-
-    def __init__(self, port: int) -> None:
-        self._server = port
+    def __init__(self, port: int, cut_after: int = 2000, end_after: int = 200_000) -> None:
+        self._server, self._cut_after, self._end_after = port, cut_after, end_after
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self.refused = self.cut = self._count = 0
@@ -83,8 +85,11 @@ class FaultyProxy:
             with socket.create_connection(("127.0.0.1", self._server)) as server:
                 answers = threading.Thread(target=self._copy, args=(server, client), daemon=True)
                 answers.start()
-                limit = self.CUT_AFTER if number % 4 == 2 else 200_000  # no connection lives for ever
+                limit = self._cut_after if number % 4 == 2 else self._end_after
                 self.cut += self._copy(client, server, limit) and number % 4 == 2
+                for end in (client, server):  # closing is not enough while the other thread reads
+                    with contextlib.suppress(OSError):
+                        end.shutdown(socket.SHUT_RDWR)
 
     @staticmethod
     def _copy(source: socket.socket, target: socket.socket, limit: int | None = None) -> bool:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -259,9 +260,12 @@ def test_the_command_line(
     tmp_path: Path, job: EncodeJob, golden_dir: Path, unmask: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     command = [sys.executable, "-m", "unmask", "encode", job.inputs[0], "-o", job.output]
-    command += ["--model", str(golden_dir / "tiny_llama")]
+    command += ["--model", str(golden_dir / "tiny_llama"), "--price-per-hour", "3600"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0 and "64 texts" in done.stderr
+    cost = re.search(r"cost: (\S+) hours of workers, \$(\S+), \$\S+ per million tokens", done.stderr)
+    assert cost is not None
+    assert float(cost[2]) == pytest.approx(3600 * float(cost[1]), rel=0.01) and float(cost[2]) > 0
     assert "left out" in done.stderr and "README.md" in done.stderr
     status = unmask("encode", "--status", job.output, "--json")
     counts = json.loads(status.stdout)

@@ -32,7 +32,7 @@ WORKERS = {"--worker-cpus": SIZE, "--worker-gpus": SIZE, "--worker-wait": POSITI
 NUMBERS: dict[str, tuple[list[str], dict[str, tuple[str, ...]]]] = {
     "encode": (
         ["{tmp}/a.txt", "-o", "{tmp}/a.npy", "--model", TINY],
-        {"--dimensions": (*COUNT, "65"), "--max-length": COUNT, **WORKERS},
+        {"--dimensions": (*COUNT, "65"), "--max-length": COUNT, "--price-per-hour": ("0", *AMOUNT), **WORKERS},
     ),
     "train": (["{tmp}/r.toml", "-o", "{tmp}/run"], WORKERS),
     "cluster check": (["127.0.0.1:1"], {"--wait": POSITIVE, "--max-length": COUNT}),

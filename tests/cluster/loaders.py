@@ -10,14 +10,19 @@ from pathlib import Path
 
 import numpy as np
 
+from unmask.bulk import storage
 from unmask.bulk.encode_job import EncodeJob
 from unmask.bulk.job import run
+from unmask.bulk.report import EncodeProgress
 from unmask.bulk.storage import Store
-from unmask.cluster import bulk
+from unmask.bulk.units import JOB_FILE
+from unmask.cluster import bulk, pool
 from unmask.cluster.bulk import cluster_executor
+from unmask.cluster.connection import import_ray
 from unmask.cluster.options import ClusterOptions
 from unmask.encoder.encoder import Encoder
 from unmask.encoder.prompts import Prompt
+from unmask.errors import UnmaskError
 
 
 def slow(model: Path, seconds: float) -> Encoder:
@@ -30,6 +35,15 @@ def slow(model: Path, seconds: float) -> Encoder:
         return encode(prompts)
 
     encoder.encode_prompts = encode_prompts  # pyright: ignore[reportAttributeAccessIssue]
+    return encoder
+
+
+def slow_together(model: Path, seconds: float, folder: Path) -> Encoder:
+    """An encoder as `slow`, which is loaded when another process has loaded one too."""
+    encoder = slow(model, seconds)
+    (folder / str(os.getpid())).touch()
+    while len(list(folder.iterdir())) < 2:
+        time.sleep(0.05)
     return encoder
 
 
@@ -83,13 +97,53 @@ def of_another_version(model: Path) -> Encoder:
     return Encoder.load(model)
 
 
+def of_a_store(model: Path) -> Encoder:
+    """An encoder in a process that writes to a server which knows no checksums of newer SDKs, and tries again soon."""
+    os.environ["AWS_REQUEST_CHECKSUM_CALCULATION"] = "when_required"
+    storage._PAUSES = (0.0,) * 4
+    return Encoder.load(model)
+
+
 def digests(folder: Path) -> dict[str, str]:
     """Names and digests of the parts in a folder."""
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("part-*"))}
 
 
-if __name__ == "__main__":
-    source, output, model_folder, address = sys.argv[1:]
-    encoder_loader = partial(slow, Path(model_folder), 0.5)
+def drive(job: EncodeJob, model: Path, address: str, death: str) -> None:
+    """Encode slowly by two workers, as a process that is killed at a moment; "" for none."""
+
+    def encoding(state: EncodeProgress) -> None:
+        if state.tokens and death == "while encoding":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    put = Store.put
+
+    def deadly(store: Store, name: str, content: bytes) -> None:
+        if death == "before the end" and name.endswith("done.json"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        put(store, name, content)
+        if death == "after the job" and name == JOB_FILE:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Store.put = deadly  # pyright: ignore[reportAttributeAccessIssue]
+    pool._HEAD_ASK_S, pool._HEAD_S = 0.2, 0.5
     options = ClusterOptions(cluster=address, workers="2")
-    run(EncodeJob((source,), output), encoder_loader, open_executor=partial(cluster_executor, options))
+    try:
+        run(job, partial(slow, model, 0.5), encoding, partial(cluster_executor, options))
+    except UnmaskError as error:
+        sys.exit(f"unmask: {error}")
+
+
+if __name__ == "__main__":
+    source, output, model_folder, address, *moments = sys.argv[1:]
+    arguments = EncodeJob((source,), output), Path(model_folder), address
+    import_ray()
+    for moment in moments:  # processes that have all imported, one after the other
+        child = os.fork()
+        if child == 0:
+            drive(*arguments, moment)
+            sys.exit("it lived too long")
+        sys.stdout.write(f"{moment} {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}\n")
+        sys.stdout.flush()
+    if not moments:
+        drive(*arguments, "")

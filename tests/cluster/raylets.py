@@ -71,6 +71,28 @@ class Raylets:
         node = next(n for n in self._cluster.worker_nodes if n.all_processes["raylet"][0].process.pid == raylet)
         self._cluster.remove_node(node, allow_graceful=False)
 
+    @contextmanager
+    def frozen_machine_of(self, worker: int) -> Iterator[None]:
+        """Stop the raylet that started a process, and all that it started, with SIGSTOP, until the block ends."""
+        raylet = psutil.Process(worker).parent()
+        assert raylet is not None
+        processes = [raylet, *raylet.children(recursive=True)]
+        for process in processes:
+            process.suspend()
+        try:
+            yield
+        finally:
+            for process in processes:
+                with suppress(psutil.NoSuchProcess):
+                    process.resume()
+
+    def kill_head(self) -> None:
+        """Kill the head with SIGKILL. The cluster is of no further use."""
+        head = self._cluster.head_node
+        assert head is not None
+        for name in ("gcs_server", "raylet"):
+            head.all_processes[name][0].process.kill()
+
     def worker_ids(self, name: str) -> list[int]:
         """Process ids of this cluster's actors of a class."""
         ids = []

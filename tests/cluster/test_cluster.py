@@ -2,23 +2,28 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from tests.bulk.s3 import FaultyProxy, s3_server, url
 from tests.cluster import loaders
 from tests.cluster.raylets import Raylets, raylets
 from tests.training.tiny import distance, recipe_of, write_pairs
 from unmask.bulk import chunks as chunks_module
+from unmask.bulk import storage
 from unmask.bulk.encode_job import EncodeJob
 from unmask.bulk.job import run
 from unmask.bulk.parts import read_manifests, read_status
@@ -26,9 +31,10 @@ from unmask.bulk.report import EncodeProgress, EncodeReport
 from unmask.bulk.storage import Store
 from unmask.bulk.units import UNITS_FOLDER
 from unmask.cli import main
+from unmask.cluster import pool
 from unmask.cluster.bulk import cluster_executor
 from unmask.cluster.check import check_cluster
-from unmask.cluster.connection import connected
+from unmask.cluster.connection import connected, import_ray
 from unmask.cluster.options import ClusterOptions
 from unmask.cluster.training import train_on_cluster
 from unmask.encoder.encoder import Encoder
@@ -74,7 +80,7 @@ def on_cluster(
     **options: Any,
 ) -> EncodeReport:
     """Encode a job by two workers."""
-    chosen = ClusterOptions(cluster=cluster.address, **{"workers": "2", **options})
+    chosen = ClusterOptions(cluster=cluster.address, **{"workers": "2", "worker_wait": 590.0, **options})
     return run(job, load, progress, partial(cluster_executor, chosen))
 
 
@@ -130,28 +136,80 @@ def test_a_unit_that_kills_its_workers_is_named_and_all_others_are_done(
     assert read_status(job.output).units == FILES - 1
 
 
-def test_a_killed_machine_and_a_killed_driver_change_nothing(cluster: Raylets, job: EncodeJob, model: Path) -> None:
+def driver_of(job: EncodeJob, model: Path, cluster: Raylets, *moments: str) -> list[str]:
+    """Return the command of a process that encodes a job, see `loaders.drive`."""
+    script = [sys.executable, "-m", "tests.cluster.loaders"]
+    return [*script, job.inputs[0], job.output, str(model), cluster.address, *moments]
+
+
+def workers_of(job: EncodeJob) -> list[int]:
+    """Return the process ids of the workers that finished the units, the last one last."""
+    files = [Path(job.output) / name for name in Store(job.output).names(UNITS_FOLDER)]
+    files.sort(key=lambda file: file.stat().st_mtime_ns)
+    return [int(json.loads(file.read_text())["worker"].rpartition(":")[2]) for file in files]
+
+
+def test_a_driver_killed_at_each_moment_changes_nothing(cluster: Raylets, job: EncodeJob, model: Path) -> None:
     whole = in_one_process(job, model, "whole")
-    store = Store(job.output)
-    command = [sys.executable, "-m", "tests.cluster.loaders", job.inputs[0], job.output, str(model), cluster.address]
-    with subprocess.Popen(command, cwd=ROOT) as driver:
-        while not store.names(UNITS_FOLDER) and driver.poll() is None:
-            time.sleep(0.05)
-        driver.send_signal(signal.SIGKILL)
-    done = len(read_manifests(store))
-    assert 1 <= done < FILES, "the driver was killed too late to show anything; make the encoder slower"
-    machines: list[str] = []
+    moments = ("after the job", "while encoding", "before the end")
+    killed = subprocess.run(driver_of(job, model, cluster, *moments), **CAPTURED)
+    assert killed.stdout.splitlines() == [f"{moment} -9" for moment in moments], killed.stderr
+    assert len(read_manifests(Store(job.output))) == FILES
+    assert read_status(job.output).state == "unfinished"
+    assert run(job, lambda: Encoder.load(model)).resumed_at == 135
+    assert read_status(job.output).sha256 == read_status(str(whole)).sha256
+    assert loaders.digests(Path(job.output)) == loaders.digests(whole)
+
+
+def test_a_killed_machine_changes_nothing(cluster: Raylets, job: EncodeJob, model: Path) -> None:
+    whole = in_one_process(job, model, "whole")
+    machines: list[int] = []
 
     def kill_once(state: EncodeProgress) -> None:
         if state.tokens and not machines:
-            newest = max(store.names(UNITS_FOLDER), key=lambda name: (Path(job.output) / name).stat().st_mtime_ns)
-            machines.append(json.loads((Path(job.output) / newest).read_text())["worker"])
-            cluster.kill_machine_of(int(machines[0].rpartition(":")[2]))
+            machines.append(workers_of(job)[-1])
+            cluster.kill_machine_of(machines[0])
             cluster.add()
 
-    report = on_cluster(job, cluster, partial(loaders.slow, model, 1.0), kill_once)
-    assert report.resumed_at > 0 and report.redone >= 1
+    report = on_cluster(job, cluster, partial(loaders.slow, model, 0.5), kill_once)
+    assert report.redone >= 1
     assert loaders.digests(Path(job.output)) == loaders.digests(whole)
+
+
+def test_a_frozen_machine_does_not_hold_up_the_job(
+    cluster: Raylets, job: EncodeJob, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray would notice it after a minute; here it is told to take longer."""
+    monkeypatch.setattr(pool, "_LATE_S", 2.0)
+    whole = in_one_process(job, model, "whole")
+    with ExitStack() as stack:
+        frozen: list[int] = []
+
+        def freeze_once(state: EncodeProgress) -> None:
+            if not frozen and len(set(workers_of(job))) == 2:  # both are at work
+                frozen.append(workers_of(job)[-1])
+                stack.enter_context(cluster.frozen_machine_of(frozen[0]))
+
+        (tmp_path / "loaded").mkdir()
+        report = on_cluster(job, cluster, partial(loaders.slow_together, model, 0.3, tmp_path / "loaded"), freeze_once)
+        assert psutil.Process(frozen[0]).status() == psutil.STATUS_STOPPED
+    assert report.redone >= 1
+    assert loaders.digests(Path(job.output)) == loaders.digests(whole)
+
+
+def test_an_object_store_that_refuses_and_cuts_connections_gets_the_same_objects(
+    cluster: Raylets, job: EncodeJob, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+    whole, bucket = in_one_process(job, model, "whole"), tmp_path / "s3" / "bucket"
+    bucket.mkdir(parents=True)
+    with s3_server(bucket.parent) as port, closing(FaultyProxy(port, cut_after=1000, end_after=8000)) as proxy:
+        monkeypatch.setattr(storage, "_PAUSES", (0.0,) * 4)
+        there = replace(job, output=url(proxy.port, "bucket/out"))
+        report = on_cluster(there, cluster, partial(loaders.of_a_store, model))
+        assert report.rows == 135 and proxy.refused > 0 and proxy.cut > 0
+        assert read_status(url(port, "bucket/out")).sha256 == read_status(str(whole)).sha256
+    assert loaders.digests(bucket / "out") == loaders.digests(whole)
 
 
 def test_a_full_cluster_and_other_versions_are_one_sentence(cluster: Raylets, job: EncodeJob, model: Path) -> None:
@@ -216,3 +274,21 @@ def test_two_training_processes_are_as_one_and_go_on_when_one_is_killed(cluster:
     assert states[0] is not None and states[1] is not None
     assert distance(states[0][1]["parameters"], states[1][1]["parameters"]) < 1e-4
     assert [line["step"] for line in RunFolder(two, 1).metrics()] == list(range(1, 21))
+
+
+def test_a_killed_head_is_one_sentence_and_the_rest_is_done_without_it(
+    cluster: Raylets, job: EncodeJob, model: Path
+) -> None:
+    """It is the last of this file, for it ends the cluster."""
+    whole = in_one_process(job, model, "whole")
+    import_ray().shutdown()  # this process would be ended too
+    with subprocess.Popen(driver_of(job, model, cluster), stderr=subprocess.PIPE, text=True, cwd=ROOT) as driver:
+        while not Store(job.output).names(UNITS_FOLDER) and driver.poll() is None:
+            time.sleep(0.05)
+        cluster.kill_head()
+        _, said = driver.communicate()
+    assert driver.returncode == 1
+    assert re.fullmatch(r"unmask: the cluster's head has not answered for \d+ s; what is done is kept: run .*\n", said)
+    assert read_status(job.output).state == "unfinished"
+    assert run(job, lambda: Encoder.load(model)).resumed_at > 0
+    assert loaders.digests(Path(job.output)) == loaders.digests(whole)

@@ -9,6 +9,7 @@ import pytest
 
 import tests.cluster.raylets  # noqa: F401 - before ray
 from unmask.api import ServeSettings
+from unmask.cli import main
 from unmask.cluster import connection
 from unmask.cluster.connection import connected
 from unmask.cluster.options import ClusterOptions
@@ -28,9 +29,26 @@ def test_an_address_where_nobody_listens() -> None:
             pass
 
 
-@pytest.mark.parametrize("address", ["ray://head:10001", "https://head:8265", "head", "head:"])
+@pytest.mark.parametrize("address", ["ray://head:10001", "head", "head:", ":6379", ""])
 def test_addresses_of_another_form(address: str) -> None:
-    with pytest.raises(UsageError, match=rf"--cluster {address}: give auto, local, or HOST:PORT"), connected(address):
+    with pytest.raises(UsageError, match=rf"--cluster {address}: give auto, local, or HOST:PORT"):
+        ClusterOptions(cluster=address)
+    with pytest.raises(UsageError, match="give auto, local, or HOST:PORT"), connected(address):
+        pass
+
+
+def test_an_address_that_takes_jobs_is_answered_with_the_command_that_sends_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    advice = "takes jobs and starts no workers; send the whole command there: ray job submit --address"
+    with pytest.raises(SystemExit) as ended:
+        main(["encode", "in.txt", "-o", f"{tmp_path}/out.npy", "--cluster", "https://user:secret@head:8265/jobs"])
+    assert ended.value.code == 1
+    place = "https://head:8265"
+    said = f"unmask: --cluster {place} {advice} {place} -- unmask ... --cluster auto\n"
+    assert capsys.readouterr().err == said
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")  # where Ray's own client for jobs reads it
+    with pytest.raises(UsageError, match=f"^RAY_ADDRESS http://head:8265 {advice}"), connected("auto"):
         pass
 
 

@@ -20,7 +20,7 @@ from unmask.errors import CheckpointError, EmptyText, InputError, TextTooLong
 CHUNK_ROWS = 1024
 CHUNK_CHARACTERS = 128 * 1024
 # A longer text is cut to the model's length, so no more of it than this counts towards a chunk.
-_CHARACTERS_PER_TOKEN = 4
+CHARACTERS_PER_TOKEN = 4
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def cut(texts: Iterable[str], file: int, source: str, max_length: int, first: in
         max_length: tokens of a text that the model reads; characters beyond them do not count.
         first: number of the first of these texts in the file.
     """
-    longest = _CHARACTERS_PER_TOKEN * max_length
+    longest = CHARACTERS_PER_TOKEN * max_length
     chunk: list[str] = []
     characters = 0
     for text in texts:

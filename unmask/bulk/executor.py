@@ -4,6 +4,7 @@
 executor only computes pieces. The one here does it in this process; `unmask.cluster` has the other one.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -100,7 +101,8 @@ OpenExecutor = Callable[[EncodeJob, Callable[[], Encoder]], AbstractContextManag
 
 def local_executor(job: EncodeJob, load_encoder: Callable[[], Encoder]) -> AbstractContextManager[Executor]:
     """Load the model, to encode in this process."""
-    return nullcontext(LocalExecutor(job, load_encoder()))
+    began = time.monotonic()
+    return nullcontext(LocalExecutor(job, load_encoder(), began))
 
 
 def model_description(job: EncodeJob, encoder: Encoder) -> ModelDescription:
@@ -114,17 +116,24 @@ def encode_chunk(job: EncodeJob, encoder: Encoder, chunk: Chunk, prompts: list[P
 
 
 class LocalExecutor:
-    """Encodes in this process."""
+    """Encodes in this process.
 
-    activity = Activity()
+    Args:
+        began: time at which the model began to load.
+    """
 
-    def __init__(self, job: EncodeJob, encoder: Encoder) -> None:
-        self._job, self._encoder = job, encoder
+    def __init__(self, job: EncodeJob, encoder: Encoder, began: float) -> None:
+        self._job, self._encoder, self._began = job, encoder, began
         self.model = model_description(job, encoder)
 
     @cached_property
     def _units(self) -> UnitEncoder:
         return UnitEncoder(self._job, self._encoder, Store(self._job.output))
+
+    @property
+    def activity(self) -> Activity:
+        """Return the time since the model began to load."""
+        return Activity(worker_seconds=time.monotonic() - self._began)
 
     @property
     def probe(self) -> str:

@@ -106,8 +106,14 @@ def _encode_rows(
             progress(EncodeProgress(done.rows, total, tokens, seconds, executor.activity))
     if spool is not None:
         spool.deliver(target, done.rows)
-    redone = executor.activity.redone
-    return EncodeReport(**asdict(done), resumed_at=resumed_at, precision=model.precision, redone=redone)
+    activity = executor.activity
+    return EncodeReport(
+        **asdict(done),
+        resumed_at=resumed_at,
+        precision=model.precision,
+        redone=activity.redone,
+        worker_seconds=activity.worker_seconds,
+    )
 
 
 def _open_spool(job: EncodeJob, inputs: Inputs, target: str, stack: ExitStack) -> Spool | None:

@@ -116,14 +116,15 @@ def encode_to_parts(
         if failures:
             raise _failure_of_all(failures, len(names))
         _finish(store, names, finished)
+        activity = executor.activity
     kinds = len({manifest.probe for manifest in finished.values()})
     return EncodeReport(
         **asdict(done),
         resumed_at=before.rows,
         precision=model.precision,
         processors=kinds,
-        worker_seconds=sum(manifest.seconds for name, manifest in finished.items() if name not in earlier),
-        redone=executor.activity.redone,
+        redone=activity.redone,
+        worker_seconds=activity.worker_seconds,
     )
 
 

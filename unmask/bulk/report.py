@@ -38,10 +38,17 @@ class Tally:
 
 @dataclass(frozen=True)
 class Activity:
-    """Workers that are encoding now, and pieces of work that had to be given out again since the job began."""
+    """Processes that encode a job, and their work.
+
+    Attributes:
+        workers: processes that are encoding now.
+        redone: pieces of work that had to be given out again since the job began.
+        worker_seconds: time that processes were there for the job, all together; whoever rents them pays for it.
+    """
 
     workers: int = 1
     redone: int = 0
+    worker_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -74,8 +81,8 @@ class EncodeReport(Tally):
         left_out: files of the input folders that hold no table, by name.
         processors: kinds of processors that made the vectors, told apart by the vectors of a few texts; 0 where this
             is not recorded. Float32 vectors of two kinds may differ in their last bits.
-        worker_seconds: time that workers took for the units of this run, all together; 0 where it is not recorded.
-        redone: pieces of work that had to be given out again, because a worker was lost.
+        worker_seconds: time that processes were there for this run, loading included, all together.
+        redone: pieces of work that had to be given out again, because a worker was lost or late.
     """
 
     seconds: float = 0.0

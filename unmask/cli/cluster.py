@@ -2,8 +2,9 @@
 
 import math
 from dataclasses import asdict
+from typing import Annotated
 
-from cyclopts import App
+from cyclopts import App, Parameter
 
 from unmask.cli.encode import ModelOptions
 from unmask.cli.options import AsJson
@@ -16,8 +17,7 @@ cluster = App(name="cluster", help="Check the machines of a Ray cluster.")
 
 @cluster.command
 def check(
-    address: str = "auto",
-    /,
+    address: Annotated[str, Parameter(name="--cluster")] = "auto",
     *,
     storage: str | None = None,
     wait: float = 300.0,
@@ -31,7 +31,8 @@ def check(
     Parameters
     ----------
     address
-        auto (RAY_ADDRESS, or the cluster of this machine), or HOST:PORT of the cluster's head.
+        auto (RAY_ADDRESS, or the cluster of this machine), HOST:PORT of the cluster's head, or local, which starts one
+        here.
     storage
         Folder or URL of an output: read and write it from every machine.
     wait

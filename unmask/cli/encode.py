@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
+from unmask.accounts.money import NANO
 from unmask.bulk.encode_job import EncodeJob
 from unmask.bulk.storage import public_name
 from unmask.checkpoint import DEFAULT_MODEL
 from unmask.cli.known_models import checks_known_models
-from unmask.cli.options import THIS_PROCESS, AsJson, DeviceOption, DtypeOption
+from unmask.cli.options import THIS_PROCESS, AsJson, DeviceOption, DtypeOption, amount_option
 from unmask.cluster.options import ClusterOptions
 from unmask.errors import UsageError
 from unmask.terminal import JsonProgress, Progress, Step, print_json, print_table, say
@@ -83,6 +84,7 @@ def encode(
     cluster: Annotated[ClusterOptions, Parameter(name="*", group=_CLUSTER)] = THIS_PROCESS,
     status: Annotated[str | None, Parameter(group=_FILES)] = None,
     progress: Literal["text", "json"] = "text",
+    price_per_hour: Annotated[int | None, amount_option(), Parameter(group=_CLUSTER)] = None,
     as_json: AsJson = False,
 ) -> int:
     """Encode files of texts into a file or a folder of vectors.
@@ -96,6 +98,9 @@ def encode(
     progress
         Progress on stderr as text, or as a JSON object per line: rows, total, tokens, tokens_per_second, workers,
         redone, seconds, seconds_left.
+    price_per_hour
+        What an hour of a worker, or of this machine without --cluster, costs you in dollars: say at the end what the
+        run cost.
     """
     if status is not None:
         return _print_status(status, as_json)
@@ -121,7 +126,19 @@ def encode(
     if as_json and job.output != "-":
         print_json(asdict(report))
     _say_report(report, job.output)
+    if price_per_hour is not None:
+        say(_cost_of(report, price_per_hour))
     return 0
+
+
+def _cost_of(report: "EncodeReport", price_per_hour: int) -> str:
+    """Return a sentence that says what a run cost at a price in nano-dollars."""
+    hours = report.worker_seconds / 3600
+    dollars = hours * price_per_hour / NANO
+    sentence = f"cost: {hours:.4g} hours of workers, ${dollars:.4g}"
+    if report.resumed_at or not report.tokens:
+        return sentence
+    return f"{sentence}, ${dollars / report.tokens * 1e6:.4g} per million tokens"
 
 
 def _say_report(report: "EncodeReport", output: str) -> None:

@@ -2,12 +2,13 @@
 
 import os
 import platform
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
-from unmask.bulk.chunks import Chunk, chunk_prompts
+from unmask.bulk.chunks import CHARACTERS_PER_TOKEN, Chunk, chunk_prompts
 from unmask.bulk.encode_job import EncodeJob
 from unmask.bulk.executor import EncodedChunk, Executor, ModelDescription, UnitFailure, encode_chunk, model_description
 from unmask.bulk.files import label_of
@@ -51,8 +52,9 @@ class BulkWorker:
         """Return host and process."""
         return f"{platform.node()}:{os.getpid()}"
 
-    def load(self) -> WorkerDescription | UnmaskError:
-        """Load the model."""
+    def load(self) -> tuple[float, WorkerDescription] | UnmaskError:
+        """Load the model; return the seconds that it took, and a description."""
+        began = time.perf_counter()
         try:
             self._encoder = self._load_encoder()
             self._store = Store(self._job.output) if self._job.output != "-" else Store(".")
@@ -60,7 +62,8 @@ class BulkWorker:
             model = model_description(self._job, self._encoder)
         except UnmaskError as error:
             return _portable(error, f"worker {self.place()}: ")
-        return WorkerDescription(self.place(), model, self._units.probe, package_versions())
+        description = WorkerDescription(self.place(), model, self._units.probe, package_versions())
+        return time.perf_counter() - began, description
 
     def encode_unit(self, unit: Unit) -> Manifest | UnmaskError:
         """Encode a unit, and store its part and manifest."""
@@ -97,7 +100,7 @@ class ClusterExecutor:
         self._first: WorkerDescription | None = None
         plain = EncodeJob(**{field.name: getattr(job, field.name) for field in fields(EncodeJob)})
         self.pool: WorkerPool[Any] = WorkerPool(
-            ray, BulkWorker, (plain, load_encoder), options, _name_of, self._require_equal
+            ray, BulkWorker, (plain, load_encoder), options, _name_of, self._size_of, self._require_equal
         )
 
     @property
@@ -112,8 +115,8 @@ class ClusterExecutor:
 
     @property
     def activity(self) -> Activity:
-        """Return how many workers there are now."""
-        return Activity(self.pool.size, self.pool.redone)
+        """Return how many workers there are now, and were."""
+        return Activity(self.pool.size, self.pool.redone, self.pool.worker_seconds)
 
     @property
     def _first_worker(self) -> WorkerDescription:
@@ -152,6 +155,12 @@ class ClusterExecutor:
                 if isinstance(earliest, UnmaskError):
                     raise earliest
                 yield earliest
+
+    def _size_of(self, task: Unit | Chunk) -> float:
+        """Return the characters of a piece that the model reads, and one for each text."""
+        longest = CHARACTERS_PER_TOKEN * self.model.max_length
+        chunks = task.chunks if isinstance(task, Unit) else [task]
+        return float(sum(min(len(text), longest) + 1 for chunk in chunks for text in chunk.texts))
 
     def _require_equal(self, worker: WorkerDescription) -> None:
         """Compare a worker with this process and with the first worker."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from unmask.cluster.options import require_address
 from unmask.errors import ClusterError, MissingPackages, UsageError
 
 _CONNECT_S = 10.0
@@ -44,14 +45,17 @@ def connected(address: str) -> Iterator[Any]:
     A process that is connected already stays so.
 
     Args:
-        address: auto, local or HOST:PORT.
+        address: auto, local or HOST:PORT. auto is what RAY_ADDRESS names, else the cluster of this machine.
 
     Raises:
         UsageError: the address is of another form.
         ClusterError: no cluster answers, it refuses, or it has another version.
     """
-    if "://" in address:
-        raise UsageError(f"--cluster {address}: give auto, local, or HOST:PORT of the cluster's head; {_ON_A_MACHINE}")
+    require_address(address)
+    named = os.environ.get("RAY_ADDRESS", "")
+    if address == "auto" and named:
+        require_address(named, "RAY_ADDRESS")
+        address = named
     ray = import_ray()
     if ray.is_initialized():
         yield ray
@@ -63,8 +67,7 @@ def connected(address: str) -> Iterator[Any]:
             if folder is not None:
                 _start_local(ray, folder, quiet)
             else:
-                place = os.environ.get("RAY_ADDRESS", "auto") if address == "auto" else address
-                ray.init(address=place, **_require_answer(place), **quiet)
+                ray.init(address=address, **_require_answer(address), **quiet)
         except UsageError:
             raise
         except Exception as error:  # Ray raises Exception itself, among many others
@@ -74,6 +77,16 @@ def connected(address: str) -> Iterator[Any]:
         ray.shutdown()
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def head_answers(ray: Any) -> bool:
+    """True if the head of the cluster that this process is connected to takes connections."""
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S):
+            return True
+    except OSError:
+        return False
 
 
 def _start_local(ray: Any, folder: str, quiet: dict[str, Any]) -> None:
@@ -96,8 +109,6 @@ def _require_answer(address: str) -> dict[str, str]:
         return {}
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
-    if not host or not port.isdigit():
-        raise UsageError(f"--cluster {address}: give auto, local, or HOST:PORT of the cluster's head")
     with socket.create_connection((host, int(port)), timeout=_CONNECT_S):
         pass
     # Ray would take this machine's address in the network, where a cluster on a loopback address does not listen.
@@ -108,6 +119,11 @@ def _sentence(address: str, error: Exception) -> ClusterError:
     """Return an error that says what Ray's error means."""
     text = " ".join(str(error).split())
     causes = f"{text} {error.__cause__}"
+    if address == "local":
+        return ClusterError(
+            f"Ray does not start on this machine ({_first(text)}); it gives itself 30 s, which a busy machine may not "
+            "keep: run the same command again, or leave out --cluster"
+        )
     versions = re.search(r"cluster was started with: (.*?) This process.*? started with: (.*?)\.? *$", text)
     if "ersion mismatch" in text:
         detail = f": the cluster has {versions[1]}, this process {versions[2]}" if versions else ""

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from unmask.errors import UsageError
 
@@ -29,6 +30,8 @@ class ClusterOptions:
 
     def __post_init__(self) -> None:
         self.limits()
+        if self.cluster is not None:
+            require_address(self.cluster)
         for name in ("worker_cpus", "worker_gpus"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name):g}: give 0 or more")
@@ -82,3 +85,29 @@ class ReplicaOptions:
             UsageError: `replicas` is neither N nor LEAST:MOST.
         """
         return _limits("--replicas", self.replicas)
+
+
+def require_address(address: str, option: str = "--cluster") -> None:
+    """Refuse an address that is none of a cluster.
+
+    Args:
+        option: where the address was given.
+
+    Raises:
+        UsageError: it is neither auto, local nor HOST:PORT. One that takes jobs is answered with the command that sends
+            the job there.
+    """
+    if address in ("auto", "local"):
+        return
+    parts = urlsplit(address) if "://" in address else None
+    if parts is not None and parts.scheme in ("http", "https"):
+        place = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+        raise UsageError(
+            f"{option} {place} takes jobs and starts no workers; send the whole command there: "
+            f"ray job submit --address {place} -- unmask ... --cluster auto"
+        )
+    host, _, port = address.rpartition(":")
+    if parts is not None or not host or not port.isdigit():
+        raise UsageError(
+            f"{option} {address}: give auto, local, or HOST:PORT of the cluster's head (its port is 6379 by default)"
+        )
