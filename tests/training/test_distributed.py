@@ -1,9 +1,13 @@
 """Compare two processes over gloo with one. The reference implementation never synchronised its gradients."""
 
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import socket
+import threading
+import time
 from collections.abc import Sequence
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -14,12 +18,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.tensor import DTensor
 
 from tests.training.tiny import CPU, GOLDEN, distance, recipe_of, run_recipe, write_decoder, write_pairs
 from unmask import Encoder
 from unmask.errors import UsageError
-from unmask.training import distributed
+from unmask.training import curves, distributed
 from unmask.training.distributed import Processes
 from unmask.training.distributed import processes as process_group
 from unmask.training.recipe import Recipe
@@ -185,6 +190,58 @@ def test_a_process_that_torchrun_starts_again_goes_on(
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     run_training(longer, data=data, output=tmp_path / "run")
     assert [line["step"] for line in RunFolder(tmp_path / "run", 1).metrics()] == [1, 2, 3]
+
+
+def train_under_an_agent(recipe: Recipe, data: Path, output: Path) -> None:
+    """Train in a process that an agent of torchrun starts; the second one is killed once, after two steps."""
+    torch.set_num_threads(1)
+    curves.draw_curves = lambda folder: None
+
+    def die() -> None:
+        while not (output / "checkpoints" / "step-00000002").exists():
+            time.sleep(0.001)
+        output.with_name("killed").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if (os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]) == ("0", "1"):
+        threading.Thread(target=die, daemon=True).start()
+    run_training(recipe, data=data, output=output)
+
+
+def run_agent(port: int, recipe: Recipe, data: Path, output: Path) -> None:
+    """Run one of the two agents that `torchrun --nnodes 2` would run on two machines, with one process."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    # An agent has threads, so it must not fork itself.
+    multiprocessing.set_forkserver_preload(["unmask.training.train", "torch.distributed"])
+    config = LaunchConfig(
+        min_nodes=2,
+        max_nodes=2,
+        nproc_per_node=1,
+        run_id="run",
+        rdzv_backend="c10d",
+        rdzv_endpoint=f"127.0.0.1:{port}",
+        local_addr="127.0.0.1",
+        max_restarts=3,
+        start_method="forkserver",
+    )
+    elastic_launch(config, train_under_an_agent)(recipe, data, output)
+
+
+def test_two_agents_of_torchrun_are_as_one_process_and_go_on_when_a_process_is_killed(
+    processes: ForkServerContext, data: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_of(steps=20, optimiser={"lr": 1e-2, "epsilon": 1e-4}, checkpoint_every=1)
+    one, two, port = tmp_path / "one", tmp_path / "two", free_port()
+    agents = [processes.Process(target=run_agent, args=(port, recipe, data, two)) for _ in range(2)]
+    for agent in agents:
+        agent.start()
+    for agent in agents:
+        agent.join()
+    assert [agent.exitcode for agent in agents] == [0, 0]
+    assert (tmp_path / "killed").exists()
+    run_together(processes, 1, recipe, data, one)
+    assert distance(parameters(two), parameters(one)) < 1e-4
+    assert [line["step"] for line in RunFolder(two, 1).metrics()] == list(range(1, 21))
 
 
 def check_parts_of_a_group(environment: dict[str, str], base: str, output: Path) -> None:
