@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from unmask.cluster.connection import connected
 from unmask.cluster.options import ReplicaOptions
@@ -140,6 +141,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     print(processor_name())
+    torch.set_num_threads(1)  # as a replica of one processor has
     encoder = Encoder.load(arguments.model, dtype="float32")
     with connected(arguments.cluster):
         here, (there, _) = Engine(encoder), open_engine(arguments.model, 1)
