@@ -2,7 +2,7 @@
 
     python benchmarks/cluster.py workers [--rounds 3] [--texts 8192] [--model NAME]
     python benchmarks/cluster.py scheduling [--most 8] [--unit-seconds 1] [--units 12]
-    python benchmarks/cluster.py driver [--units 5000] [--unit-texts 8]
+    python benchmarks/cluster.py driver [--units 5000] [--unit-texts 8] [--words 12]
     python benchmarks/cluster.py estimate [--texts 1e9] [--gpus 64] [--price-per-gpu-hour 3.00] ...
 
 `workers` encodes the same texts by one process and by two workers in turn, and compares tokens per second; it needs a
@@ -226,7 +226,7 @@ def _timed_units(size: int, count: int, texts: list[str], load: Callable[[], Enc
             return time.monotonic() - began
 
 
-def measure_driver(units: int, unit_texts: int) -> None:
+def measure_driver(units: int, unit_texts: int, words: int) -> None:
     """Show what units cost the process that hands them out, and its memory as they pass."""
     process = psutil.Process()
     states: list[tuple[int, float, int]] = []  # rows, processor time, bytes
@@ -238,7 +238,7 @@ def measure_driver(units: int, unit_texts: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "in"
         source.mkdir()
-        content = "".join(f"{text}\n" for text in texts_of(unit_texts))
+        content = "".join(f"{text}\n" for text in texts_of(unit_texts, words))
         for number in range(units):
             (source / f"{number:06d}.txt").write_text(content)
         job = EncodeJob((str(source),), f"{folder}/out/")
@@ -252,7 +252,7 @@ def measure_driver(units: int, unit_texts: int) -> None:
     print_rows(
         ("", ""),
         [
-            ("units of texts", f"{units:,} of {unit_texts:,}"),
+            ("units of texts", f"{units:,} of {unit_texts:,} of {words} words"),
             ("processor time per unit", f"{per_unit * 1000:.1f} ms"),
             ("texts per second of processor time", f"{unit_texts / per_unit:,.0f}"),
             ("wall time with the start of Ray", f"{seconds:.0f} s for {report.rows:,} texts"),
@@ -293,6 +293,7 @@ def main() -> None:
     driver = parts.add_parser("driver")
     driver.add_argument("--units", type=int, default=5000)
     driver.add_argument("--unit-texts", type=int, default=8)
+    driver.add_argument("--words", type=int, default=12)
     for part in (scheduling, driver):
         part.add_argument("--cluster", default="local", help="HOST:PORT of a running one, where the machine is busy")
     estimate = parts.add_parser("estimate")
@@ -310,7 +311,7 @@ def main() -> None:
             if chosen.part == "scheduling":
                 measure_scheduling(chosen.most, chosen.unit_seconds, chosen.units)
             else:
-                measure_driver(chosen.units, chosen.unit_texts)
+                measure_driver(chosen.units, chosen.unit_texts, chosen.words)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Connections that fail, without a cluster: each says in one sentence what to do."""
 
+import json
+import os
 import socket
 import subprocess
 import sys
@@ -7,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import tests.cluster.raylets  # noqa: F401 - before ray
+import tests.cluster.raylets  # before ray
 from unmask.api import ServeSettings
 from unmask.cli import main
 from unmask.cluster import connection
@@ -82,3 +84,22 @@ def test_without_ray_the_option_says_what_to_install(tmp_path: Path) -> None:
     assert refusal.returncode == 1
     assert "unmask: --cluster needs packages that are not installed: pip install" in refusal.stderr
     assert not (tmp_path / "out.npy").exists()
+
+
+_LISTENING = """
+import json, os, psutil
+from unmask.cluster.connection import connected
+with connected("local"):
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    sockets = [socket for process in processes for socket in process.net_connections("inet")]
+    print(json.dumps([[s.laddr.ip, s.laddr.port] for s in sockets if s.status == psutil.CONN_LISTEN]))
+"""
+
+
+def test_a_cluster_of_this_machine_alone_listens_on_the_loopback_interface_alone() -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in tests.cluster.raylets.ENVIRONMENT}
+    command = [sys.executable, "-c", _LISTENING]
+    started = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert started.returncode == 0, started.stderr
+    addresses = {address.removeprefix("::ffff:") for address, _ in json.loads(started.stdout)}
+    assert addresses == {"127.0.0.1"}

@@ -22,8 +22,11 @@ _ON_A_MACHINE = (
 )
 
 
-def import_ray() -> Any:
+def import_ray(loopback: bool = False) -> Any:
     """Return the module ray.
+
+    Args:
+        loopback: a cluster on 127.0.0.1 is started or joined, and no other.
 
     Raises:
         MissingPackages: it is not installed.
@@ -31,6 +34,9 @@ def import_ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray prints a page on stdout, where vectors may go, for every worker that dies. It is said here in a sentence.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
+    if loopback:
+        # Ray would take the machine's address in the network instead, and listen on all of its interfaces.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     try:
         import ray
     except ImportError as error:
@@ -56,7 +62,7 @@ def connected(address: str) -> Iterator[Any]:
     if address == "auto" and named:
         require_address(named, "RAY_ADDRESS")
         address = named
-    ray = import_ray()
+    ray = import_ray(loopback=address == "local")
     if ray.is_initialized():
         yield ray
         return
