@@ -210,7 +210,7 @@ def train_under_an_agent(recipe: Recipe, data: Path, output: Path) -> None:
 
 def run_agent(port: int, recipe: Recipe, data: Path, output: Path) -> None:
     """Run one of the two agents that `torchrun --nnodes 2` would run on two machines, with one process."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     # An agent has threads, so it must not fork itself.
     multiprocessing.set_forkserver_preload(["unmask.training.train", "torch.distributed"])
     config = LaunchConfig(
@@ -242,6 +242,16 @@ def test_two_agents_of_torchrun_are_as_one_process_and_go_on_when_a_process_is_k
     run_together(processes, 1, recipe, data, one)
     assert distance(parameters(two), parameters(one)) < 1e-4
     assert [line["step"] for line in RunFolder(two, 1).metrics()] == list(range(1, 21))
+
+
+def test_a_launcher_that_restarts_with_addresses_of_the_first_start_is_refused(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1, "TORCHELASTIC_MAX_RESTARTS": 3}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(UsageError, match="start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        run_training(recipe_of(steps=1), data=data, output=tmp_path / "run")
 
 
 def check_parts_of_a_group(environment: dict[str, str], base: str, output: Path) -> None:

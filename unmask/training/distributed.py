@@ -206,6 +206,7 @@ def processes(device: torch.device) -> Iterator[Processes]:
     if dist.is_initialized():
         yield Processes(dist.get_rank(), size, per_machine)
         return
+    _require_store_per_start()
     # The main process may compute teachers' vectors for hours while the others wait for it.
     timeout = timedelta(days=1)
     if device.type == "cuda":
@@ -216,3 +217,17 @@ def processes(device: torch.device) -> Iterator[Processes]:
         yield Processes(dist.get_rank(), size, per_machine)
     finally:
         dist.destroy_process_group()
+
+
+def _require_store_per_start() -> None:
+    """Refuse a launcher that starts processes again with the store of the first start.
+
+    torchrun shares the store of its rendezvous with the processes unless it is told not to. After a restart it still
+    holds the addresses of the processes that are gone, and those that look for one another there may wait for ever.
+    """
+    shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    if shares_store and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+        raise UsageError(
+            "torchrun would start these processes again with addresses of the first start, and they may wait for ever; "
+            "start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, or with --max-restarts 0"
+        )
