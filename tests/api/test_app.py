@@ -67,8 +67,9 @@ def test_not_ready_with_a_wrong_vector(start: Callable[..., LocalService]):
     assert served
 
     async def spoil() -> None:
-        decoder = (await served.engine()).encoder.trainable_decoder()
-        for parameter in decoder.parameters():
+        encoder = (await served.engine()).encoder
+        assert isinstance(encoder, Encoder)
+        for parameter in encoder.trainable_decoder().parameters():
             parameter.data = parameter.data.flip(0)
 
     asyncio.run(spoil())

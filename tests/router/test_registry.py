@@ -34,6 +34,7 @@ async def test_a_changed_weight_is_caught_by_the_canary(golden_dir: Path) -> Non
     models = ModelRegistry([str(golden_dir / "tiny_llama")], warm=["tiny_llama"])
     model = models.list()[0]
     engine = await model.engine(wait=60)
+    assert isinstance(engine.encoder, Encoder)
     engine.encoder.trainable_decoder().get_parameter("embedding.weight").data.mul_(-3).add_(0.1)
     verdict = (await models.canaries())["tiny_llama"]
     assert "cosine" in verdict
@@ -135,6 +136,7 @@ async def test_auto_says_what_it_became_and_why(
 async def test_eight_bits_are_served_and_their_canary_holds() -> None:
     models = ModelRegistry([DEFAULT_MODEL], warm=[DEFAULT_MODEL], options=ModelOptions(dtype="int8"))
     engine = await models.list()[0].engine(wait=60)
+    assert isinstance(engine.encoder, Encoder)
     assert any(isinstance(module, Int8Linear) for module in engine.encoder.trainable_decoder().modules())
     assert await models.canaries() == {DEFAULT_MODEL: "ok"}
     await models.close()
