@@ -667,7 +667,7 @@ def test_no_secret_is_logged(
     visitor.get("/first-admin?invitation=very-secret-invitation")
     assert made
     out = caplog.text + "".join(capfd.readouterr())
-    assert "path='/sign-in'" in out
+    assert "/sign-in" in out  # in whichever format this process logs
     for secret in (
         PASSWORD,
         made[0],
