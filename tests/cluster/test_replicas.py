@@ -1,6 +1,7 @@
 """A server whose model is computed by two replicas on Ray: the bits of one process, whoever is killed or frozen."""
 
 import asyncio
+import logging
 import os
 import re
 import shutil
@@ -195,5 +196,11 @@ def test_options_that_lack_their_companion(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(UsageError, match="cluster='local': say how many replicas, such as --replicas 2"):
         ServeSettings(cluster="local")
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(MissingPackages, match="--cluster needs packages that are not installed: pip install"):
-        serve(ServeSettings(cluster="local", replicas="2", port=0))
+    root = logging.getLogger()
+    level, handlers = root.level, [*root.handlers]
+    try:
+        with pytest.raises(MissingPackages, match="--cluster needs packages that are not installed: pip install"):
+            serve(ServeSettings(cluster="local", replicas="2", port=0))
+    finally:  # it has set the log of this process
+        root.setLevel(level)
+        root.handlers[:] = handlers
