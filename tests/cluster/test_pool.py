@@ -15,7 +15,7 @@ from unmask.cluster.options import ClusterOptions
 from unmask.cluster.pool import ATTEMPTS, WorkerPool
 from unmask.errors import ClusterError
 
-# What becomes of an attempt at a task: it takes as long as others, kills its worker, never ends, or takes long.
+# Fates of an attempt at a task: it takes as long as others, kills its worker, never ends, or takes long.
 FATES = ("fine", "killed", "hangs", "long")
 TASK_S, LONG_S = 30.0, 400.0
 

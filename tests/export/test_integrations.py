@@ -35,7 +35,7 @@ SETTINGS = {"query_instruction": "Find what answers:", "document_instruction": "
 # fewer out of others, as docs/export.md says.
 PASSAGES = ("The keeper lights the lamp at dusk.", "The dough rises faster in a warm kitchen.")
 QUESTION = "when is the lamp lit"
-# What each snippet runs in: this environment, the packages of integrations.txt, those of fastembed, or node.
+# Environments of the snippets: this one, the packages of integrations.txt, those of fastembed, or node.
 HERE = ("OpenAI's client", "LangChain")
 HERE_SLOWLY = ("MTEB", "pgvector", "sentence-transformers")
 APART = ("Chroma", "Haystack", "LanceDB", "LlamaIndex", "Qdrant", "txtai")

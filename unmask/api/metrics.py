@@ -7,7 +7,7 @@ import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from unmask.api.traffic import TrafficHistory, TrafficInterval
-from unmask.engine.engine import HandFigures
+from unmask.engine.hand_thread import HandFigures
 from unmask.router import PublicNames
 from unmask.router.endpoint import ProviderEndpoint
 

@@ -15,6 +15,7 @@ from unmask.bulk.files import label_of
 from unmask.bulk.report import Activity
 from unmask.bulk.storage import Store
 from unmask.bulk.units import JOB_FILE, Manifest, Unit, UnitEncoder, package_versions
+from unmask.cluster.agreement import require_equal_models, require_equal_versions
 from unmask.cluster.connection import connected
 from unmask.cluster.options import ClusterOptions
 from unmask.cluster.pool import WorkerPool
@@ -164,21 +165,10 @@ class ClusterExecutor:
 
     def _require_equal(self, worker: WorkerDescription) -> None:
         """Compare a worker with this process and with the first worker."""
-        own = package_versions()
-        for name, version in worker.versions.items():
-            if name != "python" and version != own[name]:
-                raise ClusterError(
-                    f"worker {worker.place} has {name} {version}, and this process {own[name]}; install the same on "
-                    "all machines"
-                )
-        first = self._first or worker
-        self._first = first
-        for name, value in worker.model.options.items():
-            if value != first.model.options[name]:
-                advice = "name a precision with --dtype" if name == "dtype" else "give all machines the same model"
-                raise ClusterError(
-                    f"worker {worker.place} has {name} {value}, and {first.place} {first.model.options[name]}; {advice}"
-                )
+        require_equal_versions(f"worker {worker.place}", worker.versions)
+        first = self._first = self._first or worker
+        advice = {"dtype": "name a precision with --dtype"}
+        require_equal_models(f"worker {worker.place}", worker.model.options, first.place, first.model.options, advice)
         if self._same_bits and worker.probe != first.probe:
             raise ClusterError(
                 f"worker {worker.place} is another kind of processor than {first.place}: its vectors differ in their "

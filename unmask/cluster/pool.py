@@ -29,7 +29,7 @@ _TICK_S = 1.0
 # writing take time that has nothing to do with a task's size.
 _LATE_FACTOR = 3.0
 _LATE_S = 20.0
-# Whoever has a task again gets this many times as long as the one before, so that one that is merely long is finished.
+# Growth of a task's time limit with each attempt, so that a task that is only long is finished.
 _LATE_GROWTH = 4.0
 # Seconds between two questions to the head, and without an answer until it is given up. Ray ends this process with a
 # page of its own after a minute, and taking leave of Ray may take half of it.

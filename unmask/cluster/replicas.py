@@ -20,6 +20,7 @@ import numpy as np
 
 from unmask.bulk.units import package_versions, probe_digest
 from unmask.checkpoint import open_checkpoint
+from unmask.cluster.agreement import require_equal_models, require_equal_versions
 from unmask.cluster.connection import import_ray
 from unmask.cluster.options import ReplicaOptions
 from unmask.conformance.canaries import fixed_texts
@@ -162,26 +163,15 @@ class Replicas:
         Raises:
             ClusterError: they differ, so that answers would be mixed.
         """
-        own = package_versions()
-        for name, version in replica.versions.items():
-            if name != "python" and version != own[name]:
-                raise ClusterError(
-                    f"replica {replica.place} has {name} {version}, and this process {own[name]}; install the same on "
-                    "all machines"
-                )
+        name = f"replica {replica.place}"
+        require_equal_versions(name, replica.versions)
         if replica.tokens_digest != self._tokens_digest:
             raise ClusterError(
-                f"replica {replica.place} reads texts as other tokens than this process; give all machines the same "
-                "files of the model"
+                f"{name} reads texts as other tokens than this process; give all machines the same files of the model"
             )
         with self._lock:
             first = self.first = self.first or replica
-        for name, value in replica.model.items():
-            if value != first.model[name]:
-                raise ClusterError(
-                    f"replica {replica.place} has {name} {value}, and {first.place} {first.model[name]}; "
-                    f"{_ADVICE.get(name, 'give all machines the same model')}"
-                )
+        require_equal_models(name, replica.model, first.place, first.model, _ADVICE)
 
     def is_right(self, vector: np.ndarray) -> bool:
         """Return true if a vector is that of the canary."""

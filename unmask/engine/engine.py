@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -16,7 +15,8 @@ from unmask.encoder import Encoder, Prompt
 from unmask.encoder.packing import balance
 from unmask.encoder.prompts import DefaultPrompts
 from unmask.encoder.remote_encoder import RemoteEncoder
-from unmask.engine.hand import PACK_TOKENS, Hand, HandLost, HandState, LocalHand, PackVectors
+from unmask.engine.hand import PACK_TOKENS, Hand, HandLost, LocalHand, PackVectors
+from unmask.engine.hand_thread import HandFigures, HandThread
 from unmask.engine.queue import FairQueue, QueuedPrompt, QueuedRequest
 from unmask.engine.recent_vectors import RecentVectors, cache_key
 from unmask.errors import DeadlineExceeded, EngineError, EngineStopped, InputError, Overloaded
@@ -25,9 +25,6 @@ log = logging.getLogger("unmask")
 
 # Texts of fewer characters are tokenised faster than they are handed to a thread.
 _INLINE_CHARACTERS = 2000
-
-# Smaller forwards measure overhead rather than speed. Until a larger one has run, no request is refused by deadline.
-_MIN_MEASURED_TOKENS = 256
 
 # Share of the measured speed that admission counts on: the next texts may be longer, and the machine busier.
 _SAFE_SHARE = 0.75
@@ -39,10 +36,6 @@ _QUEUED_SHARE = 0.75
 # Fewer waiting tokens go to one hand whole; more are shared among those that are free.
 _MIN_SHARED_TOKENS = 256
 
-# A forward is late after this many times the time that it should take, and never before the second number of seconds.
-# Without a measured speed, the third counts.
-_LATE_TIMES, _MIN_LATE_S, _UNMEASURED_LATE_S = 3.0, 1.0, 30.0
-
 # Forwards in which a prompt may lose its hand; in the last one it is alone, so that it takes no other with it.
 _MAX_LOSSES = 3
 
@@ -53,55 +46,6 @@ _CHECK_S = 10.0
 # less when not all were busy at the same time for the second.
 _GROW_S, _SHRINK_S = 5.0, 300.0
 _PARKED_S = 0.2
-
-
-@dataclass(eq=False)
-class _HandThread:
-    """A thread of the engine, and its hand.
-
-    Attributes:
-        number: of the hand, from 0. Hands with higher numbers are parked first.
-        tokens_per_second: measured speed, a moving average; None until a large forward has run.
-        taken: prompts of the running forward.
-        last_end: `time.perf_counter()` at which the last forward, or the last wait for work, ended.
-        forwards, times_late, times_lost: number of forwards that ended well, were late, or lost their hand.
-    """
-
-    hand: Hand
-    number: int = 0
-    thread: threading.Thread | None = None
-    tokens_per_second: float | None = None
-    taken: list[QueuedPrompt] = field(default_factory=list)
-    last_end: float = 0.0
-    forwards: int = 0
-    times_late: int = 0
-    times_lost: int = 0
-
-    @property
-    def tokens(self) -> int:
-        """Return the number of tokens of the running forward."""
-        return sum(queued.length for queued in self.taken)
-
-    @property
-    def rate(self) -> float | None:
-        """Return the measured speed, or the one that the hand had at its start."""
-        return self.tokens_per_second or self.hand.tokens_per_second
-
-
-@dataclass(frozen=True)
-class HandFigures:
-    """A hand of an engine, as pages and metrics show it.
-
-    Attributes:
-        name, state: see `Hand`.
-        tokens_per_second: measured speed; None until it is known.
-        forwards: number of forwards by outcome: "done", "late" or "lost".
-    """
-
-    name: str
-    state: HandState
-    tokens_per_second: float | None
-    forwards: dict[str, int]
 
 
 class Engine:
@@ -144,7 +88,7 @@ class Engine:
         self._stopping = False
         self._anonymous = itertools.count()
         self._tokenisers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="unmask-tokenise")
-        self._workers = [_HandThread(hand, number) for number, hand in enumerate(hands)]
+        self._workers = [HandThread(hand, number) for number, hand in enumerate(hands)]
         for worker in self._workers:
             name = f"unmask-engine-{encoder.name}-{worker.hand.name}"
             worker.thread = threading.Thread(target=self._work, args=(worker,), name=name, daemon=True)
@@ -162,15 +106,7 @@ class Engine:
 
     def hands(self) -> list[HandFigures]:
         """Return the figures of all hands."""
-        return [
-            HandFigures(
-                worker.hand.name,
-                worker.hand.state,
-                worker.rate,
-                {"done": worker.forwards, "late": worker.times_late, "lost": worker.times_lost},
-            )
-            for worker in self._workers
-        ]
+        return [worker.figures() for worker in self._workers]
 
     async def prepare(
         self, texts: Sequence[str] | Sequence[Sequence[int]], *, instruction: str = "", truncate: bool = False
@@ -346,7 +282,7 @@ class Engine:
             worker.hand.close()
         self._tokenisers.shutdown(wait=False, cancel_futures=True)
 
-    def _work(self, worker: _HandThread) -> None:
+    def _work(self, worker: HandThread) -> None:
         worker.last_end = time.perf_counter()
         while not self._is_over():
             if worker.number >= self._active:
@@ -384,7 +320,7 @@ class Engine:
         with self._changed:
             return self._stopping and not len(self._queue) and not self._running_tokens()
 
-    def _wait_for_work(self, worker: _HandThread) -> bool:
+    def _wait_for_work(self, worker: HandThread) -> bool:
         """Wait until something changes, unless prompts are in the queue. Return false if nothing did for a while."""
         with self._changed:
             if len(self._queue) or self._is_over():
@@ -396,7 +332,7 @@ class Engine:
                 self._idle -= 1
                 worker.last_end = time.perf_counter()
 
-    def _next_forward(self, worker: _HandThread) -> list[list[QueuedPrompt]]:
+    def _next_forward(self, worker: HandThread) -> list[list[QueuedPrompt]]:
         """Take the packs of the next forward from the queue, and end the requests that are too late for one."""
         with self._changed:
             now = time.monotonic()
@@ -411,7 +347,7 @@ class Engine:
             request.done(DeadlineExceeded("the deadline passed before the vectors were ready"))
         return packs
 
-    def _take_packs(self, worker: _HandThread, now: float) -> list[list[QueuedPrompt]]:
+    def _take_packs(self, worker: HandThread, now: float) -> list[list[QueuedPrompt]]:
         """Take the next prompts from the queue, as packs that end at about the same time.
 
         A forward ends with its longest pack, and admission counts on the speed of all cores.
@@ -429,42 +365,33 @@ class Engine:
             prompts = suspects[:1]
         return [[prompts[i] for i in rows] for rows in balance([prompt.length for prompt in prompts], count)]
 
-    def _run_forward(self, worker: _HandThread, packs: list[list[QueuedPrompt]]) -> None:
+    def _run_forward(self, worker: HandThread, packs: list[list[QueuedPrompt]]) -> None:
         """Let the hand compute packs. Never raises: the thread must live on for other requests."""
         tokens = worker.tokens
         try:
             worker.hand.forward(
                 [[queued.prompt for queued in pack] for pack in packs],
-                _seconds_until_late(worker, tokens),
+                worker.seconds_until_late(),
                 lambda number, outcome: self._deliver(packs[number], outcome),
             )
         except HandLost as lost:
-            self._take_back(worker, tokens, lost.is_late)
+            self._take_back(worker, lost.is_late)
             return
         except Exception:
             log.exception("a forward of %d tokens failed", tokens)
             self._fail(worker.taken, EngineError("the model failed on this request"))
         # Measured from the end of the last forward: the gap between two forwards delays callers as well.
         start, worker.last_end = worker.last_end, time.perf_counter()
-        _measure(worker, tokens, worker.last_end - start)
         with self._changed:
-            worker.forwards += 1
-            worker.taken = []
+            worker.end_forward(tokens, worker.last_end - start)
             if self._stopping:
                 self._changed.notify_all()
 
-    def _take_back(self, worker: _HandThread, tokens: int, is_late: bool) -> None:
+    def _take_back(self, worker: HandThread, is_late: bool) -> None:
         """Queue the prompts of a lost forward again, for whoever is free."""
         failure = EngineError(f"the model failed on this request: {_MAX_LOSSES} replicas ended while they computed it")
         with self._changed:
-            taken, worker.taken = worker.taken, []
-            for queued in taken:
-                queued.times_late += is_late
-                queued.times_lost += not is_late
-            worker.times_late += is_late
-            worker.times_lost += not is_late
-            if is_late and worker.rate is not None and tokens >= _MIN_MEASURED_TOKENS:
-                worker.tokens_per_second = worker.rate / 2  # it is slower than expected, if it is alive at all
+            taken = worker.lose_forward(is_late)
             self._fail([queued for queued in taken if queued.times_lost >= _MAX_LOSSES], failure)
             self._queue.put_back(taken)
             self._changed.notify_all()
@@ -497,19 +424,6 @@ class Engine:
                 self._queue.drop(request)
             if is_awaited:
                 request.done(error)
-
-
-def _seconds_until_late(worker: _HandThread, tokens: int) -> float:
-    """Return the time after which a forward is late. It doubles each time that one of its prompts was late before."""
-    seconds = _UNMEASURED_LATE_S if worker.rate is None else max(_MIN_LATE_S, _LATE_TIMES * tokens / worker.rate)
-    return seconds * 2 ** max((queued.times_late for queued in worker.taken), default=0)
-
-
-def _measure(worker: _HandThread, tokens: int, seconds: float) -> None:
-    if tokens < _MIN_MEASURED_TOKENS:
-        return
-    rate, average = tokens / max(seconds, 1e-6), worker.tokens_per_second
-    worker.tokens_per_second = rate if average is None else 0.8 * average + 0.2 * rate
 
 
 def _call_soon(

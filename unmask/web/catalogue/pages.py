@@ -19,7 +19,7 @@ from unmask.catalogue import Measurement, Record
 from unmask.catalogue.figures import SUITES, CategoryScores, SuiteScores
 from unmask.catalogue.measurement import LOCAL, MTEB
 from unmask.catalogue.speed import points_of
-from unmask.engine.engine import HandFigures
+from unmask.engine.hand_thread import HandFigures
 from unmask.router.served_model import ServedModel
 from unmask.web.catalogue import alternates, documentation, quality_charts, speed_charts
 from unmask.web.catalogue.comparison import MAX_MODELS, compare_models
