@@ -1,15 +1,18 @@
 """Bulk encoding on a cluster: what workers add, what this process costs, and what a large job would cost.
 
-    python benchmarks/cluster.py workers [--rounds 3] [--texts 8192] [--model NAME]
+    python benchmarks/cluster.py workers [--rounds 3] [--seconds 25 | --texts 2048] [--model NAME]
     python benchmarks/cluster.py scheduling [--most 8] [--unit-seconds 1] [--units 12]
     python benchmarks/cluster.py driver [--units 5000] [--unit-texts 8] [--words 12]
     python benchmarks/cluster.py estimate [--texts 1e9] [--gpus 64] [--price-per-gpu-hour 3.00] ...
 
-`workers` encodes the same texts by one process and by two workers in turn, and compares tokens per second; it needs a
-machine that does nothing else. In `scheduling` and `driver` the model sleeps for tokens / rate in place of its forward,
-so that workers need hardly a processor: `scheduling` divides the tokens per second of 1, 2, 4 ... workers by what they
-sleep for, `driver` shows the processor time and the memory that a unit costs the process that hands units out.
-`estimate` measures nothing. It computes hours, dollars and failures of a job from assumptions, which are its options.
+`workers` encodes the same texts by one process and by two workers in turn, each time in a new process, and compares
+tokens per second: of the computing alone, from the time when all workers have loaded the model, and of the whole
+command. A short try chooses how many texts keep one process computing for --seconds; three rounds then take about five
+minutes. It needs a machine that does nothing else. In `scheduling` and `driver` the model sleeps for tokens / rate in
+place of its forward, so that workers need hardly a processor: `scheduling` divides the tokens per second of 1, 2, 4 ...
+workers by what they sleep for, `driver` shows the processor time and the memory that a unit costs the process that
+hands units out. `estimate` measures nothing. It computes hours, dollars and failures of a job from assumptions, which
+are its options.
 
 Each part starts a Ray cluster on this machine or takes a running one, and prints a table.
 """
@@ -23,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -33,12 +37,13 @@ import psutil
 
 from unmask.bulk.chunks import CHUNK_CHARACTERS, CHUNK_ROWS, Chunk
 from unmask.bulk.encode_job import EncodeJob
+from unmask.bulk.executor import Executor, local_executor
 from unmask.bulk.job import run
 from unmask.bulk.report import EncodeProgress
 from unmask.bulk.storage import Store
 from unmask.bulk.units import JOB_FILE, UNIT_CHUNKS, Unit
 from unmask.checkpoint import DEFAULT_MODEL
-from unmask.cluster.bulk import cluster_executor
+from unmask.cluster.bulk import ClusterExecutor, cluster_executor
 from unmask.cluster.connection import connected
 from unmask.cluster.options import ClusterOptions
 from unmask.encoder.encoder import Encoder
@@ -46,6 +51,9 @@ from unmask.encoder.precision import processor_name
 from unmask.encoder.prompts import Prompt
 
 _TINY = Path(__file__).parent.parent / "tests" / "golden" / "tiny_llama"
+# Seconds between two looks at workers that load, and of the try that chooses the number of texts.
+_WAIT_S, _TRY_S = 0.1, 2.0
+_LEAST_CHUNKS = 8
 _WORDS = ("the", "river", "bends", "where", "old", "stones", "hold", "water", "and", "boats", "wait", "for", "wind")
 
 
@@ -160,28 +168,132 @@ def texts_of(count: int, words: int = 12) -> list[str]:
     return [" ".join(draw.choices(_WORDS, k=words)) for _ in range(count)]
 
 
-def compare_workers(rounds: int, count: int, model: str) -> None:
+@dataclass(frozen=True)
+class TimedRun:
+    """One encoding of the texts, in a process of its own.
+
+    Attributes:
+        tokens: tokens of all texts.
+        start_s: from the start of the process until all workers have loaded the model.
+        computing_s: from then until the last vectors are there.
+        whole_s: from the start of the process to its end.
+    """
+
+    tokens: int
+    start_s: float
+    computing_s: float
+    whole_s: float
+
+    def speeds(self) -> tuple[float, float]:
+        """Return the tokens per second of the computing alone, and of the whole command."""
+        return self.tokens / self.computing_s, self.tokens / self.whole_s
+
+
+def compare_workers(rounds: int, count: int | None, seconds: float, model: str) -> None:
     """Encode by one process and by two workers in turn."""
-    speeds: dict[str, list[float]] = {"one process": [], "two workers": []}
+    count = count or _texts_for(seconds, model)
+    # A file is cut into chunks of its own. Eight or more equal ones, four per worker, end at about the same time.
+    rows = min(CHUNK_ROWS, -(-count // _LEAST_CHUNKS))
+    files = 2 * max(_LEAST_CHUNKS // 2, round(count / rows / 2))
+    texts = texts_of(files * rows)
+    _say(f"{files} files of {rows} texts\n")
+    runs: dict[str, list[TimedRun]] = {"one process": [], "two workers": []}
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "texts.txt"
-        source.write_text("".join(f"{text}\n" for text in texts_of(count)))
-        for number in range(rounds):
-            for name, options in (("one process", []), ("two workers", ["--cluster", "local", "--workers", "2"])):
-                output = f"{folder}/{number}-{len(options)}.npy"
-                command = [sys.executable, "-m", "unmask", "encode", str(source), "-o", output, "--model", model]
-                command += [*options, "--dtype", "float32", "--progress", "json"]
-                report = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=True).stderr
-                states = [json.loads(line) for line in report.splitlines() if line.startswith("{")]
-                speeds[name].append(states[-1]["tokens_per_second"])
+        source = Path(folder) / "texts"
+        source.mkdir()
+        for i in range(files):
+            lines = (f"{text}\n" for text in texts[i * rows : (i + 1) * rows])
+            (source / f"{i:04d}.txt").write_text("".join(lines))
+        for number in range(1, rounds + 1):
+            for workers, (name, done) in enumerate(runs.items()):
+                _say(f"round {number} of {rounds}, {name}: ", end="")
+                done.append(_timed_run(source, f"{folder}/{number}-{name}.npy", 2 * workers, model))
+                alone, whole = done[-1].speeds()
+                times = f"start {done[-1].start_s:.1f} s, computing {done[-1].computing_s:.1f} s"
+                _say(f"{times} ({alone:,.0f} tokens/s), whole {done[-1].whole_s:.1f} s ({whole:,.0f} tokens/s)")
             contents = {file.read_bytes() for file in Path(folder).glob(f"{number}-*.npy")}
             assert len(contents) == 1, "the outputs differ"
-    best = {name: max(values) for name, values in speeds.items()}
-    print_rows(
-        ("", "tokens/s, best", "all rounds"),
-        [(name, f"{best[name]:,.0f}", ", ".join(f"{v:,.0f}" for v in values)) for name, values in speeds.items()],
+    _say("")
+    print_workers(runs)
+
+
+def print_workers(runs: dict[str, list[TimedRun]]) -> None:
+    """Print the speeds of one process and of workers, and the quotient of the best and of each round."""
+    rows, best = [], {}
+    for part, title in enumerate(("computing alone", "whole command")):
+        for name, done in runs.items():
+            speeds = [run.speeds()[part] for run in done]
+            best[title, name] = max(speeds)
+            rows.append((title, name, f"{max(speeds):,.0f}", ", ".join(f"{speed:,.0f}" for speed in speeds)))
+    print_rows(("", "", "tokens/s, best", "all rounds"), rows)
+    first, second = runs
+    for part, title in enumerate(("computing alone", "whole command")):
+        pairs = [b.speeds()[part] / a.speeds()[part] for a, b in zip(runs[first], runs[second], strict=True)]
+        quotient = best[title, second] / best[title, first]
+        _say(f"{second} / {first}, {title}: {quotient:.2f}; round by round {', '.join(f'{q:.2f}' for q in pairs)}")
+
+
+def _texts_for(seconds: float, model: str) -> int:
+    """Return about how many texts one process encodes in so many seconds."""
+    _say("speed of one process, a short try: ", end="")
+    encoder = Encoder.load(model, dtype="float32")
+    texts, done = texts_of(64), 0
+    encoder.encode(texts)
+    began = time.monotonic()
+    while time.monotonic() < began + _TRY_S:
+        encoder.encode(texts)
+        done += len(texts)
+    per_second = done / (time.monotonic() - began)
+    _say(
+        f"{per_second:,.0f} texts/s, so {round(seconds * per_second):,} texts for {seconds:g} s of computing: ", end=""
     )
-    print(f"two workers / one process: {best['two workers'] / best['one process']:.2f}")
+    return round(seconds * per_second)
+
+
+def _timed_run(source: Path, output: str, workers: int, model: str) -> TimedRun:
+    """Encode in a new process, as `encode_once`."""
+    command = [sys.executable, __file__, "once", str(source), output, "--workers", str(workers), "--model", model]
+    began = time.monotonic()
+    report = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    whole = time.monotonic() - began
+    ready, last, tokens = json.loads(report.splitlines()[-1])
+    return TimedRun(tokens, ready - began, last - ready, whole)
+
+
+def encode_once(source: str, output: str, workers: int, model: str) -> None:
+    """Encode a file by this process, or by workers once all of them are ready. Print when it began and ended."""
+    ready, last, tokens = 0.0, 0.0, 0
+
+    @contextmanager
+    def executor(job: EncodeJob, load_encoder: Callable[[], Encoder]) -> Iterator[Executor]:
+        nonlocal ready
+        own = partial(cluster_executor, ClusterOptions(cluster="local", workers=str(workers or 1)))
+        with (own if workers else local_executor)(job, load_encoder) as opened:
+            if isinstance(opened, ClusterExecutor):
+                for _ in opened.pool.outcomes(pieces(opened), "encode_chunk"):
+                    pass
+            ready = time.monotonic()
+            yield opened
+
+    def pieces(opened: ClusterExecutor) -> Iterator[Chunk]:
+        """Yield pieces of one text while workers load: the pool looks for new workers only while it works."""
+        number = 0
+        while opened.activity.workers < workers:
+            time.sleep(_WAIT_S)
+            yield Chunk(0, "warm-up", number, texts_of(1), True)
+            number += 1
+
+    def watch(state: EncodeProgress) -> None:
+        nonlocal last, tokens
+        last, tokens = time.monotonic(), state.tokens
+
+    run(EncodeJob((source,), output), partial(Encoder.load, model, dtype="float32"), watch, executor)
+    print(json.dumps([ready, last, tokens]))
+
+
+def _say(text: str, end: str = "\n") -> None:
+    """Print at once: whoever waits wants to see how far it is."""
+    print(text, end=end, flush=True)
 
 
 def measure_scheduling(most: int, unit_seconds: float, units: int) -> None:
@@ -284,8 +396,14 @@ def main() -> None:
     parts = parser.add_subparsers(dest="part", required=True)
     workers = parts.add_parser("workers")
     workers.add_argument("--rounds", type=int, default=3)
-    workers.add_argument("--texts", type=int, default=8192)
+    workers.add_argument("--texts", type=int, help="about so many, in place of --seconds")
+    workers.add_argument("--seconds", type=float, default=25.0, help="of computing by one process, about")
     workers.add_argument("--model", default=DEFAULT_MODEL)
+    once = parts.add_parser("once", help="one run of `workers`")
+    once.add_argument("source")
+    once.add_argument("output")
+    once.add_argument("--workers", type=int, required=True)
+    once.add_argument("--model", required=True)
     scheduling = parts.add_parser("scheduling")
     scheduling.add_argument("--most", type=int, default=8)
     scheduling.add_argument("--unit-seconds", type=float, default=1.0)
@@ -303,9 +421,12 @@ def main() -> None:
     if chosen.part == "estimate":
         print_estimate(JobAssumptions(**{field.name: getattr(chosen, field.name) for field in fields(JobAssumptions)}))
         return
-    print(f"{processor_name()}, load {os.getloadavg()[0]:.1f}\n")
+    if chosen.part == "once":
+        encode_once(chosen.source, chosen.output, chosen.workers, chosen.model)
+        return
+    _say(f"{processor_name()}, load {os.getloadavg()[0]:.1f}\n")
     if chosen.part == "workers":
-        compare_workers(chosen.rounds, chosen.texts, chosen.model)
+        compare_workers(chosen.rounds, chosen.texts, chosen.seconds, chosen.model)
     else:
         with connected(chosen.cluster):
             if chosen.part == "scheduling":
