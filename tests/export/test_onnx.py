@@ -11,9 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from tests.checkpoint.layouts import LAYOUTS, write_layout
-from tests.export.tiny import FAMILIES, FEW, GOLDEN, WINDOW, tiny_model
+from tests.export.tiny import FAMILIES, FEW, GOLDEN, WINDOW, tiny_model, tokenizer_with_digits
 from unmask import Encoder
 from unmask.export import ExportOptions, ParityReport, run_export, run_parity
 from unmask.export.onnx_weights import block_steps, hadamard
@@ -145,3 +146,21 @@ def test_block_steps_are_within_half_a_step(rows: int, columns: int, seed: int) 
 
 def test_the_hadamard_matrix_is_its_own_inverse() -> None:
     np.testing.assert_allclose(hadamard(64) @ hadamard(64), np.eye(64), atol=1e-6)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["each digit", "digits in a row"])
+def two_tokenizers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """A model's own tokenizer, and the one of its ONNX folder."""
+    folder = tmp_path_factory.mktemp("digits")
+    model = tiny_model(folder / "model", "llama", lambda: tokenizer_with_digits(request.param))
+    exported(model, folder / "out", check=False)
+    own, written = (Tokenizer.from_file(str(folder / name / "tokenizer.json")) for name in ("model", "out"))
+    assert "Digits" in own.to_str() and "Digits" not in written.to_str()  # transformers.js reads 0 to 9 alone
+    return own, written
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]) | st.characters(categories=["Nd", "Nl", "No"]), max_size=40))
+@settings(deadline=None)
+def test_numbers_of_unicode_keep_their_tokens(two_tokenizers: tuple[Any, Any], text: str) -> None:
+    own, written = (tokenizer.encode(text, add_special_tokens=False).ids for tokenizer in two_tokenizers)
+    assert own == written

@@ -1,13 +1,13 @@
 """fastembed and transformers.js read ONNX folders of all golden templates to the model's vectors, queries included."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from parity_readers import fastembed_runtime, transformers_js_runtime
 
 from tests.conftest import model_cache
-from tests.export.tiny import FEW, GOLDEN
+from tests.export.tiny import FEW, GOLDEN, tiny_model, tokenizer_with_digits
 from unmask import Encoder
 from unmask.errors import CheckpointError
 from unmask.export import ExportOptions, ParityReport, run_export
@@ -33,10 +33,10 @@ def exported(model: Path, output: Path, dtype: str = "float32") -> Path:
     return output / FILES[dtype]
 
 
-def compared(model: Path, open_runtime: Callable[[dict], OtherRuntime]) -> ParityReport:
+def compared(model: Path, open_runtime: Callable[[dict], OtherRuntime], texts: Sequence[str] = TEXTS) -> ParityReport:
     encoder = Encoder.load(model, dtype="float32")
     described = describe_model(encoder.checkpoint, {"query": QUESTION})
-    return compare_runtimes(encoder, described, [open_runtime(prompt_texts(described))], texts=TEXTS)
+    return compare_runtimes(encoder, described, [open_runtime(prompt_texts(described))], texts=texts)
 
 
 def assert_exact(report: ParityReport, least: float = 0.999999) -> None:
@@ -60,6 +60,16 @@ def test_transformers_js_reads_every_golden_template(golden_dir: Path, tmp_path:
     file = exported(golden_dir / name, tmp_path / "out", dtype)
     report = compared(golden_dir / name, lambda before: transformers_js_runtime(file, before, model_cache()))
     assert_exact(report, 0.999999 if dtype == "float32" else 0.995)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("individual", [True, False])
+def test_transformers_js_reads_every_number_of_unicode(tmp_path: Path, individual: bool) -> None:
+    model = tiny_model(tmp_path / "model", "llama", lambda: tokenizer_with_digits(individual))
+    file = exported(model, tmp_path / "out")
+    texts = ["½ cup and 12³ m²", "①②③ or ⅣⅤ", "٣٤ and ४५ and 二十", "a½b1½2"]
+    report = compared(model, lambda before: transformers_js_runtime(file, before, model_cache()), texts)
+    assert_exact(report)
 
 
 def test_a_reader_that_ends_is_named_with_its_last_words(tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 """Tiny random models of every family in the hub's layout, without BOS: the mean of all tokens, in both directions."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tests.checkpoint.layouts import MEAN, Layout, byte_level, write_layout
 
@@ -52,13 +55,37 @@ def tokenizer_without_bos() -> tuple[Any, dict[str, Any]]:
     return byte_level([end]), settings
 
 
-def tiny_model(folder: Path, family: str, **settings: Any) -> Path:
+def tokenizer_with_digits(individual: bool) -> tuple[Any, dict[str, Any]]:
+    """A tokenizer of SmolLM2's kind, which splits at numbers by a step of its own.
+
+    Its vocabulary has joined what that step separates, so ids differ where the step is read otherwise.
+    """
+    end = "<|endoftext|>"
+    tokenizer = Tokenizer(models.BPE())
+    pieces = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pieces
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, initial_alphabet=pieces.alphabet(), special_tokens=[end], show_progress=False
+    )
+    tokenizer.train_from_iterator([" ½ ½½ ²² ³ ①② ⅣⅤ ٣٤ 12 345"] * 9, trainer)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=individual), pieces])
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer, {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "pad_token": end}
+
+
+def tiny_model(
+    folder: Path,
+    family: str,
+    tokenizer: Callable[[], tuple[Any, dict[str, Any]]] = tokenizer_without_bos,
+    **settings: Any,
+) -> Path:
     """Write a model that pools the mean.
 
     Args:
+        tokenizer: makes its tokenizer and the settings of that.
         settings: further ones of its llm2vec_config.json.
     """
-    layout = Layout(FAMILIES[family], tokenizer_without_bos, MEAN, {})
+    layout = Layout(FAMILIES[family], tokenizer, MEAN, {})
     write_layout(folder, layout)
     for file in folder.glob("*sentence*"):
         file.unlink()

@@ -4,6 +4,7 @@ import json
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -43,17 +44,17 @@ def write_onnx_folder(folder: Path, model: ExportedModel, dtype: str) -> str:
             config["matryoshka_dimensions"] = lengths
         write_json(partial / "config.json", config)
         write_prompted_tokenizer(partial, model)
-        _unlist_control_tokens(partial, {token for part in sequence_tokens(model) for token in part})
+        _adapt_tokenizer(partial, {token for part in sequence_tokens(model) for token in part})
         prompts = {"prompts": prompts_of(model), "default_prompt_name": default_prompt_name(model)}
         write_json(partial / "config_sentence_transformers.json", prompts)
     return f"onnx/{_FILES[dtype]}"
 
 
-def _unlist_control_tokens(folder: Path, around: Collection[int]) -> None:
-    """Take the control tokens from the list of added ones in tokenizer.json, so that no reader looks for them in texts.
+def _adapt_tokenizer(folder: Path, around: Collection[int]) -> None:
+    """Change tokenizer.json so that fastembed and transformers.js make the ids that unmask makes.
 
-    fastembed and transformers.js do not read `split_special_tokens`. What is not in the list is an ordinary string to
-    them, as it is to unmask.
+    They do not read `split_special_tokens`, so the control tokens leave the list of added ones: what is not in the list
+    is an ordinary string to them, as it is to unmask. Digits are spelled out, see `_spell_out_digits`.
 
     Args:
         around: ids that are added before and after a text. Their tokens stay in the vocabulary, where transformers.js
@@ -65,6 +66,7 @@ def _unlist_control_tokens(folder: Path, around: Collection[int]) -> None:
     content["added_tokens"] = [token for token in added if not token["special"]]
     if isinstance(vocabulary, dict):
         vocabulary |= {token["content"]: token["id"] for token in added if token["id"] in around}
+    content["pre_tokenizer"] = _spell_out_digits(content["pre_tokenizer"])
     file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     settings = json.loads(settings_file.read_text(encoding="utf-8"))
     tokenizer = Tokenizer.from_str(json.dumps(content))
@@ -72,3 +74,22 @@ def _unlist_control_tokens(folder: Path, around: Collection[int]) -> None:
         # Masked positions may hold any id.
         settings["pad_token"] = tokenizer.id_to_token(min(tokenizer.get_vocab().values()))
         write_json(settings_file, settings)
+
+
+def _spell_out_digits(step: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Replace each pre-tokenizer `Digits` by a split that has the same pieces in every reader.
+
+    `Digits` splits at all numbers of Unicode in the library that models are made with, and only at 0 to 9 in
+    transformers.js, which so reads "½" and "²" otherwise. A split at a pattern means the same to both.
+
+    Args:
+        step: a pre-tokenizer of tokenizer.json, or None.
+    """
+    if step is None:
+        return None
+    if step["type"] == "Sequence":
+        return step | {"pretokenizers": [_spell_out_digits(inner) for inner in step["pretokenizers"]]}
+    if step["type"] != "Digits":
+        return step
+    pattern = r"\p{N}" if step["individual_digits"] else r"\p{N}+"
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
