@@ -156,6 +156,7 @@ class LocalService(Service):
 
     models: ModelRegistry
     server: HttpServer
+    loop: asyncio.AbstractEventLoop
 
     @property
     def routes(self) -> list[Route]:
@@ -201,15 +202,18 @@ def running(
         app = create_app(models, settings, metrics=metrics, stopping=stopping, accounts=accounts, pages=pages)
         server = HttpServer(app, settings, stopping, ready.set)
 
+        loops: list[asyncio.AbstractEventLoop] = []
+
         def run() -> None:
             with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+                loops.append(runner.get_loop())
                 runner.run(serve_models(models, server, listener, sync))
 
         thread = threading.Thread(target=run)
         thread.start()
         try:
             assert ready.wait(60)
-            service = LocalService(base_url(listener), models.list()[0].record.id, models, server)
+            service = LocalService(base_url(listener), models.list()[0].record.id, models, server, loops[0])
             if accounts is not None:
                 deadline = time.monotonic() + 60
                 while models.list()[0].state == "loading":

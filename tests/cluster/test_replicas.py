@@ -11,13 +11,14 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.api.live import LocalService, running, until
+from tests.api.live import LocalService, Reply, running, until
 from tests.cluster.raylets import Raylets, raylets
 from unmask.api import ServeSettings
 from unmask.cluster import replicas as replicas_module
@@ -161,18 +162,61 @@ def test_a_frozen_replica_that_wakes_is_used_again(cluster: Raylets, service: Lo
     assert cluster.worker_ids("Replica") == processes
 
 
-def test_another_revision_is_refused_and_draining_loses_nothing(
-    cluster: Raylets, service: LocalService, model: Path, encoder: Encoder
-) -> None:
-    """The last test of this server: it stops it."""
-    until(lambda: all_ready(service), PATIENCE_S)
-    other = model.with_name("other")
+def replace_files(model: Path, name: str) -> None:
+    """Let the link show another revision, in a folder of this name."""
+    other = model.with_name(name)
     shutil.copytree(model, other)
     [weights] = other.glob("*.safetensors")
     tensors = load_file(weights)
     save_file({name: tensor + torch.full_like(tensor, 0.01) for name, tensor in tensors.items()}, weights)
     model.unlink()
     model.symlink_to(other, target_is_directory=True)
+
+
+def test_a_new_revision_rolls_in_and_no_answer_mixes_two(
+    cluster: Raylets, service: LocalService, model: Path, encoder: Encoder
+) -> None:
+    until(lambda: all_ready(service), PATIENCE_S)
+    processes, old_space = set(cluster.worker_ids("Replica")), space_of(service)
+    replace_files(model, "newer")
+    newer, over = Encoder.load(model, dtype="float32"), Event()
+    answers: list[tuple[list[str], Reply]] = []
+
+    def send(number: int) -> None:
+        while not over.is_set():
+            texts = [f"{number}.{i} of {len(answers)} " * (1 + i % 5) for i in range(8)]
+            answers.append((texts, service.embed(texts, {"request-deadline-ms": "600000"})))
+
+    with ThreadPoolExecutor(4) as pool:
+        senders = [pool.submit(send, number) for number in range(4)]
+        service.loop.call_soon_threadsafe(service.models.renew)
+        until(lambda: space_of(service) != old_space, PATIENCE_S)
+        count = len(answers)
+        until(lambda: len(answers) > count + 8 and all_ready(service), PATIENCE_S)
+        over.set()
+        for sender in senders:
+            sender.result()
+    spaces = {old_space: encoder, space_of(service): newer}
+    for texts, reply in answers:
+        assert reply.status == 200
+        right = spaces[reply.headers["x-unmask-vector-space"]].encode(texts, normalize=True)
+        np.testing.assert_allclose(reply.vectors, right, rtol=0, atol=1e-6)
+    assert {reply.headers["x-unmask-vector-space"] for _, reply in answers} == set(spaces)
+    until(lambda: not processes & set(cluster.worker_ids("Replica")), PATIENCE_S)
+    assert len(cluster.worker_ids("Replica")) == 2
+
+
+def space_of(service: LocalService) -> str:
+    return service.call("GET", f"/v1/models/{service.model}").json["vector_space"]
+
+
+def test_another_revision_is_refused_and_draining_loses_nothing(
+    cluster: Raylets, service: LocalService, model: Path
+) -> None:
+    """The last test of this server: it stops it."""
+    until(lambda: all_ready(service), PATIENCE_S)
+    encoder = Encoder.load(model, dtype="float32")
+    replace_files(model, "other")
     os.kill(cluster.worker_ids("Replica")[0], signal.SIGKILL)
     with ThreadPoolExecutor(8) as pool:
         calls = load_on(service, pool, 20)

@@ -1,10 +1,17 @@
 """Several models in one process: loaded on first use, believed only while their canary is right."""
 
 import asyncio
+import os
+import shutil
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from unmask.catalogue import Catalogue, record_for
 from unmask.catalogue.canary import CANARY_TEXT, make_canary
@@ -13,7 +20,9 @@ from unmask.encoder import Encoder
 from unmask.encoder.runtime.int8 import Int8Linear
 from unmask.errors import CheckpointError, ModelLoading, UsageError
 from unmask.router import ModelOptions, ModelRegistry
+from unmask.router.route import find_route
 from unmask.router.served_model import ServedModel
+from unmask.server.process import reload_on_hangup
 
 
 async def test_models_load_on_first_use_and_check_their_canary(golden_dir: Path) -> None:
@@ -140,3 +149,44 @@ async def test_eight_bits_are_served_and_their_canary_holds() -> None:
     assert any(isinstance(module, Int8Linear) for module in engine.encoder.trainable_decoder().modules())
     assert await models.canaries() == {DEFAULT_MODEL: "ok"}
     await models.close()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+
+
+async def test_a_hangup_replaces_a_revision_and_no_request_has_vectors_of_both(copied, tmp_path: Path) -> None:
+    first, second = copied("tiny_llama"), tmp_path / "second"
+    shutil.copytree(first, second)
+    [weights] = second.glob("*.safetensors")
+    save_file({name: tensor + torch.full_like(tensor, 0.01) for name, tensor in load_file(weights).items()}, weights)
+    old, new = (Encoder.load(folder, dtype="float32") for folder in (first, second))
+    models = ModelRegistry([str(first)], options=ModelOptions(dtype="float32"))
+    served = models.list()[0]
+    engine = await served.engine(wait=60)
+    reload_on_hangup(models)
+    os.kill(os.getpid(), signal.SIGHUP)
+    await until(lambda: served._renewal is not None and served._renewal.done())
+    assert await served.engine() is engine  # the files are the same
+    begun = await find_route(served, None, 0)
+    with begun.lease():
+        prompts = await begun.prepare(["a text"], instruction="", truncate=False)
+        first.rename(tmp_path / "away")
+        second.rename(first)
+        os.kill(os.getpid(), signal.SIGHUP)
+        await until(lambda: served.record.revision == new.checkpoint.revision)
+        later = await find_route(served, None, 0)
+        assert begun.vector_space("exact") != later.vector_space("exact")
+        assert begun.engine is not None and later.engine is not None
+        np.testing.assert_array_equal(await begun.engine.run(prompts), old.encode(["a text"]))
+        np.testing.assert_array_equal(await later.engine.run(prompts), new.encode(["a text"]))
+        assert await models.canaries() == {"tiny_llama": "ok"}
+    await until(lambda: served._renewal is not None and served._renewal.done())
+    assert begun.engine._stopping
+    (first / "tokenizer.json").unlink()
+    models.renew()
+    await until(lambda: served._renewal is not None and served._renewal.done())
+    assert await served.engine() is later.engine  # files that cannot be loaded change nothing
+    await models.close()
+    asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)

@@ -143,39 +143,40 @@ class EmbeddingsRoute:
         is_native = parsed.token_encoding == "native" and not isinstance(inputs[0], str)
         is_raw = parsed.normalize is False
         route = await find_route(served, self.models.providers, max(wait, 0.0), local=is_native or is_raw)
-        if parsed.dimensions and parsed.dimensions > route.dim:
-            message = f"dimensions={parsed.dimensions}: this model's vectors have {route.dim} numbers."
-            raise ApiError(400, message, param="dimensions")
-        texts, encoding = await self._decode_inputs(inputs, parsed)
-        prompts = await route.prepare(texts, instruction=instruction, truncate=bool(parsed.truncate))
-        num_tokens = sum(len(prompt.ids) for prompt in prompts)
-        self._check_tokens(num_tokens)
-        share = context.share if tier == "default" else _BATCH_SHARE
-        max_price = parsed.provider.max_nano_per_million if parsed.provider else None
-        async with self.charging.charge(request, model, tier, num_tokens, body, deadline, max_price) as charge:
-            work = EmbeddingWork(
-                texts=None if is_native else [text for text in texts if isinstance(text, str)],
-                prompts=prompts,
-                instruction=instruction,
-                raw=is_raw,
-                deadline=deadline,
-                share=share,
-                preferences=self.models.public_names.real_preferences(_provider_preferences(parsed.provider)),
-                income=charge.cost,
-                hedged=tier == "default",
-            )
+        with route.lease():
+            if parsed.dimensions and parsed.dimensions > route.dim:
+                message = f"dimensions={parsed.dimensions}: this model's vectors have {route.dim} numbers."
+                raise ApiError(400, message, param="dimensions")
+            texts, encoding = await self._decode_inputs(inputs, parsed)
+            prompts = await route.prepare(texts, instruction=instruction, truncate=bool(parsed.truncate))
+            num_tokens = sum(len(prompt.ids) for prompt in prompts)
+            self._check_tokens(num_tokens)
+            share = context.share if tier == "default" else _BATCH_SHARE
+            max_price = parsed.provider.max_nano_per_million if parsed.provider else None
+            async with self.charging.charge(request, model, tier, num_tokens, body, deadline, max_price) as charge:
+                work = EmbeddingWork(
+                    texts=None if is_native else [text for text in texts if isinstance(text, str)],
+                    prompts=prompts,
+                    instruction=instruction,
+                    raw=is_raw,
+                    deadline=deadline,
+                    share=share,
+                    preferences=self.models.public_names.real_preferences(_provider_preferences(parsed.provider)),
+                    income=charge.cost,
+                    hedged=tier == "default",
+                )
 
-            def write(vectors: np.ndarray) -> bytes:
-                rows = _rows(vectors, parsed)
-                cost, seconds = charge.cost, context.elapsed_s()
-                result = EmbeddingResult(rows, model, num_tokens, cost, seconds, context.request_id)
-                return dialect.write(result, parsed, fields)
+                def write(vectors: np.ndarray) -> bytes:
+                    rows = _rows(vectors, parsed)
+                    cost, seconds = charge.cost, context.elapsed_s()
+                    result = EmbeddingResult(rows, model, num_tokens, cost, seconds, context.request_id)
+                    return dialect.write(result, parsed, fields)
 
-            content, routed = await _book_answer(route, work, charge, write)
-        context.tokens = num_tokens
-        self.metrics.count_embedding(model, num_tokens, context.elapsed_s())
-        headers = route.headers(routed) | _input_headers(encoding, prompts, ignored)
-        return Response(content, headers=headers, media_type="application/json")
+                content, routed = await _book_answer(route, work, charge, write)
+            context.tokens = num_tokens
+            self.metrics.count_embedding(model, num_tokens, context.elapsed_s())
+            headers = route.headers(routed) | _input_headers(encoding, prompts, ignored)
+            return Response(content, headers=headers, media_type="application/json")
 
     async def _decode_inputs(
         self, inputs: list[str] | list[list[int]], parsed: EmbeddingRequest

@@ -57,7 +57,8 @@ class ServeSettings:
     Attributes:
         host: Address to listen on. Other addresses than this machine's own need accounts or API keys.
         port: Port to listen on; 0 lets the system choose one.
-        models: Shipped id, hub id, folder or .gguf file of a model to serve. Repeat it for several.
+        models: Shipped id, hub id, folder or .gguf file of a model to serve. Repeat it for several. On SIGHUP files
+            with another revision take the place of those that answer.
         warm: models to load at the start; the others load with their first request.
         api_keys: keys that a client may present.
         database: URL of the accounts; None for a server without accounts.

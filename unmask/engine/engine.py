@@ -6,8 +6,9 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -61,6 +62,7 @@ class Engine:
 
     Attributes:
         reused_prompts: number of prompts answered without a forward.
+        leases: number of requests that may still give it work.
     """
 
     def __init__(
@@ -77,7 +79,7 @@ class Engine:
             assert isinstance(encoder, Encoder), "a model that is loaded elsewhere needs hands"
             hands = [LocalHand(encoder, pack_tokens)]
         self.encoder = encoder
-        self.reused_prompts = 0
+        self.reused_prompts, self.leases = 0, 0
         self._recent = RecentVectors(cache_bytes) if cache_bytes else None
         self._queue_tokens = queue_tokens
         self._queue = FairQueue()
@@ -107,6 +109,15 @@ class Engine:
     def hands(self) -> list[HandFigures]:
         """Return the figures of all hands."""
         return [worker.figures() for worker in self._workers]
+
+    @contextmanager
+    def lease(self) -> Iterator[None]:
+        """Keep the engine open until a request has its answer: another may take its place meanwhile."""
+        self.leases += 1
+        try:
+            yield
+        finally:
+            self.leases -= 1
 
     async def prepare(
         self, texts: Sequence[str] | Sequence[Sequence[int]], *, instruction: str = "", truncate: bool = False

@@ -114,6 +114,14 @@ class ModelRegistry:
             except UnmaskError as error:
                 log.info("%s", error)
 
+    def renew(self) -> None:
+        """Let each loaded model look for another revision in its files, in the background. Needs an event loop."""
+        for model in self._models:
+            if self.providers is not None and self.providers.of_model(model.record.id) is not None:
+                log.warning("%s keeps its revision, which its providers are checked against", model.record.id)
+            else:
+                model.renew_in_background()
+
     def _loaded_here(self) -> Sequence[ServedModel]:
         """Return the warm models without those that only providers answer for."""
         return [model for model in self._warm if not self._is_remote(model.record.id)]

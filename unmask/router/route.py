@@ -3,8 +3,10 @@
 import asyncio
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+from unmask.catalogue import Record
 from unmask.checkpoint.tokenizer import TextTokenizer
 from unmask.conformance import PrecisionClass
 from unmask.conformance.references import vector_space
@@ -22,16 +24,18 @@ _INLINE_CHARACTERS = 2000
 
 @dataclass(frozen=True, eq=False)
 class ModelRoute:
-    """The way of one request.
+    """The way of one request. What it says of the model holds for this engine, although another may replace it.
 
     Attributes:
-        served: the model.
+        record: of the model.
+        dtype: precision of its weights.
         engine: this process's own engine; None where the model is not loaded and providers answer.
         endpoints: its providers; None for none.
         pool: of the providers; None for a server without any.
     """
 
-    served: ServedModel
+    record: Record
+    dtype: DtypeChoice
     engine: Engine | None
     endpoints: ModelEndpoints | None
     pool: ProviderPool | None
@@ -43,6 +47,10 @@ class ModelRoute:
             return self.engine.encoder.dim
         assert self.endpoints is not None and self.endpoints.references is not None  # somebody is admitted
         return self.endpoints.references.dim
+
+    def lease(self) -> AbstractContextManager[None]:
+        """Keep the engine open until the request is answered, for it may be replaced meanwhile."""
+        return nullcontext() if self.engine is None else self.engine.lease()
 
     async def prepare(
         self, texts: Sequence[str] | Sequence[Sequence[int]], *, instruction: str, truncate: bool
@@ -80,7 +88,7 @@ class ModelRoute:
         headers = {"x-unmask-provider": name, "x-unmask-attempts": str(routed.attempts)}
         endpoint = routed.endpoint
         if endpoint is None:
-            precision = PRECISION_CLASSES[self.served.dtype]
+            precision = PRECISION_CLASSES[self.dtype]
         else:
             precision = endpoint.precision or "exact"
             worst = endpoint.conformance.worst if endpoint.conformance is not None else 1.0
@@ -94,7 +102,7 @@ class ModelRoute:
         references = self.endpoints.references if self.endpoints is not None else None
         if references is not None:
             return references.vector_space(precision)
-        return space_of(self.served, self.served.dtype)
+        return _space(self.record, precision)
 
 
 def space_of(served: ServedModel, dtype: DtypeChoice) -> str | None:
@@ -102,10 +110,12 @@ def space_of(served: ServedModel, dtype: DtypeChoice) -> str | None:
 
     For a model that providers alone answer for, it is that of exact vectors; None until its references are read.
     """
-    record = served.record
+    return _space(served.record, "exact" if served.state == "remote" else PRECISION_CLASSES[dtype])
+
+
+def _space(record: Record, precision: PrecisionClass) -> str | None:
     if record.revision is None or record.pooling is None:
         return None
-    precision = "exact" if served.state == "remote" else PRECISION_CLASSES[dtype]
     return vector_space(record.id, record.revision, record.pooling, record.compat, precision)
 
 
@@ -136,15 +146,21 @@ async def find_route(served: ServedModel, pool: ProviderPool | None, wait: float
     """
     endpoints = pool.of_model(served.record.id) if pool is not None else None
     if endpoints is None or pool is None:
-        return ModelRoute(served, await served.engine(wait), None, None)
+        return _route(served, await served.engine(wait), None, None)
     if pool.is_remote_only(served.record.id):
         if local:
-            return ModelRoute(served, await served.engine(), endpoints, pool)  # which it refuses
+            return _route(served, await served.engine(), endpoints, pool)  # which it refuses
         if not endpoints.any_admitted():
             message = "no provider of this model has been found to give the right vectors: try again later"
             raise NoConformingProvider(message, retry_after=endpoints.checked_in(time.monotonic()))
-        return ModelRoute(served, None, endpoints, pool)
+        return _route(served, None, endpoints, pool)
     if served.state != "ready" and endpoints.any_admitted() and not local:
         served.load_in_background()
-        return ModelRoute(served, None, endpoints, pool)
-    return ModelRoute(served, await served.engine(wait), endpoints, pool)
+        return _route(served, None, endpoints, pool)
+    return _route(served, await served.engine(wait), endpoints, pool)
+
+
+def _route(
+    served: ServedModel, engine: Engine | None, endpoints: ModelEndpoints | None, pool: ProviderPool | None
+) -> ModelRoute:
+    return ModelRoute(served.record, served.dtype, engine, endpoints, pool)

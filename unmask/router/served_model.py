@@ -17,6 +17,7 @@ import numpy as np
 from unmask.catalogue import Catalogue, Record, record_for
 from unmask.catalogue.canary import CANARY_TEXT, check_vector, expected_vector
 from unmask.catalogue.known_vectors import canary_problem
+from unmask.checkpoint import open_checkpoint
 from unmask.cluster.options import ReplicaOptions
 from unmask.conformance import References
 from unmask.encoder import DtypeChoice, Encoder, LoadOptions
@@ -38,6 +39,7 @@ FIELDS_OF_FILES = ("query_instruction", "document_instruction", "matryoshka")
 
 _CANARY_VALID_S = 30.0  # time for which a passed canary is not computed again
 _RETRY_FAILED_S = 60.0
+_LEASE_POLL_S = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,6 +122,10 @@ class ServedModel:
         self._changed_at = time.monotonic()
         self._load_seconds = 5.0
         self._dtype_choice: PrecisionChoice | None = None
+        self._catalogue_record = self.record  # the catalogue's, without what weights and files add
+        self._replaced: set[Engine] = set()  # engines that finish the requests of an earlier revision
+        self._renewal: asyncio.Task[None] | None = None
+        self._is_closing = False
         self._live_revision = self.record.revision  # of the catalogue
         self._fields_of_references: dict[str, Any] = {}
         self._settings: Mapping[str, Any] = {}  # of the model's files, once they were read
@@ -184,24 +190,70 @@ class ServedModel:
 
     async def canary(self) -> str:
         """Compute the canary's vector with the running engine. Return "ok", or what is wrong."""
-        if self._engine is None or self._canary_vector is None:
+        engine, right = self._engine, self._canary_vector
+        if engine is None or right is None:
             return self.reason or self.state
         checked_at, verdict = self._canary_check
         if verdict == "ok" and time.monotonic() - checked_at < _CANARY_VALID_S:
             return verdict
         try:
-            prompts = await self._engine.prepare([self._canary_text()])
-            deadline = time.monotonic() + 60.0
-            vectors = await self._engine.run(prompts, deadline=deadline, caller="canary", use_cache=False)
-            verdict = check_vector(vectors[0], self._canary_vector)
+            with engine.lease():
+                prompts = await engine.prepare([self._canary_text()])
+                deadline = time.monotonic() + 60.0
+                vectors = await engine.run(prompts, deadline=deadline, caller="canary", use_cache=False)
+            verdict = check_vector(vectors[0], right)
         except EngineError as error:
             verdict = str(error)
-        self._canary_check = (time.monotonic(), verdict)
+        if engine is self._engine:
+            self._canary_check = (time.monotonic(), verdict)
         return verdict
+
+    def renew_in_background(self) -> None:
+        """Put the revision that the model's files have now in the place of the one that answers, if it is another.
+
+        The new one is loaded and checked beside the old one. Requests that the old one has begun are finished by it,
+        and later ones go to the new one, so no request gets vectors of both. After a fault the old one goes on. Needs a
+        running event loop.
+        """
+        if self._engine is None:
+            return  # its next load reads the files of then
+        if self._renewal is not None and not self._renewal.done():
+            log.warning("%s: another revision is being loaded already", self.record.id)
+            return
+        self._renewal = asyncio.create_task(self._renew())
+
+    async def _renew(self) -> None:
+        old, revision, id = self._engine, self.record.revision, self.record.id
+        assert old is not None, "the model is loaded"
+        log.info("%s: its files are read again", id)
+        try:
+            loaded = await asyncio.to_thread(self._load_other, revision)
+        except UnmaskError as error:
+            log.error("%s goes on with the revision %s: %s", id, revision, error)
+            return
+        except Exception:
+            log.exception("%s goes on with the revision %s", id, revision)
+            return
+        if loaded is None:
+            log.info("%s: its files have the revision %s, which answers already", id, revision)
+            return
+        if self._is_closing:
+            await asyncio.to_thread(loaded.close)
+            return
+        self._take(loaded)
+        log.info("%s answers with the revision %s; %s finishes its requests", id, loaded.revision, revision)
+        self._replaced.add(old)
+        while old.leases:  # noqa: ASYNC110 - each ends at the deadline of its request
+            await asyncio.sleep(_LEASE_POLL_S)
+        await asyncio.to_thread(old.close)
+        self._replaced.discard(old)
+        del old
+        await asyncio.to_thread(_free_replaced)
+        log.info("%s: the revision %s has ended", id, revision)
 
     def update_record(self, record: Record) -> None:
         """Replace the record by a newer one. Fields that the loaded weights decide stay."""
-        self._live_revision = record.revision
+        self._live_revision, self._catalogue_record = record.revision, record
         own_fields = self._fields_of_references
         if self._engine is not None:
             own_fields = {name: getattr(self.record, name) for name in FIELDS_OF_WEIGHTS}
@@ -234,10 +286,11 @@ class ServedModel:
 
     async def close(self, grace: float) -> None:
         """Finish accepted requests within `grace` seconds, and stop."""
+        self._is_closing = True
         if self._load_task is not None:
             await asyncio.wait([self._load_task], timeout=grace)
-        if self._engine is not None:
-            await asyncio.to_thread(self._engine.close, grace)
+        engines = [*self._replaced, *([self._engine] if self._engine is not None else [])]
+        await asyncio.gather(*(asyncio.to_thread(engine.close, grace) for engine in engines))
 
     async def _load(self) -> None:
         started = time.monotonic()
@@ -254,8 +307,20 @@ class ServedModel:
             self._set_state("failed", f"{self.record.id} could not be loaded because of an internal error")
             log.exception("%s could not be loaded", self.record.id)
             return
+        self._take(loaded)
+        self._load_seconds = time.monotonic() - started
+        self._set_state("ready")
+        log.info("%s is ready after %.1f s", self.record.id, self._load_seconds)
+
+    def _take(self, loaded: _LoadedModel) -> None:
+        """Answer with a loaded model from now on."""
         # The record may have changed while the weights were loaded; the fields of the weights have not.
-        self.record, self._canary_vector = msgspec.structs.replace(self.record, **loaded.fields), loaded.canary_vector
+        self.record, self._canary_vector = (
+            msgspec.structs.replace(self._catalogue_record, **loaded.fields),
+            loaded.canary_vector,
+        )
+        self._canary_check = (0.0, "not checked yet")
+        self._dtype_choice = loaded.encoder.dtype_choice
         self._settings = loaded.encoder.checkpoint.encoder_config
         self._engine = Engine(
             loaded.encoder,
@@ -264,9 +329,16 @@ class ServedModel:
             hands=loaded.hands,
             least_hands=loaded.least_hands,
         )
-        self._load_seconds = time.monotonic() - started
-        self._set_state("ready")
-        log.info("%s is ready after %.1f s", self.record.id, self._load_seconds)
+
+    def _load_other(self, revision: str | None) -> _LoadedModel | None:
+        """Load the model, unless its files still have a revision. Only replicas can see the weights of replicas."""
+        if self.options.replicas is None and open_checkpoint(self.source).revision == revision:
+            return None
+        loaded = self._load_weights()
+        if loaded.revision != revision:
+            return loaded
+        loaded.close()
+        return None
 
     def _load_weights(self) -> _LoadedModel:
         loaded = self._load_here() if self.options.replicas is None else self._load_replicas(self.options.replicas)
@@ -299,8 +371,7 @@ class ServedModel:
 
     def _checked(self, loaded: _LoadedModel) -> _LoadedModel:
         """Check the revision and the canary of a loaded model, and add the fields of the record that it decides."""
-        record, encoder = self.record, loaded.encoder
-        self._dtype_choice, dtype = encoder.dtype_choice, encoder.dtype_choice.dtype
+        record, encoder, dtype = self._catalogue_record, loaded.encoder, loaded.encoder.dtype_choice.dtype
         if self._live_revision not in (None, loaded.revision):
             raise CheckpointError(
                 f"{record.id} went live with the weights {self._live_revision}, and {self.source} holds "
@@ -334,6 +405,13 @@ class ServedModel:
 
     def _set_state(self, state: State, reason: str = "") -> None:
         self._state, self.reason, self._changed_at = state, reason, time.monotonic()
+
+
+def _free_replaced() -> None:
+    """Free a model that was taken for one that stays for good."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 def _fields_of_files(record: Record, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from contextlib import nullcontext, suppress
 from unmask.api.logs import configure_logging
 from unmask.api.settings import ServeSettings
 from unmask.cluster.connection import connected
-from unmask.router import CatalogueSync, ModelRegistry, ProviderPool
+from unmask.router import CatalogueSync, ModelRegistry
 from unmask.router.providers import read_providers
 from unmask.server.announcement import announce, create_invitation
 from unmask.server.composition import build_application
@@ -66,7 +66,7 @@ async def serve_models(
     await models.start_loading()
     if models.providers is not None:
         models.providers.start()
-        reload_on_hangup(models.providers)
+    reload_on_hangup(models)
     sync_task = asyncio.create_task(sync.run()) if sync else None
     try:
         await server.serve([listener])
@@ -76,7 +76,13 @@ async def serve_models(
         await models.close(server.grace_left())
 
 
-def reload_on_hangup(pool: ProviderPool) -> None:
-    """Read the file of providers again on SIGHUP. A file that is wrong changes nothing."""
+def reload_on_hangup(models: ModelRegistry) -> None:
+    """Read the file of providers and the files of the models again on SIGHUP. Files that are wrong change nothing."""
+
+    def reload() -> None:
+        if models.providers is not None:
+            models.providers.try_reload()
+        models.renew()
+
     with suppress(NotImplementedError, ValueError, RuntimeError):  # Windows, or not the main thread, as in tests
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, pool.try_reload)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)

@@ -125,15 +125,15 @@ async def run_trial(models: ModelRegistry, served: ServedModel, trial: Trial, ca
     deadline = time.monotonic() + _DEADLINE_S
     route = await find_route(served, models.providers, _DEADLINE_S / 2)
     start = time.monotonic()
-    record = served.record
-    prompts, texts = await _encode(route, trial.texts, record.document_instruction, deadline, caller)
+    with route.lease():
+        prompts, texts = await _encode(route, trial.texts, route.record.document_instruction, deadline, caller)
+        nearest: list[tuple[str, float, int]] = []
+        if trial.query:
+            more, query = await _encode(route, [trial.query], route.record.query_instruction, deadline, caller)
+            prompts += more
+            scores = texts @ query[0]
+            nearest = [(trial.texts[at], float(scores[at]), _shade(scores[at])) for at in np.argsort(-scores)]
     similarity = texts @ texts.T
-    nearest: list[tuple[str, float, int]] = []
-    if trial.query:
-        more, query = await _encode(route, [trial.query], record.query_instruction, deadline, caller)
-        prompts += more
-        scores = texts @ query[0]
-        nearest = [(trial.texts[at], float(scores[at]), _shade(scores[at])) for at in np.argsort(-scores)]
     return TrialResult(
         [[(float(value), _shade(value)) for value in row] for row in similarity],
         nearest,
