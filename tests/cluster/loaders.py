@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,12 +17,13 @@ from unmask.bulk.job import run
 from unmask.bulk.report import EncodeProgress
 from unmask.bulk.storage import Store
 from unmask.bulk.units import JOB_FILE
-from unmask.cluster import bulk, pool
+from unmask.cluster import bulk, pool, replicas
 from unmask.cluster.bulk import cluster_executor
 from unmask.cluster.connection import import_ray
 from unmask.cluster.options import ClusterOptions
 from unmask.encoder.encoder import Encoder
 from unmask.encoder.prompts import Prompt
+from unmask.engine.hand import LocalHand
 from unmask.errors import UnmaskError
 
 
@@ -35,6 +37,21 @@ def slow(model: Path, seconds: float) -> Encoder:
         return encode(prompts)
 
     encoder.encode_prompts = encode_prompts  # pyright: ignore[reportAttributeAccessIssue]
+    return encoder
+
+
+def held(model: Path, folder: Path, pack_tokens: int) -> Encoder:
+    """An encoder of a replica, whose packs wait while a folder has a file `closed`."""
+    encoder = Encoder.load(model, dtype="float32")
+    forward = encoder.forward_pack
+
+    def forward_pack(prompts: Sequence[Prompt]) -> np.ndarray:
+        while (folder / "closed").exists():
+            time.sleep(0.01)
+        return forward(prompts)
+
+    encoder.forward_pack = forward_pack  # pyright: ignore[reportAttributeAccessIssue]
+    replicas.LocalHand = partial(LocalHand, pack_tokens=pack_tokens)  # pyright: ignore[reportPrivateImportUsage]
     return encoder
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import Event
 
@@ -19,11 +20,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.api.live import LocalService, Reply, running, until
+from tests.cluster import loaders
 from tests.cluster.raylets import Raylets, raylets
+from tests.engine import overload
 from unmask.api import ServeSettings
 from unmask.cluster import replicas as replicas_module
 from unmask.cluster.connection import connected
-from unmask.cluster.replicas import ReplicaHand
+from unmask.cluster.options import ReplicaOptions
+from unmask.cluster.replicas import ReplicaHand, open_replicas
+from unmask.encoder import LoadOptions
 from unmask.encoder.encoder import Encoder
 from unmask.engine import Engine
 from unmask.errors import MissingPackages, UsageError
@@ -232,6 +237,37 @@ def test_another_revision_is_refused_and_draining_loses_nothing(
         service.server.stop()
         assert_answered([(inputs, last)], encoder)
     until(lambda: not cluster.worker_ids("Replica"), PATIENCE_S)
+
+
+@pytest.fixture(scope="module")
+def held_replicas(
+    cluster: Raylets, golden_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Engine, Path]]:
+    """Engine of two replicas whose forwards can be held back, and the folder of their gate."""
+    model, folder = golden_dir / "tiny_llama", tmp_path_factory.mktemp("gate")
+    load = partial(loaders.held, model, folder, overload.PACK_TOKENS)
+    encoder, group = open_replicas(str(model), LoadOptions(), load, ReplicaOptions(replicas="2", replica_cpus=0.5))
+    engine = Engine(encoder, hands=group.hands)
+    yield engine, folder
+    (folder / "closed").unlink(missing_ok=True)
+    engine.close()
+
+
+@pytest.mark.parametrize("behaviour", ["refusal", "room", "shares"])
+async def test_twice_the_load(held_replicas: tuple[Engine, Path], encoder: Encoder, behaviour: str) -> None:
+    """As with one process, see `tests/engine/test_engine.py`."""
+    engine, folder = held_replicas
+    await overload.until(lambda: all(hand.state == "ready" for hand in engine.hands()))
+    (folder / "closed").touch()
+    release = (folder / "closed").unlink
+    if behaviour == "refusal":
+        right = encoder.forward_pack(await overload.prompts_of(engine))
+        await overload.assert_half_is_refused_at_once(engine, release, right)
+    elif behaviour == "room":
+        await overload.assert_one_caller_leaves_room(engine, release)
+    else:
+        await overload.assert_equal_shares(engine, release)
+    assert all(hand.forwards["late"] + hand.forwards["lost"] == 0 for hand in engine.hands())
 
 
 def test_options_that_lack_their_companion(monkeypatch: pytest.MonkeyPatch) -> None:

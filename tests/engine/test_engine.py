@@ -3,16 +3,17 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.engine import overload
+from tests.engine.overload import assume_speed, until, vectors
 from unmask import Encoder
 from unmask.encoder import Prompt
 from unmask.engine import Engine
-from unmask.engine.engine import _SAFE_SHARE
 from unmask.engine.hand import LocalHand
 from unmask.errors import (
     DeadlineExceeded,
@@ -62,16 +63,6 @@ def gated(encoder: Encoder):
 
 
 TEXTS = ["one", "two words", "a much longer text " * 20, "日本語", "x"]
-
-
-async def vectors(engine: Engine, texts: list[str], **options) -> np.ndarray:
-    return await engine.run(await engine.prepare(texts, truncate=True), **options)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for what the worker does. It is a thread and sets no asyncio event."""
-    while not condition():  # noqa: ASYNC110
-        await asyncio.sleep(0.01)
 
 
 async def hold_forward(engine: Engine, gated: Gated) -> asyncio.Task[np.ndarray]:
@@ -134,51 +125,17 @@ async def test_what_cannot_meet_its_deadline_is_not_begun(gated: Gated) -> None:
     engine.close()
 
 
-def assume_speed(engine: Engine, tokens_per_second: float) -> None:
-    """Take a speed for measured."""
-    engine._workers[0].tokens_per_second = tokens_per_second
-
-
-async def flood(engine: Engine, prompts: Sequence[Prompt], callers: Sequence[str]) -> list[asyncio.Task[np.ndarray]]:
-    """Send the prompts once for each caller, to a model that can compute them 20 times before the deadline."""
-    seconds = 600  # none of which the test takes: what is measured here is the number that is let in
-    tokens = sum(len(prompt.ids) for prompt in prompts)
-    assume_speed(engine, (20.5 * tokens + engine.waiting_tokens()) / seconds / _SAFE_SHARE)
-    deadline = time.monotonic() + seconds
-    requests = [engine.run(prompts, deadline=deadline, caller=caller) for caller in callers]
-    tasks = [asyncio.create_task(request) for request in requests]
-    await asyncio.sleep(0)  # one turn of the loop, in which every request is let in or refused
-    return tasks
-
-
-async def test_in_overload_a_request_is_let_in_or_refused_at_once(gated: Gated) -> None:
-    engine = Engine(gated, pack_tokens=256)
-    ahead = await hold_forward(engine, gated)
-    prompts = await engine.prepare(["word " * 60] * 4, truncate=True)
-    tasks = await flood(engine, prompts, [""] * 60)
-    refused = [task.exception() for task in tasks if task.done()]
-    assert len(refused) == 40
-    assert all(isinstance(error, Overloaded) and error.retry_after > 0 for error in refused)
-    assert gated.packs == []
-    gated.gate.set()
-    admitted = await asyncio.gather(ahead, *(task for task in tasks if not task.done()))
-    assert len(admitted) == 1 + 20
-    engine.close()
-
-
-async def test_one_caller_leaves_room_for_another(gated: Gated) -> None:
-    engine = Engine(gated, pack_tokens=256)
-    ahead = await hold_forward(engine, gated)
-    prompts = await engine.prepare(["word " * 60] * 4, truncate=True)
-    *greedy, other = await flood(engine, prompts, ["a"] * 60 + ["b"])
-    refused = [task.exception() for task in greedy if task.done()]
-    assert len(greedy) - len(refused) == 15  # three quarters of what can be computed in time
-    assert all(isinstance(error, Overloaded) for error in refused)
-    assert "of this caller" in str(refused[0])
-    assert not other.done()
-    gated.gate.set()
-    assert (await other).shape == (4, gated.dim)
-    await asyncio.gather(ahead, *(task for task in greedy if not task.done()))
+@pytest.mark.parametrize("behaviour", ["refusal", "room", "shares"])
+async def test_twice_the_load(gated: Gated, behaviour: str) -> None:
+    """As with replicas, see `tests/cluster/test_replicas.py`."""
+    engine = Engine(gated, pack_tokens=overload.PACK_TOKENS)
+    if behaviour == "refusal":
+        right = super(Gated, gated).forward_pack(await overload.prompts_of(engine))
+        await overload.assert_half_is_refused_at_once(engine, gated.gate.set, right)
+    elif behaviour == "room":
+        await overload.assert_one_caller_leaves_room(engine, gated.gate.set)
+    else:
+        await overload.assert_equal_shares(engine, gated.gate.set)
     engine.close()
 
 
