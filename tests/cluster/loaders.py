@@ -64,8 +64,8 @@ def slow_together(model: Path, seconds: float, folder: Path) -> Encoder:
     return encoder
 
 
-def dying_at(model: Path, deaths: dict[str, str], folder: Path) -> Encoder:
-    """An encoder whose process is killed at the commits of some units, once at each.
+def dying_at(model: Path, deaths: dict[str, str], folder: Path, end: signal.Signals = signal.SIGKILL) -> Encoder:
+    """An encoder whose process is killed at the commits of some units, once at each, or stopped by another signal.
 
     Args:
         deaths: "before the part", "after the part" or "after the manifest", by unit.
@@ -87,7 +87,7 @@ def dying_at(model: Path, deaths: dict[str, str], folder: Path) -> Encoder:
             (folder / unit).touch(exist_ok=False)
         except FileExistsError:
             return
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), end)
 
     Store.put = deadly  # pyright: ignore[reportAttributeAccessIssue]
     return Encoder.load(model)

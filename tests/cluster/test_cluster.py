@@ -197,6 +197,20 @@ def test_a_frozen_machine_does_not_hold_up_the_job(
     assert loaders.digests(Path(job.output)) == loaders.digests(whole)
 
 
+def test_a_single_worker_that_freezes_in_its_first_unit_is_replaced(
+    cluster: Raylets, job: EncodeJob, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No unit is done by then, so the speed of its start decides; Ray would wait for ever."""
+    monkeypatch.setattr(pool, "_FIRST_LATE_S", 1.0)
+    monkeypatch.setattr(pool, "_LATE_GROWTH", 1.0)
+    whole, stops = in_one_process(job, model, "whole"), tmp_path / "stops"
+    stops.mkdir()
+    deaths = {"00000-00000000": "before the part"}
+    report = on_cluster(job, cluster, partial(loaders.dying_at, model, deaths, stops, signal.SIGSTOP), workers="1")
+    assert report.redone >= 1 and [file.name for file in stops.iterdir()] == list(deaths)
+    assert loaders.digests(Path(job.output)) == loaders.digests(whole)
+
+
 def test_an_object_store_that_refuses_and_cuts_connections_gets_the_same_objects(
     cluster: Raylets, job: EncodeJob, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -110,7 +110,7 @@ def outcomes_of(fates: dict[int, list[str]], workers: str, patch: pytest.MonkeyP
     patch.setattr(pool_module, "time", ray)
     patch.setattr(pool_module, "head_answers", lambda _: True)
     options = ClusterOptions(cluster="auto", workers=workers)
-    pool = WorkerPool[int](ray, object, (), options, str, lambda _: 1.0, lambda _: None)
+    pool = WorkerPool[int](ray, object, (), options, str, lambda _: 1.0, lambda _: None, lambda _: 1 / TASK_S)
     with pool:
         tasks: Iterator[int] = iter(sorted(fates))
         return ray, list(pool.outcomes(tasks, "compute")), pool.redone
@@ -146,3 +146,13 @@ def test_a_task_that_always_hangs_is_named_and_one_that_is_long_is_finished(monk
     assert isinstance(by_task[2], ClusterError)
     assert str(by_task[2]).startswith("2 took its worker more than ")
     assert by_task[5] == 50
+
+
+def test_a_single_worker_that_hangs_in_its_first_task_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    fates = {task: ["hangs"] if task == 0 else [] for task in range(4)}
+    ray, outcomes, redone = outcomes_of(fates, "1", monkeypatch)
+    assert sorted(outcomes) == [(task, task * 10) for task in range(4)]
+    assert redone == 2  # it, and the one that waited behind it
+    # Late by its speed at the start, and given up after as long again and more.
+    first = pool_module._FIRST_LATE_FACTOR * TASK_S
+    assert first < ray.now <= pool_module._LATE_GROWTH * first + 5 * TASK_S

@@ -147,8 +147,12 @@ class UnitEncoder:
 
 def probe_digest(encoder: Encoder) -> str:
     """Return a digest of the vectors of a few fixed texts: equal for processors of one kind."""
-    texts = [canary.text for canary in fixed_texts()[:_PROBE_TEXTS]]
-    return hashlib.sha256(encoder.encode(texts).tobytes()).hexdigest()[:16]
+    return hashlib.sha256(encoder.encode(probe_texts()).tobytes()).hexdigest()[:16]
+
+
+def probe_texts() -> list[str]:
+    """Return the fixed texts of the probe."""
+    return [canary.text for canary in fixed_texts()[:_PROBE_TEXTS]]
 
 
 def part_format(job: EncodeJob) -> str:

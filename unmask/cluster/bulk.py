@@ -14,7 +14,7 @@ from unmask.bulk.executor import EncodedChunk, Executor, ModelDescription, UnitF
 from unmask.bulk.files import label_of
 from unmask.bulk.report import Activity
 from unmask.bulk.storage import Store
-from unmask.bulk.units import JOB_FILE, Manifest, Unit, UnitEncoder, package_versions
+from unmask.bulk.units import JOB_FILE, Manifest, Unit, UnitEncoder, package_versions, probe_texts
 from unmask.cluster.agreement import require_equal_models, require_equal_versions
 from unmask.cluster.connection import connected
 from unmask.cluster.options import ClusterOptions
@@ -35,12 +35,14 @@ class WorkerDescription:
         model: its model.
         probe: see `Manifest.probe`.
         versions: see `package_versions`.
+        characters_per_second: speed with the texts of the probe.
     """
 
     place: str
     model: ModelDescription
     probe: str
     versions: dict[str, str]
+    characters_per_second: float
 
 
 class BulkWorker:
@@ -61,9 +63,10 @@ class BulkWorker:
             self._store = Store(self._job.output) if self._job.output != "-" else Store(".")
             self._units = UnitEncoder(self._job, self._encoder, self._store)
             model = model_description(self._job, self._encoder)
+            speed = _speed(self._encoder)
         except UnmaskError as error:
             return _portable(error, f"worker {self.place()}: ")
-        description = WorkerDescription(self.place(), model, self._units.probe, package_versions())
+        description = WorkerDescription(self.place(), model, self._units.probe, package_versions(), speed)
         return time.perf_counter() - began, description
 
     def encode_unit(self, unit: Unit) -> Manifest | UnmaskError:
@@ -101,7 +104,14 @@ class ClusterExecutor:
         self._first: WorkerDescription | None = None
         plain = EncodeJob(**{field.name: getattr(job, field.name) for field in fields(EncodeJob)})
         self.pool: WorkerPool[Any] = WorkerPool(
-            ray, BulkWorker, (plain, load_encoder), options, _name_of, self._size_of, self._require_equal
+            ray,
+            BulkWorker,
+            (plain, load_encoder),
+            options,
+            _name_of,
+            self._size_of,
+            self._require_equal,
+            lambda worker: worker.characters_per_second,
         )
 
     @property
@@ -200,6 +210,14 @@ def _name_of(task: Unit | Chunk) -> str:
     chunks = task.chunks if isinstance(task, Unit) else [task]
     first, rows = chunks[0].first, sum(len(chunk.texts) for chunk in chunks)
     return f"{label_of(chunks[0].source)}: the piece of rows {first + 1:,} to {first + rows:,}"
+
+
+def _speed(encoder: Encoder) -> float:
+    """Return the characters per second with the texts of the probe, which is the second time that it reads them."""
+    texts = probe_texts()
+    began = time.perf_counter()
+    encoder.encode(texts)
+    return sum(map(len, texts)) / max(time.perf_counter() - began, 1e-6)
 
 
 def _portable(error: UnmaskError, prefix: str = "") -> UnmaskError:

@@ -4,8 +4,9 @@ Each worker is an actor that Ray places and never restarts. The pool itself repl
 tasks to others. So a task that kills its workers is known by name and becomes a failure, where Ray would try for ever.
 
 Ray takes a minute to notice a machine that hangs, and never notices a process that does. So the pool has a clock of its
-own: a worker that takes several times as long as its earlier tasks let expect is late. Its tasks go to others and it
-gets no more, but what it still answers counts, and whoever answers first counts.
+own: a worker is late that takes several times as long as its earlier tasks let expect, or at first its speed when it
+was loaded. Its tasks go to others and it gets no more, but what it still answers counts, and whoever answers first
+counts.
 """
 
 import time
@@ -29,6 +30,9 @@ _TICK_S = 1.0
 # writing take time that has nothing to do with a task's size.
 _LATE_FACTOR = 3.0
 _LATE_S = 20.0
+# The same while nobody has finished a task. The speed of a worker's start is that of a few texts, a rough guess.
+_FIRST_LATE_FACTOR = 10.0
+_FIRST_LATE_S = 60.0
 # Growth of a task's time limit with each attempt, so that a task that is only long is finished.
 _LATE_GROWTH = 4.0
 # Seconds between two questions to the head, and without an answer until it is given up. Ray ends this process with a
@@ -54,6 +58,7 @@ class _Worker(Generic[_Task]):
 
     Attributes:
         tasks: Ray's references of the outcomes, and the tasks that it was given, the one it computes first.
+        speed: size per second at its start.
         began: time at which it began that task.
         pace: of the tasks that it finished.
         late: its tasks are given to others.
@@ -61,6 +66,7 @@ class _Worker(Generic[_Task]):
     """
 
     actor: Any
+    speed: float
     tasks: deque[tuple[Any, _Task]] = field(default_factory=deque)
     began: float = 0.0
     pace: _Pace = field(default_factory=_Pace)
@@ -79,6 +85,7 @@ class WorkerPool(Generic[_Task]):
         name_of: name of a task in messages, equal for equal tasks.
         size_of: number above 0 that the time of a task grows with.
         agree: called with each description; raises if the worker may not take part.
+        speed_of: size per second of a worker at its start, from its description.
 
     Attributes:
         redone: tasks that were given out again, because their worker was lost or late.
@@ -97,9 +104,10 @@ class WorkerPool(Generic[_Task]):
         name_of: Callable[[_Task], Hashable],
         size_of: Callable[[_Task], float],
         agree: Callable[[Any], None],
+        speed_of: Callable[[Any], float],
     ) -> None:
         self._ray, self._options, self._agree = ray, options, agree
-        self._name_of, self._size_of = name_of, size_of
+        self._name_of, self._size_of, self._speed_of = name_of, size_of, speed_of
         remote = ray.remote(worker).options(
             num_cpus=options.worker_cpus, num_gpus=options.worker_gpus, max_restarts=0, max_task_retries=0
         )
@@ -267,7 +275,7 @@ class WorkerPool(Generic[_Task]):
         seconds, description = answer
         self._agree(description)
         self._lost_loading = 0
-        self._workers.append(_Worker(actor, paid_from=time.monotonic() - seconds))
+        self._workers.append(_Worker(actor, self._speed_of(description), paid_from=time.monotonic() - seconds))
 
     def _finish(self, worker: _Worker[_Task], reference: Any) -> list[tuple[_Task, Any]]:
         """Take the outcome of a task off its worker, or the worker off the pool if it is lost."""
@@ -306,12 +314,8 @@ class WorkerPool(Generic[_Task]):
     def _watch(self, worker: _Worker[_Task]) -> list[tuple[_Task, Any]]:
         """Give the tasks of a worker that is late to others, and later give up the worker itself."""
         _, task = worker.tasks[0]
-        pace = worker.pace if worker.pace.size else self._pace
-        if not pace.size:
-            return []  # nothing is finished, so nothing can be expected
         name = self._name_of(task)
-        expected = pace.seconds / pace.size * self._size_of(task)
-        limit = max(_LATE_S, _LATE_FACTOR * expected) * _LATE_GROWTH ** self._attempts[name]
+        limit = self._seconds_allowed(worker, self._size_of(task)) * _LATE_GROWTH ** self._attempts[name]
         seconds = time.monotonic() - worker.began
         if seconds <= limit:
             return []
@@ -324,6 +328,13 @@ class WorkerPool(Generic[_Task]):
         self.redone += len(others)
         self._suspects.add(name)
         return self._again(worker, task, f"took its worker more than {limit:.0f} s")
+
+    def _seconds_allowed(self, worker: _Worker[_Task], size: float) -> float:
+        """Return the seconds after which a worker is late with its first attempt at a task."""
+        pace = worker.pace if worker.pace.size else self._pace
+        if pace.size:
+            return max(_LATE_S, _LATE_FACTOR * pace.seconds / pace.size * size)
+        return max(_FIRST_LATE_S, _FIRST_LATE_FACTOR * size / worker.speed)
 
     def _drop(self, worker: _Worker[_Task]) -> None:
         self._workers.remove(worker)

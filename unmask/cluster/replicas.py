@@ -18,12 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from unmask.bulk.units import package_versions, probe_digest
+from unmask.bulk.units import package_versions, probe_digest, probe_texts
 from unmask.checkpoint import open_checkpoint
 from unmask.cluster.agreement import require_equal_models, require_equal_versions
 from unmask.cluster.connection import import_ray
 from unmask.cluster.options import ReplicaOptions
-from unmask.conformance.canaries import fixed_texts
 from unmask.encoder import Encoder, LoadOptions, Prompt
 from unmask.encoder.loading import prompts_for
 from unmask.encoder.packing import pack_budget, parallel_packs
@@ -42,7 +41,6 @@ _SUSPECT_S = 20.0
 # Seconds before a replica is started again that could not load, or gave a wrong canary.
 _RETRY_S = 30.0
 _MAX_CANARY_DISTANCE = 1e-3
-_PROBE_TEXTS = 16
 
 # Token ids of all prompts end to end, int32; per prompt its length and pooled span, int32 [n, 3]; prompts per pack.
 _Packs = tuple[np.ndarray, np.ndarray, list[int]]
@@ -95,7 +93,7 @@ class Replica:
         except UnmaskError as error:
             return ClusterError(f"replica {self.place()}: {error}")
         self._hand = LocalHand(encoder)
-        prompts = encoder.prompts.build(_probe_texts())
+        prompts = encoder.prompts.build(probe_texts())
         began = time.perf_counter()
         encoder.encode_prompts(prompts)
         seconds = time.perf_counter() - began
@@ -413,7 +411,7 @@ def open_replicas(
     """
     checkpoint = open_checkpoint(model, load.adapters, weights=False)
     pooling, max_length, prompts = prompts_for(checkpoint, load)
-    canary = prompts.build(_probe_texts()[:1])[0]
+    canary = prompts.build(probe_texts()[:1])[0]
     replicas = Replicas(import_ray(), load_encoder, _tokens_digest(prompts), canary, options)
     try:
         replicas.wait_for_one(options.replica_wait)
@@ -436,14 +434,10 @@ def open_replicas(
     return encoder, replicas
 
 
-def _probe_texts() -> list[str]:
-    return [canary.text for canary in fixed_texts()[:_PROBE_TEXTS]]
-
-
 def _tokens_digest(prompts: PromptBuilder) -> str:
     """Return a digest of how a model's text handling reads a few texts."""
     digest = hashlib.sha256()
-    for prompt in prompts.build(_probe_texts(), "An instruction:"):
+    for prompt in prompts.build(probe_texts(), "An instruction:"):
         digest.update(b"%d:%d:" % prompt.pooled + prompt.ids.astype("<i8").tobytes())
     return digest.hexdigest()[:16]
 
