@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tokenizers import Regex, normalizers
 
 from tests.checkpoint.layouts import LAYOUTS, write_layout
 from tests.export.tiny import FEW
@@ -114,6 +117,19 @@ def test_a_prompt_rule_does_not_reach_our_own_loader(golden_dir: Path, tmp_path:
     written = json.loads((tmp_path / "out" / "tokenizer.json").read_text())["normalizer"]["normalizers"]
     assert written == [prompt_rule(QUESTION + " ")]
     assert open_checkpoint(tmp_path / "out").tokenizer.text.normalizer is None
+
+
+SPACED = st.text(st.sampled_from(" \n\r\t\x0b\x0c\x85\u2028\u2029ab"), max_size=6)
+
+
+@given(SPACED, SPACED)
+@settings(deadline=None)
+def test_a_prompt_rule_changes_the_prompt_alone(before: str, after: str) -> None:
+    """The patterns of tokenizers begin and end a line at ^ and $, so these would find a prompt inside a text."""
+    rule = prompt_rule("Is it (so)? ")
+    text = before + "Is it (so)? " + after
+    changed = normalizers.Replace(Regex(rule["pattern"]["Regex"]), rule["content"]).normalize_str(text)
+    assert changed == (text if before or after else "Is it (so)?")
 
 
 def damage(folder: Path, file: str, **values: Any) -> None:

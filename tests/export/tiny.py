@@ -18,6 +18,7 @@ FEW = [
     "x",
     "7 lamps light the pier",
     "\tan indented line",
+    "\nbegins with a line break",
     "東京 été 🙂",
     "</s> and <|im_end|> typed by a user",
     "a longer text, with 12 numbers and a name, Ada; " * 5,

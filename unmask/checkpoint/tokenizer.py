@@ -111,13 +111,14 @@ def prompt_rule(prompt: str) -> dict[str, Any]:
 
     That library tokenises a prompt alone. Its last space becomes a token of its own there, but belongs to the first
     word where a text follows. The rule takes that space away from a text that is the prompt and nothing else. The
-    pattern is one that JavaScript reads as well, for transformers.js.
+    pattern is one that JavaScript reads as well, for transformers.js. `^` and `$` would not do: they also match at the
+    line breaks inside a text.
 
     Args:
         prompt: ends in a space.
     """
     pattern = _REGEX_SIGNS.sub(r"\\\g<0>", prompt[:-1])
-    return {"type": "Replace", "pattern": {"Regex": f"^{pattern} $"}, "content": prompt[:-1]}
+    return {"type": "Replace", "pattern": {"Regex": rf"(?<![\s\S]){pattern} (?![\s\S])"}, "content": prompt[:-1]}
 
 
 def _without_prompt_rules(tokenizer: Tokenizer) -> Tokenizer:
