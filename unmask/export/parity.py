@@ -38,6 +38,7 @@ _PRECISIONS: Mapping[str, PrecisionClass] = {
 _TARGETS: Mapping[RuntimeKind, Target] = {
     "unmask": "hub",
     "sentence-transformers": "hub",
+    "vLLM": "hub",
     "onnxruntime": "onnx",
     "fastembed": "onnx",
     "transformers.js": "onnx",

@@ -18,7 +18,14 @@ from unmask.errors import CheckpointError, MissingPackages, UsageError
 from unmask.evaluate.models.onnx_file import OnnxModel
 
 RuntimeKind = Literal[
-    "unmask", "sentence-transformers", "onnxruntime", "fastembed", "transformers.js", "llama.cpp", "endpoint"
+    "unmask",
+    "sentence-transformers",
+    "vLLM",
+    "onnxruntime",
+    "fastembed",
+    "transformers.js",
+    "llama.cpp",
+    "endpoint",
 ]
 # Use of a text: as `encode`, `encode_document` or `encode_query` of a client reads it.
 TextUse = Literal["texts", "documents", "queries"]
