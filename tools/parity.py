@@ -35,7 +35,7 @@ from unmask.encoder.loading import LoadOptions
 from unmask.evaluate.run import machine
 from unmask.export import ExportOptions, ParityRow, Target, judge, run_export
 from unmask.export.capabilities import ExportedModel, describe_model, traits_of
-from unmask.export.hub import vector_size
+from unmask.export.hub import sequence_tokens, vector_size
 from unmask.export.parity import compare_runtimes, prompt_texts
 from unmask.export.runtimes import OtherRuntime, TextUse, open_runtimes
 
@@ -129,7 +129,7 @@ def _open(
     (file,) = folder.glob("onnx/*.onnx")
     if name == "fastembed":
         return fastembed_runtime(file, vector_size(described), before, PACKAGES)
-    return transformers_js_runtime(file, before, PACKAGES)
+    return transformers_js_runtime(file, before, PACKAGES, truncates=not sequence_tokens(described)[1])
 
 
 def _summary(facts: Mapping[str, str], rows: Sequence[ParityRow]) -> dict[str, Any]:

@@ -78,13 +78,17 @@ def fastembed_runtime(file: Path, dimensions: int, prompts: Mapping[TextUse, str
     return _runtime("fastembed", ReaderProgram(command, environment), dtype, stored_prompts(file, prompts))
 
 
-def transformers_js_runtime(file: Path, prompts: Mapping[TextUse, str], root: Path) -> OtherRuntime:
+def transformers_js_runtime(
+    file: Path, prompts: Mapping[TextUse, str], root: Path, *, truncates: bool = True
+) -> OtherRuntime:
     """Let transformers.js read an ONNX file of an export, in node and on the CPU.
 
     Args:
         file: as of `fastembed_runtime`.
         prompts: text before a text, for folders that state none.
         root: folder for the packages.
+        truncates: compare a text that is too long. transformers.js cuts the sequence at its end, so the tokens behind
+            the text are lost, if the model has any.
 
     Raises:
         UsageError: node or npm is missing.
@@ -94,7 +98,7 @@ def transformers_js_runtime(file: Path, prompts: Mapping[TextUse, str], root: Pa
     program = ReaderProgram(
         ["node", str(READERS / "transformers_js_reader.mjs"), str(packages), str(folder.absolute()), option]
     )
-    return _runtime("transformers.js", program, dtype, stored_prompts(file, prompts))
+    return _runtime("transformers.js", program, dtype, stored_prompts(file, prompts), truncates=truncates)
 
 
 def vllm_runtime(python: Path, folder: Path, max_length: int, prompts: Mapping[TextUse, str]) -> OtherRuntime:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from unmask import __version__
 from unmask.encoder.head import head_steps
 from unmask.export.capabilities import ExportedModel, ExportVerdict, Target
-from unmask.export.hub import default_prompt_name, lengths_of, prompts_of, vector_size
+from unmask.export.hub import default_prompt_name, lengths_of, prompts_of, sequence_tokens, vector_size
 from unmask.export.parity import ParityReport, ParityRow
 
 _TAGS = ("sentence-transformers", "sentence-similarity", "feature-extraction", "dense", "llm2vec", "unmask")
@@ -199,6 +199,7 @@ def _onnx_usage(model: ExportedModel, name: str, dtype: str, file: str) -> list[
         ),
         "**transformers.js**",
         _transformers_js(model, name, dtype),
+        *_lost_tail(model),
         *_cpu_text_embeddings_inference(name, dtype),
     ]
 
@@ -225,6 +226,16 @@ def _transformers_js(model: ExportedModel, name: str, dtype: str) -> str:
         f'const extract = await pipeline("feature-extraction", "{name}", {{ dtype: "{option}" }});\n'
         'const vectors = await extract(["a text"], { pooling: "mean", normalize: true });',
     )
+
+
+def _lost_tail(model: ExportedModel) -> list[str]:
+    """transformers.js truncates the sequence after it has added the tokens behind the text."""
+    if not sequence_tokens(model)[1]:
+        return []
+    return [
+        f"Of an input that is longer than {model.max_length} tokens, transformers.js cuts the end, and with it what "
+        "belongs behind the text, so the vector is another one: shorten such texts before."
+    ]
 
 
 def _has_head(model: ExportedModel) -> bool:
