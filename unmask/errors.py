@@ -16,6 +16,7 @@ UnmaskError
 │   ├── ModelLoading           carries retry_after, in seconds
 │   ├── DeadlineExceeded
 │   ├── EngineStopped
+│   ├── ClusterLost            replicas cannot be reached; carries retry_after, in seconds
 │   ├── NoProvider             providers with right vectors cannot answer now; carries retry_after, in seconds
 │   ├── NoConformingProvider   no provider's vectors are known to be right; carries retry_after, in seconds
 │   └── ProviderRefused        a provider failed, and the request was not tried elsewhere
@@ -140,6 +141,14 @@ class DeadlineExceeded(EngineError):
 
 class EngineStopped(EngineError):
     """The engine is shutting down."""
+
+
+class ClusterLost(EngineError):
+    """The cluster that computes for a model does not answer. Try again after `retry_after` seconds."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class NoProvider(EngineError):

@@ -22,8 +22,10 @@ from unmask.accounts import Accounts
 from unmask.api import ServeSettings, create_app
 from unmask.api.metrics import Metrics
 from unmask.api.web_pages import WebPages
+from unmask.cluster.connection import import_ray
 from unmask.router import ModelRegistry
 from unmask.router.pool import WatchIntervals
+from unmask.server.cluster_watch import ClusterWatch
 from unmask.server.composition import book_providers, open_models, open_providers
 from unmask.server.http_server import HttpServer, base_url, listen
 from unmask.server.process import serve_models
@@ -157,6 +159,7 @@ class LocalService(Service):
     models: ModelRegistry
     server: HttpServer
     loop: asyncio.AbstractEventLoop
+    watch: ClusterWatch | None = None
 
     @property
     def routes(self) -> list[Route]:
@@ -202,18 +205,19 @@ def running(
         app = create_app(models, settings, metrics=metrics, stopping=stopping, accounts=accounts, pages=pages)
         server = HttpServer(app, settings, stopping, ready.set)
 
+        watch = ClusterWatch(import_ray(), settings.cluster, models) if settings.cluster is not None else None
         loops: list[asyncio.AbstractEventLoop] = []
 
         def run() -> None:
             with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
                 loops.append(runner.get_loop())
-                runner.run(serve_models(models, server, listener, sync))
+                runner.run(serve_models(models, server, listener, sync, watch))
 
         thread = threading.Thread(target=run)
         thread.start()
         try:
             assert ready.wait(60)
-            service = LocalService(base_url(listener), models.list()[0].record.id, models, server, loops[0])
+            service = LocalService(base_url(listener), models.list()[0].record.id, models, server, loops[0], watch)
             if accounts is not None:
                 deadline = time.monotonic() + 60
                 while models.list()[0].state == "loading":

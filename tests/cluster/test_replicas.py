@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -23,17 +24,20 @@ from tests.api.live import LocalService, Reply, running, until
 from tests.cluster import loaders
 from tests.cluster.raylets import Raylets, raylets
 from tests.engine import overload
+from tests.web.conftest import HTML
 from unmask.api import ServeSettings
 from unmask.cluster import replicas as replicas_module
-from unmask.cluster.connection import connected
+from unmask.cluster.connection import connected, import_ray
 from unmask.cluster.options import ReplicaOptions
 from unmask.cluster.replicas import ReplicaHand, open_replicas
 from unmask.encoder import LoadOptions
 from unmask.encoder.encoder import Encoder
 from unmask.engine import Engine
 from unmask.errors import MissingPackages, UsageError
-from unmask.server import serve
+from unmask.server import cluster_watch, serve
+from unmask.web import website
 
+FORWARDS = ("done", "late", "lost")
 PATIENCE_S = 900  # of the tests on a busy machine; none waits for it
 
 
@@ -55,7 +59,7 @@ def model(golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def service(cluster: Raylets, model: Path) -> Iterator[LocalService]:
     options = {"cluster": cluster.address, "replicas": "2", "replica_cpus": 0.5, "shutdown_grace_s": PATIENCE_S}
-    with running(model, warm=(), **options) as started:
+    with running(model, warm=(), build_pages=website, **options) as started:
         until(lambda: started.embed("a first text", {"prefer": "wait=30"}).status == 200, PATIENCE_S)
         yield started
 
@@ -117,6 +121,20 @@ def test_replicas_give_the_bits_of_one_process_and_are_seen(service: LocalServic
     assert service.metric("unmask_replica_up{") == 2
     assert service.metric('unmask_replica_forwards{model="model",outcome="done"') >= 2
     assert service.call("GET", "/ready").status == 200
+
+
+def test_the_status_page_has_a_table_of_replicas(service: LocalService) -> None:
+    until(lambda: all_ready(service), PATIENCE_S)
+    page = service.call("GET", "/status", headers=HTML).body.decode()
+    [table] = re.findall(r">Replicas of model</h2>.*?</table>", page, re.DOTALL)
+    header = ["Replica", "State", "Tokens per second", "Forwards", "Late", "Lost"]
+    assert re.findall(r"<th scope=.col.[^>]*>(.*?)</th>", table) == header
+    rows = re.findall(r"<tr><th [^>]*>(replica-\d+)</th>(.*?)</tr>", table)
+    cells_of = {name: re.findall(r"<td[^>]*>(.*?)</td>", cells) for name, cells in rows}
+    for hand in engine_of(service).hands():
+        numbers = [int(hand.tokens_per_second or 0), *(hand.forwards[name] for name in FORWARDS)]
+        assert cells_of[hand.name] == ["ready", *(f"{number:,}" for number in numbers)]
+    assert set(cells_of) == {"replica-1", "replica-2"}
 
 
 def test_a_single_text_is_not_behind_a_large_request(service: LocalService) -> None:
@@ -268,6 +286,37 @@ async def test_twice_the_load(held_replicas: tuple[Engine, Path], encoder: Encod
     else:
         await overload.assert_equal_shares(engine, release)
     assert all(hand.forwards["late"] + hand.forwards["lost"] == 0 for hand in engine.hands())
+
+
+def test_a_lost_head_is_said_and_another_one_is_used(
+    cluster: Raylets, held_replicas: tuple[Engine, Path], golden_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last test of this cluster: it ends it. Ray would end this process a minute later."""
+    held_replicas[0].close()
+    for name, seconds in (("_ASK_S", 0.1), ("_LOST_S", 0.2), ("_GRACE_S", 1.0)):
+        monkeypatch.setattr(cluster_watch, name, seconds)
+    options = {"cluster": cluster.address, "replicas": "1", "replica_cpus": 0.5, "build_pages": website}
+    with raylets(head_cpus=1) as other, ExitStack() as stack:
+        stack.callback(import_ray().shutdown)
+        service = stack.enter_context(running(golden_dir / "tiny_llama", **options))
+        with ThreadPoolExecutor(1) as pool:
+            begun = pool.submit(service.embed, [f"{i} " + "some words " * 30 for i in range(1000)])
+            until(lambda: service.waiting_tokens() > 0, PATIENCE_S)
+            cluster.kill_head()
+            assert begun.result().status == 200 or is_lost(begun.result())
+        until(lambda: is_lost(service.embed("a text", {"request-deadline-ms": "1000"})), PATIENCE_S)
+        page = service.call("GET", "/status", headers=HTML).body.decode()
+        assert "has lost its cluster, which is looked for" in page
+        readiness = service.call("GET", "/ready")
+        assert readiness.status == 503 and "is lost" in readiness.json["models"][service.model]
+        assert service.watch is not None
+        service.watch.address = other.address
+        until(lambda: service.embed("a text", {"prefer": "wait=30"}).status == 200, PATIENCE_S)
+        assert service.call("GET", "/ready").status == 200
+
+
+def is_lost(reply: Reply) -> bool:
+    return reply.status == 503 and reply.error["code"] == "cluster_lost" and int(reply.headers["retry-after"]) > 0
 
 
 def test_options_that_lack_their_companion(monkeypatch: pytest.MonkeyPatch) -> None:

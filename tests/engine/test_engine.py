@@ -186,7 +186,7 @@ async def test_out_of_memory_halves_the_pack_and_loses_nothing(gated: Gated) -> 
     texts = [f"text number {i} with some words" for i in range(40)]
     result = await vectors(engine, texts)
     np.testing.assert_allclose(result, gated.encode(texts), rtol=0, atol=1e-5)
-    assert hand.pack_tokens == 256
+    assert 256 <= hand.pack_tokens < 1024  # half of the forward, whose size depends on the cores
     engine.close()
 
 

@@ -194,7 +194,7 @@ class _ServiceRoutes:
         except TimeoutError:
             verdicts = {"canary": f"no vector within {_CANARY_TIMEOUT_S} seconds"}
         for served in self.models.list():
-            if served.state == "failed":  # its reason names files, and this page is public
+            if served.state == "failed" and not served.is_lost:  # its reason names files, and this page is public
                 verdicts[served.record.id] = "failed to load, see the server's log"
         ready = all(verdict == "ok" for verdict in verdicts.values())
         return _json(Readiness(status="ready" if ready else "not ready", models=verdicts), 200 if ready else 503)

@@ -76,6 +76,7 @@ _ANSWERS: tuple[tuple[type[errors.UnmaskError], _Answer], ...] = (
     # Not 408: the request arrived in time, and the server was late.
     (errors.DeadlineExceeded, _Answer(504, SERVER, "deadline_exceeded", retry_after=1)),
     (errors.EngineStopped, _Answer(503, SERVER, "server_stopping", retry_after=1)),
+    (errors.ClusterLost, _Answer(503, SERVER, "cluster_lost")),
     (errors.NoProvider, _Answer(503, SERVER, "no_provider")),
     (errors.NoConformingProvider, _Answer(503, SERVER, "no_conforming_provider")),
     (errors.ProviderRefused, _Answer(502, SERVER, "provider_failed")),

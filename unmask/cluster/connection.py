@@ -7,6 +7,7 @@ import secrets
 import shutil
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,9 @@ from unmask.cluster.options import require_address
 from unmask.errors import ClusterError, MissingPackages, UsageError
 
 _CONNECT_S = 10.0
+# Set while this process takes leave of a cluster whose head is gone, so that nobody waits for it any longer.
+LOST = threading.Event()
+_QUIET = {"namespace": "unmask", "log_to_driver": False, "logging_level": logging.CRITICAL}
 _LOCAL_STORE_BYTES = 512 * 2**20
 _ON_A_MACHINE = (
     "run the command on a machine of the cluster, or send it there: "
@@ -34,6 +38,8 @@ def import_ray(loopback: bool = False) -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray prints a page on stdout, where vectors may go, for every worker that dies. It is said here in a sentence.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
+    # A call that comes after the end of a connection would start a cluster of its own.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     if loopback:
         # Ray would take the machine's address in the network instead, and listen on all of its interfaces.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -67,22 +73,41 @@ def connected(address: str) -> Iterator[Any]:
         yield ray
         return
     folder = tempfile.mkdtemp(prefix="unmask-ray-") if address == "local" else None
-    quiet = {"namespace": "unmask", "log_to_driver": False, "logging_level": logging.CRITICAL}
     try:
-        try:
-            if folder is not None:
-                _start_local(ray, folder, quiet)
-            else:
-                ray.init(address=address, **_require_answer(address), **quiet)
-        except UsageError:
-            raise
-        except Exception as error:  # Ray raises Exception itself, among many others
-            raise _sentence(address, error) from error
+        _connect(ray, address, folder)
         yield ray
     finally:
         ray.shutdown()
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def reconnect(address: str) -> None:
+    """Connect this process again, from any thread, after the head of its cluster was lost; a no-op if it is connected.
+
+    Args:
+        address: as for `connected`, but not local: such a cluster ends with its head.
+
+    Raises:
+        ClusterError: as for `connected`.
+    """
+    ray = import_ray()
+    named = os.environ.get("RAY_ADDRESS", "")
+    if not ray.is_initialized():
+        _connect(ray, named if address == "auto" and named else address, None)
+
+
+def _connect(ray: Any, address: str, folder: str | None) -> None:
+    """Connect to a cluster, or start one whose files are in a folder."""
+    try:
+        if folder is not None:
+            _start_local(ray, folder, _QUIET)
+        else:
+            ray.init(address=address, **_require_answer(address), **_QUIET)
+    except UsageError:
+        raise
+    except Exception as error:  # Ray raises Exception itself, among many others
+        raise _sentence(address, error) from error
 
 
 def head_answers(ray: Any) -> bool:
@@ -93,6 +118,15 @@ def head_answers(ray: Any) -> bool:
             return True
     except OSError:
         return False
+
+
+def connection_fault(ray: Any) -> str:
+    """Return why the cluster that this process is connected to is of no use; empty if it is."""
+    if not head_answers(ray):
+        return "its head does not answer"
+    own = ray.get_runtime_context().get_node_id()
+    is_alive = any(node["NodeID"] == own and node["Alive"] for node in ray.nodes())
+    return "" if is_alive else "Ray's process on this machine is gone"
 
 
 def _start_local(ray: Any, folder: str, quiet: dict[str, Any]) -> None:

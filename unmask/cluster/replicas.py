@@ -21,7 +21,7 @@ import numpy as np
 from unmask.bulk.units import package_versions, probe_digest, probe_texts
 from unmask.checkpoint import open_checkpoint
 from unmask.cluster.agreement import require_equal_models, require_equal_versions
-from unmask.cluster.connection import import_ray
+from unmask.cluster.connection import LOST, import_ray
 from unmask.cluster.options import ReplicaOptions
 from unmask.encoder import Encoder, LoadOptions, Prompt
 from unmask.encoder.loading import prompts_for
@@ -212,6 +212,8 @@ class Replicas:
             hand.start()
         while not any(hand.restore(wait_s=0) for hand in used):
             time.sleep(_POLL_S)
+            if LOST.is_set():
+                raise ClusterError("the cluster was lost while a replica loaded the model")
             if problem := next((hand.problem for hand in used if hand.problem), ""):
                 raise ClusterError(problem)
             if time.monotonic() > end and not any(hand.has_place() for hand in used):
@@ -264,9 +266,12 @@ class ReplicaHand:
         """Send packs to the replica, and wait; see `Hand`."""
         ray = self._replicas.ray
         reference = self._actor.forward.remote(_packed(packs))
+        end = time.monotonic() + limit_s
         try:
-            outcomes, self._pack_tokens = ray.get(reference, timeout=limit_s)
+            outcomes, self._pack_tokens = self._wait_for(reference, end)
         except ray.exceptions.GetTimeoutError:
+            if self._is_closed:
+                raise HandLost(is_late=True) from None
             log.warning("%s is late: its work goes to others until its canary is right", self.name)
             self._late = reference, deliver
             self._ask_canary()
@@ -281,6 +286,17 @@ class ReplicaHand:
             raise HandLost(is_late=False) from error
         for number, outcome in enumerate(outcomes):
             deliver(number, outcome)
+
+    def _wait_for(self, reference: Any, end: float) -> tuple[list[PackVectors], int]:
+        """Return the answer of a forward. A hand that is closed waits no longer: nobody may ask Ray after its end."""
+        ray = self._replicas.ray
+        while True:
+            left = end - time.monotonic()
+            try:
+                return ray.get(reference, timeout=max(0.0, min(left, _TICK_S)))
+            except ray.exceptions.GetTimeoutError:
+                if left <= _TICK_S or self._is_closed:
+                    raise
 
     def restore(self, wait_s: float = _TICK_S) -> bool:
         """Return true if the replica can compute. Otherwise start it, or wait a moment for its answer; see `Hand`."""

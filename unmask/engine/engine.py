@@ -48,6 +48,9 @@ _CHECK_S = 10.0
 _GROW_S, _SHRINK_S = 5.0, 300.0
 _PARKED_S = 0.2
 
+# Seconds that a thread may take to see that its replica is closed.
+_CLOSED_HAND_S = 3.0
+
 
 class Engine:
     """Batches the requests of many callers through one model, with a thread for each of its hands.
@@ -88,6 +91,7 @@ class Engine:
         self._least = self._active = len(hands) if least_hands is None else least_hands
         self._full_at = time.monotonic()  # time at which no active hand was idle
         self._stopping = False
+        self._stop_error: EngineError | None = None
         self._anonymous = itertools.count()
         self._tokenisers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="unmask-tokenise")
         self._workers = [HandThread(hand, number) for number, hand in enumerate(hands)]
@@ -232,7 +236,7 @@ class Engine:
     def _admit(self, request: QueuedRequest) -> None:
         """Raise if the request cannot be served in time, or would make an admitted one late."""
         if self._stopping:
-            raise EngineStopped("the server is shutting down; send the request to another one")
+            raise self._stop_error or EngineStopped("the server is shutting down; send the request to another one")
         new_tokens = sum(len(prompt.ids) for prompt in request.prompts)
         waiting = self._queue.tokens
         if waiting and waiting + new_tokens > self._queue_tokens:
@@ -273,11 +277,15 @@ class Engine:
         with self._changed:
             return self._queue.tokens + self._running_tokens()
 
-    def close(self, grace: float = 30.0) -> None:
-        """Refuse new requests, finish accepted ones for up to `grace` seconds, and end the threads and the hands."""
+    def close(self, grace: float = 30.0, error: EngineError | None = None) -> None:
+        """Refuse new requests, finish accepted ones for up to `grace` seconds, and end the threads and the hands.
+
+        Args:
+            error: what refused and unfinished requests get; by default that the server shuts down.
+        """
         end = time.monotonic() + grace
         with self._changed:
-            self._stopping = True
+            self._stopping, self._stop_error = True, error
             self._changed.notify_all()
         for worker in self._workers:
             if worker.thread is not None:
@@ -288,9 +296,13 @@ class Engine:
             for request in abandoned.values():
                 self._queue.drop(request)
         for request in abandoned.values():
-            request.done(EngineStopped("the server shut down before this request was done"))
+            request.done(error or EngineStopped("the server shut down before this request was done"))
         for worker in self._workers:
             worker.hand.close()
+        if self.has_replicas:  # a closed one gives up what it waits for
+            for worker in self._workers:
+                if worker.thread is not None:
+                    worker.thread.join(_CLOSED_HAND_S)
         self._tokenisers.shutdown(wait=False, cancel_futures=True)
 
     def _work(self, worker: HandThread) -> None:

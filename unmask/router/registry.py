@@ -122,6 +122,17 @@ class ModelRegistry:
             else:
                 model.renew_in_background()
 
+    async def lose_cluster(self, fault: str, grace: float) -> None:
+        """Answer for no model of replicas until `find_cluster`: providers do, where there are any."""
+        used = [model for model in self._models if model.state not in ("cold", "remote")]
+        await asyncio.gather(*(model.lose_replicas(fault, grace) for model in used))
+
+    def find_cluster(self) -> None:
+        """Load the models again whose cluster was lost."""
+        for model in self._models:
+            if model.is_lost:
+                model.find_replicas()
+
     def _loaded_here(self) -> Sequence[ServedModel]:
         """Return the warm models without those that only providers answer for."""
         return [model for model in self._warm if not self._is_remote(model.record.id)]

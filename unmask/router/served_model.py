@@ -25,7 +25,7 @@ from unmask.encoder.precision import PrecisionChoice
 from unmask.encoder.remote_encoder import RemoteEncoder
 from unmask.engine import Engine
 from unmask.engine.hand import Hand
-from unmask.errors import CheckpointError, EngineError, ModelLoading, NoConformingProvider, UnmaskError
+from unmask.errors import CheckpointError, ClusterLost, EngineError, ModelLoading, NoConformingProvider, UnmaskError
 
 log = logging.getLogger("unmask")
 
@@ -40,6 +40,8 @@ FIELDS_OF_FILES = ("query_instruction", "document_instruction", "matryoshka")
 _CANARY_VALID_S = 30.0  # time for which a passed canary is not computed again
 _RETRY_FAILED_S = 60.0
 _LEASE_POLL_S = 0.05
+# Seconds after which a request may come again while a lost cluster is looked for, which is done more often.
+_RETRY_LOST_S = 15.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +99,7 @@ class ServedModel:
 
     Attributes:
         reason: why loading failed; empty otherwise. May name files of this machine.
+        is_lost: the cluster of its replicas is lost, and is looked for.
     """
 
     def __init__(
@@ -126,6 +129,7 @@ class ServedModel:
         self._replaced: set[Engine] = set()  # engines that finish the requests of an earlier revision
         self._renewal: asyncio.Task[None] | None = None
         self._is_closing = False
+        self.is_lost = False
         self._live_revision = self.record.revision  # of the catalogue
         self._fields_of_references: dict[str, Any] = {}
         self._settings: Mapping[str, Any] = {}  # of the model's files, once they were read
@@ -168,6 +172,8 @@ class ServedModel:
             message = "this server answers for the model through providers alone, which cannot do this"
             raise NoConformingProvider(message, retry_after=60.0)
         now = time.monotonic()
+        if self.is_lost:
+            raise ClusterLost(self.reason, _RETRY_LOST_S)
         if self.state == "failed" and now - self._changed_at < _RETRY_FAILED_S:
             raise CheckpointError(self.reason)
         self.load_in_background()
@@ -184,7 +190,8 @@ class ServedModel:
     def load_in_background(self) -> None:
         """Begin to load, if nothing has begun it and it did not fail lately. Needs a running event loop."""
         failed_lately = self.state == "failed" and time.monotonic() - self._changed_at < _RETRY_FAILED_S
-        if self._engine is None and not failed_lately and (self._load_task is None or self._load_task.done()):
+        is_loading = self._load_task is not None and not self._load_task.done()
+        if self._engine is None and not (failed_lately or self.is_lost or is_loading):
             self._set_state("loading")
             self._load_task = asyncio.create_task(self._load())
 
@@ -283,6 +290,29 @@ class ServedModel:
         self._settings, self._fields_of_references = settings, fields if self.state == "remote" else {}
         own_fields = self._fields_of_references | _fields_of_files(self.record, settings)
         self.record = msgspec.structs.replace(self.record, **own_fields)
+
+    async def lose_replicas(self, fault: str, grace: float) -> None:
+        """Answer nothing until `find_replicas`, for the cluster is lost. Requests under way have a few seconds more."""
+        reason = f"the cluster that computes for {self.record.id} is lost ({fault}) and is looked for: try again later"
+        self.is_lost = True
+        engines = [*self._replaced, *([self._engine] if self._engine is not None else [])]
+        self._engine = None
+        self._set_state("failed", reason)
+        error = ClusterLost(reason, _RETRY_LOST_S)
+        await asyncio.gather(*(asyncio.to_thread(engine.close, grace, error) for engine in engines))
+        for task in (self._load_task, self._renewal):
+            if task is not None:
+                await asyncio.wait([task], timeout=grace)
+        if self._engine is not None:  # it was loaded at this very moment
+            engine, self._engine = self._engine, None
+            await asyncio.to_thread(engine.close, 0.0, error)
+        self._set_state("failed", reason)
+
+    def find_replicas(self) -> None:
+        """Load the model again: this process is connected to a cluster again. Needs a running event loop."""
+        self.is_lost = False
+        self._set_state("cold")
+        self.load_in_background()
 
     async def close(self, grace: float) -> None:
         """Finish accepted requests within `grace` seconds, and stop."""

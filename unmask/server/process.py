@@ -14,6 +14,7 @@ from unmask.cluster.connection import connected
 from unmask.router import CatalogueSync, ModelRegistry
 from unmask.router.providers import read_providers
 from unmask.server.announcement import announce, create_invitation
+from unmask.server.cluster_watch import ClusterWatch
 from unmask.server.composition import build_application
 from unmask.server.http_server import HttpServer, base_url, listen
 
@@ -41,7 +42,7 @@ def serve(settings: ServeSettings) -> int:
         sys.stderr.write(f"cannot listen on {settings.host} port {settings.port}: {reason}. Choose another port.\n")
         return 1
     # Connected here, in the main thread, so that Ray's handler of SIGTERM comes before the server's own.
-    with listener, connected(settings.cluster) if settings.cluster is not None else nullcontext():
+    with listener, connected(settings.cluster) if settings.cluster is not None else nullcontext() as ray:
         url = base_url(listener)
         built = build_application(settings)
         accounts = built.accounts
@@ -51,28 +52,33 @@ def serve(settings: ServeSettings) -> int:
             announce(url, built.models, settings, accounts, invitation)
 
         server = HttpServer(built.app, settings, built.stopping, ready)
+        watch = ClusterWatch(ray, settings.cluster, built.models) if settings.cluster is not None else None
         try:
             with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
-                runner.run(serve_models(built.models, server, listener, built.sync))
+                runner.run(serve_models(built.models, server, listener, built.sync, watch))
         finally:
             built.close()
     return 0
 
 
 async def serve_models(
-    models: ModelRegistry, server: HttpServer, listener: socket.socket, sync: CatalogueSync | None = None
+    models: ModelRegistry,
+    server: HttpServer,
+    listener: socket.socket,
+    sync: CatalogueSync | None = None,
+    watch: ClusterWatch | None = None,
 ) -> None:
     """Start the models, serve until the server stops, and close the models after their last request."""
     await models.start_loading()
     if models.providers is not None:
         models.providers.start()
     reload_on_hangup(models)
-    sync_task = asyncio.create_task(sync.run()) if sync else None
+    background = [asyncio.create_task(task.run()) for task in (sync, watch) if task is not None]
     try:
         await server.serve([listener])
     finally:
-        if sync_task is not None:
-            sync_task.cancel()
+        for task in background:
+            task.cancel()
         await models.close(server.grace_left())
 
 

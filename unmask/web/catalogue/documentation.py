@@ -32,7 +32,7 @@ _ADVICE: dict[int, tuple[str, str]] = {
     500: ("internal_error", "Try again once; report it with the x-request-id if it stays."),
     502: ("provider_failed", "Send fewer requests: a provider is failing, and repeating them makes it worse."),
     503: (
-        "model_loading, model_unavailable, model_not_priced, no_provider, no_conforming_provider",
+        "model_loading, model_unavailable, model_not_priced, cluster_lost, no_provider, no_conforming_provider",
         "Wait as long as Retry-After says, or send Prefer: wait=30.",
     ),
     504: ("deadline_exceeded", "Send less at a time, or allow more time with Request-Deadline-Ms."),
