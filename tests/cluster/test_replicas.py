@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from copy import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -32,6 +34,7 @@ from unmask.cluster.options import ReplicaOptions
 from unmask.cluster.replicas import ReplicaHand, open_replicas
 from unmask.encoder import LoadOptions
 from unmask.encoder.encoder import Encoder
+from unmask.encoder.precision import PrecisionChoice
 from unmask.engine import Engine
 from unmask.errors import MissingPackages, UsageError
 from unmask.server import cluster_watch, serve
@@ -286,6 +289,26 @@ async def test_twice_the_load(held_replicas: tuple[Engine, Path], encoder: Encod
     else:
         await overload.assert_equal_shares(engine, release)
     assert all(hand.forwards["late"] + hand.forwards["lost"] == 0 for hand in engine.hands())
+
+
+@pytest.mark.parametrize(("dtype", "distance", "is_right"), [
+    ("float32", 0.0, True), ("float32", 5e-6, True), ("float32", 2e-5, False), ("float16", 5e-5, True),
+    ("float16", 2e-4, False), ("bfloat16", 5e-4, True), ("bfloat16", 2e-3, False), ("int8", 2e-3, False),
+])  # fmt: skip
+def test_a_canary_is_right_within_its_precision(
+    held_replicas: tuple[Engine, Path], dtype: str, distance: float, is_right: bool
+) -> None:
+    [hand, _] = [worker.hand for worker in held_replicas[0]._workers]
+    assert isinstance(hand, ReplicaHand)
+    group = copy(hand._replicas)
+    assert group.first is not None
+    right = group.first.canary / np.linalg.norm(group.first.canary)
+    group.first = replace(group.first, dtype_choice=PrecisionChoice(dtype, ""))
+    aside = np.eye(len(right), dtype=np.float32)[0] - right[0] * right
+    angle = np.arccos(1 - distance)
+    vector = 3 * (np.cos(angle) * right + np.sin(angle) * aside / np.linalg.norm(aside))
+    assert group.is_right(vector) == is_right
+    assert not group.is_right(np.full_like(vector, np.nan))
 
 
 def test_a_lost_head_is_said_and_another_one_is_used(

@@ -37,11 +37,11 @@ from unmask.api.schema import (
 )
 from unmask.api.settings import ServeSettings
 from unmask.catalogue import Record
+from unmask.conformance.references import PRECISION_CLASSES
 from unmask.encoder import Prompt
 from unmask.encoder.encoder import postprocess
 from unmask.router import EmbeddingWork, ModelRegistry, ModelRoute, ProviderPreferences, ServedModel, find_route
 from unmask.router.attempts import RoutedVectors
-from unmask.router.providers import PRECISION_CLASSES
 
 MAX_WAIT_S = 60  # for a cold model, by `Prefer: wait`
 MAX_DEADLINE_S = 3600

@@ -8,10 +8,10 @@ import msgspec
 
 from unmask.api.schema import ConformanceInfo, EndpointInfo, EndpointList, PercentileInfo
 from unmask.conformance import Finding, References
+from unmask.conformance.references import PRECISION_CLASSES
 from unmask.router import ModelRegistry, PublicNames, ServedModel
 from unmask.router.attempts import LOCAL
 from unmask.router.endpoint import EndpointStatus, Percentiles, ProviderEndpoint
-from unmask.router.providers import PRECISION_CLASSES
 from unmask.router.route import space_of
 
 

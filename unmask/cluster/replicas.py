@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -23,7 +23,8 @@ from unmask.checkpoint import open_checkpoint
 from unmask.cluster.agreement import require_equal_models, require_equal_versions
 from unmask.cluster.connection import LOST, import_ray
 from unmask.cluster.options import ReplicaOptions
-from unmask.encoder import Encoder, LoadOptions, Prompt
+from unmask.conformance.references import FLOORS, PRECISION_CLASSES, distances
+from unmask.encoder import DtypeChoice, Encoder, LoadOptions, Prompt
 from unmask.encoder.loading import prompts_for
 from unmask.encoder.packing import pack_budget, parallel_packs
 from unmask.encoder.precision import PrecisionChoice
@@ -40,6 +41,8 @@ _TICK_S, _POLL_S = 0.5, 0.05
 _SUSPECT_S = 20.0
 # Seconds before a replica is started again that could not load, or gave a wrong canary.
 _RETRY_S = 30.0
+# Greatest distance of a canary in the coarser precisions. Their limits to float32 are wider, but replicas of one
+# precision and one kind of processor round alike.
 _MAX_CANARY_DISTANCE = 1e-3
 
 # Token ids of all prompts end to end, int32; per prompt its length and pooled span, int32 [n, 3]; prompts per pack.
@@ -172,11 +175,11 @@ class Replicas:
         require_equal_models(name, replica.model, first.place, first.model, _ADVICE)
 
     def is_right(self, vector: np.ndarray) -> bool:
-        """Return true if a vector is that of the canary."""
+        """Return true if a vector is that of the canary, within the limit of the precision."""
         assert self.first is not None
-        right = self.first.canary
-        similarity = vector @ right / (np.linalg.norm(vector) * np.linalg.norm(right))
-        return bool(1 - similarity <= _MAX_CANARY_DISTANCE)
+        precision = PRECISION_CLASSES[cast(DtypeChoice, self.first.dtype_choice.dtype)]
+        limit = min(FLOORS[precision][0], _MAX_CANARY_DISTANCE)
+        return bool(distances(vector[None], self.first.canary[None])[0] <= limit)
 
     def vectors(self, prompts: Sequence[Prompt]) -> np.ndarray:
         """Return raw vectors by a replica that is ready, float32 [n, dim].

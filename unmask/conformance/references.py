@@ -17,7 +17,7 @@ from unmask.conformance.canaries import CanaryText, canary_set_version, canary_t
 from unmask.conformance.unpublished_canaries import UnpublishedCanaries, draw_prompts
 from unmask.conformance.wrong_references import WrongReference, canary_prompts, unit_length, wrong_references
 from unmask.disk import atomic_write
-from unmask.encoder import Dtype, Encoder, LoadOptions
+from unmask.encoder import Dtype, DtypeChoice, Encoder, LoadOptions
 from unmask.encoder.prompts import PromptBuilder
 from unmask.errors import CheckpointError, InputError
 from unmask.home import home
@@ -31,6 +31,14 @@ FLOORS: dict[PrecisionClass, tuple[float, float]] = {
     "float16": (1e-4, 2e-5),
     "bfloat16": (2e-3, 5e-4),
     "int8": (1e-2, 1e-3),
+}
+# Class of each precision of a model.
+PRECISION_CLASSES: dict[DtypeChoice, PrecisionClass] = {
+    "auto": "bfloat16",  # of a model that is not loaded yet: the least exact one that may be chosen
+    "float32": "exact",
+    "float16": "float16",
+    "bfloat16": "bfloat16",
+    "int8": "int8",
 }
 _MEASURED: tuple[tuple[PrecisionClass, Dtype], ...] = (
     ("float16", "float16"),

@@ -15,14 +15,13 @@ import numpy as np
 
 from unmask.accounts.costs import AttemptRecord
 from unmask.conformance import References, worst_limit
-from unmask.conformance.references import distances
+from unmask.conformance.references import PRECISION_CLASSES, distances
 from unmask.conformance.unpublished_canaries import draw_texts
 from unmask.encoder import DtypeChoice, Prompt
 from unmask.encoder.prompts import PromptBuilder
 from unmask.engine import Engine
 from unmask.errors import EngineError, TextTooLong
 from unmask.router.endpoint import Outcome, ProviderEndpoint
-from unmask.router.providers import PRECISION_CLASSES
 from unmask.router.signals import AttemptFailed
 from unmask.router.wire import ask, require_vectors
 

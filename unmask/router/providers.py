@@ -15,20 +15,13 @@ from msgspec import Meta
 
 from unmask.accounts.money import parse_dollars
 from unmask.conformance import PrecisionClass, read_references
-from unmask.encoder import Dtype, DtypeChoice
+from unmask.conformance.references import PRECISION_CLASSES
+from unmask.encoder import Dtype
 from unmask.errors import CheckpointError, UsageError
 from unmask.router.addresses import check_url
 
 Kind = Literal["unmask", "openai", "tei"]
 DataPolicy = Literal["none", "30d", "trains"]
-
-PRECISION_CLASSES: dict[DtypeChoice, PrecisionClass] = {
-    "auto": "bfloat16",  # of a model that is not loaded yet: the least exact one that may be chosen
-    "float32": "exact",
-    "float16": "float16",
-    "bfloat16": "bfloat16",
-    "int8": "int8",
-}
 
 # Dearest price per million tokens, in nano-dollars: a thousand dollars, above which it is a mistake.
 _MAX_COST = 10**12

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from unmask.catalogue import Record
 from unmask.checkpoint.tokenizer import TextTokenizer
 from unmask.conformance import PrecisionClass
-from unmask.conformance.references import vector_space
+from unmask.conformance.references import PRECISION_CLASSES, vector_space
 from unmask.encoder import DtypeChoice, Prompt
 from unmask.engine import Engine
 from unmask.errors import NoConformingProvider
 from unmask.router.attempts import LOCAL, EmbeddingWork, ModelEndpoints, RoutedVectors
 from unmask.router.pool import ProviderPool
-from unmask.router.providers import PRECISION_CLASSES
 from unmask.router.served_model import ServedModel
 
 # Texts of fewer characters are tokenised faster than they are handed to a thread.
