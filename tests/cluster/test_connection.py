@@ -1,7 +1,9 @@
 """Connections that fail, without a cluster: each says in one sentence what to do."""
 
+import ast
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from unmask.cluster.options import ClusterOptions
 from unmask.errors import ClusterError, UsageError
 
 ROOT = Path(__file__).parent.parent.parent
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def test_an_address_where_nobody_listens() -> None:
@@ -84,6 +87,23 @@ def test_without_ray_the_option_says_what_to_install(tmp_path: Path) -> None:
     assert refusal.returncode == 1
     assert "unmask: --cluster needs packages that are not installed: pip install" in refusal.stderr
     assert not (tmp_path / "out.npy").exists()
+
+
+def test_ray_is_imported_in_functions_of_one_package_alone() -> None:
+    """So that everything else can be used where it is not installed."""
+    places: list[tuple[str, bool]] = []
+    for file in (ROOT / "unmask").rglob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        if not re.search(r"^\s*(import|from) ray\b", text, re.MULTILINE):
+            continue
+        tree = ast.parse(text)
+        inside = {id(node) for outer in ast.walk(tree) if isinstance(outer, FUNCTIONS) for node in ast.walk(outer)}
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            if any(name.partition(".")[0] == "ray" for name in names):
+                places.append((file.parent.name, id(node) in inside))
+    assert set(places) == {("cluster", True)}
 
 
 _LISTENING = """
