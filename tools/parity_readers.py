@@ -16,6 +16,7 @@ from unmask.export.runtimes import OtherRuntime, RuntimeKind, TextUse, stored_pr
 READERS = Path(__file__).parent / "readers"
 # Graph and precision by the option `dtype` of transformers.js.
 _FILES = {"onnx/model.onnx": ("fp32", "float32"), "onnx/model_quantized.onnx": ("q8", "q8")}
+_END_S = 30.0
 _USES: tuple[TextUse, ...] = ("texts", "documents", "queries")
 
 
@@ -42,9 +43,12 @@ class ReaderProgram:
         return np.array(self._read_answer()["vectors"], dtype=np.float32)
 
     def close(self) -> None:
-        """End the program."""
-        self._process.kill()
-        self._process.communicate()
+        """End the program: its input ends, so it can end processes of its own, as vLLM has."""
+        try:
+            self._process.communicate(timeout=_END_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
         self._messages.close()
 
     def _read_answer(self) -> Any:
