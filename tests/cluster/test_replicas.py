@@ -318,7 +318,8 @@ def test_a_lost_head_is_said_and_another_one_is_used(
     held_replicas[0].close()
     for name, seconds in (("_ASK_S", 0.1), ("_LOST_S", 0.2), ("_GRACE_S", 1.0)):
         monkeypatch.setattr(cluster_watch, name, seconds)
-    options = {"cluster": cluster.address, "replicas": "1", "replica_cpus": 0.5, "build_pages": website}
+    both = tuple(str(golden_dir / name) for name in ("tiny_llama", "tiny_gemma"))  # the second one stays cold
+    options = {"cluster": cluster.address, "replicas": "1", "replica_cpus": 0.5, "build_pages": website, "models": both}
     with raylets(head_cpus=1) as other, ExitStack() as stack:
         stack.callback(import_ray().shutdown)
         service = stack.enter_context(running(golden_dir / "tiny_llama", **options))
@@ -328,6 +329,7 @@ def test_a_lost_head_is_said_and_another_one_is_used(
             cluster.kill_head()
             assert begun.result().status == 200 or is_lost(begun.result())
         until(lambda: is_lost(service.embed("a text", {"request-deadline-ms": "1000"})), PATIENCE_S)
+        assert is_lost(service.embed("a text", model="tiny_gemma"))
         page = service.call("GET", "/status", headers=HTML).body.decode()
         assert "has lost its cluster, which is looked for" in page
         readiness = service.call("GET", "/ready")
@@ -336,6 +338,7 @@ def test_a_lost_head_is_said_and_another_one_is_used(
         service.watch.address = other.address
         until(lambda: service.embed("a text", {"prefer": "wait=30"}).status == 200, PATIENCE_S)
         assert service.call("GET", "/ready").status == 200
+        assert [served.state for served in service.models.list()] == ["ready", "cold"]
 
 
 def is_lost(reply: Reply) -> bool:

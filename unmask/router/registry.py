@@ -124,11 +124,11 @@ class ModelRegistry:
 
     async def lose_cluster(self, fault: str, grace: float) -> None:
         """Answer for no model of replicas until `find_cluster`: providers do, where there are any."""
-        used = [model for model in self._models if model.state not in ("cold", "remote")]
+        used = [model for model in self._models if model.state != "remote"]
         await asyncio.gather(*(model.lose_replicas(fault, grace) for model in used))
 
     def find_cluster(self) -> None:
-        """Load the models again whose cluster was lost."""
+        """Load the models again that were loaded when the cluster was lost."""
         for model in self._models:
             if model.is_lost:
                 model.find_replicas()

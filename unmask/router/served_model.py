@@ -129,7 +129,7 @@ class ServedModel:
         self._replaced: set[Engine] = set()  # engines that finish the requests of an earlier revision
         self._renewal: asyncio.Task[None] | None = None
         self._is_closing = False
-        self.is_lost = False
+        self.is_lost, self._was_cold = False, True
         self._live_revision = self.record.revision  # of the catalogue
         self._fields_of_references: dict[str, Any] = {}
         self._settings: Mapping[str, Any] = {}  # of the model's files, once they were read
@@ -294,7 +294,7 @@ class ServedModel:
     async def lose_replicas(self, fault: str, grace: float) -> None:
         """Answer nothing until `find_replicas`, for the cluster is lost. Requests under way have a few seconds more."""
         reason = f"the cluster that computes for {self.record.id} is lost ({fault}) and is looked for: try again later"
-        self.is_lost = True
+        self.is_lost, self._was_cold = True, self._state == "cold"
         engines = [*self._replaced, *([self._engine] if self._engine is not None else [])]
         self._engine = None
         self._set_state("failed", reason)
@@ -309,10 +309,11 @@ class ServedModel:
         self._set_state("failed", reason)
 
     def find_replicas(self) -> None:
-        """Load the model again: this process is connected to a cluster again. Needs a running event loop."""
+        """Load the model again if it was: this process is connected to a cluster. Needs a running event loop."""
         self.is_lost = False
         self._set_state("cold")
-        self.load_in_background()
+        if not self._was_cold:
+            self.load_in_background()
 
     async def close(self, grace: float) -> None:
         """Finish accepted requests within `grace` seconds, and stop."""
