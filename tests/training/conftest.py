@@ -17,7 +17,9 @@ def processes() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     # Not tests.training.tiny: the fork server does not see the folders that pytest adds to the path, and skips
     # without a word the modules that it does not find.
-    context.set_forkserver_preload(["unmask.training.train", "unmask.training.model_folder", "torch.distributed"])
+    # torch._dynamo: each optimiser imports it, which takes half a second of each process.
+    modules = ["unmask.training.train", "unmask.training.model_folder", "torch.distributed", "torch._dynamo"]
+    context.set_forkserver_preload(modules)
     return context
 
 

@@ -212,7 +212,7 @@ def run_agent(port: int, recipe: Recipe, data: Path, output: Path) -> None:
     """Run one of the two agents that `torchrun --nnodes 2` would run on two machines, with one process."""
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     # An agent has threads, so it must not fork itself.
-    multiprocessing.set_forkserver_preload(["unmask.training.train", "torch.distributed"])
+    multiprocessing.set_forkserver_preload(["unmask.training.train", "torch.distributed", "torch._dynamo"])
     config = LaunchConfig(
         min_nodes=2,
         max_nodes=2,
