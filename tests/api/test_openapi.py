@@ -53,7 +53,7 @@ def test_the_dialects_keep_to_the_document(case: schemathesis.Case, service: Ser
 
 @schema.exclude(tag="dialects").parametrize()
 @hypothesis.settings(
-    max_examples=100,
+    max_examples=40,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.function_scoped_fixture],
 )
@@ -96,7 +96,7 @@ with_accounts = schemathesis.openapi.from_dict(make_document(secured=False, body
 
 @with_accounts.exclude(tag="dialects").parametrize()
 @hypothesis.settings(
-    max_examples=60,
+    max_examples=20,  # each path once with a key and once without; the paths of a server without accounts are above
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.function_scoped_fixture],
 )

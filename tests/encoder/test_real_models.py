@@ -1,6 +1,8 @@
 """The four real models: they load, encode, and have transformers' hidden states."""
 
 import gc
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -46,6 +48,11 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
+@pytest.fixture(scope="module")
+def smollm2(real_model: Callable[[str], Path]) -> Encoder:
+    return Encoder.load(real_model("smollm2-135m"), dtype="float32")
+
+
 @pytest.mark.parametrize("name", DIMENSIONS)
 @torch.no_grad()
 def test_loads_encodes_and_matches_transformers(real_model, name: str) -> None:
@@ -69,32 +76,30 @@ def test_loads_encodes_and_matches_transformers(real_model, name: str) -> None:
     gc.collect()
 
 
-def test_a_text_has_one_vector_whatever_stands_beside_it(real_model) -> None:
-    encoder = Encoder.load(real_model("smollm2-135m"), dtype="float32")
+def test_a_text_has_one_vector_whatever_stands_beside_it(smollm2: Encoder) -> None:
     texts = [*TEXTS, *(f"{text} {n}" for n in range(1, 12) for text in TEXTS), "word " * 400]
-    together = encoder.encode(texts)
+    together = smollm2.encode(texts)
     for index in (0, 1, 2, 3, 20, len(texts) - 1):
-        alone = encoder.encode(texts[index])[0]
+        alone = smollm2.encode(texts[index])[0]
         np.testing.assert_array_equal(alone, together[index])
 
 
-def test_order_str_normalize_dimensions(real_model) -> None:
-    encoder = Encoder.load(real_model("smollm2-135m"), dtype="float32")
-    vectors = encoder.encode(TEXTS)
-    np.testing.assert_array_equal(encoder.encode(TEXTS[::-1])[::-1], vectors)
-    assert encoder.encode(TEXTS[0]).shape == (1, 576)
-    assert encoder.encode([]).shape == (0, 576)
-    unit = encoder.encode(TEXTS, normalize=True, dimensions=64)
+def test_order_str_normalize_dimensions(smollm2: Encoder) -> None:
+    vectors = smollm2.encode(TEXTS)
+    np.testing.assert_array_equal(smollm2.encode(TEXTS[::-1])[::-1], vectors)
+    assert smollm2.encode(TEXTS[0]).shape == (1, 576)
+    assert smollm2.encode([]).shape == (0, 576)
+    unit = smollm2.encode(TEXTS, normalize=True, dimensions=64)
     assert unit.shape == (4, 64) and unit.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(unit, axis=1), 1, rtol=1e-6)
     cut = vectors[:, :64] / np.linalg.norm(vectors[:, :64], axis=1, keepdims=True)
     np.testing.assert_allclose(unit, cut, rtol=0, atol=1e-5)
-    instructed = encoder.encode(TEXTS, instruction="Retrieve semantically similar text.")
+    instructed = smollm2.encode(TEXTS, instruction="Retrieve semantically similar text.")
     assert np.abs(instructed - vectors).max() > 1e-2
 
 
-def test_lower_precision_stays_close(real_model) -> None:
-    exact = Encoder.load(real_model("smollm2-135m"), dtype="float32").encode(TEXTS, normalize=True)
+def test_lower_precision_stays_close(smollm2: Encoder, real_model: Callable[[str], Path]) -> None:
+    exact = smollm2.encode(TEXTS, normalize=True)
     rounded = Encoder.load(real_model("smollm2-135m"), dtype="bfloat16").encode(TEXTS, normalize=True)
     cosine = (exact * rounded).sum(1)
     # The first text is one on which the untrained model amplifies rounding.
