@@ -311,6 +311,13 @@ def test_a_canary_is_right_within_its_precision(
     assert not group.is_right(np.full_like(vector, np.nan))
 
 
+def test_a_server_ends_although_its_replica_finds_no_place(cluster: Raylets, golden_dir: Path) -> None:
+    options = {"cluster": cluster.address, "replicas": "1", "replica_cpus": 3.0, "warm": ()}
+    with running(golden_dir / "tiny_llama", **options) as service:
+        assert service.embed("a text").error["code"] == "model_loading"
+    assert service.loop.is_closed()
+
+
 def test_a_lost_head_is_said_and_another_one_is_used(
     cluster: Raylets, held_replicas: tuple[Engine, Path], golden_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

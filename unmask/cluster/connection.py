@@ -16,7 +16,7 @@ from unmask.cluster.options import require_address
 from unmask.errors import ClusterError, MissingPackages, UsageError
 
 _CONNECT_S = 10.0
-# Set while this process takes leave of a cluster whose head is gone, so that nobody waits for it any longer.
+# Set while this process takes leave of a cluster, at its end or the cluster's, so that nobody waits for it any longer.
 LOST = threading.Event()
 _QUIET = {"namespace": "unmask", "log_to_driver": False, "logging_level": logging.CRITICAL}
 _LOCAL_STORE_BYTES = 512 * 2**20

@@ -216,7 +216,7 @@ class Replicas:
         while not any(hand.restore(wait_s=0) for hand in used):
             time.sleep(_POLL_S)
             if LOST.is_set():
-                raise ClusterError("the cluster was lost while a replica loaded the model")
+                raise ClusterError("this process takes leave of the cluster, and a replica still loads the model")
             if problem := next((hand.problem for hand in used if hand.problem), ""):
                 raise ClusterError(problem)
             if time.monotonic() > end and not any(hand.has_place() for hand in used):

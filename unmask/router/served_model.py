@@ -300,9 +300,7 @@ class ServedModel:
         self._set_state("failed", reason)
         error = ClusterLost(reason, _RETRY_LOST_S)
         await asyncio.gather(*(asyncio.to_thread(engine.close, grace, error) for engine in engines))
-        for task in (self._load_task, self._renewal):
-            if task is not None:
-                await asyncio.wait([task], timeout=grace)
+        await self._finish_loading(grace)
         if self._engine is not None:  # it was loaded at this very moment
             engine, self._engine = self._engine, None
             await asyncio.to_thread(engine.close, 0.0, error)
@@ -318,10 +316,13 @@ class ServedModel:
     async def close(self, grace: float) -> None:
         """Finish accepted requests within `grace` seconds, and stop."""
         self._is_closing = True
-        if self._load_task is not None:
-            await asyncio.wait([self._load_task], timeout=grace)
+        await self._finish_loading(grace)
         engines = [*self._replaced, *([self._engine] if self._engine is not None else [])]
         await asyncio.gather(*(asyncio.to_thread(engine.close, grace) for engine in engines))
+
+    async def _finish_loading(self, grace: float) -> None:
+        if tasks := [task for task in (self._load_task, self._renewal) if task is not None]:
+            await asyncio.wait(tasks, timeout=grace)
 
     async def _load(self) -> None:
         started = time.monotonic()

@@ -10,7 +10,7 @@ from contextlib import nullcontext, suppress
 
 from unmask.api.logs import configure_logging
 from unmask.api.settings import ServeSettings
-from unmask.cluster.connection import connected
+from unmask.cluster.connection import LOST, connected
 from unmask.router import CatalogueSync, ModelRegistry
 from unmask.router.providers import read_providers
 from unmask.server.announcement import announce, create_invitation
@@ -79,7 +79,11 @@ async def serve_models(
     finally:
         for task in background:
             task.cancel()
-        await models.close(server.grace_left())
+        LOST.set()  # no request is left that would wait for a replica to load
+        try:
+            await models.close(server.grace_left())
+        finally:
+            LOST.clear()
 
 
 def reload_on_hangup(models: ModelRegistry) -> None:
