@@ -79,8 +79,10 @@ def test_a_model_name_may_say_the_use_of_a_text(tiny_llama: Path, tmp_path: Path
     settings = {"query_instruction": "Find what answers:", "document_instruction": "A passage:"}
     (model / "llm2vec_config.json").write_text(json.dumps(settings))
     encoder = Encoder.load(model)
-    with running(model) as service:
-        service.embed(TEXTS)  # the model's files say its instructions, once it is loaded
+    with running(model, warm=()) as service:
+        # The model's files say its instructions, and this request is the one that loads it.
+        first = service.embed(TEXTS, {"prefer": "wait=60"}, input_type="query")
+        np.testing.assert_allclose(first.vectors, encoder.encode_query(TEXTS, normalize=True), atol=1e-5)
         listed = [entry["id"] for entry in service.call("GET", "/v1/models").json["data"]]
         assert {f"{service.model}:query", f"{service.model}:document"} <= set(listed)
         for use, method in (("query", encoder.encode_query), ("document", encoder.encode_document)):

@@ -138,7 +138,6 @@ class EmbeddingsRoute:
         context.response_headers |= deprecation_headers(served.record)
         tier = read_tier(request.headers)
         await self.charging.check_access(request, model, tier)
-        instruction = _instruction(parsed, served.record, use)
         wait = min(_preferred_wait(request.headers), deadline - time.monotonic())
         is_native = parsed.token_encoding == "native" and not isinstance(inputs[0], str)
         is_raw = parsed.normalize is False
@@ -148,6 +147,7 @@ class EmbeddingsRoute:
                 message = f"dimensions={parsed.dimensions}: this model's vectors have {route.dim} numbers."
                 raise ApiError(400, message, param="dimensions")
             texts, encoding = await self._decode_inputs(inputs, parsed)
+            instruction = _instruction(parsed, route.record, use)  # a cold model's is known now
             prompts = await route.prepare(texts, instruction=instruction, truncate=bool(parsed.truncate))
             num_tokens = sum(len(prompt.ids) for prompt in prompts)
             self._check_tokens(num_tokens)
