@@ -6,6 +6,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 
 import msgspec
 import numpy as np
@@ -15,13 +16,13 @@ from safetensors.torch import load_file, save_file
 
 from unmask.catalogue import Catalogue, record_for
 from unmask.catalogue.canary import CANARY_TEXT, make_canary
-from unmask.checkpoint import DEFAULT_MODEL
+from unmask.checkpoint import DEFAULT_MODEL, open_checkpoint
 from unmask.encoder import Encoder
 from unmask.encoder.runtime.int8 import Int8Linear
-from unmask.errors import CheckpointError, ModelLoading, UsageError
+from unmask.errors import CheckpointError, ClusterLost, ModelLoading, UsageError
 from unmask.router import ModelOptions, ModelRegistry
 from unmask.router.route import find_route
-from unmask.router.served_model import ServedModel
+from unmask.router.served_model import ServedModel, _LoadedModel
 from unmask.server.process import reload_on_hangup
 
 
@@ -156,11 +157,17 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.01)
 
 
+def revision_of(model: Path, folder: Path, amount: float) -> Path:
+    """Write another revision of a model, whose weights differ by an amount."""
+    shutil.copytree(model, folder)
+    [weights] = folder.glob("*.safetensors")
+    save_file({name: tensor + torch.full_like(tensor, amount) for name, tensor in load_file(weights).items()}, weights)
+    return folder
+
+
 async def test_a_hangup_replaces_a_revision_and_no_request_has_vectors_of_both(copied, tmp_path: Path) -> None:
-    first, second = copied("tiny_llama"), tmp_path / "second"
-    shutil.copytree(first, second)
-    [weights] = second.glob("*.safetensors")
-    save_file({name: tensor + torch.full_like(tensor, 0.01) for name, tensor in load_file(weights).items()}, weights)
+    first = copied("tiny_llama")
+    second = revision_of(first, tmp_path / "second", 0.01)
     old, new = (Encoder.load(folder, dtype="float32") for folder in (first, second))
     models = ModelRegistry([str(first)], options=ModelOptions(dtype="float32"))
     served = models.list()[0]
@@ -189,4 +196,57 @@ async def test_a_hangup_replaces_a_revision_and_no_request_has_vectors_of_both(c
     await until(lambda: served._renewal is not None and served._renewal.done())
     assert await served.engine() is later.engine  # files that cannot be loaded change nothing
     await models.close()
+    renewal = served._renewal
+    os.kill(os.getpid(), signal.SIGHUP)  # as systemd may send it after SIGTERM
+    await asyncio.sleep(0.1)
+    assert served._renewal is renewal
     asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
+
+
+async def test_a_hangup_while_files_are_read_is_kept_for_later(
+    copied, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files that are read for the first load, or after an earlier hangup, may be those before this hangup."""
+    folder = copied("tiny_llama")
+    others = [revision_of(folder, tmp_path / name, amount) for name, amount in (("second", 0.01), ("third", 0.02))]
+    revisions = [open_checkpoint(other).revision for other in others]
+    models = ModelRegistry([str(folder)], options=ModelOptions(dtype="float32"))
+    served = models.list()[0]
+    read_files, loaded, go_on = served._load_weights, Event(), Event()
+
+    def load() -> _LoadedModel:
+        model = read_files()
+        loaded.set()
+        go_on.wait()
+        return model
+
+    monkeypatch.setattr(served, "_load_weights", load)
+    served.load_in_background()
+    for number, (other, revision) in enumerate(zip(others, revisions, strict=True)):
+        await asyncio.to_thread(loaded.wait)
+        folder.rename(tmp_path / f"away-{number}")
+        other.rename(folder)
+        models.renew()
+        loaded.clear()
+        go_on.set()
+        if number == 0:  # the renewal is held while it has read the second files
+            await asyncio.to_thread(loaded.wait)
+            go_on.clear()
+        else:
+            await until(lambda revision=revision: served.record.revision == revision)
+    await models.close()
+
+
+@pytest.mark.parametrize("grace", [0.0, 60.0])
+async def test_a_load_does_not_answer_for_a_cluster_that_is_lost_meanwhile(golden_dir: Path, grace: float) -> None:
+    served = ServedModel(str(golden_dir / "tiny_llama"))
+    waiting = asyncio.create_task(served.engine(wait=60))
+    await asyncio.sleep(0)
+    await served.lose_replicas("its head does not answer", grace)
+    with pytest.raises(ClusterLost, match="its head does not answer"):
+        await waiting
+    with pytest.raises(ClusterLost, match="its head does not answer"):
+        await served.engine()
+    served.find_replicas()
+    assert (await served.engine(wait=60)).encoder.dim == 64
+    await served.close(0.0)

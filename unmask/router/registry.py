@@ -118,7 +118,10 @@ class ModelRegistry:
         """Let each loaded model look for another revision in its files, in the background. Needs an event loop."""
         for model in self._models:
             if self.providers is not None and self.providers.of_model(model.record.id) is not None:
-                log.warning("%s keeps its revision, which its providers are checked against", model.record.id)
+                log.warning(
+                    "%s keeps its revision, which its providers are checked against: restart the server for another",
+                    model.record.id,
+                )
             else:
                 model.renew_in_background()
 

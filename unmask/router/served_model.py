@@ -128,6 +128,7 @@ class ServedModel:
         self._catalogue_record = self.record  # the catalogue's, without what weights and files add
         self._replaced: set[Engine] = set()  # engines that finish the requests of an earlier revision
         self._renewal: asyncio.Task[None] | None = None
+        self._is_renewal_due = False  # the files may have changed since they were read
         self._is_closing = False
         self.is_lost, self._was_cold = False, True
         self._live_revision = self.record.revision  # of the catalogue
@@ -164,6 +165,7 @@ class ServedModel:
         Raises:
             ModelLoading: not ready within `wait`; carries `retry_after`.
             CheckpointError: it could not be loaded. Loading is tried again at most once a minute.
+            ClusterLost: its replicas cannot be reached; carries `retry_after`.
             NoConformingProvider: it is never loaded here.
         """
         if self._engine is not None:
@@ -182,6 +184,8 @@ class ServedModel:
         await asyncio.wait([self._load_task], timeout=wait)
         if self._engine is not None:
             return self._engine
+        if self.is_lost:
+            raise ClusterLost(self.reason, _RETRY_LOST_S)
         if self.state == "failed":
             raise CheckpointError(self.reason)
         seconds_left = self._load_seconds - (time.monotonic() - self._changed_at)
@@ -219,15 +223,25 @@ class ServedModel:
         """Put the revision that the model's files have now in the place of the one that answers, if it is another.
 
         The new one is loaded and checked beside the old one. Requests that the old one has begun are finished by it,
-        and later ones go to the new one, so no request gets vectors of both. After a fault the old one goes on. Needs a
-        running event loop.
+        and later ones go to the new one, so no request gets vectors of both. After a fault the old one goes on. Where
+        the files are being read already, or an old revision still finishes its requests, they are read again after
+        that. Needs a running event loop.
         """
-        if self._engine is None:
+        is_loading = self._load_task is not None and not self._load_task.done()
+        if self._is_closing or (self._engine is None and not is_loading):
             return  # its next load reads the files of then
-        if self._renewal is not None and not self._renewal.done():
-            log.warning("%s: another revision is being loaded already", self.record.id)
-            return
-        self._renewal = asyncio.create_task(self._renew())
+        self._is_renewal_due = True
+        if self._renewal is None or self._renewal.done():
+            self._renewal = asyncio.create_task(self._renew_while_due())
+        else:
+            log.info("%s: its files are read again once the present change of its revision has ended", self.record.id)
+
+    async def _renew_while_due(self) -> None:
+        if self._load_task is not None:
+            await asyncio.wait([self._load_task])
+        while self._is_renewal_due and self._engine is not None and not self._is_closing:
+            self._is_renewal_due = False
+            await self._renew()
 
     async def _renew(self) -> None:
         old, revision, id = self._engine, self.record.revision, self.record.id
@@ -244,7 +258,7 @@ class ServedModel:
         if loaded is None:
             log.info("%s: its files have the revision %s, which answers already", id, revision)
             return
-        if self._is_closing:
+        if self._is_closing or self.is_lost:
             await asyncio.to_thread(loaded.close)
             return
         self._take(loaded)
@@ -301,10 +315,6 @@ class ServedModel:
         error = ClusterLost(reason, _RETRY_LOST_S)
         await asyncio.gather(*(asyncio.to_thread(engine.close, grace, error) for engine in engines))
         await self._finish_loading(grace)
-        if self._engine is not None:  # it was loaded at this very moment
-            engine, self._engine = self._engine, None
-            await asyncio.to_thread(engine.close, 0.0, error)
-        self._set_state("failed", reason)
 
     def find_replicas(self) -> None:
         """Load the model again if it was: this process is connected to a cluster. Needs a running event loop."""
@@ -331,13 +341,16 @@ class ServedModel:
             loading = asyncio.wrap_future(preload) if preload is not None else asyncio.to_thread(self._load_weights)
             loaded = await loading
         except UnmaskError as error:
-            self._set_state("failed", str(error))
+            self._fail(str(error))
             log.error("%s could not be loaded: %s", self.record.id, error)
             return
         except Exception:
             # Any other exception is a bug of ours. This model is out of service, the others are not.
-            self._set_state("failed", f"{self.record.id} could not be loaded because of an internal error")
+            self._fail(f"{self.record.id} could not be loaded because of an internal error")
             log.exception("%s could not be loaded", self.record.id)
+            return
+        if self.is_lost:
+            await asyncio.to_thread(loaded.close)
             return
         self._take(loaded)
         self._load_seconds = time.monotonic() - started
@@ -434,6 +447,11 @@ class ServedModel:
 
     def _canary_text(self) -> str:
         return self.record.canary.text if self.record.canary is not None else CANARY_TEXT
+
+    def _fail(self, reason: str) -> None:
+        """Say why loading failed, unless the cluster is lost: that is then the reason."""
+        if not self.is_lost:
+            self._set_state("failed", reason)
 
     def _set_state(self, state: State, reason: str = "") -> None:
         self._state, self.reason, self._changed_at = state, reason, time.monotonic()
