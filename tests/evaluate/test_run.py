@@ -131,11 +131,20 @@ def test_killed_and_run_again(
     assert "2 scores ->" in done.stderr
 
 
-def test_a_failure_is_the_exit_code(tmp_path: Path, data: Path) -> None:
-    command = [sys.executable, "-m", "unmask", "evaluate", "wordllama:default", "--task", "SciFact", "--task", "STS16"]
-    command += ["--data", str(data), "--output", str(tmp_path / "out")]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+def test_a_failure_is_the_exit_code(
+    unmask: Callable[..., subprocess.CompletedProcess[str]],
+    data: Path,
+    tmp_path: Path,
+    fresh_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # What HF_HUB_OFFLINE and HF_HOME set, in a process that has imported the libraries already.
+    for library in ("huggingface_hub.constants", "datasets.config"):
+        monkeypatch.setattr(f"{library}.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    command = ["evaluate", "wordllama:default", "--task", "SciFact", "--task", "STS16"]
+    done = unmask(*command, "--data", str(data), "--output", str(tmp_path / "out"))
     assert done.returncode == 1
     assert "SciFact of wordllama-l2_supercat-256" in done.stderr and "1 scores ->" in done.stderr
     scores = {score.task: score for score in read_results(tmp_path / "out").models[0].scores}
