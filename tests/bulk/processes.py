@@ -7,19 +7,16 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing import get_context
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import torch
 
+from tests.fork_server import fork_server
 from unmask.bulk import chunks, spool
 from unmask.bulk.encode_job import EncodeJob
 from unmask.bulk.job import run
 from unmask.encoder.encoder import Encoder
-
-_CONTEXT = get_context("forkserver")
-_CONTEXT.set_forkserver_preload([__name__])
 
 
 @contextmanager
@@ -29,7 +26,7 @@ def encoding(model: Path, source: Path, outputs: Sequence[Path], dies_at: str = 
     Args:
         dies_at: name of a file; when it is about to be written to the disk, the process kills itself with SIGKILL.
     """
-    process = _CONTEXT.Process(target=_encode, args=(model, source, outputs, dies_at))
+    process = fork_server().Process(target=_encode, args=(model, source, outputs, dies_at))
     process.start()
     try:
         yield process

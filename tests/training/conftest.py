@@ -1,6 +1,5 @@
 """Fixtures: processes that are forked from one with torch loaded, so that a test that kills five takes seconds."""
 
-import multiprocessing
 from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -8,19 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.fork_server import fork_server
 from tests.training.tiny import write_pairs
 
 
 @pytest.fixture(scope="session")
 def processes() -> ForkServerContext:
     """`processes.Process(...)` starts at once, and knows nothing of this process but its arguments."""
-    context = multiprocessing.get_context("forkserver")
-    # Not tests.training.tiny: the fork server does not see the folders that pytest adds to the path, and skips
-    # without a word the modules that it does not find.
-    # torch._dynamo: each optimiser imports it, which takes half a second of each process.
-    modules = ["unmask.training.train", "unmask.training.model_folder", "torch.distributed", "torch._dynamo"]
-    context.set_forkserver_preload(modules)
-    return context
+    return fork_server()
 
 
 @pytest.fixture(autouse=True)
