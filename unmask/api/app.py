@@ -207,6 +207,9 @@ class _ServiceRoutes:
                 self.metrics.set_reused_inputs(served.record.id, engine.reused_prompts)
                 if engine.has_replicas:
                     self.metrics.set_hands(served.record.id, engine.hands())
+            elif served.state in ("failed", "loading"):  # it may have lost its replicas
+                self.metrics.set_waiting_tokens(served.record.id, 0)
+                self.metrics.set_hands(served.record.id, [])
         if self.models.providers is not None:
             for model, group in self.models.providers.models().items():
                 for endpoint in group.endpoints:

@@ -59,12 +59,18 @@ class HandGauges:
         def gauge(name: str, description: str, *labels: str) -> Gauge:
             return Gauge(f"unmask_replica_{name}", description, ["model", "replica", *labels], registry=registry)
 
-        self._up = gauge("up", "1 if the replica computes, 0 if it is being started or suspect")
+        self._up = gauge("up", "1 if the replica computes, 0 if it is being started, suspect or lost")
         self._speed = gauge("tokens_per_second", "Measured speed of the replica, 0 until it is known")
         self._forwards = gauge("forwards", "Forwards since the model was loaded: done, late or lost", "outcome")
+        self._names: dict[str, set[str]] = {}  # model -> its replicas so far
 
     def set(self, model: str, hands: Sequence[HandFigures]) -> None:
-        """Set the figures of all replicas of a model."""
+        """Set the figures of all replicas of a model, and those of earlier ones to 0."""
+        names = self._names.setdefault(model, set())
+        for name in names.difference(hand.name for hand in hands):
+            self._up.labels(model, name).set(0)
+            self._speed.labels(model, name).set(0)
+        names.update(hand.name for hand in hands)
         for hand in hands:
             self._up.labels(model, hand.name).set(hand.state == "ready")
             self._speed.labels(model, hand.name).set(hand.tokens_per_second or 0)

@@ -40,7 +40,7 @@ FIELDS_OF_FILES = ("query_instruction", "document_instruction", "matryoshka")
 _CANARY_VALID_S = 30.0  # time for which a passed canary is not computed again
 _RETRY_FAILED_S = 60.0
 _LEASE_POLL_S = 0.05
-# Seconds after which a request may come again while a lost cluster is looked for, which is done more often.
+# Seconds after which a request may come again while the cluster is lost. It is looked for more often.
 _RETRY_LOST_S = 15.0
 
 
@@ -99,7 +99,7 @@ class ServedModel:
 
     Attributes:
         reason: why loading failed; empty otherwise. May name files of this machine.
-        is_lost: the cluster of its replicas is lost, and is looked for.
+        is_lost: the cluster of its replicas is lost.
     """
 
     def __init__(
@@ -307,7 +307,7 @@ class ServedModel:
 
     async def lose_replicas(self, fault: str, grace: float) -> None:
         """Answer nothing until `find_replicas`, for the cluster is lost. Requests under way have a few seconds more."""
-        reason = f"the cluster that computes for {self.record.id} is lost ({fault}) and is looked for: try again later"
+        reason = f"the cluster that computes for {self.record.id} is lost ({fault}): try again later"
         self.is_lost, self._was_cold = True, self._state == "cold"
         engines = [*self._replaced, *([self._engine] if self._engine is not None else [])]
         self._engine = None

@@ -61,7 +61,7 @@ class ClusterWatch:
 
     async def _lose(self, fault: str) -> None:
         """Take leave of the cluster, before Ray ends this process."""
-        log.error("the cluster is lost: %s; requests are refused until it is found again", fault)
+        log.error("the cluster is lost: %s; no replica answers until it is found again", fault)
         LOST.set()
         await self._models.lose_cluster(fault, _GRACE_S)
         handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
