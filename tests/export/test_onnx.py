@@ -42,7 +42,7 @@ def test_all_golden_templates_are_exact_queries_included(golden_dir: Path, tmp_p
     onnx.checker.check_model(str(tmp_path / "out" / "onnx" / "model.onnx"), full_check=True)
     # transformers.js drops what follows a long text, here the end of a chat template
     card = (tmp_path / "out" / "README.md").read_text()
-    assert ("shorten such texts before" in card) == name.endswith(("chat", "instruct"))
+    assert ("shorten such texts first" in card) == name.endswith(("chat", "instruct"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

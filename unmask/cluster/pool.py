@@ -4,8 +4,8 @@ Each worker is an actor that Ray places and never restarts. The pool itself repl
 tasks to others. So a task that kills its workers is known by name and becomes a failure, where Ray would try for ever.
 
 Ray takes a minute to notice a machine that hangs, and never notices a process that does. So the pool has a clock of its
-own: a worker is late that takes several times as long as its earlier tasks let expect, or at first its speed when it
-was loaded. Its tasks go to others and it gets no more, but what it still answers counts, and whoever answers first
+own: a worker is late when it takes several times as long as its earlier tasks did, or, in its first task, as its speed
+at its start lets expect. Its tasks go to others and it gets no more until it answers. The first answer to a task
 counts.
 """
 
@@ -30,7 +30,7 @@ _TICK_S = 1.0
 # writing take time that has nothing to do with a task's size.
 _LATE_FACTOR = 3.0
 _LATE_S = 20.0
-# The same while nobody has finished a task. The speed of a worker's start is that of a few texts, a rough guess.
+# The same while nobody has finished a task: the speed at a worker's start, with a few texts, is a rough guess.
 _FIRST_LATE_FACTOR = 10.0
 _FIRST_LATE_S = 60.0
 # Growth of a task's time limit with each attempt, so that a task that is only long is finished.

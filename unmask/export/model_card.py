@@ -229,12 +229,12 @@ def _transformers_js(model: ExportedModel, name: str, dtype: str) -> str:
 
 
 def _lost_tail(model: ExportedModel) -> list[str]:
-    """transformers.js truncates the sequence after it has added the tokens behind the text."""
+    """Return the warning for a model with tokens behind the text: transformers.js adds them before it truncates."""
     if not sequence_tokens(model)[1]:
         return []
     return [
-        f"Of an input that is longer than {model.max_length} tokens, transformers.js cuts the end, and with it what "
-        "belongs behind the text, so the vector is another one: shorten such texts before."
+        f"transformers.js cuts an input of more than {model.max_length} tokens at its end, and so drops the tokens "
+        "that belong behind the text. The vector is then another one: shorten such texts first."
     ]
 
 
