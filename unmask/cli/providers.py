@@ -183,7 +183,7 @@ def reload(*, file: ProvidersPath = Path("providers.toml"), database: DatabaseUr
     """Let all running servers read their file of providers again, within a second.
 
     The file is checked first, and nothing happens if it is wrong. Requests under way are finished with the providers
-    they began with. SIGHUP does the same to one server.
+    they began with. SIGHUP does the same to one server, which then also looks for other revisions of its models.
     """
     from unmask.router.providers import read_providers
     from unmask.router.verdicts import Verdict, add_verdict

@@ -41,11 +41,12 @@ class ClusterWatch:
         silent_since: float | None = None
         while True:
             await asyncio.sleep(_ASK_S)
+            asked_at = time.monotonic()
             fault = await self._fault()
             if not fault:
                 silent_since = None
                 continue
-            silent_since = silent_since or time.monotonic()
+            silent_since = silent_since or asked_at  # a question may have waited in vain for long
             if time.monotonic() - silent_since >= _LOST_S:
                 await self._lose(fault)
                 await self._find()
