@@ -250,3 +250,27 @@ async def test_a_load_does_not_answer_for_a_cluster_that_is_lost_meanwhile(golde
     served.find_replicas()
     assert (await served.engine(wait=60)).encoder.dim == 64
     await served.close(0.0)
+
+
+async def test_a_renewal_and_the_last_requests_share_one_grace(
+    copied, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that is stopped while it reads new files ends in the time that it was given, not in twice that."""
+    folder = copied("tiny_llama")
+    other = revision_of(folder, tmp_path / "other", 0.01)
+    served = ServedModel(str(folder), options=ModelOptions(dtype="float32"))
+    engine = await served.engine(wait=60)
+    folder.rename(tmp_path / "away")
+    other.rename(folder)
+    over, graces = Event(), list[float]()
+    monkeypatch.setattr(served, "_load_weights", over.wait)
+    monkeypatch.setattr(engine, "close", graces.append)
+    served.renew_in_background()
+    await served.close(0.5)
+    [left] = graces
+    assert left < 0.25
+    monkeypatch.undo()
+    engine.close()
+    assert served._renewal is not None
+    served._renewal.cancel()
+    over.set()

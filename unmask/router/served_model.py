@@ -325,10 +325,11 @@ class ServedModel:
 
     async def close(self, grace: float) -> None:
         """Finish accepted requests within `grace` seconds, and stop."""
-        self._is_closing = True
+        self._is_closing, end = True, time.monotonic() + grace
         await self._finish_loading(grace)
         engines = [*self._replaced, *([self._engine] if self._engine is not None else [])]
-        await asyncio.gather(*(asyncio.to_thread(engine.close, grace) for engine in engines))
+        left = max(0.0, end - time.monotonic())
+        await asyncio.gather(*(asyncio.to_thread(engine.close, left) for engine in engines))
 
     async def _finish_loading(self, grace: float) -> None:
         if tasks := [task for task in (self._load_task, self._renewal) if task is not None]:
