@@ -262,10 +262,16 @@ async def test_a_renewal_and_the_last_requests_share_one_grace(
     engine = await served.engine(wait=60)
     folder.rename(tmp_path / "away")
     other.rename(folder)
-    over, graces = Event(), list[float]()
-    monkeypatch.setattr(served, "_load_weights", over.wait)
+    began, over, graces = Event(), Event(), list[float]()
+
+    def load() -> None:
+        began.set()
+        over.wait()
+
+    monkeypatch.setattr(served, "_load_weights", load)
     monkeypatch.setattr(engine, "close", graces.append)
     served.renew_in_background()
+    await asyncio.to_thread(began.wait)
     await served.close(0.5)
     [left] = graces
     assert left < 0.25
