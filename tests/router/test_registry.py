@@ -273,10 +273,10 @@ async def test_a_renewal_and_the_last_requests_share_one_grace(
     served.renew_in_background()
     await asyncio.to_thread(began.wait)
     await served.close(0.5)
-    [left] = graces
-    assert left < 0.25
-    monkeypatch.undo()
-    engine.close()
     assert served._renewal is not None
     served._renewal.cancel()
-    over.set()
+    over.set()  # its thread ends, also if the test fails
+    monkeypatch.undo()
+    engine.close()
+    [left] = graces
+    assert left < 0.25
