@@ -280,7 +280,8 @@ def encode_once(source: str, output: str, workers: int, model: str) -> None:
         number = 0
         while opened.activity.workers < workers:
             time.sleep(_WAIT_S)
-            yield Chunk(0, "warm-up", number, texts_of(1), True)
+            texts = texts_of(1)
+            yield Chunk(0, "warm-up", number, texts, True, len(texts[0]))
             number += 1
 
     def watch(state: EncodeProgress) -> None:
@@ -327,11 +328,11 @@ def _timed_units(size: int, count: int, texts: list[str], load: Callable[[], Enc
                 more = 6 * size
                 while executor.activity.workers < size or more > 0:
                     more -= executor.activity.workers == size
-                    yield Unit(number, [Chunk(1, "warm-up", number, texts[:1], True)])
+                    yield Unit(number, [Chunk(1, "warm-up", number, texts[:1], True, len(texts[0]))])
                     number += 1
                 began = time.monotonic()
                 for i in range(count):
-                    yield Unit(i, [Chunk(0, "texts", i * len(texts), texts, True)])
+                    yield Unit(i, [Chunk(0, "texts", i * len(texts), texts, True, sum(map(len, texts)))])
 
             for outcome in executor.encode_units(units()):
                 assert not hasattr(outcome, "error"), outcome

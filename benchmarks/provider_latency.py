@@ -1,16 +1,12 @@
 """Latency that serving through a provider adds, at 200 requests a second over a provider that answers at once.
 
-    python benchmarks/provider_latency.py [--rate 200] [--seconds 20] [--rounds 3] [--awake] [--litellm PROGRAM]
+    python benchmarks/provider_latency.py [--rate 200] [--seconds 20] [--rounds 3] [--litellm PROGRAM]
 
 Real processes: a stub provider that knows the right vectors, `unmask serve` before it, LiteLLM's proxy before it where
 it is installed (`make bench` does that, in an environment of its own), and this one, which sends the same requests to
 each in turns, at random moments, through aiohttp. What is added is everything that a request takes in the server: HTTP,
 parsing, tokenising, choosing, the request to the provider, its checks, and the answer. Processor time is that of the
 server's process; it says more than latency does on a machine that is busy with other work.
-
-At this rate the cores sleep between two requests, and wake three times for one that goes through a server. How long
-that takes is a matter of the machine, in a virtual one above all. `--awake` keeps the cores busy with work that gives
-way to everything else (Linux' SCHED_IDLE), as other work on a server does.
 """
 
 import argparse
@@ -175,19 +171,6 @@ def processes(model: str, litellm: Path, folder: Path) -> Iterator[dict[str, Way
             process.wait(60)
 
 
-@contextmanager
-def awake_cores(count: int) -> Iterator[None]:
-    """Run loops that give way to every other process, one for each core that shall not sleep."""
-    code = "import os\nos.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))\nwhile True: pass"
-    loops = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for loop in loops:
-            loop.kill()
-            loop.wait()
-
-
 async def measure(arguments: argparse.Namespace, ways: dict[str, Way]) -> None:
     """Measure all ways in turns."""
     body = json.dumps({"model": record_for(arguments.model).id, "input": TEXT, "encoding_format": "base64"}).encode()
@@ -218,7 +201,6 @@ def main() -> int:
     parser.add_argument("--rate", type=float, default=200)
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--awake", action="store_true", help="keep the cores from sleeping between requests")
     parser.add_argument("--litellm", type=Path, default=LITELLM, help="program of LiteLLM's proxy")
     parser.add_argument("--stub", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -228,7 +210,6 @@ def main() -> int:
     with (
         tempfile.TemporaryDirectory() as folder,
         processes(arguments.model, arguments.litellm, Path(folder)) as ways,
-        awake_cores((psutil.cpu_count() or 1) if arguments.awake else 0),
     ):
         asyncio.run(measure(arguments, ways))
     direct = ways["direct"].times

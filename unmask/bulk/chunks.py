@@ -33,6 +33,7 @@ class Chunk:
         first: number of its first row in the file, from 0.
         texts: the texts of its rows.
         full: False for the last chunk of a file, unless it is as large as others.
+        characters: number of characters that the model reads of them.
     """
 
     file: int
@@ -40,6 +41,7 @@ class Chunk:
     first: int
     texts: list[str]
     full: bool
+    characters: int
 
 
 def cut(texts: Iterable[str], file: int, source: str, max_length: int, first: int = 0) -> Iterator[Chunk]:
@@ -57,11 +59,11 @@ def cut(texts: Iterable[str], file: int, source: str, max_length: int, first: in
         chunk.append(text)
         characters += min(len(text), longest)
         if len(chunk) == CHUNK_ROWS or characters >= CHUNK_CHARACTERS:
-            yield Chunk(file, source, first, chunk, True)
+            yield Chunk(file, source, first, chunk, True, characters)
             first += len(chunk)
             chunk, characters = [], 0
     if chunk:
-        yield Chunk(file, source, first, chunk, False)
+        yield Chunk(file, source, first, chunk, False, characters)
 
 
 def add_text(digest: "hashlib._Hash", text: str) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
-from unmask.bulk.chunks import CHARACTERS_PER_TOKEN, Chunk, chunk_prompts
+from unmask.bulk.chunks import Chunk, chunk_prompts
 from unmask.bulk.encode_job import EncodeJob
 from unmask.bulk.executor import EncodedChunk, Executor, ModelDescription, UnitFailure, encode_chunk, model_description
 from unmask.bulk.files import label_of
@@ -169,9 +169,8 @@ class ClusterExecutor:
 
     def _size_of(self, task: Unit | Chunk) -> float:
         """Return the characters of a piece that the model reads, and one for each text."""
-        longest = CHARACTERS_PER_TOKEN * self.model.max_length
         chunks = task.chunks if isinstance(task, Unit) else [task]
-        return float(sum(min(len(text), longest) + 1 for chunk in chunks for text in chunk.texts))
+        return float(sum(chunk.characters + len(chunk.texts) for chunk in chunks))
 
     def _require_equal(self, worker: WorkerDescription) -> None:
         """Compare a worker with this process and with the first worker."""
