@@ -91,12 +91,13 @@ def in_one_process(job: EncodeJob, model: Path, folder: str) -> Path:
     return Path(whole.output)
 
 
+@pytest.mark.parametrize("ending", ["npy", "jsonl", "parquet"])
 def test_one_process_and_two_workers_write_the_same_file(
-    cluster: Raylets, job: EncodeJob, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Raylets, job: EncodeJob, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
 ) -> None:
     monkeypatch.setattr(chunks_module, "CHUNK_ROWS", 4)  # 36 chunks: some overtake others
     states: list[EncodeProgress] = []
-    here, there = replace(job, output=f"{tmp_path}/here.npy"), replace(job, output=f"{tmp_path}/there.npy")
+    here, there = (replace(job, output=f"{tmp_path}/{name}.{ending}") for name in ("here", "there"))
     assert run(here, lambda: Encoder.load(model)).rows == 135
     report = on_cluster(there, cluster, partial(Encoder.load, model), states.append)
     assert (report.rows, report.redone) == (135, 0)

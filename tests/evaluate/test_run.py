@@ -138,7 +138,7 @@ def test_a_failure_is_the_exit_code(
     fresh_home: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # What HF_HUB_OFFLINE and HF_HOME set, in a process that has imported the libraries already.
+    # Set by hand: this process has imported the libraries, which read HF_HUB_OFFLINE and HF_HOME at their import.
     for library in ("huggingface_hub.constants", "datasets.config"):
         monkeypatch.setattr(f"{library}.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
