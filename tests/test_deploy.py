@@ -147,7 +147,7 @@ def wait_until_ready(url: str, log: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-def test_three_servers_behind_the_balancer_act_as_one(
+def test_servers_behind_the_balancer_act_as_one(
     postgres: Cluster,
     golden_dir: Path,
     tmp_path: Path,
@@ -168,8 +168,11 @@ def test_three_servers_behind_the_balancer_act_as_one(
         key = unmask("accounts", "key", account, **environment).stdout.split()[-1]
         limited = unmask("accounts", "key", account, "--requests-per-minute", "5", **environment).stdout.split()[-1]
 
-        ports = [free_port() for _ in range(3)]
-        serve = [sys.executable, "-m", "unmask", "serve", "--accounts", "--model", model, "--port"]
+        ports = [free_port() for _ in range(4)]
+        compose = yaml.load((DEPLOY / "compose.replicas.yaml").read_text(encoding="utf-8"), Compose)["services"]
+        delay = compose["server"]["command"][-2:]
+        assert delay == ["--stop-delay", "5"]
+        serve = [sys.executable, "-m", "unmask", "serve", "--accounts", "--model", model, *delay, "--port"]
         servers = [stack.enter_context(process([*serve, str(port)], log, **environment)) for port in ports]
         for port in ports:
             wait_until_ready(f"http://127.0.0.1:{port}", log)
@@ -214,16 +217,19 @@ def test_three_servers_behind_the_balancer_act_as_one(
             time.sleep(0.05)
         assert set(statuses) == {200}
 
-        # One that dies takes at most the requests along that it was computing, one per caller.
+        # Two that die take at most the requests along that they were computing, one per caller and server.
         statuses.clear()
-        servers[1].kill()
-        servers[1].wait()
-        while len(statuses) < 60:
+        for server in servers[1:3]:
+            server.kill()
+        for server in servers[1:3]:
+            server.wait()
+        died = len(statuses)
+        while len(statuses) < died + 60:
             time.sleep(0.05)
         stop.set()
         for caller in callers:
             caller.join()
-        assert sum(status != 200 for status in statuses) <= len(callers)
-        assert set(statuses[30:]) == {200}
+        assert sum(status != 200 for status in statuses) <= 2 * len(callers)
+        assert set(statuses[died + 30 :]) == {200}
         verified = unmask("ledger", "verify", **environment)
         assert verified.returncode == 0, verified.stderr

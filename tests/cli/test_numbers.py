@@ -45,6 +45,7 @@ NUMBERS: dict[str, tuple[list[str], dict[str, tuple[str, ...]]]] = {
             "--free-credit": AMOUNT,
             "--body-limit-mb": (*POSITIVE, "x"),
             "--request-timeout": POSITIVE,
+            "--stop-delay": SIZE,
             "--queue-tokens": COUNT,
             "--cache-mb": ("-1", "nan", "inf", "x"),
             "--replica-cpus": POSITIVE,
@@ -177,8 +178,8 @@ def test_settings_of_a_server(value: float) -> None:
     ]
     assert len(numbers) > 10
     for name in numbers:
-        if value == 0 and name in ("port", "cache_bytes", "free_credit", "replica_gpus"):
-            continue  # any free port, no cache, no credit, no GPU
+        if value == 0 and name in ("port", "cache_bytes", "free_credit", "replica_gpus", "stop_delay_s"):
+            continue  # any free port, no cache, no credit, no GPU, no delay
         with pytest.raises(UsageError, match=name):
             ServeSettings(**{name: value})  # pyright: ignore[reportArgumentType]
 

@@ -121,6 +121,32 @@ def test_a_signal_ends_the_server_after_the_accepted_request(tiny_llama: Path):
     assert not any(secret in json.dumps(lines) for secret in (KEY, "some words"))
 
 
+def test_a_request_on_its_way_is_answered_when_the_server_stops(start: Callable[..., LocalService]):
+    service = start(warm=())
+    request = b"GET /health HTTP/1.1\r\nhost: t\r\n\r\n"
+    with service.connect() as second, service.connect() as fresh, service.connect() as silent:
+        second.sendall(request)
+        assert b"200 OK" in second.recv(65536)
+        service.server.stop()
+        until(service.refuses_connections)
+        for connection in (second, fresh):
+            connection.sendall(request)
+            status, answer = status_of(connection)
+            assert (status, b"connection: close" in answer.lower()) == (200, True)
+        assert status_of(silent) == (0, b"")
+
+
+def test_with_a_delay_the_server_answers_until_a_balancer_has_noticed(start: Callable[..., LocalService]):
+    service = start(stop_delay_s=1.5, warm=())
+    assert service.call("GET", "/ready").status == 200
+    service.server.stop()
+    refused = service.call("GET", "/ready")
+    assert (refused.status, refused.json["status"]) == (503, "stopping")
+    assert service.call("GET", "/health").status == 200
+    until(service.refuses_connections)
+    assert service.server.grace_left() > 20  # of 30 s, which begin with the delay's end
+
+
 def test_what_is_not_done_when_the_grace_ends_is_refused(start: Callable[..., LocalService]):
     service = start(shutdown_grace_s=0.3)
     with service.busy() as connection:

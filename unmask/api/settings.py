@@ -22,7 +22,7 @@ _ADDRESS = re.compile(r"https?://[A-Za-z0-9.:\[\]-]+(/[\w./-]*)?")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
 _DEFAULT_PORT = re.compile(r"(http://.*:80|https://.*:443)")
 
-_MAY_BE_ZERO = ("port", "cache_bytes", "free_credit", "replica_gpus")
+_MAY_BE_ZERO = ("port", "cache_bytes", "free_credit", "replica_gpus", "stop_delay_s")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -90,7 +90,9 @@ class ServeSettings:
         replica_cpus: Processors of a replica.
         replica_gpus: GPUs of a replica. Its model needs the device cuda.
         log_level: Least level of messages to log on stderr.
-        shutdown_grace_s: seconds that accepted requests have left after SIGTERM.
+        stop_delay_s: Seconds that the server goes on answering after SIGTERM, while /ready says that it stops. A load
+            balancer that notices within them loses no request.
+        shutdown_grace_s: seconds that accepted requests have left after SIGTERM and the delay.
         public_url: Address of this server for links and examples on its pages and in mail. Default: the address that
             the browser asks for.
         trusted_proxies: Address or network of a proxy, such as 10.0.0.0/8. Only its X-Forwarded-For and
@@ -135,6 +137,7 @@ class ServeSettings:
     replica_cpus: float = 1.0
     replica_gpus: float = 0.0
     log_level: str = "info"
+    stop_delay_s: float = 0
     shutdown_grace_s: float = 30
     public_url: str | None = None
     trusted_proxies: tuple[str, ...] = ()
@@ -153,6 +156,8 @@ class ServeSettings:
                 raise UsageError(f"{name}={value}: must be greater than 0, and finite")
         if not 0 <= self.cache_bytes < math.inf:
             raise UsageError(f"cache_bytes={self.cache_bytes}: must be 0 (no cache) or greater")
+        if not 0 <= self.stop_delay_s < math.inf:
+            raise UsageError(f"stop_delay_s={self.stop_delay_s}: must be 0 or greater, and finite")
         self._check_replicas()
         if self.log_level not in LOG_LEVELS:
             raise UsageError(f"log_level={self.log_level!r}: choose one of {', '.join(LOG_LEVELS)}")

@@ -64,6 +64,7 @@ class ServeOptions(ServeSettings):
     credit_status: Annotated[Literal[429, 402], Parameter(group=_ACCOUNTS)] = 429
 
     request_timeout_s: Annotated[float, Parameter(name="--request-timeout", group=_LIMITS)] = 60.0
+    stop_delay_s: Annotated[float, Parameter(name="--stop-delay", group=_LIMITS)] = 0.0
     body_limit_bytes: Annotated[int, Parameter(group=_LIMITS), megabytes_option("--body-limit-mb")] = 32_000_000
     queue_tokens: Annotated[int, Parameter(group=_LIMITS)] = 262_144
     cache_bytes: Annotated[int, Parameter(group=_LIMITS), megabytes_option("--cache-mb")] = 64_000_000

@@ -23,6 +23,8 @@ _ABSOLUTE_TARGET = re.compile(rb"(?i)https?://")
 _INVALID = "Invalid HTTP request received."
 _REASONS = {400: b"Bad Request", 414: b"URI Too Long", 501: b"Not Implemented"}
 _LONGEST_TARGET = 65_535  # bytes that httptools can parse
+# Time that an idle connection stays open once the server stops: a round trip across an ocean.
+LAST_REQUEST_S = 0.25
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -36,6 +38,7 @@ class HttpProtocol(HttpToolsProtocol):
     - Fields after a chunked body are dropped: as headers, they would not have passed the checks of a proxy.
     - A message that is not HTTP is refused after the requests before it are answered, so that no client takes the
       refusal for another answer.
+    - A request that is on its way when the server stops is answered; then its connection is closed.
 
     Args:
         header_timeout_s: time for the headers of a request, and for the rest of a body after an early answer.
@@ -49,6 +52,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._in_body = False
         self._running: RequestResponseCycle | None = None  # the request that is answered now; others wait for it
         self._offer_pending = False  # the headers had an offer to upgrade, and go to a new parser
+        self._ending = False  # the server stops: the next answer is the last of this connection
         self._refusal: ApiError | None = None  # the answer to a message that is no request; nothing is read after it
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -59,10 +63,29 @@ class HttpProtocol(HttpToolsProtocol):
         self._headers_arrived()
         super().connection_lost(exc)
 
+    def shutdown(self) -> None:
+        """Close the connection after its last answer, or after `LAST_REQUEST_S` without a request.
+
+        uvicorn closes an idle connection at once. Its client, or a load balancer that has just chosen this server, may
+        have sent a request already, and cannot know whether it was computed and charged.
+        """
+        self._ending = True
+        if self._is_idle():
+            self.loop.call_later(LAST_REQUEST_S, self._close_if_idle)
+        else:
+            self.cycle.keep_alive = False
+
+    def _close_if_idle(self) -> None:
+        if self._is_idle():
+            self.transport.close()
+
+    def _is_idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
     def data_received(self, data: bytes) -> None:
         if self._refusal is not None:
             return
-        if self._header_timer is None and (self.cycle is None or self.cycle.response_complete):
+        if self._header_timer is None and self._is_idle():
             self._expect_headers()
         self._header_bytes += len(data)
         self._unset_keepalive_if_required()
@@ -115,6 +138,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._read_target()
         self._headers_arrived()
         super().on_headers_complete()
+        if self._ending:
+            self.cycle.keep_alive = False
         self._in_body = True
 
     def on_message_complete(self) -> None:

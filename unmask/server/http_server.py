@@ -46,9 +46,9 @@ class HttpServer(uvicorn.Server):
             timeout_graceful_shutdown=settings.shutdown_grace_s,  # pyright: ignore[reportArgumentType]
         )
         super().__init__(config)
-        self._grace_s = settings.shutdown_grace_s
+        self._delay_s, self._grace_s = settings.stop_delay_s, settings.shutdown_grace_s
         self._stopping = stopping
-        self._stopped_at = 0.0
+        self._closes_at = 0.0
         self._ready = ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -58,6 +58,10 @@ class HttpServer(uvicorn.Server):
         gc.freeze()
         self._ready()
 
+    async def on_tick(self, counter: int) -> bool:
+        # With a delay, the server goes on answering while load balancers see that /ready says no.
+        return await super().on_tick(counter) and time.monotonic() >= self._closes_at
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # uvicorn would raise the signal again after an orderly end, and so never exit with 0.
         if self._stopping.is_set():
@@ -65,14 +69,16 @@ class HttpServer(uvicorn.Server):
         self.stop()
 
     def stop(self) -> None:
-        """Begin an orderly end: accept no connections, and give accepted requests `shutdown_grace_s`."""
+        """Begin an orderly end: say at /ready that the server stops, accept no connections after `stop_delay_s`, and
+        give accepted requests `shutdown_grace_s` from then on.
+        """
         self._stopping.set()
-        self._stopped_at = time.monotonic()
+        self._closes_at = time.monotonic() + self._delay_s
         self.should_exit = True
 
     def grace_left(self) -> float:
-        """Return the seconds that remain of the grace since `stop` was called."""
-        return max(0.0, self._stopped_at + self._grace_s - time.monotonic())
+        """Return the seconds that remain of the grace of accepted requests."""
+        return max(0.0, self._closes_at + self._grace_s - time.monotonic())
 
 
 def listen(host: str, port: int) -> socket.socket:
