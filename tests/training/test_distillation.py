@@ -339,3 +339,22 @@ def test_eight_bit_rows_are_within_half_a_step() -> None:
     inside = weight.abs() <= 127 * size[:, None]
     assert bool(((steps * size[:, None] - weight).abs() <= size[:, None] * 0.5001)[inside].all())
     assert inside.float().mean() > 0.98
+
+
+@pytest.mark.parametrize("fields", [{"layers": 2}, {"layers": None, "lora": {"rank": 4}}], ids=["whole", "adapter"])
+def test_vectors_have_length_1_unless_the_recipe_says_no(folder: Path, fields: dict[str, Any]) -> None:
+    runs, lengths = {}, {}
+    for normalize in (True, False):
+        head = {"dimensions": 24, "ridge": 40, "normalize": normalize}
+        recipe = recipe_for(folder, steps=1, head=head, **fields)
+        runs[normalize] = run_training(recipe, data=folder, output=folder / f"normalize-{normalize}").folder
+        lengths[normalize] = np.linalg.norm(Encoder.load(runs[normalize]).encode(TEXTS), axis=1)
+    assert np.allclose(lengths[True], 1, atol=1e-6)
+    assert not np.allclose(lengths[False], 1, atol=1e-2)
+
+
+def test_a_stage_without_a_head_of_its_own_leaves_the_lengths(folder: Path) -> None:
+    first = run_training(recipe_for(folder, steps=1), data=folder, output=folder / "first").folder
+    recipe = recipe_for(folder, base=str(first), layers=None, steps=1, head=None)
+    second = run_training(recipe, data=folder, output=folder / "second").folder
+    assert np.allclose(np.linalg.norm(Encoder.load(second).encode(TEXTS), axis=1), 1, atol=1e-6)

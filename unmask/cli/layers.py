@@ -1,4 +1,4 @@
-"""`unmask probe-layers` and `unmask shear`: how many layers of a decoder are worth keeping, and keeping them."""
+"""`unmask probe-layers`, `unmask shear` and `unmask deepen`: how many layers are worth keeping; fewer, and more."""
 
 from typing import Annotated, Literal
 
@@ -41,6 +41,49 @@ def shear(
         Path(output), checkpoint, checkpoint.tensors, EncoderSettings.from_checkpoint(checkpoint), DTYPES[dtype]
     )
     say(f"{checkpoint.config['num_hidden_layers']} layers of {base} -> {output}")
+    return 0
+
+
+def deepen(
+    model: str,
+    /,
+    *,
+    donor: str,
+    layers: str,
+    output: Annotated[str, Parameter(name=["--output", "-o"])],
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+) -> int:
+    """Write a model with further layers on top, to be trained deeper.
+
+    The new layers begin as the identity, so that the vectors are the same until they are trained.
+
+    Parameters
+    ----------
+    model
+        Model to go on from: a hub id, a folder or a GGUF file.
+    donor
+        Decoder of the same shape that the layers are taken from, such as the model's base.
+    layers
+        The donor's layers: a range (6-9) or a list (6,8).
+    output
+        New folder in the hub's layout.
+    dtype
+        Precision of the weights in the file.
+    """
+    from pathlib import Path
+
+    from unmask.checkpoint import open_checkpoint
+    from unmask.encoder.deepen import deepen as add_layers
+    from unmask.encoder.shear import parse_layers
+    from unmask.training.model_folder import DTYPES, EncoderSettings, write_model_folder
+
+    chosen = parse_layers(layers)
+    indices = [chosen] if isinstance(chosen, int) else chosen  # a number alone is a layer here, not a count
+    checkpoint = add_layers(open_checkpoint(model), open_checkpoint(donor), indices)
+    write_model_folder(
+        Path(output), checkpoint, checkpoint.tensors, EncoderSettings.from_checkpoint(checkpoint), DTYPES[dtype]
+    )
+    say(f"{checkpoint.config['num_hidden_layers']} layers, {len(indices)} of them of {donor} -> {output}")
     return 0
 
 

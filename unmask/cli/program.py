@@ -44,6 +44,7 @@ COMMANDS = (
     Command("train", _TRAINING, "Train an encoder from a decoder, as a recipe says.", ("train",)),
     Command("probe-layers", _TRAINING, "Measure which layers of a decoder a teacher's vectors need.", ("layers",)),
     Command("shear", _TRAINING, "Write a decoder with only some of its layers.", ("layers",)),
+    Command("deepen", _TRAINING, "Write a model with further layers on top, to be trained deeper.", ("layers",)),
     Command("mine", _TRAINING, "Find hard negatives for training data.", ("mine",)),
     Command("merge", _TRAINING, "Make one model or adapter out of several.", ("merge",)),
     Command("export", _TRAINING, "Write a model for other runtimes, with proof of its vectors.", ("export",)),

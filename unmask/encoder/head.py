@@ -22,8 +22,9 @@ ACTIVATIONS = {
     "sigmoid": torch.sigmoid,
 }
 
-# One linear layer, which models trained here have.
+# One linear layer, and the same with vectors of length 1, which models trained here have.
 _LINEAR = ({"kind": "dense", "activation": "identity"},)
+UNIT_LINEAR = (*_LINEAR, {"kind": "normalize"})
 
 
 class Head(nn.Module):
@@ -65,9 +66,8 @@ class Head(nn.Module):
 
     @property
     def linear(self) -> Linear | None:
-        """The linear layer, if the head is nothing else."""
-        is_linear = len(self.steps) == 1 and self.steps[0].get("activation", "identity") == "identity"
-        return next(iter(self._linears()), None) if is_linear else None
+        """The linear layer, if the head is nothing else that changes the direction of a vector."""
+        return next(iter(self._linears())) if is_linear(self.steps) else None
 
     def trainable(self, device: torch.device) -> "Head":
         """Return a copy with ordinary weights on a device, through which gradients flow; its own weights take none."""
@@ -88,6 +88,12 @@ class Head(nn.Module):
             else:
                 x = x[:, : step["dimensions"]]
         return x.contiguous()
+
+
+def is_linear(steps: Sequence[Mapping[str, Any]]) -> bool:
+    """True for one linear layer, with or without scaling to length 1."""
+    kinds = [step.get("kind") for step in steps]
+    return kinds in (["dense"], ["dense", "normalize"]) and steps[0].get("activation", "identity") == "identity"
 
 
 def head_steps(tensors: TensorSource, encoder_config: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:

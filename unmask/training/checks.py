@@ -9,7 +9,7 @@ from pathlib import Path
 
 from unmask.checkpoint import open_checkpoint
 from unmask.checkpoint.checkpoint import Checkpoint
-from unmask.encoder.head import head_steps, vector_length
+from unmask.encoder.head import head_steps, is_linear, vector_length
 from unmask.encoder.loading import LoadOptions, open_prompts
 from unmask.encoder.model.architectures import Shape, shape_of
 from unmask.encoder.prompts import DefaultPrompts
@@ -75,7 +75,7 @@ def _check_dimensions(recipe: Recipe, checkpoint: Checkpoint, shape: Shape, base
     dimensions = base_dimensions or vector_length(tensors, shape.hidden_size, stored_settings)
     if recipe.head is not None:
         steps = head_steps(tensors, stored_settings)
-        if len(steps) > 1 and any(step["kind"] == "dense" for step in steps):
+        if not is_linear(steps) and any(step["kind"] == "dense" for step in steps):
             raise UsageError(
                 f"[head]: {recipe.base} has {len(steps)} steps behind its pooling, dense layers among them, which stay "
                 "as they are; leave [head] out"

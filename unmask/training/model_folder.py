@@ -117,6 +117,7 @@ def write_model(
     encoder: Encoder,
     parameters: Mapping[str, Tensor] | None = None,
     head: Mapping[str, Tensor] | None = None,
+    steps: Sequence[Mapping[str, Any]] = (),
     save: Save | None = None,
     base: str = "",
     layers: int | None = None,
@@ -129,6 +130,7 @@ def write_model(
     Args:
         parameters: the decoder's by name; where those in memory are parts of what they are.
         head: weight and bias of the layer behind the pooling; left out: the encoder's own.
+        steps: with such a layer, the steps behind the pooling; empty for the layer alone.
         save: precision, what is written and what is stated of it; left out: all, as it is in memory.
         base: the model that the folder names for its token embedding, where that is not written.
         layers: write only so many first layers; default: all.
@@ -158,7 +160,7 @@ def write_model(
         doc_max_length=int(checkpoint.encoder_config.get("doc_max_length") or 400),
         skip_instruction=encoder.prompts.skip_instruction,
         causal=bool(causal),
-        head=() if head is not None else checkpoint.encoder_config.get("head") or (),
+        head=steps if head is not None else checkpoint.encoder_config.get("head") or (),
         embedding_from=None if stated.embedding else base,
         takes_instructions=stated.takes_instructions,
         matryoshka=stated.matryoshka,

@@ -277,6 +277,8 @@ class HeadSettings(Struct, forbid_unknown_fields=True, kw_only=True):
         lr: highest learning rate of the head; default: the optimiser's.
         trained: update the head in training.
         refit: fit the head again even if the base has one.
+        normalize: the model's vectors have length 1. The losses compare directions alone, so that lengths mean nothing;
+            what measures distances, such as k-means, is better without them.
     """
 
     dimensions: Positive
@@ -285,6 +287,7 @@ class HeadSettings(Struct, forbid_unknown_fields=True, kw_only=True):
     lr: Rate | None = None
     trained: bool = True
     refit: bool = False
+    normalize: bool = True
 
 
 class Exit(Struct, forbid_unknown_fields=True, kw_only=True):

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from unmask.disk import atomic_write
-from unmask.encoder.head import Head
+from unmask.encoder.head import UNIT_LINEAR, Head
 from unmask.errors import UsageError
 from unmask.training.checks import check_run
 from unmask.training.decontamination import Decontaminator, read_decontaminator
@@ -379,6 +379,8 @@ def _write_result(folder: Path, model: TrainingModel, recipe: Recipe, base: str)
         # Steps of the base's own are never trained: they stay in its folder.
         head = _copied(model.head) if isinstance(model.head, nn.Linear) else None
         exit_heads = {layers: _copied(each) for layers, each in model.exit_heads.items()}
+    own_steps = model.encoder.checkpoint.encoder_config.get("head") or ()
+    steps = own_steps if recipe.head is None else UNIT_LINEAR if recipe.head.normalize else ()
     if not model.processes.is_main:
         return folder
     if recipe.lora is not None:
@@ -389,7 +391,7 @@ def _write_result(folder: Path, model: TrainingModel, recipe: Recipe, base: str)
             if recipe.causal is not None or "causal" in encoder_config:
                 encoder_config["causal"] = model.encoder.causal
             if head is not None:
-                encoder_config.pop("head", None)
+                encoder_config["head"] = [dict(step) for step in steps]
             with atomic_write(new / "llm2vec_config.json") as file:
                 file.write_text(json.dumps(encoder_config, indent=2) + "\n", encoding="utf-8")
             if head is not None:
@@ -397,7 +399,7 @@ def _write_result(folder: Path, model: TrainingModel, recipe: Recipe, base: str)
         return folder
     for layers, own_head in {None: head, **exit_heads}.items():
         with _replaced(folder if layers is None else folder.with_name(f"{folder.name}-{layers}-layers")) as new:
-            write_model(new, model.encoder, weights, own_head, recipe.save, embedding_base(recipe.base), layers)
+            write_model(new, model.encoder, weights, own_head, steps, recipe.save, embedding_base(recipe.base), layers)
     return folder
 
 

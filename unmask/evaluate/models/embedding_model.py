@@ -63,8 +63,11 @@ class TruncatedModel:
         return self.base.kind
 
     def encode(self, texts: Sequence[str], instruction: str = "") -> np.ndarray:
-        """Return float32 [n, dimensions]."""
-        return self.base.encode(texts, instruction)[:, : self.dimensions]
+        """Return float32 [n, dimensions]; each row is as long as that of the base, so that unit vectors stay so."""
+        whole = self.base.encode(texts, instruction)
+        cut = whole[:, : self.dimensions]
+        length, left = (np.linalg.norm(each, axis=1, keepdims=True) for each in (whole, cut))
+        return cut * (length / np.maximum(left, np.finfo(np.float32).tiny))
 
     def count_tokens(self, texts: Sequence[str], instruction: str = "") -> int | None:
         """Count the tokens that the base reads."""
