@@ -32,6 +32,7 @@ from unmask.catalogue import Record, append_measurements, measurements_of, parse
 from unmask.catalogue.canary import CANARY_TEXT, make_canary
 from unmask.catalogue.measurement import Measurement, read_measurements
 from unmask.checkpoint import open_checkpoint
+from unmask.checkpoint.checkpoint import LAYERS_FROM
 from unmask.checkpoint.resolve import EMBEDDING_FROM
 from unmask.checkpoint.shipped import SHIPPED
 from unmask.disk import atomic_write
@@ -39,7 +40,7 @@ from unmask.encoder import Encoder
 from unmask.errors import UnmaskError, UsageError
 from unmask.evaluate.results import Results, read_results
 
-LARGEST = 25_000_000  # bytes of a folder; both models and the adapter stay under the 60 MB that a wheel may take
+LARGEST = 40_000_000  # bytes of a folder; all folders and the adapter stay under the 60 MB that a wheel may take
 
 REQUIRED, OPTIONAL = ("config.json", "llm2vec_config.json", "model.safetensors"), ("head.safetensors",)
 NUMBERS = 8  # of a golden vector
@@ -109,12 +110,14 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         UsageError: one is missing, another is there, they are too large, or another base gives the embedding.
     """
-    files = [folder / name for name in REQUIRED] + [folder / name for name in OPTIONAL if (folder / name).is_file()]
+    config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    own = [name for name in REQUIRED if name != "model.safetensors" or LAYERS_FROM not in config]
+    files = [folder / name for name in own] + [folder / name for name in OPTIONAL if (folder / name).is_file()]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise UsageError(f"{folder} has no {missing[0]}; name a result folder of a run, such as RUN/best")
     others = sorted({file.name for file in folder.iterdir()} - {file.name for file in files})
-    base = _read_json(folder / "config.json").get(EMBEDDING_FROM)
+    base = config.get(EMBEDDING_FROM)
     if others or base is None:
         raise UsageError(
             f"{folder} holds {', '.join(others) or 'a token embedding'} besides its layers; "
@@ -122,6 +125,9 @@ def weight_files(folder: Path) -> list[Path]:
         )
     if base not in SHIPPED or SHIPPED[base].adapter is not None or SHIPPED[base].layers_folder is not None:
         raise UsageError(f"{folder} takes its token embedding from {base}, which is no decoder that ships")
+    deeper = config.get(LAYERS_FROM)
+    if deeper is not None and f"unmask/{deeper}" not in SHIPPED:
+        raise UsageError(f"{folder} takes its layers from {deeper}, which does not ship; release that model first")
     size = sum(file.stat().st_size for file in files)
     if size > LARGEST:
         raise UsageError(

@@ -18,11 +18,14 @@ import numpy as np
 import pytest
 import release_model
 from release_model import shorten_paths
+from safetensors.torch import load_file, save_file
+from share_layers import share_layers
 
 from tests.training.tiny import recipe_of, write_pairs
 from unmask import Encoder
 from unmask.catalogue import parse_record
 from unmask.catalogue.measurement import read_measurements
+from unmask.errors import CheckpointError, UsageError
 from unmask.evaluate import run as evaluation_run
 from unmask.evaluate.cost import sample_texts
 from unmask.evaluate.results import read_results
@@ -111,7 +114,10 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, eval_data: Path) -> Works
     copy_repository(root)
     for name in NAMES:
         write_record(root, name)
-    whole, exit_model = (folder / "run" / part for part in NAMES.values())
+    for name, part in NAMES.items():
+        shutil.copytree(folder / "run" / part, folder / "run" / name)
+    whole, exit_model = (folder / "run" / name for name in NAMES)
+    share_layers(exit_model, whole)
     evaluation = Evaluation(
         models=(f"{whole}?name=unmask/tiny-2l",),
         baselines=(
@@ -133,8 +139,9 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, eval_data: Path) -> Works
 
 @pytest.fixture(scope="module")
 def released(workshop: Workshop) -> Workshop:
-    for name, part in NAMES.items():
-        done = workshop.python(*workshop.command(name, workshop.run / part))
+    assert "release that model first" in workshop.python(*workshop.command("tiny-1l", workshop.run / "tiny-1l")).stderr
+    for name in NAMES:
+        done = workshop.python(*workshop.command(name, workshop.run / name))
         assert done.returncode == 0, done.stderr
     return workshop
 
@@ -201,6 +208,8 @@ def test_only_what_is_needed_is_written(released: Workshop) -> None:
     assert {file.name for file in folder.iterdir()} == weights | {"run.json", "README.md"}
     for file in weights:
         assert (folder / file).read_bytes() == (released.run / "model" / file).read_bytes()
+    exit_files = {file.name for file in folder.with_name("tiny-1l").iterdir()}
+    assert exit_files == (weights | {"run.json", "README.md"}) - {"model.safetensors"}
     run = json.loads((folder / "run.json").read_text())
     assert run["recipe"]["steps"] == 2 and str(released.run.parent) not in json.dumps(run)
 
@@ -293,6 +302,30 @@ def test_what_does_not_belong_together_is_refused(
         assert "pairs.tsv has no entry" in refusal("tiny-2l", released.run / "model")
     finally:
         table.write_text(text, encoding="utf-8")
+
+
+def test_layers_are_shared_only_if_they_are_the_same(released: Workshop, tmp_path: Path) -> None:
+    shutil.copytree(released.run / "model-1-layers", tmp_path / "exit")
+    shutil.copytree(released.run / "model", tmp_path / "whole")
+    weights = load_file(tmp_path / "whole" / "model.safetensors")
+    weights["norm.weight"][3] += 1e-3
+    save_file(weights, tmp_path / "whole" / "model.safetensors")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "exit").iterdir()}
+    with pytest.raises(UsageError, match=r"norm\.weight of .* is not that of "):
+        share_layers(tmp_path / "exit", tmp_path / "whole")
+    with pytest.raises(UsageError, match="not side by side"):
+        share_layers(tmp_path / "exit", released.run / "model")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "exit").iterdir()} == before
+
+
+def test_an_exit_needs_the_model_that_it_names(released: Workshop, tmp_path: Path) -> None:
+    shutil.copytree(released.run / "tiny-1l", tmp_path / "exit")
+    with pytest.raises(CheckpointError, match=r"takes its layers from .*tiny-2l, which has none"):
+        Encoder.load(tmp_path / "exit")
+    config = json.loads((tmp_path / "exit" / "config.json").read_text())
+    (tmp_path / "exit" / "config.json").write_text(json.dumps(config | {"layers_from": "../tiny-2l"}))
+    with pytest.raises(CheckpointError, match=r"layers_from is '../tiny-2l'; name a folder beside it"):
+        Encoder.load(tmp_path / "exit")
 
 
 def test_paths_become_names() -> None:

@@ -1,5 +1,6 @@
 """Tests of decoders with further layers on top."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from tests.training.tiny import gradients, recipe_of, texts_of, write_decoder, write_pairs
 from unmask.checkpoint import open_checkpoint
+from unmask.checkpoint.tensors import EMBEDDING
 from unmask.cli import build_app
 from unmask.encoder import Encoder
 from unmask.encoder.deepen import deepen
@@ -84,3 +86,17 @@ def test_the_command_writes_the_folder(tmp_path: Path, capsys: pytest.CaptureFix
     assert "3 layers" in capsys.readouterr().err
     texts = texts_of(3)
     assert np.array_equal(Encoder.load(model).encode(texts), Encoder.load(tmp_path / "deeper").encode(texts))
+
+
+def test_a_model_goes_on_naming_the_model_with_its_token_embedding(tmp_path: Path) -> None:
+    donor = write_decoder(tmp_path / "donor", num_hidden_layers=3)
+    whole = write_decoder(tmp_path / "whole", num_hidden_layers=1)
+    checkpoint = open_checkpoint(whole)
+    settings = replace(EncoderSettings.from_checkpoint(checkpoint), embedding_from=str(whole))
+    write_model_folder(tmp_path / "model", checkpoint, checkpoint.tensors, settings, torch.float32)
+    arguments = ["deepen", str(tmp_path / "model"), "--donor", str(donor), "--layers", "2", "-o", str(tmp_path / "out")]
+    assert build_app()(arguments, result_action="return_value") == 0
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+    assert EMBEDDING not in load_file(tmp_path / "out" / "model.safetensors")
+    texts = texts_of(3)
+    assert np.array_equal(Encoder.load(whole).encode(texts), Encoder.load(tmp_path / "out").encode(texts))

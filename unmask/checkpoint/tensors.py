@@ -20,6 +20,7 @@ EMBEDDING = "embed_tokens.weight"
 # Rows of a weight as 8-bit steps: `X.weight` holds int8 and this suffix the float32 size of a step in each row.
 STEP = "_scale"
 
+_LAYER = re.compile(r"^layers\.(\d+)\.(.+)$")
 _OUTER = re.compile(r"^(?:base_model\.model\.)?(?:model\.)?(?:language_model\.)?(?:model\.)*")
 
 
@@ -255,6 +256,30 @@ class BorrowedEmbedding:
 
     def _owner(self, name: str) -> TensorSource:
         return self._below if name == EMBEDDING and EMBEDDING not in self._layers.names() else self._layers
+
+
+class ShearedTensors:
+    """Tensors of some layers, renumbered from 0, and the tensors that belong to no layer."""
+
+    def __init__(self, tensors: TensorSource, layers: Sequence[int]) -> None:
+        self._tensors = tensors
+        numbers = {old: new for new, old in enumerate(layers)}
+        self._sources: dict[str, str] = {}
+        for name in tensors.names():
+            match = _LAYER.match(name)
+            if match is None:
+                self._sources[name] = name
+            elif int(match[1]) in numbers:
+                self._sources[f"layers.{numbers[int(match[1])]}.{match[2]}"] = name
+
+    def names(self) -> Sequence[str]:
+        return list(self._sources)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors.shape(self._sources[name])
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._tensors.read(self._sources[name])
 
 
 def read_pickled(file: Path) -> dict[str, torch.Tensor]:

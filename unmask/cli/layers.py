@@ -70,9 +70,11 @@ def deepen(
     dtype
         Precision of the weights in the file.
     """
+    from dataclasses import replace
     from pathlib import Path
 
     from unmask.checkpoint import open_checkpoint
+    from unmask.checkpoint.resolve import EMBEDDING_FROM
     from unmask.encoder.deepen import deepen as add_layers
     from unmask.encoder.shear import parse_layers
     from unmask.training.model_folder import DTYPES, EncoderSettings, write_model_folder
@@ -80,9 +82,10 @@ def deepen(
     chosen = parse_layers(layers)
     indices = [chosen] if isinstance(chosen, int) else chosen  # a number alone is a layer here, not a count
     checkpoint = add_layers(open_checkpoint(model), open_checkpoint(donor), indices)
-    write_model_folder(
-        Path(output), checkpoint, checkpoint.tensors, EncoderSettings.from_checkpoint(checkpoint), DTYPES[dtype]
-    )
+    # A model that takes its token embedding from another one goes on doing so.
+    settings = EncoderSettings.from_checkpoint(checkpoint)
+    settings = replace(settings, embedding_from=checkpoint.config.get(EMBEDDING_FROM))
+    write_model_folder(Path(output), checkpoint, checkpoint.tensors, settings, DTYPES[dtype])
     say(f"{checkpoint.config['num_hidden_layers']} layers, {len(indices)} of them of {donor} -> {output}")
     return 0
 

@@ -4,21 +4,16 @@ With the causal mask off, the later layers of a small decoder add little that a 
 (L3Prune, arXiv 2410.14578, keeps the first ones too). `unmask probe-layers` measures it for a given decoder.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
 from unmask.checkpoint.checkpoint import Checkpoint
-from unmask.checkpoint.tensors import TensorSource
+from unmask.checkpoint.tensors import ShearedTensors
 from unmask.encoder.model.architectures import shape_of
 from unmask.errors import UsageError
 
 Layers = int | Sequence[int]
-
-_LAYER = re.compile(r"^layers\.(\d+)\.(.+)$")
 
 
 def parse_layers(text: str) -> list[int] | int:
@@ -80,27 +75,3 @@ def _config(config: Mapping[str, Any], indices: tuple[int, ...]) -> dict[str, An
         kinds = ["full_attention" if window is None else "sliding_attention" for window in shape.windows]
         sheared["layer_types"] = [kinds[index] for index in indices]
     return sheared
-
-
-class ShearedTensors:
-    """Tensors of some layers, renumbered from 0, and the tensors that belong to no layer."""
-
-    def __init__(self, tensors: TensorSource, layers: Sequence[int]) -> None:
-        self._tensors = tensors
-        numbers = {old: new for new, old in enumerate(layers)}
-        self._sources: dict[str, str] = {}
-        for name in tensors.names():
-            match = _LAYER.match(name)
-            if match is None:
-                self._sources[name] = name
-            elif int(match[1]) in numbers:
-                self._sources[f"layers.{numbers[int(match[1])]}.{match[2]}"] = name
-
-    def names(self) -> Sequence[str]:
-        return list(self._sources)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._tensors.shape(self._sources[name])
-
-    def read(self, name: str) -> Tensor:
-        return self._tensors.read(self._sources[name])
