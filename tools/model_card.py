@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from unmask.catalogue import Record
+from unmask.checkpoint.checkpoint import LAYERS_FROM
 from unmask.errors import UsageError
 from unmask.evaluate.results import ModelResult, Results, TaskScore
 
@@ -112,7 +113,7 @@ def find_measured(results: Results, weights: str) -> Measured:
         digest, _, settings = model.revision.partition("-")
         if digest != weights:
             continue
-        length = settings.partition("-")[2]
+        length = settings.partition("-")[2].removeprefix("first")
         precision = str(model.details.get("precision", "float32"))
         if not length and precision == "float32":
             plain = model
@@ -171,7 +172,7 @@ def learning_of(folder: Path, exit_layers: int | None) -> tuple[int, int, str]:
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     evaluations = [line for line in lines if "scores" in line]
     last, chosen = max(line["step"] for line in lines), ""
-    if folder.name.startswith("best") and evaluations:
+    if is_best(folder) and evaluations:
         best = max(evaluations, key=lambda line: _mean(list(line["scores"].values())))
         last = best["step"]
         scores = best["scores"] if exit_layers is None else best["exits"][str(exit_layers)]
@@ -181,6 +182,19 @@ def learning_of(folder: Path, exit_layers: int | None) -> tuple[int, int, str]:
             chosen += "; the full model's scores decided"
     tokens = sum(line["tokens"] for line in lines if "loss" in line and line["step"] <= last)
     return last, tokens, chosen
+
+
+def is_best(folder: Path) -> bool:
+    """True for the weights that dev sets chose: `best` of a run, one of its exits, or a copy under another name."""
+    copied, best = (part / "model.safetensors" for part in (layers_folder(folder), folder.parent / "best"))
+    is_copy = copied.is_file() and best.is_file() and copied.read_bytes() == best.read_bytes()
+    return folder.name.startswith("best") or is_copy
+
+
+def layers_folder(folder: Path) -> Path:
+    """Return the folder with a model's layers: its own, or that of the deeper model beside it."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return folder.parent / config.get(LAYERS_FROM, folder.name)
 
 
 def objective_of(recipe: Mapping[str, Any]) -> str:
@@ -203,6 +217,7 @@ def render_card(
     results: Results,
     measured: Measured,
     report: str,
+    earlier: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """Return the text of a model card.
 
@@ -210,6 +225,7 @@ def render_card(
         run: content of `run.json`.
         folder: result folder of the run, with the metrics beside it.
         report: path of the evaluation's report in the repository.
+        earlier: contents of `run.json` of the runs whose result this one began with, first to last.
 
     Raises:
         UsageError: as `data_table`, `teachers_of` and `score_table`.
@@ -217,20 +233,24 @@ def render_card(
     tables = tomllib.loads((HERE / "training_data.toml").read_text(encoding="utf-8"))
     recipe, config = run["recipe"], json.loads((folder / "config.json").read_text(encoding="utf-8"))
     layers = int(config["num_hidden_layers"])
-    deepest = int(recipe["layers"] if isinstance(recipe.get("layers"), int) else layers)
+    deeper = json.loads((layers_folder(folder) / "config.json").read_text(encoding="utf-8"))
+    deepest = int(recipe["layers"] if isinstance(recipe.get("layers"), int) else deeper["num_hidden_layers"])
+    shared = config.get(LAYERS_FROM)
+    runs = [*earlier, run]
     steps, tokens, dev = learning_of(folder, layers if layers != deepest else None)
     kinds, rows, differences, tasks = score_table(results, measured)
     words = [score for score in measured.plain.scores if score.category == "WordLevel" and score.score is not None]
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
     template = environment.from_string((HERE / "model_card.md.j2").read_text(encoding="utf-8"))
     text = template.render(
-        record=record, recipe=recipe, layers=layers, deepest=deepest, embedding_from=config["token_embedding_from"],
+        record=record, recipe=recipe, shared=shared, earlier=[each["recipe"] for each in earlier],
+        layers=layers, deepest=deepest, embedding_from=config["token_embedding_from"],
         megabytes=f"{sum(file.stat().st_size for file in folder.iterdir()) / 1e6:.1f}",
         tasks=tasks, kinds=kinds, rows=rows, differences=differences, sts=rows[0].sts is not None, report=report,
         words=", ".join(f"{score.task} {score.score:.2f}" for score in words),
         objective=objective_of(recipe), steps=steps, tokens=tokens, dev=dev,
         hardware=run["hardware"], precision=run["precision"],
         teachers=teachers_of(recipe, tables), decontaminated=bool(recipe.get("decontaminate_against")),
-        data=data_table(run, tables),
+        data=[(each["recipe"], data_table(each, tables)) for each in runs],
     )  # fmt: skip
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"

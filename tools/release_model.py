@@ -42,7 +42,8 @@ from unmask.evaluate.results import Results, read_results
 
 LARGEST = 40_000_000  # bytes of a folder; all folders and the adapter stay under the 60 MB that a wheel may take
 
-REQUIRED, OPTIONAL = ("config.json", "llm2vec_config.json", "model.safetensors"), ("head.safetensors",)
+WEIGHTS = "model.safetensors"
+REQUIRED, OPTIONAL = ("config.json", "llm2vec_config.json", WEIGHTS), ("head.safetensors",)
 NUMBERS = 8  # of a golden vector
 
 _ABSOLUTE = re.compile(r"(?:(?<=^)|(?<=:))/(?!/)[^?]*/([^/?]+)")
@@ -57,12 +58,14 @@ class Release:
         name: without owner; the id is `unmask/NAME`.
         results: `results.json` of `unmask evaluate`, in the repository, because measurements cite it.
         root: the repository.
+        earlier: `run.json` of the runs whose result this one began with, first to last.
     """
 
     folder: Path
     name: str
     results: Path
     root: Path
+    earlier: Sequence[Path] = ()
 
     @property
     def record_file(self) -> Path:
@@ -81,6 +84,7 @@ def release(model: Release) -> None:
     """
     files = weight_files(model.folder)
     run = shorten_paths(_read_json(model.folder.parent / "run.json"))
+    earlier = [shorten_paths(_read_json(file)) for file in model.earlier]
     encoder = Encoder.load(str(model.folder), dtype="float32")
     record = read_record(model, encoder)
     if not model.results.resolve().is_relative_to(model.root.resolve()):
@@ -94,10 +98,10 @@ def release(model: Release) -> None:
     measured = find_measured(results, open_checkpoint(model.folder).revision)
     raw = model.results.resolve().relative_to(model.root.resolve())
     report = (raw.parent / "report.md").as_posix()
-    card = render_card(record, run, model.folder, results, measured, report)
+    card = render_card(record, run, model.folder, results, measured, report, earlier)
     values = new_measurements(model.root, results, {measured.plain.name: record.id}, raw.as_posix())
 
-    write_folder(model.target, files, run, card)
+    write_folder(model.target, files, [*earlier, run], card)
     write_canary(model.record_file, encoder)
     write_vectors(model.root / "tests" / "golden" / "shipped_vectors.json", record.id, encoder)
     for file, measurements in values.items():
@@ -111,7 +115,7 @@ def weight_files(folder: Path) -> list[Path]:
         UsageError: one is missing, another is there, they are too large, or another base gives the embedding.
     """
     config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    own = [name for name in REQUIRED if name != "model.safetensors" or LAYERS_FROM not in config]
+    own = [name for name in REQUIRED if name != WEIGHTS or LAYERS_FROM not in config]
     files = [folder / name for name in own] + [folder / name for name in OPTIONAL if (folder / name).is_file()]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
@@ -126,8 +130,13 @@ def weight_files(folder: Path) -> list[Path]:
     if base not in SHIPPED or SHIPPED[base].adapter is not None or SHIPPED[base].layers_folder is not None:
         raise UsageError(f"{folder} takes its token embedding from {base}, which is no decoder that ships")
     deeper = config.get(LAYERS_FROM)
-    if deeper is not None and f"unmask/{deeper}" not in SHIPPED:
-        raise UsageError(f"{folder} takes its layers from {deeper}, which does not ship; release that model first")
+    if deeper is not None:
+        shipped = SHIPPED.get(f"unmask/{deeper}")
+        if shipped is None or shipped.layers_folder is None:
+            raise UsageError(f"{folder} takes its layers from {deeper}, which does not ship; release that model first")
+        theirs, own_layers = (part / WEIGHTS for part in (shipped.layers_folder, folder.parent / deeper))
+        if not own_layers.is_file() or theirs.read_bytes() != own_layers.read_bytes():
+            raise UsageError(f"{theirs} is not {own_layers}; release the deeper model of the same run first")
     size = sum(file.stat().st_size for file in files)
     if size > LARGEST:
         raise UsageError(
@@ -200,14 +209,16 @@ def _name_in(results: Results, id: str, ids: Mapping[str, str]) -> str | None:
     return next((name for name in names if ids.get(name, name) in (id, id.rpartition("/")[2])), None)
 
 
-def write_folder(target: Path, files: Sequence[Path], run: Mapping[str, Any], card: str) -> None:
-    """Write the folder of a model, in place of an earlier one."""
+def write_folder(target: Path, files: Sequence[Path], runs: Sequence[Mapping[str, Any]], card: str) -> None:
+    """Write the folder of a model, in place of an earlier one: the last run as `run.json`, others as `run-1.json`."""
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for file in files:
         shutil.copyfile(file, partial / file.name)
-    (partial / "run.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    for number, run in enumerate(runs, start=1):
+        name = "run.json" if number == len(runs) else f"run-{number}.json"
+        (partial / name).write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
     (partial / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
@@ -250,9 +261,10 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="result folder of a run, such as RUN/best or RUN/best-4-layers")
     parser.add_argument("--name", required=True, help="the model's name without its owner: smollm2-embed-6l")
     parser.add_argument("--results", type=Path, required=True, help="results.json of unmask evaluate")
+    parser.add_argument("--earlier", type=Path, action="append", default=[], help="run.json of a run before; repeat it")
     parser.add_argument("--root", type=Path, default=Path(__file__).parent.parent, help="the repository")
     options = parser.parse_args()
-    model = Release(options.folder, options.name, options.results, options.root)
+    model = Release(options.folder, options.name, options.results, options.root, options.earlier)
     try:
         release(model)
     except UnmaskError as error:

@@ -13,6 +13,7 @@ import pytest
 
 from unmask import Encoder
 from unmask.errors import CheckpointError, EngineError, UsageError
+from unmask.evaluate.cache import CachedModel
 from unmask.evaluate.models import open_model
 from unmask.evaluate.models.embedding_model import EmbeddingModel
 from unmask.export import ExportOptions, run_export
@@ -78,13 +79,14 @@ def test_another_way_to_8_bits_is_another_revision(tiny: str, monkeypatch: pytes
     assert open_model(tiny + "?dtype=int8").revision != before
 
 
-def test_a_cut_keeps_the_direction_of_the_first_numbers_and_the_length(tiny: str) -> None:
+def test_a_cut_keeps_the_direction_of_the_first_numbers_and_the_length(tiny: str, tmp_path: Path) -> None:
     whole, cut = open_model(tiny), open_model(tiny + "?dimensions=8&name=short")
     assert (cut.name, cut.kind, cut.dimensions, cut.parameters) == ("short", "unmask", 8, whole.parameters)
     vectors, first = whole.encode(TEXTS), whole.encode(TEXTS)[:, :8]
     assert cut.encode(TEXTS).dtype == np.float32
     norms = [np.linalg.norm(each, axis=1, keepdims=True) for each in (vectors, first)]
     np.testing.assert_allclose(cut.encode(TEXTS), first * norms[0] / norms[1], rtol=1e-6)
+    np.testing.assert_array_equal(CachedModel(cut, tmp_path).encode(TEXTS), cut.encode(TEXTS))  # as tasks read it
     assert cut.revision != whole.revision
     assert cut.count_tokens(TEXTS) == whole.count_tokens(TEXTS)
 

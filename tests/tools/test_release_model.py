@@ -9,7 +9,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import model_card
@@ -25,6 +25,8 @@ from tests.training.tiny import recipe_of, write_pairs
 from unmask import Encoder
 from unmask.catalogue import parse_record
 from unmask.catalogue.measurement import read_measurements
+from unmask.checkpoint import open_checkpoint
+from unmask.checkpoint.shipped import SHIPPED
 from unmask.errors import CheckpointError, UsageError
 from unmask.evaluate import run as evaluation_run
 from unmask.evaluate.cost import sample_texts
@@ -248,7 +250,8 @@ def test_the_card_has_the_figures_of_the_evaluation_and_the_data_with_licences(r
     assert f"\n\n{head}\n{row} {own['STSBenchmark']:.2f} |\n| the same, " in card
     assert f"- first 24 numbers: mean {sum(short.values()) / 2 - mean:+.2f}" in card and "- int8: mean" in card
     assert "| pairs | random words | none needed | 40 | 0 |" in card and "No evaluation texts were taken out" in card
-    assert "an exit of a model of 2 layers" in (layers / "tiny-1l" / "README.md").read_text(encoding="utf-8")
+    exit_card = (layers / "tiny-1l" / "README.md").read_text(encoding="utf-8")
+    assert "an exit of a model of 2 layers" in exit_card and "the layers are the first of `tiny-2l`" in exit_card
     assert "an exit of" not in card
 
 
@@ -318,10 +321,46 @@ def test_layers_are_shared_only_if_they_are_the_same(released: Workshop, tmp_pat
     assert {file.name: file.read_bytes() for file in (tmp_path / "exit").iterdir()} == before
 
 
+def test_an_exit_of_another_run_than_the_model_that_ships_is_refused(
+    released: Workshop, release: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = released.root / "unmask" / "checkpoint" / "layers"
+    shipped = replace(SHIPPED["unmask/smollm2-embed-6l"], layers_folder=layers / "tiny-2l")
+    monkeypatch.setitem(SHIPPED, "unmask/tiny-2l", shipped)
+    assert release("tiny-1l", released.run / "tiny-1l") == (0, "")
+    shutil.copytree(released.run, tmp_path / "other")
+    weights = tmp_path / "other" / "tiny-2l" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    code, error = release("tiny-1l", tmp_path / "other" / "tiny-1l")
+    assert code == 2 and "release the deeper model of the same run first" in error
+
+
+def test_a_card_lists_earlier_runs_with_their_data(released: Workshop, tmp_path: Path) -> None:
+    earlier = json.loads((released.run / "run.json").read_text(encoding="utf-8"))
+    earlier["recipe"] |= {"name": "the run before", "steps": 77}
+    (tmp_path / "run.json").write_text(json.dumps(earlier), encoding="utf-8")
+    shutil.copytree(released.root, tmp_path / "repository")
+    command = [*released.command("tiny-2l", released.run / "tiny-2l"), "--earlier", str(tmp_path / "run.json")]
+    command[0] = str(tmp_path / "repository" / "tools" / "release_model.py")
+    command[command.index("--results") + 1] = str(tmp_path / "repository" / "docs" / "evaluation" / "results.json")
+    done = subprocess.run(
+        [sys.executable, *command], cwd=tmp_path / "repository", capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "repository")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "repository" / "unmask" / "checkpoint" / "layers" / "tiny-2l"
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "| an earlier run | `the run before`, from `unmask/smollm2-135m`, its first 2 layers: 77 steps of" in card
+    assert card.count("| pairs | random words | none needed |") == 2
+    assert json.loads((folder / "run-1.json").read_text())["recipe"]["steps"] == 77
+    assert json.loads((folder / "run.json").read_text())["recipe"]["steps"] == 2
+
+
 def test_an_exit_needs_the_model_that_it_names(released: Workshop, tmp_path: Path) -> None:
     shutil.copytree(released.run / "tiny-1l", tmp_path / "exit")
     with pytest.raises(CheckpointError, match=r"takes its layers from .*tiny-2l, which has none"):
         Encoder.load(tmp_path / "exit")
+    assert open_checkpoint(tmp_path / "exit", weights=False).config["num_hidden_layers"] == 1
     config = json.loads((tmp_path / "exit" / "config.json").read_text())
     (tmp_path / "exit" / "config.json").write_text(json.dumps(config | {"layers_from": "../tiny-2l"}))
     with pytest.raises(CheckpointError, match=r"layers_from is '../tiny-2l'; name a folder beside it"):

@@ -1,5 +1,6 @@
 """Tests of decoders with further layers on top."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,3 +101,14 @@ def test_a_model_goes_on_naming_the_model_with_its_token_embedding(tmp_path: Pat
     assert EMBEDDING not in load_file(tmp_path / "out" / "model.safetensors")
     texts = texts_of(3)
     assert np.array_equal(Encoder.load(whole).encode(texts), Encoder.load(tmp_path / "out").encode(texts))
+
+
+def test_a_key_that_an_older_folder_kept_does_not_take_away_its_own_embedding(tmp_path: Path) -> None:
+    donor = write_decoder(tmp_path / "donor", num_hidden_layers=3)
+    model = write_decoder(tmp_path / "model", num_hidden_layers=1)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "token_embedding_from": "unmask/smollm2-135m"}))
+    arguments = ["deepen", str(model), "--donor", str(donor), "--layers", "2", "-o", str(tmp_path / "out")]
+    assert build_app()(arguments, result_action="return_value") == 0
+    texts = texts_of(3)
+    assert np.array_equal(Encoder.load(model).encode(texts), Encoder.load(tmp_path / "out").encode(texts))

@@ -14,11 +14,11 @@ from tests.training.tiny import gradients, recipe_of, texts_of, write_decoder, w
 from unmask.checkpoint.tensors import EMBEDDING
 from unmask.encoder import Encoder
 from unmask.encoder.model.decoder import Decoder
-from unmask.errors import CheckpointError, UsageError
+from unmask.errors import AdapterMismatch, CheckpointError, UsageError
 from unmask.training.distributed import Processes
 from unmask.training.gradcache import backward_through
 from unmask.training.losses import vector_distance
-from unmask.training.merging import interpolate
+from unmask.training.merging import average, interpolate
 from unmask.training.model_folder import int8_rows
 from unmask.training.recipe import Recipe
 from unmask.training.run_folder import RunFolder
@@ -358,3 +358,46 @@ def test_a_stage_without_a_head_of_its_own_leaves_the_lengths(folder: Path) -> N
     recipe = recipe_for(folder, base=str(first), layers=None, steps=1, head=None)
     second = run_training(recipe, data=folder, output=folder / "second").folder
     assert np.allclose(np.linalg.norm(Encoder.load(second).encode(TEXTS), axis=1), 1, atol=1e-6)
+
+
+def test_a_run_from_before_goes_on_with_the_lengths_that_it_had(folder: Path) -> None:
+    recipe = recipe_for(folder, steps=6, head={"dimensions": 24, "ridge": 40, "normalize": False})
+    with pytest.raises(KeyboardInterrupt):
+        run_training(recipe, data=folder, output=folder / "run", progress=_stop_after(5))
+    file = folder / "run" / "run.json"
+    description = json.loads(file.read_text(encoding="utf-8"))
+    del description["recipe"]["head"]["normalize"]
+    file.write_text(json.dumps(description), encoding="utf-8")
+    with pytest.raises(UsageError, match="normalize"):
+        unit = recipe_for(folder, steps=6, head={"dimensions": 24, "ridge": 40})
+        run_training(unit, data=folder, output=folder / "run", resume=True)
+    resumed = run_training(recipe, data=folder, output=folder / "run", resume=True).folder
+    assert not np.allclose(np.linalg.norm(Encoder.load(resumed).encode(TEXTS), axis=1), 1, atol=1e-2)
+
+
+@pytest.mark.parametrize("part", ["adapter", "checkpoints/step-00000004"])
+def test_the_mean_of_adapters_has_the_mean_of_their_heads(folder: Path, part: str) -> None:
+    for name, seed in (("a", 1), ("b", 2)):
+        recipe = recipe_for(folder, steps=4, layers=None, lora={"rank": 4}, seed=seed)
+        run_training(recipe, data=folder, output=folder / name)
+    average([str(folder / name / part) for name in ("a", "b")], folder / "mean")
+    heads = [load_file(folder / name / "adapter" / "head.safetensors")["weight"] for name in ("a", "b")]
+    mean = load_file(folder / "mean" / "head.safetensors")["weight"]
+    assert torch.allclose((heads[0] + heads[1]) / 2, mean, atol=1e-6)
+    assert np.allclose(np.linalg.norm(Encoder.load(folder / "mean").encode(TEXTS), axis=1), 1, atol=1e-6)
+
+
+def test_models_and_adapters_with_other_steps_behind_the_pooling_are_not_mixed(folder: Path) -> None:
+    for name, lora, normalize in (
+        ("a", None, True),
+        ("b", None, False),
+        ("c", {"rank": 4}, True),
+        ("d", {"rank": 4}, False),
+    ):
+        head = {"dimensions": 24, "ridge": 40, "normalize": normalize}
+        recipe = recipe_for(folder, steps=1, layers=None, lora=lora, head=head)
+        run_training(recipe, data=folder, output=folder / name)
+    with pytest.raises(UsageError, match="differ in the steps behind the pooling"):
+        average([str(folder / name / "model") for name in ("a", "b")], folder / "mean")
+    with pytest.raises(AdapterMismatch, match="have different heads"):
+        average([str(folder / name / "adapter") for name in ("c", "d")], folder / "mean")

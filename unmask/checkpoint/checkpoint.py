@@ -107,11 +107,11 @@ def _open(location: Location, weights: bool) -> Checkpoint:
         config = _read_config(base)
         below = _open(location.embedding, weights)
         tensors, tokenizer = _tensors(location, weights, below.tensors), below.tokenizer
-        files, tokenizer_folder = [*_deciding_files(base), *below.files], below.tokenizer_folder
+        files, tokenizer_folder = [*_deciding_files(base, weights), *below.files], below.tokenizer_folder
     else:
         config = _read_config(base)
         tensors, tokenizer = _tensors(location, weights), read_tokenizer(base)
-        files, tokenizer_folder = _deciding_files(base), base
+        files, tokenizer_folder = _deciding_files(base, weights), base
     merged = [Adapter(path) for path in location.adapters] if weights else []
     for adapter in merged:
         files += [adapter.folder / "adapter_config.json", adapter.weights_file]
@@ -235,11 +235,11 @@ def _weights_folder(folder: Path) -> Path:
     return deeper
 
 
-def _deciding_files(folder: Path) -> list[Path]:
-    holder = _weights_folder(folder)
-    weights = sorted(holder.glob("model*.safetensors")) or sorted(holder.glob("pytorch_model*.bin"))
+def _deciding_files(folder: Path, weights: bool) -> list[Path]:
+    holder = _weights_folder(folder) if weights else folder
+    of_weights = sorted(holder.glob("model*.safetensors")) or sorted(holder.glob("pytorch_model*.bin"))
     settings = [file for name in ("config.json", "llm2vec_config.json") for file in sorted(folder.glob(name))]
-    return [*settings, *_tokenizer_files(folder), *weights]
+    return [*settings, *_tokenizer_files(folder), *of_weights]
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:

@@ -74,17 +74,18 @@ def deepen(
     from pathlib import Path
 
     from unmask.checkpoint import open_checkpoint
-    from unmask.checkpoint.resolve import EMBEDDING_FROM
+    from unmask.checkpoint.resolve import resolve
     from unmask.encoder.deepen import deepen as add_layers
     from unmask.encoder.shear import parse_layers
     from unmask.training.model_folder import DTYPES, EncoderSettings, write_model_folder
+    from unmask.training.training_model import embedding_base
 
     chosen = parse_layers(layers)
     indices = [chosen] if isinstance(chosen, int) else chosen  # a number alone is a layer here, not a count
     checkpoint = add_layers(open_checkpoint(model), open_checkpoint(donor), indices)
-    # A model that takes its token embedding from another one goes on doing so.
     settings = EncoderSettings.from_checkpoint(checkpoint)
-    settings = replace(settings, embedding_from=checkpoint.config.get(EMBEDDING_FROM))
+    if resolve(model).embedding is not None:  # it goes on taking its token embedding from another model
+        settings = replace(settings, embedding_from=embedding_base(model))
     write_model_folder(Path(output), checkpoint, checkpoint.tensors, settings, DTYPES[dtype])
     say(f"{checkpoint.config['num_hidden_layers']} layers, {len(indices)} of them of {donor} -> {output}")
     return 0

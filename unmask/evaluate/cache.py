@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from unmask.disk import HOME_IS_FULL, locked, storage_errors
-from unmask.evaluate.models.embedding_model import EmbeddingModel, TruncatedModel
+from unmask.evaluate.models.embedding_model import EmbeddingModel, TruncatedModel, truncated
 
 _KEY_BYTES = 32
 
@@ -181,7 +181,7 @@ class CachedModel:
             return vectors
 
         vectors = self._cache.encode(texts, instruction, compute, chunk=chunk, progress=progress)
-        return vectors[:, : self._dimensions]
+        return truncated(vectors, self._dimensions)
 
 
 def _key(text: str, instruction: str) -> bytes:

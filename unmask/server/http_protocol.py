@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import threading
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -42,10 +43,12 @@ class HttpProtocol(HttpToolsProtocol):
 
     Args:
         header_timeout_s: time for the headers of a request, and for the rest of a body after an early answer.
+        closing: set once the server accepts no more connections; one that is accepted in that moment gets one answer.
     """
 
-    def __init__(self, *args: Any, header_timeout_s: float, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, header_timeout_s: float, closing: threading.Event, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._closing = closing
         self._header_timeout_s = header_timeout_s
         self._header_timer: asyncio.TimerHandle | None = None
         self._header_bytes = 0
@@ -58,6 +61,8 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # pyright: ignore[reportArgumentType] - uvicorn narrows the type
         self._expect_headers()
+        if self._closing.is_set():
+            self.shutdown()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._headers_arrived()
@@ -76,7 +81,8 @@ class HttpProtocol(HttpToolsProtocol):
             self.cycle.keep_alive = False
 
     def _close_if_idle(self) -> None:
-        if self._is_idle():
+        has_begun = self._header_timer is not None and self._header_bytes > 0
+        if self._is_idle() and not has_begun:  # the rest of a head has the time that heads have
             self.transport.close()
 
     def _is_idle(self) -> bool:

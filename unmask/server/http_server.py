@@ -29,11 +29,12 @@ class HttpServer(uvicorn.Server):
     def __init__(
         self, app: ASGIApp, settings: ServeSettings, stopping: threading.Event, ready: Callable[[], None]
     ) -> None:
+        self._closing = threading.Event()
         config = uvicorn.Config(
             app,
             loop="auto",
             http=functools.partial(  # pyright: ignore[reportArgumentType] - only ever called, like the class
-                HttpProtocol, header_timeout_s=settings.header_timeout_s
+                HttpProtocol, header_timeout_s=settings.header_timeout_s, closing=self._closing
             ),
             ws="none",
             lifespan="off",
@@ -61,6 +62,10 @@ class HttpServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         # With a delay, the server goes on answering while load balancers see that /ready says no.
         return await super().on_tick(counter) and time.monotonic() >= self._closes_at
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._closing.set()
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # uvicorn would raise the signal again after an orderly end, and so never exit with 0.

@@ -16,18 +16,27 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unmask.checkpoint import Checkpoint, open_checkpoint
 from unmask.checkpoint.adapter import Adapter
+from unmask.checkpoint.head import HEAD_FILE
 from unmask.checkpoint.resolve import local_path
 from unmask.checkpoint.tensors import TensorSource
 from unmask.disk import atomic_write
+from unmask.encoder.head import UNIT_LINEAR, head_steps
 from unmask.encoder.model.architectures import shape_of
 from unmask.errors import AdapterMismatch, CheckpointError, UsageError
 from unmask.training.lora import parts_of
-from unmask.training.model_folder import DTYPES, EncoderSettings, require_new, write_model, write_model_folder
+from unmask.training.model_folder import (
+    DTYPES,
+    EncoderSettings,
+    require_new,
+    write_head,
+    write_model,
+    write_model_folder,
+)
 from unmask.training.recipe_file import stored_recipe
 from unmask.training.training_model import adapter_base
 
@@ -173,7 +182,8 @@ def stack(adapters: Sequence[str], output: Path, rank: int | None = None) -> Com
                 f"{part.name} was trained on {part.base or 'an unnamed base'}, which is neither the base of "
                 f"{parts[0].name} ({parts[0].base or 'unnamed'}) nor an adapter before it"
             )
-    return _write_combined(parts, [1.0] * len(parts), rank, output)
+    heads = [head for name in adapters if (head := _head_of(name)) is not None]
+    return _write_combined(parts, [1.0] * len(parts), rank, output, heads[-1] if heads else None)
 
 
 def average(models: Sequence[str], output: Path, rank: int | None = None, dtype: Dtype = "float32") -> Combination:
@@ -204,7 +214,7 @@ def average(models: Sequence[str], output: Path, rank: int | None = None, dtype:
                     f"{part.name} was trained on {part.base or 'an unnamed base'}, {parts[0].name} on "
                     f"{parts[0].base or 'an unnamed base'}; only adapters of one base have a mean"
                 )
-        return _write_combined(parts, [1 / len(parts)] * len(parts), rank, output)
+        return _write_combined(parts, [1 / len(parts)] * len(parts), rank, output, _mean_head(names))
     if any(adapters) or rank is not None:
         model = next(name for name, adapter in zip(names, adapters, strict=True) if not adapter)
         raise UsageError(
@@ -300,7 +310,64 @@ def _require_rank(rank: int | None) -> None:
         raise UsageError(f"--rank {rank}: give 1 or more, or leave it out to lose nothing")
 
 
-def _write_combined(parts: Sequence[Factors], weights: Sequence[float], rank: int | None, output: Path) -> Combination:
+@dataclass(frozen=True)
+class _AdapterHead:
+    """The layers behind the pooling that an adapter brings: tensors of its `head.safetensors`, and its settings."""
+
+    tensors: Mapping[str, Tensor]
+    encoder_config: Mapping[str, Any]
+
+
+def _head_of(name: str) -> _AdapterHead | None:
+    """Read the head of an adapter or of a run's checkpoint, if it has one of its own."""
+    step = Path(name)
+    if not (step / "state.pt").is_file():
+        path = local_path(name)
+        if not (path / HEAD_FILE).is_file():
+            return None
+        file = path / "llm2vec_config.json"
+        settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return _AdapterHead(load_file(path / HEAD_FILE), settings)
+    parameters = torch.load(step / "state.pt", map_location="cpu", weights_only=True)["parameters"]
+    if "head.weight" not in parameters:
+        return None
+    recipe = stored_recipe(json.loads((step.parent.parent / "run.json").read_text(encoding="utf-8"))["recipe"])
+    below = open_checkpoint(recipe.base, recipe.adapters, weights=False).encoder_config
+    steps = UNIT_LINEAR if recipe.head is not None and recipe.head.normalize else ()
+    return _AdapterHead(
+        {part: parameters[f"head.{part}"] for part in ("weight", "bias")}, {**below, "head": list(map(dict, steps))}
+    )
+
+
+def _mean_head(names: Sequence[str]) -> _AdapterHead | None:
+    """Average the heads of adapters.
+
+    Raises:
+        AdapterMismatch: some have one and others do not, or they differ in shape or in the steps around them.
+    """
+    heads = [_head_of(name) for name in names]
+    first = heads[0]
+    for name, head in zip(names, heads, strict=True):
+        if (head is None) != (first is None):
+            raise AdapterMismatch(f"of {names[0]} and {name} only one has a head.safetensors; they have no mean")
+        if head is None or first is None:
+            continue
+        kinds = [each.encoder_config.get("head") or [] for each in (first, head)]
+        shapes = [{key: list(tensor.shape) for key, tensor in each.tensors.items()} for each in (first, head)]
+        if kinds[0] != kinds[1] or shapes[0] != shapes[1]:
+            raise AdapterMismatch(
+                f"{names[0]} and {name} have different heads: {shapes[0]}, steps {kinds[0]}, and {shapes[1]}, steps "
+                f"{kinds[1]}; they have no mean"
+            )
+    if first is None:
+        return None
+    tensors = {key: _mean([head.tensors[key].float() for head in heads if head is not None]) for key in first.tensors}
+    return _AdapterHead(tensors, first.encoder_config)
+
+
+def _write_combined(
+    parts: Sequence[Factors], weights: Sequence[float], rank: int | None, output: Path, head: _AdapterHead | None
+) -> Combination:
     combined, error = weighted_sum(parts, weights), 0.0
     if rank is not None and rank < combined.rank:
         combined, error = compress(combined, rank)
@@ -309,7 +376,12 @@ def _write_combined(parts: Sequence[Factors], weights: Sequence[float], rank: in
         file = Path(part.name) / "llm2vec_config.json"
         if file.is_file():
             encoder_config = json.loads(file.read_text(encoding="utf-8"))
+    if head is not None:
+        encoder_config = {**head.encoder_config, **encoder_config, "head": head.encoder_config.get("head") or []}
     try:
+        if head is not None:
+            output.mkdir(parents=True, exist_ok=True)
+            write_head(output, head.tensors)
         write_factors(output, combined, encoder_config)
     except BaseException:
         shutil.rmtree(output, ignore_errors=True)  # it was not there before
@@ -392,6 +464,9 @@ def _require_alike(models: Sequence[Checkpoint]) -> None:
                 raise UsageError(
                     f"{pair} cannot be combined: {name} is {shapes[0]} in one and {shapes[1]} in the other"
                 )
+        steps = [list(map(dict, head_steps(model.tensors, model.encoder_config))) for model in (first, other)]
+        if steps[0] != steps[1]:
+            raise UsageError(f"{pair} differ in the steps behind the pooling: {steps[0]} and {steps[1]}")
         if shape_of(other.config) != shape:
             raise UsageError(f"{pair} have tensors of one shape but different configurations; they cannot be combined")
         if first.tokenizer.text.get_vocab() != other.tokenizer.text.get_vocab():

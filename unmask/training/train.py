@@ -360,6 +360,8 @@ def _upgraded(stored: dict[str, Any], recipe: Recipe, done: int) -> dict[str, An
         before = msgspec.structs.replace(before, pooling=None)
     if recipe.causal is None and before.causal is False:
         before = msgspec.structs.replace(before, causal=None)
+    if before.head is not None and "normalize" not in (stored["recipe"].get("head") or {}):
+        before = msgspec.structs.replace(before, head=msgspec.structs.replace(before.head, normalize=False))
     rates = ([learning_rate(step, each.optimiser, each.steps) for step in range(done)] for each in (before, recipe))
     if done <= recipe.steps and recipe.max_epochs is None and operator.eq(*rates):
         before = msgspec.structs.replace(before, steps=recipe.steps)
@@ -376,7 +378,7 @@ def _write_result(folder: Path, model: TrainingModel, recipe: Recipe, base: str)
             weights = adapter_tensors(model.adapted)
         else:
             weights = unshard(model.trained_decoder(), model.processes.is_main)
-        # Steps of the base's own are never trained: they stay in its folder.
+        # A base's own steps with activations are never trained: they stay in its folder.
         head = _copied(model.head) if isinstance(model.head, nn.Linear) else None
         exit_heads = {layers: _copied(each) for layers, each in model.exit_heads.items()}
     own_steps = model.encoder.checkpoint.encoder_config.get("head") or ()

@@ -56,19 +56,29 @@ class TruncatedModel:
             raise UsageError(f"{base.name}: dimensions={dimensions}; its vectors have 1 to {base.dimensions}")
         self.base, self.dimensions = base, dimensions
         self.name, self.parameters, self.takes_instructions = base.name, base.parameters, base.takes_instructions
-        self.revision = f"{base.revision}-{dimensions}"
+        self.revision = f"{base.revision}-first{dimensions}"
 
     @property
     def kind(self) -> ModelKind:
         return self.base.kind
 
     def encode(self, texts: Sequence[str], instruction: str = "") -> np.ndarray:
-        """Return float32 [n, dimensions]; each row is as long as that of the base, so that unit vectors stay so."""
-        whole = self.base.encode(texts, instruction)
-        cut = whole[:, : self.dimensions]
-        length, left = (np.linalg.norm(each, axis=1, keepdims=True) for each in (whole, cut))
-        return cut * (length / np.maximum(left, np.finfo(np.float32).tiny))
+        """Return float32 [n, dimensions]."""
+        return truncated(self.base.encode(texts, instruction), self.dimensions)
 
     def count_tokens(self, texts: Sequence[str], instruction: str = "") -> int | None:
         """Count the tokens that the base reads."""
         return self.base.count_tokens(texts, instruction)
+
+
+def truncated(vectors: np.ndarray, dimensions: int) -> np.ndarray:
+    """Return the first numbers of each vector [n, size], scaled to the vector's own length.
+
+    Vectors of length 1 stay so, as the API gives them. k-means would otherwise read the share of a vector that its
+    first numbers hold.
+    """
+    if dimensions >= vectors.shape[1]:
+        return vectors
+    cut = vectors[:, :dimensions]
+    length, left = (np.linalg.norm(each, axis=1, keepdims=True) for each in (vectors, cut))
+    return cut * (length / np.maximum(left, np.finfo(np.float32).tiny))
