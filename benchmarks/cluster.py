@@ -42,7 +42,6 @@ from unmask.bulk.job import run
 from unmask.bulk.report import EncodeProgress
 from unmask.bulk.storage import Store
 from unmask.bulk.units import JOB_FILE, UNIT_CHUNKS, Unit
-from unmask.checkpoint import DEFAULT_MODEL
 from unmask.cluster.bulk import ClusterExecutor, cluster_executor
 from unmask.cluster.connection import connected
 from unmask.cluster.options import ClusterOptions
@@ -399,7 +398,7 @@ def main() -> None:
     workers.add_argument("--rounds", type=int, default=3)
     workers.add_argument("--texts", type=int, help="about so many, in place of --seconds")
     workers.add_argument("--seconds", type=float, default=25.0, help="of computing by one process, about")
-    workers.add_argument("--model", default=DEFAULT_MODEL)
+    workers.add_argument("--model", default="unmask/smollm2-135m-embed")
     once = parts.add_parser("once", help="one run of `workers`")
     once.add_argument("source")
     once.add_argument("output")

@@ -40,7 +40,6 @@ from rich.console import Console
 from rich.table import Table
 
 from unmask import __version__
-from unmask.checkpoint import DEFAULT_MODEL
 from unmask.errors import UnmaskError
 
 REFERENCE = "transformers"
@@ -350,7 +349,7 @@ def console_table(report: Report) -> Table:
 def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=tuple(SHAPES), default="135m", help="1.3b: a Llama with random weights")
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="instead of the default model, with --shape 135m")
+    parser.add_argument("--model", default="unmask/smollm2-135m-embed", help="with --shape 135m")
     parser.add_argument("--device", default="cpu", help="cuda: on a GPU, whose own product is then the peak")
     parser.add_argument("--mix", choices=MIXES, default="natural", help="lengths of the texts")
     parser.add_argument("--texts", type=int, help="left out: 64 for 135m, 16 for 1.3b, 8,192 on a GPU")

@@ -13,7 +13,6 @@ import numpy as np
 
 from unmask import Encoder
 from unmask.api.quantisation import quantise_vectors
-from unmask.checkpoint import DEFAULT_MODEL
 from unmask.tables import read_table
 
 TEXTS, QUERIES, NEAREST, CANDIDATES = 1200, 200, 10, 40
@@ -38,7 +37,7 @@ def cosine(queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
 
 def main(file: str, column: str) -> None:
     texts = sorted({str(row.fields[column]) for row in read_table(Path(file))}, key=_digest)[:TEXTS]
-    vectors = Encoder.load(DEFAULT_MODEL).encode(texts, normalize=True)
+    vectors = Encoder.load("unmask/smollm2-135m-embed").encode(texts, normalize=True)
     documents, queries = vectors[:-QUERIES], vectors[-QUERIES:]
     exact = cosine(queries, documents)
     expected = nearest(exact)

@@ -25,7 +25,6 @@ import psutil
 import uvloop
 from open_loop import Answer, Client, load
 
-from unmask.checkpoint import DEFAULT_MODEL
 from unmask.cli import keep_few_products
 from unmask.encoder import Encoder
 from unmask.engine import Engine
@@ -268,7 +267,7 @@ async def against(engine: Engine, subject: Subject, arguments: argparse.Namespac
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("parts", nargs="*", default=PARTS, help=", ".join(PARTS))
-    options.add_argument("--model", default=DEFAULT_MODEL)
+    options.add_argument("--model", default="unmask/smollm2-135m-embed")
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--seconds", type=float, default=60, help="of overload")
     arguments = options.parse_args()

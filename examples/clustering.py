@@ -19,7 +19,7 @@ TEXTS = [
     "Astronomers observed a new comet.",
 ]
 
-encoder = Encoder.load("unmask/smollm2-135m-embed")
+encoder = Encoder.load("unmask/smollm2-embed-6l")
 vectors = encoder.encode(TEXTS, normalize=True)  # with length 1, k-means groups by cosine
 labels = KMeans(n_clusters=3, n_init="auto", random_state=0).fit_predict(vectors)
 

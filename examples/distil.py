@@ -59,7 +59,7 @@ held_out = {held_out}
 
 folder, texts = Path(sys.argv[1]), Path(sys.argv[2]).absolute()
 steps = int(sys.argv[3]) if len(sys.argv) > 3 else 500
-teacher = sys.argv[4] if len(sys.argv) > 4 else "unmask/smollm2-135m-embed"
+teacher = sys.argv[4] if len(sys.argv) > 4 else "unmask/smollm2-embed-6l"
 
 folder.mkdir(parents=True, exist_ok=True)
 held_out = max(1, len(texts.read_text(encoding="utf-8").splitlines()) // 20)

@@ -5,7 +5,7 @@ Run it with: python examples/encode.py
 
 from unmask import Encoder
 
-encoder = Encoder.load("unmask/smollm2-135m-embed")
+encoder = Encoder.load("unmask/smollm2-embed-6l")
 
 texts = ["The cat sleeps on the sofa.", "A kitten naps on the couch.", "Interest rates rise."]
 vectors = encoder.encode(texts)

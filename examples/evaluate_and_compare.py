@@ -12,8 +12,8 @@ import unmask
 data, output, *tasks = sys.argv[1:]
 
 results = unmask.evaluate(
-    "unmask/smollm2-135m-embed",
-    baselines=["unmask/smollm2-135m-embed?dimensions=128&name=short"],
+    "unmask/smollm2-embed-6l",
+    baselines=["unmask/smollm2-embed-6l?dimensions=128&name=short"],
     tasks=tasks or ["STSBenchmark", "Banking77Classification"],
     data=data,
     output=output,

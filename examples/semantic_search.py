@@ -17,7 +17,7 @@ PASSAGES = [
 
 query = sys.argv[1] if len(sys.argv) > 1 else "How do I get my money back?"
 
-encoder = Encoder.load("unmask/smollm2-135m-embed")
+encoder = Encoder.load("unmask/smollm2-embed-6l")
 passages = encoder.encode_document(PASSAGES)  # [passages, dimensions]; store these in your database
 scores = encoder.similarity(encoder.encode_query([query]), passages)[0]
 

@@ -30,7 +30,7 @@ server = subprocess.Popen([sys.executable, "-m", "unmask", "serve", "--port", st
 try:
     wait_until_ready(server)
     client = OpenAI(base_url=f"{URL}/v1", api_key="unused")
-    answer = client.embeddings.create(model="unmask/smollm2-135m-embed", input=["a text", "another"])
+    answer = client.embeddings.create(model="unmask/smollm2-embed-6l", input=["a text", "another"])
     print(len(answer.data), "vectors of", len(answer.data[0].embedding), "dimensions")
 finally:
     server.terminate()

@@ -20,7 +20,7 @@ PAIRS = [
     ("talk to a human", "Our hotline is open from nine to five."),
 ]
 RECIPE = """
-base = "unmask/smollm2-135m-embed"
+base = "unmask/smollm2-embed-6l"
 objective = "supervised"
 steps = {steps}
 max_length = 64
@@ -56,5 +56,5 @@ lines = [json.dumps({"query": query, "positive": positive}) for query, positive 
 (folder / "recipe.toml").write_text(RECIPE.format(steps=steps), encoding="utf-8")
 unmask.train(folder / "recipe.toml", output=folder / "training")
 
-print(f"before: {mean_cosine('unmask/smollm2-135m-embed'):.2f}")
+print(f"before: {mean_cosine('unmask/smollm2-embed-6l'):.2f}")
 print(f"after:  {mean_cosine(folder / 'training' / 'adapter'):.2f}")

@@ -70,7 +70,9 @@ def data_table(run: Mapping[str, Any], tables: Mapping[str, Any]) -> list[DataRo
         if "unclear" in entry:
             reasons.append(f"{source['path']}: {entry['unclear']}, so no model that ships may learn from it")
         for column, values in entry.get("leave_out", {}).items():
-            if not set(values) <= set(source["without"].get(column, ())):
+            chosen = source["only"].get(column)
+            is_left_out = set(values) <= set(source["without"].get(column, ()))
+            if not is_left_out and (chosen is None or set(values) & set(chosen)):
                 reasons.append(f"{source['path']}: the recipe must leave out {column} = {values}")
         counts = run.get("rows", {}).get(source["name"])
         if counts is None:
@@ -191,6 +193,13 @@ def is_best(folder: Path) -> bool:
     return folder.name.startswith("best") or is_copy
 
 
+def whole_layers(folder: Path) -> int:
+    """Return the number of layers of a run's whole model, of which a result folder may be an exit."""
+    results = [folder.parent / name / "config.json" for name in ("best", "model", layers_folder(folder).name)]
+    present = [json.loads(file.read_text(encoding="utf-8")) for file in results if file.is_file()]
+    return max(int(config["num_hidden_layers"]) for config in present)
+
+
 def layers_folder(folder: Path) -> Path:
     """Return the folder with a model's layers: its own, or that of the deeper model beside it."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -233,8 +242,7 @@ def render_card(
     tables = tomllib.loads((HERE / "training_data.toml").read_text(encoding="utf-8"))
     recipe, config = run["recipe"], json.loads((folder / "config.json").read_text(encoding="utf-8"))
     layers = int(config["num_hidden_layers"])
-    deeper = json.loads((layers_folder(folder) / "config.json").read_text(encoding="utf-8"))
-    deepest = int(recipe["layers"] if isinstance(recipe.get("layers"), int) else deeper["num_hidden_layers"])
+    deepest = int(recipe["layers"] if isinstance(recipe.get("layers"), int) else whole_layers(folder))
     shared = config.get(LAYERS_FROM)
     runs = [*earlier, run]
     steps, tokens, dev = learning_of(folder, layers if layers != deepest else None)

@@ -29,7 +29,7 @@ from parity_readers import fastembed_runtime, transformers_js_runtime, vllm_runt
 
 from unmask.catalogue import Catalogue, Measurement, append_measurements
 from unmask.catalogue.measurement import PARITY, parity_quantity, read_measurements
-from unmask.checkpoint import DEFAULT_MODEL
+from unmask.checkpoint.shipped import DEFAULT_MODEL, SHIPPED
 from unmask.encoder import Encoder
 from unmask.encoder.loading import LoadOptions
 from unmask.evaluate.run import machine
@@ -40,6 +40,8 @@ from unmask.export.parity import compare_runtimes, prompt_texts
 from unmask.export.runtimes import OtherRuntime, TextUse, open_runtimes
 
 ROOT = Path(__file__).parent.parent
+# The default model, and one without a head, which llama.cpp can read.
+OWN_MODELS = (DEFAULT_MODEL, "unmask/smollm2-135m-embed")
 GOLDEN = ("tiny_gemma", "tiny_llama", "tiny_llama2_chat", "tiny_llama3_instruct", "tiny_mistral_instruct")
 FORMATS: tuple[tuple[Target, str], ...] = (
     ("hub", "float32"),
@@ -85,7 +87,7 @@ def measure(
     for row in report.rows:
         groups.setdefault((row.runtime, row.dtype), []).append(row)
     facts = {
-        "model": model if model == DEFAULT_MODEL else Path(model).name,
+        "model": model if model in SHIPPED else Path(model).name,
         "revision": encoder.checkpoint.revision,
         "on": datetime.now(UTC).date().isoformat(),
         "machine": machine(),
@@ -166,7 +168,7 @@ def runtime_name(runtime: str) -> str:
 def merge(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Replace rows by new ones of the same model, runtime and precision."""
     rows = {_key(row): row for row in (*old, *new)}
-    return sorted(rows.values(), key=lambda row: (row["model"] != DEFAULT_MODEL, *_key(row)))
+    return sorted(rows.values(), key=lambda row: (row["model"] not in SHIPPED, *_key(row)))
 
 
 def measurements(rows: Sequence[Mapping[str, Any]]) -> list[Measurement]:
@@ -216,7 +218,7 @@ def write(rows: Sequence[dict[str, Any]], root: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     names = [name for group in RUNTIMES.values() for name in group]
-    models = {DEFAULT_MODEL: DEFAULT_MODEL} | {name: str(ROOT / "tests" / "golden" / name) for name in GOLDEN}
+    models = {name: name for name in OWN_MODELS} | {name: str(ROOT / "tests" / "golden" / name) for name in GOLDEN}
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", action="append", choices=[*models], help="default: all")
     parser.add_argument("--runtime", action="append", choices=names, help="default: all")

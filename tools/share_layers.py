@@ -1,8 +1,8 @@
 """Let an early exit take its layers from the deeper model of the same run, so that their weights ship once.
 
-    cp -r RUN/best RUN/smollm2-embed-10l
-    cp -r RUN/best-6-layers RUN/smollm2-embed-6l
-    python tools/share_layers.py RUN/smollm2-embed-6l RUN/smollm2-embed-10l
+    cp -r RUN/best RUN/deep
+    cp -r RUN/best-6-layers RUN/shallow
+    python tools/share_layers.py RUN/shallow RUN/deep
 
 The exit's folder loses its weights and names the other one, which lies beside it, in its `config.json`. Nothing is
 changed unless each of its tensors is the deeper model's, to the bit.
@@ -48,7 +48,7 @@ def share_layers(exit_model: Path, deeper: Path) -> None:
 def main() -> int:
     """Share the layers of the folders on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("exit_model", type=Path, help="folder of the exit, such as RUN/smollm2-embed-6l")
+    parser.add_argument("exit_model", type=Path, help="folder of the exit, such as RUN/shallow")
     parser.add_argument("deeper", type=Path, help="folder of the whole model, beside it")
     options = parser.parse_args()
     try:

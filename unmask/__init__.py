@@ -1,7 +1,7 @@
 """unmask: turn a decoder-only LLM into a text encoder, and serve its vectors.
 
 >>> from unmask import Encoder
->>> encoder = Encoder.load("unmask/smollm2-135m-embed")
+>>> encoder = Encoder.load("unmask/smollm2-embed-6l")
 >>> encoder.encode(["a text", "another"]).shape
 (2, 576)
 

@@ -79,7 +79,7 @@ def open_checkpoint(model: str | Path, adapters: Sequence[str | Path] = (), *, w
     """Find a model and its adapters by name, read their headers and check that they fit together.
 
     Args:
-        model: `unmask/smollm2-135m-embed`, a hub id, a folder in the hub's layout, or a `.gguf` file. Naming an
+        model: `unmask/smollm2-embed-6l`, a hub id, a folder in the hub's layout, or a `.gguf` file. Naming an
             adapter is enough: its base, and the adapters it was trained on top of, are found from it.
         adapters: further LoRA adapters, merged in this order after those.
         weights: False opens tokenizer, configuration and settings alone, of a folder that may have no weights, and

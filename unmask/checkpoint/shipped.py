@@ -16,7 +16,7 @@ from unmask.home import home
 
 log = logging.getLogger("unmask")
 
-DEFAULT_MODEL = "unmask/smollm2-135m-embed"
+DEFAULT_MODEL = "unmask/smollm2-embed-6l"
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def evaluate(
     models
         Models to measure; the report is about the first. Each is a decoder's id, folder or .gguf file, a
         sentence-transformers folder, wordllama:default, or an endpoint http://host/v1#model. Options follow a
-        question mark: MODEL?causal&name=uni. Default: unmask/smollm2-135m-embed.
+        question mark: MODEL?causal&name=uni. Default: unmask/smollm2-embed-6l.
     suite
         local, llm2vec-15, mteb-eng-v1 or mteb-eng-v2. Repeat it for several. Default without --task: local.
     task

@@ -141,7 +141,7 @@ class Encoder:
         """Load a model by id, folder or `.gguf` file.
 
         Args:
-            model: `unmask/smollm2-135m-embed`, a hub id, a folder in the hub's layout, or a GGUF file. The name of an
+            model: `unmask/smollm2-embed-6l`, a hub id, a folder in the hub's layout, or a GGUF file. The name of an
                 adapter is enough: the base and the adapters below it are found from its configuration.
             adapters: further LoRA adapters, merged in float32 in the order given.
             layers: keep only these layers: their number from the first, or their indices from 0.

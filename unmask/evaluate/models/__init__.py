@@ -17,7 +17,7 @@ def open_model(specification: str, defaults: Mapping[str, str] | None = None) ->
     """Load the model that a specification names.
 
     Args:
-        specification: for example `unmask/smollm2-135m-embed?causal&name=uni`; see `specification.py`.
+        specification: for example `unmask/smollm2-embed-6l?causal&name=uni`; see `specification.py`.
         defaults: option -> value for every model whose kind has the option, such as dtype and device.
 
     Raises:

@@ -2,7 +2,7 @@
 
     target                                      kind                    options
     ------------------------------------------  ----------------------  ------------------------------------------
-    unmask/smollm2-135m-embed, org/name,        unmask                  adapter (may be repeated), pooling, causal,
+    unmask/smollm2-embed-6l, org/name,          unmask                  adapter (may be repeated), pooling, causal,
     a folder, a .gguf file,                                             dtype, compat, max_length, device,
     unmask:FOLDER with modules.json                                     instructions
     st:FOLDER, or a folder with modules.json    sentence-transformers   device, dtype (float32 or bfloat16)
@@ -86,7 +86,7 @@ class ModelSpecification:
 
 
 def parse_specification(specification: str, defaults: Mapping[str, str] | None = None) -> ModelSpecification:
-    """Parse a specification, for example `unmask/smollm2-135m-embed?causal&name=uni`.
+    """Parse a specification, for example `unmask/smollm2-embed-6l?causal&name=uni`.
 
     Args:
         defaults: option -> value for every model whose kind has the option, such as dtype and device.
