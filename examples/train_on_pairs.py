@@ -26,7 +26,7 @@ steps = {steps}
 max_length = 64
 
 [optimiser]
-lr = 2e-4
+lr = 5e-4
 warmup = 2
 
 [batch]
@@ -40,11 +40,13 @@ positive = "positive"
 """
 
 
-def mean_cosine(model: str | Path) -> float:
-    """Mean cosine of each query with its own answer."""
+def margin(model: str | Path) -> float:
+    """Mean cosine of each query with its own answer, minus that with the other answers."""
     encoder = unmask.Encoder.load(model)
     queries, answers = zip(*PAIRS, strict=True)
-    return float(encoder.similarity(encoder.encode_query(queries), encoder.encode_document(answers)).diagonal().mean())
+    cosines = encoder.similarity(encoder.encode_query(queries), encoder.encode_document(answers))
+    own, others = cosines.diagonal(), cosines.sum(axis=1) - cosines.diagonal()
+    return float((own - others / (len(PAIRS) - 1)).mean())
 
 
 folder = Path(sys.argv[1])
@@ -56,5 +58,5 @@ lines = [json.dumps({"query": query, "positive": positive}) for query, positive 
 (folder / "recipe.toml").write_text(RECIPE.format(steps=steps), encoding="utf-8")
 unmask.train(folder / "recipe.toml", output=folder / "training")
 
-print(f"before: {mean_cosine('unmask/smollm2-embed-6l'):.2f}")
-print(f"after:  {mean_cosine(folder / 'training' / 'adapter'):.2f}")
+print(f"before: {margin('unmask/smollm2-embed-6l'):.3f}")
+print(f"after:  {margin(folder / 'training' / 'adapter'):.3f}")

@@ -57,7 +57,7 @@ def test_the_official_client_gets_vectors_from_the_server(run):
 
 
 @pytest.mark.slow
-def test_training_brings_queries_nearer_to_their_answers(run, tmp_path: Path):
+def test_training_tells_answers_of_a_query_from_others(run, tmp_path: Path):
     output = run("train_on_pairs.py", str(tmp_path / "run"), "3")
     before, after = (float(re.findall(rf"^{word}: +(\S+)$", output, re.M)[0]) for word in ("before", "after"))
     assert after > before
