@@ -31,6 +31,7 @@ from unmask.catalogue import Catalogue, Measurement, append_measurements
 from unmask.catalogue.measurement import PARITY, parity_quantity, read_measurements
 from unmask.checkpoint.shipped import DEFAULT_MODEL, SHIPPED
 from unmask.encoder import Encoder
+from unmask.encoder.head import head_steps
 from unmask.encoder.loading import LoadOptions
 from unmask.evaluate.run import machine
 from unmask.export import ExportOptions, ParityRow, Target, judge, run_export
@@ -131,7 +132,9 @@ def _open(
     (file,) = folder.glob("onnx/*.onnx")
     if name == "fastembed":
         return fastembed_runtime(file, vector_size(described), before, PACKAGES)
-    return transformers_js_runtime(file, before, PACKAGES, truncates=not sequence_tokens(described)[1])
+    return transformers_js_runtime(
+        file, before, PACKAGES, truncates=not sequence_tokens(described)[1], has_head=has_head(described)
+    )
 
 
 def _summary(facts: Mapping[str, str], rows: Sequence[ParityRow]) -> dict[str, Any]:
@@ -158,6 +161,12 @@ def _summary(facts: Mapping[str, str], rows: Sequence[ParityRow]) -> dict[str, A
 def _key(row: Mapping[str, Any]) -> tuple[str, str, str]:
     """Model, runtime without its version, and precision of a row."""
     return row["model"], runtime_name(row["runtime"]), row["precision"]
+
+
+def has_head(model: ExportedModel) -> bool:
+    """True for a model with layers behind the pooling."""
+    steps = head_steps(model.checkpoint.tensors, model.checkpoint.encoder_config)
+    return any(step["kind"] == "dense" for step in steps)
 
 
 def runtime_name(runtime: str) -> str:

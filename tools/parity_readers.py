@@ -83,7 +83,7 @@ def fastembed_runtime(file: Path, dimensions: int, prompts: Mapping[TextUse, str
 
 
 def transformers_js_runtime(
-    file: Path, prompts: Mapping[TextUse, str], root: Path, *, truncates: bool = True
+    file: Path, prompts: Mapping[TextUse, str], root: Path, *, truncates: bool = True, has_head: bool = False
 ) -> OtherRuntime:
     """Let transformers.js read an ONNX file of an export, in node and on the CPU.
 
@@ -93,14 +93,16 @@ def transformers_js_runtime(
         root: folder for the packages.
         truncates: compare a text that is too long. transformers.js cuts the sequence at its end, so the tokens behind
             the text are lost, if the model has any.
+        has_head: read the graph's own vector, because the pipeline knows no layers behind its mean.
 
     Raises:
         UsageError: node or npm is missing.
     """
     folder, _, option, dtype = _parts(file)
     packages = node_packages(READERS / "package.json", root)
+    output = "sentence_embedding" if has_head else "pipeline"
     program = ReaderProgram(
-        ["node", str(READERS / "transformers_js_reader.mjs"), str(packages), str(folder.absolute()), option]
+        ["node", str(READERS / "transformers_js_reader.mjs"), str(packages), str(folder.absolute()), option, output]
     )
     return _runtime("transformers.js", program, dtype, stored_prompts(file, prompts), truncates=truncates)
 
