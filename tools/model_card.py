@@ -193,8 +193,8 @@ def is_best(folder: Path) -> bool:
     return folder.name.startswith("best") or is_copy
 
 
-def whole_layers(folder: Path) -> int:
-    """Return the number of layers of a run's whole model, of which a result folder may be an exit."""
+def decoder_depth(folder: Path) -> int:
+    """Return the number of layers that a run trained; a result folder of it may be an exit with fewer."""
     results = [folder.parent / name / "config.json" for name in ("best", "model", layers_folder(folder).name)]
     present = [json.loads(file.read_text(encoding="utf-8")) for file in results if file.is_file()]
     return max(int(config["num_hidden_layers"]) for config in present)
@@ -242,7 +242,7 @@ def render_card(
     tables = tomllib.loads((HERE / "training_data.toml").read_text(encoding="utf-8"))
     recipe, config = run["recipe"], json.loads((folder / "config.json").read_text(encoding="utf-8"))
     layers = int(config["num_hidden_layers"])
-    deepest = int(recipe["layers"] if isinstance(recipe.get("layers"), int) else whole_layers(folder))
+    deepest = int(recipe["layers"] if isinstance(recipe.get("layers"), int) else decoder_depth(folder))
     shared = config.get(LAYERS_FROM)
     runs = [*earlier, run]
     steps, tokens, dev = learning_of(folder, layers if layers != deepest else None)
