@@ -164,6 +164,14 @@ def test_a_model_without_an_engine_is_answered_by_providers(upstreams: Upstreams
     assert upstreams.service.call("GET", "/ready").json["models"] == {MODEL: "ok"}
 
 
+def test_a_check_is_never_dated_later_than_it_was(upstreams: Upstreams, monkeypatch: pytest.MonkeyPatch) -> None:
+    for endpoint in upstreams.pool.models()[MODEL].endpoints:
+        monkeypatch.setattr(endpoint, "passed_at", 1_700_000_000.9)
+    assert upstreams.embed().headers["x-unmask-conformance"].endswith(";checked=1700000000")
+    listed = upstreams.service.call("GET", f"/v1/models/{MODEL}/endpoints").json["data"]
+    assert [one["conformance"]["checked"] for one in listed if one["kind"] != "local"] == [1_700_000_000] * 2
+
+
 def test_callers_choose_in_openrouters_words(upstreams: Upstreams) -> None:
     for wish, answers in (
         ({"only": ["a"]}, "a"), ({"ignore": ["a"]}, "b"), ({"order": ["b", "a"]}, "b"), ({"order": ["a"]}, "a"),

@@ -71,7 +71,7 @@ def _remote(endpoint: ProviderEndpoint, references: References | None, names: Pu
             mean=run.mean,
             noise=run.noise,
             set=references.set_version,
-            checked=round(endpoint.passed_at),
+            checked=int(endpoint.passed_at),  # rounded up, it would be a time that has not come
             finding=_hidden_finding(name, run, status) if names.hides else endpoint.finding,
         ),
     )

@@ -91,7 +91,7 @@ class ModelRoute:
         else:
             precision = endpoint.precision or "exact"
             worst = endpoint.conformance.worst if endpoint.conformance is not None else 1.0
-            headers["x-unmask-conformance"] = f"{precision};worst={worst:.1e};checked={endpoint.passed_at:.0f}"
+            headers["x-unmask-conformance"] = f"{precision};worst={worst:.1e};checked={int(endpoint.passed_at)}"
         if space := self.vector_space(precision):
             headers["x-unmask-vector-space"] = space
         return headers
