@@ -106,8 +106,8 @@ def _open_all(
 ) -> Iterator[OtherRuntime]:
     """Export to each format that is exact, and open its runtimes one after the other."""
     before, traits = prompt_texts(described), traits_of(described)
-    if judge("gguf", traits).level != "exact":
-        names = [name for name in names if name != "vLLM"]  # it pools as llama.cpp does
+    if judge("gguf", traits - {"layers behind the pooling"}).level != "exact":
+        names = [name for name in names if name != "vLLM"]  # it pools as llama.cpp does, and has such layers
     for target, dtype in FORMATS:
         chosen = [name for name in RUNTIMES[target] if name in names]
         if not chosen or judge(target, traits).level != "exact":
