@@ -1,6 +1,7 @@
 """Take the screenshots of the docs anew: `python docs/screenshots.py`. Needs Chromium and the default model.
 
-A server with accounts runs on an empty database. A person signs up, makes a key and sends a few requests.
+A server with accounts runs on an empty database. A person signs up, makes a key and sends a few requests. The head of
+the evaluation's report is one more picture.
 """
 
 import json
@@ -16,11 +17,12 @@ import urllib.request
 from pathlib import Path
 
 from PIL import Image
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 from unmask.checkpoint import DEFAULT_MODEL as MODEL
 
-IMAGES = Path(__file__).parent / "images"
+DOCS = Path(__file__).parent
+IMAGES = DOCS / "images"
 PERSON, PASSWORD = "ada@example.org", "correct horse battery"
 TEXTS = ("how much protein should a female eat", "As a general guideline, 46 grams per day.")
 
@@ -55,8 +57,15 @@ def send_requests(url: str, key: str) -> None:
         urllib.request.urlopen(urllib.request.Request(f"{url}/v1/embeddings", body, headers)).close()
 
 
+def take_report(browser: Browser) -> None:
+    """Take the head of the report."""
+    page = browser.new_page(viewport={"width": 1100, "height": 760}, device_scale_factor=1.3)
+    page.goto((DOCS / "evaluation" / "report.html").resolve().as_uri())
+    page.screenshot(path=DOCS / "evaluation" / "report.png")
+
+
 def take(url: str, database: str) -> None:
-    """Take all screenshots of the server at `url`."""
+    """Take all screenshots of the server at `url`, and that of the report."""
     program = shutil.which("chromium") or shutil.which("google-chrome")
     wait_until_ready(url)
     with sync_playwright() as playwright:
@@ -78,6 +87,7 @@ def take(url: str, database: str) -> None:
         page.goto(f"{url}/models/{MODEL}")
         save(page, "model-live")
         save(page, "model-head", whole=False)
+        take_report(browser)
         browser.close()
 
 
