@@ -11,7 +11,6 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from unmask.catalogue import Record
-from unmask.checkpoint.checkpoint import LAYERS_FROM
 from unmask.errors import UsageError
 from unmask.evaluate.results import ModelResult, Results, TaskScore
 
@@ -187,23 +186,17 @@ def learning_of(folder: Path, exit_layers: int | None) -> tuple[int, int, str]:
 
 
 def is_best(folder: Path) -> bool:
-    """True for the weights that dev sets chose: `best` of a run, one of its exits, or a copy under another name."""
-    copied, best = (part / "model.safetensors" for part in (layers_folder(folder), folder.parent / "best"))
-    is_copy = copied.is_file() and best.is_file() and copied.read_bytes() == best.read_bytes()
+    """True for the weights that dev sets chose: `best` of a run, one of its exits, or a copy of `best`."""
+    own, best = (part / "model.safetensors" for part in (folder, folder.parent / "best"))
+    is_copy = best.is_file() and own.read_bytes() == best.read_bytes()
     return folder.name.startswith("best") or is_copy
 
 
 def decoder_depth(folder: Path) -> int:
     """Return the number of layers that a run trained; a result folder of it may be an exit with fewer."""
-    results = [folder.parent / name / "config.json" for name in ("best", "model", layers_folder(folder).name)]
+    results = [folder.parent / name / "config.json" for name in ("best", "model", folder.name)]
     present = [json.loads(file.read_text(encoding="utf-8")) for file in results if file.is_file()]
     return max(int(config["num_hidden_layers"]) for config in present)
-
-
-def layers_folder(folder: Path) -> Path:
-    """Return the folder with a model's layers: its own, or that of the deeper model beside it."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return folder.parent / config.get(LAYERS_FROM, folder.name)
 
 
 def objective_of(recipe: Mapping[str, Any]) -> str:
@@ -243,7 +236,6 @@ def render_card(
     recipe, config = run["recipe"], json.loads((folder / "config.json").read_text(encoding="utf-8"))
     layers = int(config["num_hidden_layers"])
     deepest = int(recipe["layers"] if isinstance(recipe.get("layers"), int) else decoder_depth(folder))
-    shared = config.get(LAYERS_FROM)
     runs = [*earlier, run]
     steps, tokens, dev = learning_of(folder, layers if layers != deepest else None)
     kinds, rows, differences, tasks = score_table(results, measured)
@@ -251,7 +243,7 @@ def render_card(
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
     template = environment.from_string((HERE / "model_card.md.j2").read_text(encoding="utf-8"))
     text = template.render(
-        record=record, recipe=recipe, shared=shared, earlier=[each["recipe"] for each in earlier],
+        record=record, recipe=recipe, earlier=[each["recipe"] for each in earlier],
         layers=layers, deepest=deepest, embedding_from=config["token_embedding_from"],
         megabytes=f"{sum(file.stat().st_size for file in folder.iterdir()) / 1e6:.1f}",
         tasks=tasks, kinds=kinds, rows=rows, differences=differences, sts=rows[0].sts is not None, report=report,

@@ -32,7 +32,6 @@ from unmask.catalogue import Record, append_measurements, measurements_of, parse
 from unmask.catalogue.canary import CANARY_TEXT, make_canary
 from unmask.catalogue.measurement import Measurement, read_measurements
 from unmask.checkpoint import open_checkpoint
-from unmask.checkpoint.checkpoint import LAYERS_FROM
 from unmask.checkpoint.resolve import EMBEDDING_FROM
 from unmask.checkpoint.shipped import SHIPPED
 from unmask.disk import atomic_write
@@ -40,10 +39,9 @@ from unmask.encoder import Encoder
 from unmask.errors import UnmaskError, UsageError
 from unmask.evaluate.results import Results, read_results
 
-LARGEST = 40_000_000  # bytes of a folder; all folders and the adapter stay under the 60 MB that a wheel may take
+LARGEST = 25_000_000  # bytes of a folder; all folders and the adapter stay under the 60 MB that a wheel may take
 
-WEIGHTS = "model.safetensors"
-REQUIRED, OPTIONAL = ("config.json", "llm2vec_config.json", WEIGHTS), ("head.safetensors",)
+REQUIRED, OPTIONAL = ("config.json", "llm2vec_config.json", "model.safetensors"), ("head.safetensors",)
 NUMBERS = 8  # of a golden vector
 
 _ABSOLUTE = re.compile(r"(?:(?<=^)|(?<=:))/(?!/)[^?]*/([^/?]+)")
@@ -114,14 +112,12 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         UsageError: one is missing, another is there, they are too large, or another base gives the embedding.
     """
-    config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    own = [name for name in REQUIRED if name != WEIGHTS or LAYERS_FROM not in config]
-    files = [folder / name for name in own] + [folder / name for name in OPTIONAL if (folder / name).is_file()]
+    files = [folder / name for name in REQUIRED] + [folder / name for name in OPTIONAL if (folder / name).is_file()]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise UsageError(f"{folder} has no {missing[0]}; name a result folder of a run, such as RUN/best")
     others = sorted({file.name for file in folder.iterdir()} - {file.name for file in files})
-    base = config.get(EMBEDDING_FROM)
+    base = _read_json(folder / "config.json").get(EMBEDDING_FROM)
     if others or base is None:
         raise UsageError(
             f"{folder} holds {', '.join(others) or 'a token embedding'} besides its layers; "
@@ -129,14 +125,6 @@ def weight_files(folder: Path) -> list[Path]:
         )
     if base not in SHIPPED or SHIPPED[base].adapter is not None or SHIPPED[base].layers_folder is not None:
         raise UsageError(f"{folder} takes its token embedding from {base}, which is no decoder that ships")
-    deeper = config.get(LAYERS_FROM)
-    if deeper is not None:
-        shipped = SHIPPED.get(f"unmask/{deeper}")
-        if shipped is None or shipped.layers_folder is None:
-            raise UsageError(f"{folder} takes its layers from {deeper}, which does not ship; release that model first")
-        theirs, own_layers = (part / WEIGHTS for part in (shipped.layers_folder, folder.parent / deeper))
-        if not own_layers.is_file() or theirs.read_bytes() != own_layers.read_bytes():
-            raise UsageError(f"{theirs} is not {own_layers}; release the deeper model of the same run first")
     size = sum(file.stat().st_size for file in files)
     if size > LARGEST:
         raise UsageError(

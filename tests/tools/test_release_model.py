@@ -9,7 +9,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import model_card
@@ -17,17 +17,13 @@ import msgspec
 import numpy as np
 import pytest
 import release_model
+from model_card import decoder_depth
 from release_model import shorten_paths
-from safetensors.torch import load_file, save_file
-from share_layers import share_layers
 
 from tests.training.tiny import recipe_of, write_pairs
 from unmask import Encoder
 from unmask.catalogue import parse_record
 from unmask.catalogue.measurement import read_measurements
-from unmask.checkpoint import open_checkpoint
-from unmask.checkpoint.shipped import SHIPPED
-from unmask.errors import CheckpointError, UsageError
 from unmask.evaluate import run as evaluation_run
 from unmask.evaluate.cost import sample_texts
 from unmask.evaluate.results import read_results
@@ -116,10 +112,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, eval_data: Path) -> Works
     copy_repository(root)
     for name in NAMES:
         write_record(root, name)
-    for name, part in NAMES.items():
-        shutil.copytree(folder / "run" / part, folder / "run" / name)
-    whole, exit_model = (folder / "run" / name for name in NAMES)
-    share_layers(exit_model, whole)
+    whole, exit_model = (folder / "run" / part for part in NAMES.values())
     evaluation = Evaluation(
         models=(f"{whole}?name=unmask/tiny-2l",),
         baselines=(
@@ -141,9 +134,8 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, eval_data: Path) -> Works
 
 @pytest.fixture(scope="module")
 def released(workshop: Workshop) -> Workshop:
-    assert "release that model first" in workshop.python(*workshop.command("tiny-1l", workshop.run / "tiny-1l")).stderr
-    for name in NAMES:
-        done = workshop.python(*workshop.command(name, workshop.run / name))
+    for name, part in NAMES.items():
+        done = workshop.python(*workshop.command(name, workshop.run / part))
         assert done.returncode == 0, done.stderr
     return workshop
 
@@ -205,15 +197,14 @@ def test_a_server_answers_with_it_once_its_canary_is_right(released: Workshop, t
 
 
 def test_only_what_is_needed_is_written(released: Workshop) -> None:
-    folder = released.root / "unmask" / "checkpoint" / "layers" / "tiny-2l"
     weights = {"config.json", "llm2vec_config.json", "model.safetensors", "head.safetensors"}
-    assert {file.name for file in folder.iterdir()} == weights | {"run.json", "README.md"}
-    for file in weights:
-        assert (folder / file).read_bytes() == (released.run / "model" / file).read_bytes()
-    exit_files = {file.name for file in folder.with_name("tiny-1l").iterdir()}
-    assert exit_files == (weights | {"run.json", "README.md"}) - {"model.safetensors"}
-    run = json.loads((folder / "run.json").read_text())
-    assert run["recipe"]["steps"] == 2 and str(released.run.parent) not in json.dumps(run)
+    for name, part in NAMES.items():
+        folder = released.root / "unmask" / "checkpoint" / "layers" / name
+        assert {file.name for file in folder.iterdir()} == weights | {"run.json", "README.md"}
+        for file in weights:
+            assert (folder / file).read_bytes() == (released.run / part / file).read_bytes()
+        run = json.loads((folder / "run.json").read_text())
+        assert run["recipe"]["steps"] == 2 and str(released.run.parent) not in json.dumps(run)
 
 
 def test_the_record_has_its_canary_and_the_measurements_those_of_the_evaluation(released: Workshop) -> None:
@@ -251,8 +242,8 @@ def test_the_card_has_the_figures_of_the_evaluation_and_the_data_with_licences(r
     assert f"- first 24 numbers: mean {sum(short.values()) / 2 - mean:+.2f}" in card and "- int8: mean" in card
     assert "| pairs | random words | none needed | 40 | 0 |" in card and "No evaluation texts were taken out" in card
     exit_card = (layers / "tiny-1l" / "README.md").read_text(encoding="utf-8")
-    assert "an exit of a model of 2 layers" in exit_card and "the layers are the first of `tiny-2l`" in exit_card
-    assert "an exit of" not in card
+    assert "an exit of a model of 2 layers" in exit_card and "an exit of" not in card
+    assert decoder_depth(released.run / "model-1-layers") == 2  # for a recipe that does not say it
 
 
 def test_a_second_time_changes_nothing(released: Workshop, release: Callable[..., tuple[int, str]]) -> None:
@@ -307,40 +298,12 @@ def test_what_does_not_belong_together_is_refused(
         table.write_text(text, encoding="utf-8")
 
 
-def test_layers_are_shared_only_if_they_are_the_same(released: Workshop, tmp_path: Path) -> None:
-    shutil.copytree(released.run / "model-1-layers", tmp_path / "exit")
-    shutil.copytree(released.run / "model", tmp_path / "whole")
-    weights = load_file(tmp_path / "whole" / "model.safetensors")
-    weights["norm.weight"][3] += 1e-3
-    save_file(weights, tmp_path / "whole" / "model.safetensors")
-    before = {file.name: file.read_bytes() for file in (tmp_path / "exit").iterdir()}
-    with pytest.raises(UsageError, match=r"norm\.weight of .* is not that of "):
-        share_layers(tmp_path / "exit", tmp_path / "whole")
-    with pytest.raises(UsageError, match="not side by side"):
-        share_layers(tmp_path / "exit", released.run / "model")
-    assert {file.name: file.read_bytes() for file in (tmp_path / "exit").iterdir()} == before
-
-
-def test_an_exit_of_another_run_than_the_model_that_ships_is_refused(
-    released: Workshop, release: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    layers = released.root / "unmask" / "checkpoint" / "layers"
-    shipped = replace(SHIPPED["unmask/smollm2-embed-6l"], layers_folder=layers / "tiny-2l")
-    monkeypatch.setitem(SHIPPED, "unmask/tiny-2l", shipped)
-    assert release("tiny-1l", released.run / "tiny-1l") == (0, "")
-    shutil.copytree(released.run, tmp_path / "other")
-    weights = tmp_path / "other" / "tiny-2l" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
-    code, error = release("tiny-1l", tmp_path / "other" / "tiny-1l")
-    assert code == 2 and "release the deeper model of the same run first" in error
-
-
 def test_a_card_lists_earlier_runs_with_their_data(released: Workshop, tmp_path: Path) -> None:
     earlier = json.loads((released.run / "run.json").read_text(encoding="utf-8"))
     earlier["recipe"] |= {"name": "the run before", "steps": 77}
     (tmp_path / "run.json").write_text(json.dumps(earlier), encoding="utf-8")
     shutil.copytree(released.root, tmp_path / "repository")
-    command = [*released.command("tiny-2l", released.run / "tiny-2l"), "--earlier", str(tmp_path / "run.json")]
+    command = [*released.command("tiny-2l", released.run / "model"), "--earlier", str(tmp_path / "run.json")]
     command[0] = str(tmp_path / "repository" / "tools" / "release_model.py")
     command[command.index("--results") + 1] = str(tmp_path / "repository" / "docs" / "evaluation" / "results.json")
     done = subprocess.run(
@@ -354,17 +317,6 @@ def test_a_card_lists_earlier_runs_with_their_data(released: Workshop, tmp_path:
     assert card.count("| pairs | random words | none needed |") == 2
     assert json.loads((folder / "run-1.json").read_text())["recipe"]["steps"] == 77
     assert json.loads((folder / "run.json").read_text())["recipe"]["steps"] == 2
-
-
-def test_an_exit_needs_the_model_that_it_names(released: Workshop, tmp_path: Path) -> None:
-    shutil.copytree(released.run / "tiny-1l", tmp_path / "exit")
-    with pytest.raises(CheckpointError, match=r"takes its layers from .*tiny-2l, which has none"):
-        Encoder.load(tmp_path / "exit")
-    assert open_checkpoint(tmp_path / "exit", weights=False).config["num_hidden_layers"] == 1
-    config = json.loads((tmp_path / "exit" / "config.json").read_text())
-    (tmp_path / "exit" / "config.json").write_text(json.dumps(config | {"layers_from": "../tiny-2l"}))
-    with pytest.raises(CheckpointError, match=r"layers_from is '../tiny-2l'; name a folder beside it"):
-        Encoder.load(tmp_path / "exit")
 
 
 def test_paths_become_names() -> None:

@@ -19,15 +19,11 @@ from unmask.checkpoint.tensors import (
     AbsentTensors,
     BorrowedEmbedding,
     FiniteTensors,
-    ShearedTensors,
     TensorSource,
     open_tensors,
 )
 from unmask.checkpoint.tokenizer import TOKENIZER_FILES, TextTokenizer, read_tokenizer
 from unmask.errors import CheckpointError, StorageError
-
-# Key of `config.json` for an early exit of a deeper model: the folder beside it whose first layers it has.
-LAYERS_FROM = "layers_from"
 
 
 @dataclass(frozen=True)
@@ -107,11 +103,11 @@ def _open(location: Location, weights: bool) -> Checkpoint:
         config = _read_config(base)
         below = _open(location.embedding, weights)
         tensors, tokenizer = _tensors(location, weights, below.tensors), below.tokenizer
-        files, tokenizer_folder = [*_deciding_files(base, weights), *below.files], below.tokenizer_folder
+        files, tokenizer_folder = [*_deciding_files(base), *below.files], below.tokenizer_folder
     else:
         config = _read_config(base)
         tensors, tokenizer = _tensors(location, weights), read_tokenizer(base)
-        files, tokenizer_folder = _deciding_files(base, weights), base
+        files, tokenizer_folder = _deciding_files(base), base
     merged = [Adapter(path) for path in location.adapters] if weights else []
     for adapter in merged:
         files += [adapter.folder / "adapter_config.json", adapter.weights_file]
@@ -155,10 +151,7 @@ def _tensors(location: Location, weights: bool, embedding: TensorSource | None =
     """Open the weights of a folder, with the token embedding of another model where they lack one."""
     if not weights:
         return AbsentTensors(location.name)
-    folder = _weights_folder(location.base)
-    tensors = open_tensors(folder)
-    if folder != location.base:
-        tensors = ShearedTensors(tensors, range(int(_read_config(location.base)["num_hidden_layers"])))
+    tensors = open_tensors(location.base)
     return tensors if embedding is None else BorrowedEmbedding(tensors, embedding)
 
 
@@ -218,28 +211,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return {**text, "_name_or_path": config.get("_name_or_path")} if isinstance(text, dict) else config
 
 
-def _weights_folder(folder: Path) -> Path:
-    """Return the folder with a model's weights: its own, or that of a deeper model beside it whose exit it is.
-
-    Raises:
-        CheckpointError: the folder has no weights, and names no folder beside it that has some.
-    """
-    named = _read_config(folder).get(LAYERS_FROM)
-    if named is None or any(folder.glob("model*.safetensors")):
-        return folder
-    if not isinstance(named, str) or Path(named).name != named:
-        raise CheckpointError(f"{folder / 'config.json'}: {LAYERS_FROM} is {named!r:.80}; name a folder beside it")
-    deeper = folder.parent / named
-    if not any(deeper.glob("model*.safetensors")):
-        raise CheckpointError(f"{folder} takes its layers from {deeper}, which has none; put it there")
-    return deeper
-
-
-def _deciding_files(folder: Path, weights: bool) -> list[Path]:
-    holder = _weights_folder(folder) if weights else folder
-    of_weights = sorted(holder.glob("model*.safetensors")) or sorted(holder.glob("pytorch_model*.bin"))
+def _deciding_files(folder: Path) -> list[Path]:
+    weights = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     settings = [file for name in ("config.json", "llm2vec_config.json") for file in sorted(folder.glob(name))]
-    return [*settings, *_tokenizer_files(folder), *of_weights]
+    return [*settings, *_tokenizer_files(folder), *weights]
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:

@@ -17,7 +17,6 @@ from tokenizers import Tokenizer, processors
 from torch import Tensor
 
 from unmask.checkpoint import Checkpoint
-from unmask.checkpoint.checkpoint import LAYERS_FROM
 from unmask.checkpoint.head import HEAD_BIAS, HEAD_FILE, HEAD_PREFIX, HEAD_WEIGHT, head_names
 from unmask.checkpoint.hub_config import hub_config
 from unmask.checkpoint.resolve import EMBEDDING_FROM
@@ -38,15 +37,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8"}
 
 # Entries of a hub config that are not true of what is written here: how the original was stored, and code of its own.
-_NOT_OURS = (
-    "quantization_config",
-    "auto_map",
-    "_name_or_path",
-    "torch_dtype",
-    "dtype",
-    LAYERS_FROM,
-    EMBEDDING_FROM,
-)
+_NOT_OURS = ("quantization_config", "auto_map", "_name_or_path", "torch_dtype", "dtype", EMBEDDING_FROM)
 # What tokenizer_config.json says beyond the tokenizer's own file. Flags such as add_bos_token are left out: the
 # post-processor states what is added, and two statements could differ.
 _TOKENIZER_SETTINGS = ("chat_template", "padding_side", "clean_up_tokenization_spaces")
