@@ -92,6 +92,8 @@ def test_a_linear_head_and_matryoshka_lengths_go_along(golden_dir: Path, tmp_pat
     assert_same_bits(model, tmp_path / "out")
     modules = json.loads((tmp_path / "out" / "modules.json").read_text())
     assert [module["path"] for module in modules] == ["", "1_Pooling", "2_Dense", "3_Normalize"]
+    # vLLM reads every such file beside config.json as weights of the decoder.
+    assert [file.name for file in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["matryoshka_dimensions"] == [48, 16]
     assert Encoder.load(tmp_path / "out").checkpoint.encoder_config["matryoshka"] == [48, 16]
 

@@ -55,13 +55,18 @@ _ACTIVATIONS = {
 
 
 class DecoderTensors:
-    """Tensors of a checkpoint without its language-model head, which no embedding runtime reads and some refuse."""
+    """Tensors of a checkpoint without its language-model head and without the layers behind the pooling.
+
+    No embedding runtime reads the first. The second are written as Dense modules alone: vLLM takes every safetensors
+    file beside `config.json` for a part of the decoder, and refuses a folder with a `head.safetensors`.
+    """
 
     def __init__(self, tensors: TensorSource) -> None:
         self._tensors = tensors
 
     def names(self) -> Sequence[str]:
-        return [name for name in self._tensors.names() if name != HEAD]
+        left_out = (HEAD, *head_names(self._tensors))
+        return [name for name in self._tensors.names() if name not in left_out]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensors.shape(name)
@@ -104,7 +109,9 @@ def stored_settings(model: ExportedModel) -> dict[str, Any]:
         settings["sequence_tokens"] = [list(tokenizer.prefix), list(tokenizer.suffix)]
     steps = list(head_steps(checkpoint.tensors, checkpoint.encoder_config))
     if model.dimensions is not None:
-        settings["head"] = [*steps, {"kind": "truncate", "dimensions": model.dimensions}]
+        steps.append({"kind": "truncate", "dimensions": model.dimensions})
+    if steps:
+        settings["head"] = steps
     return settings
 
 
