@@ -96,6 +96,7 @@ class _Candidates:
         rows: row in the batch of each query's vector, then of each positive's and each negative's: [Q + C].
         queries: number of queries, Q.
         masked: [Q, C], candidates that do not count as negatives of a query.
+        hard: [Q, C], the negatives that the data gives to a query.
         scores: the ranking teacher's cosines [Q, C], if there is one.
         share: share of the batch's queries.
     """
@@ -104,6 +105,7 @@ class _Candidates:
     rows: Tensor
     queries: int
     masked: Tensor
+    hard: Tensor
     scores: Tensor | None
     share: float
 
@@ -122,8 +124,8 @@ def supervised(
         source = part.source
         queries = [example.query for example in part.examples]
         positives = [example.positive for example in part.examples if example.positive is not None]
-        negatives = [t for example in part.examples for t in example.negatives[: settings.contrastive.hard_negatives]]
-        documents = positives + negatives
+        hard = [example.negatives[: settings.contrastive.hard_negatives] for example in part.examples]
+        documents = positives + [text for texts in hard for text in texts]
         # Symmetric sets get the instruction on both sides, which the reference intended and lost (PR 60).
         keys = [(source.instruction, text) for text in queries]
         keys += [(source.instruction if source.symmetric else "", text) for text in documents]
@@ -135,7 +137,8 @@ def supervised(
             distilled.update((row, text) for row, (_, text) in zip(rows, keys, strict=True))
         if len(positives) == len(queries):
             share = len(queries) / examples
-            candidates.append(_candidates(part, rows, queries, documents, share, model, teachers))
+            owners = [query for query, texts in enumerate(hard) for _ in texts]
+            candidates.append(_candidates(part, rows, queries, documents, owners, share, model, teachers))
     places = torch.tensor(sorted(distilled), dtype=torch.long, device=model.device)  # [D]
     targets = None
     if teachers is not None and len(distilled):
@@ -165,6 +168,7 @@ def _candidates(
     rows: list[int],
     queries: list[str],
     documents: list[str],
+    owners: list[int],
     share: float,
     model: TrainingModel,
     teachers: Teachers | None,
@@ -173,11 +177,14 @@ def _candidates(
     if part.source.label is not None:
         labels = [str(example.label) for example in part.examples]
         masked[:, : len(labels)] |= same_text(labels, labels, model.device)
+    hard = torch.zeros_like(masked)
+    hard[owners, range(len(queries), len(documents))] = True
     scores = None
     if teachers is not None and teachers.ranking is not None and part.source.use_teacher:
         q = _gathered(model, teachers.ranking.queries, queries)
         scores = q @ _gathered(model, teachers.ranking.documents, documents).T  # [Q, C]
-    return _Candidates(part.source, torch.tensor(rows, device=model.device), len(queries), masked, scores, share)
+    places = torch.tensor(rows, device=model.device)
+    return _Candidates(part.source, places, len(queries), masked, hard, scores, share)
 
 
 def _distillation(vectors: Tensor, targets: Tensor, settings: Distillation) -> Tensor:
@@ -201,7 +208,8 @@ def _candidates_loss(each: _Candidates, vectors: Tensor, settings: Contrastive, 
     if each.source.use_labels and settings.weight:
         masked = each.masked
         if settings.false_negative_margin is not None:
-            masked = masked | false_negatives(judge[:count], judge[count:], settings.false_negative_margin)
+            too_near = false_negatives(judge[:count], judge[count:], settings.false_negative_margin)
+            masked = masked | (too_near & ~each.hard)
         both = settings.both_ways and each.source.symmetric
         loss = settings.weight * info_nce(own[:count], own[count:], settings.temperature, masked, both)
     return loss

@@ -177,7 +177,8 @@ class Contrastive(Struct, forbid_unknown_fields=True, kw_only=True):
         hard_negatives: maximum number per query.
         false_negative_margin: an in-batch negative counts only if it is less similar to the query than the positive
             is by this margin (positive-aware; arXiv 2407.15831). The teacher's vectors decide if there is one, else
-            the model's own. None: every other text is a negative.
+            the model's own. A query's own hard negatives always count: the data says that they are none of its
+            positives. None: every other text is a negative.
         both_ways: for symmetric sets, positives also find their queries.
         weight: weight of this loss; 0 trains by distillation alone.
     """
