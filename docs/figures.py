@@ -50,10 +50,8 @@ def means() -> str:
 def verdicts() -> str:
     """Return the result of the comparison with each reference, and the means."""
     own, others = report().rows[0], references()
-    words = {"better": "better", "worse": "**worse**", "noise": "no clear difference"}
-    parts = [
-        f"{words[row.difference.verdict]} than {row.short_name} ({row.mean:.1f})" for row in others if row.difference
-    ]
+    words = {"better": "better than", "worse": "**worse** than", "noise": "no clear difference from"}
+    parts = [f"{words[row.difference.verdict]} {row.short_name} ({row.mean:.1f})" for row in others if row.difference]
     return f"mean {own.mean:.1f}: " + ", ".join(parts)
 
 

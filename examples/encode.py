@@ -14,7 +14,7 @@ print("vectors:", vectors.shape, vectors.dtype)
 print("cosine of each pair:")
 print(encoder.similarity(vectors, vectors).round(2))
 
-# The model was trained with Matryoshka loss, so the first 256 dimensions are good vectors, too.
+# The numbers of a vector are in the order of what they carry, so the first 256 are a good vector, too.
 short = encoder.encode(texts, dimensions=256, normalize=True)
 print("truncated:", short.shape)
 

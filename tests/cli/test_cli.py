@@ -11,6 +11,7 @@ import pytest
 
 from unmask import Encoder, __version__
 from unmask.checkpoint import DEFAULT_MODEL
+from unmask.checkpoint.shipped import SHIPPED
 
 Ended = subprocess.CompletedProcess[str]
 Command = Callable[..., Ended]
@@ -28,6 +29,16 @@ def test_version() -> None:
 def test_models_lists_the_default(unmask: Command) -> None:
     done = unmask("models")
     assert done.returncode == 0 and DEFAULT_MODEL in done.stdout
+
+
+def test_models_that_share_weights_are_stored_together(unmask: Command, tmp_path: Path) -> None:
+    folder = tmp_path / "models" / SHIPPED[DEFAULT_MODEL].kept_as
+    for stored in (False, True):
+        listed = json.loads(unmask("models", "--json", UNMASK_HOME=str(tmp_path)).stdout)
+        by_name = {row["model"]: row["stored"] for row in listed}
+        assert by_name[DEFAULT_MODEL] is by_name["unmask/smollm2-135m-embed"] is stored
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "weights.gguf").touch()
 
 
 def test_encode_a_file(unmask: Command, golden_dir: Path, tmp_path: Path) -> None:

@@ -315,6 +315,7 @@ def test_a_card_lists_earlier_runs_with_their_data(released: Workshop, tmp_path:
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "| an earlier run | `the run before`, from `unmask/smollm2-135m`, its first 2 layers: 77 steps of" in card
     assert card.count("| pairs | random words | none needed |") == 2
+    assert "| stored | `run-1.json`, `run.json`: the resolved recipe," in card
     assert json.loads((folder / "run-1.json").read_text())["recipe"]["steps"] == 77
     assert json.loads((folder / "run.json").read_text())["recipe"]["steps"] == 2
 

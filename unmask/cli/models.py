@@ -1,4 +1,4 @@
-"""`unmask models ...`: the models that ship, and those in package registries."""
+"""`unmask models ...`: the models on record, and those in package registries."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,18 +10,21 @@ from unmask.cli.known_models import checks_known_models
 from unmask.cli.options import AsJson
 from unmask.terminal import print_result, print_table, say
 
-models = App(name="models", help="List the models that ship with unmask.")
+models = App(name="models", help="List the models on record, and fetch some from package registries.")
 
 
 @models.default
 def list_models(*, as_json: AsJson = False) -> int:
-    """List the models that ship, and say which of them are stored on this machine."""
+    """List the models on record, and say which of them are stored on this machine."""
     from unmask.catalogue import shipped_records
+    from unmask.checkpoint.shipped import SHIPPED
     from unmask.home import home
 
     rows = []
     for record in shipped_records().values():
-        stored = any((home() / "models" / record.id).glob("*.gguf"))
+        # Models that are made from the same weights share a folder.
+        folder = SHIPPED[record.id].kept_as if record.id in SHIPPED else record.id
+        stored = any((home() / "models" / folder).glob("*.gguf"))
         rows.append((record.id, record.dimensions, record.max_tokens, record.licence, stored, record.summary))
     headings = ("model", "dimensions", "tokens", "licence", "stored", "summary")
     if not as_json:

@@ -80,7 +80,7 @@ RULES: tuple[Rule, ...] = (
     Rule("hub", "a template that ends in plain text", "impossible", "sentence-transformers counts the end of the "
          "template as prompt; ONNX does not: --to onnx"),
     Rule("hub", "a template that begins with control tokens alone", "impossible", "sentence-transformers leaves out "
-         "the tokens of a prompt, and this model's texts have none; --to onnx"),
+         "the tokens of a prompt, and this model's texts have none; use --to onnx"),
     Rule("hub", "several tokens behind a text", "impossible", "sentence-transformers counts all but the last of them "
          "as prompt; ONNX does not: --to onnx"),
     Rule("hub", "BOS also ends a text", "impossible", "sentence-transformers weights a token by its id, and would "
@@ -109,12 +109,14 @@ RULES: tuple[Rule, ...] = (
          "the right one"),
     Rule("gguf", "a template", "impossible", "llama.cpp adds no template to texts that are embedded; ONNX does: "
          "--to onnx"),
-    Rule("gguf", "layers behind the pooling", "impossible", "a GGUF file has no place for them; --to onnx has"),
-    Rule("gguf", "a weighted mean", "impossible", "llama.cpp has no weighted mean; --to onnx has"),
-    Rule("gguf", "several tokens behind a text", "impossible", "llama.cpp adds EOS alone; --to onnx"),
+    Rule("gguf", "layers behind the pooling", "impossible", "a GGUF file has no place for them; use --to hub or "
+         "--to onnx"),
+    Rule("gguf", "a weighted mean", "impossible", "llama.cpp has no weighted mean; use --to onnx"),
+    Rule("gguf", "several tokens behind a text", "impossible", "llama.cpp adds EOS alone; use --to onnx"),
     Rule("gguf", "no row in the table of architectures", "impossible", "names and layout of its tensors are not "
          "known here; use llama.cpp's own converter"),
-    Rule("gguf", "RoPE of a kind without a field", "impossible", "llama.cpp stretches positions otherwise; --to onnx"),
+    Rule("gguf", "RoPE of a kind without a field", "impossible", "llama.cpp stretches positions otherwise; use "
+         "--to onnx"),
     Rule("gguf", "a window shorter than a text", "impossible", "llama.cpp's window of this family looks back only; "
          "--to onnx, or a max_length within the window"),
     Rule("gguf", "an attention scale of its own", "impossible", "llama.cpp scales attention by the size of a head; "

@@ -26,9 +26,9 @@ class OnboardingOptions:
         lengths: Tokens per text in the sweep of speeds. Repeat it for several.
         callers: Concurrent callers in the sweep. Repeat it for several.
         seconds: Seconds that each point of the sweep takes.
-        cost_per_hour: Dollars that the machine costs per hour, to propose a price (nano-dollars in Python).
+        cost_per_hour: Dollars that the machine costs per hour, to propose a price.
         utilisation: Share of the hours that customers pay for, to propose a price.
-        price: Dollars per million tokens, instead of a proposed price (nano-dollars in Python).
+        price: Dollars per million tokens, instead of a proposed price.
         stage: Stop before the last step; "unmask catalogue live" takes it.
         command: command of the operator, for the model's page.
         by: Author of the measurements, for the model's page.
@@ -47,9 +47,9 @@ class OnboardingOptions:
     lengths: tuple[int, ...] = DEFAULT_LENGTHS
     callers: tuple[int, ...] = DEFAULT_CALLERS
     seconds: float = 2.0
-    cost_per_hour: int | None = None
+    cost_per_hour: int | None = None  # nano-dollars, as all money in Python
     utilisation: float = 0.5
-    price: int | None = None
+    price: int | None = None  # nano-dollars
     stage: bool = False
     command: str = ""
     by: str = "the operator of this server"

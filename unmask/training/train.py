@@ -420,5 +420,7 @@ def _replaced(folder: Path) -> Iterator[Path]:
 
 
 def _hardware(device: torch.device, group: Processes) -> str:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return f"{group.size} x {name}"
+    if device.type == "cuda":
+        return f"{group.size} x {torch.cuda.get_device_name(device)}"
+    threads = torch.get_num_threads()
+    return f"{group.size} x CPU, {threads} thread{'s' if threads > 1 else ''}"
