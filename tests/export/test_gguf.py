@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tests.checkpoint.layouts import LAYOUTS, write_layout
 from tests.export.tiny import FAMILIES, FEW, tiny_model
@@ -48,6 +50,59 @@ def test_fewer_bits_are_as_near_as_the_gate(tmp_path: Path, dtype: str, kinds: s
     report = exported(model, tmp_path / "out", dtype=dtype)
     assert worst(report) >= 0.995
     assert tensor_types(only_gguf(tmp_path / "out")) == kinds
+
+
+def with_head(folder: Path, family: str, outputs: int, steps: Sequence[dict[str, Any]], **options: Any) -> Path:
+    """A tiny model with a linear layer behind the mean, whose states have 32 numbers."""
+    model = tiny_model(folder, family, head=steps, **options)
+    generator = torch.Generator().manual_seed(7)
+    weight, bias = (torch.randn(*size, generator=generator) * 0.3 for size in ((outputs, 32), (outputs,)))
+    save_file({"weight": weight, "bias": bias}, model / "head.safetensors")
+    return model
+
+
+LINEAR = {"kind": "dense", "activation": "identity"}
+
+
+@pytest.mark.parametrize("steps", [[LINEAR], [LINEAR, {"kind": "normalize"}]])
+@pytest.mark.parametrize("family", ["llama", "llama3 rope", "mistral", "qwen2"])
+def test_a_linear_layer_behind_the_mean_becomes_a_layer_of_the_decoder(
+    tmp_path: Path, family: str, steps: list[dict[str, Any]]
+) -> None:
+    model = with_head(tmp_path / "model", family, 32, steps)
+    assert worst(exported(model, tmp_path / "out")) >= 0.9999
+    source, again = Encoder.load(model, dtype="float32"), Encoder.load(only_gguf(tmp_path / "out"), dtype="float32")
+    assert again.checkpoint.config["num_hidden_layers"] == source.checkpoint.config["num_hidden_layers"] + 1
+    np.testing.assert_allclose(again.encode(TEXTS), source.encode(TEXTS, normalize=True), atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "q8"])
+def test_the_layer_of_a_head_keeps_its_bits(tmp_path: Path, dtype: str) -> None:
+    model = with_head(tmp_path / "model", "llama", 32, [LINEAR])
+    assert worst(exported(model, tmp_path / "out", dtype=dtype)) >= 0.995
+    assert "F32" in tensor_types(only_gguf(tmp_path / "out"))
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert ("do not quantise the file again" in card) == (dtype == "float16")
+
+
+@pytest.mark.parametrize(
+    ("family", "outputs", "steps", "options"),
+    [
+        ("llama", 24, [LINEAR], {}),
+        ("llama", 32, [{"kind": "dense", "activation": "tanh"}], {}),
+        ("llama", 32, [LINEAR], {"causal": True}),
+        ("llama", 32, [LINEAR], {"pooling_mode": "last_token"}),
+        ("qwen3", 32, [LINEAR], {}),
+        ("gemma2", 32, [LINEAR], {}),
+    ],
+)
+def test_other_layers_behind_the_pooling_are_refused(
+    tmp_path: Path, family: str, outputs: int, steps: list[dict[str, Any]], options: dict[str, Any]
+) -> None:
+    model = with_head(tmp_path / "model", family, outputs, steps, **options)
+    with pytest.raises(ExportError, match=r"a place for one linear layer behind a mean.*use --to hub or --to onnx"):
+        exported(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def refusals(*pairs: tuple[str, str]) -> Sequence[tuple[str, str]]:

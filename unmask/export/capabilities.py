@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from unmask.checkpoint import Checkpoint
 from unmask.checkpoint.modules import SENTENCE_TRANSFORMERS
-from unmask.encoder.head import head_steps
+from unmask.encoder.head import head_steps, is_linear
 from unmask.encoder.loading import LoadOptions, prompts_for
 from unmask.encoder.model.architectures import Shape, shape_of
 from unmask.encoder.prompts import DefaultPrompts, PromptParts
@@ -46,6 +46,9 @@ Trait = Literal[
     "a tokenizer that composes letters",
     "any model",
 ]
+
+# Decoders whose layers add what attention gives as it is.
+_WITHOUT_NORMS_BEHIND_ATTENTION = ("llama", "mistral", "qwen2")
 
 TARGETS: tuple[Target, ...] = ("hub", "onnx", "gguf")
 DTYPES: Mapping[Target, tuple[str, ...]] = {
@@ -109,8 +112,8 @@ RULES: tuple[Rule, ...] = (
          "the right one"),
     Rule("gguf", "a template", "impossible", "llama.cpp adds no template to texts that are embedded; ONNX does: "
          "--to onnx"),
-    Rule("gguf", "layers behind the pooling", "impossible", "a GGUF file has no place for them; use --to hub or "
-         "--to onnx"),
+    Rule("gguf", "layers behind the pooling", "impossible", "a GGUF file has a place for one linear layer behind a "
+         "mean, as long as a state, in a Llama or Qwen2 decoder without causal mask; use --to hub or --to onnx"),
     Rule("gguf", "a weighted mean", "impossible", "llama.cpp has no weighted mean; use --to onnx"),
     Rule("gguf", "several tokens behind a text", "impossible", "llama.cpp adds EOS alone; use --to onnx"),
     Rule("gguf", "no row in the table of architectures", "impossible", "names and layout of its tensors are not "
@@ -238,7 +241,7 @@ def traits_of(model: ExportedModel) -> frozenset[Trait]:
             and not parts.plain_head
         ),
         "several tokens behind a text": len(parts.tail) > 1,
-        "layers behind the pooling": "dense" in steps,
+        "layers behind the pooling": "dense" in steps and not head_fits_a_layer(model),
         "a head with a bias behind skipped tokens": (
             "dense" in steps and skips and skips_bos and model.is_mean and not parts.plain_head
         ),
@@ -249,6 +252,20 @@ def traits_of(model: ExportedModel) -> frozenset[Trait]:
         "a first token behind skipped ones": model.pooling == "first_token" and (skips_bos or skips),
     }
     return frozenset(name for name, holds in (conditions | _traits_of_decoder(model)).items() if holds)
+
+
+def head_fits_a_layer(model: ExportedModel) -> bool:
+    """True if the layer behind the pooling can be written as one more layer of the decoder, see `gguf_head`."""
+    checkpoint, shape = model.checkpoint, model.shape
+    if shape is None or model.causal or model.pooling != "mean":
+        return False
+    if checkpoint.config["model_type"] not in _WITHOUT_NORMS_BEHIND_ATTENTION:
+        return False
+    if not is_linear(head_steps(checkpoint.tensors, checkpoint.encoder_config)):
+        return False
+    # A vector of another length than a state's has no place in the file.
+    square = (shape.hidden_size, shape.hidden_size)
+    return checkpoint.tensors.shape("head.0.weight") == square and shape.heads * shape.head_dim >= shape.hidden_size
 
 
 def _composes(tokenizer: Tokenizer) -> bool:

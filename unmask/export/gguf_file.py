@@ -19,7 +19,8 @@ from unmask.disk import atomic_folder
 from unmask.encoder.model.architectures import Rope, Shape
 from unmask.encoder.model.decoder import Decoder
 from unmask.errors import ExportError
-from unmask.export.capabilities import ExportedModel
+from unmask.export.capabilities import ExportedModel, head_fits_a_layer
+from unmask.export.gguf_head import exact_names, with_head_layer
 from unmask.export.gguf_vocabulary import SPLIT_TRAPS, add_fields, modelfile, vocabulary_fields
 
 _KINDS = {
@@ -49,6 +50,8 @@ def write_gguf_folder(folder: Path, model: ExportedModel, dtype: str) -> str:
         StorageError: the file cannot be written; nothing is left of it then.
     """
     name = f"{folder.name}-{_SUFFIXES[dtype]}.gguf"
+    if head_fits_a_layer(model):
+        model = with_head_layer(model)
     fields = _header(model, dtype)
     with atomic_folder(folder) as partial:
         _write(partial / name, model, fields, dtype)
@@ -174,7 +177,7 @@ def _factors(shape: Shape) -> np.ndarray | None:
 
 def _kind(model: ExportedModel, name: str, shape: tuple[int, ...], dtype: str) -> gguf.GGMLQuantizationType:
     """Type of a tensor. In 8 bits the first tenth of the layers stays in 16: rounding there is worth most."""
-    if len(shape) < 2 or dtype == "float32":
+    if len(shape) < 2 or dtype == "float32" or name in exact_names(model):
         return gguf.GGMLQuantizationType.F32
     assert model.shape is not None
     exact_layers = -(-model.shape.layers // 10)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from unmask import __version__
 from unmask.encoder.head import head_steps
-from unmask.export.capabilities import ExportedModel, ExportVerdict, Target
+from unmask.export.capabilities import ExportedModel, ExportVerdict, Target, head_fits_a_layer
 from unmask.export.hub import default_prompt_name, lengths_of, prompts_of, sequence_tokens, vector_size
 from unmask.export.parity import ParityReport, ParityRow
 
@@ -250,4 +250,15 @@ def _gguf_usage(model: ExportedModel, name: str, dtype: str, file: str) -> list[
         "**Ollama**, in this folder",
         _code("sh", f"ollama create {name} -f Modelfile"),
         'LM Studio takes this for a chat model: set "Override Domain Type" to "Text Embedding".',
+        *_head_layer(model, dtype),
+    ]
+
+
+def _head_layer(model: ExportedModel, dtype: str) -> list[str]:
+    """Return the warning for a file whose last layer is the head, which no 16 bits can hold."""
+    if not head_fits_a_layer(model) or dtype == "q8":
+        return []
+    return [
+        "The last layer of this file is the linear layer behind the pooling, with a factor that 16 bits cannot hold: "
+        "do not quantise the file again, but export it with `--dtype q8`."
     ]
