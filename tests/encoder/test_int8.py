@@ -35,6 +35,11 @@ TEXTS = [
 SENTENCES = slice(10, None)
 
 
+def least_cosine() -> float:
+    """Return the bound of a single text: a processor without VNNI has 7 bits of a weight."""
+    return 0.995 if int8._weight_limit() == 127 else 0.99
+
+
 @pytest.fixture(scope="module")
 def exact() -> Encoder:
     return Encoder.load(ADAPTED)
@@ -48,8 +53,8 @@ def encoder() -> Encoder:
 def test_vectors_are_near_those_of_float32(exact: Encoder, encoder: Encoder) -> None:
     a, b = exact.encode(TEXTS, normalize=True), encoder.encode(TEXTS, normalize=True)
     cosines = (a * b).sum(axis=1)
-    assert cosines.min() >= 0.995
-    assert cosines[SENTENCES].mean() >= 0.999
+    assert cosines.min() >= least_cosine()
+    assert cosines[SENTENCES].mean() >= (0.999 if int8._weight_limit() == 127 else 0.997)
     assert cosines.max() < 0.999999  # it is not float32 by another name
 
 
@@ -62,7 +67,7 @@ def test_a_text_has_the_same_bits_in_any_batch(encoder: Encoder) -> None:
 def test_single_words_are_near_as_well(exact: Encoder, encoder: Encoder) -> None:
     words = ["radiosity", "Contracts", "s", "rating", "mail", "E-MAIL", "Sin", "Doug Pederson", "Leafs vs Wings"]
     a, b = exact.encode(words, normalize=True), encoder.encode(words, normalize=True)
-    assert (a * b).sum(axis=1).min() >= 0.995
+    assert (a * b).sum(axis=1).min() >= least_cosine()
 
 
 def test_it_keeps_a_byte_per_weight_but_in_the_first_layers(exact: Encoder, encoder: Encoder) -> None:

