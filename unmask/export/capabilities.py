@@ -113,7 +113,8 @@ RULES: tuple[Rule, ...] = (
     Rule("gguf", "a template", "impossible", "llama.cpp adds no template to texts that are embedded; ONNX does: "
          "--to onnx"),
     Rule("gguf", "layers behind the pooling", "impossible", "a GGUF file has a place for one linear layer behind a "
-         "mean, as long as a state, in a Llama or Qwen2 decoder without causal mask; use --to hub or --to onnx"),
+         "mean, with as many outputs as inputs, in a Llama, Mistral or Qwen2 decoder without causal mask; use --to hub "
+         "or --to onnx"),
     Rule("gguf", "a weighted mean", "impossible", "llama.cpp has no weighted mean; use --to onnx"),
     Rule("gguf", "several tokens behind a text", "impossible", "llama.cpp adds EOS alone; use --to onnx"),
     Rule("gguf", "no row in the table of architectures", "impossible", "names and layout of its tensors are not "
@@ -263,7 +264,7 @@ def head_fits_a_layer(model: ExportedModel) -> bool:
         return False
     if not is_linear(head_steps(checkpoint.tensors, checkpoint.encoder_config)):
         return False
-    # A vector of another length than a state's has no place in the file.
+    # llama.cpp gives vectors as long as its states.
     square = (shape.hidden_size, shape.hidden_size)
     return checkpoint.tensors.shape("head.0.weight") == square and shape.heads * shape.head_dim >= shape.hidden_size
 

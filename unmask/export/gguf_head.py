@@ -1,10 +1,10 @@
 """A linear layer behind the mean, written as one more layer of the decoder: GGUF has no place behind the pooling.
 
 The queries of the new layer are zero, so every token attends to all tokens alike, and the layer's attention is a mean.
-Its norm is the decoder's final one and its values are the head's, W norm(x) + b. So its output is the vector, for every
-token the same. The output is multiplied by GAIN, beside which the residual that it is added to is rounded away. The new
-final norm divides by the length, pooling averages equal states, and llama.cpp scales vectors to length 1: what remains
-is the model's vector, as near as float32 can say it.
+Its norm is the decoder's final one, and its values are the head's, W norm(x) + b. So its output is the model's vector,
+the same for every token. The layer multiplies the output by GAIN and adds it to the residual, which is then too small
+to count. The new final norm divides by the length, pooling averages equal states, and llama.cpp scales vectors to
+length 1. What remains is the model's vector, to the precision of float32.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,7 +37,7 @@ def with_head_layer(model: ExportedModel) -> ExportedModel:
 
 
 def exact_names(model: ExportedModel) -> frozenset[str]:
-    """Return the tensors of a head's layer that stay float32 in any precision: GAIN is beyond 16 bits."""
+    """Return the tensors of a head's layer that stay float32 in any precision: GAIN is beyond float16."""
     tensors = model.checkpoint.tensors
     return tensors.exact if isinstance(tensors, HeadLayerTensors) else frozenset()
 

@@ -255,10 +255,10 @@ def _gguf_usage(model: ExportedModel, name: str, dtype: str, file: str) -> list[
 
 
 def _head_layer(model: ExportedModel, dtype: str) -> list[str]:
-    """Return the warning for a file whose last layer is the head, which no 16 bits can hold."""
+    """Return the warning for a file whose last layer is the head, which float16 cannot hold."""
     if not head_fits_a_layer(model) or dtype == "q8":
         return []
     return [
-        "The last layer of this file is the linear layer behind the pooling, with a factor that 16 bits cannot hold: "
+        "The last layer of this file is the linear layer behind the pooling, with a factor that float16 cannot hold: "
         "do not quantise the file again, but export it with `--dtype q8`."
     ]
