@@ -5,9 +5,9 @@ Plain ASGI: Starlette's BaseHTTPMiddleware would hide the client's disconnect fr
 
 import asyncio
 import re
+import secrets
 import threading
 import traceback
-import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -158,7 +158,7 @@ class AuthenticationMiddleware:
 
 def new_request_id() -> str:
     """Return an id for a request whose caller named none."""
-    return f"req_{uuid.uuid4().hex}"
+    return f"req_{secrets.token_hex(16)}"
 
 
 def _failure(error: Exception, scope: Scope) -> ApiError:

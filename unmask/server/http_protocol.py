@@ -3,7 +3,7 @@
 import asyncio
 import re
 import threading
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -28,9 +28,64 @@ _LONGEST_TARGET = 65_535  # bytes that httptools can parse
 LAST_REQUEST_S = 0.25
 
 
+class JoiningTransport(asyncio.Transport):
+    """Transport that sends the head of an answer together with its body.
+
+    uvicorn writes them one after the other: two system calls, two packets, and a client that wakes up twice. That was a
+    fifth of the processor time of a short request. Here a write waits for the next one, and no longer than until the
+    event loop's next turn, so that a body that is not ready does not hold its head back.
+
+    Args:
+        transport: the connection.
+        loop: its event loop.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__()
+        self._transport, self._loop = transport, loop
+        self._first = b""
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        if self._first:
+            first, self._first = self._first, b""
+            self._transport.writelines([first, data])
+        elif data:
+            self._first = bytes(data)
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        if self._first:
+            first, self._first = self._first, b""
+            self._transport.write(first)
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def abort(self) -> None:
+        self._first = b""
+        self._transport.abort()
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+    def is_reading(self) -> bool:
+        return self._transport.is_reading()
+
+    def pause_reading(self) -> None:
+        self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        self._transport.resume_reading()
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return self._transport.get_extra_info(name, default)
+
+
 class HttpProtocol(HttpToolsProtocol):
     """uvicorn's protocol with these additions.
 
+    - An answer's head and body are written together (`JoiningTransport`).
     - Headers have a size limit and a time limit.
     - An offer to upgrade is ignored, and the request is answered (RFC 9110, 7.8). The JDK's HTTP client sends such an
       offer with its first request. httptools stops at it and drops the body; so the protocol gives the request to a
@@ -59,7 +114,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._refusal: ApiError | None = None  # the answer to a message that is no request; nothing is read after it
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)  # pyright: ignore[reportArgumentType] - uvicorn narrows the type
+        # uvloop's transports have all methods of asyncio.Transport, and are none of its subclasses.
+        super().connection_made(JoiningTransport(cast(asyncio.Transport, transport), self.loop))
         self._expect_headers()
         if self._closing.is_set():
             self.shutdown()
