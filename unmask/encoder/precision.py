@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from statistics import median
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -39,8 +40,11 @@ MAX_SHARE = 1.03
 MAX_MEAN_SHARE = 0.95
 # Fewer weights are in the cache anyway, and their times are too short to tell apart.
 _FEW_WEIGHTS = 4_000_000
-# Timings are repeated until this much time has passed, and taken at least once.
-_SECONDS = 1.0
+# Every third of the 64 texts fills a pack; every text in it would only take longer.
+_TIMED_EVERY = 3
+# Pairs of timings, one precision after the other, are repeated until this much time has passed.
+_SECONDS = 2.0
+_LEAST_PAIRS = 5
 _SINGLE_TEXT_CALLS = 5
 _WARM_UP_TEXTS = 8
 
@@ -179,7 +183,7 @@ def _measure(
             continue
         together, alone = _time_shares(candidate, exact)
         findings.append(
-            f"{dtype}: {len(texts())} texts take {together:.0%} and one text {alone:.0%} of float32's time, "
+            f"{dtype}: many texts take {together:.0%} and one text {alone:.0%} of float32's time, "
             f"vectors at most {distance:.1e} off"
         )
         mean = (together * alone) ** 0.5
@@ -194,18 +198,24 @@ def _distance(vectors: np.ndarray, expected: np.ndarray) -> float:
 
 
 def _time_shares(candidate: TextEncoder, exact: TextEncoder) -> tuple[float, float]:
-    """Return the time of a candidate over that of float32: for all texts together, and for one alone.
+    """Return the time of a candidate over that of float32: for many texts together, and for one alone.
 
-    Interleaved, and the shortest time of each counts: other work on the machine only ever adds.
+    Each ratio is of two times that follow one another, in alternating order, and the median of all ratios counts:
+    processors change their speed from second to second, by more than the precisions differ.
     """
-    times: dict[tuple[int, bool], list[float]] = {}
+    many = texts()[::_TIMED_EVERY]
+    ratios: dict[int, list[float]] = {1: [], len(many): []}
     end = time.perf_counter() + _SECONDS
-    while not times or time.perf_counter() < end:
-        for batch, calls in ((texts()[:1], _SINGLE_TEXT_CALLS), (texts(), 1)):
+    while len(ratios[len(many)]) < _LEAST_PAIRS or time.perf_counter() < end:
+        for batch, calls in ((many[:1], _SINGLE_TEXT_CALLS), (many, 1)):
             for _ in range(calls):
-                for encoder in (exact, candidate):
-                    start = time.perf_counter()
-                    encoder.encode(batch)
-                    times.setdefault((len(batch), encoder is exact), []).append(time.perf_counter() - start)
-    together, alone = (min(times[count, False]) / min(times[count, True]) for count in (len(texts()), 1))
-    return together, alone
+                order = (exact, candidate) if len(ratios[len(batch)]) % 2 else (candidate, exact)
+                times = {encoder: _time(encoder, batch) for encoder in order}
+                ratios[len(batch)].append(times[candidate] / times[exact])
+    return median(ratios[len(many)]), median(ratios[1])
+
+
+def _time(encoder: TextEncoder, batch: list[str]) -> float:
+    start = time.perf_counter()
+    encoder.encode(batch)
+    return time.perf_counter() - start
