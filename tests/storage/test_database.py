@@ -49,6 +49,18 @@ def test_migrating_from_the_first_version_keeps_what_is_there(empty_url: str):
     database.close()
 
 
+def test_a_start_with_the_newest_tables_does_without_alembic(tmp_path: Path):
+    sqlite_url = f"sqlite:///{tmp_path / 'new.sqlite'}"
+    program = f"""
+import sys
+from unmask.storage.database import Database
+Database({sqlite_url!r}).migrate()
+print("alembic" in sys.modules)
+"""
+    runs = [subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True) for _ in "12"]
+    assert [run.stdout.strip() for run in runs] == ["True", "False"]
+
+
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 def test_processes_that_start_together_migrate_once(kind: str, tmp_path: Path, request: pytest.FixtureRequest):
     if kind == "sqlite":
