@@ -16,12 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from rich.console import Console
 
 from unmask.cli.train import training_progress
 from unmask.disk import atomic_write
 from unmask.errors import UnmaskError, UsageError
 from unmask.training.dev import HELD_OUT_COSINE
+from unmask.training.recipe import Recipe
 from unmask.training.recipe_file import read_recipe
 from unmask.training.run_folder import RunFolder
 from unmask.training.train import load_data, run_training
@@ -95,10 +97,10 @@ def train(options: argparse.Namespace, console: Console) -> dict[str, dict[int, 
             steps = max(1, round(options.steps / variation.arithmetic))
             overrides = [f"seed={seed}", f"steps={steps}", f"evaluate_every={steps}", f"checkpoint_every={steps}"]
             overrides += ["optimiser.schedule=wsd", "optimiser.decay_share=0.4", f"optimiser.warmup={steps // 10}"]
-            recipe = read_recipe(options.recipe, [*overrides, *options.set, *variation.overrides])
+            recipe = _recipe(options, [*overrides, *options.set, *variation.overrides])
             if not _scores(folder):
                 if loaded is None:
-                    loaded = load_data(read_recipe(options.recipe, options.set), options.train, console.print)
+                    loaded = load_data(_recipe(options, options.set), options.train, console.print)
                 console.print(f"{variation.name}, seed {seed}: {steps} steps")
                 with training_progress() as progress:
                     resume = (folder / "run.json").is_file()
@@ -109,6 +111,20 @@ def train(options: argparse.Namespace, console: Console) -> dict[str, dict[int, 
                     checkpoint.unlink()  # a few hundred megabytes each
             results.setdefault(variation.name, {})[seed] = _scores(folder)
     return results
+
+
+def _recipe(options: argparse.Namespace, overrides: list[str]) -> Recipe:
+    """Read the recipe with the command's overrides and those of a variation, and with its share of the texts."""
+    recipe = read_recipe(options.recipe, overrides)
+    if options.share is None:
+        return recipe
+    sets = [
+        msgspec.structs.replace(source, share=options.share)
+        if source.limit is None
+        else msgspec.structs.replace(source, limit=max(1, round(source.limit * options.share)))
+        for source in recipe.data
+    ]
+    return msgspec.structs.replace(recipe, data=sets)
 
 
 def _scores(folder: Path) -> dict[str, Any]:
@@ -192,6 +208,7 @@ def main() -> None:
     parser.add_argument("--train", type=Path, required=True, help="folder of training data")
     parser.add_argument("--steps", type=int, default=100, help="steps of the recipe itself")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--share", type=float, metavar="SHARE", help="share of each set's texts that all runs have")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="train only this variation")
     parser.add_argument("--sheared", type=Path, help="the decoder with the recipe's layers (unmask shear), for LoRA")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override in every variation")

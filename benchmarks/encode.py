@@ -1,9 +1,9 @@
 """Texts to vectors on this machine: unmask against the peers that install from a package registry.
 
 Same weights, same texts, same threads; each backend in a process of its own, and interleaved: each round times every
-backend once, in turn, so that a noisy machine slows all of them alike. A backend that can be run in two ways is
-measured in the quicker one. Reported are medians over rounds and the ratios of single rounds. Vectors are compared
-with those of transformers in float32 without the causal mask, so that nobody wins by being wrong.
+backend once and begins with another one, so that a noisy machine slows all of them alike. A backend that can be run in
+two ways is measured in the quicker one. Reported are medians over rounds and the ratios of single rounds. Vectors are
+compared with those of transformers in float32 without the causal mask, so that nobody wins by being wrong.
 
     make bench
     make bench ARGS="--shape 1.3b"
@@ -38,6 +38,7 @@ from backends.process import Absent, Process, keep_to
 from backends.report import Report, Row, is_wrong, publish, write
 from rich.console import Console
 from rich.table import Table
+from turns import turns
 
 from unmask import __version__
 from unmask.errors import UnmaskError
@@ -199,7 +200,7 @@ def measure(
             process.close()
         for number in range(options.rounds):
             results.peaks.append(gemm_peak(getattr(torch, options.dtype), options.device))
-            for name, process in list(results.processes.items()):
+            for name, process in turns(results.processes.items(), number):
                 try:
                     seconds, results.vectors[name] = process.run(texts, file)
                 except Absent as error:

@@ -29,6 +29,7 @@ import numpy as np
 import psutil
 from open_loop import load
 from provider_chaos import free_port, serve, wait_until_ready
+from turns import turns
 
 from unmask.catalogue import record_for
 from unmask.encoder import Encoder
@@ -178,7 +179,7 @@ async def measure(arguments: argparse.Namespace, ways: dict[str, Way]) -> None:
         await wait_for_vectors(way.url, body)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         for turn in range(arguments.rounds + 1):
-            for name, way in ways.items():
+            for name, way in turns(ways.items(), turn):
                 before, client = _processor_seconds(way.process), AiohttpClient(session, way.url)
                 answers = await load(client, lambda number: (body, ""), arguments.rate, arguments.seconds, turn)
                 assert all(answer.status == 200 for answer in answers), name

@@ -25,6 +25,7 @@ from backends.process import Process, keep_to
 from rich.console import Console
 from rich.table import Table
 from serving import serving
+from turns import turns
 
 from unmask.checkpoint.shipped import SHIPPED
 
@@ -65,18 +66,18 @@ def measure_encoding(costs: dict[str, Costs], reference: Path, options: argparse
                 threads=options.threads, dtype="float32", device="cpu", warm=[ONE_TEXT, *texts[:32]], log=log,
             )  # fmt: skip
             opened.enter_context(closing(processes[name]))
-        for _ in range(options.rounds):
-            for name, process in processes.items():
+        for number in range(options.rounds):
+            for name, process in turns(processes.items(), number):
                 costs[name].many.append(process.run(texts)[0])
-        for _ in range(options.repeats):
-            for name, process in processes.items():
+        for number in range(options.repeats):
+            for name, process in turns(processes.items(), number):
                 costs[name].one.append(process.run([ONE_TEXT])[0])
 
 
 def measure_start(costs: dict[str, Costs], models: Sequence[str], rounds: int) -> None:
     """Start a server of each model, in turns. The round before the first writes prepacked weights, and is left out."""
     for turn in range(rounds + 1):
-        for name in models:
+        for name in turns(models, turn):
             with serving(name) as server:
                 memory = psutil.Process(server.process.pid).memory_full_info()
                 if turn:

@@ -30,6 +30,7 @@ from encode import processor
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from turns import turns
 
 from unmask import Encoder, __version__
 from unmask.training.examples import Example
@@ -210,8 +211,8 @@ def main() -> None:
             losses[name] = turn(warm_up)[1]
             gc.collect()
         seconds: dict[str, list[float]] = {name: [] for name in trainers}
-        for _ in track(range(options.rounds), description="rounds"):
-            for name, turn in trainers.items():
+        for number in track(range(options.rounds), description="rounds"):
+            for name, turn in turns(trainers.items(), number):
                 seconds[name].append(turn(rows)[0])
                 print(f"{name}: {tokens / seconds[name][-1]:.0f} tokens/s, loss {losses[name]:.4f}", flush=True)
                 gc.collect()  # a trainer is a cycle that holds the last step's activations: gigabytes
