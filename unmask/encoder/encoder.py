@@ -151,11 +151,12 @@ class Encoder:
             skip_instruction: leave the instruction out of the pooling. Default: from the model, else True.
             max_length: tokens per sequence, everything counted. Default: from the model, else 512.
             dtype: precision of the weights; vectors are float32 in any case. "auto" is the fastest on this machine
-                whose vectors stay within 1e-4 of float32 (1 - cosine), measured at the first load of a model;
-                `dtype_choice` says which and why. "bfloat16" on a CPU rounds the weights of the linear layers, and
-                where the processor has AMX keeps 16 bits of their inputs. "int8" computes the linear layers on a CPU
-                in 8 bits: its vectors are further off, so auto never takes it, and such an encoder cannot be trained.
-                Name "float32" where several machines must give the same vectors, and for training.
+                whose vectors of 64 texts of all kinds stay within 1e-4 of float32 (1 - cosine), measured at the first
+                load of a model; a rare single word may be further off. `dtype_choice` says which and why. "bfloat16"
+                on a CPU rounds the weights of the linear layers, and where the processor has AMX keeps 16 bits of
+                their inputs. "int8" computes the linear layers on a CPU in 8 bits: its vectors are further off, so
+                auto never takes it, and such an encoder cannot be trained. Name "float32" where several machines must
+                give the same vectors, and for training.
             device: a torch device.
             causal: keep the decoder's causal mask, to measure the effect of removing it; False removes it even from an
                 embedding model that was trained with it. Default: as the model was made, else False.

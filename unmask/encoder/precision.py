@@ -1,8 +1,8 @@
 """The fastest precision of this machine that keeps a model's vectors: what `dtype="auto"` becomes.
 
 A precision is measured once for a model on a machine and then kept under UNMASK_HOME. It may be chosen if the vectors
-of 64 texts stay near those of float32. Its speed is measured for all texts together and for one alone, since a server
-has both: one text is bound by reading weights, many by multiplying.
+of 64 texts stay near those of float32. Its speed is measured for many of them together and for one alone, since a
+server has both: one text is bound by reading weights, many by multiplying.
 
 The rule: of the precisions that are near enough, and that take at most 3 % longer than float32 for many texts and for
 one, the one with the smallest geometric mean of both times, if that is at most 95 % of float32's. So a choice never
