@@ -1,5 +1,6 @@
 """`benchmarks/distillation.py`: variations are trained once, and shown in one table."""
 
+import argparse
 import json
 import runpy
 import sys
@@ -74,3 +75,15 @@ def test_variations_are_trained_once_and_stand_in_one_table(
     runpy.run_path(str(SCRIPT), run_name="__main__")
     assert {file: file.stat().st_mtime_ns for file in runs.rglob("metrics.jsonl")} == before
     assert capsys.readouterr().out == table
+
+
+def test_a_share_of_the_texts_is_a_share_of_each_set(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    further = '\n[[data]]\nname = "few"\npath = "texts.txt"\ntext = "text"\nuse_labels = false\nlimit = 30\n'
+    recipe.write_text(RECIPE.format(base="base", teacher="teacher") + further, encoding="utf-8")
+    read = runpy.run_path(str(SCRIPT))["_recipe"]
+    whole = read(argparse.Namespace(recipe=recipe, share=None), [])
+    part = read(argparse.Namespace(recipe=recipe, share=0.1), [])
+    assert [(source.limit, source.share) for source in whole.data] == [(None, None), (30, None)]
+    assert [(source.limit, source.share) for source in part.data] == [(None, 0.1), (3, None)]
+    assert [source.held_out for source in part.data] == [6, 0]
