@@ -1,9 +1,11 @@
 """The middlewares around every route: ids, keys, bodies that are too large or too slow, clients that disconnect."""
 
+import gc
 import json
 import re
 import socket
 from collections.abc import Callable, Sequence
+from types import FrameType, TracebackType
 
 import numpy as np
 import pytest
@@ -175,3 +177,30 @@ def test_a_fault_of_ours_is_an_answer_without_details(
     assert "secret" not in reply.body.decode()
     assert reply.headers["x-request-id"]
     assert service.call("GET", "/health").status == 200
+
+
+def test_a_refused_request_leaves_nothing_in_memory(service: LocalService):
+    """An exception that a frame keeps in a variable is a cycle, which held bodies until Python searched for garbage."""
+    long = "some words " * 20_000
+    requests = {
+        "no JSON": lambda: service.call("POST", "/v1/embeddings", b'{"input": "' + long.encode()),
+        "no such model": lambda: service.embed([long], model="nope"),
+        "wrong field": lambda: service.embed([long], dimensions="x"),
+        "too long": lambda: service.embed([long], truncate=False),
+        "no key": lambda: service.call("POST", "/v1/embeddings", b"{}", key=None),
+        "no such page": lambda: service.call("GET", "/nope"),
+    }
+    for name, refused in requests.items():
+        refused()
+        gc.collect()
+        gc.disable()
+        try:
+            assert refused().status >= 400
+            gc.set_debug(gc.DEBUG_SAVEALL)
+            gc.collect()
+            frames = [thing for thing in gc.garbage if isinstance(thing, FrameType | TracebackType)]
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+            gc.enable()
+        assert [frame.f_code.co_name for frame in frames if isinstance(frame, FrameType)] == [], name

@@ -1,8 +1,10 @@
 """Attempts at a real provider over HTTP: a caller who leaves at any moment leaves nothing behind."""
 
 import asyncio
+import gc
 import random
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,10 +13,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from tests.router.fault_server import FaultServer, after, fault_server
+from tests.router.fault_server import FaultServer, after, fault_server, reset
 from unmask.conformance import Finding
 from unmask.encoder import Prompt
-from unmask.errors import NoConformingProvider, NoProvider
+from unmask.errors import EngineError, NoConformingProvider, NoProvider
 from unmask.router.attempts import EmbeddingWork, ModelEndpoints, answer
 from unmask.router.choosing import ProviderPreferences
 from unmask.router.endpoint import ProviderEndpoint
@@ -139,3 +141,22 @@ async def test_texts_like_control_tokens_go_to_those_who_read_them_as_text(
     assert not server.requests
     await answer(group, None, work_of(1, "a < b and c > d [see note 3]"), random.Random(1))
     assert len(server.requests) == 1
+
+
+async def test_a_failed_attempt_leaves_no_texts_in_memory(
+    upstream: tuple[FaultServer, ProviderEndpoint, ModelEndpoints],
+) -> None:
+    """A frame that keeps an exception is a cycle with its traceback, which stays until a search for garbage."""
+    server, _, group = upstream
+    server.script[:] = [reset(b"HTTP/1.1 200 OK\r\n")]
+    work = work_of(1)
+    texts = weakref.ref(work)
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(EngineError):
+            await answer(group, None, work, random.Random(1))
+        del work
+        assert texts() is None
+    finally:
+        gc.enable()

@@ -2,14 +2,24 @@
 
 import asyncio
 import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
+import pytest
+import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from tests.api.live import LocalService
+from tests.api.live import LocalService, until
 from tests.server.test_http_protocol import get, post
-from unmask.server.http_protocol import JoiningTransport
+from unmask.server.http_protocol import HttpProtocol, JoiningTransport
 
 
 class Recorder:
@@ -22,10 +32,6 @@ class Recorder:
     def write(self, data: bytes) -> None:
         assert self.closed_after is None
         self.sent.append(bytes(data))
-
-    def writelines(self, parts: list[bytes]) -> None:
-        assert self.closed_after is None
-        self.sent.append(b"".join(parts))
 
     def close(self) -> None:
         self.closed_after = len(self.sent)
@@ -106,3 +112,98 @@ def test_a_server_answers_in_one_packet(service: LocalService):
             assert blank and head.startswith(b"HTTP/1.1 200") and b"\r\nconnection: close" not in head.lower()
             length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
             assert len(body) == length
+
+
+async def test_a_large_body_is_not_copied():
+    recorder = Recorder()
+    transport = joining(recorder)
+    transport.write(b"head ")
+    transport.write(b"b" * 100_000)
+    assert recorder.sent == [b"head ", b"b" * 100_000]
+
+
+async def test_a_lost_connection_gets_no_more_bytes():
+    """uvloop raises where a closed connection is written to, and its loop logs the traceback."""
+    recorder = Recorder()
+    transport = joining(recorder)
+    transport.write(b"row 1 ")
+    transport.forget()
+    await asyncio.sleep(0)
+    assert recorder.sent == []
+
+
+@dataclass
+class ProtocolServer:
+    """A server of one ASGI app with `HttpProtocol`.
+
+    Attributes:
+        address: of the server.
+        errors: what its event loop had to report.
+    """
+
+    address: tuple[str, int]
+    errors: list[str]
+
+
+@contextmanager
+def serving(app: ASGIApp) -> Iterator[ProtocolServer]:
+    protocol = partial(HttpProtocol, header_timeout_s=10, closing=threading.Event())
+    config = uvicorn.Config(app, loop="uvloop", http=protocol, ws="none", lifespan="off", log_config=None)  # pyright: ignore[reportArgumentType] - a callable will do
+    server = uvicorn.Server(config)
+    errors: list[str] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        async def serve() -> None:
+            asyncio.get_running_loop().set_exception_handler(lambda _, about: errors.append(str(about)))
+            await server._serve([listener])
+
+        def run() -> None:
+            with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+                runner.run(serve())
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        until(lambda: server.started)
+        try:
+            yield ProtocolServer(listener.getsockname(), errors)
+        finally:
+            server.should_exit = True
+            thread.join(30)
+
+
+def test_clients_that_reset_a_stream_leave_no_errors():
+    """uvloop raises where a lost connection is written to, and its event loop reports it."""
+
+    async def rows(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(2000):
+            await send({"type": "http.response.body", "body": b"a,b,c\n" * 10, "more_body": True})
+            await asyncio.sleep(0)
+        await send({"type": "http.response.body", "body": b""})
+
+    with serving(rows) as server:
+        for number in range(30):
+            connection = socket.create_connection(server.address, timeout=30)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.sendall(get())
+            assert connection.recv(1000)
+            time.sleep(0.002 * (number % 3))
+            connection.close()
+        time.sleep(0.2)  # the last one's rows
+        assert server.errors == []
+
+
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+def test_a_client_that_stops_sending_in_the_same_turn_gets_its_answer(method: str):
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        length = [(b"content-length", b"5")]
+        await send({"type": "http.response.start", "status": 200, "headers": length})
+        await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else b"hello"})
+        connection.shutdown(socket.SHUT_WR)
+
+    with serving(app) as server, socket.create_connection(server.address, timeout=30) as connection:
+        connection.sendall(get(method=method))
+        answer = b""
+        while chunk := connection.recv(65_536):
+            answer += chunk
+    assert answer.endswith(b"\r\n\r\n" if method == "HEAD" else b"\r\n\r\nhello")

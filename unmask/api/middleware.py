@@ -139,9 +139,14 @@ class ErrorMiddleware:
             failure = api_error(EngineStopped("The server is shutting down."))
         except Exception as error:  # noqa: BLE001 - every exception needs an answer and a log line
             failure = _failure(error, scope)
-        if not context.status:
-            page = self._error_page(scope, failure) if self._error_page else None
-            await (page or error_response(failure))(scope, receive, send)
+        try:
+            if not context.status:
+                page = self._error_page(scope, failure) if self._error_page else None
+                await (page or error_response(failure))(scope, receive, send)
+        finally:
+            # Its traceback holds this frame, and the frames below with the caller's texts. As a cycle they would stay
+            # in memory until Python searches for garbage: after some more refused bodies.
+            del failure
 
 
 class AuthenticationMiddleware:

@@ -1,6 +1,5 @@
 """The command line: parses arguments, calls the packages and prints. One module per command or group of commands."""
 
-import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -15,10 +14,6 @@ __all__ = ["build_app", "keep_few_products", "main"]
 # a second copy. Both caches hold a thousand by default, in the end a gigabyte. A forward needs four at a time and
 # reuses none.
 _PRIMITIVE_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "LRU_CACHE_CAPACITY": "16"}
-
-# New objects after which Python searches them for garbage. The libraries of a model make some 300,000 that stay for good.
-# With Python's own 700, searching them again and again is a tenth of the processor time that importing them takes.
-_NEW_OBJECTS = 20_000
 
 # Old spellings of options. They work for one release, with a warning.
 RENAMED_OPTIONS = {"--limits-without": "--on-redis-failure"}
@@ -45,11 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from cyclopts import CycloptsError
 
     words = list(sys.argv[1:] if arguments is None else arguments)
-    # Training fills its packs to a few numbers of rows and reuses each primitive in every step; and garbage of its steps
-    # may hold gigabytes.
+    # Training fills its packs to a few numbers of rows and reuses each primitive in every step.
     if words[:1] != ["train"]:
         keep_few_products()
-        gc.set_threshold(_NEW_OBJECTS)
     try:
         app = build_app(words[0] if words else None)
         app(_current_spelling(words), print_error=False, exit_on_error=False)

@@ -25,8 +25,8 @@ DtypeOption = Annotated[
     Parameter(
         name="--dtype",
         help="Precision of the weights. auto is the fastest here whose vectors of 64 texts stay within 1e-4 "
-        "of float32 (1 - cosine); it is measured at the first load of a model and kept. Name float32 where several machines "
-        "must give the same vectors. int8 has a cosine of about 0.9994 to float32, so auto never takes it.",
+        "of float32 (1 - cosine); it is measured at the first load of a model and kept. Name float32 where several "
+        "machines must give the same vectors. int8 has a cosine of about 0.9994 to float32, so auto never takes it.",
     ),
 ]
 AsJson = Annotated[bool, Parameter(name="--json", help="Print JSON, for scripts.")]

@@ -202,37 +202,40 @@ async def answer(
     model.hedge_budget.deposit(tokens, now)
     tried: set[str] = set()
     failure: AttemptFailed | EngineError | None = None
-    while len(tried) < _MAX_ATTEMPTS:
-        now = time.monotonic()
-        left = work.deadline - now - _ANSWER_S
-        if left <= 0:
-            raise DeadlineExceeded("the deadline passed before the vectors were ready")
-        candidates = _candidates(model, engine, work, tried, now)
-        chosen = choose([one for one in candidates if one.fits(left)], work.preferences, draw)
-        if chosen is None:
-            raise _nobody(model, engine, candidates, failure, left, now)
-        if isinstance(failure, AttemptFailed):
-            signal = SIGNALS[failure.signal]
-            if len(tried) >= _ATTEMPTS_WITH_BYTES and failure.signal != "unreachable":
-                raise _nobody(model, engine, [], failure, left, now)
-            if not model.budget.withdraw(round(tokens * signal.price), now):
-                raise ProviderRefused("a provider failed, and too many requests of this model were repeated lately")
-        tried.add(chosen.name)
-        try:
-            if chosen.name == LOCAL and engine is not None:
-                vectors = await engine.run(work.prompts, deadline=work.deadline, caller=work.share)
-                return RoutedVectors(vectors, LOCAL, len(tried))
-            answered = await _attempt_or_hedge(model, chosen, work, tried, draw)
-            if answered is not None:
-                name = answered.endpoint.provider.name
-                return RoutedVectors(answered.vectors, name, len(tried), answered.endpoint, answered.changes)
-        except AttemptFailed as failed:
-            failure = failed
-        except (DeadlineExceeded, EngineStopped):
-            raise
-        except EngineError as failed:
-            failure = failed
-    raise _nobody(model, engine, [], failure, work.deadline - time.monotonic(), time.monotonic())
+    try:
+        while len(tried) < _MAX_ATTEMPTS:
+            now = time.monotonic()
+            left = work.deadline - now - _ANSWER_S
+            if left <= 0:
+                raise DeadlineExceeded("the deadline passed before the vectors were ready")
+            candidates = _candidates(model, engine, work, tried, now)
+            chosen = choose([one for one in candidates if one.fits(left)], work.preferences, draw)
+            if chosen is None:
+                raise _nobody(model, engine, candidates, failure, left, now)
+            if isinstance(failure, AttemptFailed):
+                signal = SIGNALS[failure.signal]
+                if len(tried) >= _ATTEMPTS_WITH_BYTES and failure.signal != "unreachable":
+                    raise _nobody(model, engine, [], failure, left, now)
+                if not model.budget.withdraw(round(tokens * signal.price), now):
+                    raise ProviderRefused("a provider failed, and too many requests of this model were repeated lately")
+            tried.add(chosen.name)
+            try:
+                if chosen.name == LOCAL and engine is not None:
+                    vectors = await engine.run(work.prompts, deadline=work.deadline, caller=work.share)
+                    return RoutedVectors(vectors, LOCAL, len(tried))
+                answered = await _attempt_or_hedge(model, chosen, work, tried, draw)
+                if answered is not None:
+                    name = answered.endpoint.provider.name
+                    return RoutedVectors(answered.vectors, name, len(tried), answered.endpoint, answered.changes)
+            except AttemptFailed as failed:
+                failure = failed
+            except (DeadlineExceeded, EngineStopped):
+                raise
+            except EngineError as failed:
+                failure = failed
+        raise _nobody(model, engine, [], failure, work.deadline - time.monotonic(), time.monotonic())
+    finally:
+        failure = None  # as a cycle with its traceback, it would keep the texts in memory for a while
 
 
 def _candidates(
