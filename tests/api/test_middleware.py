@@ -187,6 +187,12 @@ def test_a_refused_request_leaves_nothing_in_memory(service: LocalService):
         "no such model": lambda: service.embed([long], model="nope"),
         "wrong field": lambda: service.embed([long], dimensions="x"),
         "too long": lambda: service.embed([long], truncate=False),
+        "too late": lambda: service.call(
+            "POST",
+            "/v1/embeddings",
+            json.dumps({"model": service.model, "input": [long] * 4}).encode(),
+            headers={"request-deadline-ms": "1"},
+        ),
         "no key": lambda: service.call("POST", "/v1/embeddings", b"{}", key=None),
         "no such page": lambda: service.call("GET", "/nope"),
     }
