@@ -154,7 +154,8 @@ def write(output: Path, results: dict[str, dict[int, dict[str, Any]]]) -> None:
     ]
     for name, seeds in results.items():
         mean = _mean(seeds)
-        cells = [f"{mean[column]:.1f}" for column in columns]
+        # A run without the loss on vectors has no vectors to compare with their targets.
+        cells = [f"{mean[column]:.1f}" if column in mean else "" for column in columns]
         retrieval = [value for key, value in mean.items() if key not in (*columns, "tokens", "seconds")]
         cells.append(f"{sum(retrieval) / len(retrieval):.1f}" if retrieval else "")
         lines.append(f"| {questions[name]} | {name} | {mean['tokens'] / 1e6:.2f} M | " + " | ".join(cells) + " |")
@@ -184,7 +185,7 @@ def _draw(output: Path, results: dict[str, dict[int, dict[str, Any]]]) -> None:
     plt.rcParams.update(
         {"font.family": "DejaVu Sans", "font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "unmask"}
     )
-    names = list(results)[::-1]
+    names = [name for name, seeds in results.items() if HELD_OUT_COSINE in _mean(seeds)][::-1]
     figure, axes = plt.subplots(figsize=(8, 1.2 + 0.28 * len(names)), layout="constrained")
     for place, name in enumerate(names):
         values = [run[HELD_OUT_COSINE] for run in results[name].values()]

@@ -38,6 +38,13 @@ vector_weight = 10.0
 name = "mpnet"
 model = "{teacher}"
 
+[[dev]]
+name = "pairs dev"
+path = "pairs.tsv"
+first = "one"
+second = "other"
+score = "score"
+
 [[data]]
 name = "texts"
 path = "texts.txt"
@@ -54,16 +61,19 @@ def test_variations_are_trained_once_and_stand_in_one_table(
     write_decoder(tmp_path / "teacher")
     write_decoder(tmp_path / "student", num_hidden_layers=3)
     (tmp_path / "texts.txt").write_text("\n".join(texts_of(60)), encoding="utf-8")
+    pairs = zip(texts_of(8), texts_of(16)[8:], range(8), strict=True)
+    lines = ["one\tother\tscore", *(f"{one}\t{other}\t{score}" for one, other, score in pairs)]
+    (tmp_path / "pairs.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(RECIPE.format(base=tmp_path / "student", teacher=tmp_path / "teacher"), encoding="utf-8")
     output = tmp_path / "ablation"
-    names = ("as in the recipe", "vectors alone", "batch 256", "no exit")
+    names = ("as in the recipe", "vectors alone", "similarities alone", "batch 256", "no exit")
     command = [str(SCRIPT), str(recipe), "--train", str(tmp_path), "--output", str(output), "--steps", "4"]
     command += [part for name in names for part in ("--only", name)]
     monkeypatch.setattr(sys, "argv", command)
     runpy.run_path(str(SCRIPT), run_name="__main__")
     table = capsys.readouterr().out
-    assert [name in table for name in names] == [True] * 4
+    assert [name in table for name in names] == [True] * 5
     results = json.loads((output / "distillation.json").read_text())
     assert {name: sorted(seeds) for name, seeds in results.items()} == {name: ["0", "1"] for name in names}
     # A batch of twice the size is made half as often; the data and their number of tokens are about the same.
