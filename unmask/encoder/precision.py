@@ -40,7 +40,7 @@ MAX_SHARE = 1.03
 MAX_MEAN_SHARE = 0.95
 # Fewer weights are in the cache anyway, and their times are too short to tell apart.
 _FEW_WEIGHTS = 4_000_000
-# Every third of the 64 texts fills a pack; every text in it would only take longer.
+# Many texts are every third of the 64: each pair of timings is then short enough for several of them.
 _TIMED_EVERY = 3
 # Pairs of timings, one precision after the other, are repeated until this much time has passed.
 _SECONDS = 2.0

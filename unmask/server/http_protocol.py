@@ -26,7 +26,7 @@ _REASONS = {400: b"Bad Request", 414: b"URI Too Long", 501: b"Not Implemented"}
 _LONGEST_TARGET = 65_535  # bytes that httptools can parse
 # Time that an idle connection stays open once the server stops: a round trip across an ocean.
 LAST_REQUEST_S = 0.25
-# Joining bytes copies them. Beyond this the copy takes longer than a second system call.
+# Joining bytes copies them. A larger body is not copied, and takes a system call of its own.
 _JOINED_BYTES = 65_536
 
 
