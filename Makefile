@@ -8,7 +8,9 @@ ARGS   ?=
 # Line coverage by default where Python can measure it without doubling the time (3.12 and newer, sys.monitoring).
 COVERAGE ?= $(shell $(PYTHON) -c 'import sys; print(int(sys.version_info >= (3, 12)))')
 # The tests start hundreds of processes. Where Python may not write bytecode, each of them would compile the package again.
-PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# A test process that crashes ends the run and is named. pytest-xdist 3.8 would start another one, and wait for ever at the end.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses 2 --max-worker-restart 0 --dist loadfile \
+	--no-loadscope-reorder
 
 .PHONY: help serve check test lint format bench bench-training parity docs clean
 

@@ -229,3 +229,4 @@ def running(
         finally:
             server.stop()
             thread.join(60)
+            assert not thread.is_alive(), "the server does not end"

@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.api.live import until
 from tests.bulk.s3 import FaultyProxy, s3_server, url
 from tests.cluster import loaders
 from tests.cluster.raylets import Raylets, raylets
@@ -34,7 +35,7 @@ from unmask.cli import main
 from unmask.cluster import pool
 from unmask.cluster.bulk import cluster_executor
 from unmask.cluster.check import check_cluster
-from unmask.cluster.connection import connected, import_ray
+from unmask.cluster.connection import connected, import_ray, resources
 from unmask.cluster.options import ClusterOptions
 from unmask.cluster.training import train_on_cluster
 from unmask.encoder.encoder import Encoder
@@ -225,6 +226,13 @@ def test_an_object_store_that_refuses_and_cuts_connections_gets_the_same_objects
         assert report.rows == 135 and proxy.refused > 0 and proxy.cut > 0
         assert read_status(url(port, "bucket/out")).sha256 == read_status(str(whole)).sha256
     assert loaders.digests(bucket / "out") == loaders.digests(whole)
+
+
+def test_resources_are_those_of_all_machines(cluster: Raylets) -> None:
+    with connected(cluster.address) as ray:
+        assert resources(ray).total == ray.cluster_resources()
+        assert resources(ray).total["CPU"] > 1
+        until(lambda: resources(ray).free == ray.available_resources())
 
 
 def test_a_full_cluster_and_other_versions_are_one_sentence(cluster: Raylets, job: EncodeJob, model: Path) -> None:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unmask.cluster import pool as pool_module
+from unmask.cluster.connection import Resources
 from unmask.cluster.options import ClusterOptions
 from unmask.cluster.pool import ATTEMPTS, WorkerPool
 from unmask.errors import ClusterError
@@ -100,15 +101,13 @@ class StandIn:
             if answer.at > self.now:
                 answer.at, answer.value = self.now, RayError()
 
-    def cluster_resources(self) -> dict[str, float]:
-        return {"CPU": 4.0}
-
 
 def outcomes_of(fates: dict[int, list[str]], workers: str, patch: pytest.MonkeyPatch) -> tuple[StandIn, list[Any], int]:
     """Run tasks whose attempts have these fates; return the stand-in, the outcomes, and how many were redone."""
     ray = StandIn(fates)
     patch.setattr(pool_module, "time", ray)
     patch.setattr(pool_module, "head_answers", lambda _: True)
+    patch.setattr(pool_module, "resources", lambda _: Resources({"CPU": 4.0}, {}))
     options = ClusterOptions(cluster="auto", workers=workers)
     pool = WorkerPool[int](ray, object, (), options, str, lambda _: 1.0, lambda _: None, lambda _: 1 / TASK_S)
     with pool:

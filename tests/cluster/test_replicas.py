@@ -28,15 +28,16 @@ from tests.cluster.raylets import Raylets, raylets
 from tests.engine import overload
 from tests.web.conftest import HTML
 from unmask.api import ServeSettings
+from unmask.cluster import connection
 from unmask.cluster import replicas as replicas_module
-from unmask.cluster.connection import connected, import_ray
+from unmask.cluster.connection import connected, connection_fault, import_ray, resources
 from unmask.cluster.options import ReplicaOptions
 from unmask.cluster.replicas import ReplicaHand, open_replicas
 from unmask.encoder import LoadOptions
 from unmask.encoder.encoder import Encoder
 from unmask.encoder.precision import PrecisionChoice
 from unmask.engine import Engine
-from unmask.errors import MissingPackages, UsageError
+from unmask.errors import ClusterError, MissingPackages, UsageError
 from unmask.server import cluster_watch, serve
 from unmask.web import website
 
@@ -318,10 +319,22 @@ def test_a_server_ends_although_its_replica_finds_no_place(cluster: Raylets, gol
     assert service.loop.is_closed()
 
 
+def test_a_question_to_a_silent_head_ends(cluster: Raylets, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that waits without end outlives its server, and Ray ends the whole process for it."""
+    monkeypatch.setattr(connection, "_CONNECT_S", 0.5)
+    ray = import_ray()
+    with cluster.frozen_head():
+        assert connection_fault(ray) == "its head does not answer"
+        with pytest.raises(ClusterError, match=r"the head of the cluster does not answer in 0\.5 s: look whether"):
+            resources(ray)
+    until(lambda: connection_fault(ray) == "", PATIENCE_S)
+    assert resources(ray).total["CPU"] == 2
+
+
 def test_a_lost_head_is_said_and_another_one_is_used(
     cluster: Raylets, held_replicas: tuple[Engine, Path], golden_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last test of this cluster: it ends it. Ray would end this process a minute later."""
+    """The last test of this cluster: it ends it."""
     held_replicas[0].close()
     for name, seconds in (("_ASK_S", 0.1), ("_LOST_S", 0.2), ("_GRACE_S", 1.0)):
         monkeypatch.setattr(cluster_watch, name, seconds)

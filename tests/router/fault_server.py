@@ -200,3 +200,4 @@ def fault_server_thread(vectors_of: VectorsOf, tls: ssl.SSLContext | None = None
     finally:
         loop.call_soon_threadsafe(stop.set)
         thread.join(60)
+        assert not thread.is_alive(), "the faulty server does not end"

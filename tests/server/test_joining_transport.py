@@ -161,6 +161,7 @@ def serving(app: ASGIApp) -> Iterator[ProtocolServer]:
         finally:
             server.should_exit = True
             thread.join(30)
+            assert not thread.is_alive(), "the server does not end"
 
 
 def test_clients_that_reset_a_stream_leave_no_errors():

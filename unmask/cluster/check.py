@@ -12,7 +12,7 @@ import torch
 
 from unmask.bulk.storage import Store
 from unmask.bulk.units import package_versions, probe_digest
-from unmask.cluster.connection import connected
+from unmask.cluster.connection import alive_nodes, connected
 from unmask.encoder.encoder import Encoder
 from unmask.encoder.precision import processor_name
 from unmask.errors import ClusterError, UnmaskError
@@ -102,15 +102,16 @@ def check_cluster(
     with connected(address) as ray:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
+        nodes = [node for node in alive_nodes(ray) if node.resources_total.get("CPU", 0) > 0]
         if not nodes:
             raise ClusterError(f"the cluster at {address} has no machine with processors; start a node on one")
         remote = ray.remote(Inspector)
         inspectors = {}
         for node in nodes:
-            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            there = NodeAffinitySchedulingStrategy(node.node_id.hex(), soft=False)
             actor = remote.options(num_cpus=0, max_restarts=0, scheduling_strategy=there).remote()
-            machine = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}), node {node['NodeID'][:8]}"
+            place = f"{node.node_manager_hostname} ({node.node_manager_address})"
+            machine = f"{place}, node {node.node_id.hex()[:8]}"
             inspectors[machine] = actor
         name, content = f".unmask-check-{secrets.token_hex(4)}", bytes(_CONTENT_BYTES)
         store = None if storage is None else Store(storage)

@@ -8,8 +8,10 @@ import shutil
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from unmask.cluster.options import require_address
@@ -110,6 +112,60 @@ def _connect(ray: Any, address: str, folder: str | None) -> None:
         raise _sentence(address, error) from error
 
 
+@dataclass(frozen=True)
+class Resources:
+    """Processors, GPUs and the like of a cluster, by Ray's names.
+
+    Attributes:
+        total: of all machines.
+        free: what no actor holds.
+    """
+
+    total: Mapping[str, float]
+    free: Mapping[str, float]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{self.free.get(x, 0):g} of {self.total.get(x, 0):g} {x}s free" for x in ("CPU", "GPU"))
+
+
+def alive_nodes(ray: Any) -> list[Any]:
+    """Return Ray's description (`GcsNodeInfo`) of each node that is alive.
+
+    Ray's own `nodes` and `cluster_resources` wait without end for a head that is gone, and so does everybody who waits
+    for them; after a minute, Ray ends the process. Its client of the head takes a time limit.
+
+    Raises:
+        ClusterError: the head does not answer.
+    """
+    nodes = _ask_head(ray, "get_all_node_info").values()
+    return [node for node in nodes if node.state == node.ALIVE]
+
+
+def resources(ray: Any) -> Resources:
+    """Return the resources of the cluster that this process is connected to.
+
+    Raises:
+        ClusterError: the head does not answer.
+    """
+    total, free = defaultdict[str, float](float), defaultdict[str, float](float)
+    for node in alive_nodes(ray):
+        for name, amount in node.resources_total.items():
+            total[name] += amount
+    for usage in _ask_head(ray, "get_all_resource_usage").resource_usage_data.batch:
+        for name, amount in usage.resources_available.items():
+            free[name] += amount
+    return Resources(total, free)
+
+
+def _ask_head(ray: Any, question: str) -> Any:
+    try:
+        return getattr(ray._private.worker.global_worker.gcs_client, question)(timeout=_CONNECT_S)
+    except ray.exceptions.RpcError as error:
+        raise ClusterError(
+            f"the head of the cluster does not answer in {_CONNECT_S:g} s: look whether it runs, and try again"
+        ) from error
+
+
 def head_answers(ray: Any) -> bool:
     """True if the head of the cluster that this process is connected to takes connections."""
     host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
@@ -124,8 +180,11 @@ def connection_fault(ray: Any) -> str:
     """Return why the cluster that this process is connected to is of no use; empty if it is."""
     if not head_answers(ray):
         return "its head does not answer"
-    own = ray.get_runtime_context().get_node_id()
-    is_alive = any(node["NodeID"] == own and node["Alive"] for node in ray.nodes())
+    own = bytes.fromhex(ray.get_runtime_context().get_node_id())
+    try:
+        is_alive = any(node.node_id == own for node in alive_nodes(ray))
+    except ClusterError:
+        return "its head does not answer"
     return "" if is_alive else "Ray's process on this machine is gone"
 
 

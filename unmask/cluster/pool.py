@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
-from unmask.cluster.connection import head_answers
+from unmask.cluster.connection import head_answers, resources
 from unmask.cluster.options import ClusterOptions
 from unmask.errors import ClusterError, UnmaskError
 
@@ -382,17 +382,15 @@ class WorkerPool(Generic[_Task]):
 
     def _fitting(self) -> int:
         """Return how many workers fit into the cluster as it is now, at least one."""
-        total = self._ray.cluster_resources()
+        total = resources(self._ray).total
         shares = [("CPU", self._options.worker_cpus), ("GPU", self._options.worker_gpus)]
         return max(1, min((int(total.get(name, 0) / share) for name, share in shares if share), default=1))
 
     def _no_room(self) -> ClusterError:
-        total, free = self._ray.cluster_resources(), self._ray.available_resources()
-        counts = ", ".join(f"{free.get(name, 0):g} of {total.get(name, 0):g} {name}s free" for name in ("CPU", "GPU"))
         return ClusterError(
             f"the cluster started no worker of {self._options.worker_cpus:g} CPUs and {self._options.worker_gpus:g} "
-            f"GPUs in {self._options.worker_wait:g} s: it has {counts}; end other work there, add machines, or lower "
-            "--worker-cpus"
+            f"GPUs in {self._options.worker_wait:g} s: it has {resources(self._ray)}; end other work there, add "
+            "machines, or lower --worker-cpus"
         )
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from unmask.bulk.units import package_versions, probe_digest, probe_texts
 from unmask.checkpoint import open_checkpoint
 from unmask.cluster.agreement import require_equal_models, require_equal_versions
-from unmask.cluster.connection import LOST, import_ray
+from unmask.cluster.connection import LOST, import_ray, resources
 from unmask.cluster.options import ReplicaOptions
 from unmask.conformance.references import FLOORS, PRECISION_CLASSES, distances
 from unmask.encoder import DtypeChoice, Encoder, LoadOptions, Prompt
@@ -224,9 +224,7 @@ class Replicas:
 
     def room(self) -> str:
         """Describe the free processors and GPUs of the cluster, and what to do."""
-        total, free = self.ray.cluster_resources(), self.ray.available_resources()
-        counts = ", ".join(f"{free.get(name, 0):g} of {total.get(name, 0):g} {name}s free" for name in ("CPU", "GPU"))
-        return f"it has {counts}; end other work there, add machines, or lower --replica-cpus"
+        return f"it has {resources(self.ray)}; end other work there, add machines, or lower --replica-cpus"
 
 
 _ADVICE = {

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unmask.cluster.connection import connected
+from unmask.cluster.connection import connected, resources
 from unmask.cluster.options import ClusterOptions
 from unmask.errors import ClusterError, UnmaskError
 from unmask.training.loop import TrainingProgress
@@ -142,7 +142,7 @@ class _Group:
             places = ray.get([actor.place.remote() for actor in actors], timeout=options.worker_wait)
         except ray.exceptions.RayError as error:
             self.close()
-            total = ray.cluster_resources()
+            total = resources(ray).total
             raise ClusterError(
                 f"the cluster started less than {size} processes of {options.worker_cpus:g} CPUs and "
                 f"{options.worker_gpus:g} GPUs in {options.worker_wait:g} s: it has {total.get('CPU', 0):g} CPUs and "
