@@ -3,11 +3,14 @@
 import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 from unmask import Encoder
+from unmask.checkpoint import open_checkpoint
+from unmask.encoder import encoder as encoder_module
 from unmask.encoder import precision
 from unmask.encoder.precision import MAX_DISTANCE, load_fastest
 from unmask.errors import UsageError
@@ -151,7 +154,10 @@ def test_a_real_model_becomes_one_of_the_precisions(
 ) -> None:
     monkeypatch.setattr(precision, "home", lambda: tmp_path)
     monkeypatch.setattr(precision, "_FEW_WEIGHTS", 1000)
+    opened = Mock(wraps=open_checkpoint)
+    monkeypatch.setattr(encoder_module, "open_checkpoint", opened)
     encoder = Encoder.load(golden_dir / "tiny_llama")
+    assert opened.call_count == 1  # one for all precisions: its tokenizer alone takes a quarter of a second
     exact = Encoder.load(golden_dir / "tiny_llama", dtype="float32")
     assert exact.dtype_choice.dtype == "float32" and exact.bits_per_weight == 32
     assert encoder.dtype_choice.dtype in ("float32", "bfloat16") and "bfloat16: " in encoder.dtype_choice.reason

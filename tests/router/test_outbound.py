@@ -8,6 +8,8 @@ import json
 import logging
 import socket
 import ssl
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from email.utils import formatdate
@@ -64,6 +66,12 @@ async def vectors_from(url: str, texts: Sequence[str] = ("a", "b"), seconds: flo
         return require_vectors(answer, DIM, client.provider.name)
     finally:
         await client.close()
+
+
+def test_a_server_without_providers_starts_without_aiohttp() -> None:
+    script = "import sys, unmask.server.process, unmask.web; print('aiohttp' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def unit(rows: np.ndarray) -> np.ndarray:

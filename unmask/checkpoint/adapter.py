@@ -7,7 +7,6 @@ LLM2Vec's published adapters were made on the inner `LlamaModel`, so their keys 
 `base_model.model.layers...`; adapters of a CausalLM read `base_model.model.model.layers...`. Both are accepted.
 """
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 
 from unmask.checkpoint.adapter_config import AdapterConfig
+from unmask.checkpoint.digest import file_sha256
 from unmask.checkpoint.tensors import EMBEDDING, TensorSource, innermost, read_pickled, require_finite
 from unmask.errors import AdapterMismatch, CheckpointError
 
@@ -103,8 +103,7 @@ class Adapter:
 
     def digest(self) -> str:
         """Return the content address of its weights, 16 hex digits."""
-        with self.weights_file.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        return file_sha256(self.weights_file).hex()[:16]
 
     @property
     def modules(self) -> Sequence[str]:

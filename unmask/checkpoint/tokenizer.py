@@ -55,7 +55,7 @@ class TextTokenizer:
         plain.encode_special_tokens = True
         return plain
 
-    @property
+    @cached_property
     def highest_id(self) -> int:
         """Return the largest id that a text can produce; the embedding needs a row for it."""
         return max(self.text.get_vocab(with_added_tokens=True).values(), default=-1)

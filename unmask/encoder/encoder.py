@@ -188,30 +188,32 @@ class Encoder:
             checkpoint = shear(checkpoint, options.layers)
         if options.causal is None:
             options = replace(options, causal=bool(checkpoint.encoder_config.get("causal", False)))
+        causal = bool(options.causal)
         pooling, max_length, prompts = prompts_for(checkpoint, options)
-        if options.dtype == "auto":
-            encoder, choice = load_fastest(
-                f"{checkpoint.revision}, pooling {pooling}, causal {bool(options.causal)}, compat {options.compat}",
-                options.device,
-                lambda dtype: cls.load_with(model, replace(options, dtype=cast(Dtype, dtype))),
+
+        def load(dtype: str) -> Encoder:
+            in_dtype = replace(options, dtype=cast(Dtype, dtype))
+            decoder, dim = load_decoder(checkpoint, in_dtype)
+            return_memory()
+            return cls(
+                checkpoint,
+                decoder,
+                prompts,
+                pooling=pooling,
+                max_length=max_length,
+                compat=options.compat,
+                dim=dim,
+                precision=precision_of(decoder, in_dtype),
+                head=load_head(checkpoint.tensors, dim, checkpoint.encoder_config),
+                causal=causal,
             )
-            encoder.dtype_choice = choice
-            return encoder
-        decoder, dim = load_decoder(checkpoint, options)
-        return_memory()
-        encoder = cls(
-            checkpoint,
-            decoder,
-            prompts,
-            pooling=pooling,
-            max_length=max_length,
-            compat=options.compat,
-            dim=dim,
-            precision=precision_of(decoder, options),
-            head=load_head(checkpoint.tensors, dim, checkpoint.encoder_config),
-            causal=bool(options.causal),
-        )
-        encoder.dtype_choice = PrecisionChoice(options.dtype, "as asked for")
+
+        if options.dtype == "auto":
+            identity = f"{checkpoint.revision}, pooling {pooling}, causal {causal}, compat {options.compat}"
+            encoder, choice = load_fastest(identity, options.device, load)
+        else:
+            encoder, choice = load(options.dtype), PrecisionChoice(options.dtype, "as asked for")
+        encoder.dtype_choice = choice
         return encoder
 
     def encode(

@@ -25,6 +25,7 @@ from unmask.catalogue.measurement import COST, ONBOARDING, PEAK_MEMORY, SPEED, M
 from unmask.catalogue.record import Record
 from unmask.catalogue.speed import SpeedPoint, measurements_of_sweep, points_of
 from unmask.checkpoint import Checkpoint
+from unmask.checkpoint.digest import file_sha256
 from unmask.encoder import Encoder
 from unmask.errors import GateFailed
 from unmask.evaluate.cost import measure_peak_memory, sample_texts
@@ -162,8 +163,7 @@ def digest_files(context: OnboardingContext, report_progress: ProgressReporter) 
     file_digests = {}
     for done, file in enumerate(context.checkpoint.files):
         report_progress(done, len(context.checkpoint.files))
-        with file.open("rb") as stream:
-            file_digests[f"{file.parent.name}/{file.name}"] = hashlib.file_digest(stream, "sha256").hexdigest()
+        file_digests[f"{file.parent.name}/{file.name}"] = file_sha256(file).hex()
     fields: dict[str, Any] = {"revision": context.checkpoint.revision}
     if earlier != context.checkpoint.revision:
         # Another revision's canary would refuse these weights. The shipped one is for the shipped weights.
@@ -394,10 +394,7 @@ def _best_throughput(context: OnboardingContext) -> float | None:
 
 
 def _file_digest(file: Path | None) -> str:
-    if file is None:
-        return ""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return "" if file is None else file_sha256(file).hex()
 
 
 def _free_memory() -> int | None:

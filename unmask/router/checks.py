@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from unmask.checkpoint import Checkpoint, open_checkpoint
 from unmask.conformance import (
@@ -28,10 +28,12 @@ from unmask.encoder.loading import prompts_for
 from unmask.encoder.prompts import PromptBuilder
 from unmask.errors import CheckpointError
 from unmask.router.endpoint import Outcome
-from unmask.router.outbound import ProviderClient
 from unmask.router.providers import ProviderModel, Providers
 from unmask.router.signals import AttemptFailed
 from unmask.router.wire import ask, require_vectors
+
+if TYPE_CHECKING:
+    from unmask.router.outbound import ProviderClient
 
 _REQUEST_S = 60.0  # for one request of a full run
 _TOKENS_PER_SECOND = 500  # slower than this, a request of many texts is taken for lost
@@ -43,7 +45,7 @@ NoteProbe = Callable[[Outcome, int, int | None, float], None]
 
 
 async def full_check(
-    client: ProviderClient,
+    client: "ProviderClient",
     model: ProviderModel,
     references: References,
     note: NoteProbe | None = None,
@@ -111,7 +113,7 @@ def _noted(
 
 
 async def light_check(
-    client: ProviderClient,
+    client: "ProviderClient",
     model: ProviderModel,
     references: References,
     draw: random.Random,
@@ -183,6 +185,8 @@ async def check_all(
             right vectors to compare with.
         UsageError: a key or a certificate authority cannot be read.
     """
+    from unmask.router.outbound import ProviderClient  # aiohttp takes a fifth of a second that others can do without
+
     references: dict[str, References] = {}
     results = []
     for provider in providers.providers:
@@ -254,7 +258,7 @@ def open_remote_model(model: str, source: ModelSource, file: Path | None) -> Rem
     return RemoteModel(checkpoint, prompts, references)
 
 
-async def _check_one(client: ProviderClient, model: ProviderModel, references: References) -> CheckResult:
+async def _check_one(client: "ProviderClient", model: ProviderModel, references: References) -> CheckResult:
     name = client.provider.name
     try:
         finding = await full_check(client, model, references)

@@ -7,7 +7,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -20,11 +20,13 @@ from unmask.router.choosing import Candidate
 from unmask.router.daily_cost import DailyCost, seconds_to_midnight, today
 from unmask.router.hedging import UsualSeconds
 from unmask.router.load import EndpointLoad, slow_start
-from unmask.router.outbound import ProviderClient
 from unmask.router.providers import ProviderModel, RemoteProvider
 from unmask.router.signals import SIGNALS, AttemptFailed, SignalName
 from unmask.router.token_counts import TokenCounts
 from unmask.storage.database import now_ms
+
+if TYPE_CHECKING:
+    from unmask.router.outbound import ProviderClient
 
 log = logging.getLogger("unmask")
 
@@ -87,7 +89,7 @@ class ProviderEndpoint:
         usual_seconds: durations of its last answers.
     """
 
-    client: ProviderClient
+    client: "ProviderClient"
     model: ProviderModel
     draw: random.Random
     daily_cost: DailyCost = field(default_factory=DailyCost)

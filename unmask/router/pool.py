@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from unmask.accounts.costs import AttemptRecord
 from unmask.accounts.usage import day_start
@@ -28,11 +29,13 @@ from unmask.router.cross_check import cross_check
 from unmask.router.daily_cost import DailyCost, today
 from unmask.router.endpoint import Outcome, ProviderEndpoint
 from unmask.router.load import MIN_TOKENS
-from unmask.router.outbound import ProviderClient
 from unmask.router.providers import Providers, read_providers
 from unmask.router.public_names import PublicNames
 from unmask.router.signals import AttemptFailed
 from unmask.router.verdicts import CANARIES, Verdict
+
+if TYPE_CHECKING:
+    from unmask.router.outbound import ProviderClient
 
 log = logging.getLogger("unmask")
 
@@ -103,7 +106,7 @@ class ProviderPool:
     public_names: PublicNames = field(init=False)
     last_reload: int = field(init=False, default=0)
     _models: dict[str, ModelEndpoints] = field(init=False, default_factory=dict)
-    _clients: list[ProviderClient] = field(init=False, default_factory=list)
+    _clients: list["ProviderClient"] = field(init=False, default_factory=list)
     _watches: set[asyncio.Task[None]] = field(init=False, default_factory=set)
     _verdicts: dict[tuple[str, str], Verdict] = field(init=False, default_factory=dict)
     _daily_costs: dict[str, DailyCost] = field(init=False, default_factory=dict)
@@ -151,6 +154,10 @@ class ProviderPool:
         Raises:
             UsageError: a key or a certificate authority cannot be read; nothing has changed then.
         """
+        from unmask.router.outbound import (
+            ProviderClient,  # aiohttp takes a fifth of a second that others can do without
+        )
+
         clients = [ProviderClient(provider) for provider in providers.providers]
         stamps = {id: _stamp(providers.references_file(id)) for id in providers.references}
         same_references = {id for id, model in self._models.items() if model.references_stamp == stamps.get(id)}

@@ -4,14 +4,17 @@ import base64
 import binascii
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 
 from unmask.conformance import Answer
-from unmask.router.outbound import ProviderClient
 from unmask.router.providers import ProviderModel
 from unmask.router.signals import AttemptFailed
+
+if TYPE_CHECKING:
+    from unmask.router.outbound import ProviderClient
 
 # Of an answer: per number as Python's repr of a double writes it, per vector, and for the rest.
 _BYTES_PER_NUMBER, _BYTES_PER_VECTOR, _BYTES_BESIDES = 26, 200, 65_536
@@ -38,7 +41,7 @@ _TEI = msgspec.json.Decoder(list[list[float]])
 
 
 async def ask(
-    client: ProviderClient,
+    client: "ProviderClient",
     model: ProviderModel,
     texts: Sequence[str],
     *,

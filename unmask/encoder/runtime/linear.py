@@ -147,6 +147,11 @@ def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return (_onednn_linear if is_batch_invariant() else _openblas_linear)(x, weight, bias)
 
 
+def uses_openblas() -> bool:
+    """True if products in float32 on a CPU are numpy's: no compiled kernels, and oneDNN changes the bits of a row."""
+    return kernels.library() is None and not is_batch_invariant()
+
+
 def prepack_weight(weight: Tensor) -> Tensor:
     """Copy of a weight [out, in] in the memory layout that oneDNN's GEMM reads."""
     with torch.inference_mode(False), torch.no_grad():

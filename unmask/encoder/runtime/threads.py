@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from threadpoolctl import ThreadpoolController
 
-from unmask.encoder.runtime.linear import is_batch_invariant
+from unmask.encoder.runtime.linear import uses_openblas
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -121,7 +121,7 @@ def _threads_per_product(count: int) -> Iterator[None]:
             for library in libraries:
                 library.set_num_threads(count)
         _users += 1
-        torch.set_num_threads(count if is_batch_invariant() else 1)
+        torch.set_num_threads(1 if uses_openblas() else count)
     try:
         yield
     finally:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from unmask.checkpoint.digest import file_sha256
 from unmask.errors import CheckpointError, MissingPackages
 from unmask.evaluate.models.specification import ModelSpecification
 
@@ -141,6 +142,5 @@ def _digest(files: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         if file.is_file():
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+            digest.update(file_sha256(file))
     return digest.hexdigest()[:16]

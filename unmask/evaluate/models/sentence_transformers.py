@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from unmask.checkpoint.digest import file_sha256
 from unmask.errors import CheckpointError, MissingPackages, UsageError
 from unmask.evaluate.models.specification import ModelSpecification
 
@@ -96,6 +97,5 @@ def _folder_digest(folder: Path) -> str:
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.relative_to(folder).as_posix().encode() + b"\0")
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        digest.update(file_sha256(file))
     return digest.hexdigest()[:16]
