@@ -1,12 +1,15 @@
 """Public API: exported names, and a command line that starts without loading the model libraries."""
 
+import gc
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
 import unmask
+from unmask.exports import lazy_exports
 
 HEAVY = ("torch", "numpy", "transformers", "starlette", "pyarrow", "mteb", "sqlalchemy", "scipy", "httpx", "asyncio")
 
@@ -42,6 +45,24 @@ def test_import_is_light() -> None:
         check=True,
     )
     assert not [name for name in HEAVY if name in done.stdout.split()]
+
+
+def test_garbage_is_not_searched_for_during_an_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "imported_late"
+    package.mkdir()
+    (package / "sound.py").write_text("import gc\nis_searched = gc.isenabled()\n")
+    (package / "broken.py").write_text("raise ImportError\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import_name = lazy_exports("imported_late", {"sound": ("is_searched",), "broken": ("nothing",)})
+    assert not import_name("is_searched") and gc.isenabled()
+    with pytest.raises(ImportError):
+        import_name("nothing")
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        assert not import_name("is_searched") and not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_help_imports_nothing_heavy() -> None:
