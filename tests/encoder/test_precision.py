@@ -1,5 +1,6 @@
 """`dtype="auto"`: near enough, never slower, measured once."""
 
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -7,13 +8,15 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from unmask import Encoder
 from unmask.checkpoint import open_checkpoint
 from unmask.encoder import encoder as encoder_module
-from unmask.encoder import precision
+from unmask.encoder import precision, prepacked
 from unmask.encoder.precision import MAX_DISTANCE, load_fastest
-from unmask.errors import UsageError
+from unmask.errors import CheckpointError, UsageError
 
 
 class Rounded:
@@ -143,6 +146,36 @@ def test_nothing_is_measured_where_nothing_can_be_gained(
     encoder, choice = load_fastest("revision", "cpu", machine.load)
     assert encoder.dtype == choice.dtype == "float32" and f"{value:,}" in choice.reason
     assert machine.loads == ["float32"] and not list(tmp_path.iterdir())
+
+
+def test_files_that_are_replaced_during_the_measurement_are_not_kept_under_the_old_revision(
+    golden_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (precision, prepacked):
+        monkeypatch.setattr(module, "home", lambda: tmp_path / "home")
+        monkeypatch.setattr(module, "_FEW_WEIGHTS", 1000)
+    model, measure = tmp_path / "model", precision._measure
+    shutil.copytree(golden_dir / "tiny_llama", model)
+    [weights] = model.glob("*.safetensors")
+    before = {folder: Encoder.load(folder, dtype="float32") for folder in (golden_dir / "tiny_llama", model)}
+
+    def replace(*arguments: Any) -> Any:
+        newer = {name: tensor + torch.full_like(tensor, 0.1) for name, tensor in load_file(weights).items()}
+        save_file(newer, tmp_path / "newer.safetensors")
+        (tmp_path / "newer.safetensors").replace(weights)
+        return measure(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(precision, "_measure", replace)
+        with pytest.raises(CheckpointError, match="model: its files have changed while they were read; load it again"):
+            Encoder.load(model)
+    assert not list((tmp_path / "home").glob("precision/*.json"))
+    old, new = Encoder.load(golden_dir / "tiny_llama", dtype="bfloat16"), Encoder.load(model, dtype="bfloat16")
+    assert old.checkpoint.revision == before[model].checkpoint.revision != new.checkpoint.revision
+    texts = precision.texts()[:4]
+    right = before[golden_dir / "tiny_llama"].encode(texts, normalize=True)
+    assert ((old.encode(texts, normalize=True) * right).sum(axis=1) > 0.999).all()
+    assert not np.allclose(new.encode(texts, normalize=True), right, atol=0.01)
 
 
 def test_the_texts_are_64_different_ones() -> None:

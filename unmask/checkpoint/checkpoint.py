@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from filecmp import cmp
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -63,6 +62,20 @@ class Checkpoint:
         """
         if isinstance(self.tensors, AbsentTensors):
             raise CheckpointError(f"{self.name} was opened without its weights, so it has no revision")
+        return self._content_address()
+
+    def require_unchanged(self) -> None:
+        """Check that the files are still those of `revision`: they may be replaced while a model loads.
+
+        A no-op if nobody has asked for the revision: of a large model it takes seconds.
+
+        Raises:
+            CheckpointError: they have other contents.
+        """
+        if "revision" in vars(self) and self._content_address() != self.revision:
+            raise CheckpointError(f"{self.name}: its files have changed while they were read; load it again")
+
+    def _content_address(self) -> str:
         whole = hashlib.sha256()
         for file in self.files:
             whole.update(file_sha256(file))
@@ -238,10 +251,14 @@ def _adapter_tokenizer(
         return None
     file, read_by_library = _own_tokenizer_file(folder), (folder / "modules.json").is_file()
     assert file is not None
-    if not read_by_library and base is not None and (base / file.name).is_file() and cmp(file, base / file.name, False):
+    if not read_by_library and base is not None and _are_equal(file, base / file.name):
         return None
     own = read_tokenizer(folder)
     return (own, folder) if read_by_library or not own.has_tokens_of(of_base) else None
+
+
+def _are_equal(file: Path, other: Path) -> bool:
+    return other.is_file() and file_sha256(file) == file_sha256(other)
 
 
 def _own_tokenizer_file(folder: Path) -> Path | None:

@@ -1,11 +1,16 @@
 """SHA-256 of a model's files."""
 
 import hashlib
-from functools import lru_cache
+import os
+import time
 from pathlib import Path
 
-# A file that is written twice within the clock's step cannot be told apart by its times; reading a small one is cheap.
-_REMEMBERED_BYTES = 2**20
+# Reading a small file again is cheap. A file that has just changed may change again within a step of the disk's clock,
+# which no time shows.
+_REMEMBERED_BYTES, _REMEMBERED_AFTER_S = 2**20, 2.0
+
+# By place on the disk, size and times. As many as a process opens large files.
+_digests: dict[tuple[int, ...], bytes] = {}
 
 
 def file_sha256(file: Path) -> bytes:
@@ -14,17 +19,17 @@ def file_sha256(file: Path) -> bytes:
     The digest of a large file is remembered in this process until its size, times or place on the disk change: it is
     checked when the file is found, and counts again in the revision of each model that uses it.
     """
-    stat = file.stat()
-    if stat.st_size < _REMEMBERED_BYTES:
-        return _sha256(file)
-    return _remembered(file, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-
-
-@lru_cache(256)
-def _remembered(file: Path, *_state: int) -> bytes:
-    return _sha256(file)
-
-
-def _sha256(file: Path) -> bytes:
     with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").digest()
+        before = os.fstat(opened.fileno())
+        state = _state(before)
+        if state in _digests:
+            return _digests[state]
+        digest = hashlib.file_digest(opened, "sha256").digest()
+        is_settled = time.time() - max(before.st_mtime, before.st_ctime) > _REMEMBERED_AFTER_S
+        if before.st_size >= _REMEMBERED_BYTES and is_settled and _state(os.fstat(opened.fileno())) == state:
+            _digests[state] = digest
+    return digest
+
+
+def _state(stat: os.stat_result) -> tuple[int, ...]:
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns

@@ -194,6 +194,8 @@ class Encoder:
         def load(dtype: str) -> Encoder:
             in_dtype = replace(options, dtype=cast(Dtype, dtype))
             decoder, dim = load_decoder(checkpoint, in_dtype)
+            head = load_head(checkpoint.tensors, dim, checkpoint.encoder_config)
+            checkpoint.require_unchanged()
             return_memory()
             return cls(
                 checkpoint,
@@ -204,7 +206,7 @@ class Encoder:
                 compat=options.compat,
                 dim=dim,
                 precision=precision_of(decoder, in_dtype),
-                head=load_head(checkpoint.tensors, dim, checkpoint.encoder_config),
+                head=head,
                 causal=causal,
             )
 

@@ -1,8 +1,8 @@
 """Load the parts of an `Encoder` as its options say: prompts and decoder, on a device, in a precision."""
 
 import ctypes
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,24 +117,34 @@ def load_decoder(checkpoint: Checkpoint, options: LoadOptions) -> tuple[nn.Modul
     dtype, device, causal = _DTYPES[options.dtype], options.device, bool(options.causal)
     tensors, shape = checkpoint.tensors, shape_of(config)
     is_float32 = _uses_kernels(options) or (options.dtype == "float32" and torch.device(device).type == "cpu")
-    try:
-        if shape is not None and is_float32:
+    if shape is not None and is_float32:
 
-            def load() -> Decoder:
-                return Decoder.load(shape, tensors, torch.float32, device, causal)
+        def load() -> Decoder:
+            with _naming(checkpoint):
+                decoder = Decoder.load(shape, tensors, torch.float32, device, causal)
+            checkpoint.require_unchanged()  # before they are kept under its revision
+            return decoder
 
-            return load_prepacked(checkpoint.revision, shape, dtype, causal, load), shape.hidden_size
+        return load_prepacked(checkpoint.revision, shape, dtype, causal, load), shape.hidden_size
+    with _naming(checkpoint):
         if shape is not None:
             decoder, dim = Decoder.load(shape, tensors, dtype, device, causal), shape.hidden_size
         else:
             decoder = TransformersDecoder.load(config, tensors, dtype, device, causal)
             dim = int(config["hidden_size"])
-    except CheckpointError as error:
-        raise type(error)(f"{checkpoint.name}: {error}") from error
     if options.dtype == "int8":
         quantise(decoder)
     prepack(decoder)
     return decoder, dim
+
+
+@contextmanager
+def _naming(checkpoint: Checkpoint) -> Iterator[None]:
+    """Name the model in the errors of a block."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise type(error)(f"{checkpoint.name}: {error}") from error
 
 
 def precision_of(decoder: nn.Module, options: LoadOptions) -> str:
