@@ -30,8 +30,6 @@ ENVIRONMENT = {
     "RAY_worker_register_timeout_seconds": "600",
     "RAY_worker_niceness": "0",  # at its default of 15, workers get next to nothing of a busy machine
     "RAY_health_check_timeout_ms": "60000",
-    # Ray ends a process a minute after its head is gone. Here that process runs the tests, and a test may take longer.
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
     "RAY_enable_metrics_collection": "0",
     # Without this, drivers take 127.0.0.1 for the machine's address in the network.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -93,12 +91,12 @@ class Raylets:
     def frozen_head(self) -> Iterator[None]:
         """Stop the head's server with SIGSTOP until the block ends: it takes connections, and answers nothing.
 
-        It is woken after 20 seconds at the latest, for a block that waits without end.
+        It is woken after two minutes at the latest, for a block that waits without end.
         """
         head = self._cluster.head_node
         assert head is not None
         server = psutil.Process(head.all_processes["gcs_server"][0].process.pid)
-        waker = threading.Timer(20, server.resume)
+        waker = threading.Timer(120, server.resume)
         server.suspend()
         waker.start()
         try:

@@ -304,7 +304,7 @@ def test_a_killed_head_is_one_sentence_and_the_rest_is_done_without_it(
 ) -> None:
     """It is the last of this file, for it ends the cluster."""
     whole = in_one_process(job, model, "whole")
-    import_ray().shutdown()  # this process would be ended too
+    import_ray().shutdown()
     with subprocess.Popen(driver_of(job, model, cluster), stderr=subprocess.PIPE, text=True, cwd=ROOT) as driver:
         while not Store(job.output).names(UNITS_FOLDER) and driver.poll() is None:
             time.sleep(0.05)

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -329,6 +330,52 @@ def test_a_question_to_a_silent_head_ends(cluster: Raylets, monkeypatch: pytest.
             resources(ray)
     until(lambda: connection_fault(ray) == "", PATIENCE_S)
     assert resources(ray).total["CPU"] == 2
+
+
+def test_a_silent_head_keeps_nobody(cluster: Raylets) -> None:
+    """In a process of its own, which ends as a command does: with actors that run and that are to be started."""
+    script = """
+import sys, time
+from unmask.cluster import connection
+from unmask.cluster.connection import connected, head_answers, kill_actor
+class Actor:
+    def place(self): return "here"
+with connected(sys.argv[1]) as ray:
+    remote = ray.remote(Actor).options(num_cpus=0.1, max_restarts=0)
+    actor = remote.remote()
+    print(ray.get(actor.place.remote()), flush=True)
+    input()
+    connection._CONNECT_S = 0.5
+    print(head_answers(ray), flush=True)
+    kill_actor(ray, remote.remote())
+    kill_actor(ray, actor)
+print("the end")
+"""
+    command = [sys.executable, "-c", script, cluster.address]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin and process.stdout
+        assert process.stdout.readline() == "here\n"
+        with cluster.frozen_head():
+            said, _ = process.communicate("go on\n")
+        assert said == "False\nthe end\n"
+    assert process.returncode == 0
+
+
+def test_a_head_that_takes_connections_and_answers_nothing_is_said_at_once(cluster: Raylets) -> None:
+    script = """
+import sys
+from unmask.cluster import connection
+connection._CONNECT_S = 1.0
+try:
+    with connection.connected(sys.argv[1]):
+        pass
+except connection.ClusterError as error:
+    print(error)
+"""
+    with cluster.frozen_head():
+        command = [sys.executable, "-c", script, cluster.address]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"no Ray cluster answers at {cluster.address} (it takes connections, and gives no")
 
 
 def test_a_lost_head_is_said_and_another_one_is_used(

@@ -11,7 +11,7 @@ from unmask.server.cluster_watch import ClusterWatch
 
 
 async def test_the_time_in_which_a_question_has_no_answer_counts(golden_dir, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray ends the process a minute after the head is lost, also if that was while it was asked."""
+    """A head that was lost while it was asked is given up no later than another one."""
     monkeypatch.setattr(cluster_watch, "_ASK_S", 0.01)
     monkeypatch.setattr(cluster_watch, "_LOST_S", 0.2)
     watch = ClusterWatch(SimpleNamespace(), "local", ModelRegistry([str(golden_dir / "tiny_llama")]))

@@ -12,7 +12,7 @@ import torch
 
 from unmask.bulk.storage import Store
 from unmask.bulk.units import package_versions, probe_digest
-from unmask.cluster.connection import alive_nodes, connected
+from unmask.cluster.connection import alive_nodes, connected, kill_actor
 from unmask.encoder.encoder import Encoder
 from unmask.encoder.precision import processor_name
 from unmask.errors import ClusterError, UnmaskError
@@ -126,7 +126,7 @@ def check_cluster(
             if store is not None:
                 store.remove(name)
             for inspector in inspectors.values():
-                ray.kill(inspector)
+                kill_actor(ray, inspector)
     return sorted(rows, key=lambda row: row.machine)
 
 

@@ -9,8 +9,8 @@ import socket
 import tempfile
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,10 @@ from unmask.cluster.options import require_address
 from unmask.errors import ClusterError, MissingPackages, UsageError
 
 _CONNECT_S = 10.0
+# Seconds that ending an actor may take. One whose head is gone waits without end.
+_KILL_S = 2.0
+# Ray ends a process whose head has been gone for this time; 60 by default. Here it says so itself, and goes on.
+_RECONNECT_S = 10**6
 # Set while this process takes leave of a cluster, at its end or the cluster's, so that nobody waits for it any longer.
 LOST = threading.Event()
 _QUIET = {"namespace": "unmask", "log_to_driver": False, "logging_level": logging.CRITICAL}
@@ -42,6 +46,7 @@ def import_ray(loopback: bool = False) -> Any:
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     # A call that comes after the end of a connection would start a cluster of its own.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(_RECONNECT_S))
     if loopback:
         # Ray would take the machine's address in the network instead, and listen on all of its interfaces.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -79,7 +84,7 @@ def connected(address: str) -> Iterator[Any]:
         _connect(ray, address, folder)
         yield ray
     finally:
-        ray.shutdown()
+        disconnect(ray)
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -99,13 +104,56 @@ def reconnect(address: str) -> None:
         _connect(ray, named if address == "auto" and named else address, None)
 
 
+def disconnect(ray: Any) -> None:
+    """End this process's connection, also if the head does not answer.
+
+    Ray's `shutdown` waits for the head to end two subscriptions, without a time limit. Nothing is lost with them: what
+    goes wrong is said here, not by Ray.
+    """
+    worker = ray._private.worker.global_worker
+    worker.threads_stopped.set()
+    for name in ("gcs_error_subscriber", "gcs_log_subscriber"):
+        subscriber = vars(worker).get(name)
+        if subscriber is not None and not end_within(_KILL_S, subscriber.close):
+            setattr(worker, name, _LostSubscriber())
+            vars(worker).pop("listener_thread", None)  # it waits for the subscription
+    ray.shutdown()
+
+
+class _LostSubscriber:
+    """Stand-in for a subscription that the head does not end."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+    def poll(self) -> None:
+        """Raise the error at which Ray's thread ends."""
+        raise ConnectionError
+
+
+def kill_actor(ray: Any, actor: Any) -> None:
+    """End an actor, and do not wait for a head that does not answer."""
+    end_within(_KILL_S, ray.kill, actor)
+
+
+def end_within(seconds: float, function: Callable[..., None], *arguments: Any) -> bool:
+    """Call a function that may wait without end; return whether it has ended in time.
+
+    One that has not goes on in a thread that the end of the process does not wait for.
+    """
+    thread = threading.Thread(target=function, args=arguments, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()
+
+
 def _connect(ray: Any, address: str, folder: str | None) -> None:
     """Connect to a cluster, or start one whose files are in a folder."""
     try:
         if folder is not None:
             _start_local(ray, folder, _QUIET)
         else:
-            ray.init(address=address, **_require_answer(address), **_QUIET)
+            ray.init(address=address, **_require_answer(ray, address), **_QUIET)
     except UsageError:
         raise
     except Exception as error:  # Ray raises Exception itself, among many others
@@ -132,7 +180,7 @@ def alive_nodes(ray: Any) -> list[Any]:
     """Return Ray's description (`GcsNodeInfo`) of each node that is alive.
 
     Ray's own `nodes` and `cluster_resources` wait without end for a head that is gone, and so does everybody who waits
-    for them; after a minute, Ray ends the process. Its client of the head takes a time limit.
+    for them. Its client of the head takes a time limit.
 
     Raises:
         ClusterError: the head does not answer.
@@ -157,9 +205,9 @@ def resources(ray: Any) -> Resources:
     return Resources(total, free)
 
 
-def _ask_head(ray: Any, question: str) -> Any:
+def _ask_head(ray: Any, question: str, *arguments: Any) -> Any:
     try:
-        return getattr(ray._private.worker.global_worker.gcs_client, question)(timeout=_CONNECT_S)
+        return getattr(ray._private.worker.global_worker.gcs_client, question)(*arguments, timeout=_CONNECT_S)
     except ray.exceptions.RpcError as error:
         raise ClusterError(
             f"the head of the cluster does not answer in {_CONNECT_S:g} s: look whether it runs, and try again"
@@ -167,13 +215,15 @@ def _ask_head(ray: Any, question: str) -> Any:
 
 
 def head_answers(ray: Any) -> bool:
-    """True if the head of the cluster that this process is connected to takes connections."""
+    """True if the head of the cluster that this process is connected to takes connections and answers."""
     host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S):
-            return True
-    except OSError:
+            pass
+        _ask_head(ray, "check_alive", [])
+    except (OSError, ClusterError):
         return False
+    return True
 
 
 def connection_fault(ray: Any) -> str:
@@ -202,14 +252,21 @@ def _start_local(ray: Any, folder: str, quiet: dict[str, Any]) -> None:
     )
 
 
-def _require_answer(address: str) -> dict[str, str]:
-    """Fail early where nobody listens, since Ray itself tries for a minute; return options for the connection."""
+def _require_answer(ray: Any, address: str) -> dict[str, str]:
+    """Fail early where nobody answers, since Ray itself tries for minutes; return options for the connection."""
     if address == "auto":
         return {}
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
     with socket.create_connection((host, int(port)), timeout=_CONNECT_S):
         pass
+
+    def ask() -> None:
+        with suppress(Exception):  # a refusal is an answer, and is said when this process connects
+            ray._raylet.GcsClient(address=f"{host}:{port}").check_alive([], timeout=_CONNECT_S)
+
+    if not end_within(_CONNECT_S, ask):
+        raise TimeoutError(f"it takes connections, and gives no answer in {_CONNECT_S:g} s")
     # Ray would take this machine's address in the network, where a cluster on a loopback address does not listen.
     return {"_node_ip_address": host} if host == "127.0.0.1" else {}
 

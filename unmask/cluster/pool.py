@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
-from unmask.cluster.connection import head_answers, resources
+from unmask.cluster.connection import head_answers, kill_actor, resources
 from unmask.cluster.options import ClusterOptions
 from unmask.errors import ClusterError, UnmaskError
 
@@ -35,8 +35,7 @@ _FIRST_LATE_FACTOR = 10.0
 _FIRST_LATE_S = 60.0
 # Growth of a task's time limit with each attempt, so that a task that is only long is finished.
 _LATE_GROWTH = 4.0
-# Seconds between two questions to the head, and without an answer until it is given up. Ray ends this process with a
-# page of its own after a minute, and taking leave of Ray may take half of it.
+# Seconds between two questions to the head, and without an answer until it is given up.
 _HEAD_ASK_S, _HEAD_S = 5.0, 15.0
 
 
@@ -158,7 +157,7 @@ class WorkerPool(Generic[_Task]):
     def close(self) -> None:
         """End all workers."""
         for actor in [*(actor for actor, _ in self._loading.values()), *(worker.actor for worker in self._workers)]:
-            self._ray.kill(actor)
+            kill_actor(self._ray, actor)
         self._loading.clear()
         self._workers.clear()
 
@@ -340,7 +339,7 @@ class WorkerPool(Generic[_Task]):
         self._workers.remove(worker)
         self._alone_since = time.monotonic()
         self._lost_seconds += self._alone_since - worker.paid_from
-        self._ray.kill(worker.actor)
+        kill_actor(self._ray, worker.actor)
 
     def _lose(self, worker: _Worker[_Task], fault: str) -> list[tuple[_Task, Any]]:
         """Take a lost worker off the pool, and keep the outcomes that it delivered before."""

@@ -21,7 +21,7 @@ import numpy as np
 from unmask.bulk.units import package_versions, probe_digest, probe_texts
 from unmask.checkpoint import open_checkpoint
 from unmask.cluster.agreement import require_equal_models, require_equal_versions
-from unmask.cluster.connection import LOST, import_ray, resources
+from unmask.cluster.connection import LOST, head_answers, import_ray, kill_actor, resources
 from unmask.cluster.options import ReplicaOptions
 from unmask.conformance.references import FLOORS, PRECISION_CLASSES, distances
 from unmask.encoder import DtypeChoice, Encoder, LoadOptions, Prompt
@@ -343,8 +343,11 @@ class ReplicaHand:
             self.state = "parked"
 
     def start(self) -> None:
-        """Start a replica, if there is none and it is time."""
+        """Start a replica, if there is none, it is time, and the head answers: starting one waits for it."""
         if not self._is_closed and self._actor is None and time.monotonic() >= self._since:
+            if not head_answers(self._replicas.ray):
+                self._since = time.monotonic() + _RETRY_S
+                return
             self._actor, self.state = self._replicas.new_actor(), "starting"
             self._place, self._answer = self._actor.place.remote(), self._actor.load.remote()
             self._since, self._is_asked = time.monotonic(), False
@@ -407,7 +410,7 @@ class ReplicaHand:
         actor, self._actor, self._late = self._actor, None, None
         self.state, self._is_asked, self._since = "starting", False, time.monotonic() + pause_s
         if actor is not None:
-            self._replicas.ray.kill(actor)
+            kill_actor(self._replicas.ray, actor)
 
 
 def open_replicas(

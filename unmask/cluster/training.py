@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unmask.cluster.connection import connected, resources
+from unmask.cluster.connection import connected, kill_actor, resources
 from unmask.cluster.options import ClusterOptions
 from unmask.errors import ClusterError, UnmaskError
 from unmask.training.loop import TrainingProgress
@@ -208,4 +208,4 @@ class _Group:
     def close(self) -> None:
         """End the processes."""
         for actor in self._actors:
-            self._ray.kill(actor)
+            kill_actor(self._ray, actor)

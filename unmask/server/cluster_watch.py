@@ -7,14 +7,13 @@ import threading
 import time
 from typing import Any
 
-from unmask.cluster.connection import LOST, connection_fault, reconnect
+from unmask.cluster.connection import LOST, connection_fault, disconnect, reconnect
 from unmask.errors import UnmaskError
 from unmask.router import ModelRegistry
 
 log = logging.getLogger("unmask")
 
-# Seconds between two questions to the head, and without a good answer until it is given up. Ray ends a process a minute
-# after its head is lost, and taking leave of Ray may take half of that.
+# Seconds between two questions to the head, and without a good answer until it is given up.
 _ASK_S, _LOST_S = 5.0, 15.0
 # Seconds that one question may take, and those that requests under way have in replicas that still live.
 _ANSWER_S, _GRACE_S = 10.0, 3.0
@@ -66,7 +65,7 @@ class ClusterWatch:
         LOST.set()
         await self._models.lose_cluster(fault, _GRACE_S)
         handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-        await asyncio.to_thread(self._ray.shutdown)
+        await asyncio.to_thread(disconnect, self._ray)
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():  # Ray leaves the default, which ends the process at once
                 signal.signal(number, handler)
