@@ -414,6 +414,30 @@ def test_a_provider_that_drifts_under_load_is_out_after_two_light_runs(
     accounts.close()
 
 
+def test_an_idle_provider_is_checked_soon_after_its_traffic_begins(
+    vectors_of, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Its next check was an hour away while nobody used it, and stays there for the one that nobody uses."""
+    intervals = WatchIntervals(busy=0.3, idle=3600.0, second=0.05)
+    drifted = threading.Event()
+
+    def drifting(texts: Sequence[str], instruction: str) -> np.ndarray:
+        vectors = vectors_of(texts, instruction)
+        return np.roll(vectors, 3, axis=1) if drifted.is_set() else vectors
+
+    with fault_server_thread(drifting) as a, fault_server_thread(drifting) as b:
+        file = providers_file(tmp_path, a.url, b.url)
+        with running(tiny_llama, providers=file, intervals=intervals, warm=()) as service:
+            upstreams = Upstreams(a, b, service)
+            until(lambda: all(e.admission == "admitted" for e in upstreams.pool.models()[MODEL].endpoints))
+            time.sleep(2 * intervals.busy)
+            requests = len(b.requests)
+            drifted.set()
+            assert upstreams.embed(provider={"only": ["a"]}).status == 200
+            until(lambda: upstreams.endpoint("a").admission == "quarantined")
+            assert len(b.requests) == requests and upstreams.endpoint("b").admission == "admitted"
+
+
 def test_a_quarantine_in_the_middle_of_a_full_run_stays(upstreams: Upstreams) -> None:
     """The run passes, but the operator has decided meanwhile."""
     endpoint = upstreams.endpoint("a")

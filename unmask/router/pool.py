@@ -324,7 +324,7 @@ class ProviderPool:
 
     async def _watch(self, endpoint: ProviderEndpoint, references: References) -> None:
         """Run the canaries of an endpoint when they are due, until cancelled."""
-        next_full, next_light, silent_runs = 0.0, float("inf"), 0
+        next_full, checked_at, silent_runs = 0.0, float("inf"), 0
         while True:
             if endpoint.admission == "quarantined":
                 endpoint.wake.clear()
@@ -341,15 +341,17 @@ class ProviderPool:
                     next_full = now + min(self.intervals.retry * 2 ** (silent_runs - 1), self.intervals.idle)
                 else:
                     next_full = now + self.intervals.full * self.draw.uniform(0.9, 1.1)
-                    next_light = now + self._light_interval(endpoint, now)
-            elif endpoint.breaker.probe(now) or now >= next_light:
+                    checked_at = now
+            elif endpoint.breaker.probe(now) or now >= checked_at + self._light_interval(endpoint, now):
                 if await self._run_light(endpoint, references):
                     await self._name_fault(endpoint, references)
-                now = time.monotonic()
-                next_light = now + self._light_interval(endpoint, now)
+                now = checked_at = time.monotonic()
+            next_light = checked_at + self._light_interval(endpoint, now)
             endpoint.run_at = due = min(next_full, next_light, endpoint.breaker.probe_at)
+            # An idle endpoint that is used meanwhile is due sooner, so this never sleeps longer than between two checks
+            # of a busy one.
             with suppress(TimeoutError):
-                async with asyncio.timeout(max(0.0, due - now)):
+                async with asyncio.timeout(max(0.0, min(due - now, self.intervals.busy))):
                     await endpoint.wake.wait()
             endpoint.wake.clear()
 
@@ -382,6 +384,7 @@ class ProviderPool:
             await self._report(Verdict(provider=endpoint.provider.name, model=endpoint.model.id, verdict="admitted"))
 
     def _light_interval(self, endpoint: ProviderEndpoint, now: float) -> float:
+        """Return the seconds between two light runs. To be asked anew each time: traffic may begin at any moment."""
         is_busy = now - endpoint.last_used < self.intervals.idle
         return self.intervals.busy if is_busy else self.intervals.idle
 
