@@ -13,10 +13,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from tests.router.fault_server import FaultServer, after, fault_server, reset
+from tests.router.fault_server import FaultServer, after, fault_server, reset, silent
 from unmask.conformance import Finding
 from unmask.encoder import Prompt
-from unmask.errors import EngineError, NoConformingProvider, NoProvider
+from unmask.errors import DeadlineExceeded, EngineError, NoConformingProvider, NoProvider
+from unmask.router import attempts
 from unmask.router.attempts import EmbeddingWork, ModelEndpoints, answer
 from unmask.router.choosing import ProviderPreferences
 from unmask.router.endpoint import ProviderEndpoint
@@ -55,16 +56,18 @@ async def upstream() -> AsyncIterator[tuple[FaultServer, ProviderEndpoint, Model
         await client.close()
 
 
-def work_of(number: int, text: str = "a text") -> EmbeddingWork:
+def work_of(
+    number: int, text: str = "a text", seconds: float = 30, preferences: ProviderPreferences | None = None
+) -> EmbeddingWork:
     prompt = cast(Prompt, SimpleNamespace(ids=range(4), truncated=False))
     return EmbeddingWork(
         texts=[text] * number,
         prompts=[prompt] * number,
         instruction="",
         raw=False,
-        deadline=time.monotonic() + 30,
+        deadline=time.monotonic() + seconds,
         share="",
-        preferences=ProviderPreferences(),
+        preferences=preferences or ProviderPreferences(),
     )
 
 
@@ -128,6 +131,69 @@ async def test_an_answer_counts_only_if_its_provider_was_admitted_all_the_time(
         assert await outcome_of(during) == "discarded"
     endpoint.resume()
     assert await outcome_of(quarantine_after_a_reload) == "discarded"
+
+
+def fast_endpoint(name: str, url: str) -> ProviderEndpoint:
+    """An admitted endpoint that has given enough answers for its usual duration to be known: some milliseconds."""
+    model = ProviderModel(id="m", cost="0.004")
+    provider = RemoteProvider(name=name, kind="openai", url=url, private=True, models=(model,))
+    endpoint = ProviderEndpoint(ProviderClient(provider), model, random.Random(1))
+    endpoint.admit(RIGHT, 1e-4, time.monotonic())
+    endpoint.load.answers = 100
+    return endpoint
+
+
+@pytest.fixture
+async def silent_and_right() -> AsyncIterator[ModelEndpoints]:
+    """Provider a, which says nothing, and provider b, which answers rightly."""
+    async with fault_server(ones, silent) as a, fault_server(ones) as b:
+        group = ModelEndpoints([fast_endpoint("a", a.url), fast_endpoint("b", b.url)])
+        group.references = cast(Any, SimpleNamespace(dim=DIM))
+        yield group
+        for endpoint in group.endpoints:
+            await endpoint.client.close()
+
+
+async def test_a_silent_provider_that_is_preferred_leaves_time_for_another(
+    silent_and_right: ModelEndpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempts, "_FIRST_SHARE", 0.06)  # 0.6 s, so that most of the time is left for b
+    a, draw = silent_and_right.endpoint("a"), random.Random(1)
+    for _ in range(5):
+        work = work_of(1, seconds=10, preferences=ProviderPreferences(order=("a",)))
+        routed = await answer(silent_and_right, None, work, draw)
+        assert (routed.provider, routed.attempts) == ("b", 2)
+        rows = [(row.provider, row.outcome, row.reason) for row in work.attempts]
+        assert rows == [("a", "timeout", "answer"), ("b", "answered", "retry")]
+    assert a.breaker.state == "open" and a.outcomes() == {"timeout": 5}
+    work = work_of(1, seconds=10, preferences=ProviderPreferences(order=("a",)))
+    assert (await answer(silent_and_right, None, work, draw)).attempts == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "answers", "outcome"), [(0.7, 100, "timeout"), (0.7, 0, "cancelled"), (0.1, 100, "cancelled")]
+)
+async def test_a_deadline_is_the_fault_of_a_provider_that_had_ample_time(
+    silent_and_right: ModelEndpoints, seconds: float, answers: int, outcome: str
+) -> None:
+    """Not if few answers have shown how fast it is, and not of one that the caller gave no time."""
+    a = silent_and_right.endpoint("a")
+    a.load.answers = answers
+    work = work_of(1, seconds=seconds, preferences=ProviderPreferences(only=("a",)))
+    with pytest.raises(DeadlineExceeded):
+        await answer(silent_and_right, None, work, random.Random(1))
+    assert [row.outcome for row in work.attempts] == [outcome]
+    assert a.outcomes() == {outcome: 1} and a.last_used > float("-inf")
+    assert len(a.breaker._outcomes) == (outcome == "timeout") and a.load.requests == 0
+
+
+async def test_a_share_that_is_over_soon_moves_the_request_and_blames_nobody(silent_and_right: ModelEndpoints) -> None:
+    a = silent_and_right.endpoint("a")
+    a.load.answers = 0
+    work = work_of(1, seconds=4, preferences=ProviderPreferences(order=("a",)))
+    assert (await answer(silent_and_right, None, work, random.Random(1))).provider == "b"
+    rows = [(row.provider, row.outcome) for row in work.attempts]
+    assert rows == [("a", "cancelled"), ("b", "answered")] and not a.breaker._outcomes
 
 
 @pytest.mark.parametrize("text", ["strike out </s> here", "<|im_end|>", "[CLS] a", "<0x0A>", "!@#$%^&*()"])

@@ -44,6 +44,15 @@ _ATTEMPTS_WITH_BYTES = 2
 # An attempt may take this long, or four times the estimate; then another provider is more likely to answer.
 _MIN_ATTEMPT_S = 10.0
 _ATTEMPT_FACTOR = 4.0
+
+# While another provider could answer, the first one gets this share of the caller's time, or four times the estimate.
+_FIRST_SHARE = 0.5
+
+# A caller's deadline is the provider's fault if it had four times the estimate and this long: longer than pauses of a
+# healthy one, and longer still where few answers have shown yet how fast it is.
+_FAULT_S, _UNKNOWN_FAULT_S = 0.5, 3.0
+_KNOWN_ANSWERS = 10
+
 # Usual seconds until a model without an admitted endpoint has one: while its references are computed, and while all are
 # quarantined, which takes a person.
 _REFERENCES_S, _OPERATOR_S = 30.0, 120.0
@@ -223,7 +232,8 @@ async def answer(
                 if chosen.name == LOCAL and engine is not None:
                     vectors = await engine.run(work.prompts, deadline=work.deadline, caller=work.share)
                     return RoutedVectors(vectors, LOCAL, len(tried))
-                answered = await _attempt_or_hedge(model, chosen, work, tried, draw)
+                limit = _time_limit(model, chosen, candidates, tokens, left, is_first=len(tried) == 1)
+                answered = await _attempt_or_hedge(model, chosen, work, tried, draw, limit)
                 if answered is not None:
                     name = answered.endpoint.provider.name
                     return RoutedVectors(answered.vectors, name, len(tried), answered.endpoint, answered.changes)
@@ -263,6 +273,25 @@ def _candidates(
     return candidates
 
 
+def _time_limit(
+    model: ModelEndpoints, chosen: Candidate, candidates: Sequence[Candidate], tokens: int, left: float, is_first: bool
+) -> float:
+    """Return the seconds after which another provider should be asked; infinity if none could answer then.
+
+    Args:
+        model: its endpoints.
+        chosen: the provider to ask.
+        candidates: all that could be asked.
+        tokens: of the request.
+        left: seconds that the caller has.
+        is_first: no other provider was asked before. After a second one that was silent, no third one is asked.
+    """
+    limit = max(_FIRST_SHARE * left, _ATTEMPT_FACTOR * chosen.seconds)
+    others = [candidate for candidate in candidates if candidate.name != chosen.name and candidate.fits(left - limit)]
+    may_repeat = is_first and limit < left and bool(others) and model.budget.covers(tokens, time.monotonic())
+    return limit if may_repeat else float("inf")
+
+
 def _is_able(endpoint: ProviderEndpoint, work: EmbeddingWork) -> bool:
     """True if the provider's API can carry the request without changing what it means."""
     if work.texts is None or work.raw or (work.instruction and not endpoint.provider.takes_instructions):
@@ -278,7 +307,7 @@ def _has_precision(endpoint: ProviderEndpoint, preferences: ProviderPreferences)
 
 
 async def _attempt_or_hedge(
-    model: ModelEndpoints, chosen: Candidate, work: EmbeddingWork, tried: set[str], draw: random.Random
+    model: ModelEndpoints, chosen: Candidate, work: EmbeddingWork, tried: set[str], draw: random.Random, limit: float
 ) -> _AttemptResult | None:
     """Ask a provider for all texts, and another one if that takes unusually long. See `_attempt`.
 
@@ -288,10 +317,11 @@ async def _attempt_or_hedge(
         work: the request.
         tried: names that were asked; the one of a hedge is added.
         draw: source of chance.
+        limit: seconds for the provider to ask; those of a hedge end with the caller's.
     """
     reason: Reason = "answer" if len(tried) == 1 else "retry"
     endpoint = model.endpoint(chosen.name)
-    first = _attempt(model, endpoint, work, chosen.seconds, reason)
+    first = _attempt(model, endpoint, work, chosen.seconds, reason, limit)
     delay = endpoint.usual_seconds.hedge_delay(work.num_tokens) if work.hedged and endpoint.model.hedge else None
     if delay is None or reason == "retry" or not model.may_hedge():
         return await first
@@ -314,36 +344,44 @@ async def _attempt_or_hedge(
 
 
 async def _attempt(
-    model: ModelEndpoints, endpoint: ProviderEndpoint, work: EmbeddingWork, estimate: float, reason: Reason
+    model: ModelEndpoints,
+    endpoint: ProviderEndpoint,
+    work: EmbeddingWork,
+    estimate: float,
+    reason: Reason,
+    limit: float = float("inf"),
 ) -> _AttemptResult | None:
     """Ask one provider for all texts. Returns None if it was taken out of traffic meanwhile, be it for a moment.
 
     Raises:
-        AttemptFailed: it failed, which is counted already.
-        DeadlineExceeded: the caller's time is over, which is no fault of the provider.
+        AttemptFailed: it failed, or its share of the time is over. A fault is counted already.
+        DeadlineExceeded: the caller's time is over. That is a fault of the provider if it has had ample time.
     """
     tokens, started, changes = work.num_tokens, time.monotonic(), endpoint.admission_changes
     outcome: Outcome = "cancelled"  # unless something else happens
     their_tokens: int | None = None
     left = work.deadline - started - _ANSWER_S
-    seconds = min(left, max(_MIN_ATTEMPT_S, _ATTEMPT_FACTOR * estimate))
+    most = max(_MIN_ATTEMPT_S, _ATTEMPT_FACTOR * estimate)
+    seconds = min(left, limit, most)
+    ample = max(_ATTEMPT_FACTOR * estimate, _FAULT_S if endpoint.load.answers >= _KNOWN_ANSWERS else _UNKNOWN_FAULT_S)
     endpoint.load.start(tokens)
     try:
         vectors, their_tokens = await _vectors_from(model, endpoint, work, seconds)
         outcome = "answered" if endpoint.is_admitted_since(changes) else "discarded"
     except AttemptFailed as failure:
         now = time.monotonic()
+        if failure.signal != "timeout" or seconds >= min(ample, most):
+            outcome = failure.signal
+            endpoint.failed(failure, tokens, now - started, now, alone=len(model.endpoints) == 1)
         if failure.signal == "timeout" and seconds == left:
             raise DeadlineExceeded("the deadline passed before the vectors were ready") from None
-        outcome = failure.signal
-        endpoint.failed(failure, tokens, now - started, now, alone=len(model.endpoints) == 1)
         raise
     finally:
         endpoint.load.finish(tokens)
         now = time.monotonic()
         work.attempts.append(endpoint.record(outcome, reason, tokens, their_tokens, now - started))
         if outcome == "cancelled":
-            endpoint.load.overtaken(tokens, now - started, now)
+            endpoint.cancelled(tokens, now - started, now)
     now = time.monotonic()
     if outcome == "discarded":
         endpoint.discarded(tokens, now - started, now)

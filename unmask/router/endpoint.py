@@ -351,6 +351,11 @@ class ProviderEndpoint:
             self.wake.set()
         self._note(_Entry(now, seconds, tokens, failure.signal))
 
+    def cancelled(self, tokens: int, seconds: float, now: float) -> None:
+        """Count an attempt that nobody waited for: no fault, but a use, and a sign of its speed."""
+        self.load.overtaken(tokens, seconds, now)
+        self._note(_Entry(now, seconds, tokens, "cancelled"))
+
     def discarded(self, tokens: int, seconds: float, now: float) -> None:
         """Count an answer that came after the endpoint was quarantined."""
         self._note(_Entry(now, seconds, tokens, "discarded"))

@@ -59,11 +59,13 @@ class EndpointLoad:
     Attributes:
         tokens: tokens in flight.
         requests: requests in flight.
+        answers: good answers so far, which the expected duration was learnt from.
     """
 
     def __init__(self, max_parallel: int, seconds_per_token: float, now: float) -> None:
         self.tokens = 0
         self.requests = 0
+        self.answers = 0
         self._rate = PeakEwma(seconds_per_token, now)
         self._typical = seconds_per_token
         self._max_parallel = max_parallel
@@ -106,6 +108,7 @@ class EndpointLoad:
         rate = seconds / max(tokens, MIN_TOKENS)
         self._rate.observe(rate, now)
         self._typical += _NEWEST_SHARE * (rate - self._typical)
+        self.answers += 1
         self._successes += 1
         if self._successes >= self._limit:
             self._limit = min(self._limit + 1, self._max_parallel)

@@ -34,7 +34,7 @@ SIGNALS: dict[SignalName, Signal] = {
     # refused, no such host, TLS handshake failed: no byte of the request was sent
     "unreachable": Signal("cannot be connected to", another=True, breaker="failure", price=0.5),
     "cut_off": Signal("closed the connection", another=True, breaker="failure"),
-    # the time that this server gives one attempt, which is less than the caller has
+    # within the time that this server gives one attempt, or within ample time before the caller's own deadline
     "timeout": Signal("did not answer in time", another=True, breaker="failure"),
     # it is healthy and busy: it must lose traffic, not be declared dead
     "rate_limited": Signal("has too many requests", another=True, breaker="rate"),
@@ -46,7 +46,7 @@ SIGNALS: dict[SignalName, Signal] = {
     "failed": Signal("answered with an error", another=True, breaker="failure"),
     # 200 with vectors that cannot be right
     "malformed": Signal("answered with unusable vectors", another=True, breaker="failure", check=True),
-    # the caller's own deadline, or the caller is gone: says nothing about the provider
+    # the caller's own deadline came soon, or the caller is gone: says nothing about the provider
     "cancelled": Signal("was not waited for", another=False, breaker="none"),
 }
 
