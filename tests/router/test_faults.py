@@ -180,6 +180,9 @@ WIRE: dict[str, Fault] = {
     "no usage": Fault(23, changed(lambda answer: {"data": answer["data"]}), "answered"),
     "usage of nothing": Fault(23, usage(prompt_tokens=0, total_tokens=0), "answered"),
     "ten times the usage": Fault(23, usage(prompt_tokens=900, total_tokens=900), "answered"),
+    "usage beyond 64 bits": Fault(23, usage(prompt_tokens=10**24), "answered"),
+    "usage that overflows sums": Fault(23, usage(prompt_tokens=9 * 10**18), "answered"),
+    "negative usage": Fault(23, usage(prompt_tokens=-7), "answered"),
     "echoes the key": Fault(24, reply({"error": {"message": f"wrong {SECRET} {TEXTS[0]}"}}, 401), "no_access", "held"),
 }  # fmt: skip
 
@@ -337,6 +340,7 @@ class Books:
         free = outcome in FREE_OUTCOMES
         assert (first.provider, first.outcome, first.reason) == ("a", outcome, "answer")
         assert (first.tokens, first.cost) == (tokens, 0 if free else money.cost(tokens, COST))
+        assert first.their_tokens is None or 0 <= first.their_tokens <= 2**31
         assert [(row.provider, row.outcome, row.reason) for row in more] == [("b", "answered", "retry")] * moved
 
 

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 # Of an answer: per number as Python's repr of a double writes it, per vector, and for the rest.
 _BYTES_PER_NUMBER, _BYTES_PER_VECTOR, _BYTES_BESIDES = 26, 200, 65_536
 
+# No request has so many tokens. Sums of larger counts would be more than a column of a database holds.
+_MAX_COUNT = 2**31
+
 _UNIT_LENGTH = 1e-2  # lengths may be off by so much: more than any rounding
 
 
@@ -102,7 +105,7 @@ async def ask(
         if raw
         else [np.array(item.embedding, dtype=np.float32) for item in ordered]
     )
-    return Answer(vectors, raw, usage.prompt_tokens if usage else None)
+    return Answer(vectors, raw, _token_count(usage))
 
 
 def require_vectors(answer: Answer, dim: int, provider: str, *, has_unit_length: bool = False) -> np.ndarray:
@@ -128,6 +131,12 @@ def require_vectors(answer: Answer, dim: int, provider: str, *, has_unit_length:
     if has_unit_length and not 1 - _UNIT_LENGTH <= least <= most <= 1 + _UNIT_LENGTH:
         raise AttemptFailed(provider, "malformed", "a vector is not of length 1, as all of them were so far")
     return (vectors / norms[:, None]).astype(np.float32)
+
+
+def _token_count(usage: _Usage | None) -> int | None:
+    """Return the provider's count of tokens; None where it gives none that can be."""
+    count = usage.prompt_tokens if usage is not None else None
+    return count if count is not None and 0 <= count <= _MAX_COUNT else None
 
 
 def _in_order(items: Sequence[_Item]) -> list[_Item] | None:
