@@ -46,7 +46,7 @@ from unmask.storage.schema import charges, provider_attempts
 from unmask.web import website
 
 FAST = WatchIntervals(busy=0.3, idle=0.3, second=0.05, full=3600.0, retry=0.1)
-SLOW = WatchIntervals(second=0.05, retry=0.1)
+SLOW = WatchIntervals(busy=600.0, second=0.05, retry=0.1)  # no regular check comes in the way of a script
 RUN_BEGAN = int(time.time())
 MODEL = "tiny_llama"
 TEXTS = ["a ferry leaves", "bread rises", "the clock is repaired", "rain washed the path", "interest is paid"]
