@@ -36,6 +36,7 @@ from unmask.accounts.verification import verify
 from unmask.catalogue.store import open_database
 from unmask.encoder import Encoder
 from unmask.errors import UsageError
+from unmask.router import breaker
 from unmask.router.daily_cost import today
 from unmask.router.endpoint import ProviderEndpoint
 from unmask.router.hedging import MIN_SAMPLES
@@ -247,6 +248,19 @@ def test_five_failures_open_the_breaker_and_a_right_canary_closes_it(upstreams: 
     upstreams.a.script[:] = [right]
     until(lambda: upstreams.endpoint("a").breaker.state == "closed")
     assert upstreams.endpoint("a").status(time.monotonic()) == "probation"
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_one_refusal_takes_a_healthy_provider_out_for_seconds(upstreams: Upstreams, status: int) -> None:
+    """A request was refused by mistake, and canaries are answered. Callers learn when to come back."""
+    endpoint = upstreams.endpoint("a")
+    upstreams.a.script[:] = [reply({}, status), right]
+    refused = upstreams.embed(provider={"only": ["a"]})
+    assert (refused.status, endpoint.breaker.state) == (503, "held")
+    assert 1 <= int(refused.headers["retry-after"]) <= breaker.FIRST_S
+    assert endpoint.available_in(time.monotonic()) <= breaker.FIRST_S
+    until(lambda: endpoint.breaker.state == "closed")
+    assert upstreams.embed(provider={"only": ["a"]}).status == 200
 
 
 def test_the_callers_own_deadline_is_nobodys_fault(upstreams: Upstreams) -> None:

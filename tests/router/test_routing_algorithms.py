@@ -113,12 +113,18 @@ class BreakerMachine(RuleBasedStateMachine):
             self.breaker.probed(passed, self.now)
             assert self.breaker.state == ("closed" if passed else "open")
 
-    @rule()
-    def hold(self) -> None:
-        self.breaker.hold()
+    @rule(passed=st.booleans())
+    def hold(self, passed: bool) -> None:
+        self.breaker.hold(self.now)
         self.breaker.succeeded(self.now)
         self.breaker.failed(self.now)
-        assert self.breaker.state == "held" and not self.breaker.probe(self.now + 1e9)
+        due = self.breaker.probe_at
+        self.breaker.hold(self.now + 0.1)  # a request that began before
+        assert self.breaker.state == "held" and self.breaker.probe_at == due <= self.now + breakers.MAX_S
+        self.now = max(self.now, due)
+        assert self.breaker.probe(self.now) and not self.breaker.probe(self.now)
+        self.breaker.probed(passed, self.now)
+        assert self.breaker.state == ("closed" if passed else "held")
         self.breaker.close()
         self.run, self.outcomes = 0, []
 
@@ -129,6 +135,18 @@ class BreakerMachine(RuleBasedStateMachine):
 
 TestBreaker = BreakerMachine.TestCase
 TestBreaker.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_a_breaker_that_is_held_asks_for_a_canary_within_seconds_and_then_less_often() -> None:
+    breaker, now, waits = Breaker(random.Random(3)), 0.0, []
+    breaker.hold(now)
+    for _ in range(8):
+        assert breaker.state == "held"
+        waits.append(breaker.probe_at - now)
+        now = breaker.probe_at
+        assert breaker.probe(now)
+        breaker.probed(False, now)
+    assert waits[0] <= breakers.FIRST_S and breakers.MAX_S / 2 <= waits[-1] <= breakers.MAX_S
 
 
 def test_a_breaker_stays_open_longer_each_time() -> None:

@@ -19,7 +19,7 @@ ALONE_MAX_S = 30.0
 
 
 class Breaker:
-    """State of one endpoint: closed (traffic), open (none), half-open (one canary), held (our account there fails).
+    """State of one endpoint: closed (traffic), open (none), half-open (one canary), held (open: our account fails).
 
     Opens after `RUN` failures in a row, or when fewer than `MIN_SUCCESS` of at least `MIN_REQUESTS` outcomes within
     `WINDOW_S` were successes. Stays open for `FIRST_S`, twice as long each time, with jitter, up to `MAX_S`.
@@ -35,15 +35,16 @@ class Breaker:
         self._state: BreakerState = "closed"
         self._until = 0.0
         self._times = 0
+        self._is_held = False
 
     @property
     def state(self) -> BreakerState:
         """Its state."""
-        return self._state
+        return "held" if self._is_held and self._state == "open" else self._state
 
     @property
     def probe_at(self) -> float:
-        """Time at which the next canary is due; infinity while closed or held."""
+        """Time at which the next canary is due; infinity unless open or held."""
         return self._until if self._state == "open" else float("inf")
 
     def lets_in(self) -> bool:
@@ -73,9 +74,18 @@ class Breaker:
         if self._run >= RUN or too_many:
             self._open(now, alone=alone)
 
-    def hold(self) -> None:
-        """Open it until `close` is called: our account there or its configuration is wrong."""
-        self._state = "held"
+    def hold(self, now: float, *, alone: bool = False) -> None:
+        """Open it at once: our account there or its configuration is wrong, which is seldom over soon.
+
+        Canaries are due all the same. The refusal may have been a mistake of a moment.
+
+        Args:
+            now: time.
+            alone: as for `failed`.
+        """
+        self._is_held = True
+        if self._state == "closed":
+            self._open(now, alone=alone)
 
     def probe(self, now: float) -> bool:
         """Return True if a canary is due now, and turn half-open: nobody else gets True until its outcome is known."""
@@ -101,7 +111,7 @@ class Breaker:
 
     def close(self) -> None:
         """Let traffic in again, with no memory of earlier failures."""
-        self._state, self._times, self._run = "closed", 0, 0
+        self._state, self._times, self._run, self._is_held = "closed", 0, 0, False
         self._outcomes.clear()
 
     def _add(self, now: float, ok: bool) -> None:

@@ -196,11 +196,11 @@ class ProviderEndpoint:
 
     def available_in(self, now: float) -> float:
         """Return the seconds after which it might be available; infinity if nobody knows."""
-        if self.admission != "admitted" or self.breaker.state == "held":
+        if self.admission != "admitted":
             return float("inf")
         if self.breaker.state == "half_open":
             return 1.0
-        if self.breaker.state == "open":
+        if not self.breaker.lets_in():
             return max(0.0, self.breaker.probe_at - now)
         if self.is_spent():
             return seconds_to_midnight()
@@ -337,7 +337,7 @@ class ProviderEndpoint:
         """Count a failure, by the table of signals."""
         signal = SIGNALS[failure.signal]
         if signal.breaker == "open":
-            self.breaker.hold()
+            self.breaker.hold(now, alone=alone)
         elif signal.breaker != "none":
             self.breaker.failed(now, in_run=signal.breaker == "failure", alone=alone)
         if signal.breaker != "none":
@@ -347,8 +347,8 @@ class ProviderEndpoint:
                 self._avoid_until = now + min(failure.retry_after, _MAX_AVOID_S)
         if signal.check:
             self.full_due = True
-        if signal.check or self.breaker.state == "open":
-            self.wake.set()
+        if signal.check or not self.breaker.lets_in():
+            self.wake.set()  # the time of its next canary is another one now
         self._note(_Entry(now, seconds, tokens, failure.signal))
 
     def cancelled(self, tokens: int, seconds: float, now: float) -> None:
