@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pytest
 import uvicorn
@@ -38,6 +38,9 @@ class Recorder:
 
     def abort(self) -> None:
         self.close()
+
+    def is_closing(self) -> bool:
+        return self.closed_after is not None
 
 
 def joining(recorder: Recorder) -> JoiningTransport:
@@ -80,6 +83,19 @@ async def test_an_aborted_or_lost_connection_gets_no_more_bytes(end: Callable[[J
     transport.write(b"head ")
     end(transport)
     await asyncio.sleep(0)
+    assert recorder.sent == []
+
+
+@pytest.mark.parametrize("length", [9, 100_000])
+async def test_a_connection_that_closed_in_between_gets_no_more_bytes(length: int):
+    """The loop closes a connection whose client is gone; the protocol hears of it a turn later."""
+    recorder = Recorder()
+    transport = joining(recorder)
+    transport.write(b"head ")
+    recorder.close()
+    transport.write(b"b" * length)
+    await asyncio.sleep(0)
+    transport.close()
     assert recorder.sent == []
 
 
@@ -138,9 +154,9 @@ class ProtocolServer:
 
 
 @contextmanager
-def serving(app: ASGIApp) -> Iterator[ProtocolServer]:
+def serving(app: ASGIApp, loop: Literal["uvloop", "asyncio"] = "uvloop") -> Iterator[ProtocolServer]:
     protocol = partial(HttpProtocol, header_timeout_s=10, closing=threading.Event())
-    config = uvicorn.Config(app, loop="uvloop", http=protocol, ws="none", lifespan="off", log_config=None)  # pyright: ignore[reportArgumentType] - a callable will do
+    config = uvicorn.Config(app, loop=loop, http=protocol, ws="none", lifespan="off", log_config=None)  # pyright: ignore[reportArgumentType] - a callable will do
     server = uvicorn.Server(config)
     errors: list[str] = []
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -187,6 +203,30 @@ def test_clients_that_reset_a_stream_leave_no_errors():
             connection.close()
         until(lambda: len(ended) == 30)
         assert server.errors == []
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+def test_clients_that_leave_before_their_answers_cause_no_errors(
+    loop: Literal["uvloop", "asyncio"], caplog: pytest.LogCaptureFixture
+):
+    """Requests sent at once are answered one after the other, and the first answer meets a closed connection."""
+    served: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        served.append(scope["path"])
+        await asyncio.sleep(0.002)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
+        await send({"type": "http.response.body", "body": b"hello"})
+
+    with serving(app, loop) as server, caplog.at_level("WARNING"):
+        for number in range(30):
+            with socket.create_connection(server.address, timeout=30) as connection:
+                connection.sendall(get() * 10)
+            time.sleep(0.002 * (number % 3))
+        until(lambda: len(served) >= 30)
+        time.sleep(0.1)
+        assert server.errors == []
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize("method", ["HEAD", "GET"])

@@ -51,7 +51,7 @@ class JoiningTransport(asyncio.Transport):
         # Not by writelines: asyncio's own, since 3.12, keeps an empty part for ever and never pauses the writer.
         if len(self._first) + len(data) > _JOINED_BYTES:
             self._flush()
-            self._transport.write(data)
+            self._send(data)
         elif self._first:
             self._first += data
             self._flush()
@@ -62,7 +62,13 @@ class JoiningTransport(asyncio.Transport):
     def _flush(self) -> None:
         if self._first:
             first, self._first = self._first, b""
-            self._transport.write(first)
+            self._send(first)
+
+    def _send(self, data: bytes | bytearray | memoryview) -> None:
+        # The loop closes a connection whose client is gone, and `connection_lost` is called a turn later. In between
+        # an answer, or the next one of several requests, may be written: uvloop raises then, and logs a traceback.
+        if not self._transport.is_closing():
+            self._transport.write(data)
 
     def forget(self) -> None:
         """Drop what was not sent: the connection is lost."""
