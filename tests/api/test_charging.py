@@ -405,6 +405,7 @@ def test_usage_by_day_model_and_key(bank: Bank, paid: LocalService):
     assert len(rows) == 3 and sum(int(row["tokens"]) for row in rows) == row_tokens(report)
     long_ago = (datetime.now(UTC) - timedelta(days=40)).date()
     assert paid.call("GET", f"/v1/usage?start={long_ago}&end={long_ago}", key=key).json["data"] == []
+    assert paid.call("GET", "/v1/usage?start=9999-12-31&end=9999-12-31", key=key).json["data"] == []
 
 
 def row_tokens(report: dict[str, Any]) -> int:

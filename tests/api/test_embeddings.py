@@ -122,7 +122,7 @@ def test_native_token_ids(service: LocalService, encoder: Encoder):
 
 @pytest.mark.parametrize("encoding", ["cl100k_base", "o200k_base", "native"])
 def test_unknown_token_ids_are_refused(service: LocalService, encoding: str):
-    for unknown in (10_000_000, -1):
+    for unknown in (10_000_000, -1, 2**31, 2**63, 2**64, 10**30, -(2**63) - 1):
         reply = service.embed([1, unknown], token_encoding=encoding)
         assert (reply.status, reply.error["param"]) == (400, "input")
         assert str(unknown) in reply.error["message"]

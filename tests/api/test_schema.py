@@ -108,6 +108,22 @@ def test_text_that_is_no_unicode_is_refused(text: bytes):
         read_input(read_request(b'{"model":"m","input":' + text + b"}")[0].input)
 
 
+@pytest.mark.parametrize("price", [b"-1", b"-1e308", b"1e9", b"1e308", b"1e400", b"1" * 400, b"NaN", b"Infinity"])
+def test_a_price_that_no_model_can_have_is_refused(price: bytes):
+    with pytest.raises(ApiError) as caught:
+        read_request(b'{"model":"m","input":"a","provider":{"max_price":{"prompt":%b}}}' % price)
+    assert caught.value.status == 400
+    if price not in (b"NaN", b"Infinity"):  # these are no JSON
+        assert caught.value.body.param == "provider"
+        assert "max_price.prompt" in caught.value.body.message
+
+
+@pytest.mark.parametrize(("price", "nano"), [(b"0", 0), (b"0.02", 20_000_000), (b"1e8", 10**17)])
+def test_the_highest_price_is_exact(price: bytes, nano: int):
+    request, _ = read_request(b'{"model":"m","input":"a","provider":{"max_price":{"prompt":%b}}}' % price)
+    assert request.provider is not None and request.provider.max_nano_per_million == nano
+
+
 def test_unknown_fields_are_reported():
     _, ignored = read_request(encoded(model="m", input="a", task="x", provider={"a": [1]}))
     assert ignored == ["task", "provider.a"]

@@ -389,6 +389,7 @@ def test_a_key_with_every_setting(site: LocalService, accounts: Accounts) -> Non
         ("networks", "10.0.0.0/33", "write an address"),
         ("expires", "2020-01-01", "is over"),
         ("expires", "soon", "write it like"),
+        ("expires", "9999-12-31", "is too late"),
         ("models", "org/unknown", "choose out of the list"),
         ("spend_window", "day", "needs a spend limit"),
         ("scopes", "everything", "choose from"),
@@ -398,7 +399,7 @@ def test_a_key_with_every_setting(site: LocalService, accounts: Accounts) -> Non
 def test_a_wrong_setting_is_named_and_nothing_typed_is_lost(
     site: LocalService, accounts: Accounts, field: str, value: str, words: str
 ) -> None:
-    who = person(accounts, f"wrong-{field}-{len(value)}@example.org")
+    who = person(accounts, f"wrong-{field}-{len(value)}-{len(words)}@example.org")
     visitor = Visitor.signed_in(site, accounts, who)
     typed: dict[str, str] = {"name": "kept for me", "scopes": "embeddings", field: value}
     reply = visitor.fill("/account/keys", **typed)

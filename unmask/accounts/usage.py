@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime
 from typing import Any
 
 import sqlalchemy as sa
@@ -90,7 +90,7 @@ def usage_totals(
             charges.c.account_id == account,
             charges.c.state == "settled",
             charges.c.ended_at >= day_start(first),
-            charges.c.ended_at < day_start(last + timedelta(days=1)),
+            charges.c.ended_at < day_start(last) + _DAY_MS,
         )
         .subquery()
     )

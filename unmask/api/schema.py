@@ -38,6 +38,11 @@ class MaxPrice(msgspec.Struct, kw_only=True, frozen=True):
 
     prompt: Annotated[float, Meta(ge=0, description="Dollars per million tokens.")]
 
+    def __post_init__(self) -> None:
+        # A price is an integer of nano-dollars, and 1e308 dollars are infinitely many.
+        if self.prompt > money.MAX_AMOUNT // money.NANO:
+            raise ValueError(f"`max_price.prompt` is at most {money.MAX_AMOUNT // money.NANO} dollars")
+
 
 class ProviderOptions(msgspec.Struct, kw_only=True, frozen=True):
     """Wishes about who answers, in OpenRouter's words. Providers are listed at `/v1/models/{id}/endpoints`."""

@@ -89,6 +89,8 @@ class KeyFields:
             day = date.fromisoformat(self.expires)
         except ValueError:
             raise UsageError(f"the last day {self.expires[:20]!r} is none: write it like 2027-01-31") from None
+        if day == date.max:
+            raise UsageError(f"the last day {day} is too late: leave it empty for a key without a last day")
         end = int(datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp() * 1000) + 24 * 3600 * 1000
         if end <= now:
             raise UsageError(f"the last day {day} is over: choose a later one")
