@@ -24,6 +24,7 @@ from unmask.api.context import context_of
 from unmask.api.disconnect import cancel_on_disconnect
 from unmask.api.errors import ApiError
 from unmask.api.jina_fields import translate_jina_fields
+from unmask.api.large_bodies import parse_body
 from unmask.api.metrics import Metrics
 from unmask.api.quantisation import QUANTISED, quantise_vectors
 from unmask.api.schema import (
@@ -127,11 +128,15 @@ class EmbeddingsRoute:
 
     async def _embed(self, request: Request, dialect: Dialect, body: bytes, deadline: float) -> Response:
         context = context_of(request)
-        fields = read_fields(body)
-        parsed, ignored = request_of(dialect.read(request, dict(fields)))
+
+        def parse() -> tuple[Fields, EmbeddingRequest, list[str], list[str] | list[list[int]]]:
+            fields = read_fields(body)
+            parsed, ignored = request_of(dialect.read(request, dict(fields)))
+            return fields, parsed, ignored, read_input(parsed.input)
+
+        fields, parsed, ignored, inputs = await parse_body(body, self.settings.max_request_tokens, parse)
         if dialect is not OPENAI:
             body = f"{request.scope['path']}\n".encode() + body  # the path may name the model
-        inputs = read_input(parsed.input)
         name, use = split_use(self.models, parsed.model)
         served = find_model(self.models, name)
         model = served.record.id

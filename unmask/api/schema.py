@@ -383,7 +383,7 @@ def request_of(fields: Fields) -> tuple[EmbeddingRequest, list[str]]:
 
 def _option(name: str, raw: msgspec.Raw) -> Any:
     content = bytes(raw)
-    if name == "truncate" and content.lower() in (b'"start"', b'"left"'):
+    if name == "truncate" and content[:8].lower() in (b'"start"', b'"left"'):
         message = 'truncate="start" is not supported, only the end can be cut: use true or "end".'
         raise ApiError(400, message, param=name)
     value = _decode(_DECODERS[name], content, name)

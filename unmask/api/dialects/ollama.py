@@ -13,6 +13,7 @@ from unmask import __version__
 from unmask.api.body import read_body
 from unmask.api.embeddings import Dialect, EmbeddingResult, EmbeddingsRoute, find_model, float_row
 from unmask.api.errors import ApiError
+from unmask.api.large_bodies import parse_body
 from unmask.api.schema import EmbeddingRequest, Fields, holds_texts, read_fields
 from unmask.router import ServedModel
 
@@ -29,8 +30,8 @@ def routes(embeddings: EmbeddingsRoute) -> list[Route]:
 
     async def show(request: Request) -> Response:
         settings = embeddings.settings
-        fields = read_fields(await read_body(request, settings.body_limit_bytes, settings.receive_timeout_s))
-        fields = _with_model(fields)
+        body = await read_body(request, settings.body_limit_bytes, settings.receive_timeout_s)
+        fields = await parse_body(body, settings.max_request_tokens, lambda: _with_model(read_fields(body)))
         if "model" not in fields:
             raise ApiError(400, "The field 'model' is required.", param="model")
         return _json(_model_details(find_model(embeddings.models, _NAME.decode(fields["model"]))))

@@ -16,6 +16,7 @@ from unmask import __version__
 from unmask.api.body import read_body
 from unmask.api.embeddings import Dialect, EmbeddingResult, EmbeddingsRoute, float_row
 from unmask.api.errors import ApiError
+from unmask.api.large_bodies import parse_body
 from unmask.api.schema import MAX_INPUTS, EmbeddingRequest, Fields, holds_texts, read_fields, read_input
 from unmask.checkpoint.tokenizer import TextTokenizer
 from unmask.router.route import find_tokenizer
@@ -57,8 +58,8 @@ def routes(embeddings: EmbeddingsRoute) -> list[Route]:
 
     async def tokenize(request: Request) -> Response:
         settings, served = embeddings.settings, embeddings.models.list()[0]
-        fields = read_fields(await read_body(request, settings.body_limit_bytes, settings.receive_timeout_s))
-        texts, special = _read_tokenize(fields)
+        body = await read_body(request, settings.body_limit_bytes, settings.receive_timeout_s)
+        texts, special = await parse_body(body, settings.max_request_tokens, lambda: _read_tokenize(read_fields(body)))
         embeddings.check_characters(texts)
         await embeddings.charging.check_access(request, served.record.id, "default")
         tokenizer = await find_tokenizer(served, embeddings.models.providers)
