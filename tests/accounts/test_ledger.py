@@ -412,6 +412,22 @@ class TestReplays:
             end(connection, "c1", NOON)
         assert self.hold(database, account, "c2") == HeldCredit("c2", 100)
 
+    def test_after_a_refund_it_is_charged_anew(self, database: Database, account: str):
+        """It would be answered for nothing otherwise, by providers who are paid for it."""
+        self.hold(database, account, "c1")
+        with database.begin() as connection:
+            ledger.settle(connection, "c1", NOON)
+            ledger.refund(connection, "c1", NOON)
+        assert self.hold(database, account, "c2") == HeldCredit("c2", 100)
+        assert balance(database, account) == (1000, 100)
+        with pytest.raises(RequestInProgress):
+            self.hold(database, account, "c3")
+        with database.begin() as connection:
+            ledger.settle(connection, "c2", NOON)
+        assert self.hold(database, account, "c3") == HeldCredit("c2", 100, replayed=True)
+        with pytest.raises(KeyReused):
+            self.hold(database, account, "c3", body="another")
+
     def test_another_account_has_keys_of_its_own(self, database: Database, account: str):
         self.hold(database, account, "c1")
         with database.begin() as connection:

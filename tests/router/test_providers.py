@@ -723,6 +723,35 @@ def test_a_request_is_charged_once_and_every_attempt_is_in_the_books(
     assert unmask("ledger", "verify", "--database", url).returncode == 0
 
 
+def test_a_replay_earns_nothing_at_a_provider(vectors_of, tiny_llama: Path, tmp_path: Path) -> None:
+    url, accounts, _, key = customer(tmp_path, KeySettings())
+    with fault_server_thread(vectors_of) as a, fault_server_thread(vectors_of) as b:
+        file = providers_file(tmp_path, a.url, b.url)
+        options: dict[str, Any] = {"api_keys": (), "database": url, "providers": file, "warm": ()}
+        with running(tiny_llama, accounts, intervals=SLOW, **options) as service:
+            upstreams = Upstreams(a, b, service)
+            model = upstreams.pool.models()[MODEL]
+            until(lambda: all(e.admission == "admitted" for e in model.endpoints))
+
+            def embed(idempotency_key: str) -> Reply:
+                body = {"model": MODEL, "input": "a ferry leaves"}
+                return service.call("POST", "/v1/embeddings", body, {"idempotency-key": idempotency_key}, key)
+
+            first, again = embed("one"), embed("one")
+            assert (first.status, again.status) == (200, 200)
+            assert again.headers["idempotent-replayed"] == "true"
+            model.min_margin = 0.1
+            assert embed("one").status == 503
+            second = embed("two")
+            assert second.status == 200  # what is paid for leaves a margin
+            with accounts.database.begin() as connection:
+                assert ledger.refund(connection, second.headers["x-unmask-charge"], now_ms())
+            anew = embed("two")
+            assert anew.status == 200 and "idempotent-replayed" not in anew.headers
+            assert anew.headers["x-unmask-charge"] != second.headers["x-unmask-charge"]
+    accounts.close()
+
+
 def test_a_slow_answer_is_hedged_charged_once_and_both_costs_are_booked(
     vectors_of, tiny_llama: Path, tmp_path: Path
 ) -> None:

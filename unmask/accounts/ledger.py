@@ -69,7 +69,8 @@ class HeldCredit:
     """The charge of a request.
 
     Attributes:
-        replayed: an earlier request with the same Idempotency-Key settled it, so it costs nothing again.
+        replayed: an earlier request with the same Idempotency-Key settled it, so it costs nothing again. A charge that
+            was refunded since is not replayed: the request would be worked on for nothing.
     """
 
     id: str
@@ -405,9 +406,14 @@ def _find_replay(connection: Connection, new_hold: Hold, now: int) -> HeldCredit
         raise KeyReused("this Idempotency-Key was used for another request: choose a new one for each")
     if earlier.state == "held":
         raise RequestInProgress("the request with this Idempotency-Key is still being worked on")
-    if earlier.state == "settled":
+    if earlier.state == "settled" and not connection.scalar(sa.select(_refund_of(earlier.charge_id))):
         return HeldCredit(earlier.charge_id, earlier.amount, replayed=True)
-    return None  # it failed and was not charged, so this is the first
+    return None  # it failed and was not charged, or has its money back, so this is the first
+
+
+def _refund_of(charge: sa.ColumnElement[str] | str) -> sa.Exists:
+    """Condition that a charge was refunded."""
+    return sa.exists().where(entries.c.kind == "refund", entries.c.reference == charge)
 
 
 def _store_replay(connection: Connection, new_hold: Hold, now: int) -> None:
@@ -419,7 +425,7 @@ def _store_replay(connection: Connection, new_hold: Hold, now: int) -> None:
         charge_id=new_hold.id,
         expires_at=now + REPLAY_MS,
     )
-    over = sa.exists().where(charges.c.id == replays.c.charge_id, charges.c.state.in_(("released", "expired")))
+    failed = sa.exists().where(charges.c.id == replays.c.charge_id, charges.c.state.in_(("released", "expired")))
     written = connection.execute(
         statement.on_conflict_do_update(
             index_elements=[replays.c.account_id, replays.c.digest],
@@ -428,7 +434,7 @@ def _store_replay(connection: Connection, new_hold: Hold, now: int) -> None:
                 "charge_id": statement.excluded.charge_id,
                 "expires_at": statement.excluded.expires_at,
             },
-            where=sa.or_(replays.c.expires_at <= now, over),
+            where=sa.or_(replays.c.expires_at <= now, failed, _refund_of(replays.c.charge_id)),
         ).returning(replays.c.charge_id)
     )
     if written.one_or_none() is None:

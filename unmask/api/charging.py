@@ -35,6 +35,11 @@ class Charge:
         """Nano-dollars; None without accounts."""
         return None if self.held is None else self.held.amount
 
+    @property
+    def is_replay(self) -> bool:
+        """True if an earlier request has paid for it."""
+        return self.held is not None and self.held.replayed
+
     async def settle(self, provider: str | None = None, attempts: Sequence[AttemptRecord] = ()) -> None:
         """Book the charge, before the answer goes out. A second call books another answer for the same charge.
 

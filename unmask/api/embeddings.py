@@ -168,7 +168,8 @@ class EmbeddingsRoute:
                     share=share,
                     preferences=self.models.public_names.real_preferences(_provider_preferences(parsed.provider)),
                     income=charge.cost,
-                    hedged=tier == "default",
+                    is_replay=charge.is_replay,
+                    hedged=tier == "default" and not charge.is_replay,
                 )
 
                 def write(vectors: np.ndarray) -> bytes:

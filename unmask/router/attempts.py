@@ -75,6 +75,7 @@ class EmbeddingWork:
         deadline: `time.monotonic()` by which the caller needs them.
         share: the caller, for the fair queue of the local engine.
         income: nano-dollars that the caller pays; None on a server without accounts.
+        is_replay: the income was earned by an earlier request, and there is no more of it.
         hedged: a second provider may be asked if the first is slow.
         preferences: about providers.
         attempts: filled in: the attempts at providers so far.
@@ -88,6 +89,7 @@ class EmbeddingWork:
     share: str
     preferences: ProviderPreferences
     income: int | None = None
+    is_replay: bool = False
     hedged: bool = False
     attempts: list[AttemptRecord] = field(default_factory=list)
 
@@ -261,7 +263,7 @@ def _candidates(
         and _has_precision(endpoint, work.preferences)
         and permitted(endpoint.provider.name, endpoint.provider.data, work.preferences)
         and endpoint.provider.name not in tried
-        and endpoint.covers_cost(tokens, work.income, model.min_margin)
+        and endpoint.covers_cost(tokens, work.income, model.min_margin, is_replay=work.is_replay)
         and endpoint.is_available(now)
     ]
     if engine is not None and LOCAL not in tried and permitted(LOCAL, "none", work.preferences):

@@ -170,17 +170,21 @@ class ProviderEndpoint:
         limit = self.provider.max_daily_cost
         return limit is not None and self.daily_cost.total(today()) >= limit
 
-    def covers_cost(self, tokens: int, income: int | None, min_margin: float) -> bool:
+    def covers_cost(self, tokens: int, income: int | None, min_margin: float, *, is_replay: bool = False) -> bool:
         """True if a request leaves the margin after the provider's cost, or may make a loss there.
 
         Args:
             tokens: of the request.
             income: nano-dollars that the caller pays for it; None on a server without accounts.
             min_margin: share of the income that must remain.
+            is_replay: an earlier request has earned the income. Where a margin must remain, nothing is left for a
+                second answer; where none must, a caller whose answer was lost gets it at the price of the first.
         """
         if income is None or self.model.allow_loss:
             return True
         cost = money.cost(tokens, self.model.cost_on(today()))
+        if is_replay and min_margin > 0:
+            return cost == 0
         if cost <= income * (1 - min_margin):
             return True
         if not self._loss_logged:

@@ -169,7 +169,8 @@ class Providers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         remote_only: ids of models that this server never loads: providers alone answer for them.
         references: id of such a model -> file of its right vectors, made where the weights are. Without one, they are
             computed here.
-        min_margin: share of a request's price that must remain after the provider's cost; see `allow_loss`.
+        min_margin: share of a request's price that must remain after the provider's cost; see `allow_loss`. Above 0, a
+            request that is repeated under its Idempotency-Key has no price to cover a cost.
         readmit: "auto" ends a quarantine that canaries ordered once two full runs in a row have passed; "operator"
             leaves it to a person.
         cross_check: share of the answered requests after which a text of our own is asked of the provider and of
