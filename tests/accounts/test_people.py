@@ -116,6 +116,25 @@ async def test_another_password_ends_every_session(accounts: Accounts):
     assert await accounts.membership.sign_in("ada@example.org", "another password", address="")
 
 
+async def test_freezing_ends_sessions_and_makes_nobody_an_admin(accounts: Accounts):
+    await accounts.membership.sign_up("eve@example.org", PASSWORD, address="")
+    eve = do(accounts, people.list_people)[0]
+    do(accounts, lambda c: c.execute(people.people.update().values(admin=True)))
+    bob = await accounts.membership.sign_up("bob@example.org", PASSWORD, address="")
+    old = await accounts.membership.sign_in("eve@example.org", PASSWORD, address="")
+    other = await accounts.membership.sign_in("bob@example.org", PASSWORD, address="")
+    assert do(accounts, lambda c: people.person_of_session(c, old, now_ms())).admin
+    assert do(accounts, lambda c: people.freeze(c, eve.account_id))
+    with pytest.raises(SignInRefused):
+        do(accounts, lambda c: people.person_of_session(c, old, now_ms()))
+    assert do(accounts, lambda c: people.person_of_session(c, other, now_ms())) == bob
+    new = await accounts.membership.sign_in("eve@example.org", PASSWORD, address="")
+    assert do(accounts, lambda c: people.person_of_session(c, new, now_ms())).admin is False
+    assert do(accounts, lambda c: people.invite_first_admin(c, now_ms())) is None
+    assert do(accounts, lambda c: people.freeze(c, eve.account_id, frozen=False))
+    assert do(accounts, lambda c: people.person_of_session(c, new, now_ms())).admin is True
+
+
 async def test_the_first_admin(accounts: Accounts):
     first = do(accounts, lambda c: people.invite_first_admin(c, now_ms()))
     token = do(accounts, lambda c: people.invite_first_admin(c, now_ms()))

@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 import pytest
 from argon2 import Parameters, PasswordHasher, extract_parameters
+from starlette.requests import Request
 
 from tests.api.live import LocalService, Reply, running, until
 from tests.web.conftest import HTML
@@ -22,7 +23,8 @@ from unmask.accounts.limits import BucketTake, LocalLimiter
 from unmask.accounts.verification import verify
 from unmask.server.announcement import create_invitation
 from unmask.storage.database import now_ms
-from unmask.web import website
+from unmask.web import sessions, website
+from unmask.web.forms import Form
 
 FREE = 1_000_000_000
 POISON = "<img src=x onerror=alert(1)>\"'>{{7*7}}"
@@ -553,8 +555,8 @@ def test_what_an_admin_does(site: LocalService, accounts: Accounts) -> None:
     assert admin.fill(here, f"{here}/refund", charge=charge).status == 303
     assert balance() == 13_500_000_000
     assert admin.fill(here, f"{here}/refund", charge=charge).status == 409
-    mine = f"/admin/accounts/{root.account_id}"
-    assert admin.fill(mine, f"{mine}/refund", charge=charge).status == 409  # of another account
+    other = f"/admin/accounts/{person(accounts, 'third@example.org').account_id}"
+    assert admin.fill(other, f"{other}/refund", charge=charge).status == 409  # of another account
 
     admin.fill(here, f"{here}/state", state="frozen")
     assert embed(site, key).status == 403
@@ -621,6 +623,61 @@ def test_everybody_sees_the_prices_that_are_charged(
     finally:
         do(accounts, lambda c: tariff.remove_price(c, "*", "default"))
         do(accounts, lambda c: tariff.set_price(c, tariff.TariffPrice(site.model, "default", 8_000_000), now_ms()))
+
+
+def test_a_frozen_admin_is_no_admin(site: LocalService, accounts: Accounts) -> None:
+    eve, root = person(accounts, "eve@example.org", admin=True), person(accounts, "eves-root@example.org", admin=True)
+    visitor, admin = Visitor.signed_in(site, accounts, eve), Visitor.signed_in(site, accounts, root)
+    here, cookies = f"/admin/accounts/{eve.account_id}", dict(visitor.cookies)
+    token = visitor.token(here)
+    assert admin.fill(here, f"{here}/state", state="frozen").status == 303
+    assert visitor.get("/admin").headers["location"] == "/sign-in?next=%2Fadmin"
+    for form in ({"state": "active"}, {"dollars": "500", "reference": "evil"}):
+        path = f"{here}/state" if "state" in form else f"{here}/top-up"
+        visitor.cookies = dict(cookies)
+        assert visitor.post(path, {"token": token, **form}).headers["location"] == "/sign-in"
+    visitor = Visitor(site)
+    assert visitor.fill("/sign-in", email="eve@example.org", password=PASSWORD).status == 303
+    assert "frozen" in visitor.page("/account").text and "/admin" not in visitor.page("/account").links()
+    assert visitor.get("/admin").status == visitor.get(here).status == 403
+    assert visitor.fill("/account", f"{here}/state", state="active").status == 403
+    assert do(accounts, lambda c: people.account(c, eve.account_id)).state == "frozen"
+    admin.fill(here, f"{here}/state", state="active")
+    assert visitor.get("/admin").status == 200
+
+
+def test_an_admin_frozen_while_a_form_is_sent(
+    site: LocalService, accounts: Accounts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eve, who = person(accounts, "slow@example.org", admin=True), person(accounts, "slow-customer@example.org")
+    visitor, here = Visitor.signed_in(site, accounts, eve), f"/admin/accounts/{who.account_id}"
+    read_form, token = sessions.read_form, visitor.token(here)
+
+    async def read_slowly(request: Request) -> Form:
+        form = await read_form(request)
+        do(accounts, lambda c: people.freeze(c, eve.account_id))
+        return form
+
+    monkeypatch.setattr(sessions, "read_form", read_slowly)
+    reply = visitor.post(f"{here}/top-up", {"token": token, "dollars": "500", "reference": "slow"})
+    assert reply.headers["location"] == "/sign-in"
+    assert do(accounts, lambda c: people.account(c, who.account_id)).balance == FREE
+
+
+def test_nobody_books_credit_for_their_own_account(site: LocalService, accounts: Accounts) -> None:
+    root = person(accounts, "own@example.org", admin=True)
+    admin, here = Visitor.signed_in(site, accounts, root), f"/admin/accounts/{root.account_id}"
+    page = admin.page(here)
+    assert "your own account" in page.text and f"{here}/top-up" not in str(page.all("form"))
+    forms = {
+        "top-up": {"dollars": "1", "reference": "own"},
+        "refund": {"charge": "chg_x"},
+        "state": {"state": "active"},
+    }
+    for name, form in forms.items():
+        reply = admin.fill(here, f"{here}/{name}", **form)
+        assert reply.status == 403 and "your own account" in text(reply), name
+    assert do(accounts, lambda c: people.account(c, root.account_id)).balance == FREE
 
 
 def test_only_admins_see_the_admins_pages(site: LocalService, accounts: Accounts) -> None:

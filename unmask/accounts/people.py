@@ -151,6 +151,9 @@ def find_account(connection: Connection, name: str) -> Account:
 def freeze(connection: Connection, id: str, *, frozen: bool = True) -> bool:
     """Freeze an account, or thaw it. A frozen account cannot call models; requests in flight are settled.
 
+    Freezing ends the sessions of its people. They may sign in again to read their pages, but are no admins until the
+    account is thawed.
+
     Returns:
         False if it was so before.
     """
@@ -160,6 +163,9 @@ def freeze(connection: Connection, id: str, *, frozen: bool = True) -> bool:
     )
     if done.rowcount != 1:
         account(connection, id)
+    elif frozen:
+        own = sa.select(people.c.id).where(people.c.account_id == id)
+        connection.execute(sessions.delete().where(sessions.c.person_id.in_(own)))
     return done.rowcount == 1
 
 
@@ -389,13 +395,16 @@ def create_session(connection: Connection, person: str, now: int) -> str:
 
 
 def person_of_session(connection: Connection, token: str, now: int) -> Person:
-    """Return the person of a session.
+    """Return the person of a session. The person of a frozen account is no admin.
 
     Raises:
         SignInRefused: there is no such session, or it has expired.
     """
+    admin = sa.and_(people.c.admin, accounts.c.state == "active")
     row = connection.execute(
-        sa.select(people.c.id, people.c.account_id, people.c.email, people.c.admin, people.c.created_at)
+        sa.select(people.c.id, people.c.account_id, people.c.email, admin, people.c.created_at)
+        .select_from(people)
+        .join(accounts, accounts.c.id == people.c.account_id)
         .join(sessions, sessions.c.person_id == people.c.id)
         .where(sessions.c.digest == _digest(token), sessions.c.expires_at > now)
     ).one_or_none()

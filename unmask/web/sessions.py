@@ -99,6 +99,13 @@ def require_form(act: Callable[[Request, Person, Form], Awaitable[Response]], *,
             return redirect("/sign-in")
         form = await read_form(request)
         _require_admin(person, admin)
+        if admin:
+            # A slow body can take half a minute, and the admin may have been frozen meanwhile.
+            page_context(request).is_resolved = False
+            person = await current_visitor(request)
+            if person is None:
+                return redirect("/sign-in")
+            _require_admin(person, admin)
         return await act(request, person, form)
 
     return handler
