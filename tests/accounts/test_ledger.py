@@ -360,6 +360,76 @@ class TestKeys:
             self.spend(connection, account, new, "c2", 40, NOON)
         assert balance(database, account) == (1000, 100)
 
+    def test_keys_of_one_rotation_share_one_limit(self, database: Database, peppers: Peppers, account: str):
+        first = self.key(database, peppers, account, spend_limit=100, spend_window="day")
+        day = {"spend_window": "day"}
+        with database.begin() as connection:
+            second, third = (keys.key_id(keys.rotate(connection, peppers, account, first, NOON)) for _ in "ab")
+            fourth = keys.key_id(keys.rotate(connection, peppers, account, second, NOON))
+        family = [first, second, third, fourth]
+        for number, key in enumerate(family):
+            with database.begin() as connection:
+                self.spend(connection, account, key, f"c{number}", 25, NOON, **day)
+        for key in family:
+            with pytest.raises(SpendLimitReached), database.begin() as connection:
+                self.spend(connection, account, key, "over", 1, NOON, **day)
+        with database.begin() as connection:
+            assert [keys.get(connection, account, key, NOON).spent for key in family] == [100] * 4
+            ledger.release(connection, "c3", NOON)
+            ledger.settle(connection, "c0", NOON)
+            keys.revoke(connection, account, first, NOON)
+            self.spend(connection, account, second, "c4", 25, NOON, **day)
+            assert {key.spent for key in keys.list_keys(connection, account, NOON)} == {100}
+        with pytest.raises(KeyRefused), database.begin() as connection:
+            self.spend(connection, account, first, "c5", 0, NOON, **day)
+        with database.begin() as connection:
+            assert verify(connection).drift == ()
+            self.spend(connection, account, third, "c5", 100, NOON + DAY, **day)
+            assert verify(connection).drift == ()
+
+    def test_changing_the_limit_of_a_rotated_key(self, database: Database, peppers: Peppers, account: str):
+        old = self.key(database, peppers, account, spend_limit=100)
+        with database.begin() as connection:
+            new = keys.key_id(keys.rotate(connection, peppers, account, old, NOON))
+            self.spend(connection, account, old, "c1", 100, NOON)
+            keys.change(connection, account, new, KeySettings(name="new", spend_limit=150), NOON)
+            self.spend(connection, account, old, "c2", 50, NOON)
+            assert keys.get(connection, account, old, NOON).settings.name == ""
+        with pytest.raises(SpendLimitReached), database.begin() as connection:
+            self.spend(connection, account, new, "c3", 1, NOON)
+        with database.begin() as connection:
+            keys.change(connection, account, new, KeySettings(spend_limit=150, spend_window="day"), NOON + 1)
+            for key, id in ((old, "c3"), (new, "c4")):
+                self.spend(connection, account, key, id, 75, NOON + 2, spend_window="day")
+            assert verify(connection).drift == ()
+        for key in (old, new):
+            with pytest.raises(SpendLimitReached), database.begin() as connection:
+                self.spend(connection, account, key, "c5", 1, NOON + 2, spend_window="day")
+
+    def test_old_and_new_key_at_once(self, database: Database, peppers: Peppers, account: str):
+        old = self.key(database, peppers, account, spend_limit=600)
+        with database.begin() as connection:
+            new = keys.key_id(keys.rotate(connection, peppers, account, old, NOON))
+        start = threading.Barrier(8)
+
+        def spend(thread: int) -> int:
+            start.wait()
+            taken = 0
+            for number in range(10):
+                id = f"c{thread}-{number}"
+                try:
+                    with database.begin() as connection:
+                        self.spend(connection, account, (old, new)[thread % 2], id, 20, NOON)
+                    taken += 20
+                except SpendLimitReached:
+                    pass
+            return taken
+
+        with ThreadPoolExecutor(8) as pool:
+            assert sum(pool.map(spend, range(8))) == 600
+        with database.begin() as connection:
+            assert verify(connection).drift == ()
+
     def test_a_revoked_key_begins_nothing(self, database: Database, peppers: Peppers, account: str):
         key = self.key(database, peppers, account)
         with database.begin() as connection:

@@ -204,16 +204,17 @@ def rotate(
 ) -> str:
     """Create a key with the settings of an old one, and return it. The old key works until the overlap ends.
 
-    The spend of the old key counts against the limit of the new one too.
+    Both have one limit, and one count of what they spend. So have all keys of several rotations.
 
     Raises:
         KeyRefused: the account has no such key, or it is revoked.
     """
+    _lock(connection, account)
     row = connection.execute(_own(account, id)).mappings().one_or_none()
     if row is None or row["revoked_at"] is not None:
         raise KeyRefused(f"there is no key {id} to rotate")
     columns = {column: row[column] for column in KeySettings().row()}
-    columns |= {"spent": row["spent"], "carried": row["spent"], "window_started": row["window_started"]}
+    columns["counter_id"] = row["counter_id"] or id
     new = _create(connection, peppers, account, columns, now)
     end = now + overlap_ms
     connection.execute(
@@ -227,15 +228,23 @@ def rotate(
 def change(connection: Connection, account: str, id: str, settings: KeySettings, now: int) -> None:
     """Replace a key's settings. If the spend window changes, its spend starts at zero.
 
+    Spend limit and window are changed for all keys that count with it, see `rotate`.
+
     Raises:
         KeyRefused: the account has no such key, or it is revoked.
     """
+    _lock(connection, account)
+    row = connection.execute(_own(account, id)).mappings().one_or_none()
+    if row is None or row["revoked_at"] is not None:
+        raise KeyRefused(f"there is no key {id} to change")
+    counter = row["counter_id"] or id
     same = keys.c.spend_window.is_not_distinct_from(settings.spend_window)
-    done = connection.execute(
+    connection.execute(
         keys.update()
-        .where(keys.c.account_id == account, keys.c.id == id, keys.c.revoked_at.is_(None))
+        .where(keys.c.account_id == account, sa.or_(keys.c.id == counter, keys.c.counter_id == counter))
         .values(
-            **settings.row(),
+            spend_limit=settings.spend_limit,
+            spend_window=settings.spend_window,
             spent=sa.case((same, keys.c.spent), else_=0),
             carried=sa.case((same, keys.c.carried), else_=0),
             # A moment that no window begins at, so that no charge counts in it yet.
@@ -244,8 +253,7 @@ def change(connection: Connection, account: str, id: str, settings: KeySettings,
             ),
         )
     )
-    if done.rowcount != 1:
-        raise KeyRefused(f"there is no key {id} to change")
+    connection.execute(keys.update().where(keys.c.id == id).values(**settings.row()))
 
 
 def revoke(connection: Connection, account: str, id: str, now: int) -> bool:
@@ -257,6 +265,7 @@ def revoke(connection: Connection, account: str, id: str, now: int) -> bool:
     Raises:
         KeyRefused: the account has no such key.
     """
+    _lock(connection, account)
     done = connection.execute(
         keys.update()
         .where(keys.c.account_id == account, keys.c.id == id, keys.c.revoked_at.is_(None))
@@ -272,7 +281,7 @@ def revoke(connection: Connection, account: str, id: str, now: int) -> bool:
 def list_keys(connection: Connection, account: str, now: int) -> list[Key]:
     """List an account's keys, newest first."""
     rows = connection.execute(
-        sa.select(keys).where(keys.c.account_id == account).order_by(keys.c.created_at.desc(), keys.c.id)
+        _COUNTED.where(keys.c.account_id == account).order_by(keys.c.created_at.desc(), keys.c.id)
     )
     return [_key(row, now) for row in rows.mappings()]
 
@@ -330,9 +339,17 @@ def record_uses(connection: Connection, uses: Mapping[str, int]) -> None:
         )
 
 
+_counter = keys.alias("counter")
+_COUNTED = sa.select(
+    keys, _counter.c.spent.label("counted"), _counter.c.window_started.label("counted_from")
+).join_from(keys, _counter, _counter.c.id == sa.func.coalesce(keys.c.counter_id, keys.c.id))
+
 _CALLER = sa.text(
-    "SELECT keys.*, accounts.state AS account_state, plans.requests_per_minute AS plan_requests, "
-    "plans.tokens_per_minute AS plan_tokens FROM keys JOIN accounts ON accounts.id = keys.account_id "
+    "SELECT keys.*, counter.spent AS counted, counter.window_started AS counted_from, "
+    "accounts.state AS account_state, plans.requests_per_minute AS plan_requests, "
+    "plans.tokens_per_minute AS plan_tokens FROM keys "
+    "JOIN keys AS counter ON counter.id = COALESCE(keys.counter_id, keys.id) "
+    "JOIN accounts ON accounts.id = keys.account_id "
     "JOIN plans ON plans.name = accounts.plan WHERE keys.id = :id"
 )
 
@@ -351,7 +368,7 @@ def _create(connection: Connection, peppers: Peppers, account: str, row: Mapping
     id = "".join(secrets.choice(_ALPHABET) for _ in range(_ID))
     body = f"um_{id}_{_base62(secrets.randbits(256), _SECRET)}"
     key = body + _checksum(body)
-    new = {"spent": 0, "carried": 0, "window_started": 0, "created_at": now, **row}
+    new = {"spent": 0, "carried": 0, "window_started": 0, "counter_id": None, "created_at": now, **row}
     connection.execute(
         keys.insert(),
         {"id": id, "account_id": account, "digest": peppers.digest(key), "pepper": peppers.current, **new},
@@ -365,7 +382,15 @@ def key_id(key: str) -> str:
 
 
 def _own(account: str, id: str) -> sa.Select[Any]:
-    return sa.select(keys).where(keys.c.account_id == account, keys.c.id == id)
+    return _COUNTED.where(keys.c.account_id == account, keys.c.id == id)
+
+
+def _lock(connection: Connection, account: str) -> None:
+    """Let no hold of the account begin or end until this transaction does. Each takes the account's row first.
+
+    `ledger.hold` reads which row counts, and whether the key is revoked, without a lock of the key's own row.
+    """
+    connection.execute(sa.select(accounts.c.id).where(accounts.c.id == account).with_for_update(key_share=True))
 
 
 def _key(row: RowMapping, now: int) -> Key:
@@ -384,7 +409,7 @@ def _key(row: RowMapping, now: int) -> Key:
         id=row["id"],
         account_id=row["account_id"],
         settings=settings,
-        spent=0 if row["window_started"] < window_start(row["spend_window"], now) else row["spent"],
+        spent=0 if row["counted_from"] < window_start(row["spend_window"], now) else row["counted"],
         created_at=row["created_at"],
         revoked_at=row["revoked_at"],
         used_at=row["used_at"],

@@ -83,12 +83,14 @@ _TAKE = RawStatement(
 )
 _GIVE_BACK = RawStatement("UPDATE accounts SET held = held - :amount WHERE id = :account")
 _PAY = RawStatement("UPDATE accounts SET balance = balance - :amount, held = held - :amount WHERE id = :account")
+# A key and those that replace it count in one row, so that together they spend no more than the limit.
 _SPEND = RawStatement(
     "UPDATE keys SET "
     "spent = CASE WHEN window_started < :start THEN 0 ELSE spent END + :amount, "
     "carried = CASE WHEN window_started < :start THEN 0 ELSE carried END, "
     "window_started = CASE WHEN window_started < :start THEN :start ELSE window_started END "
-    "WHERE id = :key AND account_id = :account AND revoked_at IS NULL AND (spend_limit IS NULL "
+    "WHERE id = (SELECT COALESCE(own.counter_id, own.id) FROM keys AS own "
+    "WHERE own.id = :key AND own.account_id = :account AND own.revoked_at IS NULL) AND (spend_limit IS NULL "
     "OR CASE WHEN window_started < :start THEN 0 ELSE spent END + :amount <= spend_limit) "
     "RETURNING window_started"
 )
@@ -472,9 +474,11 @@ def _spend(connection: Connection, new_hold: Hold, now: int) -> int:
 def _adjust_spent(connection: Connection, row: _Ended, change: int) -> None:
     """Correct the key's count, where it still counts the window of the charge."""
     if row.key_id is not None and row.amount:
+        own = keys.alias("own")
+        counter = sa.select(sa.func.coalesce(own.c.counter_id, own.c.id)).where(own.c.id == row.key_id)
         connection.execute(
             keys.update()
-            .where(keys.c.id == row.key_id, keys.c.window_started == row.window_start)
+            .where(keys.c.id == counter.scalar_subquery(), keys.c.window_started == row.window_start)
             .values(spent=keys.c.spent + change)
         )
 

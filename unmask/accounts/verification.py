@@ -163,9 +163,11 @@ def _refunds(connection: Connection) -> Iterable[Discrepancy]:
 
 
 def _spends(connection: Connection) -> Iterable[Discrepancy]:
+    own = keys.alias("own")
     counted = (
         sa.select(keys.c.id, sa.func.sum(charges.c.amount).label("amount"))
-        .join(charges, sa.and_(charges.c.key_id == keys.c.id, charges.c.window_start == keys.c.window_started))
+        .join(own, sa.func.coalesce(own.c.counter_id, own.c.id) == keys.c.id)
+        .join(charges, sa.and_(charges.c.key_id == own.c.id, charges.c.window_start == keys.c.window_started))
         .where(charges.c.state.in_(("held", "settled")))
         .group_by(keys.c.id)
     )

@@ -84,10 +84,12 @@ keys = Table(
     Column("tokens_per_minute", BigInteger),
     Column("spend_limit", BigInteger),
     Column("spend_window", Text),  # day, week, month; null: the limit never resets
-    # Spent in the window that began at `window_started`, open charges included; `carried` of it by the key before.
+    # Spent in the window that began at `window_started`, open charges included. `carried` of it is from the key before,
+    # where that was rotated by a version without `counter_id`.
     Column("spent", BigInteger, nullable=False),
     Column("carried", BigInteger, nullable=False),
     Column("window_started", BigInteger, nullable=False),
+    Column("counter_id", Text),  # the key whose row counts the spend, for a key that replaces it; null: this one
     Column("created_at", BigInteger, nullable=False),
     Column("expires_at", BigInteger),
     Column("revoked_at", BigInteger),
