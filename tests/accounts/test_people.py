@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from argon2 import PasswordHasher
 
-from unmask.accounts import Accounts, audit, keys, ledger, people
+from unmask.accounts import Accounts, audit, keys, ledger, people, tariff
 from unmask.accounts.keys import KeySettings
 from unmask.accounts.ledger import Hold
 from unmask.accounts.limits import LocalLimiter
@@ -233,3 +233,23 @@ async def test_two_accounts_of_one_mailbox_are_named_and_both_sign_in(accounts: 
     assert [{person.id for person in sharing} for sharing in do(accounts, people.shared_mailboxes)] == [
         {first.id, second.id}
     ]
+
+
+async def test_a_clock_that_steps_back_keeps_no_old_price_and_no_recent_sign_in(
+    accounts: Accounts, monkeypatch: pytest.MonkeyPatch
+):
+    clock = [now_ms()]
+    monkeypatch.setattr("unmask.accounts.accounts.now_ms", lambda: clock[0])
+    monkeypatch.setattr("unmask.accounts.membership.now_ms", lambda: clock[0])
+    eve = await accounts.membership.sign_up("eve@example.org", PASSWORD, address="")
+    do(accounts, lambda c: c.execute(people.people.update().values(password=people.NO_PASSWORD)))
+    token = do(accounts, lambda c: people.create_session(c, eve.id, clock[0]))
+    do(accounts, lambda c: tariff.set_price(c, tariff.TariffPrice("m", "default", 10), clock[0]))
+    assert await accounts.price("m", "default") == 10
+    await accounts.membership.reauthenticate(eve, "", address="", session=token)
+    do(accounts, lambda c: tariff.set_price(c, tariff.TariffPrice("m", "default", 5), clock[0]))
+    assert await accounts.price("m", "default") == 10  # at most five seconds old
+    clock[0] -= 3_600_000
+    assert await accounts.price("m", "default") == 5
+    with pytest.raises(SignInRefused, match="too long ago"):
+        await accounts.membership.reauthenticate(eve, "", address="", session=token)

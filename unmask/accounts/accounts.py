@@ -275,7 +275,7 @@ class Accounts:
         """
         now = now_ms()
         seen = self._prices.get((model, tier))
-        if seen is None or now - seen[0] > _PRICE_S * 1000:
+        if seen is None or not 0 <= now - seen[0] <= _PRICE_S * 1000:
             price = await self.read(lambda connection: tariff.find_price(connection, model, tier))
             seen = self._prices[model, tier] = (now, price)
         return seen[1]

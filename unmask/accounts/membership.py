@@ -163,7 +163,7 @@ class Membership:
         )
         stored = credentials[1] if credentials else None
         if stored == people.NO_PASSWORD:
-            if now_ms() - started_at > _FRESH_MS:
+            if not 0 <= now_ms() - started_at <= _FRESH_MS:
                 raise SignInRefused("you signed in too long ago for this: sign out and in again, and do it at once")
         elif not await asyncio.to_thread(people.check_password, stored, password):
             raise SignInRefused("the password is not right")
