@@ -74,6 +74,8 @@ def test_a_model_that_nobody_knows_is_requested(database: Database, voters: list
     ("model", "message"),
     [
         ("<script>", "no id of a model"), ("org/../x", "no id of a model"), ("a/b/c", "no id"), ("", "no id"),
+        ("org/live.json", "ends in .json"), ("org/new.MD", "ends in .json or .md"),
+        ("Org/Live", "is here as 'org/live'"), ("Unmask/SmolLM2-embed-6l", "is here as 'unmask/smollm2-embed-6l'"),
         ("sentence-transformers/all-MiniLM-L6-v2", "will not be served"), ("org/live", "answers already"),
     ],
 )  # fmt: skip

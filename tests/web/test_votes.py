@@ -71,6 +71,18 @@ def vote(visit: Visit, model: str = COMING, **fields: str) -> Reply:
     return visit("/account/votes", model=model, token=token_of(visit), **fields)
 
 
+def test_no_record_hides_a_page_of_a_model_that_answers(accounts: Accounts, service: LocalService) -> None:
+    ada = signed_in(accounts, service, "ada@example.org")
+    for ending in (".json", ".md"):
+        reply = vote(ada, f"{COMING}{ending}")
+        assert reply.status == 400 and "ends in .json or .md" in text_of(reply)
+        do(accounts, lambda c, ending=ending: put_fields(c, f"{COMING}{ending}", {}))
+        do(accounts, lambda c, ending=ending: step(c, f"{COMING}{ending}", "requested", actor="an older version"))
+    until(lambda: f"{COMING}.md" in ada("/models").body.decode())
+    assert ada(f"/models/{COMING}.json").json["id"] == COMING
+    assert ada(f"/models/{COMING}.md").headers["content-type"].startswith("text/markdown")
+
+
 def test_a_vote_a_note_and_a_vote_taken_back(accounts: Accounts, service: LocalService) -> None:
     ada, ben = (signed_in(accounts, service, f"{name}@example.org") for name in ("ada", "ben"))
     assert "0 votes for this model" in text_of(ada(f"/models/{COMING}"))

@@ -5,13 +5,17 @@ import re
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
+from unmask.catalogue.catalogue import shipped_records
 from unmask.catalogue.store import put_fields, read_record, step
 from unmask.catalogue.votes import vote
 from unmask.errors import UsageError
-from unmask.storage.schema import votes
+from unmask.storage.schema import catalogue_events, catalogue_records, votes
 
 # The hub's own rule for the names of repositories.
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}", re.ASCII)
+
+# The pages of a model end in these, so a model of such a name would hide the pages of another.
+_PAGE_SUFFIXES = (".json", ".md")
 
 # Of one account at a time: requests are read by a person.
 MOST_VOTES = 50
@@ -25,6 +29,8 @@ def check_hub_id(model: str) -> None:
     """
     if not _HUB_ID.fullmatch(model) or ".." in model or "--" in model:
         raise UsageError(f"{model[:120]!r} is no id of a model: write it as the hub does, like org/name")
+    if model.lower().endswith(_PAGE_SUFFIXES):
+        raise UsageError(f"{model[:120]!r} ends in .json or .md, as pages of models do: write the id without it")
 
 
 def request_model(connection: Connection, account: str, model: str, note: str, now: int) -> bool:
@@ -39,6 +45,7 @@ def request_model(connection: Connection, account: str, model: str, note: str, n
     record = read_record(connection, model)
     if record is None:
         check_hub_id(model)
+        _check_spelling(connection, model)
         put_fields(connection, model, {})
         step(connection, model, "requested", actor="a visitor")
     elif record.role == "reference":
@@ -49,3 +56,20 @@ def request_model(connection: Connection, account: str, model: str, note: str, n
     if int(connection.scalar(others) or 0) >= MOST_VOTES:
         raise UsageError(f"an account can have {MOST_VOTES} open votes: withdraw one first")
     return vote(connection, account, model, note, now)
+
+
+def _check_spelling(connection: Connection, model: str) -> None:
+    """Check that no model has this id in other letters, large or small. The hub takes both for one.
+
+    Raises:
+        UsageError: there is one.
+    """
+    tables = (catalogue_records, catalogue_events)
+    own = [
+        id
+        for table in tables
+        for id in connection.scalars(sa.select(table.c.model).where(sa.func.lower(table.c.model) == model.lower()))
+    ]
+    record = next((id for id in (*shipped_records(), *own) if id.lower() == model.lower()), None)
+    if record is not None:
+        raise UsageError(f"{model!r} is here as {record!r}: write it so")

@@ -76,15 +76,15 @@ async def model_page(site: Site, request: Request) -> Response:
     """
     id: str = request.path_params["id"]
     view = site.find_model_view(request, id)
+    for suffix, render in ((".json", _model_json), (".md", _model_markdown)):
+        shorter = site.find_model_view(request, id.removesuffix(suffix)) if id.endswith(suffix) else None
+        # A record of such a name hides no page of another model, unless it is the only one of both that answers.
+        if shorter is not None and (view is None or shorter.is_served or not view.is_served):
+            return render(site, request, shorter)
     if view is not None:
         if view.record.id != id:  # an alias: one page has one address
             return RedirectResponse(f"/models/{quote(view.record.id)}", 301, HEADERS)
         return await _model_html(site, request, view)
-    for suffix, render in ((".json", _model_json), (".md", _model_markdown)):
-        if id.endswith(suffix):
-            view = site.find_model_view(request, id.removesuffix(suffix))
-            if view is not None:
-                return render(site, request, view)
     raise ApiError(
         404,
         f"No model here is called {id[:120]!r}: see the list of models, or ask for it to be added.",
