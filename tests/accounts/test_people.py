@@ -74,6 +74,22 @@ async def test_tries_are_limited_by_address_and_by_place(url: str, tmp_path: Pat
         accounts.close()
 
 
+async def test_an_ipv6_network_is_one_place(tmp_path: Path):
+    limiter = LocalLimiter(lambda: 0.0)
+    accounts = Accounts(f"sqlite:///{tmp_path / 'a.sqlite'}", pepper=tmp_path / "pepper", limiter=limiter)
+    try:
+        for number in range(30):
+            await accounts.membership.throttle_address(f"2001:db8:1:2::{number:x}")
+            await accounts.membership.throttle_address(("198.51.100.7", "::ffff:198.51.100.7")[number % 2])
+        for address in ("2001:db8:1:2:ffff::9", "2001:db8:1:2::1%eth0", "198.51.100.7", "::ffff:c633:6407"):
+            with pytest.raises(RateLimited):
+                await accounts.membership.throttle_address(address)
+        for address in ("2001:db8:1:3::1", "::ffff:198.51.100.8", "198.51.100.9", "::1", ""):
+            await accounts.membership.throttle_address(address)
+    finally:
+        accounts.close()
+
+
 async def test_free_credit_comes_once_per_address_for_ever(accounts: Accounts):
     person = await accounts.membership.sign_up("ada@example.org", PASSWORD, address="")
     assert do(accounts, lambda c: people.account(c, person.account_id)).balance == FREE

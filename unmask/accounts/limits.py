@@ -8,6 +8,7 @@ The buckets of one server are in its process (`LocalLimiter`), those of several 
 """
 
 import asyncio
+import ipaddress
 import logging
 import math
 import secrets
@@ -301,3 +302,18 @@ def _refused(bucket_take: BucketTake, kind: str, wait: float, ahead: float) -> R
         kind,
         wait,
     )
+
+
+def caller_network(address: str) -> str:
+    """Return the network that counts as one caller: an IPv4 address, or the /64 of an IPv6 address.
+
+    A household or a rented server has a whole /64, so a limit per IPv6 address would limit nobody.
+    """
+    try:
+        peer = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    if isinstance(peer, ipaddress.IPv6Address):
+        mapped = peer.ipv4_mapped
+        return str(mapped or ipaddress.IPv6Network((int(peer), 64), strict=False))
+    return address

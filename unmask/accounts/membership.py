@@ -10,7 +10,7 @@ from unmask.accounts import actions, people
 from unmask.accounts.audit import Actor
 from unmask.accounts.identity_provider import Identity, IdentityProvider
 from unmask.accounts.keys import Peppers
-from unmask.accounts.limits import BucketTake, Limiter
+from unmask.accounts.limits import BucketTake, Limiter, caller_network
 from unmask.accounts.mail_address import normalize_email
 from unmask.accounts.people import Person
 from unmask.errors import AddressTaken, RateLimited, SignInRefused, UsageError
@@ -238,4 +238,4 @@ class Membership:
 
 
 def _from_place(address: str) -> BucketTake:
-    return BucketTake(f"sign-in-from:{address}", 30, 1)
+    return BucketTake(f"sign-in-from:{caller_network(address)}", 30, 1)
