@@ -22,6 +22,7 @@ from unmask.errors import (
     LedgerRefused,
     RequestInProgress,
     SpendLimitReached,
+    UsageError,
 )
 from unmask.storage.database import Database
 from unmask.storage.schema import accounts, charges, entries
@@ -278,6 +279,20 @@ def test_one_charge_is_ended_once_by_whoever_comes_first(database: Database, acc
         assert sum(outcome is True for outcome in outcomes) == 1
     writer.close()
     balance(database, account)
+
+
+def test_a_reference_has_a_length(database: Database, account: str):
+    long = "".join(chr(0x4E00 + number % 20_000) for number in range(20_000))
+    steps = (
+        lambda c, reference: ledger.top_up(c, account, 1, reference, NOON),
+        lambda c, reference: ledger.pay_out(c, account, 1, reference, NOON),
+        lambda c, reference: ledger.pay_provider(c, "p", 1, reference, NOON),
+    )
+    for step in steps:
+        with pytest.raises(UsageError, match="20000 characters: at most 200"), database.begin() as connection:
+            step(connection, long)
+        with database.begin() as connection:
+            step(connection, long[:200])
 
 
 class TestKeys:

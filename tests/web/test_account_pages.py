@@ -680,6 +680,26 @@ def test_nobody_books_credit_for_their_own_account(site: LocalService, accounts:
     assert do(accounts, lambda c: people.account(c, root.account_id)).balance == FREE
 
 
+def test_addresses_that_no_database_takes(site: LocalService, accounts: Accounts) -> None:
+    visitor = Visitor.signed_in(site, accounts, person(accounts, "odd@example.org", admin=True))
+    for path in ("/account/keys/%00", "/account/requests?before=1.%00", "/admin?find=%00", "/admin?before=1.%00",
+                 "/admin/accounts/%00"):  # fmt: skip
+        reply = visitor.get(path)
+        assert reply.status == 400 and "U+0000" in text(reply), path
+
+
+def test_the_last_day_of_the_calendar(site: LocalService, accounts: Accounts) -> None:
+    who = person(accounts, "last-day@example.org")
+    visitor, key = Visitor.signed_in(site, accounts, who), key_of(accounts, who)
+    for path in ("/account/usage", "/account/usage.csv"):
+        for days in ("end=9999-12-31", "start=9999-12-31&end=9999-12-31"):
+            assert visitor.get(f"{path}?{days}").status == 200, (path, days)
+    assert site.call("GET", "/v1/usage?end=9999-12-31", key=key).status == 200
+    id = keys.key_id(key)
+    assert visitor.fill(f"/account/keys/{id}", name="k", scopes="account", expires="9999-12-31").status == 303
+    assert "9999-12-31" in str(visitor.page(f"/account/keys/{id}").all("input"))
+
+
 def test_only_admins_see_the_admins_pages(site: LocalService, accounts: Accounts) -> None:
     visitor = Visitor.signed_in(site, accounts, person(accounts, "plain@example.org"))
     assert "/admin" not in visitor.page("/account").links()

@@ -65,7 +65,8 @@ def test_each_order_puts_what_is_not_known_last(models: list[ModelView]) -> None
 @pytest.mark.parametrize(
     ("query", "message"),
     [("sort=best", "sort='best'"), ("status=popular", "coming soon"), ("page=0", "page='0'"),
-     ("page=x", "count from 1"), ("licence=<b>", "licence"), ("sort=votes", "votes"), ("page=" + "9" * 5000, "page")],
+     ("page=x", "count from 1"), ("licence=<b>", "licence"), ("sort=votes", "votes"), ("page=" + "9" * 5000, "page"),
+     ("page=000001" + "9" * 5000, "page")],
 )  # fmt: skip
 def test_a_wrong_choice_is_named(models: list[ModelView], query: str, message: str) -> None:
     with pytest.raises(ApiError, match=message) as error:

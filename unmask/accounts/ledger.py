@@ -25,6 +25,7 @@ from unmask.errors import (
     LedgerRefused,
     RequestInProgress,
     SpendLimitReached,
+    UsageError,
 )
 from unmask.storage.database import RawStatement, insert
 from unmask.storage.schema import accounts, charges, entries, keys, replays
@@ -32,6 +33,8 @@ from unmask.storage.schema import accounts, charges, entries, keys, replays
 # Our own books. `PAYABLE` and a provider's name: what we owe it.
 CASH, REVENUE, PROMOTION, FORFEITED = "@cash", "@revenue", "@promotion", "@forfeited"
 COST, PAYABLE = "@cost", "@payable:"
+
+LONGEST_REFERENCE = 200  # characters; an index row of Postgres holds 2,704 bytes
 
 REPLAY_MS = 24 * 3600 * 1000  # how long an Idempotency-Key is remembered
 
@@ -263,9 +266,11 @@ def top_up(
 
     Raises:
         LedgerRefused: the reference stands for another top-up, the amount is impossible, or there is no such account.
+        UsageError: the reference is too long.
     """
     kind = "free_credit" if source == PROMOTION else "top_up"
     _check_amount(amount)
+    _check_reference(reference)
     if not reference:
         raise LedgerRefused("a top-up needs a reference, so that it cannot be booked twice")
     if not _book(connection, now, kind, source, account, amount, reference, note):
@@ -325,8 +330,10 @@ def pay_out(
 
     Raises:
         LedgerRefused: there is not so much that is free, or the reference was used.
+        UsageError: the reference is too long.
     """
     _check_amount(amount)
+    _check_reference(reference)
     kind = "forfeit" if to == FORFEITED else "pay_out"
     taken = connection.execute(
         accounts.update()
@@ -375,8 +382,10 @@ def pay_provider(
 
     Raises:
         LedgerRefused: the reference stands for another payment, or the amount is impossible.
+        UsageError: the reference is too long.
     """
     _check_amount(amount)
+    _check_reference(reference)
     if not reference:
         raise LedgerRefused("a payment needs the number of its invoice, so that it cannot be booked twice")
     if _book(connection, now, "provider_payment", PAYABLE + provider, CASH, amount, f"{provider}/{reference}", note):
@@ -514,6 +523,13 @@ def _refusal(connection: Connection, new_hold: Hold) -> Exception:
         f"This request costs {format_dollars(new_hold.amount)} dollars and the account has {free} dollars of free "
         "credit: top it up, or send less at a time."
     )
+
+
+def _check_reference(reference: str) -> None:
+    if len(reference) > LONGEST_REFERENCE:
+        raise UsageError(
+            f"the reference {reference[:40]!r}... has {len(reference)} characters: at most {LONGEST_REFERENCE}"
+        )
 
 
 def _check_amount(amount: int) -> None:

@@ -90,7 +90,7 @@ def usage_totals(
             charges.c.account_id == account,
             charges.c.state == "settled",
             charges.c.ended_at >= day_start(first),
-            charges.c.ended_at < day_start(last) + _DAY_MS,
+            charges.c.ended_at < day_start(last) + _DAY_MS,  # the last day of the calendar has no next one
         )
         .subquery()
     )

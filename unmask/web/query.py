@@ -93,7 +93,7 @@ def parse_listing_query(params: QueryParams, choices: FilterChoices) -> ListingQ
                 code="no_such_choice",
             )
     page = params.get("page", "") or "1"
-    if not (page.isascii() and page.isdigit() and 1 <= int(page[:6]) <= 99_999):
+    if not (page.isascii() and page.isdigit() and len(page) <= 6 and 1 <= int(page) <= 99_999):
         raise ApiError(400, f"page={page[:80]!r} is no page: count from 1.", param="page", code="no_such_choice")
     filters["sort"] = filters["sort"] or "availability"
     return ListingQuery(q=params.get("q", "").strip()[:200], page=int(page), **filters)

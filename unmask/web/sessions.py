@@ -54,6 +54,7 @@ class SessionMiddleware:
         async def page(request: Request) -> Response:
             context = page_context(request)
             context.accounts, context.settings = self.accounts, self.settings
+            _refuse_nul(request)
             await current_visitor(request)
             return await handler(request)
 
@@ -273,6 +274,13 @@ def _token_secret(request: Request) -> str:
     if cached_visitor(request) is not None:
         return _cookie(request, _SESSION)
     return page_context(request).form_cookie or _cookie(request, _FORM)
+
+
+def _refuse_nul(request: Request) -> None:
+    """Refuse an address that holds the character U+0000, which no text of Postgres can hold."""
+    texts = (*request.path_params.values(), *(text for pair in request.query_params.multi_items() for text in pair))
+    if any("\x00" in text for text in texts if isinstance(text, str)):
+        raise ApiError(400, "The address holds the character U+0000 (%00): remove it.", code="bad_address")
 
 
 def _is_https(request: Request) -> bool:
