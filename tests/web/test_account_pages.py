@@ -664,22 +664,6 @@ def test_an_admin_frozen_while_a_form_is_sent(
     assert do(accounts, lambda c: people.account(c, who.account_id)).balance == FREE
 
 
-def test_nobody_books_credit_for_their_own_account(site: LocalService, accounts: Accounts) -> None:
-    root = person(accounts, "own@example.org", admin=True)
-    admin, here = Visitor.signed_in(site, accounts, root), f"/admin/accounts/{root.account_id}"
-    page = admin.page(here)
-    assert "your own account" in page.text and f"{here}/top-up" not in str(page.all("form"))
-    forms = {
-        "top-up": {"dollars": "1", "reference": "own"},
-        "refund": {"charge": "chg_x"},
-        "state": {"state": "active"},
-    }
-    for name, form in forms.items():
-        reply = admin.fill(here, f"{here}/{name}", **form)
-        assert reply.status == 403 and "your own account" in text(reply), name
-    assert do(accounts, lambda c: people.account(c, root.account_id)).balance == FREE
-
-
 def test_addresses_that_no_database_takes(site: LocalService, accounts: Accounts) -> None:
     visitor = Visitor.signed_in(site, accounts, person(accounts, "odd@example.org", admin=True))
     for path in ("/account/keys/%00", "/account/requests?before=1.%00", "/admin?find=%00", "/admin?before=1.%00",
@@ -695,9 +679,6 @@ def test_the_last_day_of_the_calendar(site: LocalService, accounts: Accounts) ->
         for days in ("end=9999-12-31", "start=9999-12-31&end=9999-12-31"):
             assert visitor.get(f"{path}?{days}").status == 200, (path, days)
     assert site.call("GET", "/v1/usage?end=9999-12-31", key=key).status == 200
-    id = keys.key_id(key)
-    assert visitor.fill(f"/account/keys/{id}", name="k", scopes="account", expires="9999-12-31").status == 303
-    assert "9999-12-31" in str(visitor.page(f"/account/keys/{id}").all("input"))
 
 
 def test_only_admins_see_the_admins_pages(site: LocalService, accounts: Accounts) -> None:

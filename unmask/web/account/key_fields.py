@@ -92,13 +92,9 @@ class KeyFields:
         if day == date.max:
             raise UsageError(f"the last day {day} is too late: leave it empty for a key without a last day")
         end = int(datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp() * 1000) + 24 * 3600 * 1000
-        end = min(end, _END_OF_TIME)
         if end <= now:
             raise UsageError(f"the last day {day} is over: choose a later one")
         return end
-
-
-_END_OF_TIME = 253_402_300_799_000  # the last second of the year 9999, the last that a date can show
 
 
 def _number(value: int | None) -> str:

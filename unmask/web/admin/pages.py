@@ -14,7 +14,7 @@ from unmask.accounts.audit import Actor
 from unmask.accounts.people import Account, Person
 from unmask.accounts.tariff import RatePlan, TariffPrice
 from unmask.api.errors import ApiError
-from unmask.errors import AccountError, Forbidden, LedgerRefused, UnmaskError, UsageError
+from unmask.errors import AccountError, LedgerRefused, UnmaskError, UsageError
 from unmask.router import ModelRegistry
 from unmask.storage.database import now_ms
 from unmask.web.account.pages import PER_PAGE
@@ -92,8 +92,6 @@ class AdminPages:
         frozen = form.get("state") == "frozen"
 
         def set_state(connection: Connection) -> None:
-            if not frozen:
-                _refuse_own_account(person, id)
             actions.freeze_account(connection, actor, id, now, frozen=frozen)
 
         return await self._write_account(request, person, set_state, "frozen" if frozen else "thawed")
@@ -103,7 +101,6 @@ class AdminPages:
         reference, gift, note = form.get("reference"), form.get("gift") == "yes", form.get("note")[:200]
 
         def add(connection: Connection) -> None:
-            _refuse_own_account(person, id)
             amount = parse_amount(form.get("dollars"))
             if not actions.top_up(connection, actor, id, amount, reference, now, note=note, gift=gift):
                 raise LedgerRefused(f"the reference {reference!r} is in the books already: nothing was added")
@@ -124,7 +121,6 @@ class AdminPages:
         actor, note = Actor(person.id, client_address(request)), form.get("note")[:200]
 
         def give_back(connection: Connection) -> None:
-            _refuse_own_account(person, id)
             if not actions.refund(connection, actor, charge, now, note=note, account=id):
                 raise LedgerRefused(f"{charge} was refunded before, or cost nothing")
 
@@ -264,16 +260,3 @@ class AdminPages:
         prices = await self.accounts.read(tariff.all_prices)
         served = [served.record.id for served in self.models.list()]
         return list(dict.fromkeys([*served, *(price.model for price in prices), tariff.ANY_MODEL]))
-
-
-def _refuse_own_account(person: Person, id: str) -> None:
-    """Refuse a change that only another admin may make.
-
-    Raises:
-        Forbidden: the account is the admin's own.
-    """
-    if person.account_id == id:
-        raise Forbidden(
-            "this is your own account: ask another admin to thaw it or to add credit, or use 'unmask accounts' on the "
-            "server"
-        )
