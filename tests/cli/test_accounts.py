@@ -104,6 +104,7 @@ def test_drift_has_an_exit_code_of_its_own(shell: Shell, home: Path):
     ],
 )
 def test_a_mistake_is_one_line(shell: Shell, arguments: list[str], message: str):
+    shell("accounts", "price", "*", "0.008")  # begins the database
     said = shell("accounts", *arguments, code=1)
     assert message in said and len(said.strip().splitlines()) == 1
 

@@ -36,6 +36,7 @@ def test_check_tells_right_from_wrong_and_from_silent(
             (name, "0.004") for name in urls
         ]
         options += ["--weights", str(golden_dir / "tiny_llama"), "--database", f"sqlite:///{tmp_path / 'c.sqlite'}"]
+        assert unmask("accounts", "price", "*", "0.008", *options[-2:]).returncode == 0  # begins the database
         checked = unmask("providers", "check", *options, "--json")
         assert checked.returncode == 2, checked.stderr
         right, pooled, silent = printed_rows(checked.stdout)

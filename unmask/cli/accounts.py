@@ -51,7 +51,7 @@ def create(
     """
     peppers = Peppers()
     password_hash = people.hash_password(_password(password_file)) if email is not None else ""
-    with write_transaction(database) as connection:
+    with write_transaction(database, new=True) as connection:
         id = actions.create_account(
             connection,
             COMMAND_LINE,
@@ -163,7 +163,8 @@ def backup(file: Path, *, database: DatabaseUrl = None) -> int:
 @accounts.command
 def restore(file: Path, *, database: DatabaseUrl = None) -> int:
     """Read FILE into an empty database, SQLite or Postgres, and check the books."""
-    with closing(open_database(database)) as target:
+    backups.check_head(file)  # before a database is made for it
+    with closing(open_database(database, new=True)) as target:
         rows = backups.restore(target, file, check=discrepancies)
     say(f"{rows} rows restored, and the books balance")
     return 0

@@ -24,7 +24,8 @@ catalogue = App(name="catalogue", help="Manage the models on record and their li
 @catalogue.command(name="list")
 def list_records(*, as_json: AsJson = False, database: DatabaseUrl = None) -> int:
     """List the models on record with their status, votes and passed gates."""
-    with read_transaction(database) as connection:
+    # The shipped records are there before anything else is.
+    with read_transaction(database, new=database is None) as connection:
         stored = read_catalogue(connection)
         vote_counts = votes.count_votes(connection)
         gates = {id: gate_outcomes(connection, id) for id in stored.sources}
@@ -82,7 +83,7 @@ def add(file: Path, *, database: DatabaseUrl = None) -> int:
         raise UsageError(f"{file} cannot be read: {error}") from error
     record = parse_record(text, file.name)
     fields = {name: value for name, value in msgspec.toml.decode(text).items() if name not in ("id", "history")}
-    with write_transaction(database) as connection:
+    with write_transaction(database, new=True) as connection:
         actions.set_fields(connection, COMMAND_LINE, record.id, msgspec.to_builtins(fields))
     say(f"{record.id}: {len(fields)} fields")
     return 0
@@ -157,8 +158,8 @@ def retire(model: str, *, note: str = "", database: DatabaseUrl = None) -> int:
 def _take_step(
     database: str | None, model: str, status: Status, *, note: str = "", until: date | None = None, new: bool = False
 ) -> None:
-    """Give a model another status. `new` adds a record where there is none."""
-    with write_transaction(database) as connection:
+    """Give a model another status. `new` adds a record where there is none, and begins a database."""
+    with write_transaction(database, new=new) as connection:
         id = model if new and actions.add_unknown(connection, model) else _record(connection, model).id
         actions.take_step(connection, COMMAND_LINE, id, status, note=note, until=until)
     say(f"{id} is {status}{f' until {until}' if until else ''}")

@@ -62,10 +62,9 @@ def create_key(
         spend_window=spend_window,
         expires_at=None if days is None else now + duration_ms(days, "--days", hours=24, least=1),
     )
-    peppers = keys.Peppers()
     with write_transaction(database) as connection:
         id = people.find_account(connection, account).id
-        secret = actions.create_key(connection, COMMAND_LINE, peppers, id, settings, now)
+        secret = actions.create_key(connection, COMMAND_LINE, keys.Peppers(), id, settings, now)
     print_result(secret)
     return 0
 
@@ -104,11 +103,10 @@ def rotate(account: str, key: str, *, overlap_hours: float = 24.0, database: Dat
     overlap_hours
         Hours for which the old key still works.
     """
-    peppers = keys.Peppers()
+    overlap_ms = duration_ms(overlap_hours, "--overlap-hours", hours=1, least=0)
     with write_transaction(database) as connection:
         id = people.find_account(connection, account).id
-        overlap_ms = duration_ms(overlap_hours, "--overlap-hours", hours=1, least=0)
-        secret = actions.rotate_key(connection, COMMAND_LINE, peppers, id, key, now_ms(), overlap_ms=overlap_ms)
+        secret = actions.rotate_key(connection, COMMAND_LINE, keys.Peppers(), id, key, now_ms(), overlap_ms=overlap_ms)
     print_result(secret)
     return 0
 

@@ -71,7 +71,7 @@ def onboard(
     from unmask.onboarding.run import output_for
 
     server = mail.server(public_url)  # refuse a malformed address before hours of work
-    with closing(open_database(database)) as opened, Progress() as progress:
+    with closing(open_database(database, new=True)) as opened, Progress() as progress:
         id, source = _record_and_source(opened, model, weights)
         # The command stands on the model's page, so it names no folder of this machine.
         command = shlex.join(["unmask", *(_shortened(word) for word in sys.argv[1:])])

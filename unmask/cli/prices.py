@@ -28,7 +28,7 @@ def set_price(model: str, dollars: str, *, tier: Tier = "default", database: Dat
         The batch tier costs the same as the default one where it has no price.
     """
     amount = parse_amount(dollars, zero=True)
-    with write_transaction(database) as connection:
+    with write_transaction(database, new=True) as connection:
         actions.set_price(connection, COMMAND_LINE, tariff.TariffPrice(model, tier, amount), now_ms())
     return 0
 

@@ -82,7 +82,7 @@ def check(
     from unmask.router.providers import read_providers
 
     chosen = _chosen(read_providers(file), name)
-    with closing(open_database(database)) as opened:
+    with closing(open_database(database, new=database is None)) as opened:
         sources = _sources(opened, weights)
     results = asyncio.run(check_all(chosen, sources, say))
     if as_json:
@@ -125,7 +125,7 @@ def references(model: str, *, output: Path, weights: str | None = None, database
     from unmask.conformance import store_references
     from unmask.router.checks import ModelSource, references_of
 
-    with closing(open_database(database)) as opened:
+    with closing(open_database(database, new=database is None)) as opened:
         source = _sources(opened, ()).get(model, ModelSource(model))
     source = source._replace(weights=weights or source.weights)
     say(f"the right vectors of {model}: computed, or read from an earlier run")

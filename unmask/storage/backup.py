@@ -6,6 +6,7 @@ pepper is not in it: the file alone must not be enough to test keys.
 
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,6 +47,21 @@ def backup(database: Database, target: Path) -> int:
                     count += 1
             file.write(json.dumps({"rows": count}) + "\n")
     return count
+
+
+def check_head(source: Path) -> None:
+    """Check that a file begins as a backup does.
+
+    Raises:
+        StorageError: it cannot be read, or is something else.
+    """
+    try:
+        with gzip.open(source, "rt", encoding="utf-8") as file:
+            if json.loads(file.readline())["format"] == _FORMAT:
+                return
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error) as error:
+        raise StorageError(f"{source} is not a whole backup: {error}") from error
+    raise StorageError(f"{source} is not a backup that this version reads ({_FORMAT!r})")
 
 
 def restore(database: Database, source: Path, *, check: Callable[[Connection], Sequence[object]]) -> int:

@@ -51,18 +51,19 @@ class Database:
 
     Args:
         url: `sqlite:///path`, `postgresql://...`, or a path.
+        new: make the file of SQLite if it is missing.
 
     Raises:
-        UsageError: the URL is wrong, or its driver is not installed.
+        UsageError: the URL is wrong, or its driver is not installed; or there is no file, and `new` is false.
         StorageError: the folder cannot be made.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, new: bool = True) -> None:
         parsed = _parse(url)
         self.kind = parsed.get_backend_name()
         self.display_url = parsed.render_as_string(hide_password=True)
         if self.kind == "sqlite":
-            self._engine = _sqlite(parsed)
+            self._engine = _sqlite(parsed, new)
         else:
             self._engine = _postgres(parsed)
 
@@ -286,8 +287,13 @@ def _parse(url: str) -> URL:
     return parsed.set(drivername="postgresql+psycopg") if name == "postgresql" else parsed
 
 
-def _sqlite(url: URL) -> Engine:
+def _sqlite(url: URL, new: bool) -> Engine:
     path = Path(str(url.database))
+    if not new and not path.exists():
+        raise UsageError(
+            f"there is no database at {path.absolute()}: check --database (or UNMASK_DATABASE) and UNMASK_HOME; "
+            "'unmask accounts create' and 'unmask serve' begin a new one"
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         path.touch(mode=0o600)  # keys' digests and mail addresses are nobody else's business
