@@ -55,6 +55,10 @@ class UsageError(UnmaskError):
     """An argument, an option or a file name is wrong."""
 
 
+class MissingDatabase(UsageError):
+    """The file of a SQLite database does not exist."""
+
+
 class MissingPackages(UsageError):
     """An optional feature needs packages that are not installed.
 

@@ -80,6 +80,31 @@ def test_a_person_is_found_by_address(shell: Shell, tmp_path: Path):
     assert "cannot be used" in shell("accounts", "create", "Ada", *arguments, code=1)
 
 
+def test_a_password_needs_a_terminal_or_a_file(home: Path):
+    command = [sys.executable, "-m", "unmask", "accounts", "create", "Ada", "--email", "ada@example.org", "--admin"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, timeout=120,
+        env={**os.environ, "UNMASK_HOME": str(home)}, start_new_session=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "unmask: there is no terminal to ask for the password on; use --password-file\n"
+    assert not home.exists()
+
+
+def test_a_typed_password_is_typed_twice(shell: Shell, monkeypatch: pytest.MonkeyPatch):
+    typed: list[str] = []
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("getpass.getpass", lambda prompt: typed.pop(0))
+    arguments = ("accounts", "create", "Ada", "--email", "ada@example.org")
+    typed[:] = ["correct horse battery", "correct horse batter"]
+    assert "the two passwords differ" in shell(*arguments, code=1)
+    typed[:] = ["correct horse battery", "correct horse battery"]
+    assert shell(*arguments).startswith("acct_")
+    typed[:] = []  # an address that cannot be used is refused before anything is asked
+    assert "cannot be used" in shell(*arguments, code=1)
+    assert "no mail address" in shell("accounts", "create", "Ada", "--email", "ada", code=1)
+
+
 def test_drift_has_an_exit_code_of_its_own(shell: Shell, home: Path):
     account = shell("accounts", "create", "A machine").strip()
     database = Database(str(home / "accounts" / "accounts.sqlite"))

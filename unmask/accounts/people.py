@@ -241,6 +241,18 @@ def check_password(stored: str | None, password: str) -> bool:
     return stored is not None
 
 
+def require_new_address(email: str, connection: Connection | None = None) -> None:
+    """Check that a person can be made with an address: its form, and with `connection` that nobody has it.
+
+    Raises:
+        UsageError: it is no mail address.
+        AddressTaken: the address is taken.
+    """
+    normalize_email(email)
+    if connection is not None and _by_email(connection, email, people.c.id) is not None:
+        raise AddressTaken(_TAKEN)
+
+
 def sign_up(
     connection: Connection,
     peppers: Peppers,
@@ -259,9 +271,8 @@ def sign_up(
     Raises:
         AddressTaken: the address is taken.
     """
-    spelling, email = email, normalize_email(email)
-    if _by_email(connection, spelling, people.c.id) is not None:
-        raise AddressTaken(_TAKEN)
+    require_new_address(email, connection)
+    email = normalize_email(email)
     own = open_account(connection, email, now)
     id = f"person_{secrets.token_hex(8)}"
     row = {

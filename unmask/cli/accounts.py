@@ -1,7 +1,8 @@
 """`unmask accounts ...`: people, the audit log and backups. Keys, credit and prices have modules of their own."""
 
 import getpass
-from contextlib import closing
+import sys
+from contextlib import closing, suppress
 from pathlib import Path
 
 from cyclopts import App
@@ -13,7 +14,7 @@ from unmask.accounts.money import format_dollars
 from unmask.accounts.verification import discrepancies
 from unmask.cli.database import DatabaseUrl, open_database, read_transaction, write_transaction
 from unmask.cli.options import AsJson, LineCount
-from unmask.errors import UsageError
+from unmask.errors import MissingDatabase, UsageError
 from unmask.storage import backup as backups
 from unmask.storage.database import now_ms
 from unmask.terminal import format_time, print_result, print_table, say
@@ -41,7 +42,7 @@ def create(
     name
         Name of the account. With --email the address is used instead.
     email
-        Address of a person who can sign in to the account. The password is asked for.
+        Address of a person who can sign in to the account. The password is asked for twice.
     password_file
         File whose first line is the password, instead of asking.
     admin
@@ -49,8 +50,14 @@ def create(
     plan
         Plan with the limits of the account, see "unmask accounts plan".
     """
+    password_hash = ""
+    if email is not None:
+        # Before the person types a password that nobody needs. A database that is missing is made later.
+        people.require_new_address(email)
+        with suppress(MissingDatabase), read_transaction(database) as connection:
+            people.require_new_address(email, connection)
+        password_hash = people.hash_password(_password(password_file))
     peppers = Peppers()
-    password_hash = people.hash_password(_password(password_file)) if email is not None else ""
     with write_transaction(database, new=True) as connection:
         id = actions.create_account(
             connection,
@@ -172,12 +179,25 @@ def restore(file: Path, *, database: DatabaseUrl = None) -> int:
 
 def _password(file: Path | None) -> str:
     if file is None:
-        return getpass.getpass("Password: ")
+        return _typed_password()
     try:
         # Only a newline ends the line; a password may hold whatever else Unicode counts as a line end.
         return file.read_text(encoding="utf-8").partition("\n")[0].removesuffix("\r")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--password-file {file} cannot be read: {error}") from error
+
+
+def _typed_password() -> str:
+    """Ask twice: a typing error in characters that nobody sees would lock the person out."""
+    if not sys.stdin.isatty():
+        raise UsageError("there is no terminal to ask for the password on; use --password-file")
+    try:
+        password = getpass.getpass("Password: ")
+        if getpass.getpass("The same again: ") == password:
+            return password
+    except EOFError:
+        raise UsageError("no password was typed; type one, or use --password-file") from None
+    raise UsageError("the two passwords differ: nothing was created; run the command again")
 
 
 def _set_frozen(account: str, frozen: bool, database: str | None) -> int:

@@ -14,7 +14,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError, NoSuchModuleError, OperationalError, SQLAlchemyError
 
-from unmask.errors import MissingPackages, StorageError, UsageError
+from unmask.errors import MissingDatabase, MissingPackages, StorageError, UsageError
 from unmask.home import home
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
@@ -54,7 +54,8 @@ class Database:
         new: make the file of SQLite if it is missing.
 
     Raises:
-        UsageError: the URL is wrong, or its driver is not installed; or there is no file, and `new` is false.
+        UsageError: the URL is wrong, or its driver is not installed.
+        MissingDatabase: there is no file, and `new` is false.
         StorageError: the folder cannot be made.
     """
 
@@ -290,7 +291,7 @@ def _parse(url: str) -> URL:
 def _sqlite(url: URL, new: bool) -> Engine:
     path = Path(str(url.database))
     if not new and not path.exists():
-        raise UsageError(
+        raise MissingDatabase(
             f"there is no database at {path.absolute()}: check --database (or UNMASK_DATABASE) and UNMASK_HOME; "
             "'unmask accounts create' and 'unmask serve' begin a new one"
         )
