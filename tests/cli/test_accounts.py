@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from unmask.accounts import people
 from unmask.storage.database import Database
 
 Ended = subprocess.CompletedProcess[str]
@@ -78,6 +79,16 @@ def test_a_person_is_found_by_address(shell: Shell, tmp_path: Path):
     account = shell("accounts", "create", "Ada", *arguments, "--admin").strip()
     assert account in shell("accounts", "top-up", "Ada@example.org", "1", "--reference", "1")
     assert "cannot be used" in shell("accounts", "create", "Ada", *arguments, code=1)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_password(shell: Shell, home: Path, tmp_path: Path):
+    (tmp_path / "password").write_text("correct horse battery\r\n", encoding="utf-8-sig")
+    shell("accounts", "create", "Ada", "--email", "ada@example.org", "--password-file", str(tmp_path / "password"))
+    database = Database(str(home / "accounts" / "accounts.sqlite"))
+    with database.read() as connection:
+        stored = people.stored_password(connection, "ada@example.org")
+    database.close()
+    assert stored is not None and people.check_password(stored[1], "correct horse battery")
 
 
 def test_a_password_needs_a_terminal_or_a_file(home: Path):

@@ -109,6 +109,18 @@ def test_an_empty_key_file(unmask: Command, tmp_path: Path) -> None:
     assert done.returncode == 1 and "holds no key" in done.stderr
 
 
+def test_a_key_that_no_header_can_carry_is_found_by_its_line(unmask: Command, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("# ours\nsk-a-key\nsk-schlüssel\n", encoding="utf-8")
+    done = unmask("serve", "--api-key-file", str(tmp_path / "keys"))
+    assert done.returncode == 1 and f"{tmp_path / 'keys'}, line 3: " in done.stderr and "schl" not in done.stderr
+
+
+def test_a_byte_order_mark_is_no_part_of_a_key(unmask: Command, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("sk-a-key\n", encoding="utf-8-sig")
+    done = unmask("serve", "--accounts", "--api-key-file", str(tmp_path / "keys"))
+    assert done.returncode == 1 and "use one of them" in done.stderr
+
+
 def test_home_lists_folders_and_prunes_caches(unmask: Command, tmp_path: Path) -> None:
     for name in ("prepacked", "precision", "models", "vectors"):
         (tmp_path / name / "deep").mkdir(parents=True)

@@ -115,6 +115,14 @@ def test_a_key_file_belongs_to_its_owner_alone(tmp_path: Path) -> None:
     assert "two words" not in str(refused.value)
 
 
+def test_byte_order_marks_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("sk-of-acme\n", encoding="utf-8-sig")
+    (tmp_path / "key").chmod(0o600)
+    file = written(tmp_path, GOOD.replace('key_env = "ACME_KEY"', f'key_file = "{tmp_path / "key"}"'))
+    file.write_text(file.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    assert read_providers(file).keys() == ("sk-of-acme",)
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"providers.toml cannot be read"):
         read_providers(tmp_path / "providers.toml")

@@ -6,7 +6,7 @@ import pytest
 
 from unmask.errors import UsageError
 from unmask.training.recipe import ALL_LINEAR, Recipe
-from unmask.training.recipe_file import read_recipe
+from unmask.training.recipe_file import read_recipe, read_toml
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 GOOD = """
@@ -130,6 +130,11 @@ def test_overrides_reach_every_depth(tmp_path: Path) -> None:
 def test_a_wrong_override_is_quoted(override: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=f"--set {override}.*{message}"):
         read(tmp_path, GOOD, override)
+
+
+def test_a_byte_order_mark_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text('base = "b"\n', encoding="utf-8-sig")
+    assert read_toml(tmp_path / "r.toml") == {"base": "b"}
 
 
 def test_false_leaves_a_part_out(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ class Peppers:
                 partial.touch(mode=0o600)
                 partial.write_text(f"1 {secrets.token_hex(32)}\n", encoding="utf-8")
         try:
-            lines = [line.split() for line in self.path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = [line.split() for line in self.path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
             self._peppers = {name: bytes.fromhex(value) for name, value in lines}
             self.current = lines[-1][0]
         except (OSError, ValueError, IndexError) as error:

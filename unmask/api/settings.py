@@ -24,6 +24,7 @@ _DEFAULT_PORT = re.compile(r"(http://.*:80|https://.*:443)")
 
 _MAY_BE_ZERO = ("port", "cache_bytes", "free_credit", "replica_gpus", "stop_delay_s")
 LOG_LEVELS = ("debug", "info", "warning", "error")
+KEY_PROBLEM = "an API key is empty or has characters that no HTTP header can carry"
 
 
 # Old name -> new name of settings that were renamed; each is read for one release.
@@ -47,6 +48,11 @@ def _accept_old_names(settings: type[T]) -> type[T]:
 
     settings.__init__ = init_by_any_name
     return settings
+
+
+def is_header_key(key: str) -> bool:
+    """True for a key that an HTTP header can carry."""
+    return bool(key) and key.isascii() and key.isprintable() and " " not in key
 
 
 @_accept_old_names
@@ -161,8 +167,8 @@ class ServeSettings:
         self._check_replicas()
         if self.log_level not in LOG_LEVELS:
             raise UsageError(f"log_level={self.log_level!r}: choose one of {', '.join(LOG_LEVELS)}")
-        if not all(key.isascii() and key.isprintable() and key and " " not in key for key in self.api_keys):
-            raise UsageError("an API key is empty or has characters that no HTTP header can carry")
+        if not all(map(is_header_key, self.api_keys)):
+            raise UsageError(KEY_PROBLEM)
         if self.public_url is not None and not _ADDRESS.fullmatch(self.public_url):
             raise UsageError(f"public_url={self.public_url!r}: give an address such as https://embed.example.org")
         for proxy in self.trusted_proxies:

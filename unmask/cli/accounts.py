@@ -182,7 +182,7 @@ def _password(file: Path | None) -> str:
         return _typed_password()
     try:
         # Only a newline ends the line; a password may hold whatever else Unicode counts as a line end.
-        return file.read_text(encoding="utf-8").partition("\n")[0].removesuffix("\r")
+        return file.read_text(encoding="utf-8-sig").partition("\n")[0].removesuffix("\r")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--password-file {file} cannot be read: {error}") from error
 

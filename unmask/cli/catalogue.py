@@ -78,7 +78,7 @@ def list_votes(*, as_json: AsJson = False, database: DatabaseUrl = None) -> int:
 def add(file: Path, *, database: DatabaseUrl = None) -> int:
     """Add a record from a TOML file, or update the fields of an existing one. Its history stays."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{file} cannot be read: {error}") from error
     record = parse_record(text, file.name)

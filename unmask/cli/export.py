@@ -129,7 +129,7 @@ def parity(
         instructions=instructions,
         dimensions=dimensions,
         model_name=name,
-        texts=Path(texts).read_text(encoding="utf-8").splitlines() if texts else (),
+        texts=Path(texts).read_text(encoding="utf-8-sig").splitlines() if texts else (),
         say=say,
     )
     if as_json:

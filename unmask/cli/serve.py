@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Group, Parameter, Token
 
 from unmask.accounts.provider_settings import IdentityProviderSettings
-from unmask.api.settings import ServeSettings
+from unmask.api.settings import KEY_PROBLEM, ServeSettings, is_header_key
 from unmask.checkpoint import DEFAULT_MODEL
 from unmask.cli.mail import NO_MAIL, MailOptions
 from unmask.cli.options import DeviceOption, DtypeOption, amount_option, megabytes_option
@@ -135,7 +135,7 @@ class OidcOptions:
         secret = os.environ.get("UNMASK_OIDC_CLIENT_SECRET", "")
         if self.oidc_client_secret_file:
             try:
-                secret = Path(self.oidc_client_secret_file).read_text(encoding="utf-8")
+                secret = Path(self.oidc_client_secret_file).read_text(encoding="utf-8-sig")
             except (OSError, UnicodeDecodeError) as error:
                 path = self.oidc_client_secret_file
                 raise UsageError(f"--oidc-client-secret-file {path} cannot be read: {error}") from error
@@ -158,10 +158,14 @@ def serve(
 
 def _read_keys(path: str) -> tuple[str, ...]:
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--api-key-file {path} cannot be read: {error}") from error
-    keys = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
+    numbered = enumerate(map(str.strip, lines), start=1)
+    keys = {number: line for number, line in numbered if line and not line.startswith("#")}
     if not keys:
         raise UsageError(f"--api-key-file {path} holds no key; write one per line")
-    return keys
+    for number, key in keys.items():
+        if not is_header_key(key):
+            raise UsageError(f"--api-key-file {path}, line {number}: {KEY_PROBLEM}")
+    return tuple(keys.values())

@@ -152,13 +152,15 @@ class RemoteProvider(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             try:
                 if file.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
                     raise UsageError(f"key_file {file} is open to other users: chmod 600 {file}")
-                key = file.read_text(encoding="ascii").strip()
+                key = file.read_text(encoding="utf-8-sig").strip()
             except (OSError, UnicodeDecodeError) as error:
                 raise UsageError(f"key_file {file} cannot be read: {error}") from None
         else:
             return ""
         if not re.fullmatch(r"[\x21-\x7e]+", key):
-            raise UsageError(f"the key of {self.key_env or self.key_file} is empty or has blanks")
+            raise UsageError(
+                f"the key of {self.key_env or self.key_file} is empty or has blanks, or letters beyond ASCII"
+            )
         return key
 
 
@@ -204,7 +206,7 @@ def read_providers(file: Path) -> Providers:
         UsageError: it cannot be read, or a value is wrong; the message names the file and the key.
     """
     try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
+        content = tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"{file} cannot be read: {error}") from None
     try:
