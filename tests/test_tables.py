@@ -168,3 +168,10 @@ def test_surrogates_and_names_of_json_types() -> None:
     assert [json_name(value) for value in (None, True, 1, 1.5, [], "a", {})] == [
         "null", "boolean", "number", "number", "list", "string", "object",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("file_format", ["txt", "jsonl", "csv"])
+def test_utf16_is_named(file_format: str, encoding: str) -> None:
+    with pytest.raises(UsageError, match="the file is UTF-16; convert it first: iconv -f utf-16 -t utf-8"):
+        rows_of('"a text"\n"another"\n'.encode(encoding), file_format)

@@ -315,6 +315,8 @@ class _TextReader:
             if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
                 advice = "check that this is the right file and --input-format"
                 self.stop(number, f"longer than {MAX_LINE_BYTES // 2**20} MiB", advice)
+            if number == 1 and _is_utf16(line[:64]):
+                self.stop(number, "the file is UTF-16", "convert it first: iconv -f utf-16 -t utf-8")
             encoding = "utf-8-sig" if number == 1 else "utf-8"
             try:
                 text = line.decode(encoding)
@@ -397,6 +399,14 @@ class _TextReader:
             return True
         self.bad(number, f"{len(values)} fields where the header has {len(header)}", advice)
         return False
+
+
+def _is_utf16(beginning: bytes) -> bool:
+    """True for a byte order mark of UTF-16, or where a quarter is NUL: UTF-16 has one beside each ASCII letter.
+
+    Such a file can be valid UTF-8, and read as UTF-8 or Latin-1 it gives texts with NULs between the letters.
+    """
+    return beginning.startswith((b"\xff\xfe", b"\xfe\xff")) or 4 * beginning.count(0) >= len(beginning)
 
 
 def _without_ending(line: str) -> str:
