@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from unmask.disk import atomic_write, locked, storage_errors, try_lock
+from unmask.disk import atomic_write, locked, storage_errors, try_lock, umask_mode
 from unmask.errors import StorageError
 
 
@@ -59,3 +59,11 @@ def test_locked_waits_for_the_process_that_holds_the_lock(tmp_path: Path) -> Non
             file.write("first\n")
     assert other.wait(60) == 0
     assert order.read_text().split() == ["first", "other"]
+
+
+def test_a_file_gets_the_mode_of_the_umask(tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    with atomic_write(tmp_path / "weights") as partial, umask_mode(partial):
+        (tmp_path / "scratch").touch(mode=0o600)
+        (tmp_path / "scratch").replace(partial)
+    assert (tmp_path / "weights").stat().st_mode == (tmp_path / "other").stat().st_mode

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -56,6 +57,18 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def umask_mode(path: Path) -> Iterator[None]:
+    """Give the file that the block writes at `path` the mode of any new file, as the umask says.
+
+    safetensors writes to a temporary file of its own, which only its owner can read, and renames it.
+    """
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    yield
+    path.chmod(mode)
 
 
 @contextmanager

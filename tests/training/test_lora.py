@@ -65,6 +65,8 @@ def test_the_saved_adapter_gives_the_trained_vectors(name: str, subset: str, dro
     assert far(mine, before) > 0.01
     assert recipe.lora is not None
     write_adapter(tmp_path / "adapter", adapter_tensors(model.adapted), recipe.lora, base, torch.float32)
+    modes = {(tmp_path / "adapter" / f"adapter_{name}").stat().st_mode for name in ("model.safetensors", "config.json")}
+    assert len(modes) == 1  # what another user may read of it, he may read all of
     assert far(Encoder.load(base, adapters=[tmp_path / "adapter"]).encode(TEXTS), mine) < 1e-5
     assert far(Encoder.load(tmp_path / "adapter").encode(TEXTS), mine) < 1e-5
     modules = {key.split(".")[-3] for key in load_file(tmp_path / "adapter" / "adapter_model.safetensors")}

@@ -297,9 +297,12 @@ def _unpack(archive: Path, folder: Path) -> None:
     """Unpack a ZIP archive. A single folder that holds everything is left out."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         with zipfile.ZipFile(archive) as packed:
-            packed.extractall(scratch)  # names that climb out of the folder are cleaned by zipfile
-        entries = list(Path(scratch).iterdir())
-        source = entries[0] if len(entries) == 1 and entries[0].is_dir() else Path(scratch)
+            # Names that climb out of the folder are cleaned by zipfile. The scratch folder itself is its owner's alone,
+            # and a copy of it would be, too.
+            source = Path(scratch) / "content"
+            packed.extractall(source)
+        entries = list(source.iterdir())
+        source = entries[0] if len(entries) == 1 and entries[0].is_dir() else source
         shutil.copytree(source, folder)
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unmask.checkpoint.adapter import Adapter
-from unmask.disk import atomic_write
+from unmask.disk import atomic_write, umask_mode
 from unmask.encoder.model.architectures import Shape
 from unmask.encoder.model.decoder import Decoder
 from unmask.errors import AdapterMismatch
@@ -236,7 +236,8 @@ def write_adapter(folder: Path, halves: Mapping[str, Tensor], lora: Lora, base: 
     tensors = {name: tensor.to(dtype).contiguous().cpu() for name, tensor in halves.items()}
     with atomic_write(folder / "adapter_model.safetensors") as partial:
         try:
-            save_file(tensors, partial, metadata={"format": "pt"})
+            with umask_mode(partial):
+                save_file(tensors, partial, metadata={"format": "pt"})
         except SafetensorError as error:  # its writer's own, when the disk is full
             raise OSError(str(error)) from error
     with atomic_write(folder / "adapter_config.json") as partial:

@@ -24,7 +24,7 @@ from unmask.checkpoint.adapter import Adapter
 from unmask.checkpoint.head import HEAD_FILE
 from unmask.checkpoint.resolve import local_path
 from unmask.checkpoint.tensors import TensorSource
-from unmask.disk import atomic_write
+from unmask.disk import atomic_write, umask_mode
 from unmask.encoder.head import UNIT_LINEAR, head_steps
 from unmask.encoder.model.architectures import shape_of
 from unmask.errors import AdapterMismatch, CheckpointError, UsageError
@@ -296,7 +296,7 @@ def write_factors(folder: Path, factors: Factors, encoder_config: Mapping[str, A
     for module, (a, b) in factors.halves.items():
         tensors[f"base_model.model.{module}.lora_A.weight"] = a.contiguous()
         tensors[f"base_model.model.{module}.lora_B.weight"] = b.contiguous()
-    with atomic_write(folder / "adapter_model.safetensors") as partial:
+    with atomic_write(folder / "adapter_model.safetensors") as partial, umask_mode(partial):
         save_file(tensors, partial, metadata={"format": "pt"})
     if encoder_config:
         with atomic_write(folder / "llm2vec_config.json") as partial:
