@@ -116,6 +116,15 @@ def test_names_that_lead_nowhere(published: Path, name: str) -> None:
         open_checkpoint(name)
 
 
+def test_a_mistyped_shipped_name(golden_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNMASK_HOME", str(tmp_path))
+    monkeypatch.setattr("unmask.checkpoint.resolve._fetch_from_hub", lambda *_: pytest.fail("the hub was asked"))
+    with pytest.raises(ModelNotFound, match=r"no model unmask/smolm2-embed-6l ships .* mean unmask/smollm2-embed-6l\?"):
+        resolve("unmask/smolm2-embed-6l")
+    shutil.copytree(golden_dir / "tiny_llama", tmp_path / "models" / "unmask" / "ours")
+    assert resolve("unmask/ours").base == tmp_path / "models" / "unmask" / "ours"
+
+
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"neither config\.json nor adapter_config\.json"):
         open_checkpoint(tmp_path)

@@ -1,5 +1,6 @@
 """Resolve a model's name to local paths: shipped, local, mirrored under UNMASK_HOME, or on the hub."""
 
+import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,10 @@ TRAINED_ON = {
     f"McGill-NLP/LLM2Vec-Meta-Llama-31-8B-Instruct-mntp-{stage}": "McGill-NLP/LLM2Vec-Meta-Llama-31-8B-Instruct-mntp"
     for stage in ("supervised", "unsup-simcse")
 }
+
+
+# Nobody else's models have names that begin like this, so the hub is not asked for them.
+_SHIPPED_UNDER = "unmask/"
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,8 @@ def _adapter_folder(name: str, weights: bool) -> Path:
 def local_path(name: str, *, weights: bool = True) -> Path:
     """Return the local path of a model's files. Downloads them if necessary, without `weights` only the small ones.
 
-    Order: shipped models, an existing path, `UNMASK_HOME/models/<name>`, the hub (its cache first when offline).
+    Order: shipped models, an existing path, `UNMASK_HOME/models/<name>`, the hub (its cache first when offline). A
+    name under `unmask/` is never looked for on the hub.
     """
     if name in SHIPPED:
         return fetch_shipped(name)
@@ -142,6 +148,12 @@ def local_path(name: str, *, weights: bool = True) -> Path:
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or name.endswith(".gguf"):
         raise ModelNotFound(
             f"no model at {name}: expected a folder with config.json, a .gguf file, or a hub id like org/name"
+        )
+    if name.startswith(_SHIPPED_UNDER):
+        near = difflib.get_close_matches(name, SHIPPED, n=1, cutoff=0.0)[0]
+        raise ModelNotFound(
+            f"no model {name} ships with unmask; did you mean {near}? Shipped: {', '.join(SHIPPED)}. A folder of your "
+            f"own under this name would be {mirrored}"
         )
     return _fetch_from_hub(name, weights)
 
