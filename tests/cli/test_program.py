@@ -143,6 +143,14 @@ def test_the_wording_of_a_mistake_has_no_box(unmask: Command) -> None:
     assert done.stderr.startswith("unmask: ") and len(done.stderr.splitlines()) == 1
 
 
+def test_an_unknown_option_is_no_input(unmask: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = unmask("encode", "in.txt", "-o", "y.npy", "--dimension", "3")
+    assert (done.returncode, done.stderr) == (1, "unmask: Unknown option: --dimension. Did you mean --dimensions?\n")
+    assert "cannot read -x.txt" in unmask("encode", "-o", "y.npy", "--", "-x.txt").stderr
+    assert "standard input" in unmask("encode", "-o", "y.npy", "-", "--", "-x.txt").stderr
+
+
 def test_an_old_spelling_works_with_a_warning(unmask: Command) -> None:
     done = unmask("serve", "--limits-without=refuse", "--port", "99999")
     assert "--limits-without is now called --on-redis-failure" in done.stderr

@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if words[:1] != ["train"]:
         keep_few_products()
     try:
-        app = build_app(words[0] if words else None)
+        literal = len(words) - words.index("--") - 1 if "--" in words else 0
+        app = build_app(words[0] if words else None, literal)
         app(_current_spelling(words), print_error=False, exit_on_error=False)
     except CycloptsError as error:
         say(f"unmask: {' '.join(str(error).split())}")

@@ -1,9 +1,10 @@
 """The table of commands. `unmask --help` reads only this table; a command's module is imported when it is called."""
 
+from functools import partial
 from importlib import import_module
 from typing import NamedTuple, get_args
 
-from cyclopts import App, ArgumentCollection, Group, Parameter
+from cyclopts import App, ArgumentCollection, Group, Parameter, UnknownOptionError
 
 from unmask import __version__
 from unmask.cli.help import HelpPage
@@ -68,10 +69,11 @@ COMMANDS = (
 )
 
 
-def build_app(called: str | None = None) -> App:
+def build_app(called: str | None = None, literal: int = 0) -> App:
     """Build the command line.
 
     Args:
+        literal: number of words behind "--", none of which is an option.
         called: the word after `unmask`. Of other commands only name and summary are known. "*" imports all commands.
     """
     app = App(
@@ -81,7 +83,7 @@ def build_app(called: str | None = None) -> App:
         version_flags=["--version", "-V"],
         help_formatter=HelpPage(),
         default_parameter=Parameter(negative=()),  # no --no-restart; an option that needs one says so
-        config=[_require_whole_numbers],
+        config=[_require_whole_numbers, partial(_refuse_unknown_options, literal)],
     )
     app["--help"].group = app["--version"].group = (_OPTIONS,)
     for position, command in enumerate(COMMANDS):
@@ -97,6 +99,21 @@ def build_app(called: str | None = None) -> App:
             place = f"unmask.cli.{command.modules[0]}:{command.name.replace('-', '_')}"
             app.command(place, name=command.name, help=command.summary, group=command.group, sort_key=position)
     return app
+
+
+def _refuse_unknown_options(literal: int, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Refuse words like --dimension in a list of inputs, which must take "-" and so takes everything with a hyphen.
+
+    Raises:
+        UnknownOptionError: names the word, and the option that is most like it.
+    """
+    for argument in arguments:
+        typed = [token for token in argument.tokens if token.keyword is None]
+        if not argument.parameter.allow_leading_hyphen or not typed:
+            continue
+        for token in typed[: len(typed) - literal]:
+            if token.value.startswith("-") and token.value != "-":
+                raise UnknownOptionError(token=token, argument_collection=arguments)
 
 
 def _require_whole_numbers(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
