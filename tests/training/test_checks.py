@@ -16,6 +16,9 @@ from unmask.training.recipe import Lora, Recipe
 from unmask.training.recipe_file import read_recipe
 from unmask.training.train import load_data, run_training
 
+# Parameters of the tiny decoder: query and output, key and value, and three products of the MLP in a layer.
+LAYER = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48
+EMBEDDING = 800 * 32
 PAIRS = {"name": "pairs", "path": "pairs.tsv", "query": "query", "positive": "positive"}
 ONE = {"batch": {"size": 1}}
 TEACHER = {"teacher": str(GOLDEN / "tiny_llama")}
@@ -201,6 +204,22 @@ def test_a_stage_has_the_vectors_of_the_stage_before(folder: Path) -> None:
     assert plan.dimensions == 16
     with pytest.raises(UsageError, match="matryoshka: 32 is longer than the 16"):
         plan_run(recipe, folder, lambda _: None, base_dimensions=16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "trained"),
+    [
+        ({}, 2 * LAYER + EMBEDDING),
+        ({"layers": 1}, LAYER + EMBEDDING),
+        ({"layers": 1, "freeze_embedding": True}, LAYER),
+        ({"layers": 1, "freeze_embedding": True, "head": {"dimensions": 8}}, LAYER + 8 * 32),
+        ({"layers": 1, "freeze_embedding": True, "head": {"dimensions": 8, "trained": False}}, LAYER),
+    ],
+)
+def test_the_plan_counts_what_is_trained(folder: Path, changes: dict[str, Any], trained: int) -> None:
+    write_decoder(folder / "decoder")
+    recipe = recipe_of(data=[source()], base=str(folder / "decoder"), lora=None, **changes)
+    assert plan_run(recipe, folder, lambda _: None).trained == trained
 
 
 def test_both_orders_of_lengths_give_the_same_loss(folder: Path) -> None:

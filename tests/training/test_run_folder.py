@@ -1,5 +1,6 @@
 """Tests of a run's files: atomic writes, refusal of another run, and metrics after a kill."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,26 @@ def described(**changes: Any) -> dict[str, Any]:
     return describe_run({**RECIPE, **changes}, {"a": "digest"}, "1 x CPU")
 
 
-def test_the_same_run_is_continued_and_only_when_asked(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "run", keep=2)
+def begun(path: Path) -> RunFolder:
+    """The folder of a run that has made a step."""
+    folder = RunFolder(path, keep=2)
     folder.begin(described(), resume=False)
+    (path / "metrics.jsonl").write_text("{}\n")
+    return folder
+
+
+def test_a_run_that_failed_before_its_first_step_leaves_room_for_another(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, keep=2)
+    folder.begin(described(), resume=False)
+    for description in (described(), described(steps=4), {**described(), "data": {"a": "other"}}):
+        assert folder.begin(description, resume=False) == json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "teachers").mkdir()  # vectors of a teacher, which belong to the recipe
+    with pytest.raises(UsageError, match="holds a run with another data and recipe"):
+        folder.begin(described(steps=5), resume=False)
+
+
+def test_the_same_run_is_continued_and_only_when_asked(tmp_path: Path) -> None:
+    folder = begun(tmp_path / "run")
     folder.begin(described(), resume=True)
     with pytest.raises(UsageError, match="holds this run already; continue it with --resume"):
         folder.begin(described(), resume=False)
@@ -36,22 +54,19 @@ def test_the_same_run_is_continued_and_only_when_asked(tmp_path: Path) -> None:
 def test_another_recipe_is_refused_with_the_difference(
     changes: dict[str, Any], difference: str, tmp_path: Path
 ) -> None:
-    folder = RunFolder(tmp_path, keep=2)
-    folder.begin(described(), resume=False)
+    folder = begun(tmp_path)
     with pytest.raises(UsageError, match=rf"holds a run with another recipe; .* \({difference}\)"):
         folder.begin(described(**changes), resume=True)
 
 
 def test_other_data_is_refused(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path, keep=2)
-    folder.begin(described(), resume=False)
+    folder = begun(tmp_path)
     with pytest.raises(UsageError, match=r"another data; .*data.a was 'digest', is 'other'"):
         folder.begin({**described(), "data": {"a": "other"}}, resume=True)
 
 
 def test_a_field_that_has_come_since_does_not_end_a_run(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path, keep=2)
-    folder.begin(described(), resume=False)
+    folder = begun(tmp_path)
     folder.begin(
         described(new=1), resume=True, upgrade=lambda stored: {**stored, "recipe": {**stored["recipe"], "new": 1}}
     )
@@ -60,6 +75,7 @@ def test_a_field_that_has_come_since_does_not_end_a_run(tmp_path: Path) -> None:
 def test_a_damaged_description_is_named(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, keep=2)
     (tmp_path / "run.json").write_text('{"recipe": ')
+    (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(UsageError, match=r"run.json is damaged"):
         folder.begin(described(), resume=True)
 

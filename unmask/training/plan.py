@@ -11,11 +11,12 @@ from tokenizers import Tokenizer
 
 from unmask.checkpoint import open_checkpoint
 from unmask.encoder.model.architectures import Shape, shape_of
+from unmask.encoder.shear import shear
 from unmask.errors import UnsupportedArchitecture
 from unmask.training.checks import check_run
 from unmask.training.device import choose_device, compute_dtype
 from unmask.training.examples import Example, Examples
-from unmask.training.recipe import DataSource, Lora, Recipe
+from unmask.training.recipe import DataSource, Recipe
 from unmask.training.train import load_data
 
 _SAMPLE = 200
@@ -67,6 +68,8 @@ def plan_run(recipe: Recipe, data: Path, log: Callable[[str], None], base_dimens
         UsageError, CheckpointError: as the run itself would raise at its start.
     """
     checkpoint = open_checkpoint(recipe.base, recipe.adapters)
+    if recipe.layers is not None:
+        checkpoint = shear(checkpoint, recipe.layers)
     shape = shape_of(checkpoint.config)
     if shape is None:
         raise UnsupportedArchitecture(
@@ -88,7 +91,7 @@ def plan_run(recipe: Recipe, data: Path, log: Callable[[str], None], base_dimens
     tokens = int(per_step * recipe.steps)
     device = choose_device(recipe.device)
     dtype = compute_dtype(recipe.precision, device)
-    trained = _trained_parameters(shape, recipe.lora)
+    trained = _trained_parameters(shape, recipe)
     # Forward once, backward once through the frozen weights, and once more for the gradients of trained ones.
     passes = 2.1 if recipe.lora is not None else 3.0
     if per_step > recipe.batch.forward_tokens and recipe.objective != "mntp":
@@ -143,7 +146,7 @@ def _source_plan(
     return SourcePlan(source.name, len(examples.train), len(examples.held_out), float(np.mean(lengths)), size, share)
 
 
-def _trained_parameters(shape: Shape, lora: Lora | None) -> int:
+def _trained_parameters(shape: Shape, recipe: Recipe) -> int:
     query, value = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     ends = {
         "q_proj": (shape.hidden_size, query),
@@ -154,9 +157,11 @@ def _trained_parameters(shape: Shape, lora: Lora | None) -> int:
         "up_proj": (shape.hidden_size, shape.intermediate_size),
         "down_proj": (shape.intermediate_size, shape.hidden_size),
     }
-    if lora is not None:
-        return shape.layers * lora.rank * sum(sum(ends[target]) for target in lora.targets)
-    return shape.layers * sum(a * b for a, b in ends.values()) + shape.vocabulary * shape.hidden_size
+    head = recipe.head.dimensions * shape.hidden_size if recipe.head is not None and recipe.head.trained else 0
+    if recipe.lora is not None:
+        return head + shape.layers * recipe.lora.rank * sum(sum(ends[target]) for target in recipe.lora.targets)
+    embedding = 0 if recipe.freeze_embedding else shape.vocabulary * shape.hidden_size
+    return head + embedding + shape.layers * sum(a * b for a, b in ends.values())
 
 
 def _weight_bytes(shape: Shape, dtype: torch.dtype, trained: int, *, adapted: bool) -> int:

@@ -57,11 +57,12 @@ class RunFolder:
             The description that is there now.
 
         Raises:
-            UsageError: another run's files are here, or this one's and `resume` is off.
+            UsageError: another run's files are here, or this one's and `resume` is off. A run that failed before it
+                wrote anything else is none.
         """
         file = self.path / "run.json"
         new: dict[str, Any] = json.loads(json.dumps(description))  # as it will be read again: JSON has no tuples
-        if file.is_file():
+        if file.is_file() and not self._is_untouched():
             try:
                 stored = json.loads(file.read_text(encoding="utf-8"))
                 before = upgrade(stored)
@@ -80,6 +81,11 @@ class RunFolder:
             return before
         self._write(file, new)
         return new
+
+    def _is_untouched(self) -> bool:
+        """True if nothing but the description of a run is here."""
+        names = {entry.name for entry in self.path.iterdir()}
+        return names <= {"run.json", "checkpoints"} and not any((self.path / "checkpoints").iterdir())
 
     @staticmethod
     def _write(file: Path, description: Mapping[str, Any]) -> None:

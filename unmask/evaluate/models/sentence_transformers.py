@@ -79,6 +79,8 @@ def open_folder(specification: ModelSpecification) -> SentenceTransformerModel:
         raise MissingPackages("a sentence-transformers model needs", "evaluate") from error
     folder = Path(specification.target).expanduser()
     if not (folder / "modules.json").is_file():
+        if not folder.is_dir():
+            raise CheckpointError(f"there is no folder {folder}: name one that sentence-transformers has saved")
         raise CheckpointError(f"{folder} is not a sentence-transformers folder: it has no modules.json")
     try:
         model = library.SentenceTransformer(
