@@ -608,7 +608,11 @@ def test_a_quarantine_reaches_all_processes_and_survives_a_restart(
             until(lambda: status(again) == "probation")
             assert "is not quarantined" in unmask("providers", "admit", "a", MODEL, "--database", url).stderr
             reason = ["--reason", "maintenance", "--database", url]
-            assert unmask("providers", "quarantine", "a", MODEL, *reason).returncode == 0
+            mistyped = unmask("providers", "quarantine", "aa", MODEL, *reason)
+            assert mistyped.returncode == 1
+            assert f"there is no provider 'aa' of {MODEL} in the database, and there is no file" in mistyped.stderr
+            taken = unmask("providers", "quarantine", "a", MODEL, *reason)
+            assert taken.returncode == 0 and f"a gets no more requests for {MODEL};" in taken.stderr
             until(lambda: status(again) == "quarantined")
             got = again.call("POST", "/v1/embeddings", {"model": MODEL, "input": "a text"})
             assert (got.status, got.error["code"]) == (503, "no_conforming_provider")

@@ -18,6 +18,7 @@ from tests.router.test_providers import MODEL, SLOW, TEXTS, Upstreams, customer,
 from tests.web.conftest import HTML
 from tests.web.people import Visitor, person
 from unmask.accounts.keys import KeySettings
+from unmask.catalogue.store import open_database
 from unmask.checkpoint import open_checkpoint
 from unmask.conformance import read_references
 from unmask.encoder import Encoder, LoadOptions
@@ -27,6 +28,13 @@ from unmask.router.providers import read_providers
 from unmask.web import website
 
 QUERY = "Find the boat: "
+
+
+def catalogue_url(folder: Path) -> str:
+    """The address of a database with a catalogue, in a folder."""
+    url = f"sqlite:///{folder / 'c.sqlite'}"
+    open_database(url).close()
+    return url
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +50,7 @@ def bare(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def references(tiny_llama: Path, tmp_path: Path, unmask) -> Path:
     """The right vectors, as the machine with the weights writes them."""
     file = tmp_path / "right.npz"
-    options = ["--weights", str(tiny_llama), "--database", f"sqlite:///{tmp_path / 'c.sqlite'}"]
+    options = ["--weights", str(tiny_llama), "--database", catalogue_url(tmp_path)]
     done = unmask("providers", "references", MODEL, "--output", str(file), *options)
     assert done.returncode == 0, done.stderr
     assert file.stat().st_mode & 0o077 == 0
@@ -164,7 +172,7 @@ def test_without_references_nobody_is_admitted_and_the_operator_reads_why(
     accounts.close()
     assert "holds no weights" in problem and f"unmask providers references {MODEL} --output FILE" in problem
     assert problem in caplog.text and not upstream.requests
-    database = ["--database", f"sqlite:///{tmp_path / 'c.sqlite'}"]
+    database = ["--database", catalogue_url(tmp_path)]
     checked = unmask("providers", "check", "--providers", str(file), "--weights", str(bare), *database)
     assert checked.returncode == 1 and "[references]" in checked.stderr
 
@@ -238,7 +246,7 @@ def test_check_takes_the_references_of_the_file(
     bare: Path, references: Path, upstream: FaultServer, tmp_path: Path, unmask
 ) -> None:
     file = with_references(providers_file(tmp_path, upstream.url, upstream.url), references)
-    database = ["--database", f"sqlite:///{tmp_path / 'c.sqlite'}"]
+    database = ["--database", catalogue_url(tmp_path)]
     checked = unmask("providers", "check", "b", "--providers", str(file), *database, "--json")
     assert checked.returncode == 0, checked.stderr
     assert json.loads(checked.stdout[checked.stdout.index("[\n") :])[0]["finding"]["precision"] == "exact"

@@ -16,12 +16,15 @@ from unmask.errors import UsageError
 from unmask.terminal import print_json, print_table, say
 
 if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
     from unmask.router.checks import ModelSource
     from unmask.router.providers import Providers
     from unmask.storage.database import Database
 
 providers = App(name="providers", help="Manage providers of models, and check their vectors.")
 
+_FILE = Path("providers.toml")
 ProvidersPath = Annotated[
     Path,
     Parameter(name="--providers", env_var="UNMASK_PROVIDERS", help="File of providers, see the how-to guide."),
@@ -29,7 +32,7 @@ ProvidersPath = Annotated[
 
 
 @providers.command(name="list")
-def list_providers(*, file: ProvidersPath = Path("providers.toml"), as_json: AsJson = False) -> int:
+def list_providers(*, file: ProvidersPath = _FILE, as_json: AsJson = False) -> int:
     """Check the file of providers and list what it says."""
     from unmask.accounts.money import format_dollars
     from unmask.router.providers import read_providers
@@ -61,7 +64,7 @@ def check(
     name: str = "",
     /,
     *,
-    file: ProvidersPath = Path("providers.toml"),
+    file: ProvidersPath = _FILE,
     weights: tuple[str, ...] = (),
     as_json: AsJson = False,
     database: DatabaseUrl = None,
@@ -139,7 +142,7 @@ def references(model: str, *, output: Path, weights: str | None = None, database
 
 
 @providers.command
-def quarantine(name: str, model: str, *, reason: str, database: DatabaseUrl = None) -> int:
+def quarantine(name: str, model: str, *, reason: str, file: ProvidersPath = _FILE, database: DatabaseUrl = None) -> int:
     """Take a provider of a model out of traffic, in all running servers within a second.
 
     Parameters
@@ -155,7 +158,9 @@ def quarantine(name: str, model: str, *, reason: str, database: DatabaseUrl = No
     from unmask.router.verdicts import order_quarantine
 
     with write_transaction(database) as connection:
+        _require_known(connection, file, name, model)
         order_quarantine(connection, COMMAND_LINE, name, model, reason)
+    say(f"{name} gets no more requests for {model}; 'unmask providers admit {name} {model}' ends that")
     return 0
 
 
@@ -175,11 +180,12 @@ def admit(name: str, model: str, *, database: DatabaseUrl = None) -> int:
 
     with write_transaction(database) as connection:
         order_admission(connection, COMMAND_LINE, name, model)
+    say(f"{name} gets requests for {model} again once its vectors are right in a full check")
     return 0
 
 
 @providers.command
-def reload(*, file: ProvidersPath = Path("providers.toml"), database: DatabaseUrl = None) -> int:
+def reload(*, file: ProvidersPath = _FILE, database: DatabaseUrl = None) -> int:
     """Let all running servers read their file of providers again, within a second.
 
     The file is checked first, and nothing happens if it is wrong. Requests under way are finished with the providers
@@ -201,6 +207,7 @@ def taint(
     *,
     days: DayCount = 90,
     requests: bool = False,
+    file: ProvidersPath = _FILE,
     as_json: AsJson = False,
     database: DatabaseUrl = None,
 ) -> int:
@@ -219,6 +226,8 @@ def taint(
     from unmask.storage.database import now_ms
 
     with read_transaction(database) as connection:
+        if name:
+            _require_known(connection, file, name)
         windows = tainted_windows(connection, now_ms() - days * 24 * 3600 * 1000)
         windows = [window for window in windows if name in ("", window.provider)]
         if requests:
@@ -281,7 +290,13 @@ def history(*, model: str | None = None, as_json: AsJson = False, database: Data
 
 @providers.command
 def bill(
-    name: str, *, month: str, invoice: str | None = None, as_json: AsJson = False, database: DatabaseUrl = None
+    name: str,
+    *,
+    month: str,
+    invoice: str | None = None,
+    file: ProvidersPath = _FILE,
+    as_json: AsJson = False,
+    database: DatabaseUrl = None,
 ) -> int:
     """Sum the attempts at a provider in a month, and compare them with its invoice. Times are in UTC.
 
@@ -300,8 +315,10 @@ def bill(
     from unmask.accounts.money import format_dollars
 
     billed = _amount(invoice, "invoice") if invoice is not None else None
+    start, end = _month(month)
     with read_transaction(database) as connection:
-        lines = costs.bill(connection, name, *_month(month))
+        _require_known(connection, file, name)
+        lines = costs.bill(connection, name, start, end)
     rows = [(*line[:-1], format_dollars(line.cost)) for line in lines]
     headings = ("model", "reason", "attempts", "tokens", "their tokens", "dollars")
     print_table(headings, rows, right=headings[2:], as_json=as_json)
@@ -314,7 +331,15 @@ def bill(
 
 
 @providers.command
-def pay(name: str, dollars: str, *, reference: str, note: str = "", database: DatabaseUrl = None) -> int:
+def pay(
+    name: str,
+    dollars: str,
+    *,
+    reference: str,
+    note: str = "",
+    file: ProvidersPath = _FILE,
+    database: DatabaseUrl = None,
+) -> int:
     """Book that a provider's invoice was paid, once per reference. Says what is still owed.
 
     Parameters
@@ -333,6 +358,7 @@ def pay(name: str, dollars: str, *, reference: str, note: str = "", database: Da
     from unmask.storage.database import now_ms
 
     with write_transaction(database) as connection:
+        _require_known(connection, file, name)
         while costs.book_costs(connection, now_ms()):
             pass
         if not ledger.pay_provider(connection, name, _amount(dollars, "dollars"), reference, now_ms(), note=note):
@@ -356,8 +382,9 @@ def margin(*, month: str, as_json: AsJson = False, database: DatabaseUrl = None)
     from unmask.accounts import costs
     from unmask.accounts.money import format_dollars
 
+    start, end = _month(month)
     with read_transaction(database) as connection:
-        lines = costs.margins(connection, *_month(month))
+        lines = costs.margins(connection, start, end)
     rows = [
         (
             line.provider,
@@ -373,6 +400,25 @@ def margin(*, month: str, as_json: AsJson = False, database: DatabaseUrl = None)
     headings = ("provider", "model", "requests", "income", "cost", "profit", "overhead")
     print_table(headings, rows, right=headings[2:], as_json=as_json)
     return 2 if any(line.profit < 0 for line in lines) else 0
+
+
+def _require_known(connection: "Connection", file: Path, name: str, model: str | None = None) -> None:
+    """Check that a provider is in the file of providers, or in the database: it has a verdict or was asked before.
+
+    Raises:
+        UsageError: it is in neither, or the named file cannot be read.
+    """
+    from unmask.router.providers import read_providers
+    from unmask.router.verdicts import is_known
+
+    there = read_providers(file).providers if file.is_file() or file != _FILE else ()
+    models = [entry.id for provider in there if provider.name == name for entry in provider.models]
+    if (models if model is None else model in models) or is_known(connection, name, model):
+        return
+    what = f"provider {name!r}" if model is None else f"provider {name!r} of {model}"
+    names = ", ".join(provider.name for provider in there)
+    where = f"{file} has {names}" if there else f"there is no file {file}"
+    raise UsageError(f"there is no {what} in the database, and {where}: name it as there, or another file: --providers")
 
 
 def _month(month: str) -> tuple[int, int]:

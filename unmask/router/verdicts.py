@@ -13,7 +13,7 @@ from unmask.accounts.audit import Actor, append_provider_verdict
 from unmask.catalogue.store import raise_version
 from unmask.errors import UsageError
 from unmask.storage.database import now_ms
-from unmask.storage.schema import provider_events
+from unmask.storage.schema import provider_attempts, provider_events
 
 CANARIES = "canaries"  # actor of a quarantine that nobody ordered
 
@@ -100,6 +100,17 @@ def read_verdicts(connection: Connection) -> dict[tuple[str, str], Verdict]:
     )
     rows = connection.execute(sa.select(provider_events).where(provider_events.c.id.in_(latest)))
     return {(row.provider, row.model): _verdict(row) for row in rows}
+
+
+def is_known(connection: Connection, provider: str, model: str | None = None) -> bool:
+    """Return whether there is a verdict on a provider, for a model if one is named, or it was ever asked."""
+    for table in (provider_events, provider_attempts):
+        rows = sa.select(table.c.id).where(table.c.provider == provider)
+        if model is not None:
+            rows = rows.where(table.c.model == model)
+        if connection.scalar(rows.limit(1)) is not None:
+            return True
+    return False
 
 
 def last_reload(connection: Connection) -> int:
