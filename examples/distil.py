@@ -57,6 +57,8 @@ use_labels = false
 held_out = {held_out}
 """
 
+if len(sys.argv) < 3:
+    sys.exit(__doc__)
 folder, texts = Path(sys.argv[1]), Path(sys.argv[2]).absolute()
 steps = int(sys.argv[3]) if len(sys.argv) > 3 else 500
 teacher = sys.argv[4] if len(sys.argv) > 4 else "unmask/smollm2-embed-6l"

@@ -9,6 +9,8 @@ import sys
 
 import unmask
 
+if len(sys.argv) < 3:
+    sys.exit(__doc__)
 data, output, *tasks = sys.argv[1:]
 
 results = unmask.evaluate(

@@ -49,6 +49,8 @@ def margin(model: str | Path) -> float:
     return float((own - others / (len(PAIRS) - 1)).mean())
 
 
+if len(sys.argv) < 2:
+    sys.exit(__doc__)
 folder = Path(sys.argv[1])
 steps = int(sys.argv[2]) if len(sys.argv) > 2 else 20
 

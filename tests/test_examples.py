@@ -84,6 +84,12 @@ def test_evaluation_writes_a_report_and_compares(run, eval_data: Path, tmp_path:
     assert (tmp_path / "results" / "report.html").exists()
 
 
+@pytest.mark.parametrize("name", ["train_on_pairs.py", "distil.py", "evaluate_and_compare.py"])
+def test_a_script_without_its_arguments_says_which(run, name: str):
+    with pytest.raises(SystemExit, match=f"python examples/{name}"):
+        run(name)
+
+
 def test_the_readme_of_the_examples_lists_every_script():
     page = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     for script in EXAMPLES.glob("*.py"):

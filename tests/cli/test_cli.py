@@ -103,6 +103,19 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert done.stderr.startswith("unmask: --api-key-file missing") and len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize(("command", "advice"), [("train", "with --resume"), ("encode", "again")])
+def test_an_interrupt_says_how_to_go_on(
+    unmask: Command, monkeypatch: pytest.MonkeyPatch, command: str, advice: str
+) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"unmask.cli.{command}.{command}", interrupt)
+    done = unmask(command)
+    assert done.returncode == 130
+    assert done.stderr == f"unmask: interrupted; run the same command {advice} to continue\n"
+
+
 def test_an_empty_key_file(unmask: Command, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("# nothing yet\n\n", encoding="utf-8")
     done = unmask("serve", "--api-key-file", str(tmp_path / "keys"))

@@ -54,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         say(f"unmask: {error}")
         sys.exit(1)
     except KeyboardInterrupt:
-        say("unmask: interrupted; run the same command again to continue")
+        again = "with --resume" if words[:1] == ["train"] else "again"
+        say(f"unmask: interrupted; run the same command {again} to continue")
         sys.exit(130)
     except BrokenPipeError:
         # The reader of the pipe has ended, as in `unmask encode ... --output - | head`.

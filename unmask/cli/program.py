@@ -82,6 +82,7 @@ def build_app(called: str | None = None, literal: int = 0) -> App:
         version=f"unmask {__version__}",
         version_flags=["--version", "-V"],
         help_formatter=HelpPage(),
+        suppress_keyboard_interrupt=False,  # `main` says how to go on
         default_parameter=Parameter(negative=()),  # no --no-restart; an option that needs one says so
         config=[_require_whole_numbers, partial(_refuse_unknown_options, literal)],
     )
