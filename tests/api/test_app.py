@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.api.live import LocalService, running
+from unmask.api.authentication import Authenticator
 from unmask.encoder import Encoder
 
 
@@ -109,3 +110,14 @@ def test_a_model_that_cannot_be_loaded(copied: Callable[[str], Path]):
 def test_head_has_no_body(service: LocalService, path: str):
     reply = service.call("HEAD", path)
     assert (reply.status, reply.body) == (200, b"")
+
+
+async def test_callers_without_keys_have_a_share_per_network() -> None:
+    authenticator = Authenticator(())
+
+    async def share(address: str) -> str:
+        scope = {"type": "http", "path": "/v1/embeddings", "query_string": b"", "headers": [], "client": (address, 1)}
+        return (await authenticator.authenticate(scope)).share
+
+    assert await share("2001:db8::1") == await share("2001:db8::2") != await share("2001:db8:0:1::1")
+    assert await share("::ffff:192.0.2.1") == await share("192.0.2.1") != await share("192.0.2.2")

@@ -175,7 +175,7 @@ def test_unknown_fields_are_ignored_and_named(service: LocalService):
     reply = service.embed("a", None, **fields)
     assert reply.status == 200
     names = reply.headers["x-unmask-ignored-fields"].split(", ")
-    assert names == ["tasks", "w?ird??x-evil??1", "long" * 10, "provider.a"]
+    assert names == ["tasks", "w?ird??x-evil??1", "long" * 10, "provider"]
     assert "x-evil" not in reply.headers
     many = service.embed("a", None, **{f"field{n}": n for n in range(1000)})
     assert len(many.headers["x-unmask-ignored-fields"]) < 300

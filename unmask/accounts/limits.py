@@ -309,11 +309,10 @@ def caller_network(address: str) -> str:
 
     A household or a rented server has a whole /64, so a limit per IPv6 address would limit nobody.
     """
+    if ":" not in address:
+        return address
     try:
-        peer = ipaddress.ip_address(address)
+        peer = ipaddress.IPv6Address(address)
     except ValueError:
         return address
-    if isinstance(peer, ipaddress.IPv6Address):
-        mapped = peer.ipv4_mapped
-        return str(mapped or ipaddress.IPv6Network((int(peer), 64), strict=False))
-    return address
+    return str(peer.ipv4_mapped or ipaddress.IPv6Network((int(peer), 64), strict=False))

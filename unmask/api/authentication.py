@@ -8,6 +8,7 @@ from starlette.datastructures import Headers, QueryParams
 from starlette.types import Scope
 
 from unmask.accounts import Accounts
+from unmask.accounts.limits import caller_network
 from unmask.api.context import Principal
 from unmask.api.errors import ApiError
 from unmask.errors import KeyRefused
@@ -50,7 +51,7 @@ class Authenticator:
         address = peer[0] if peer else ""
         needs_no_key = scope["path"] in PUBLIC_PATHS or self._is_public(scope)
         if needs_no_key or not (self._digests or self._accounts):
-            return Principal(address)
+            return Principal(caller_network(address))
         headers = Headers(scope=scope)
         scheme, _, key = headers.get("authorization", "").partition(" ")
         key = key.strip()

@@ -135,6 +135,8 @@ class EmbeddingsRoute:
             return fields, parsed, ignored, read_input(parsed.input)
 
         fields, parsed, ignored, inputs = await parse_body(body, self.settings.max_request_tokens, parse)
+        if parsed.provider is not None and self.models.providers is None:  # nobody answers here but this process
+            ignored = [*(field for field in ignored if not field.startswith("provider.")), "provider"]
         if dialect is not OPENAI:
             body = f"{request.scope['path']}\n".encode() + body  # the path may name the model
         name, use = split_use(self.models, parsed.model)

@@ -416,6 +416,8 @@ def read_input(raw: msgspec.Raw) -> list[str] | list[list[int]]:
         else:
             inputs = [_decode(_IDS, content, "input")]
     _check_count(len(inputs))
+    if inputs == [[]]:
+        raise ApiError(400, "The field 'input' is an empty array: send at least one text.", param="input")
     empty = next((index for index, item in enumerate(inputs) if not item), None)
     if empty is not None:
         raise ApiError(400, f"input {empty} is empty: it has no token to make a vector from.", param="input")
