@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from threading import Event
 
 import pytest
 
@@ -15,7 +16,7 @@ import tests.cluster.raylets  # before ray
 from unmask.api import ServeSettings
 from unmask.cli import main
 from unmask.cluster import connection
-from unmask.cluster.connection import connected
+from unmask.cluster.connection import connected, end_within
 from unmask.cluster.options import ClusterOptions
 from unmask.errors import ClusterError, UsageError
 
@@ -32,6 +33,13 @@ def test_an_address_where_nobody_listens() -> None:
             connected(address),
         ):
             pass
+
+
+def test_a_call_that_does_not_end_is_left_and_one_that_fails_raises() -> None:
+    event = Event()
+    assert not end_within(0.01, event.wait) and end_within(60, event.set)
+    with pytest.raises(ValueError, match="no number"):
+        end_within(60, int, "no number")
 
 
 @pytest.mark.parametrize("address", ["ray://head:10001", "head", "head:", ":6379", ""])
@@ -108,7 +116,7 @@ def test_ray_is_imported_in_functions_of_one_package_alone() -> None:
 
 _LISTENING = """
 import json, os, psutil
-from unmask.cluster.connection import connected
+from unmask.cluster.connection import connected, end_within
 with connected("local"):
     processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
     sockets = [socket for process in processes for socket in process.net_connections("inet")]

@@ -444,7 +444,8 @@ def test_an_idle_provider_is_checked_soon_after_its_traffic_begins(
         with running(tiny_llama, providers=file, intervals=intervals, warm=()) as service:
             upstreams = Upstreams(a, b, service)
             until(lambda: all(e.admission == "admitted" for e in upstreams.pool.models()[MODEL].endpoints))
-            time.sleep(2 * intervals.busy)
+            # Both are idle: the next check is far away.
+            until(lambda: all(e.run_at > time.monotonic() + 60 for e in upstreams.pool.models()[MODEL].endpoints))
             requests = len(b.requests)
             drifted.set()
             assert upstreams.embed(provider={"only": ["a"]}).status == 200

@@ -16,6 +16,7 @@ import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
 from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.server import ServerState
 
 from tests.api.live import LocalService, until
 from tests.server.test_http_protocol import get, post
@@ -147,10 +148,12 @@ class ProtocolServer:
     Attributes:
         address: of the server.
         errors: what its event loop had to report.
+        state: uvicorn's: open connections, and tasks under way.
     """
 
     address: tuple[str, int]
     errors: list[str]
+    state: ServerState
 
 
 @contextmanager
@@ -173,7 +176,7 @@ def serving(app: ASGIApp, loop: Literal["uvloop", "asyncio"] = "uvloop") -> Iter
         thread.start()
         until(lambda: server.started)
         try:
-            yield ProtocolServer(listener.getsockname(), errors)
+            yield ProtocolServer(listener.getsockname(), errors, server.server_state)
         finally:
             server.should_exit = True
             thread.join(30)
@@ -210,10 +213,10 @@ def test_clients_that_leave_before_their_answers_cause_no_errors(
     loop: Literal["uvloop", "asyncio"], caplog: pytest.LogCaptureFixture
 ):
     """Requests sent at once are answered one after the other, and the first answer meets a closed connection."""
-    served: list[str] = []
+    clients: set[tuple[str, int]] = set()
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        served.append(scope["path"])
+        clients.add(scope["client"])
         await asyncio.sleep(0.002)
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
         await send({"type": "http.response.body", "body": b"hello"})
@@ -222,9 +225,8 @@ def test_clients_that_leave_before_their_answers_cause_no_errors(
         for number in range(30):
             with socket.create_connection(server.address, timeout=30) as connection:
                 connection.sendall(get() * 10)
-            time.sleep(0.002 * (number % 3))
-        until(lambda: len(served) >= 30)
-        time.sleep(0.1)
+            time.sleep(0.002 * (number % 3))  # so that answers meet the closed connection in different places
+        until(lambda: len(clients) == 30 and not server.state.connections and not server.state.tasks)
         assert server.errors == []
     assert caplog.messages == []
 

@@ -5,11 +5,11 @@ import os
 import time
 from pathlib import Path
 
-# Reading a small file again is cheap. A file that has just changed may change again within a step of the disk's clock,
-# which no time shows.
+# Reading a small file again is cheap. A file that has just changed may change again within one step of the disk's
+# clock: its times stay the same then.
 _REMEMBERED_BYTES, _REMEMBERED_AFTER_S = 2**20, 2.0
 
-# By place on the disk, size and times. As many as a process opens large files.
+# By place on the disk, size and times.
 _digests: dict[tuple[int, ...], bytes] = {}
 
 

@@ -26,7 +26,7 @@ TRAINED_ON = {
 }
 
 
-# Nobody else's models have names that begin like this, so the hub is not asked for them.
+# Names that begin like this are this package's own. The hub is not asked for them.
 _SHIPPED_UNDER = "unmask/"
 
 

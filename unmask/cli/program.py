@@ -73,8 +73,8 @@ def build_app(called: str | None = None, literal: int = 0) -> App:
     """Build the command line.
 
     Args:
-        literal: number of words behind "--", none of which is an option.
         called: the word after `unmask`. Of other commands only name and summary are known. "*" imports all commands.
+        literal: number of words behind "--", none of which is an option.
     """
     app = App(
         name="unmask",

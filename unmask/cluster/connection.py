@@ -136,14 +136,27 @@ def kill_actor(ray: Any, actor: Any) -> None:
     end_within(_KILL_S, ray.kill, actor)
 
 
-def end_within(seconds: float, function: Callable[..., None], *arguments: Any) -> bool:
+def end_within(seconds: float, function: Callable[..., Any], *arguments: Any) -> bool:
     """Call a function that may wait without end; return whether it has ended in time.
 
     One that has not goes on in a thread that the end of the process does not wait for.
+
+    Raises:
+        Exception: what the function has raised in time.
     """
-    thread = threading.Thread(target=function, args=arguments, daemon=True)
+    errors: list[Exception] = []
+
+    def call() -> None:
+        try:
+            function(*arguments)
+        except Exception as error:  # noqa: BLE001 - the caller raises it
+            errors.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
     thread.start()
     thread.join(seconds)
+    if errors:
+        raise errors[0]
     return not thread.is_alive()
 
 
