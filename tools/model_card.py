@@ -77,10 +77,30 @@ def data_table(run: Mapping[str, Any], tables: Mapping[str, Any]) -> list[DataRo
         if counts is None:
             reasons.append(f"run.json does not count the rows of {source['name']!r}; train with this version")
             continue
-        rows.append(DataRow(source["name"], entry["what"], entry["licence"], counts["train"], counts["overlapping"]))
+        what, licence = describe_source(source, entry)
+        rows.append(DataRow(source["name"], what, licence, counts["train"], counts["overlapping"]))
     if reasons:
         raise UsageError("training data (tools/training_data.toml):\n  " + "\n  ".join(reasons))
     return rows
+
+
+def describe_source(source: Mapping[str, Any], entry: Mapping[str, Any]) -> tuple[str, str]:
+    """Return what a data set is and its licence, of those parts of its file alone that the recipe uses.
+
+    Args:
+        source: a data set of a recipe, with `only` and `without`.
+        entry: of the file, in `training_data.toml`.
+    """
+    if "parts" not in entry:
+        return entry["what"], entry["licence"]
+    only, without = source["only"].get(entry["column"]), source["without"].get(entry["column"], ())
+    parts = [
+        part
+        for part in entry["parts"]
+        if not set(part["values"]) <= set(without) and (only is None or set(part["values"]) & set(only))
+    ]
+    names = ", ".join(part["what"] for part in parts)
+    return entry["what"].format(parts=names), ", ".join(part["licence"] for part in parts)
 
 
 def teachers_of(recipe: Mapping[str, Any], tables: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -298,6 +298,18 @@ def test_what_does_not_belong_together_is_refused(
         table.write_text(text, encoding="utf-8")
 
 
+def test_a_card_names_the_parts_of_a_file_that_the_recipe_uses() -> None:
+    parts = [
+        {"values": ["a"], "what": "letters", "licence": "MIT"},
+        {"values": ["b"], "what": "birds", "licence": "CC0"},
+    ]
+    entry = {"what": "{parts} and more", "column": "origin", "parts": parts}
+    both = model_card.describe_source({"only": {}, "without": {"else": ["a"]}}, entry)
+    assert both == ("letters, birds and more", "MIT, CC0")
+    chosen = {"only": {"origin": ["b"]}, "without": {}}, {"only": {}, "without": {"origin": ["a", "c"]}}
+    assert {model_card.describe_source(source, entry) for source in chosen} == {("birds and more", "CC0")}
+
+
 def test_a_card_lists_earlier_runs_with_their_data(released: Workshop, tmp_path: Path) -> None:
     earlier = json.loads((released.run / "run.json").read_text(encoding="utf-8"))
     earlier["recipe"] |= {"name": "the run before", "steps": 77}

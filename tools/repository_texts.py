@@ -1,8 +1,9 @@
-"""Collect short texts on software and on what forums discuss from public repositories: `programming/texts.tsv.gz`.
+"""Collect short English texts from public repositories, for training.
 
-    python tools/programming_texts.py FOLDER [--mirror MIRROR] [--table TABLE]
+    python tools/repository_texts.py TABLE FOLDER [--mirror MIRROR]
 
-`programming_texts.toml` names the repositories, each with a commit, its licence, and what is read from which files.
+The table names the repositories, each with a commit, its licence, and what is read from which files:
+`texts/programming.toml` (software, and what forums discuss) and `texts/news.toml` (headlines and first lines).
 Every commit is fetched from GitHub (`git fetch` of one commit) into a folder that is removed at the end, or read from
 `--mirror`: bare repositories `OWNER+NAME/repo` or `OWNER/NAME.git`. The same table makes the same file.
 
@@ -378,11 +379,10 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def main() -> int:
     """Run the tool; return 1 where the table or the mirror is wrong."""
-    table = Path(__file__).with_suffix(".toml")
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("table", type=Path, help="sources to read, such as tools/texts/news.toml")
     parser.add_argument("folder", type=Path, help="where texts.tsv.gz and SOURCES are written")
     parser.add_argument("--mirror", type=Path, help="folder of bare repositories; without it they are fetched")
-    parser.add_argument("--table", type=Path, default=table, help="sources to read")
     arguments = parser.parse_args()
     try:
         rows = write_texts(read_table(arguments.table), arguments.folder, arguments.mirror)

@@ -1,4 +1,4 @@
-"""`tools/programming_texts.py` on a small repository made here: read from a mirror, and fetched over git."""
+"""`tools/repository_texts.py` on a small repository made here: read from a mirror, and fetched over git."""
 
 import gzip
 import json
@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from programming_texts import TableError, acceptable, plain, read_table
+from repository_texts import TableError, acceptable, plain, read_table
 
-TOOL = Path(__file__).parents[2] / "tools" / "programming_texts.py"
+TOOL = Path(__file__).parents[2] / "tools" / "repository_texts.py"
+TABLES = TOOL.with_name("texts")
 FILES: Mapping[str, bytes] = {
     "README.md": b"""# Birds of the terminal
 * [canary](https://canary.example/x_(y)) - Sings a *song* when a `pipe` breaks. ![badge](https://b.example/i.svg)
@@ -103,7 +104,7 @@ def make_repository(mirror: Path, files: Mapping[str, bytes] = FILES) -> str:
 
 
 def run_tool(folder: Path, table: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOL), str(folder), "--table", str(table), *arguments]
+    command = [sys.executable, str(TOOL), str(table), str(folder), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
 
 
@@ -186,9 +187,10 @@ def test_a_wrong_table_is_refused_by_name(tmp_path: Path, old: str, new: str, me
         read_table(path)
 
 
-def test_no_licence_of_the_table_forbids_a_model_that_ships() -> None:
-    sources = read_table(TOOL.with_suffix(".toml"))
-    assert len({source.repository for source in sources}) == len(sources) > 100
+@pytest.mark.parametrize(("table", "least"), [("programming", 100), ("news", 3)])
+def test_no_licence_of_a_table_forbids_a_model_that_ships(table: str, least: int) -> None:
+    sources = read_table(TABLES / f"{table}.toml")
+    assert len({source.repository for source in sources}) == len(sources) >= least
     assert not [source.repository for source in sources if {"NC", "ND", "GPL"} & set(source.licence.split("-"))]
 
 
