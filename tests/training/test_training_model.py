@@ -16,6 +16,7 @@ from unmask.encoder import Encoder
 from unmask.errors import UnsupportedArchitecture, UsageError
 from unmask.training.device import choose_device, compute_dtype
 from unmask.training.gradcache import backward_through
+from unmask.training.head import first_numbers
 from unmask.training.losses import info_nce
 from unmask.training.training_model import TrainingModel
 
@@ -151,6 +152,29 @@ def test_full_fine_tuning_changes_float32_weights(precision: str) -> None:
         adamw.zero_grad()
         model.merge()
     assert losses[-1] < losses[0] / 2
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_states_of_an_inner_layer_do_not_depend_on_gradients(precision: str) -> None:
+    """Without gradients, later layers had added their updates to the states in place."""
+    model = model_of(lora=None, precision=precision)
+    prompts = model.prompts(TEXTS, "")
+    with_gradients = model.pooled(prompts, 1).detach()
+    with torch.no_grad():
+        alone = model.pooled(prompts, 1)
+    assert float((with_gradients - model.pooled(prompts).detach()).norm() / with_gradients.norm()) > 0.2
+    torch.testing.assert_close(alone, with_gradients, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_gradcache_takes_the_vectors_of_exits_as_the_direct_way_does(precision: str) -> None:
+    computed = []
+    for tokens in (30, 10_000):
+        model = model_of(lora=None, precision=precision, batch={"forward_tokens": tokens, "graph_tokens": tokens})
+        model.set_exit_head(1, first_numbers(model.decoder.hidden_size, model.dimensions, CPU), trained=True)
+        backward_through(model, model.prompts(TEXTS, ""), lambda vectors: loss_of(vectors.chunk(2, dim=1)[1]))
+        computed.append(gradients(model))
+    assert distance(*computed) < (1e-5 if precision == "float32" else 0.05)
 
 
 def test_a_decoder_without_a_row_in_the_table_is_not_trained(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -233,7 +233,7 @@ class TrainingModel:
         by_layer: dict[int, Tensor] = {}
         hooks = [
             self.decoder.layers[count - 1].register_forward_hook(
-                lambda _layer, _inputs, states, count=count: by_layer.update({count: states})
+                lambda _layer, _inputs, states, count=count: by_layer.update({count: _snapshot(states)})
             )
             for count in layers
         ]
@@ -328,6 +328,11 @@ class TrainingModel:
         if self.adapted or self.master_layers or self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
+
+
+def _snapshot(states: Tensor) -> Tensor:
+    # Without gradients the next layer adds to the residual stream in place, where its update has another precision.
+    return states if torch.is_grad_enabled() else states.clone()
 
 
 def adapter_base(base: str, adapters: Sequence[str]) -> str:
