@@ -17,7 +17,7 @@ from unmask.training.mixture import Mixture, TextBatch
 from unmask.training.objectives import Objective, StepReport
 from unmask.training.recipe import Optimiser, Recipe
 from unmask.training.run_folder import RunFolder
-from unmask.training.sharding import copy_unsharded, shard_like, unshard
+from unmask.training.sharding import copy_unsharded, group_by_kind, shard_like, unshard
 from unmask.training.training_model import TrainingModel
 
 
@@ -151,7 +151,7 @@ def _train_step(
     model.processes.sum_gradients(
         parameter for name, parameter in model.parameters.items() if not model.sharded or name.startswith("head.")
     )
-    norm = _clip(list(model.parameters.values()), clip)
+    norm = _clip(model.parameters, clip)
     if not math.isfinite(report.loss) or not math.isfinite(norm):
         raise TrainingError(
             f"step {step + 1}: the loss is {report.loss} and the gradient's norm {norm}, in a batch of "
@@ -217,8 +217,15 @@ def _adamw(optimiser: Optimiser, head_lr: float | None, model: TrainingModel) ->
     return torch.optim.AdamW(groups, lr=optimiser.lr, betas=optimiser.betas, eps=optimiser.epsilon, fused=fused)
 
 
-def _clip(parameters: list[torch.nn.Parameter], limit: float) -> float:
-    return float(unshard(torch.nn.utils.clip_grad_norm_(parameters, limit if limit else math.inf)))
+def _clip(parameters: Mapping[str, torch.nn.Parameter], limit: float) -> float:
+    """Scale the gradients to a norm of at most `limit`, if it is not 0. Returns the norm before."""
+    kinds = [[parameters[name] for name in names] for names in group_by_kind(parameters)]
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in own if p.grad is not None]) for own in kinds]
+    # A decoder can be sharded while its head is whole in every process.
+    total = norms[0] if len(norms) == 1 else torch.stack([unshard(norm).cpu() for norm in norms]).norm()
+    for own in kinds:
+        torch.nn.utils.clip_grads_with_norm_(own, limit or math.inf, total)
+    return float(unshard(total))
 
 
 def _state(model: TrainingModel, adamw: torch.optim.AdamW, best: Mapping[str, float]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ equally many forwards, in the same order. A process without work runs one on a t
 Checkpoints are written unsharded: they do not depend on the number of processes, and a run may resume with another.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -67,6 +68,13 @@ def unshard(state: Any, keep: bool = True) -> Any:
     if isinstance(state, Tensor):
         return state.detach() if keep else None
     return state
+
+
+def group_by_kind(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    """Group the names of tensors into sharded and whole ones: torch's kernels over lists take no mixture of them."""
+    sharded = {name: isinstance(tensor, DTensor) for name, tensor in tensors.items()}
+    groups = [[name for name in tensors if sharded[name] == kind] for kind in (True, False)]
+    return [names for names in groups if names]
 
 
 def copy_unsharded(target: Tensor, value: Tensor) -> None:

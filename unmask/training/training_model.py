@@ -24,7 +24,7 @@ from unmask.training.head import linear_head
 from unmask.training.lora import LoraLinear, add_lora, load_adapter
 from unmask.training.master_weights import MasterLinear, use_master_weights
 from unmask.training.recipe import Recipe
-from unmask.training.sharding import shard
+from unmask.training.sharding import group_by_kind, shard
 
 # Packs are filled up to a multiple of so many tokens, by sequences of so many.
 _ROWS, _FILLING = 64, 16
@@ -148,11 +148,12 @@ class TrainingModel:
         if not self.average:
             self.average = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
             return
-        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]: torch has no public name for it
-            [self.average[name] for name in self.parameters],
-            [parameter.detach() for parameter in self.parameters.values()],
-            1 - self._ema,
-        )
+        for names in group_by_kind(self.parameters):
+            torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]: torch has no public name for it
+                [self.average[name] for name in names],
+                [self.parameters[name].detach() for name in names],
+                1 - self._ema,
+            )
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
