@@ -246,13 +246,28 @@ def _stop_after(step: int) -> Any:
     return stop
 
 
-def test_the_average_is_what_is_written(folder: Path) -> None:
-    recipe = recipe_for(folder, steps=4, ema=0.5)
-    run_training(recipe, data=folder, output=folder / "run")
+@pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["whole", "adapter"])
+def test_the_average_is_what_is_written(folder: Path, lora: dict[str, Any] | None) -> None:
+    """The average of the head was written, and beside it the last weights of the decoder."""
+    exits = [] if lora else [{"layers": 1}]
+    recipe = recipe_for(folder, steps=4, ema=0.5, lora=lora, layers=None, exits=exits, freeze_embedding=lora is None)
+    result = run_training(recipe, data=folder, output=folder / "run").folder.with_name("adapter" if lora else "model")
     state = torch.load(folder / "run" / "checkpoints" / "step-00000004" / "state.pt")
-    head = load_file(folder / "run" / "model" / "head.safetensors")
-    assert torch.equal(head["weight"], state["average"]["head.weight"])
-    assert not torch.equal(head["weight"], state["parameters"]["head.weight"])
+    written = load_file(result / "head.safetensors")["weight"]
+    assert torch.equal(written, state["average"]["head.weight"])
+    assert not torch.equal(written, state["parameters"]["head.weight"])
+    if lora:
+        written = load_file(result / "adapter_model.safetensors")
+        name, written = "layers.2.out.up.0", written["base_model.model.layers.2.self_attn.o_proj.lora_B.weight"]
+    else:
+        name, written = (
+            "layers.0.out.weight",
+            load_file(result / "model.safetensors")["layers.0.self_attn.o_proj.weight"],
+        )
+        shallow = load_file(result.with_name("model-1-layers") / "model.safetensors")
+        assert torch.equal(shallow["layers.0.self_attn.o_proj.weight"], written)
+    assert torch.equal(written, state["average"][name])
+    assert not torch.equal(written, state["parameters"][name])
 
 
 def test_a_second_stage_keeps_the_head_of_the_first(folder: Path) -> None:

@@ -14,7 +14,7 @@ import json
 import operator
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -373,18 +373,25 @@ def _write_result(folder: Path, model: TrainingModel, recipe: Recipe, base: str)
 
     All processes must call it; the main one writes.
     """
+    # Weights that are not sharded are written as they lie in the model: it has its average until they are on disk.
     with model.averaged():
         if recipe.lora is not None:
             weights = adapter_tensors(model.adapted)
         else:
             weights = unshard(model.trained_decoder(), model.processes.is_main)
-        # A base's own steps with activations are never trained: they stay in its folder.
-        head = _copied(model.head) if isinstance(model.head, nn.Linear) else None
-        exit_heads = {layers: _copied(each) for layers, each in model.exit_heads.items()}
+        if model.processes.is_main:
+            _write_weights(folder, model, recipe, base, weights)
+    return folder
+
+
+def _write_weights(
+    folder: Path, model: TrainingModel, recipe: Recipe, base: str, weights: Mapping[str, torch.Tensor]
+) -> None:
+    # A base's own steps with activations are never trained: they stay in its folder.
+    head = dict(model.head.named_parameters()) if isinstance(model.head, nn.Linear) else None
+    exit_heads = {layers: dict(each.named_parameters()) for layers, each in model.exit_heads.items()}
     own_steps = model.encoder.checkpoint.encoder_config.get("head") or ()
     steps = own_steps if recipe.head is None else UNIT_LINEAR if recipe.head.normalize else ()
-    if not model.processes.is_main:
-        return folder
     if recipe.lora is not None:
         with _replaced(folder) as new:
             write_adapter(new, weights, recipe.lora, base, torch.float32)
@@ -398,15 +405,10 @@ def _write_result(folder: Path, model: TrainingModel, recipe: Recipe, base: str)
                 file.write_text(json.dumps(encoder_config, indent=2) + "\n", encoding="utf-8")
             if head is not None:
                 write_head(new, head)
-        return folder
+        return
     for layers, own_head in {None: head, **exit_heads}.items():
         with _replaced(folder if layers is None else folder.with_name(f"{folder.name}-{layers}-layers")) as new:
             write_model(new, model.encoder, weights, own_head, steps, recipe.save, embedding_base(recipe.base), layers)
-    return folder
-
-
-def _copied(head: nn.Linear) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in head.named_parameters()}
 
 
 @contextmanager
