@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unmask.errors import UsageError
-from unmask.training.dev import DevSets, spearman
+from unmask.training.dev import HELD_OUT_COSINE, DevSets, spearman
 from unmask.training.examples import Example, Examples
 from unmask.training.recipe import DataSource, Dev
 from unmask.training.rows import BadRows
@@ -85,6 +85,17 @@ def test_labels_are_found_by_a_text_of_the_same_label() -> None:
 
 def test_texts_alone_are_not_watched() -> None:
     assert len(pairs_of([Example("a"), Example("b")], text="t")) == 0
+
+
+def test_vectors_are_compared_with_the_first_numbers_of_a_longer_target() -> None:
+    source = DataSource(name="set", path="x.tsv", text="t")
+    held_out = [Example("ab"), Example("abc")]
+    targets = {"ab": [0.6, 0.0, 0, 0, 0, 0, 0.8], "abc": [0.0, 0.3, 0.4, 0, 0, 0, 0.75**0.5]}
+    dev = DevSets(
+        [], [Examples(source, [], held_out, BadRows(), 0)], None, lambda texts: np.array([*map(targets.get, texts)])
+    )
+    # ab: cosine of (1, 1) and (1, 0). abc: cosine of (1, 1, 1) and (0, 3, 4).
+    assert dev.scores(Letters()) == {HELD_OUT_COSINE: pytest.approx(50 * (2**-0.5 + 7 / 5 / 3**0.5))}
 
 
 @given(st.lists(st.integers(-5, 5), min_size=3, max_size=30).filter(lambda values: len(set(values)) > 1))

@@ -106,8 +106,18 @@ class DevSets:
             scores[name] = 100 * float(np.mean(hits))
         if self._held_out_texts and self._targets is not None:
             texts = [text for held_out in self._held_out_texts.values() for text in held_out]
-            scores[HELD_OUT_COSINE] = 100 * float((encode(texts, "") * self._targets(texts)).sum(axis=1).mean())
+            vectors = encode(texts, "")
+            targets = _first_numbers_of(self._targets(texts), vectors.shape[1])
+            scores[HELD_OUT_COSINE] = 100 * float((vectors * targets).sum(axis=1).mean())
         return scores
+
+
+def _first_numbers_of(targets: np.ndarray, length: int) -> np.ndarray:
+    """Cut unit vectors to their first numbers and scale them to length 1: the loss of vectors compares these."""
+    if targets.shape[1] == length:
+        return targets
+    cut = targets[:, :length]
+    return cut / np.maximum(np.linalg.norm(cut, axis=1, keepdims=True), 1e-12)
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
