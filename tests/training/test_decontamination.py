@@ -61,6 +61,45 @@ def test_nothing_held_touches_nothing() -> None:
     assert not Decontaminator([]).overlaps(LONG)
 
 
+@pytest.mark.parametrize(
+    ("held", "copy"),
+    [
+        ("\u4eca\u5929\u5929\u6c14\u5f88\u597d", "\u4eca\u5929\u5929\u6c14\u5f88\u597d\u3002"),  # Chinese
+        ("\u732b\u304c\u5bdd\u3066\u3044\u308b\u3002", "\u732b\u304c\u3001\u5bdd\u3066\u3044\u308b"),  # Japanese
+        ("\u30b3\u30fc\u30d2\u30fc", "\uff7a\uff70\uff8b\uff70"),  # Katakana of half the width
+        ("\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35", "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35!"),  # Thai
+        ("\u0eaa\u0eb0\u0e9a\u0eb2\u0e8d", "\u0eaa\u0eb0\u0e9a\u0eb2\u0e8d!"),  # Lao
+        ("\u1780\u1798\u17d2\u1796\u17bb\u1787\u17b6", "\u1780\u1798\u17d2\u1796\u17bb\u1787\u17b6\u17d4"),  # Khmer
+        ("\u1019\u103c\u1014\u103a\u1019\u102c", "\u1019\u103c\u1014\u103a\u1019\u102c\u104b"),  # Burmese
+    ],
+)
+def test_scripts_without_spaces_hide_nothing(held: str, copy: str) -> None:
+    assert Decontaminator([held]).overlaps(copy)
+    assert not Decontaminator([held]).overlaps(copy[1:])
+    assert not Decontaminator([held[:2]]).overlaps(held[:2])
+
+
+def test_ten_characters_in_a_row_are_a_run() -> None:
+    text = "\u5317\u4eac\u662f\u4e2d\u534e\u4eba\u6c11\u5171\u548c\u56fd\u7684\u9996\u90fd"
+    held = Decontaminator([f"{text}\uff0c{text[:4]}"])
+    assert held.overlaps(f"\u6211\u77e5\u9053{text[1:11]}\u5f88\u5927")
+    assert not held.overlaps(f"\u6211\u77e5\u9053{text[1:10]}\u5f88\u5927")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Größe, naïve: 3.5 km²", ["große", "naive", "3", "5", "km2"]),
+        ("Привет, мир", ["привет", "мир"]),
+        ("안녕 세상", ["\u110b\u1161\u11ab\u1102\u1167\u11bc", "\u1109\u1166\u1109\u1161\u11bc"]),
+        ("مرحبا يا عالم", ["مرحبا", "يا", "عالم"]),
+        ("the 東京 tower", ["the", "東", "京", "tower"]),
+    ],
+)
+def test_words_of_other_scripts_stay_whole(text: str, words: list[str]) -> None:
+    assert words_of(text) == words
+
+
 @given(st.lists(WORD, min_size=3, max_size=30), st.lists(WORD, max_size=10), st.lists(WORD, max_size=10))
 def test_every_text_touches_itself_and_long_ones_whatever_surrounds_them(
     words: list[str], before: list[str], after: list[str]
@@ -87,6 +126,9 @@ def test_every_text_of_a_folder_is_read(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     pq.write_table(pa.table({"text": ["fifth text of all"]}), tmp_path / "e.parquet")
+    lists = b'{"negatives": ["sixth text of all", "seventh text of all"], "nested": [[], ["eighth text of all"]]}\n'
+    (tmp_path / "f.jsonl").write_bytes(lists)
     held = read_decontaminator(tmp_path)
+    assert all(held.overlaps(f"{number} text of all") for number in ("sixth", "seventh", "eighth"))
     assert all(held.overlaps(f"{number} text of all") for number in ("first", "second", "third", "fourth", "fifth"))
     assert not held.overlaps("this is no data at all")
