@@ -213,7 +213,8 @@ def test_the_average_of_whole_models(base: Path, tmp_path: Path) -> None:
         average([up, down], tmp_path / "mixed", rank=4)
 
 
-def test_the_checkpoints_of_a_run(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fields", [{}, {"pooling": "last_token", "causal": True}], ids=["plain", "last token, causal"])
+def test_the_checkpoints_of_a_run(base: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
     recipe = Recipe(
         base=str(base),
         objective="mntp",
@@ -221,6 +222,7 @@ def test_the_checkpoints_of_a_run(base: Path, tmp_path: Path) -> None:
         steps=2,
         precision="float32",
         lora=Lora(rank=2, alpha=6.0, targets=["q_proj", "v_proj", "up_proj"]),
+        **fields,
     )
     run = RunFolder(tmp_path / "run", keep=5)
     run.begin(describe_run(msgspec.to_builtins(recipe), {}, "none"), resume=False)

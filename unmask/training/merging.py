@@ -32,11 +32,13 @@ from unmask.training.lora import parts_of
 from unmask.training.model_folder import (
     DTYPES,
     EncoderSettings,
+    adapter_settings,
     require_new,
     write_head,
     write_model,
     write_model_folder,
 )
+from unmask.training.recipe import Recipe
 from unmask.training.recipe_file import stored_recipe
 from unmask.training.training_model import adapter_base
 
@@ -325,18 +327,31 @@ def _head_of(name: str) -> _AdapterHead | None:
         path = local_path(name)
         if not (path / HEAD_FILE).is_file():
             return None
-        file = path / "llm2vec_config.json"
-        settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        return _AdapterHead(load_file(path / HEAD_FILE), settings)
+        return _AdapterHead(load_file(path / HEAD_FILE), _settings_of(str(path)))
     parameters = torch.load(step / "state.pt", map_location="cpu", weights_only=True)["parameters"]
     if "head.weight" not in parameters:
         return None
-    recipe = stored_recipe(json.loads((step.parent.parent / "run.json").read_text(encoding="utf-8"))["recipe"])
-    below = open_checkpoint(recipe.base, recipe.adapters, weights=False).encoder_config
+    recipe = _recipe_of(step)
     steps = UNIT_LINEAR if recipe.head is not None and recipe.head.normalize else ()
     return _AdapterHead(
-        {part: parameters[f"head.{part}"] for part in ("weight", "bias")}, {**below, "head": list(map(dict, steps))}
+        {part: parameters[f"head.{part}"] for part in ("weight", "bias")},
+        {**_settings_of(name), "head": list(map(dict, steps))},
     )
+
+
+def _recipe_of(step: Path) -> Recipe:
+    """Read the recipe of the run that a resumable checkpoint belongs to."""
+    return stored_recipe(json.loads((step.parent.parent / "run.json").read_text(encoding="utf-8"))["recipe"])
+
+
+def _settings_of(name: str) -> dict[str, Any]:
+    """Return the encoder's settings that are stored with an adapter, or would be with a run's checkpoint."""
+    if (Path(name) / "state.pt").is_file():
+        recipe = _recipe_of(Path(name))
+        below = open_checkpoint(recipe.base, recipe.adapters, weights=False)
+        return adapter_settings(recipe, below.encoder_config)
+    file = Path(name) / "llm2vec_config.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _mean_head(names: Sequence[str]) -> _AdapterHead | None:
@@ -373,9 +388,7 @@ def _write_combined(
         combined, error = compress(combined, rank)
     encoder_config: dict[str, Any] = {}
     for part in parts:
-        file = Path(part.name) / "llm2vec_config.json"
-        if file.is_file():
-            encoder_config = json.loads(file.read_text(encoding="utf-8"))
+        encoder_config = _settings_of(part.name) or encoder_config
     if head is not None:
         encoder_config = {**head.encoder_config, **encoder_config, "head": head.encoder_config.get("head") or []}
     try:
@@ -414,7 +427,7 @@ def _factors_of_state(step: Path) -> Factors:
     """Read the adapter of a run's resumable checkpoint, which holds only the trained parameters of our fused layers."""
     run = step.parent.parent / "run.json"
     try:
-        recipe = stored_recipe(json.loads(run.read_text(encoding="utf-8"))["recipe"])
+        recipe = _recipe_of(step)
         parameters = torch.load(step / "state.pt", map_location="cpu", weights_only=True)["parameters"]
     except (OSError, ValueError, KeyError, RuntimeError, EOFError) as error:
         raise CheckpointError(f"{step} is not a checkpoint of a run described by {run}: {error}") from error

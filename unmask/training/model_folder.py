@@ -29,7 +29,7 @@ from unmask.encoder.model.transformers_decoder import TransformersDecoder
 from unmask.encoder.shear import shear
 from unmask.encoder.templates import template_for
 from unmask.errors import UsageError
-from unmask.training.recipe import Save
+from unmask.training.recipe import Recipe, Save
 
 HEAD = "lm_head.weight"
 # int8: matrices as 8-bit steps with a float32 step size per row; vectors, and the embedding's rows, in float32.
@@ -94,6 +94,21 @@ class EncoderSettings:
             causal=bool(stored_settings.get("causal", False)),
             head=stored_settings.get("head") or (),
         )
+
+
+def adapter_settings(recipe: Recipe, stored_settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the encoder's settings that are stored with an adapter, without its head.
+
+    The pooling and the mask belong to the vectors. The length is not stored: one may train short and encode long.
+
+    Args:
+        recipe: of the run that trained it.
+        stored_settings: of the model that it was trained on.
+    """
+    settings = {**stored_settings, "pooling_mode": str(recipe.pooling or stored_settings.get("pooling_mode") or "mean")}
+    if recipe.causal is not None:
+        settings["causal"] = recipe.causal
+    return settings
 
 
 class NamedTensors:

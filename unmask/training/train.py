@@ -39,7 +39,7 @@ from unmask.training.head import first_numbers, linear_head, ridge
 from unmask.training.loop import TrainingProgress, learning_rate, train_steps
 from unmask.training.lora import adapter_tensors, write_adapter
 from unmask.training.mixture import Mixture, StreamOptions
-from unmask.training.model_folder import write_head, write_model
+from unmask.training.model_folder import adapter_settings, write_head, write_model
 from unmask.training.objectives import Teachers, objective_for
 from unmask.training.recipe import HeadSettings, Recipe
 from unmask.training.recipe_file import stored_recipe
@@ -395,10 +395,7 @@ def _write_weights(
     if recipe.lora is not None:
         with _replaced(folder) as new:
             write_adapter(new, weights, recipe.lora, base, torch.float32)
-            # The pooling belongs to the vectors. The length is not written: one may train short and encode long.
-            encoder_config = {**model.encoder.checkpoint.encoder_config, "pooling_mode": model.encoder.pooling}
-            if recipe.causal is not None or "causal" in encoder_config:
-                encoder_config["causal"] = model.encoder.causal
+            encoder_config = adapter_settings(recipe, model.encoder.checkpoint.encoder_config)
             if head is not None:
                 encoder_config["head"] = [dict(step) for step in steps]
             with atomic_write(new / "llm2vec_config.json") as file:
