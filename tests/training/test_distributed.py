@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from unmask.training.distributed import Processes
 from unmask.training.distributed import processes as process_group
 from unmask.training.recipe import Recipe
 from unmask.training.run_folder import RunFolder
-from unmask.training.sharding import unshard
+from unmask.training.sharding import place_like, unshard
 from unmask.training.train import run_training
 from unmask.training.training_model import TrainingModel
 
@@ -341,6 +342,22 @@ def test_a_process_alone_changes_nothing() -> None:
     assert parameter.grad is None
     assert alone.sum(2.5) == 2.5
     assert alone.is_main
+
+
+def test_a_tensor_is_placed_on_the_device_of_its_parameter() -> None:
+    """An average that was read from a checkpoint had stayed on the CPU, so a run on a GPU ended in its next step."""
+
+    class Moved(torch.Tensor):
+        def to(self, *places: Any) -> "Moved":
+            self.places = places
+            return self
+
+    parameter: Any = SimpleNamespace(device=torch.device("cuda", 1), shape=(3,))  # of a machine with two GPUs
+    moved: Any = place_like(torch.ones(3).as_subclass(Moved), parameter)
+    assert moved.places == (parameter.device,)
+    on_cpu = torch.nn.Parameter(torch.zeros(3))
+    value = torch.ones(3)
+    assert place_like(value, on_cpu) is value
 
 
 @given(st.lists(st.integers(1, 512), max_size=40), st.integers(1, 5))

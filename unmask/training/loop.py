@@ -17,7 +17,7 @@ from unmask.training.mixture import Mixture, TextBatch
 from unmask.training.objectives import Objective, StepReport
 from unmask.training.recipe import Optimiser, Recipe
 from unmask.training.run_folder import RunFolder
-from unmask.training.sharding import copy_unsharded, group_by_kind, shard_like, unshard
+from unmask.training.sharding import copy_unsharded, group_by_kind, place_like, shard_like, unshard
 from unmask.training.training_model import TrainingModel
 
 
@@ -254,7 +254,9 @@ def _restore(state: Mapping[str, Any] | None, model: TrainingModel, adamw: torch
         if path[0] == "parameters":
             copy_unsharded(model.parameters[path[1]], tensor)
             return None
-        return shard_like(tensor, model.parameters[path[1]] if path[0] == "average" else ordered[path[2]])
+        if path[0] == "average":
+            return place_like(tensor, model.parameters[path[1]])
+        return shard_like(tensor, ordered[path[2]])  # the optimiser moves its state to its parameters itself
 
     restored = model.processes.broadcast_state(state, place)
     model.average = restored.get("average", {})

@@ -88,3 +88,8 @@ def shard_like(value: Tensor, like: Tensor) -> Tensor:
     if isinstance(like, DTensor) and value.shape == like.shape:
         return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
     return value
+
+
+def place_like(value: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor where another one is: on its device, and sharded like it."""
+    return shard_like(value, like).to(like.device)
