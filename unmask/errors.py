@@ -30,6 +30,7 @@ UnmaskError
 │   ├── SpendLimitReached      the key's own limit does not cover the cost
 │   ├── RateLimited            carries retry_after, in seconds
 │   ├── RequestInProgress      a request with the same Idempotency-Key is running
+│   ├── ReplayLimitReached     the charge behind the Idempotency-Key was answered often enough
 │   ├── KeyReused              the same Idempotency-Key came with another request
 │   ├── NoPrice                the model has no price yet
 │   └── LedgerRefused          a booking that would break the ledger's rules
@@ -223,6 +224,10 @@ class RateLimited(AccountError):
 
 class RequestInProgress(AccountError):
     """A request with the same Idempotency-Key has not ended yet."""
+
+
+class ReplayLimitReached(AccountError):
+    """A request was repeated with its Idempotency-Key as often as one charge allows."""
 
 
 class KeyReused(AccountError):

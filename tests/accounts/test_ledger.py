@@ -3,6 +3,7 @@
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from unmask.errors import (
     KeyRefused,
     KeyReused,
     LedgerRefused,
+    ReplayLimitReached,
     RequestInProgress,
     SpendLimitReached,
     UsageError,
@@ -483,6 +485,45 @@ class TestReplays:
         with pytest.raises(KeyReused):
             self.hold(database, account, "c2", body="another")
         assert self.hold(database, account, "c2", NOON + DAY) == HeldCredit("c2", 100)
+
+    def test_one_charge_is_replayed_a_few_times(self, database: Database, account: str):
+        self.hold(database, account, "c1")
+        with database.begin() as connection:
+            ledger.settle(connection, "c1", NOON)
+        for _ in range(ledger.MAX_REPLAYS):
+            assert self.hold(database, account, "c2").replayed
+        for _ in range(2):
+            with pytest.raises(ReplayLimitReached, match="repeated 5 times"):
+                self.hold(database, account, "c2")
+        with database.begin() as connection:
+            ledger.refund(connection, "c1", NOON)
+        # Another charge has replays of its own.
+        assert self.hold(database, account, "c2") == HeldCredit("c2", 100)
+        with database.begin() as connection:
+            ledger.settle(connection, "c2", NOON)
+        for _ in range(ledger.MAX_REPLAYS):
+            assert self.hold(database, account, "c3") == HeldCredit("c2", 100, replayed=True)
+        with pytest.raises(ReplayLimitReached):
+            self.hold(database, account, "c3")
+        assert self.hold(database, account, "c3", NOON + DAY) == HeldCredit("c3", 100)
+
+    def test_many_replays_at_once_stay_within_the_bound(self, database: Database, account: str):
+        self.hold(database, account, "c1")
+        with database.begin() as connection:
+            ledger.settle(connection, "c1", NOON)
+        start = threading.Barrier(8)
+
+        def attempt(number: int) -> int:
+            start.wait()
+            answered = 0
+            for _ in range(3):
+                with suppress(ReplayLimitReached):
+                    answered += self.hold(database, account, f"c2-{number}").replayed
+            return answered
+
+        with ThreadPoolExecutor(8) as pool:
+            assert sum(pool.map(attempt, range(8))) == ledger.MAX_REPLAYS
+        assert balance(database, account) == (900, 0)
 
     def test_while_the_first_is_worked_on(self, database: Database, account: str):
         self.hold(database, account, "c1")

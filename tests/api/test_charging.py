@@ -328,6 +328,33 @@ def test_a_repeated_request_is_charged_once(bank: Bank, paid: LocalService):
         assert (reply.status, reply.error["param"]) == (400, "Idempotency-Key")
 
 
+def test_a_request_is_repeated_a_few_times_only(bank: Bank, paid: LocalService):
+    account, key = bank.customer()
+    headers = {"idempotency-key": "order-again"}
+    replies = [embed(paid, key, headers=headers) for _ in range(1 + ledger.MAX_REPLAYS)]
+    assert {reply.status for reply in replies} == {200}
+    refused = embed(paid, key, headers=headers)
+    assert (refused.status, refused.error["code"]) == (409, "idempotency_key_exhausted")
+    assert refused.error["param"] == "Idempotency-Key" and "new Idempotency-Key" in refused.error["message"]
+    assert refused.headers["x-should-retry"] == "false" and "retry-after" not in refused.headers
+    cost = int(replies[0].headers["x-unmask-cost-nanodollars"])
+    assert bank.balance(account) == (1_000_000_000 - cost, 0)
+    anew = embed(paid, key, headers={"idempotency-key": "order-anew"})
+    assert anew.status == 200 and bank.balance(account) == (1_000_000_000 - 2 * cost, 0)
+
+
+@pytest.mark.parametrize("kind", ["requests", "tokens"])
+def test_repeated_requests_count_against_the_limits(bank: Bank, paid: LocalService, kind: str):
+    _, probe = bank.customer()
+    tokens = embed(paid, probe).json["usage"]["total_tokens"]
+    _, key = bank.customer(**{f"{kind}_per_minute": 2 * (tokens if kind == "tokens" else 1)})
+    headers = {"idempotency-key": "order-limited"}
+    replies = [embed(paid, key, headers=headers) for _ in range(3)]
+    assert [reply.status for reply in replies] == [200, 200, 429]
+    assert replies[1].headers["idempotent-replayed"] == "true"
+    assert replies[2].error["type"] == kind
+
+
 def test_a_repeated_request_while_the_first_runs(bank: Bank, paid: LocalService, monkeypatch: pytest.MonkeyPatch):
     account, key = bank.customer()
     started, go = threading.Event(), threading.Event()

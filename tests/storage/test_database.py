@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from alembic.script import ScriptDirectory
 from tests.accounts.postgres import Cluster
 from unmask.accounts import ledger, people, usage
 from unmask.accounts.verification import verify
-from unmask.errors import StorageError, UsageError
+from unmask.errors import ReplayLimitReached, StorageError, UsageError
 from unmask.storage.database import Database, RawStatement, is_transient, migration_config
 from unmask.storage.schema import APPEND_ONLY, accounts, metadata
 from unmask.storage.writer import Writer
@@ -78,7 +79,7 @@ def test_processes_that_start_together_migrate_once(kind: str, tmp_path: Path, r
 def test_tables_of_a_newer_version_are_left_alone(database: Database):
     with database.begin() as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
-    with pytest.raises(StorageError, match="newest are 0007"):
+    with pytest.raises(StorageError, match="newest are 0008"):
         database.migrate()
 
 
@@ -330,6 +331,38 @@ def test_tables_of_every_version_become_todays_with_all_that_is_in_them(
             verification = verify(connection)
             assert verification.drift == () and verification.settled == 24
         database.close()
+
+
+def test_an_idempotency_key_of_an_older_version_is_remembered(empty_url: str):
+    database = Database(empty_url)
+    with database.begin() as connection:
+        command.upgrade(migration_config(connection), "0007")
+        id = people.open_account(connection, "somebody", 1)
+        ledger.top_up(connection, id, 1000, "payment", 2)
+        new_hold = ledger.Hold(
+            id="chg_1",
+            account_id=id,
+            key_id=None,
+            request="r",
+            model="m",
+            tier="default",
+            tokens=3,
+            amount=24,
+            expires_at=10,
+        )
+        ledger.hold(connection, new_hold, 3)
+        ledger.settle(connection, "chg_1", 4)
+        connection.execute(
+            sa.text("INSERT INTO replays VALUES (:account, 'k', 'body', 'chg_1', 1000)"), {"account": id}
+        )
+    database.migrate()
+    again = replace(new_hold, id="chg_2", idempotency_key="k", body="body")
+    with database.begin() as connection:
+        for _ in range(ledger.MAX_REPLAYS):
+            assert ledger.hold(connection, again, 5) == ledger.HeldCredit("chg_1", 24, replayed=True)
+        with pytest.raises(ReplayLimitReached):
+            ledger.hold(connection, again, 5)
+    database.close()
 
 
 def test_what_needs_no_waiting_is_written_inline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -23,6 +23,7 @@ from unmask.errors import (
     KeyRefused,
     KeyReused,
     LedgerRefused,
+    ReplayLimitReached,
     RequestInProgress,
     SpendLimitReached,
     UsageError,
@@ -37,6 +38,10 @@ COST, PAYABLE = "@cost", "@payable:"
 LONGEST_REFERENCE = 200  # characters; an index row of Postgres holds 2,704 bytes
 
 REPLAY_MS = 24 * 3600 * 1000  # how long an Idempotency-Key is remembered
+
+# Replays of one charge. Each is computed again, so more would be work for nothing; a client whose answer is lost on
+# the way repeats its request two or three times.
+MAX_REPLAYS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +111,11 @@ _END = RawStatement(
     "UPDATE charges SET state = :after, ended_at = :now WHERE id = :charge AND state = :before "
     "RETURNING account_id, key_id, amount, window_start"
 )
+# One statement tests and counts, so that requests in two processes cannot pass the bound together.
+_REPLAY = RawStatement(
+    "UPDATE replays SET repeats = repeats + 1 WHERE account_id = :account AND digest = :digest "
+    "AND charge_id = :charge AND repeats < :most"
+)
 _ANSWERED_BY = RawStatement("UPDATE charges SET provider = :provider WHERE id = :charge")
 _BOOK = RawStatement(
     "INSERT INTO entries (at, kind, debit, credit, amount, reference, note) "
@@ -140,7 +150,7 @@ def hold(connection: Connection, new_hold: Hold, now: int) -> HeldCredit:
         InsufficientCredit, SpendLimitReached: the account's credit or the key's limit does not cover it.
         Forbidden: the account is frozen or closed.
         KeyRefused: the key was revoked meanwhile.
-        RequestInProgress, KeyReused: about the Idempotency-Key.
+        RequestInProgress, ReplayLimitReached, KeyReused: about the Idempotency-Key.
     """
     if new_hold.idempotency_key is not None:
         earlier = _find_replay(connection, new_hold, now)
@@ -401,7 +411,10 @@ def pay_provider(
 
 
 def _find_replay(connection: Connection, new_hold: Hold, now: int) -> HeldCredit | None:
-    """Return the charge of an earlier request with the same Idempotency-Key; None if there is none to repeat."""
+    """Return the charge of an earlier request with the same Idempotency-Key; None if there is none to repeat.
+
+    A replay counts when it begins, and also if it fails: a client that leaves before each answer costs as much.
+    """
     earlier = connection.execute(
         sa.select(replays.c.request, replays.c.charge_id, charges.c.state, charges.c.amount)
         .join(charges, charges.c.id == replays.c.charge_id)
@@ -418,8 +431,23 @@ def _find_replay(connection: Connection, new_hold: Hold, now: int) -> HeldCredit
     if earlier.state == "held":
         raise RequestInProgress("the request with this Idempotency-Key is still being worked on")
     if earlier.state == "settled" and not connection.scalar(sa.select(_refund_of(earlier.charge_id))):
+        _count_replay(connection, new_hold, earlier.charge_id)
         return HeldCredit(earlier.charge_id, earlier.amount, replayed=True)
     return None  # it failed and was not charged, or has its money back, so this is the first
+
+
+def _count_replay(connection: Connection, new_hold: Hold, charge: str) -> None:
+    values = {
+        "account": new_hold.account_id,
+        "digest": new_hold.idempotency_key,
+        "charge": charge,
+        "most": MAX_REPLAYS,
+    }
+    if _REPLAY.changed(connection, values) != 1:
+        raise ReplayLimitReached(
+            f"This request was repeated {MAX_REPLAYS} times with its Idempotency-Key, the most for one charge: send it "
+            "with a new Idempotency-Key, and it is charged again."
+        )
 
 
 def _refund_of(charge: sa.ColumnElement[str] | str) -> sa.Exists:
@@ -444,6 +472,7 @@ def _store_replay(connection: Connection, new_hold: Hold, now: int) -> None:
                 "request": statement.excluded.request,
                 "charge_id": statement.excluded.charge_id,
                 "expires_at": statement.excluded.expires_at,
+                "repeats": 0,
             },
             where=sa.or_(replays.c.expires_at <= now, failed, _refund_of(replays.c.charge_id)),
         ).returning(replays.c.charge_id)

@@ -114,7 +114,7 @@ class Charging:
         Raises:
             RateLimited: too many tokens this minute.
             ApiError: the model's price is higher; the credit or the key's limit does not cover it; a header is wrong.
-            NoPrice, Forbidden, RequestInProgress, KeyReused, StorageError: as `Accounts.hold`.
+            NoPrice, Forbidden, RequestInProgress, ReplayLimitReached, KeyReused, StorageError: as `Accounts.hold`.
             DeadlineExceeded: the ledger did not answer in time.
         """
         context = context_of(request)

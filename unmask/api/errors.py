@@ -90,6 +90,7 @@ _ANSWERS: tuple[tuple[type[errors.UnmaskError], _Answer], ...] = (
     (errors.SpendLimitReached, _Answer(429, QUOTA, QUOTA)),
     (errors.RateLimited, _Answer(429, "requests", "rate_limit_exceeded")),
     (errors.RequestInProgress, _Answer(409, code="request_in_progress", param="Idempotency-Key", retry_after=1)),
+    (errors.ReplayLimitReached, _Answer(409, code="idempotency_key_exhausted", param="Idempotency-Key")),
     (errors.KeyReused, _Answer(422, code="idempotency_key_reused", param="Idempotency-Key")),
     (errors.NoPrice, _Answer(503, SERVER, "model_not_priced")),
     (errors.LedgerRefused, _Answer(409, code="ledger_refused")),

@@ -131,6 +131,8 @@ replays = Table(
     Column("request", Text, nullable=False),  # digest of tier and body
     Column("charge_id", Text, ForeignKey("charges.id"), nullable=False),
     Column("expires_at", BigInteger, nullable=False, index=True),
+    # Later requests that were answered for this charge. Servers of an older version insert without it.
+    Column("repeats", BigInteger, nullable=False, server_default="0"),
 )
 
 # One row moves `amount` from the book `debit` to the book `credit`, so that all books always sum to zero.

@@ -20,7 +20,10 @@ _ADVICE: dict[int, tuple[str, str]] = {
     404: ("model_not_found", "Take an id from the list of models."),
     405: ("", "Use a method that the header Allow names."),
     408: ("request_timeout", "Send the body faster, or less of it."),
-    409: ("request_in_progress", "Wait as long as Retry-After says: the first request is not over yet."),
+    409: (
+        "request_in_progress, idempotency_key_exhausted",
+        "Wait as long as Retry-After says: the first request is not over yet. Without it, send a new Idempotency-Key.",
+    ),
     410: ("model_retired", "Take another model from the list."),
     413: ("too_large", "Send fewer texts at a time."),
     415: ("", "Send UTF-8 JSON with Content-Type: application/json, not compressed."),
