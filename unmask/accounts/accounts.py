@@ -6,7 +6,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -20,7 +20,7 @@ from unmask.accounts.ledger import HeldCredit, Hold
 from unmask.accounts.limits import BucketTake, Limiter, LocalLimiter, RateLimitStatus
 from unmask.accounts.membership import Membership
 from unmask.accounts.provider_settings import IdentityProviderSettings
-from unmask.errors import UnmaskError
+from unmask.errors import AccountError, UnmaskError
 from unmask.storage.database import Database, default_url, now_ms
 from unmask.storage.writer import Writer
 
@@ -33,6 +33,10 @@ T = TypeVar("T")
 HOLD_MARGIN_MS = 60_000
 
 _SWEEP_S = 5.0
+
+# Refunds that failed and are repeated by the sweeps: for more than an hour, and so many charges at most.
+_REFUND_TRIES = 1000
+_MAX_FAILED_REFUNDS = 10_000
 
 # Interval of checkpoints of SQLite's write-ahead log: often, so that each takes a few milliseconds.
 _TIDY_S = 0.2
@@ -103,6 +107,7 @@ class Accounts:
         self._prices: dict[tuple[str, str], tuple[int, int]] = {}
         self._tariff: tuple[int, list[tariff.TariffPrice]] = (0, [])
         self._callers: dict[str, tuple[int, Caller]] = {}  # by the key's digest
+        self._failed_refunds: dict[str, int] = {}  # tries so far, by charge
         self._stop = threading.Event()
         self._sweeper = threading.Thread(target=self._sweep_often, name="unmask-sweeper", daemon=True)
         self._sweeper.start()
@@ -235,25 +240,75 @@ class Accounts:
         """Write attempts that no charge settles, without waiting: canaries, and those of requests that failed."""
         if not attempts:
             return
-        try:
-            self._writer.submit(lambda connection: costs.add_attempts(connection, attempts))
-        except UnmaskError as error:
-            log.warning("%d attempts at providers are not in the books: %s", len(attempts), error)
+
+        def on_failure(error: BaseException) -> None:
+            log.warning("%d attempts at providers are not in the books: %s", len(attempts), _reason(error))
+
+        self._submit_unwatched(lambda connection: costs.add_attempts(connection, attempts), on_failure)
 
     def release(self, charge: str) -> None:
         """Give a held amount back, without waiting. If it fails, the sweeper does it."""
-        try:
-            self._writer.submit(lambda connection: ledger.release(connection, charge, now_ms()))
-        except UnmaskError as error:
-            log.warning("charge %s stays held until its time is up: %s", charge, error)
+
+        def on_failure(error: BaseException) -> None:
+            log.warning("charge %s stays held until its time is up: %s", charge, _reason(error))
+
+        self._submit_unwatched(lambda connection: ledger.release(connection, charge, now_ms()), on_failure)
 
     def give_back(self, charge: str) -> None:
-        """Refund a charge whose answer could not be given after all, without waiting."""
+        """Refund a charge whose answer could not be given after all, without waiting. A sweep repeats what failed."""
+        self._refund(charge, 1)
+
+    def _refund(self, charge: str, tries: int) -> Future[bool] | None:
         note = "the answer was withheld: its provider was taken out of traffic"
+
+        def on_failure(error: BaseException) -> None:
+            is_final = isinstance(error, AccountError) or tries >= _REFUND_TRIES or self._stop.is_set()
+            if is_final or len(self._failed_refunds) >= _MAX_FAILED_REFUNDS:
+                log.error(
+                    "charge %s had no answer and is not refunded: %s. Refund it with 'unmask accounts refund %s'",
+                    charge,
+                    _reason(error),
+                    charge,
+                )
+                return
+            self._failed_refunds[charge] = tries
+            if tries == 1:
+                log.warning(
+                    "charge %s had no answer and is not refunded yet, it is tried again: %s", charge, _reason(error)
+                )
+
+        return self._submit_unwatched(
+            lambda connection: ledger.refund(connection, charge, now_ms(), note=note), on_failure
+        )
+
+    def _repeat_refunds(self) -> None:
+        tried = [self._refund(charge, self._failed_refunds.pop(charge) + 1) for charge in list(self._failed_refunds)]
+        wait([future for future in tried if future is not None])
+
+    def _submit_unwatched(
+        self, piece: Callable[[Connection], T], on_failure: Callable[[BaseException], None]
+    ) -> Future[T] | None:
+        """Queue a piece whose result nobody waits for.
+
+        Args:
+            piece: as for `Writer.submit`.
+            on_failure: gets the error of a piece that was not written, in this thread or the writer's.
+
+        Returns:
+            The piece's future; None if it was not even queued.
+        """
+
+        def on_end(future: Future[T]) -> None:
+            if (error := future.exception()) is not None:
+                on_failure(error)
+
         try:
-            self._writer.submit(lambda connection: ledger.refund(connection, charge, now_ms(), note=note))
+            future = self._writer.submit(piece)
         except UnmaskError as error:
-            log.error("charge %s had no answer and is not refunded: %s", charge, error)
+            on_failure(error)
+            return None
+        future.add_done_callback(on_end)
+        return future
 
     async def prices(self) -> list[tariff.TariffPrice]:
         """Return all prices that the operator has set, at most five seconds old.
@@ -281,7 +336,8 @@ class Accounts:
         return seen[1]
 
     def sweep(self) -> int:
-        """Expire holds whose server died, book costs, record uses of keys, and delete old sessions and replays.
+        """Repeat failed refunds, expire holds whose server died, book costs, record uses of keys, and delete old
+        sessions and replays.
 
         Returns:
             The number of holds that expired.
@@ -291,6 +347,7 @@ class Accounts:
         """
         now = now_ms()
         self._callers = {}
+        self._repeat_refunds()
         with self.database.read() as connection:
             late = ledger.expired_holds(connection, now)
         # One transaction each: a sweep that locks many charges could deadlock with a settlement.
@@ -341,3 +398,8 @@ class Accounts:
         self._readers.shutdown()
         self._limiter.close()
         self.database.close()
+
+
+def _reason(error: BaseException) -> str:
+    """Return an error as the log may have it: a message of SQLAlchemy's own holds the values of the statement."""
+    return str(error) if isinstance(error, UnmaskError) else type(error).__name__
