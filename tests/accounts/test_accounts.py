@@ -15,7 +15,7 @@ from unmask.accounts import accounts as accounts_module
 from unmask.accounts.costs import AttemptRecord
 from unmask.accounts.keys import Caller, KeySettings
 from unmask.accounts.verification import verify
-from unmask.errors import StorageError
+from unmask.errors import SpendLimitReached, StorageError
 from unmask.storage.database import Database, now_ms
 
 PRICE = 8_000_000  # eight nano-dollars per token
@@ -106,6 +106,18 @@ def test_a_refund_that_fails_once_is_repeated(accounts: Accounts, caller: Caller
     until(lambda: accounts.sweep() or balance(accounts, caller) == 1000)
     accounts.sweep()
     assert balance(accounts, caller) == 1000 and messages(caplog) == [message]
+
+
+def test_a_withheld_answer_leaves_the_spend_limit(accounts: Accounts, caller: Caller):
+    limited = KeySettings(spend_limit=80)
+    do(accounts, lambda c: keys.change(c, caller.account_id, caller.key.id, limited, now_ms()))
+    charge = run(charged(accounts, caller))
+    with pytest.raises(SpendLimitReached):
+        run(charged(accounts, caller))
+    accounts.give_back(charge)
+    until(lambda: balance(accounts, caller) == 1000)
+    run(charged(accounts, caller))
+    assert balance(accounts, caller) == 920
 
 
 def test_a_refund_that_fails_for_good_is_logged(

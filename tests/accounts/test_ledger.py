@@ -323,6 +323,40 @@ class TestKeys:
             ledger.settle(connection, "c2", NOON)
         assert balance(database, account) == (900, 0)
 
+    def test_a_refund_returns_the_spend_limit_too(self, database: Database, peppers: Peppers, account: str):
+        key = self.key(database, peppers, account, spend_limit=100)
+        with database.begin() as connection:
+            new = keys.key_id(keys.rotate(connection, peppers, account, key, NOON))
+            self.spend(connection, account, new, "c1", 100, NOON)
+            ledger.settle(connection, "c1", NOON)
+        with pytest.raises(SpendLimitReached), database.begin() as connection:
+            self.spend(connection, account, key, "c2", 1, NOON)
+        for done in (True, False):  # a second refund returns nothing
+            with database.begin() as connection:
+                assert ledger.refund(connection, "c1", NOON) == done
+                assert keys.get(connection, account, key, NOON).spent == 0
+        assert balance(database, account) == (1000, 0)
+        with database.begin() as connection:
+            self.spend(connection, account, key, "c2", 100, NOON)
+        assert balance(database, account) == (1000, 100)
+
+    def test_a_refund_of_yesterday_returns_nothing_to_today(self, database: Database, peppers: Peppers, account: str):
+        key = self.key(database, peppers, account, spend_limit=100, spend_window="day")
+        day = {"spend_window": "day"}
+        with database.begin() as connection:
+            self.spend(connection, account, key, "c1", 60, NOON, **day)
+            ledger.settle(connection, "c1", NOON)
+            self.spend(connection, account, key, "c2", 90, NOON + DAY, **day)
+            ledger.settle(connection, "c2", NOON + DAY)
+            assert ledger.refund(connection, "c1", NOON + DAY)
+            assert keys.get(connection, account, key, NOON + DAY).spent == 90
+        assert balance(database, account) == (910, 0)
+        with database.begin() as connection:
+            keys.change(connection, account, key, KeySettings(spend_limit=100), NOON + DAY + 1)
+            assert ledger.refund(connection, "c2", NOON + DAY + 2)
+            assert keys.get(connection, account, key, NOON + DAY + 2).spent == 0
+        assert balance(database, account) == (1000, 0)
+
     def test_a_limit_per_day(self, database: Database, peppers: Peppers, account: str):
         key = self.key(database, peppers, account, spend_limit=100, spend_window="day")
         day = {"spend_window": "day"}

@@ -14,7 +14,8 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
 from tests.accounts.postgres import Cluster
-from unmask.accounts import ledger, people, usage
+from unmask.accounts import keys, ledger, people, usage
+from unmask.accounts.keys import Peppers
 from unmask.accounts.verification import verify
 from unmask.errors import ReplayLimitReached, StorageError, UsageError
 from unmask.storage.database import Database, RawStatement, is_transient, migration_config
@@ -79,7 +80,7 @@ def test_processes_that_start_together_migrate_once(kind: str, tmp_path: Path, r
 def test_tables_of_a_newer_version_are_left_alone(database: Database):
     with database.begin() as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
-    with pytest.raises(StorageError, match="newest are 0008"):
+    with pytest.raises(StorageError, match="newest are 0009"):
         database.migrate()
 
 
@@ -362,6 +363,47 @@ def test_an_idempotency_key_of_an_older_version_is_remembered(empty_url: str):
             assert ledger.hold(connection, again, 5) == ledger.HeldCredit("chg_1", 24, replayed=True)
         with pytest.raises(ReplayLimitReached):
             ledger.hold(connection, again, 5)
+    database.close()
+
+
+def test_refunds_of_an_older_version_leave_the_spend_of_their_keys(empty_url: str, peppers: Peppers):
+    database = Database(empty_url)
+    with database.begin() as connection:
+        command.upgrade(migration_config(connection), "0008")
+        id = people.open_account(connection, "somebody", 1)
+        ledger.top_up(connection, id, 1000, "payment", 2)
+        settings = keys.KeySettings(spend_limit=100)
+        old = keys.key_id(keys.create(connection, peppers, id, settings, 2))
+        new = keys.key_id(keys.rotate(connection, peppers, id, old, 2))
+        other = keys.key_id(keys.create(connection, peppers, id, settings, 2))
+        for number, key in enumerate((old, new, new, other)):
+            new_hold = ledger.Hold(
+                id=f"chg_{number}",
+                account_id=id,
+                key_id=key,
+                request="r",
+                model="m",
+                tier="default",
+                tokens=3,
+                amount=24,
+                expires_at=10,
+            )
+            ledger.hold(connection, new_hold, 3)
+            ledger.settle(connection, new_hold.id, 4)
+        # A refund as older versions booked it.
+        for number in (0, 1):
+            connection.execute(
+                sa.text(
+                    "INSERT INTO entries (at, kind, debit, credit, amount, reference, note) "
+                    "VALUES (5, 'refund', '@revenue', :account, 24, :charge, '')"
+                ),
+                {"account": id, "charge": f"chg_{number}"},
+            )
+        connection.execute(accounts.update().values(balance=accounts.c.balance + 48))
+    database.migrate()
+    with database.read() as connection:
+        assert [keys.get(connection, id, key, 6).spent for key in (old, new, other)] == [24, 24, 24]
+        assert verify(connection).drift == ()
     database.close()
 
 

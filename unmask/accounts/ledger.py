@@ -308,7 +308,7 @@ def top_up(
 
 
 def refund(connection: Connection, charge: str, now: int, *, note: str = "") -> bool:
-    """Give back what a settled charge cost, once.
+    """Give back what a settled charge cost, once: to the account, and to the key's spend limit in the same window.
 
     Returns:
         False if it was refunded already, or cost nothing.
@@ -317,7 +317,9 @@ def refund(connection: Connection, charge: str, now: int, *, note: str = "") -> 
         LedgerRefused: it is not settled, or its account is closed.
     """
     row = connection.execute(
-        sa.select(charges.c.account_id, charges.c.amount, charges.c.state).where(charges.c.id == charge)
+        sa.select(
+            charges.c.account_id, charges.c.key_id, charges.c.amount, charges.c.window_start, charges.c.state
+        ).where(charges.c.id == charge)
     ).one_or_none()
     if row is None or row.state != "settled":
         raise LedgerRefused(f"charge {charge} is {'not known' if row is None else row.state}: only what was settled")
@@ -330,6 +332,7 @@ def refund(connection: Connection, charge: str, now: int, *, note: str = "") -> 
     )
     if done.rowcount != 1:
         raise LedgerRefused(f"account {row.account_id} is closed")
+    _adjust_spent(connection, _Ended(row.account_id, row.key_id, row.amount, row.window_start), -row.amount)
     return True
 
 
@@ -430,7 +433,7 @@ def _find_replay(connection: Connection, new_hold: Hold, now: int) -> HeldCredit
         raise KeyReused("this Idempotency-Key was used for another request: choose a new one for each")
     if earlier.state == "held":
         raise RequestInProgress("the request with this Idempotency-Key is still being worked on")
-    if earlier.state == "settled" and not connection.scalar(sa.select(_refund_of(earlier.charge_id))):
+    if earlier.state == "settled" and not connection.scalar(sa.select(is_refunded(earlier.charge_id))):
         _count_replay(connection, new_hold, earlier.charge_id)
         return HeldCredit(earlier.charge_id, earlier.amount, replayed=True)
     return None  # it failed and was not charged, or has its money back, so this is the first
@@ -450,7 +453,7 @@ def _count_replay(connection: Connection, new_hold: Hold, charge: str) -> None:
         )
 
 
-def _refund_of(charge: sa.ColumnElement[str] | str) -> sa.Exists:
+def is_refunded(charge: sa.ColumnElement[str] | str) -> sa.Exists:
     """Condition that a charge was refunded."""
     return sa.exists().where(entries.c.kind == "refund", entries.c.reference == charge)
 
@@ -474,7 +477,7 @@ def _store_replay(connection: Connection, new_hold: Hold, now: int) -> None:
                 "expires_at": statement.excluded.expires_at,
                 "repeats": 0,
             },
-            where=sa.or_(replays.c.expires_at <= now, failed, _refund_of(replays.c.charge_id)),
+            where=sa.or_(replays.c.expires_at <= now, failed, is_refunded(replays.c.charge_id)),
         ).returning(replays.c.charge_id)
     )
     if written.one_or_none() is None:

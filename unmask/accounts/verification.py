@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from unmask.accounts.costs import ABSURD_FACTOR, FREE_OUTCOMES
-from unmask.accounts.ledger import COST, PAYABLE
+from unmask.accounts.ledger import COST, PAYABLE, is_refunded
 from unmask.accounts.money import format_dollars
 from unmask.storage.schema import accounts, charges, entries, keys, provider_attempts
 
@@ -168,7 +168,7 @@ def _spends(connection: Connection) -> Iterable[Discrepancy]:
         sa.select(keys.c.id, sa.func.sum(charges.c.amount).label("amount"))
         .join(own, sa.func.coalesce(own.c.counter_id, own.c.id) == keys.c.id)
         .join(charges, sa.and_(charges.c.key_id == own.c.id, charges.c.window_start == keys.c.window_started))
-        .where(charges.c.state.in_(("held", "settled")))
+        .where(charges.c.state.in_(("held", "settled")), sa.not_(is_refunded(charges.c.id)))
         .group_by(keys.c.id)
     )
     expected = {id: int(amount) for id, amount in connection.execute(counted)}
