@@ -4,6 +4,7 @@ import os
 import shutil
 import stat
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -34,6 +35,40 @@ def atomic_write(target: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # an error of the block counts, not one of the clean-up
             partial.unlink(missing_ok=True)
+
+
+def create_once(target: Path, text: str) -> None:
+    """Write a new file that only its owner may read, unless there is one: of several processes, the first wins.
+
+    Nobody reads a part of it, except on a disk without hard links.
+
+    Raises:
+        StorageError: the folder cannot be written, or the disk is full.
+    """
+    with storage_errors(str(target), HOME_IS_FULL):
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            _link_once(Path(name), target)
+        finally:
+            Path(name).unlink(missing_ok=True)
+
+
+def _link_once(source: Path, target: Path) -> None:
+    with suppress(FileExistsError):
+        try:
+            os.link(source, target)
+        except FileExistsError:
+            raise
+        except OSError:  # a disk without hard links
+            with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(source.read_bytes())
+                file.flush()
+                os.fsync(file.fileno())
 
 
 @contextmanager

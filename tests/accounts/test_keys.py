@@ -1,6 +1,10 @@
 """API keys: their form, their storage, and the reasons for which they are refused."""
 
 import hmac
+import os
+import secrets
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -179,3 +183,25 @@ def test_what_a_key_is_for(database: Database, peppers: Peppers, account: str):
     for scope, model in (("account", None), ("embeddings", "other")):
         with pytest.raises(Forbidden):
             caller.require(scope, model)
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_pepper_files_made_at_the_same_moment_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool):
+    barrier, random = threading.Barrier(2, timeout=60), secrets.token_hex
+
+    def draw_together(size: int) -> str:
+        barrier.wait()  # neither has found a file, and both have a pepper
+        return random(size)
+
+    def refuse(*paths: object) -> None:
+        raise PermissionError(1, "no hard links on this disk")
+
+    monkeypatch.setattr(secrets, "token_hex", draw_together)
+    if not has_links:
+        monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "new" / "pepper"
+    with ThreadPoolExecutor(2) as pool:
+        made = [*pool.map(lambda _: Peppers(path), range(2)), Peppers(path)]
+    assert len({peppers.digest("key") for peppers in made}) == 1
+    assert [file.name for file in path.parent.iterdir()] == ["pepper"]
+    assert path.stat().st_mode & 0o077 == 0

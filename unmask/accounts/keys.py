@@ -21,7 +21,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection, RowMapping
 
 from unmask.accounts.ledger import window_start
-from unmask.disk import atomic_write
+from unmask.disk import create_once
 from unmask.errors import Forbidden, KeyRefused, StorageError, UsageError
 from unmask.home import home
 from unmask.storage.schema import accounts, keys
@@ -47,10 +47,8 @@ class Peppers:
     def __init__(self, path: Path | None = None) -> None:
         self.path = path or home() / "accounts" / "pepper"
         if not self.path.exists():
-            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with atomic_write(self.path) as partial:
-                partial.touch(mode=0o600)
-                partial.write_text(f"1 {secrets.token_hex(32)}\n", encoding="utf-8")
+            # Another process may be doing so: the keys of both must stay good, so both read the one that is there.
+            create_once(self.path, f"1 {secrets.token_hex(32)}\n")
         try:
             lines = [line.split() for line in self.path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
             self._peppers = {name: bytes.fromhex(value) for name, value in lines}
