@@ -108,6 +108,14 @@ def test_the_batch_tier_has_its_own_price(bank: Bank, paid: LocalService):
     assert (unknown_tier.status, unknown_tier.error["param"]) == (400, "X-Tier")
 
 
+def test_the_standard_tier_is_the_default_one(bank: Bank, paid: LocalService):
+    account, key = bank.customer()
+    replies = [embed(paid, key, headers={"x-tier": tier}) for tier in ("standard", " Standard", "default")]
+    assert {(reply.status, reply.headers["x-unmask-tier"]) for reply in replies} == {(200, "default")}
+    total = sum(reply.json["usage"]["total_tokens"] * 8 for reply in replies)
+    assert bank.balance(account) == (1_000_000_000 - total, 0)
+
+
 def test_without_credit(bank: Bank, paid: LocalService):
     account, key = bank.customer(nano=10)
     reply = embed(paid, key)

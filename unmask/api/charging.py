@@ -183,12 +183,14 @@ class Charging:
 
 
 def read_tier(headers: Headers) -> str:
-    """Return the price tier that the header `X-Tier` names.
+    """Return the price tier that the header `X-Tier` names: `standard`, as in the list of models, is `default`.
 
     Raises:
         ApiError: there is no such tier.
     """
     tier = headers.get("x-tier", "default").strip().lower()
+    if tier == "standard":
+        return "default"
     if tier not in TIERS:
         raise ApiError(400, f"The header X-Tier must be one of {', '.join(TIERS)}.", param="X-Tier")
     return tier
