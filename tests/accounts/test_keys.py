@@ -16,6 +16,7 @@ from unmask.storage.database import Database
 from unmask.storage.schema import keys as table
 
 NOW = 1_700_000_000_000
+DAY = 24 * 3600 * 1000
 
 
 @pytest.fixture
@@ -205,3 +206,41 @@ def test_pepper_files_made_at_the_same_moment_are_one(tmp_path: Path, monkeypatc
     assert len({peppers.digest("key") for peppers in made}) == 1
     assert [file.name for file in path.parent.iterdir()] == ["pepper"]
     assert path.stat().st_mode & 0o077 == 0
+
+
+def test_an_account_makes_so_many_keys_a_day(
+    database: Database, peppers: Peppers, account: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(keys, "_MAX_KEYS_PER_DAY", 5)
+
+    def make_and_revoke(now: int) -> None:
+        with database.begin() as connection:
+            id = keys.key_id(keys.create(connection, peppers, account, KeySettings(), now))
+            keys.revoke(connection, account, id, now)
+
+    for number in range(5):
+        make_and_revoke(NOW + number)
+    with pytest.raises(Forbidden, match="the next one may be made at 2023-11-15 22:13:20 UTC"):
+        make_and_revoke(NOW + 5)
+    with database.begin() as connection:
+        other = people.open_account(connection, "other", NOW)
+        keys.create(connection, peppers, other, KeySettings(), NOW + 5)
+    make_and_revoke(NOW + DAY)
+    with pytest.raises(Forbidden):
+        make_and_revoke(NOW + DAY)
+    make_and_revoke(NOW + DAY + 1)
+
+
+def test_a_list_has_all_living_keys_and_the_latest_revoked_ones(
+    database: Database, peppers: Peppers, account: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(keys, "_MAX_LISTED_REVOKED", 3)
+    with database.begin() as connection:
+        ids = [
+            keys.key_id(keys.create(connection, peppers, account, KeySettings(), NOW + number)) for number in range(8)
+        ]
+        for number, id in enumerate(ids[2:]):
+            keys.revoke(connection, account, id, NOW + DAY - number)  # the newest keys were revoked first
+        listed = [key.id for key in keys.list_keys(connection, account, NOW + DAY)]
+        assert listed == [*reversed(ids[:5])]
+        assert keys.get(connection, account, ids[7], NOW + DAY).revoked_at is not None

@@ -14,6 +14,7 @@ import secrets
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -192,8 +193,9 @@ def create(connection: Connection, peppers: Peppers, account: str, settings: Key
     """Create a key and return it whole. It cannot be shown again.
 
     Raises:
-        Forbidden: the account is not active, or has too many keys.
+        Forbidden: the account is not active, has too many keys, or made too many within a day.
     """
+    _lock(connection, account)
     return _create(connection, peppers, account, settings.row(), now)
 
 
@@ -206,6 +208,7 @@ def rotate(
 
     Raises:
         KeyRefused: the account has no such key, or it is revoked.
+        Forbidden: as `create`.
     """
     _lock(connection, account)
     row = connection.execute(_own(account, id)).mappings().one_or_none()
@@ -277,9 +280,20 @@ def revoke(connection: Connection, account: str, id: str, now: int) -> bool:
 
 
 def list_keys(connection: Connection, account: str, now: int) -> list[Key]:
-    """List an account's keys, newest first."""
+    """List an account's keys, newest first: all that are not revoked, and of the others those revoked last.
+
+    A single key, also an older one, is read with `get`.
+    """
+    latest_revoked = (
+        sa.select(keys.c.id)
+        .where(keys.c.account_id == account, keys.c.revoked_at.is_not(None))
+        .order_by(keys.c.revoked_at.desc(), keys.c.id)
+        .limit(_MAX_LISTED_REVOKED)
+    )
     rows = connection.execute(
-        _COUNTED.where(keys.c.account_id == account).order_by(keys.c.created_at.desc(), keys.c.id)
+        _COUNTED.where(
+            keys.c.account_id == account, sa.or_(keys.c.revoked_at.is_(None), keys.c.id.in_(latest_revoked))
+        ).order_by(keys.c.created_at.desc(), keys.c.id)
     )
     return [_key(row, now) for row in rows.mappings()]
 
@@ -352,6 +366,9 @@ _CALLER = sa.text(
 )
 
 _MAX_KEYS = 1000  # per account: enough for one per machine, and an end to a loop that makes them
+_MAX_KEYS_PER_DAY = 200  # per account, revoked ones too: rows of keys stay for ever, since charges name them
+_MAX_LISTED_REVOKED = 200
+_DAY_MS = 24 * 3600 * 1000
 
 
 def _create(connection: Connection, peppers: Peppers, account: str, row: Mapping[str, Any], now: int) -> str:
@@ -363,6 +380,7 @@ def _create(connection: Connection, peppers: Peppers, account: str, row: Mapping
     )
     if int(number or 0) >= _MAX_KEYS:
         raise Forbidden(f"account {account} has {_MAX_KEYS} keys, which is the most: revoke some")
+    _check_daily_keys(connection, account, now)
     id = "".join(secrets.choice(_ALPHABET) for _ in range(_ID))
     body = f"um_{id}_{_base62(secrets.randbits(256), _SECRET)}"
     key = body + _checksum(body)
@@ -372,6 +390,22 @@ def _create(connection: Connection, peppers: Peppers, account: str, row: Mapping
         {"id": id, "account_id": account, "digest": peppers.digest(key), "pepper": peppers.current, **new},
     )
     return key
+
+
+def _check_daily_keys(connection: Connection, account: str, now: int) -> None:
+    first = connection.scalar(
+        sa.select(keys.c.created_at)
+        .where(keys.c.account_id == account, keys.c.created_at > now - _DAY_MS)
+        .order_by(keys.c.created_at.desc())
+        .offset(_MAX_KEYS_PER_DAY - 1)
+        .limit(1)
+    )
+    if first is not None:
+        again = datetime.fromtimestamp(-(-(first + _DAY_MS) // 1000), UTC).strftime("%Y-%m-%d %H:%M:%S")
+        raise Forbidden(
+            f"account {account} made {_MAX_KEYS_PER_DAY} keys within a day, which is the most: the next one may be "
+            f"made at {again} UTC"
+        )
 
 
 def key_id(key: str) -> str:
