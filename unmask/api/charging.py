@@ -20,6 +20,9 @@ from unmask.api.context import RequestContext, context_of
 from unmask.api.errors import QUOTA, ApiError
 from unmask.errors import DeadlineExceeded, InsufficientCredit, RateLimited, SpendLimitReached
 
+# What the header X-Tier may say, and the tier that it means. Lists of prices call the default tier standard.
+TIER_NAMES = {"standard": "default"} | {tier: tier for tier in TIERS}
+
 
 @dataclass(eq=False)
 class Charge:
@@ -188,12 +191,10 @@ def read_tier(headers: Headers) -> str:
     Raises:
         ApiError: there is no such tier.
     """
-    tier = headers.get("x-tier", "default").strip().lower()
-    if tier == "standard":
-        return "default"
-    if tier not in TIERS:
-        raise ApiError(400, f"The header X-Tier must be one of {', '.join(TIERS)}.", param="X-Tier")
-    return tier
+    name = headers.get("x-tier", "default").strip().lower()
+    if name not in TIER_NAMES:
+        raise ApiError(400, f"The header X-Tier must be one of {', '.join(TIER_NAMES)}.", param="X-Tier")
+    return TIER_NAMES[name]
 
 
 def go_duration(seconds: float) -> str:

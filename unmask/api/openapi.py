@@ -8,6 +8,7 @@ import msgspec
 from unmask import __version__
 from unmask.accounts.tariff import TIERS
 from unmask.accounts.usage import GROUPS, LONGEST_DAYS
+from unmask.api.charging import TIER_NAMES
 from unmask.api.dialects.schema import OPERATIONS, JinaEmbeddingRequest
 from unmask.api.errors import ErrorEnvelope
 from unmask.api.schema import (
@@ -31,7 +32,7 @@ ERRORS = {
     404: "No such model.",
     405: "This path has other methods, see Allow.",
     408: "The body did not arrive in time.",
-    409: "The request with this Idempotency-Key is still being worked on.",
+    409: "The request with this Idempotency-Key is still being worked on, or was repeated too often.",
     410: "The model was retired and answers no more.",
     413: "The body is larger than {body_limit} bytes.",
     415: "The body is not UTF-8 JSON, or it is compressed.",
@@ -98,7 +99,7 @@ _CHARGE = {
     ),
 }
 _ACCOUNT_REQUEST_HEADERS = {
-    "X-Tier": ("`batch` for the cheaper tier, which waits behind the other.", {"enum": list(TIERS)}),
+    "X-Tier": ("`batch` for the cheaper tier, which waits behind the other.", {"enum": list(TIER_NAMES)}),
     "Idempotency-Key": (
         "A request that is repeated with it within 24 hours is charged once.",
         {"type": "string", "pattern": "^[!-~]{1,255}$"},
