@@ -4,13 +4,13 @@ import contextlib
 import unicodedata
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from unmask.accounts import Accounts, actions, people
 from unmask.accounts.audit import COMMAND_LINE
 from unmask.accounts.identity_provider import Identity
-from unmask.accounts.mail_address import normalize_email
+from unmask.accounts.mail_address import normalize_email, stored_spellings
 from unmask.errors import AddressTaken, SignInRefused, UsageError
 from unmask.storage.database import now_ms
 
@@ -43,6 +43,8 @@ REFUSED = {
     "long s": "ſam@example.com", "superscript": "quack²@example.com", "circled": "ⓠuack@example.com",
     "long": "a@" + "b" * 300 + ".example", "long local": "a" * 65 + "@example.com",
     "long bytes": "ä" * 33 + "@example.com",
+    "long domain": "a@" + "ü." * 40 + "example",
+    "long label": "a@" + "ü" * 62 + ".example",
 }  # fmt: skip
 
 
@@ -68,6 +70,20 @@ def test_a_stored_address_is_its_own_normal_form(local: str, domain: str) -> Non
         assert normalize_email(unicodedata.normalize(form, stored)) == stored
     # Only blanks around it and case are not the caller's own.
     assert unicodedata.normalize("NFC", local.strip(" ").lower()) == stored.rpartition("@")[0]
+
+
+LABELS = st.text(max_size=70) | st.text("aüßあ例-0", max_size=70) | st.text("abcü0-", max_size=60).map("xn--".__add__)
+DOMAINS = st.lists(LABELS, max_size=60).map(".".join)
+
+
+@example("a@" + "ü." * 40 + "example")
+@given(st.text() | st.tuples(st.just("quack") | st.text(max_size=5), DOMAINS).map("@".join))
+def test_any_text_is_an_address_or_refused(text: str) -> None:
+    with contextlib.suppress(UsageError):
+        address = normalize_email(text)
+        domain = stored_spellings(address)[-1].rpartition("@")[2]
+        assert len(domain) <= 253
+    stored_spellings(text)
 
 
 @given(st.characters(min_codepoint=0x80), st.sampled_from(["quack", "sam"]))
@@ -100,7 +116,7 @@ async def test_signing_in_knows_the_mailbox(accounts: Accounts) -> None:
         assert await accounts.membership.sign_in(spelling, PASSWORD, address=f"10.0.0.{number}")
 
 
-@pytest.mark.parametrize("name", ["nothing", "brackets", "kelvin", "nul", "newline", "two"])
+@pytest.mark.parametrize("name", ["nothing", "brackets", "kelvin", "nul", "newline", "two", "long domain"])
 async def test_every_door_refuses_what_is_no_plain_address(accounts: Accounts, name: str) -> None:
     await accounts.membership.sign_up("quack@example.com", PASSWORD, address="")
     address = REFUSED[name]

@@ -12,6 +12,7 @@ from unmask.errors import UsageError
 
 _MAX_LOCAL_BYTES = 64  # RFC 5321, 4.5.3.1
 _MAX_LENGTH = 254
+_MAX_DOMAIN_LENGTH = 253  # RFC 1035, 2.3.4: 255 bytes with the lengths of the labels, in the form with xn--
 # Atoms between dots (RFC 5321), and letters beyond ASCII (RFC 6531). Quoted parts are left out: nobody types them, and
 # they hide other addresses.
 _LOCAL = re.compile(r"[^\x00-\x20\x7f\"(),:;<>@\[\\\]]+")
@@ -71,8 +72,7 @@ def stored_spellings(email: str) -> list[str]:
         disguised = any(not character.isascii() and character.lower().isascii() for character in email)
         return [typed] if len(typed) <= _MAX_LENGTH and typed.isprintable() and not disguised else []
     local, _, domain = address.rpartition("@")
-    domains = (domain, idna.encode(domain).decode("ascii"))
-    others = [f"{local}@{name}" for name in domains]
+    others = [f"{local}@{name}" for name in (domain, _ascii_domain(domain))]
     others += [unicodedata.normalize("NFD", other) for other in others]
     return list(dict.fromkeys([typed, *others]))
 
@@ -87,12 +87,26 @@ def _is_disguised(character: str) -> bool:
 def _domain(text: str) -> str:
     """Return a domain in lower case with the letters of international names, as IDNA 2008 has them."""
     try:
-        labels = [idna.encode(label).decode("ascii") for label in text.split(".")]
-        domain = ".".join(idna.decode(label) for label in labels)
+        return ".".join(idna.decode(label) for label in _ascii_domain(text).split("."))
     except UnicodeError:
         raise _refusal("there is no such domain") from None
+
+
+def _ascii_domain(text: str) -> str:
+    """Return a domain as name servers know it, with xn-- where it has international letters.
+
+    This form has the limits of length: one label of a single umlaut takes ten bytes of it, and three of an address.
+    """
+    try:
+        # Label by label: a domain as a whole may have other dots than the full stop.
+        labels = [idna.encode(label).decode("ascii") for label in text.split(".")]
+    except UnicodeError:
+        raise _refusal("there is no such domain") from None
+    domain = ".".join(labels)
     if len(labels) < 2 or not all(map(_LABEL.fullmatch, labels)) or len(labels[-1]) < 2 or labels[-1].isdecimal():
         raise _refusal("there is no such domain")
+    if len(domain) > _MAX_DOMAIN_LENGTH:
+        raise _refusal("its domain is too long")
     return domain
 
 
