@@ -6,6 +6,7 @@ from typing import Any
 
 import cohere
 import httpx
+import msgspec
 import numpy as np
 import ollama
 import openai
@@ -105,6 +106,50 @@ def test_errors_have_the_form_of_the_dialect(
         assert set(reply.json) == {"message"}
     else:
         assert set(reply.error) == {"message", "type", "param", "code"}
+
+
+# Fields that each path reads. Until then they are bytes as the caller sent them.
+READ_FIELDS = {
+    "/v1/embeddings": ("model", "input", "task", "late_chunking", "embedding_type", "normalized", "input_type"),
+    "/openai/deployments/tiny_llama/embeddings": ("input", "task", "encoding_format"),
+    "/api/embed": ("model", "name", "input", "truncate"),
+    "/api/embeddings": ("model", "prompt"),
+    "/api/show": ("model", "name"),
+    "/embed": ("inputs", "truncation_direction", "prompt_name", "truncate"),
+    "/": ("inputs", "prompt_name"),
+    "/tokenize": ("inputs", "add_special_tokens", "prompt_name"),
+    "/v1/embed": ("model", "texts", "embedding_types", "input_type", "truncate"),
+    "/v2/embed": ("model", "texts", "embedding_types", "input_type", "images", "output_dimension"),
+}
+TEXT_FIELDS = {"input": TEXTS, "inputs": TEXTS, "prompt": TEXTS[0], "texts": TEXTS}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'"\xff"',
+        b'["\xff"]',
+        b'[{"text":"\xff"}]',
+        b'{"\xff":1}',
+        b"[" * 5_000 + b"]" * 5_000,
+        b'[{"text":' * 5_000 + b"1" + b"}]" * 5_000,
+    ],
+    ids=["text", "texts", "objects", "name", "arrays", "deep objects"],
+)
+@pytest.mark.parametrize("path", READ_FIELDS)
+def test_bytes_that_are_no_text_are_a_mistake_of_the_caller(service: LocalService, path: str, content: bytes):
+    texts = next((name for name in READ_FIELDS[path] if name in TEXT_FIELDS), "model")
+    for name in READ_FIELDS[path]:
+        others = {"model": service.model, texts: TEXT_FIELDS.get(texts, service.model)}
+        if path == "/v2/embed":
+            others["input_type"] = "clustering"
+        if name == "name":
+            del others["model"]
+        fields = {key: msgspec.Raw(msgspec.json.encode(value)) for key, value in others.items()}
+        sent = msgspec.json.encode(fields | {name: msgspec.Raw(content)})
+        reply = service.call("POST", path, sent)
+        assert reply.status == 400, (name, reply.body[:200])
+        assert reply.headers.get("x-should-retry") != "true"
 
 
 @PATHS

@@ -3,12 +3,10 @@
 They are translated to those of `/v1/embeddings`. What would need another model is refused by name.
 """
 
-from typing import Any
-
 import msgspec
 
 from unmask.api.errors import ApiError
-from unmask.api.schema import Fields
+from unmask.api.schema import Fields, decode_field
 
 _TASKS = {
     "retrieval.query": b'"query"',
@@ -21,6 +19,10 @@ _TASKS = {
 # Jina's name -> ours, for fields with the same values.
 _RENAMED = {"embedding_type": "encoding_format", "normalized": "normalize"}
 _NULL = msgspec.Raw(b"null")
+_SWITCH = msgspec.json.Decoder(bool | None)
+_TASK = msgspec.json.Decoder(str | None)
+_ITEMS = msgspec.json.Decoder(list[msgspec.Raw])
+_OBJECTS = msgspec.json.Decoder(list[dict[str, str]])
 
 
 def translate_jina_fields(fields: Fields) -> Fields:
@@ -30,10 +32,10 @@ def translate_jina_fields(fields: Fields) -> Fields:
         ApiError: 400, a task or a kind of input that no model here has, or a field that is given in both words.
     """
     translated = dict(fields)
-    if _value(translated.pop("late_chunking", _NULL), "late_chunking", bool):
+    if decode_field(_SWITCH, translated.pop("late_chunking", _NULL), "late_chunking"):
         message = "late_chunking is not supported: each input gets the vector of its own text. Send false, or nothing."
         raise ApiError(400, message, param="late_chunking")
-    task = _value(translated.pop("task", _NULL), "task", str)
+    task = decode_field(_TASK, translated.pop("task", _NULL), "task")
     if task:
         if task not in _TASKS:
             raise ApiError(400, f"task={task[:80]!r} is not supported: choose {', '.join(_TASKS)}.", param="task")
@@ -49,13 +51,6 @@ def translate_jina_fields(fields: Fields) -> Fields:
     return translated
 
 
-def _value(raw: msgspec.Raw, name: str, kind: type[Any]) -> Any:
-    try:
-        return msgspec.json.decode(raw, type=kind | None)
-    except msgspec.DecodeError as error:
-        raise ApiError(400, f"The field '{name}' is wrong: {str(error)[:200]}.", param=name) from None
-
-
 def _refuse_both(fields: Fields, name: str, own: str) -> None:
     if bytes(fields.get(own, _NULL)) not in (b"null", b'""'):
         raise ApiError(400, f"'{name}' and '{own}' say the same: send one of them.", param=name)
@@ -65,7 +60,7 @@ def _only_item(value: msgspec.Raw, name: str) -> msgspec.Raw:
     """Return the item of an array of one, in which Jina's clients may send a type; another value as it is."""
     if bytes(value)[:1] != b"[":
         return value
-    items = msgspec.json.decode(value, type=list[msgspec.Raw])
+    items: list[msgspec.Raw] = decode_field(_ITEMS, value, name)
     if len(items) != 1:
         raise ApiError(400, f"'{name}' has {len(items)} values: an answer has one form of vectors.", param=name)
     return items[0]
@@ -77,8 +72,8 @@ def _texts_of(inputs: msgspec.Raw) -> msgspec.Raw:
     if content[:1] != b"[" or content[1:].lstrip()[:1] != b"{":
         return inputs
     try:
-        items = msgspec.json.decode(content, type=list[dict[str, str]])
-    except msgspec.DecodeError:
+        items: list[dict[str, str]] = decode_field(_OBJECTS, content, "input")
+    except ApiError:
         items = []
     if not items or any(set(item) != {"text"} for item in items):
         raise ApiError(400, "The field 'input' may hold texts and {\"text\": ...} only, no images.", param="input")

@@ -344,7 +344,7 @@ def read_fields(body: bytes) -> Fields:
     Raises:
         ApiError: 400.
     """
-    return _decode(_FIELDS, body, None)
+    return decode_field(_FIELDS, body, None)
 
 
 def read_request(body: bytes) -> tuple[EmbeddingRequest, list[str]]:
@@ -370,13 +370,13 @@ def request_of(fields: Fields) -> tuple[EmbeddingRequest, list[str]]:
     if "models" in fields:
         message = "A list of 'models' to fall back on is refused: vectors of another model cannot be mixed with these."
         raise ApiError(400, message, param="models")
-    model = _decode(_TEXT, fields["model"], "model")
+    model = decode_field(_TEXT, fields["model"], "model")
     if not model:
         raise ApiError(400, "The field 'model' is empty: name a model, see /v1/models.", param="model")
     options = {name: _option(name, fields[name]) for name in _OPTIONAL if name in fields}
     ignored = [name for name in fields if name not in _OPTIONAL and name not in ("input", "model")]
     if options.get("provider") is not None:
-        preferences = _decode(_FIELDS, fields["provider"], "provider")
+        preferences = decode_field(_FIELDS, fields["provider"], "provider")
         ignored += [f"provider.{name}" for name in preferences if name not in ProviderOptions.__struct_fields__]
     return EmbeddingRequest(input=fields["input"], model=model, **options), ignored
 
@@ -386,7 +386,7 @@ def _option(name: str, raw: msgspec.Raw) -> Any:
     if name == "truncate" and content[:8].lower() in (b'"start"', b'"left"'):
         message = 'truncate="start" is not supported, only the end can be cut: use true or "end".'
         raise ApiError(400, message, param=name)
-    value = _decode(_DECODERS[name], content, name)
+    value = decode_field(_DECODERS[name], content, name)
     return None if value == "" else value
 
 
@@ -400,7 +400,7 @@ def read_input(raw: msgspec.Raw) -> list[str] | list[list[int]]:
     first = content[:1]
     inputs: list[str] | list[list[int]]
     if first == b'"':
-        inputs = [_decode(_TEXT, content, "input")]
+        inputs = [decode_field(_TEXT, content, "input")]
     elif first != b"[":
         raise ApiError(400, "The field 'input' must be a string, an array of strings, or token ids.", param="input")
     else:
@@ -408,13 +408,13 @@ def read_input(raw: msgspec.Raw) -> list[str] | list[list[int]]:
         # Counted before parsing: a million one-letter strings take twenty times the memory of their JSON.
         if inside == b"[":
             _check_count(content.count(b"[") - 1)
-            inputs = _decode(_SEQUENCES, content, "input")
+            inputs = decode_field(_SEQUENCES, content, "input")
         elif inside == b'"':
             # A lower bound: a quote after a backslash may or may not end a text.
             _check_count((content.count(b'"') - content.count(b'\\"')) // 2)
-            inputs = _decode(_TEXTS, content, "input")
+            inputs = decode_field(_TEXTS, content, "input")
         else:
-            inputs = [_decode(_IDS, content, "input")]
+            inputs = [decode_field(_IDS, content, "input")]
     _check_count(len(inputs))
     if inputs == [[]]:
         raise ApiError(400, "The field 'input' is an empty array: send at least one text.", param="input")
@@ -436,7 +436,17 @@ def _check_count(count: int) -> None:
         raise ApiError(400, f"The field 'input' has more than {MAX_INPUTS} inputs, which is the most.", param="input")
 
 
-def _decode(decoder: msgspec.json.Decoder[Any], content: bytes | msgspec.Raw, field: str | None) -> Any:
+def decode_field(decoder: msgspec.json.Decoder[Any], content: bytes | msgspec.Raw, field: str | None) -> Any:
+    """Parse a part of a body. Every part is parsed here: a field stays unchecked JSON until then, UTF-8 or not.
+
+    Args:
+        decoder: for the expected type.
+        content: the JSON.
+        field: its name; None for the body as a whole.
+
+    Raises:
+        ApiError: 400, it is of another type, not JSON, not UTF-8, or nested too deeply.
+    """
     try:
         return decoder.decode(content)
     except (RecursionError, UnicodeDecodeError, msgspec.DecodeError) as error:

@@ -14,7 +14,7 @@ from starlette.routing import Route
 from unmask.api.embeddings import Dialect, EmbeddingResult, EmbeddingsRoute, float_row
 from unmask.api.errors import ApiError
 from unmask.api.quantisation import QUANTISED, quantise_vectors
-from unmask.api.schema import EmbeddingRequest, Fields
+from unmask.api.schema import EmbeddingRequest, Fields, decode_field
 
 PATHS = ("/v1/embed", "/v2/embed")
 
@@ -87,8 +87,9 @@ def _choice(fields: Fields, name: str, choices: dict[bytes, bytes]) -> msgspec.R
 def _embedding_types(fields: Fields) -> list[str]:
     """Return the types that a request asks for, each once; float by default."""
     try:
-        types = list(dict.fromkeys(_TYPES.decode(fields.get("embedding_types", msgspec.Raw(b'["float"]')))))
-    except msgspec.DecodeError:
+        raw = fields.get("embedding_types", msgspec.Raw(b'["float"]'))
+        types: list[str] = list(dict.fromkeys(decode_field(_TYPES, raw, "embedding_types")))
+    except ApiError:
         types = []
     allowed = ("float", "base64", *QUANTISED)
     if not types or not set(types) <= set(allowed):

@@ -14,7 +14,7 @@ from unmask.api.body import read_body
 from unmask.api.embeddings import Dialect, EmbeddingResult, EmbeddingsRoute, find_model, float_row
 from unmask.api.errors import ApiError
 from unmask.api.large_bodies import parse_body
-from unmask.api.schema import EmbeddingRequest, Fields, holds_texts, read_fields
+from unmask.api.schema import EmbeddingRequest, Fields, decode_field, holds_texts, read_fields
 from unmask.router import ServedModel
 
 PATHS = ("/api/embed", "/api/embeddings", "/api/tags", "/api/show", "/api/version")
@@ -34,7 +34,7 @@ def routes(embeddings: EmbeddingsRoute) -> list[Route]:
         fields = await parse_body(body, settings.max_request_tokens, lambda: _with_model(read_fields(body)))
         if "model" not in fields:
             raise ApiError(400, "The field 'model' is required.", param="model")
-        return _json(_model_details(find_model(embeddings.models, _NAME.decode(fields["model"]))))
+        return _json(_model_details(find_model(embeddings.models, decode_field(_NAME, fields["model"], "model"))))
 
     async def version(request: Request) -> Response:
         return _json({"version": __version__})
@@ -76,10 +76,7 @@ def _with_model(fields: Fields) -> Fields:
     name = fields.get("model", fields.get("name"))
     if name is None:
         return fields
-    try:
-        text = _NAME.decode(name).removesuffix(":latest")
-    except msgspec.DecodeError:
-        raise ApiError(400, "The field 'model' must be a string.", param="model") from None
+    text = decode_field(_NAME, name, "model").removesuffix(":latest")
     return fields | {"model": msgspec.Raw(msgspec.json.encode(text))}
 
 
