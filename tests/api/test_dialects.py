@@ -1,6 +1,6 @@
 """Clients of other servers against ours: the vectors of `/v1/embeddings` to the bit, its keys, limits and charges."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,15 @@ from pydantic import SecretStr
 from tests.api.live import KEY, LocalService, as_vector, running
 from unmask.accounts import Accounts, keys, ledger, people, tariff
 from unmask.accounts.keys import KeySettings
+from unmask.api import ServeSettings
+from unmask.api.charging import Charging
+from unmask.api.dialects.tei import write_token_lists
+from unmask.api.embeddings import EmbeddingsRoute
+from unmask.api.errors import ApiError
+from unmask.api.metrics import Metrics
 from unmask.api.quantisation import quantise_vectors
 from unmask.encoder import Encoder
+from unmask.router import ModelRegistry
 from unmask.storage.database import now_ms
 from unmask.web import website
 
@@ -309,6 +316,41 @@ def test_tokens_are_those_that_the_model_reads(service: LocalService, encoder: E
         assert [token["start"] for token in own if token["special"]] == [None] * (len(own) - len(plain))
     bare = service.call("POST", "/tokenize", {"inputs": TEXTS[0], "add_special_tokens": False}).json
     assert bare == [[token for token in tokens[0] if not token["special"]]]
+
+
+def test_more_tokens_than_a_request_may_have_are_not_listed(start: Callable[..., LocalService]):
+    service = start(max_request_tokens=3_000)
+    listed = service.call("POST", "/tokenize", {"inputs": ["a" + " a" * 1_000, "b", " a" * 1_400]})
+    assert (listed.status, [len(tokens) > 1_000 for tokens in listed.json]) == (200, [True, False, True])
+    for text in (" a" * 3_000, " a" * 100_000):
+        reply = service.call("POST", "/tokenize", {"inputs": text, "add_special_tokens": True})
+        refused = service.call("POST", "/v1/embeddings", {"model": service.model, "input": [" a" * 500] * 7})
+        assert (reply.status, refused.error["code"]) == (400, "max_tokens_per_request")
+        assert reply.json["error"].endswith("max 3000 tokens per request") and reply.json["error_type"] == "Validation"
+
+
+class ReadTokenizer:
+    """Counts the characters that a tokenizer reads, one token each."""
+
+    prefix, suffix, characters = (), (), 0
+
+    @property
+    def plain(self) -> "ReadTokenizer":
+        return self
+
+    def encode_batch(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+        self.characters += sum(map(len, texts))
+        return [[7] * len(text) for text in texts]
+
+    encode_batch_fast = encode_batch
+
+
+def test_a_text_of_far_too_many_tokens_is_not_read_to_its_end():
+    tokenizer: Any = ReadTokenizer()
+    embeddings = EmbeddingsRoute(ModelRegistry([]), ServeSettings(), Metrics(), Charging(None))
+    with pytest.raises(ApiError, match=r"Requested at least \d+ tokens"):
+        write_token_lists(tokenizer, ["x" * 8_000_000], True, embeddings)
+    assert 300_000 < tokenizer.characters < 400_000
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ class EmbeddingsRoute:
             instruction = _instruction(parsed, route.record, use)  # a cold model's is known now
             prompts = await route.prepare(texts, instruction=instruction, truncate=bool(parsed.truncate))
             num_tokens = sum(len(prompt.ids) for prompt in prompts)
-            self._check_tokens(num_tokens)
+            self.check_tokens(num_tokens)
             share = context.share if tier == "default" else _BATCH_SHARE
             max_price = parsed.provider.max_nano_per_million if parsed.provider else None
             async with self.charging.charge(request, model, tier, num_tokens, body, deadline, max_price) as charge:
@@ -196,7 +196,7 @@ class EmbeddingsRoute:
         else:
             sequences: list[list[int]] = inputs  # pyright: ignore[reportAssignmentType]
             encoding = parsed.token_encoding or "cl100k_base"
-            self._check_tokens(sum(map(len, sequences)))
+            self.check_tokens(sum(map(len, sequences)))
             if encoding == "native":
                 return sequences, encoding
             texts = await asyncio.to_thread(tokens.decode, sequences, encoding)
@@ -218,11 +218,21 @@ class EmbeddingsRoute:
                 code="max_characters_per_request",
             )
 
-    def _check_tokens(self, count: int) -> None:
-        if count > self.settings.max_request_tokens:
+    def check_tokens(self, count: int, *, more: bool = False) -> None:
+        """Refuse a request of too many tokens.
+
+        Args:
+            count: number of its tokens.
+            more: True if only the first so many were counted.
+
+        Raises:
+            ApiError: 400.
+        """
+        most = self.settings.max_request_tokens
+        if count > most:
             raise ApiError(
                 400,
-                f"Requested {count} tokens, max {self.settings.max_request_tokens} tokens per request",
+                f"Requested {'at least ' if more else ''}{count} tokens, max {most} tokens per request",
                 type="max_tokens_per_request",
                 code="max_tokens_per_request",
             )

@@ -4,16 +4,20 @@ Requests name no model: the first model of the server answers.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 import msgspec
 import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from tokenizers import Encoding
 
 from unmask import __version__
 from unmask.api.body import read_body
+from unmask.api.disconnect import cancel_on_disconnect
 from unmask.api.embeddings import Dialect, EmbeddingResult, EmbeddingsRoute, float_row
 from unmask.api.errors import ApiError
 from unmask.api.large_bodies import parse_body
@@ -22,6 +26,17 @@ from unmask.checkpoint.tokenizer import TextTokenizer
 from unmask.router.route import find_tokenizer
 
 PATHS = ("/embed", "/info", "/tokenize")  # and POST /
+
+# Characters that are tokenised at a time to find texts of far too many tokens, each of which takes 500 bytes. A
+# character is up to eighteen tokens.
+_PIECE_CHARACTERS = 16_384
+# Tokens by which a cut can raise the count: the word that it divides, and a blank that some tokenizers put in front.
+_CUT_TOKENS = 64
+# Tokens that are written at a time: one call into C, after which other threads run.
+_WRITTEN_TOKENS = 1_000
+
+# Two, so that lists of tokens take neither all processors nor memory without a limit.
+_THREADS = ThreadPoolExecutor(2, thread_name_prefix="token-list")
 
 _ERROR_TYPES = {429: "Overloaded", 503: "Unhealthy"}
 _INPUT_TYPES = {b'"query"': b'"query"', b'"document"': b'"document"', b'"passage"': b'"document"', b"null": b"null"}
@@ -63,8 +78,14 @@ def routes(embeddings: EmbeddingsRoute) -> list[Route]:
         embeddings.check_characters(texts)
         await embeddings.charging.check_access(request, served.record.id, "default")
         tokenizer = await find_tokenizer(served, embeddings.models.providers)
-        tokens = await asyncio.to_thread(_tokens, tokenizer, texts, special)
-        return Response(orjson.dumps(tokens), media_type="application/json")
+
+        def write() -> bytes:
+            return write_token_lists(tokenizer, texts, special, embeddings)
+
+        async def wait() -> bytes:
+            return await asyncio.get_running_loop().run_in_executor(_THREADS, write)
+
+        return Response(await cancel_on_disconnect(wait(), request), media_type="application/json")
 
     return [
         Route("/embed", embed_endpoint(embeddings), methods=["POST"]),
@@ -107,27 +128,61 @@ def _read_tokenize(fields: Fields) -> tuple[list[str], bool]:
     return texts, special == b"true"
 
 
-def _tokens(tokenizer: TextTokenizer, texts: list[str], special: bool) -> list[list[dict[str, object]]]:
-    """Return the tokens of each text as TEI describes them; `start` and `stop` count characters."""
+def write_token_lists(
+    tokenizer: TextTokenizer, texts: Sequence[str], special: bool, embeddings: EmbeddingsRoute
+) -> bytes:
+    """Write the tokens of each text as JSON, as TEI describes them.
 
-    def around(ids: Sequence[int]) -> list[dict[str, object]]:
-        return [
-            {"id": id, "text": tokenizer.text.id_to_token(id), "special": True, "start": None, "stop": None}
-            for id in (ids if special else ())
-        ]
+    Args:
+        tokenizer, texts: of the model, and of the request.
+        special: with the tokens that the model reads around each text.
+        embeddings: refuses too many tokens.
 
-    encodings = tokenizer.plain.encode_batch(texts, add_special_tokens=False)
-    return [
-        [
-            *around(tokenizer.prefix),
-            *(
-                {"id": id, "text": text[start:stop], "special": False, "start": start, "stop": stop}
-                for id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)
-            ),
-            *around(tokenizer.suffix),
-        ]
-        for text, encoding in zip(texts, encodings, strict=True)
-    ]
+    Raises:
+        ApiError: 400, the texts have more tokens than a request may have.
+    """
+    around = (tokenizer.prefix, tokenizer.suffix) if special else ((), ())
+    _check_pieces(tokenizer, texts, embeddings)
+    encodings = tokenizer.plain.encode_batch(list(texts), add_special_tokens=False)
+    # The length of an encoding makes no list of its tokens.
+    embeddings.check_tokens(sum(map(len, encodings)) + len(texts) * sum(map(len, around)))
+    lists: list[bytes] = []
+    for text, encoding in zip(texts, encodings, strict=True):
+        tokens = _tokens(tokenizer, text, encoding, around)
+        pieces = iter(lambda tokens=tokens: list(islice(tokens, _WRITTEN_TOKENS)), [])
+        lists.append(b"[%b]" % b",".join([orjson.dumps(piece)[1:-1] for piece in pieces]))
+    return b"[%b]" % b",".join(lists)
+
+
+def _check_pieces(tokenizer: TextTokenizer, texts: Sequence[str], embeddings: EmbeddingsRoute) -> None:
+    """Refuse texts that have far too many tokens, before all of them are in memory.
+
+    No bound on characters does that alone: a token can have a hundred of them, or be a quarter of one.
+    """
+    if sum(map(len, texts)) <= _PIECE_CHARACTERS:
+        return
+    count = 0
+    for text in texts:
+        for start in range(0, len(text), _PIECE_CHARACTERS):
+            piece = text[start : start + _PIECE_CHARACTERS]
+            count += len(tokenizer.plain.encode_batch_fast([piece], add_special_tokens=False)[0])
+            count -= _CUT_TOKENS if start else 0
+            embeddings.check_tokens(count, more=True)
+
+
+def _tokens(
+    tokenizer: TextTokenizer, text: str, encoding: Encoding, around: tuple[Sequence[int], Sequence[int]]
+) -> Iterator[dict[str, object]]:
+    """Yield the tokens of a text; `start` and `stop` count characters."""
+
+    def added(ids: Sequence[int]) -> Iterator[dict[str, object]]:
+        for id in ids:
+            yield {"id": id, "text": tokenizer.text.id_to_token(id), "special": True, "start": None, "stop": None}
+
+    yield from added(around[0])
+    for id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+        yield {"id": id, "text": text[start:stop], "special": False, "start": start, "stop": stop}
+    yield from added(around[1])
 
 
 def _write(result: EmbeddingResult, parsed: EmbeddingRequest, fields: Fields) -> bytes:
