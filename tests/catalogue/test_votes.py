@@ -10,8 +10,8 @@ from unmask.accounts import people
 from unmask.accounts.keys import Peppers
 from unmask.catalogue.mail import send_notices
 from unmask.catalogue.mail_server import MailServer
-from unmask.catalogue.model_requests import MOST_VOTES, request_model
-from unmask.catalogue.store import put_fields, read_record, step
+from unmask.catalogue.model_requests import MOST_MODELS, MOST_MODELS_A_DAY, MOST_VOTES, request_model
+from unmask.catalogue.store import put_fields, read_record, step, version
 from unmask.catalogue.votes import (
     claim_letters,
     count_unsent_letters,
@@ -26,7 +26,7 @@ from unmask.catalogue.votes import (
     withdraw,
 )
 from unmask.errors import UsageError
-from unmask.storage.database import Database
+from unmask.storage.database import Database, now_ms
 
 COMING = "McGill-NLP/LLM2Vec-Sheared-LLaMA-mntp-supervised"
 OTHER = "McGill-NLP/LLM2Vec-Sheared-LLaMA-mntp-unsup-simcse"
@@ -93,6 +93,7 @@ def test_a_model_that_takes_no_votes(database: Database, voters: list[str], mode
 def test_open_votes_of_an_account_are_limited(database: Database, voters: list[str]) -> None:
     with database.begin() as connection:
         for number in range(MOST_VOTES):
+            put_fields(connection, f"org/number-{number}", {})
             request_model(connection, voters[0], f"org/number-{number}", "", 1)
     with pytest.raises(UsageError, match="50 open votes"), database.begin() as connection:
         request_model(connection, voters[0], "org/one-more", "", 1)
@@ -100,6 +101,35 @@ def test_open_votes_of_an_account_are_limited(database: Database, voters: list[s
         assert request_model(connection, voters[1], "org/number-1", "", 1)
         assert not request_model(connection, voters[0], "org/number-1", "another note", 1)
         assert read_record(connection, "org/one-more") is None
+
+
+def test_models_that_an_account_puts_on_record_are_limited(database: Database, voters: list[str]) -> None:
+    """A withdrawn vote leaves the record, so the open votes limit nothing here."""
+    ada, ben, _ = voters
+    now = now_ms()
+
+    def ask(account: str, number: int, at: int) -> None:
+        with database.begin() as connection:
+            request_model(connection, account, f"org/number-{number}", "", at)
+            assert withdraw(connection, account, f"org/number-{number}")
+
+    for number in range(MOST_MODELS_A_DAY):
+        ask(ada, number, now)
+    with pytest.raises(UsageError, match="5 models a day"):
+        ask(ada, MOST_MODELS, now)
+    ask(ada, 0, now)  # is on record already
+    ask(ben, MOST_MODELS, now)
+    for number in range(MOST_MODELS_A_DAY, MOST_MODELS):
+        ask(ada, number, now + 2 * 86_400_000)
+    with pytest.raises(UsageError, match="name 20 models"):
+        ask(ada, MOST_MODELS + 1, now + 2 * 86_400_000)
+    with database.read() as connection:
+        before = version(connection)
+        assert read_record(connection, f"org/number-{MOST_MODELS + 1}") is None
+    with pytest.raises(UsageError):
+        ask(ada, MOST_MODELS + 2, now)
+    with database.read() as connection:
+        assert version(connection) == before
 
 
 def test_a_note_has_a_length(database: Database, voters: list[str]) -> None:

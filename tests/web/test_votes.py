@@ -15,7 +15,10 @@ from tests.web.html import Page
 from tests.web.people import do, person
 from tests.web.test_escaping import POISON
 from unmask.accounts import Accounts, audit, people
+from unmask.accounts.limits import LocalLimiter
+from unmask.accounts.membership import FORMS_PER_MINUTE
 from unmask.catalogue import votes
+from unmask.catalogue.model_requests import MOST_MODELS_A_DAY
 from unmask.catalogue.store import GateOutcome, add_gate_outcome, put_fields, read_record, step
 from unmask.onboarding.gates import GATES
 from unmask.storage.database import now_ms
@@ -170,6 +173,41 @@ def test_a_model_that_is_not_here_is_asked_for(accounts: Accounts, service: Loca
     until(lambda: ada("/models/org/unheard-of").status == 200)
     assert "Somebody asked for it" in text_of(ada("/models/org/unheard-of"))
     assert "1 vote" in text_of(ada("/models?sort=votes"))
+
+
+def test_asking_for_models_and_thinking_better_of_it_ends(accounts: Accounts, service: LocalService) -> None:
+    ada = signed_in(accounts, service, "ada@example.org")
+    token = token_of(ada)
+    replies: list[Reply] = []
+    for number in range(MOST_MODELS_A_DAY + 1):
+        replies.append(ada("/account/votes", model=f"org/number-{number}", token=token))
+        ada("/account/votes", model=f"org/number-{number}", token=token, withdraw="1")
+    assert [reply.status for reply in replies] == [303] * MOST_MODELS_A_DAY + [400]
+    assert "An account can name 5 models a day that the catalogue does not have" in text_of(replies[-1])
+    with accounts.database.read() as connection:
+        account = people.find_account(connection, "ada@example.org").id
+    for path in ("/models", "/models/org/number-1", "/models/org/number-1.json", "/feed.xml"):
+        until(lambda path=path: ada(path).status == 200)
+        assert account not in ada(path).body.decode()
+
+
+def test_forms_of_an_account_are_counted(tiny_llama: Path, tmp_path: Path) -> None:
+    still = LocalLimiter(lambda: 0.0)  # a slow run refills nothing
+    with ExitStack() as stack:
+        accounts = Accounts(f"sqlite:///{tmp_path / 'a.sqlite'}", pepper=tmp_path / "pepper", limiter=still)
+        stack.callback(accounts.close)
+        service = stack.enter_context(running(tiny_llama, accounts, website, api_keys=(), warm=()))
+        ada, ben = (signed_in(accounts, service, f"{name}@example.org") for name in ("ada", "ben"))
+        token = token_of(ada)
+        for number in range(FORMS_PER_MINUTE):
+            path = ("/account/votes", "/account/keys")[number % 2]
+            ada(path, token="guessed", model=COMING)  # of another site, and not counted
+            assert ada(path, token=token, model=COMING, name="a key", scopes="embeddings").status < 400
+        for path in ("/account/votes", "/account/keys"):
+            reply = ada(path, token=token, model=COMING, name="a key", scopes="embeddings")
+            assert reply.status == 429 and "Too many tries" in text_of(reply) and int(reply.headers["retry-after"]) > 0
+        assert vote(ben).status == 303
+        assert ada("/sign-out", token=token).status == 303
 
 
 def test_records_that_operators_add_are_text(accounts: Accounts, service: LocalService) -> None:

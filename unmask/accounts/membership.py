@@ -18,6 +18,9 @@ from unmask.storage.database import now_ms
 
 T = TypeVar("T")
 
+# Forms of all kinds that the people of one account can send in a minute.
+FORMS_PER_MINUTE = 30
+
 # Accounts without a password re-authenticate by a sign-in at most this recent.
 _FRESH_MS = 10 * 60_000
 
@@ -196,6 +199,14 @@ class Membership:
             RateLimited: too many attempts from the IP address.
         """
         await self._draw([_from_place(address)])
+
+    async def throttle_form(self, person: Person) -> None:
+        """Count a form that a signed-in person has sent. Most forms write rows that stay when they are undone.
+
+        Raises:
+            RateLimited: too many forms of the person's account.
+        """
+        await self._draw([BucketTake(f"forms:{person.account_id}", FORMS_PER_MINUTE, 1)])
 
     async def change_password(self, person: Person, old: str, new: str, *, address: str, session: str = "") -> None:
         """Set a new password, or a first one, which ends every session of the person.

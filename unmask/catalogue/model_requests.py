@@ -20,6 +20,12 @@ _PAGE_SUFFIXES = (".json", ".md")
 # Of one account at a time: requests are read by a person.
 MOST_VOTES = 50
 
+# Models that one account may put on record, in all and in a day. A record stays when its votes are withdrawn, and every
+# server reads the whole catalogue again after each.
+MOST_MODELS = 20
+MOST_MODELS_A_DAY = 5
+_DAY_MS = 86_400_000
+
 
 def check_hub_id(model: str) -> None:
     """Check that a name is a valid id of the hub.
@@ -36,18 +42,22 @@ def check_hub_id(model: str) -> None:
 def request_model(connection: Connection, account: str, model: str, note: str, now: int) -> bool:
     """Store an account's vote for a model that does not answer yet. An unknown model is put on record as requested.
 
+    The account is the actor of that step, which nobody but the operator can read.
+
     Returns:
         True for the account's first vote for this model.
 
     Raises:
-        UsageError: the model answers already, is no id, or the account has too many open votes.
+        UsageError: the model answers already, is no id, or the account has too many open votes or has put too many
+            models on record.
     """
     record = read_record(connection, model)
     if record is None:
         check_hub_id(model)
+        _check_number(connection, account, now)
         _check_spelling(connection, model)
         put_fields(connection, model, {})
-        step(connection, model, "requested", actor="a visitor")
+        step(connection, model, "requested", actor=account)
     elif record.role == "reference":
         raise UsageError(f"{model} is here for others to be measured against, and will not be served")
     elif record.status in ("live", "deprecated"):
@@ -56,6 +66,25 @@ def request_model(connection: Connection, account: str, model: str, note: str, n
     if int(connection.scalar(others) or 0) >= MOST_VOTES:
         raise UsageError(f"an account can have {MOST_VOTES} open votes: withdraw one first")
     return vote(connection, account, model, note, now)
+
+
+def _check_number(connection: Connection, account: str, now: int) -> None:
+    """Check that an account may put another model on record.
+
+    Raises:
+        UsageError: it has put too many there, in all or in the last 24 hours.
+    """
+    is_today = sa.case((catalogue_events.c.at > now - _DAY_MS, 1), else_=0)
+    counts = sa.select(sa.func.count(), sa.func.sum(is_today)).where(catalogue_events.c.actor == account)
+    count, today = connection.execute(counts).one()
+    if count >= MOST_MODELS:
+        raise UsageError(
+            f"an account can name {MOST_MODELS} models that the catalogue does not have: vote for one that is there"
+        )
+    if (today or 0) >= MOST_MODELS_A_DAY:
+        raise UsageError(
+            f"an account can name {MOST_MODELS_A_DAY} models a day that the catalogue does not have: try again tomorrow"
+        )
 
 
 def _check_spelling(connection: Connection, model: str) -> None:

@@ -170,7 +170,7 @@ def step(
     """Take a model one step further in its lifecycle. Does not check the gates, see `actions.go_live`.
 
     Args:
-        actor: a person's id, or "command line".
+        actor: a person's id, the id of an account that asks for the model, or "command line".
         note: why, in a sentence that everybody may read.
         until: for a deprecation, the last day on which it answers.
         on: the day; left out, today.

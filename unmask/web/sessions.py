@@ -83,14 +83,18 @@ def require_person(page: Callable[[Request, Person], Awaitable[Response]], *, ad
     return handler
 
 
-def require_form(act: Callable[[Request, Person, Form], Awaitable[Response]], *, admin: bool = False) -> PageHandler:
+def require_form(
+    act: Callable[[Request, Person, Form], Awaitable[Response]], *, admin: bool = False, throttle: bool = True
+) -> PageHandler:
     """Return a handler for a form that a signed-in visitor sent from its own page.
 
     Args:
         act: carries out the form.
-        admin: only for admins.
+        admin: only for admins, whose forms are not counted.
+        throttle: count the form against the forms per minute of the visitor's account.
 
     Raises (the handler):
+        RateLimited: too many forms of the account.
         ApiError: 403 for a wrong form token or a form for admins; 400, 408 or 413 for a form that cannot be read.
     """
 
@@ -107,6 +111,10 @@ def require_form(act: Callable[[Request, Person, Form], Awaitable[Response]], *,
             if person is None:
                 return redirect("/sign-in")
             _require_admin(person, admin)
+        elif throttle:
+            accounts = page_context(request).accounts
+            assert accounts is not None, "people are for servers with accounts"
+            await accounts.membership.throttle_form(person)
         return await act(request, person, form)
 
     return handler

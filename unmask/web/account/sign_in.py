@@ -56,7 +56,7 @@ class SignInPages:
             Route("/sign-in", self.sign_in, methods=["POST"]),
             Route("/first-admin", self.first_admin_page),
             Route("/first-admin", self.first_admin, methods=["POST"]),
-            Route("/sign-out", require_form(self.sign_out), methods=["POST"]),
+            Route("/sign-out", require_form(self.sign_out, throttle=False), methods=["POST"]),
         ]
 
     async def sign_up_page(self, request: Request) -> Response:
