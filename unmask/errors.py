@@ -29,6 +29,7 @@ UnmaskError
 │   ├── InsufficientCredit     the account's credit does not cover the cost
 │   ├── SpendLimitReached      the key's own limit does not cover the cost
 │   ├── RateLimited            carries retry_after, in seconds
+│   ├── StatisticsBusy         too many reports are being read; carries retry_after, in seconds
 │   ├── RequestInProgress      a request with the same Idempotency-Key is running
 │   ├── ReplayLimitReached     the charge behind the Idempotency-Key was answered often enough
 │   ├── KeyReused              the same Idempotency-Key came with another request
@@ -219,6 +220,14 @@ class RateLimited(AccountError):
     def __init__(self, message: str, kind: str, retry_after: float | None) -> None:
         super().__init__(message)
         self.kind = kind
+        self.retry_after = retry_after
+
+
+class StatisticsBusy(AccountError):
+    """Too many reports of accounts are being read. Try again after `retry_after` seconds."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
         self.retry_after = retry_after
 
 

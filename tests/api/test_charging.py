@@ -16,7 +16,8 @@ import pytest
 from sqlalchemy import Connection
 
 from tests.api.live import KEY, LocalService, Reply, running, until
-from unmask.accounts import Accounts, keys, ledger, people, tariff
+from unmask.accounts import Accounts, keys, ledger, people, tariff, usage
+from unmask.accounts.accounts import MOST_REPORTS
 from unmask.accounts.keys import KeySettings
 from unmask.accounts.verification import verify
 from unmask.api.charging import go_duration
@@ -496,6 +497,45 @@ def test_one_account_cannot_use_what_is_anothers(bank: Bank):
             bank.do(attempt)
     assert [key.id for key in bank.do(lambda c: keys.list_keys(c, first, now))] == [id]
     assert id not in [key.id for key in bank.do(lambda c: keys.list_keys(c, second, now))]
+
+
+@pytest.mark.parametrize("path", ["/v1/account", "/v1/usage", "/v1/keys"])
+def test_reading_an_account_is_a_request_of_its_limit(bank: Bank, paid: LocalService, path: str):
+    _, key = bank.customer(requests_per_minute=1)
+    first, second = (paid.call("GET", path, key=key) for _ in range(2))
+    assert (first.status, first.headers["x-ratelimit-limit-requests"]) == (200, "1")
+    assert (second.status, second.error["code"]) == (429, "rate_limit_exceeded")
+    assert int(second.headers["retry-after"]) > 0
+    assert embed(paid, key).status == 429
+    _, unlimited = bank.customer()
+    assert [paid.call("GET", path, key=unlimited).status for _ in range(5)] == [200] * 5
+
+
+def test_reports_hold_up_no_other_request(bank: Bank, paid: LocalService, monkeypatch: pytest.MonkeyPatch):
+    _, key = bank.customer()
+    may_end, num_begun = threading.Event(), threading.Semaphore(0)
+    totals = usage.usage_totals
+
+    def slow_totals(*arguments: Any) -> Any:
+        num_begun.release()
+        assert may_end.wait(60)
+        return totals(*arguments)
+
+    monkeypatch.setattr(usage, "usage_totals", slow_totals)
+    with ThreadPoolExecutor(MOST_REPORTS) as pool:
+        reports = [pool.submit(paid.call, "GET", "/v1/usage", key=key) for _ in range(MOST_REPORTS)]
+        try:
+            assert num_begun.acquire(timeout=60)
+            until(lambda: not bank.accounts._free_reports._value)
+            # More are refused, and a key that nobody has asked for yet is read from the tables.
+            refused = paid.call("GET", "/v1/account", key=key)
+            assert (refused.status, refused.error["code"]) == (503, "statistics_busy")
+            assert int(refused.headers["retry-after"]) > 0 and refused.headers["x-should-retry"] == "true"
+            assert embed(paid, bank.customer()[1]).status == 200
+        finally:
+            may_end.set()
+        assert {report.result().status for report in reports} == {200}
+    assert paid.call("GET", "/v1/account", key=key).status == 200
 
 
 def test_uses_are_noted_in_batches(bank: Bank, paid: LocalService):

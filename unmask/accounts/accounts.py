@@ -20,7 +20,7 @@ from unmask.accounts.ledger import HeldCredit, Hold
 from unmask.accounts.limits import BucketTake, Limiter, LocalLimiter, RateLimitStatus
 from unmask.accounts.membership import Membership
 from unmask.accounts.provider_settings import IdentityProviderSettings
-from unmask.errors import AccountError, UnmaskError
+from unmask.errors import AccountError, StatisticsBusy, UnmaskError
 from unmask.storage.database import Database, default_url, now_ms
 from unmask.storage.writer import Writer
 
@@ -41,6 +41,12 @@ _MAX_FAILED_REFUNDS = 10_000
 # Interval of checkpoints of SQLite's write-ahead log: often, so that each takes a few milliseconds.
 _TIDY_S = 0.2
 _READERS = 4
+
+# Reports sum up to a year of charges and may take seconds. They have threads of their own, so that no key and no price
+# waits for them, and few wait for one of these threads.
+_REPORTERS = 2
+MOST_REPORTS = 16  # running and waiting
+_REPORT_RETRY_S = 2.0
 _PRICE_S = 5.0  # age up to which a cached price is used
 
 # Age up to which a cached key is used, in case another process changed it. Spending does not rely on it: the
@@ -103,6 +109,8 @@ class Accounts:
         self.membership = Membership(self, self.peppers, self._limiter, self.provider, free_credit)
         self._writer = Writer(self.database, flushed=flush_charges)
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="unmask-accounts")
+        self._reporters = ThreadPoolExecutor(_REPORTERS, thread_name_prefix="unmask-reports")
+        self._free_reports = threading.Semaphore(MOST_REPORTS)
         self._uses: dict[str, int] = {}
         self._prices: dict[tuple[str, str], tuple[int, int]] = {}
         self._tariff: tuple[int, list[tariff.TariffPrice]] = (0, [])
@@ -114,12 +122,34 @@ class Accounts:
 
     async def read(self, question: Callable[[Connection], T]) -> T:
         """Return the result of a query, which sees one state of the tables."""
+        return await asyncio.get_running_loop().run_in_executor(self._readers, self._ask, question)
 
-        def ask() -> T:
-            with self.database.read() as connection:
-                return question(connection)
+    async def read_report(self, question: Callable[[Connection], T], *, patient: bool = False) -> T:
+        """Return the result of a query over many rows, or of one that callers may repeat as fast as they like.
 
-        return await asyncio.get_running_loop().run_in_executor(self._readers, ask)
+        Args:
+            question: the query.
+            patient: wait behind any number of reports, for a further part of an answer that has begun.
+
+        Raises:
+            StatisticsBusy: too many reports are being read or wait.
+        """
+        if patient:
+            return await asyncio.get_running_loop().run_in_executor(self._reporters, self._ask, question)
+        if not self._free_reports.acquire(blocking=False):
+            raise StatisticsBusy("Too many reports are being read: try again in a moment.", _REPORT_RETRY_S)
+        try:
+            report = self._reporters.submit(self._ask, question)
+        except BaseException:
+            self._free_reports.release()
+            raise
+        # Also once it is cancelled, because its client has left. One that runs by then counts until it ends.
+        report.add_done_callback(lambda _: self._free_reports.release())
+        return await asyncio.wrap_future(report)
+
+    def _ask(self, question: Callable[[Connection], T]) -> T:
+        with self.database.read() as connection:
+            return question(connection)
 
     async def write(self, piece: Callable[[Connection], T]) -> T:
         """Run a function that changes tables, and return its result once it is committed. It may run more than once."""
@@ -396,6 +426,7 @@ class Accounts:
             log.error("the last sweep of the ledger failed: %s", error)
         self._writer.close()
         self._readers.shutdown()
+        self._reporters.shutdown()
         self._limiter.close()
         self.database.close()
 

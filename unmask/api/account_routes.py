@@ -8,11 +8,11 @@ from sqlalchemy import Connection
 from starlette.requests import Request
 from starlette.responses import Response
 
-from unmask.accounts import Accounts, Caller, keys, people, usage
+from unmask.accounts import Accounts, keys, people, usage
 from unmask.accounts.keys import Key
 from unmask.accounts.money import format_dollars
 from unmask.accounts.taint import TaintedAnswers, tainted_answers, tainted_windows
-from unmask.api.context import context_of
+from unmask.api.charging import Charging
 from unmask.api.download import csv_file, csv_response
 from unmask.api.errors import ApiError
 from unmask.api.schema import AccountInfo, KeyInfo, KeyList, Minute, TaintedUsage, UsageReport, UsageRow
@@ -25,15 +25,19 @@ _DEFAULT_DAYS = 30
 
 @dataclass(frozen=True, eq=False)
 class AccountRoutes:
-    """The routes. Each reads the account of the key that calls, never an account that the request names."""
+    """The routes. Each reads the account of the key that calls, never an account that the request names.
+
+    They cost nothing, so each counts as a request, and reads in the threads of reports.
+    """
 
     accounts: Accounts
     models: ModelRegistry
+    charging: Charging
 
     async def account(self, request: Request) -> Response:
         """Return the balance, the limits and the calling key."""
-        caller = _require_caller(request)
-        account = await self.accounts.read(lambda connection: people.account(connection, caller.account_id))
+        caller = await self.charging.check_account_access(request)
+        account = await self.accounts.read_report(lambda connection: people.account(connection, caller.account_id))
         info = AccountInfo(
             id=account.id,
             name=account.name,
@@ -49,9 +53,11 @@ class AccountRoutes:
 
     async def keys(self, request: Request) -> Response:
         """Return all keys of the account."""
-        caller = _require_caller(request)
+        caller = await self.charging.check_account_access(request)
         now = now_ms()
-        own_keys = await self.accounts.read(lambda connection: keys.list_keys(connection, caller.account_id, now))
+        own_keys = await self.accounts.read_report(
+            lambda connection: keys.list_keys(connection, caller.account_id, now)
+        )
         return _json(KeyList(data=[_key_info(key) for key in own_keys]))
 
     async def usage(self, request: Request) -> Response:
@@ -60,7 +66,7 @@ class AccountRoutes:
         Raises:
             ApiError: 400 for a wrong parameter.
         """
-        caller = _require_caller(request)
+        caller = await self.charging.check_account_access(request)
         start, end = date_range(request)
         group_by = request.query_params.get("group_by")
         groups = usage.DEFAULT_GROUPS if group_by is None else tuple(name for name in group_by.split(",") if name)
@@ -74,7 +80,7 @@ class AccountRoutes:
             return used, tainted_answers(connection, windows, caller.account_id)
 
         try:
-            groups_used, tainted = await self.accounts.read(read_usage)
+            groups_used, tainted = await self.accounts.read_report(read_usage)
         except UsageError as error:
             raise ApiError(400, f"{str(error)[:200]}.") from None
         names = self.models.public_names
@@ -111,13 +117,6 @@ def _tainted_usage(answers: TaintedAnswers, names: PublicNames) -> TaintedUsage:
         first=first,
         last=last,
     )
-
-
-def _require_caller(request: Request) -> Caller:
-    caller = context_of(request).caller
-    assert caller is not None, "these routes exist only on servers with accounts"
-    caller.require("account")
-    return caller
 
 
 def date_range(request: Request) -> tuple[date, date]:

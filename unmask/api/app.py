@@ -68,7 +68,8 @@ def create_app(
     """
     metrics = metrics or Metrics()
     stopping = stopping or threading.Event()
-    embeddings = EmbeddingsRoute(models, settings, metrics, Charging(accounts, settings.credit_status))
+    charging = Charging(accounts, settings.credit_status)
+    embeddings = EmbeddingsRoute(models, settings, metrics, charging)
     service = _ServiceRoutes(models, metrics, stopping, pages, accounts)
     openapi = openapi_document(
         secured=bool(settings.api_keys), body_limit=settings.body_limit_bytes, accounts=accounts is not None
@@ -91,7 +92,7 @@ def create_app(
         Route("/", _front(service.index, tei.embed_endpoint(embeddings)), methods=["GET", "POST"]),
     ]
     if accounts is not None:
-        account = AccountRoutes(accounts, models)
+        account = AccountRoutes(accounts, models, charging)
         api_routes += [
             Route("/v1/account", account.account),
             Route("/v1/usage", account.usage),

@@ -96,6 +96,19 @@ class Charging:
         _add_limit_headers(context, "tokens", await accounts.limit(caller, "tokens", 0))
         await self._take(context, caller, "requests", 1)
 
+    async def check_account_access(self, request: Request) -> Caller:
+        """Return the caller, whose key may read its account. Count the request against requests per minute.
+
+        Raises:
+            Forbidden, RateLimited.
+        """
+        context = context_of(request)
+        caller = context.caller
+        assert caller is not None, "these routes exist only on servers with accounts"
+        caller.require("account")
+        await self._take(context, caller, "requests", 1)
+        return caller
+
     @asynccontextmanager
     async def charge(
         self,

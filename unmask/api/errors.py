@@ -89,6 +89,7 @@ _ANSWERS: tuple[tuple[type[errors.UnmaskError], _Answer], ...] = (
     (errors.InsufficientCredit, _Answer(429, QUOTA, QUOTA)),
     (errors.SpendLimitReached, _Answer(429, QUOTA, QUOTA)),
     (errors.RateLimited, _Answer(429, "requests", "rate_limit_exceeded")),
+    (errors.StatisticsBusy, _Answer(503, SERVER, "statistics_busy")),
     (errors.RequestInProgress, _Answer(409, code="request_in_progress", param="Idempotency-Key", retry_after=1)),
     (errors.ReplayLimitReached, _Answer(409, code="idempotency_key_exhausted", param="Idempotency-Key")),
     (errors.KeyReused, _Answer(422, code="idempotency_key_reused", param="Idempotency-Key")),

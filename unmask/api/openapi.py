@@ -37,7 +37,7 @@ ERRORS = {
     413: "The body is larger than {body_limit} bytes.",
     415: "The body is not UTF-8 JSON, or it is compressed.",
     422: "This Idempotency-Key was used for another request.",
-    429: "Too many tokens wait already. Retry-After says when there will be room.",
+    429: "Too many tokens wait already, or a limit per minute is reached. Retry-After says when there will be room.",
     500: "A fault of the server.",
     502: "A provider failed, and the retry budget of the model is used up.",
     503: "The model is loading, failed to load, or the server is shutting down.",
@@ -350,15 +350,17 @@ def _account_paths(app: _AppTraits) -> dict[str, Any]:
     return {
         "/v1/account": {
             "get": app.operation(
-                "account", "Balance and limits", _json_response("Of this key's account.", "AccountInfo")
+                "account", "Balance and limits", _json_response("Of this key's account.", "AccountInfo"), (429,)
             )
         },
         "/v1/usage": {
             "get": app.operation(
-                "usage", "What was used, and what it cost", report, parameters=_parameters("query", query)
+                "usage", "What was used, and what it cost", report, (429,), parameters=_parameters("query", query)
             )
         },
-        "/v1/keys": {"get": app.operation("keys", "The account's keys", _json_response("Newest first.", "KeyList"))},
+        "/v1/keys": {
+            "get": app.operation("keys", "The account's keys", _json_response("Newest first.", "KeyList"), (429,))
+        },
     }
 
 

@@ -169,15 +169,12 @@ class AccountPages:
     async def requests_csv(self, request: Request, person: Person) -> Response:
         columns = ("charge", "request", "at", "key", "model", "tier", "tokens", "cost", "state")
 
-        async def parts() -> AsyncIterator[str]:
+        def read(connection: Connection, before: tuple[int, str] | None = None) -> Any:
+            return usage.charged_requests(connection, person.account_id, limit=_CSV_PAGE, before=before)
+
+        async def parts(page: Any) -> AsyncIterator[str]:
             yield csv_file(columns, ())
-            before: tuple[int, str] | None = None
             while True:
-                page = await self._read(
-                    lambda c, before=before: usage.charged_requests(
-                        c, person.account_id, limit=_CSV_PAGE, before=before
-                    )
-                )
                 yield csv_file(
                     None,
                     (
@@ -188,8 +185,10 @@ class AccountPages:
                 if len(page) < _CSV_PAGE:
                     return
                 before = page[-1].at, page[-1].id
+                page = await self._read(lambda connection, before=before: read(connection, before), patient=True)
 
-        return csv_response("requests.csv", parts())
+        # The first page is read before the answer begins: it may be refused.
+        return csv_response("requests.csv", parts(await self._read(read)))
 
     async def ledger(self, request: Request, person: Person) -> Response:
         before = parse_number(request.query_params, "before")
@@ -212,20 +211,20 @@ class AccountPages:
         )
 
     async def ledger_csv(self, request: Request, person: Person) -> Response:
-        async def parts() -> AsyncIterator[str]:
+        def read(connection: Connection, before: int | None = None) -> Any:
+            return usage.statement(connection, person.account_id, limit=_CSV_PAGE, before=before)
+
+        async def parts(page: Any) -> AsyncIterator[str]:
             yield csv_file(("entry", "at", "kind", "amount", "reference", "note"), ())
-            before: int | None = None
             while True:
-                page = await self._read(
-                    lambda c, before=before: usage.statement(c, person.account_id, limit=_CSV_PAGE, before=before)
-                )
                 rows = ((e.number, _utc(e.at), e.kind, format_dollars(e.amount), e.reference, e.note) for e in page)
                 yield csv_file(None, rows)
                 if len(page) < _CSV_PAGE:
                     return
                 before = page[-1].number
+                page = await self._read(lambda connection, before=before: read(connection, before), patient=True)
 
-        return csv_response("ledger.csv", parts())
+        return csv_response("ledger.csv", parts(await self._read(read)))
 
     async def settings(self, request: Request, person: Person) -> Response:
         return await self._settings_page(request, person)
@@ -270,14 +269,15 @@ class AccountPages:
         values |= {"person": person, "area": "account", "now": now_ms()}
         return render_private_page(self.render, request, template, error=error, **values)
 
-    async def _read(self, query: Callable[[Connection], Any]) -> Any:
-        """Run a query as `Accounts.read` does.
+    async def _read(self, query: Callable[[Connection], Any], *, patient: bool = False) -> Any:
+        """Run a query as `Accounts.read_report` does.
 
         Raises:
             ApiError: 400, a parameter of the address cannot be used in the query.
+            StatisticsBusy: too many reports are being read.
         """
         try:
-            return await self.accounts.read(query)
+            return await self.accounts.read_report(query, patient=patient)
         except UsageError as error:
             raise ApiError(400, sentence(error)) from None
 
@@ -291,7 +291,7 @@ class AccountPages:
                 "issuers": people.identities_of(connection, person.id),
             }
 
-        values, provider = await self._read(read), self.accounts.provider
+        values, provider = await self.accounts.read(read), self.accounts.provider
         return self._render(
             request,
             person,

@@ -111,7 +111,7 @@ class ProviderAdminPages:
     async def _page(self, request: Request, person: Person, error: UsageError | None = None) -> Response:
         last = datetime.now(UTC).date()
         first = last - timedelta(days=_DAYS - 1)
-        values = await self.accounts.read(lambda connection: _read_books(connection, first))
+        values = await self.accounts.read_report(lambda connection: _read_books(connection, first))
         managed = self._managed(last, values["prices"], values["margins"], values["owed"])
         return render_private_page(
             self.render,
