@@ -1,5 +1,6 @@
 """States of words: tokens of each word, their states, and storage so that nothing is computed twice."""
 
+import json
 import tempfile
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from unmask import Encoder
@@ -128,6 +130,27 @@ def test_states_are_means_over_the_words_own_tokens(encoder: Encoder, sentences:
             np.testing.assert_allclose(following[row], before, rtol=2e-3, atol=2e-3)
             row += 1
     assert row == len(same) == len(following)
+
+
+@pytest.mark.parametrize("kind", ["longer head", "shorter head", "cut vectors"])
+def test_states_are_those_of_the_decoder_whatever_the_length_of_a_vector(
+    encoder: Encoder, copied, tmp_path: Path, kind: str
+) -> None:
+    folder = copied("tiny_llama")
+    settings: dict[str, object] = {"pooling_mode": "mean"}
+    length = {"longer head": 96, "shorter head": 48, "cut vectors": 16}[kind]
+    if kind == "cut vectors":
+        settings["head"] = [{"kind": "truncate", "dimensions": length}]
+    else:
+        save_file({"weight": torch.ones(length, 64), "bias": torch.zeros(length)}, folder / "head.safetensors")
+    (folder / "llm2vec_config.json").write_text(json.dumps(settings))
+    other = Encoder.load(folder)
+    assert (other.dim, other.hidden_size) == (length, encoder.hidden_size)
+    expected = word_states(encoder, tokenized(encoder, SENTENCES), tmp_path / "states", "bare")
+    for name, states in word_states(other, tokenized(other, SENTENCES), tmp_path / "states", "other").items():
+        np.testing.assert_array_equal(states, expected[name])
+    for states in word_states(other, [], tmp_path / "states", "none").values():
+        assert states.shape == (0, encoder.hidden_size)
 
 
 class Counting(torch.nn.Module):

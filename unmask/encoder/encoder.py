@@ -43,7 +43,8 @@ class Encoder:
         head: steps behind the pooling, float32 on the host; None where a vector is the pooled state.
         precision: precision of the decoder's linear layers, in words that change whenever its vectors do.
         dtype_choice: the `dtype` it was loaded in, and for "auto" the measurement that led to it.
-        dim: length of a vector.
+        hidden_size: length of a hidden state, as `states` returns it.
+        dim: length of a vector, behind the head.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Encoder:
         self.dtype_choice = PrecisionChoice(precision, "as made")
         self.head = head
         self.causal = causal
+        self.hidden_size = dim
         self.dim = dim if head is None else head.out_features
         self._decoder = decoder
         self._decoder_lock = threading.Lock()

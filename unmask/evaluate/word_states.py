@@ -130,8 +130,8 @@ def word_states(
     """
     words = sum(len(sentence.with_state) for sentence in sentences)
     if words == 0:
-        return {kind: np.empty((0, encoder.dim), dtype=_STORED) for kind in STATES}
-    store = _Store(cache / revision / f"words-{_digest(sentences)}", encoder.dim)
+        return {kind: np.empty((0, encoder.hidden_size), dtype=_STORED) for kind in STATES}
+    store = _Store(cache / revision / f"words-{_digest(sentences)}", encoder.hidden_size)
     with store.locked():
         reached = store.words()
         row = 0
@@ -177,7 +177,8 @@ def _extract(encoder: Encoder, sentences: Sequence[WordTokens]) -> dict[States, 
     lengths = [len(sentence.ids) for sentence in sentences]
     packs = packs_of(lengths, encoder.device)
     ends = np.cumsum([len(sentence.with_state) for sentence in sentences])
-    states: dict[States, np.ndarray] = {kind: np.empty((ends[-1], encoder.dim), dtype=np.float32) for kind in STATES}
+    shape = int(ends[-1]), encoder.hidden_size
+    states: dict[States, np.ndarray] = {kind: np.empty(shape, dtype=np.float32) for kind in STATES}
     results = encoder.map_packs(lambda members: _forward(encoder, [sentences[i] for i in members]), packs)
     for members, result in zip(packs, results, strict=True):
         start = 0
