@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from unmask import Encoder
@@ -16,6 +17,7 @@ from unmask.errors import CheckpointError, EngineError, UsageError
 from unmask.evaluate.cache import CachedModel
 from unmask.evaluate.models import open_model
 from unmask.evaluate.models.embedding_model import EmbeddingModel
+from unmask.evaluate.models.onnx_file import _external_files
 from unmask.export import ExportOptions, run_export
 
 TEXTS = ["a text", "another, somewhat longer text", "a text"]
@@ -55,6 +57,46 @@ def test_an_onnx_file_with_the_prompts_of_its_export(tiny: str, tmp_path: Path) 
         np.testing.assert_allclose(model.encode(texts, task_instruction), expected, atol=1e-6)
         assert model.count_tokens(TEXTS, task_instruction) == encoder.count_tokens(TEXTS, instruction=instruction).sum()
     assert model.encode([]).shape == (0, 32)
+
+
+def test_weights_beside_an_onnx_graph_are_in_its_revision(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unmask.export.onnx_writer._MAX_MESSAGE", 100_000)
+    run_export(ExportOptions(model=tiny, target="onnx", output=tmp_path / "out", check=False), lambda line: None)
+    file = tmp_path / "out" / "onnx" / "model.onnx"
+    before = open_model(str(file))
+    vectors, data = before.encode(TEXTS), file.with_name("model.onnx.data")
+    numbers = np.fromfile(data, dtype="<f4")
+    (numbers * 1.5).tofile(data)
+    other = open_model(str(file))
+    assert not np.allclose(other.encode(TEXTS), vectors)
+    assert other.revision != before.revision
+    numbers.tofile(data)
+    assert open_model(str(file)).revision == before.revision
+
+
+def test_weights_of_an_onnx_branch_are_in_its_revision(tmp_path: Path) -> None:
+    def tensor(name: str) -> onnx.TensorProto:
+        values = onnx.numpy_helper.from_array(np.ones(4, dtype=np.float32), name)
+        onnx.external_data_helper.set_external_data(values, location=f"{name}.data")
+        return values
+
+    output = onnx.helper.make_tensor_value_info("out", onnx.TensorProto.FLOAT, [4])
+    branches = {
+        f"{name}_branch": onnx.helper.make_graph(
+            [onnx.helper.make_node("Identity", [name], ["out"])], name, [], [output], [tensor(name)]
+        )
+        for name in ("then", "else")
+    }
+    nodes = [
+        onnx.helper.make_node("Constant", [], ["constant"], value=tensor("constant")),
+        onnx.helper.make_node("If", ["condition"], ["chosen"], **branches),
+    ]
+    graph = onnx.helper.make_graph(nodes, "graph", [], [output], [tensor("outer"), tensor("outer")])
+    file = tmp_path / "model.onnx"
+    file.write_bytes(onnx.helper.make_model(graph).SerializeToString())
+    assert [path.name for path in _external_files(file)] == ["constant.data", "else.data", "outer.data", "then.data"]
 
 
 def test_a_sentence_transformers_folder_in_two_precisions(published: Callable[[str], Path]) -> None:

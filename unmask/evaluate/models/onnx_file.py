@@ -3,7 +3,8 @@
 import hashlib
 import importlib
 import json
-from collections.abc import Mapping, Sequence
+import mmap
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,7 +68,7 @@ class OnnxModel:
         self.precision = str(self._session.get_modelmeta().custom_metadata_map.get("dtype", "float32"))
         self.prompts = _read_prompts(folder)
         self.takes_instructions = any(self.prompts.values())
-        self.revision = _digest([file, *(folder / part for part in _DIGESTED_FILES)])
+        self.revision = _digest([file, *_external_files(file), *(folder / part for part in _DIGESTED_FILES)])
 
     def encode(self, texts: Sequence[str], instruction: str = "") -> np.ndarray:
         """Return float32 [n, dimensions]. The instruction only chooses the file's own prompt."""
@@ -135,6 +136,34 @@ def _read_prompts(folder: Path) -> Mapping[str, str]:
         return {}
     own = json.loads(file.read_text(encoding="utf-8")).get("prompts") or {}
     return {str(name): str(text) for name, text in own.items()}
+
+
+def _external_files(file: Path) -> list[Path]:
+    """Return the files beside a graph that hold its tensors, by their names in it.
+
+    Raises:
+        MissingPackages: there are such files, and onnx is not installed.
+    """
+    # A graph with its weights inside has up to 2 GB; it is not worth being parsed only to find that out.
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if content.find(b"location") < 0:
+            return []
+    try:
+        library: Any = importlib.import_module("onnx")
+    except ImportError as error:
+        raise MissingPackages("an ONNX file with weights beside it is read with", "export") from error
+    model = library.load(str(file), load_external_data=False)
+    return [file.parent / name for name in sorted(set(_external_locations(model, library.TensorProto)))]
+
+
+def _external_locations(message: Any, tensor_type: Any) -> Iterator[str]:
+    """Yield the places of all tensors outside a message, wherever in it they stand: also in branches and functions."""
+    if isinstance(message, tensor_type) and message.data_location == tensor_type.EXTERNAL:
+        yield from (entry.value for entry in message.external_data if entry.key == "location")
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in [value] if hasattr(value, "ListFields") else value:
+                yield from _external_locations(part, tensor_type)
 
 
 def _digest(files: Sequence[Path]) -> str:
