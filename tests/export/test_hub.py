@@ -21,7 +21,7 @@ from unmask.checkpoint import open_checkpoint
 from unmask.checkpoint.hub_config import hub_config
 from unmask.checkpoint.tokenizer import prompt_rule
 from unmask.encoder.model.architectures import ARCHITECTURES, shape_of
-from unmask.errors import ExportError
+from unmask.errors import CheckpointError, ExportError
 from unmask.export import ExportOptions, ParityReport, run_export, run_parity
 from unmask.export.runtimes import open_runtimes
 
@@ -72,13 +72,14 @@ def test_a_template_that_ends_in_words_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def with_head(source: Path, folder: Path, bias: float) -> Path:
-    """A tiny Llama without BOS in its tokenizer, and a linear layer behind the pooling."""
+def with_head(source: Path, folder: Path, bias: float, *, bos: bool = False) -> Path:
+    """A tiny Llama and a linear layer behind the pooling, without BOS in its tokenizer or with it."""
     folder.mkdir()
     for file in source.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
-    tokenizer = json.loads((folder / "tokenizer.json").read_text()) | {"post_processor": None}
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    if not bos:
+        tokenizer = json.loads((folder / "tokenizer.json").read_text()) | {"post_processor": None}
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     torch.manual_seed(1)
     save_file({"weight": torch.randn(48, 64) * 0.2, "bias": torch.full((48,), bias)}, folder / "head.safetensors")
     settings = {"pooling_mode": "mean", "max_length": 64, "matryoshka": [48, 16]}
@@ -96,6 +97,45 @@ def test_a_linear_head_and_matryoshka_lengths_go_along(golden_dir: Path, tmp_pat
     assert [file.name for file in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["matryoshka_dimensions"] == [48, 16]
     assert Encoder.load(tmp_path / "out").checkpoint.encoder_config["matryoshka"] == [48, 16]
+
+
+def test_a_head_goes_along_where_bos_is_left_out_of_the_mean(golden_dir: Path, tmp_path: Path) -> None:
+    model = with_head(golden_dir / "tiny_llama", tmp_path / "model", 0.3, bos=True)
+    worst = gated(exported(model, tmp_path / "out", instructions={}))
+    assert {"unmask", "sentence-transformers"} == {key.split()[0] for key in worst}
+    assert min(worst.values()) >= 0.99999
+    source, again = Encoder.load(model, dtype="float32"), Encoder.load(tmp_path / "out", dtype="float32")
+    np.testing.assert_array_equal(again.encode(TEXTS), source.encode(TEXTS))
+    modules = json.loads((tmp_path / "out" / "modules.json").read_text())
+    kinds = ["Transformer", "WordWeights", "Pooling", "Dense", "Normalize"]
+    assert [module["type"].rpartition(".")[2] for module in modules] == kinds
+    # Behind an instruction sentence-transformers would be inexact, and unmask is not.
+    exported(model, tmp_path / "asking", check=False, allow_inexact=True)
+    assert_same_bits(model, tmp_path / "asking")
+
+
+def test_files_for_other_libraries_stay_in_the_revision_of_a_folder_with_a_head(
+    golden_dir: Path, tmp_path: Path
+) -> None:
+    exported(with_head(golden_dir / "tiny_llama", tmp_path / "model", 0.3), tmp_path / "out", check=False)
+    files = [file.relative_to(tmp_path / "out").as_posix() for file in open_checkpoint(tmp_path / "out").files]
+    assert files[files.index("modules.json") :] == [
+        "modules.json",
+        "1_Pooling/config.json",
+        "2_Dense/config.json",
+        "2_Dense/model.safetensors",
+        "config_sentence_transformers.json",
+        "sentence_bert_config.json",
+    ]
+
+
+def test_a_module_between_dense_layers_that_is_not_computed_is_named(golden_dir: Path, tmp_path: Path) -> None:
+    exported(with_head(golden_dir / "tiny_llama", tmp_path / "model", 0.3), tmp_path / "out", check=False)
+    modules = json.loads((tmp_path / "out" / "modules.json").read_text())
+    modules.append({"idx": 4, "name": "4", "path": "4_LayerNorm", "type": "sentence_transformers.models.LayerNorm"})
+    (tmp_path / "out" / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(CheckpointError, match="describes a module LayerNorm, which unmask does not compute"):
+        open_checkpoint(tmp_path / "out")
 
 
 def test_vectors_are_cut_to_a_matryoshka_length(golden_dir: Path, tmp_path: Path) -> None:

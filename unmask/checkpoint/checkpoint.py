@@ -12,7 +12,7 @@ from unmask.checkpoint.adapter import Adapter, MergedTensors
 from unmask.checkpoint.digest import file_sha256
 from unmask.checkpoint.gguf import open_gguf
 from unmask.checkpoint.head import HEAD_FILE, HeadTensors, read_head_file
-from unmask.checkpoint.modules import BIDIRECTIONAL_TYPES, ModulesDescription, read_modules
+from unmask.checkpoint.modules import BIDIRECTIONAL_TYPES, ModulesDescription, read_dense_layers, read_modules
 from unmask.checkpoint.resolve import Location, resolve
 from unmask.checkpoint.tensors import (
     EMBEDDING,
@@ -200,7 +200,7 @@ def _description(folders: Sequence[Path], config: Mapping[str, Any], weights: bo
             # Training carries the steps of a head on to its adapter; the layers stay in the base's folder.
             dense = any(step.get("kind") == "dense" for step in settings.get("head") or ())
             dense = dense and not (folder / HEAD_FILE).is_file()  # that file holds the layers
-            below = (read_modules(path, config, weights=weights) for path in folders[i:]) if dense else ()
+            below = (read_dense_layers(path, config, weights=weights) for path in folders[i:]) if dense else ()
             carried = next((modules for modules in below if modules is not None), ModulesDescription({}))
             return ModulesDescription(settings, carried.files, carried.layers)
         modules = read_modules(folder, config, weights=weights)

@@ -24,6 +24,7 @@ log = logging.getLogger("unmask")
 SENTENCE_TRANSFORMERS = "sentence-transformers"
 
 _MODEL_SETTINGS = "config_sentence_transformers.json"
+_LENGTHS = "sentence_bert_config.json"
 
 # model_type of code that its makers ship with the weights -> the decoder that it is with the causal mask removed.
 BIDIRECTIONAL_TYPES = {"llama_bidirec": "llama"}
@@ -102,6 +103,32 @@ def read_modules(folder: Path, config: Mapping[str, Any], *, weights: bool = Tru
     return ModulesDescription(settings, reader.files, reader.layers)
 
 
+def read_dense_layers(folder: Path, config: Mapping[str, Any], *, weights: bool = True) -> ModulesDescription | None:
+    """Read the layers behind the pooling of a folder whose settings are in an `llm2vec_config.json`.
+
+    The other modules say the same to other libraries, some in ways that `read_modules` does not follow: an exported
+    folder keeps BOS out of the mean by a module WordWeights.
+
+    Args:
+        folder, config, weights: as for `read_modules`.
+
+    Returns:
+        A description without settings; None where there is no `modules.json`.
+
+    Raises:
+        CheckpointError: a module behind the pooling is one that `Encoder` does not compute.
+    """
+    if not (folder / "modules.json").is_file():
+        return None
+    reader = _FolderReader(folder, config, weights)
+    reader.read_layers()
+    if reader.differences:
+        raise CheckpointError(
+            f"{folder / 'modules.json'} describes {'; '.join(reader.differences)}, which unmask does not compute"
+        )
+    return ModulesDescription({}, reader.files, reader.layers)
+
+
 def _bidirectional_type(folder: Path, config: Mapping[str, Any]) -> ModulesDescription | None:
     """A folder without `modules.json` whose model_type says that it is an encoder, with its pooling in config.json."""
     if config.get("model_type") not in BIDIRECTIONAL_TYPES:
@@ -125,9 +152,18 @@ class _FolderReader:
         self.files: list[Path] = []
         self.layers: list[HeadLayer] = []
 
+    def read_layers(self) -> None:
+        for kind, path in self._modules():
+            if kind == "Pooling":
+                self._read(f"{path}/config.json", dict)
+            elif kind not in ("Transformer", "WordWeights"):
+                self._step(kind, path)
+        # As with the pooling's, only their digests count here: they are part of the revision of such a folder.
+        for name in (_MODEL_SETTINGS, _LENGTHS):
+            self._read(name, dict)
+
     def settings(self) -> dict[str, Any]:
-        modules = self._read("modules.json", list)
-        kinds = [(_kind(module.get("type")), str(module.get("path", ""))) for module in modules]
+        kinds = self._modules()
         names = [kind for kind, _ in kinds]
         if names[:2] != ["Transformer", "Pooling"]:
             self.differences.append(f"modules {', '.join(names)}, not a Transformer and a Pooling first")
@@ -151,6 +187,11 @@ class _FolderReader:
         settings |= self._model_settings(head)
         self._check_code()
         return {**settings, "max_length": self._max_length(), **({"head": head} if head else {})}
+
+    def _modules(self) -> list[tuple[str, str]]:
+        """Kind and path of each module."""
+        modules = self._read("modules.json", list)
+        return [(_kind(module.get("type")), str(module.get("path", ""))) for module in modules]
 
     def _pooling(self, path: str) -> dict[str, Any]:
         pooling = self._read(f"{path}/config.json", dict)
@@ -253,7 +294,7 @@ class _FolderReader:
 
     def _max_length(self) -> int | None:
         """Longest sequence: of `sentence_bert_config.json`, else the shorter of the tokenizer's and the decoder's."""
-        lengths = self._read("sentence_bert_config.json", dict)
+        lengths = self._read(_LENGTHS, dict)
         if lengths.get("do_lower_case"):
             self.differences.append("texts in lower case (do_lower_case)")
         if "message" in (lengths.get("modality_config") or {}):
