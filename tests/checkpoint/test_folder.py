@@ -1,5 +1,6 @@
 """Hub-layout folders: every file form loads alike, every damage is one sentence."""
 
+import hashlib
 import json
 import pickle
 import shutil
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from tests.checkpoint.layouts import LAYOUTS, write_layout
 from unmask import Encoder
 from unmask.checkpoint import open_checkpoint
 from unmask.checkpoint.tensors import innermost, require_finite
@@ -288,3 +290,116 @@ def test_every_number_that_is_none_is_found_and_no_other(place: int, number: flo
     else:
         with pytest.raises(CheckpointError, match="file: tensor w holds"):
             require_finite(tensor, "w", "file")
+
+
+def todays_revision(folder: Path) -> str:
+    """The revision that records and caches know: settings, tokenizer, and weights of usual names."""
+    names = ["config.json", "tokenizer.json", "tokenizer_config.json"]
+    weights = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    whole = hashlib.sha256()
+    for file in (*(folder / name for name in names), *weights):
+        whole.update(hashlib.sha256(file.read_bytes()).digest())
+    return whole.hexdigest()[:16]
+
+
+def change_weights(file: Path) -> None:
+    tensors = {name: 2 * tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file)
+
+
+@pytest.mark.parametrize("form", ["one file", "shards", "pickle", "pickled shards"])
+def test_a_usual_folder_keeps_the_revision_that_records_name(copied, form: str) -> None:
+    folder = copied("tiny_llama")
+    if form == "shards":
+        shard(folder, "model-{:05}-of-00002.safetensors", "model.safetensors.index.json", save_file)
+    elif form == "pickled shards":
+        shard(folder, "pytorch_model-{:05}-of-00002.bin", "pytorch_model.bin.index.json", torch.save)
+    elif form == "pickle":
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    assert (folder / "special_tokens_map.json").is_file()
+    assert open_checkpoint(folder).revision == todays_revision(folder)
+
+
+@pytest.mark.parametrize("name", ["part{}.safetensors", "decoder-{:05}-of-00002.safetensors"])
+def test_shards_of_any_name_are_in_the_revision(copied, name: str) -> None:
+    folder = copied("tiny_llama")
+    shard(folder, name, "model.safetensors.index.json", save_file)
+    (folder / "model-old.safetensors").write_bytes(b"a usual name that no index names")
+    checkpoint = open_checkpoint(folder)
+    before = checkpoint.revision
+    checkpoint.require_unchanged()
+    change_weights(folder / name.format(2))
+    assert open_checkpoint(folder).revision != before
+    with pytest.raises(CheckpointError, match="its files have changed"):
+        checkpoint.require_unchanged()
+
+
+def test_pickled_shards_of_any_name_are_in_the_revision(copied) -> None:
+    folder = copied("tiny_llama")
+    shard(folder, "part{}.bin", "pytorch_model.bin.index.json", torch.save)
+    before = open_checkpoint(folder).revision
+    torch.save({name: 2 * tensor for name, tensor in torch.load(folder / "part1.bin").items()}, folder / "part1.bin")
+    assert open_checkpoint(folder).revision != before
+
+
+def test_a_pickle_that_is_read_beside_other_files_is_in_the_revision(copied) -> None:
+    folder = copied("tiny_llama")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "model-of-something-else.safetensors")
+    torch.save(tensors, folder / "pytorch_model.bin")
+    before = open_checkpoint(folder).revision
+    torch.save({name: 2 * tensor for name, tensor in tensors.items()}, folder / "pytorch_model.bin")
+    assert open_checkpoint(folder).revision != before
+
+
+def test_an_index_that_names_other_shards_is_another_revision(copied) -> None:
+    folder = copied("tiny_llama")
+    shard(folder, "part{}.safetensors", "model.safetensors.index.json", save_file)
+    shutil.copy(folder / "part1.safetensors", folder / "copy1.safetensors")
+    before = open_checkpoint(folder).revision
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("part1", "copy1"))
+    assert open_checkpoint(folder).revision != before
+
+
+def test_weights_of_a_dense_layer_have_any_name(tmp_path: Path) -> None:
+    folder = write_layout(tmp_path / "model", LAYOUTS["google/embeddinggemma-300m"])
+    usual = open_checkpoint(folder)
+    dense = next(file.parent for file in usual.files if "Dense" in file.parent.name)
+    (dense / "model.safetensors").rename(dense / "layer.safetensors")
+    index = {"weight_map": dict.fromkeys(load_file(dense / "layer.safetensors"), "layer.safetensors")}
+    (dense / "model.safetensors.index.json").write_text(json.dumps(index))
+    checkpoint = open_checkpoint(folder)
+    before = checkpoint.revision
+    change_weights(dense / "layer.safetensors")
+    assert open_checkpoint(folder).revision != before
+    with pytest.raises(CheckpointError, match="its files have changed"):
+        checkpoint.require_unchanged()
+
+
+@pytest.mark.parametrize("key", ["bos_token", "eos_token"])
+def test_a_map_of_special_tokens_is_in_the_revision_where_it_alone_names_one(copied, key: str) -> None:
+    folder = copied("tiny_llama")
+    other = {"bos_token": "<bos>", "eos_token": "<eos>"}[key]
+    names, settings = folder / "special_tokens_map.json", folder / "tokenizer_config.json"
+    before = open_checkpoint(folder).revision
+    rewrite(names, **{key: other})
+    assert open_checkpoint(folder).revision == before  # tokenizer_config.json wins
+    content = json.loads(settings.read_text())
+    del content[key]
+    settings.write_text(json.dumps(content))
+    checkpoint = open_checkpoint(folder)
+    alone = checkpoint.revision
+    assert names in checkpoint.files
+    rewrite(names, **{key: content[{"bos_token": "eos_token", "eos_token": "bos_token"}[key]]})
+    again = open_checkpoint(folder)
+    assert (again.tokenizer.bos_id, again.tokenizer.eos_id) != (
+        checkpoint.tokenizer.bos_id,
+        checkpoint.tokenizer.eos_id,
+    )
+    assert again.revision != alone
+    with pytest.raises(CheckpointError, match="its files have changed"):
+        checkpoint.require_unchanged()
+    rewrite(names, **{key: "a token that the vocabulary does not have"})
+    assert names not in open_checkpoint(folder).files

@@ -20,9 +20,10 @@ from unmask.checkpoint.tensors import (
     BorrowedEmbedding,
     FiniteTensors,
     TensorSource,
+    further_weights,
     open_tensors,
 )
-from unmask.checkpoint.tokenizer import TOKENIZER_FILES, TextTokenizer, read_tokenizer
+from unmask.checkpoint.tokenizer import TOKENIZER_FILES, TextTokenizer, read_tokenizer, special_tokens_files
 from unmask.errors import CheckpointError, StorageError
 
 
@@ -116,11 +117,11 @@ def _open(location: Location, weights: bool) -> Checkpoint:
         config = _read_config(base)
         below = _open(location.embedding, weights)
         tensors, tokenizer = _tensors(location, weights, below.tensors), below.tokenizer
-        files, tokenizer_folder = [*_deciding_files(base), *below.files], below.tokenizer_folder
+        files, tokenizer_folder = [*_deciding_files(base, weights), *below.files], below.tokenizer_folder
     else:
         config = _read_config(base)
         tensors, tokenizer = _tensors(location, weights), read_tokenizer(base)
-        files, tokenizer_folder = _deciding_files(base), base
+        files, tokenizer_folder = _deciding_files(base, weights, tokenizer), base
     merged = [Adapter(path) for path in location.adapters] if weights else []
     for adapter in merged:
         files += [adapter.folder / "adapter_config.json", adapter.weights_file]
@@ -131,7 +132,7 @@ def _open(location: Location, weights: bool) -> Checkpoint:
         own = _adapter_tokenizer(location.adapters, tokenizer, tokenizer_folder)
         if own is not None:
             tokenizer, tokenizer_folder = own
-            files += _tokenizer_files(tokenizer_folder)
+            files += _tokenizer_files(tokenizer_folder, tokenizer)
     outermost_first = [path for path in (*reversed(location.adapters), base) if path.is_dir()]
     described = _description(outermost_first, config, weights) or ModulesDescription(gguf_settings)
     files += described.files
@@ -224,14 +225,23 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return {**text, "_name_or_path": config.get("_name_or_path")} if isinstance(text, dict) else config
 
 
-def _deciding_files(folder: Path) -> list[Path]:
-    weights = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+def _deciding_files(folder: Path, weights: bool, tokenizer: TextTokenizer | None = None) -> list[Path]:
+    """The files of a folder in the order of a revision.
+
+    Args:
+        folder: in the hub's layout.
+        weights: the folder's weights are read.
+        tokenizer: the folder's own; None where it has none.
+    """
+    usual = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     settings = [file for name in ("config.json", "llm2vec_config.json") for file in sorted(folder.glob(name))]
-    return [*settings, *_tokenizer_files(folder), *weights]
+    further = further_weights(folder, usual) if weights else []
+    return [*settings, *_tokenizer_files(folder, tokenizer), *usual, *further]
 
 
-def _tokenizer_files(folder: Path) -> list[Path]:
-    return [*sorted(folder.glob("tokenizer*.json")), *sorted(folder.glob("tokenizer.model"))]
+def _tokenizer_files(folder: Path, tokenizer: TextTokenizer | None) -> list[Path]:
+    named = [] if tokenizer is None else special_tokens_files(folder, tokenizer)
+    return [*sorted(folder.glob("tokenizer*.json")), *sorted(folder.glob("tokenizer.model")), *named]
 
 
 def _adapter_tokenizer(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from unmask.checkpoint.head import HeadLayer, read_dense_module
+from unmask.checkpoint.tensors import further_weights
 from unmask.errors import CheckpointError
 
 log = logging.getLogger("unmask")
@@ -232,7 +233,8 @@ class _FolderReader:
         folder, self._outputs = self.folder / path, config["out_features"]
         if self._weights:
             self.layers.append(read_dense_module(folder, *map(int, sizes), bias=config.get("bias", True)))
-            self.files += sorted([*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")])
+            usual = sorted([*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")])
+            self.files += [*usual, *further_weights(folder, usual)]
         return [{"kind": "dense", "activation": _ACTIVATIONS.get(activation)}]
 
     def _model_settings(self, head: list[dict[str, Any]]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ innermost name, so the code that builds a model knows one spelling.
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -81,12 +81,32 @@ def open_tensors(folder: Path) -> TensorSource:
     Raises:
         CheckpointError: none of the known files is there, a shard is missing, or a file is damaged.
     """
+    opener, files, _ = _find_weights(folder)
+    return opener(files)
+
+
+def further_weights(folder: Path, usual: Sequence[Path]) -> list[Path]:
+    """Return the files that decide the weights of a folder and are not among those with usual names.
+
+    A shard index may name any file; it counts itself then. Where it names usual files alone, no more is returned, so
+    that the revisions of all such folders stay as they were recorded.
+
+    Raises:
+        CheckpointError: as `open_tensors`.
+    """
+    _, opened, index = _find_weights(folder)
+    further = [file for file in opened if file not in usual]
+    return [*further, index] if further and index is not None else further
+
+
+def _find_weights(folder: Path) -> tuple[Callable[[Sequence[Path]], TensorSource], list[Path], Path | None]:
+    """Return what opens the weights of a folder, their files, and the index that names these."""
     # In the order of transformers: where a folder was written twice, one file is newer than stale shards beside it.
     for name, opener in (("model.safetensors", SafetensorsFiles), ("pytorch_model.bin", PickledFiles)):
         if (folder / name).is_file():
-            return opener([folder / name])
+            return opener, [folder / name], None
         if (index := folder / f"{name}.index.json").is_file():
-            return opener(_shards(index))
+            return opener, _shards(index), index
     raise CheckpointError(
         f"{folder} holds no weights: looked for model.safetensors, pytorch_model.bin and their .index.json; "
         f"found {_listing(folder)}"

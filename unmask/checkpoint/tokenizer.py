@@ -71,6 +71,7 @@ class TextTokenizer:
 
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+_SPECIAL_TOKENS = "special_tokens_map.json"
 
 
 def read_tokenizer(folder: Path) -> TextTokenizer:
@@ -80,7 +81,7 @@ def read_tokenizer(folder: Path) -> TextTokenizer:
         CheckpointError: there is none, or it is damaged.
     """
     settings = _read_json(folder / "tokenizer_config.json")
-    named = {**_read_json(folder / "special_tokens_map.json"), **settings}
+    named = {**_read_json(folder / _SPECIAL_TOKENS), **settings}
     file = folder / "tokenizer.json"
     if file.is_file():
         try:
@@ -104,6 +105,19 @@ def read_tokenizer(folder: Path) -> TextTokenizer:
         if isinstance(settings.get("add_eos_token"), bool):
             suffix = (eos_id,) if settings["add_eos_token"] and eos_id is not None else ()
     return TextTokenizer(tokenizer, bos_id, eos_id, prefix, suffix)
+
+
+def special_tokens_files(folder: Path, tokenizer: TextTokenizer) -> list[Path]:
+    """Return `special_tokens_map.json` if it alone names BOS or EOS, else nothing: it belongs to the revision then.
+
+    Args:
+        folder: the tokenizer's.
+        tokenizer: as read from it.
+    """
+    settings = _read_json(folder / "tokenizer_config.json")
+    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    decides = any(token is not None and key not in settings for key, token in ids.items())
+    return [folder / _SPECIAL_TOKENS] if decides else []
 
 
 def prompt_rule(prompt: str) -> dict[str, Any]:
