@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from onnx.external_data_helper import set_external_data
 
 from unmask import Encoder
 from unmask.errors import CheckpointError, EngineError, UsageError
@@ -79,19 +80,17 @@ def test_weights_beside_an_onnx_graph_are_in_its_revision(
 def test_weights_of_an_onnx_branch_are_in_its_revision(tmp_path: Path) -> None:
     def tensor(name: str) -> onnx.TensorProto:
         values = onnx.numpy_helper.from_array(np.ones(4, dtype=np.float32), name)
-        onnx.external_data_helper.set_external_data(values, location=f"{name}.data")
+        set_external_data(values, location=f"{name}.data")
         return values
 
+    def branch(name: str) -> onnx.GraphProto:
+        node = onnx.helper.make_node("Identity", [name], ["out"])
+        return onnx.helper.make_graph([node], name, [], [output], [tensor(name)])
+
     output = onnx.helper.make_tensor_value_info("out", onnx.TensorProto.FLOAT, [4])
-    branches = {
-        f"{name}_branch": onnx.helper.make_graph(
-            [onnx.helper.make_node("Identity", [name], ["out"])], name, [], [output], [tensor(name)]
-        )
-        for name in ("then", "else")
-    }
     nodes = [
         onnx.helper.make_node("Constant", [], ["constant"], value=tensor("constant")),
-        onnx.helper.make_node("If", ["condition"], ["chosen"], **branches),
+        onnx.helper.make_node("If", ["condition"], ["chosen"], then_branch=branch("then"), else_branch=branch("else")),
     ]
     graph = onnx.helper.make_graph(nodes, "graph", [], [output], [tensor("outer"), tensor("outer")])
     file = tmp_path / "model.onnx"
