@@ -97,13 +97,13 @@ def test_a_refund_that_fails_once_is_repeated(accounts: Accounts, caller: Caller
     assert balance(accounts, caller) == 920
     refuse_rows(accounts.database, "entries")
     accounts.give_back(charge)
-    until(lambda: messages(caplog))
+    until(lambda: bool(messages(caplog)))
     (message,) = messages(caplog)
     assert charge in message and "is tried again" in message
     accounts.sweep()
     assert balance(accounts, caller) == 920 and messages(caplog) == [message]
     take_rows(accounts.database, "entries")
-    until(lambda: accounts.sweep() or balance(accounts, caller) == 1000)
+    until(lambda: bool(accounts.sweep() or balance(accounts, caller) == 1000))
     accounts.sweep()
     assert balance(accounts, caller) == 1000 and messages(caplog) == [message]
 
@@ -127,7 +127,7 @@ def test_a_refund_that_fails_for_good_is_logged(
     charge = run(charged(accounts, caller))
     refuse_rows(accounts.database, "entries")
     accounts.give_back(charge)
-    until(lambda: accounts.sweep() or messages(caplog, logging.ERROR))
+    until(lambda: bool(accounts.sweep() or messages(caplog, logging.ERROR)))
     (message,) = messages(caplog, logging.ERROR)
     assert f"unmask accounts refund {charge}" in message
     take_rows(accounts.database, "entries")
@@ -140,7 +140,7 @@ def test_a_refund_that_the_ledger_refuses_is_not_repeated(
 ):
     held = run(accounts.hold(caller, BillableRequest(request="r", model="m", tier="default", tokens=10, seconds=60)))
     accounts.give_back(held.id)
-    until(lambda: messages(caplog, logging.ERROR))
+    until(lambda: bool(messages(caplog, logging.ERROR)))
     accounts.sweep()
     (message,) = messages(caplog)
     assert held.id in message and "only what was settled" in message
@@ -191,7 +191,7 @@ def test_attempts_that_are_not_written_are_logged(accounts: Accounts, caplog: py
     )
     refuse_rows(accounts.database, "provider_attempts")
     accounts.record_attempts([attempt, attempt])
-    until(lambda: messages(caplog))
+    until(lambda: bool(messages(caplog)))
     (message,) = messages(caplog)
     assert "2 attempts at providers are not in the books" in message and "INSERT" not in message
 
@@ -204,5 +204,5 @@ def test_a_release_that_fails_is_logged(
 
     monkeypatch.setattr(ledger, "release", lost)
     accounts.release("chg_1")
-    until(lambda: messages(caplog))
+    until(lambda: bool(messages(caplog)))
     assert "chg_1 stays held" in messages(caplog)[0] and "the connection was cut" in messages(caplog)[0]

@@ -140,7 +140,7 @@ def test_a_sharded_run_goes_on_with_another_number_of_processes(
 ) -> None:
     held = {"name": "pairs", "path": "pairs.tsv", "query": "query", "positive": "positive", "held_out": 8}
     rate = {"lr": 1e-2 if lora else 1e-3, "epsilon": 1e-4}
-    more = {"head": {"dimensions": 16}} if lora else {}  # a head is whole in every process
+    more: dict[str, Any] = {"head": {"dimensions": 16}} if lora else {}  # a head is whole in every process
     recipe = recipe_of(shard=True, lora=lora, optimiser=rate, checkpoint_every=3, evaluate_every=3, data=[held], **more)
     whole = tmp_path / "whole"
     run_together(processes, before, recipe, data, whole)
@@ -348,7 +348,7 @@ def test_a_tensor_is_placed_on_the_device_of_its_parameter() -> None:
     """An average that was read from a checkpoint had stayed on the CPU, so a run on a GPU ended in its next step."""
 
     class Moved(torch.Tensor):
-        def to(self, *places: Any) -> "Moved":
+        def to(self, *places: Any) -> "Moved":  # pyright: ignore[reportIncompatibleMethodOverride]
             self.places = places
             return self
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -232,17 +233,16 @@ class TrainingModel:
     def _states_after(self, prompts: Sequence[Prompt], layers: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         """States [T, hidden_size] of the whole decoder, and of the decoder cut after each number of layers."""
         by_layer: dict[int, Tensor] = {}
-        hooks = [
-            self.decoder.layers[count - 1].register_forward_hook(
-                lambda _layer, _inputs, states, count=count: by_layer.update({count: _snapshot(states)})
-            )
-            for count in layers
-        ]
+
+        def hook(count: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+            return lambda _layer, _inputs, states: by_layer.update({count: _snapshot(states)})
+
+        hooks = [self.decoder.layers[count - 1].register_forward_hook(hook(count)) for count in layers]
         try:
             states = self.hidden([prompt.ids for prompt in prompts])
         finally:
-            for hook in hooks:
-                hook.remove()
+            for handle in hooks:
+                handle.remove()
         with self._autocast():
             return states, [self.decoder.norm(by_layer[count][: len(states)]) for count in layers]
 
