@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection
 
+from tests.accounts.holds import small_hold
 from tests.api.live import until
 from unmask.accounts import Accounts, BillableRequest, keys, ledger, people, tariff
 from unmask.accounts import accounts as accounts_module
@@ -156,17 +157,7 @@ def test_a_server_that_stops_says_what_it_did_not_refund(url: str, tmp_path: Pat
         ledger.top_up(connection, id, 1000, "payment", 1)
         ledger.hold(
             connection,
-            ledger.Hold(
-                id="chg_1",
-                account_id=id,
-                key_id=None,
-                request="r",
-                model="m",
-                tier="default",
-                tokens=3,
-                amount=24,
-                expires_at=10,
-            ),
+            small_hold(id),
             3,
         )
         ledger.settle(connection, "chg_1", 4)

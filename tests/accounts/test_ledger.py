@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from unmask.accounts import keys, ledger, people
+from unmask.accounts import idempotency, keys, ledger, people
 from unmask.accounts.keys import KeySettings, Peppers
 from unmask.accounts.ledger import HeldCredit, Hold
 from unmask.accounts.money import MAX_AMOUNT
@@ -524,7 +524,7 @@ class TestReplays:
         self.hold(database, account, "c1")
         with database.begin() as connection:
             ledger.settle(connection, "c1", NOON)
-        for _ in range(ledger.MAX_REPLAYS):
+        for _ in range(idempotency.MAX_REPLAYS):
             assert self.hold(database, account, "c2").replayed
         for _ in range(2):
             with pytest.raises(ReplayLimitReached, match="repeated 5 times"):
@@ -535,7 +535,7 @@ class TestReplays:
         assert self.hold(database, account, "c2") == HeldCredit("c2", 100)
         with database.begin() as connection:
             ledger.settle(connection, "c2", NOON)
-        for _ in range(ledger.MAX_REPLAYS):
+        for _ in range(idempotency.MAX_REPLAYS):
             assert self.hold(database, account, "c3") == HeldCredit("c2", 100, replayed=True)
         with pytest.raises(ReplayLimitReached):
             self.hold(database, account, "c3")
@@ -556,7 +556,7 @@ class TestReplays:
             return answered
 
         with ThreadPoolExecutor(8) as pool:
-            assert sum(pool.map(attempt, range(8))) == ledger.MAX_REPLAYS
+            assert sum(pool.map(attempt, range(8))) == idempotency.MAX_REPLAYS
         assert balance(database, account) == (900, 0)
 
     def test_while_the_first_is_worked_on(self, database: Database, account: str):
@@ -613,8 +613,8 @@ class TestReplays:
     def test_old_ones_are_forgotten(self, database: Database, account: str):
         self.hold(database, account, "c1")
         with database.begin() as connection:
-            assert ledger.forget_replays(connection, NOON + DAY - 1) == 0
-            assert ledger.forget_replays(connection, NOON + DAY) == 1
+            assert idempotency.forget_replays(connection, NOON + DAY - 1) == 0
+            assert idempotency.forget_replays(connection, NOON + DAY) == 1
 
 
 class TestVerification:

@@ -29,6 +29,7 @@ from hypothesis.stateful import (
 )
 from sqlalchemy import Connection, event
 
+from tests.accounts.holds import small_hold
 from tests.accounts.postgres import Cluster
 from unmask.accounts import costs, keys, ledger, people
 from unmask.accounts.costs import AttemptRecord
@@ -464,17 +465,7 @@ def test_a_crash_can_come_before_each_statement(database: Database, peppers: Pep
                     return number
         raise AssertionError
 
-    new_hold = Hold(
-        id="c1",
-        account_id=account,
-        key_id=key,
-        request="r",
-        model="m",
-        tier="default",
-        tokens=3,
-        amount=24,
-        expires_at=10,
-    )
+    new_hold = small_hold(account, id="c1", key=key)
     assert statements(lambda connection: ledger.hold(connection, new_hold, 2)) == 3  # credit, limit, charge
     assert statements(lambda connection: ledger.settle(connection, "c1", 3)) == 3  # charge, credit, entry
 

@@ -16,7 +16,7 @@ import pytest
 from sqlalchemy import Connection
 
 from tests.api.live import KEY, LocalService, Reply, running, until
-from unmask.accounts import Accounts, keys, ledger, people, tariff, usage
+from unmask.accounts import Accounts, idempotency, keys, ledger, people, tariff, usage
 from unmask.accounts.accounts import MOST_REPORTS
 from unmask.accounts.keys import KeySettings
 from unmask.accounts.verification import verify
@@ -340,7 +340,7 @@ def test_a_repeated_request_is_charged_once(bank: Bank, paid: LocalService):
 def test_a_request_is_repeated_a_few_times_only(bank: Bank, paid: LocalService):
     account, key = bank.customer()
     headers = {"idempotency-key": "order-again"}
-    replies = [embed(paid, key, headers=headers) for _ in range(1 + ledger.MAX_REPLAYS)]
+    replies = [embed(paid, key, headers=headers) for _ in range(1 + idempotency.MAX_REPLAYS)]
     assert {reply.status for reply in replies} == {200}
     refused = embed(paid, key, headers=headers)
     assert (refused.status, refused.error["code"]) == (409, "idempotency_key_exhausted")

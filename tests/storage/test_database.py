@@ -13,8 +13,9 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
+from tests.accounts.holds import small_hold
 from tests.accounts.postgres import Cluster
-from unmask.accounts import keys, ledger, people, usage
+from unmask.accounts import idempotency, keys, ledger, people, usage
 from unmask.accounts.keys import Peppers
 from unmask.accounts.verification import verify
 from unmask.errors import ReplayLimitReached, StorageError, UsageError
@@ -311,17 +312,7 @@ def test_tables_of_every_version_become_todays_with_all_that_is_in_them(
             command.upgrade(migration_config(connection), revision)
             id = people.open_account(connection, "somebody", 1)
             ledger.top_up(connection, id, 1000, "payment", 2)
-            new_hold = ledger.Hold(
-                id="chg_1",
-                account_id=id,
-                key_id=None,
-                request="r",
-                model="m",
-                tier="default",
-                tokens=3,
-                amount=24,
-                expires_at=10,
-            )
+            new_hold = small_hold(id)
             ledger.hold(connection, new_hold, 3)
             ledger.settle(connection, "chg_1", 4)
         database.migrate()
@@ -340,17 +331,7 @@ def test_an_idempotency_key_of_an_older_version_is_remembered(empty_url: str):
         command.upgrade(migration_config(connection), "0007")
         id = people.open_account(connection, "somebody", 1)
         ledger.top_up(connection, id, 1000, "payment", 2)
-        new_hold = ledger.Hold(
-            id="chg_1",
-            account_id=id,
-            key_id=None,
-            request="r",
-            model="m",
-            tier="default",
-            tokens=3,
-            amount=24,
-            expires_at=10,
-        )
+        new_hold = small_hold(id)
         ledger.hold(connection, new_hold, 3)
         ledger.settle(connection, "chg_1", 4)
         connection.execute(
@@ -359,7 +340,7 @@ def test_an_idempotency_key_of_an_older_version_is_remembered(empty_url: str):
     database.migrate()
     again = replace(new_hold, id="chg_2", idempotency_key="k", body="body")
     with database.begin() as connection:
-        for _ in range(ledger.MAX_REPLAYS):
+        for _ in range(idempotency.MAX_REPLAYS):
             assert ledger.hold(connection, again, 5) == ledger.HeldCredit("chg_1", 24, replayed=True)
         with pytest.raises(ReplayLimitReached):
             ledger.hold(connection, again, 5)

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from sqlalchemy import Connection
 
-from unmask.accounts import costs, keys, ledger, money, people, tariff
+from unmask.accounts import costs, idempotency, keys, ledger, money, people, tariff
 from unmask.accounts.identity_provider import IdentityProvider
 from unmask.accounts.keys import Caller, Peppers
 from unmask.accounts.ledger import HeldCredit, Hold
@@ -388,7 +388,7 @@ class Accounts:
             self._writer.submit(lambda connection: keys.record_uses(connection, uses)).result()
 
         def forget(connection: Connection) -> None:
-            ledger.forget_replays(connection, now)
+            idempotency.forget_replays(connection, now)
             people.delete_expired_sessions(connection, now)
 
         self._writer.submit(forget).result()

@@ -16,32 +16,24 @@ from typing import NamedTuple
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
+from unmask.accounts.idempotency import find_replay, store_replay
 from unmask.accounts.money import MAX_AMOUNT, format_dollars
 from unmask.errors import (
     Forbidden,
     InsufficientCredit,
     KeyRefused,
-    KeyReused,
     LedgerRefused,
-    ReplayLimitReached,
-    RequestInProgress,
     SpendLimitReached,
     UsageError,
 )
-from unmask.storage.database import RawStatement, insert
-from unmask.storage.schema import accounts, charges, entries, keys, replays
+from unmask.storage.database import RawStatement
+from unmask.storage.schema import accounts, charges, entries, keys
 
 # Our own books. `PAYABLE` and a provider's name: what we owe it.
 CASH, REVENUE, PROMOTION, FORFEITED = "@cash", "@revenue", "@promotion", "@forfeited"
 COST, PAYABLE = "@cost", "@payable:"
 
 LONGEST_REFERENCE = 200  # characters; an index row of Postgres holds 2,704 bytes
-
-REPLAY_MS = 24 * 3600 * 1000  # how long an Idempotency-Key is remembered
-
-# Replays of one charge. Each is computed again, so more would be work for nothing; a client whose answer is lost on
-# the way repeats its request two or three times.
-MAX_REPLAYS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,11 +103,6 @@ _END = RawStatement(
     "UPDATE charges SET state = :after, ended_at = :now WHERE id = :charge AND state = :before "
     "RETURNING account_id, key_id, amount, window_start"
 )
-# One statement tests and counts, so that requests in two processes cannot pass the bound together.
-_REPLAY = RawStatement(
-    "UPDATE replays SET repeats = repeats + 1 WHERE account_id = :account AND digest = :digest "
-    "AND charge_id = :charge AND repeats < :most"
-)
 _ANSWERED_BY = RawStatement("UPDATE charges SET provider = :provider WHERE id = :charge")
 _BOOK = RawStatement(
     "INSERT INTO entries (at, kind, debit, credit, amount, reference, note) "
@@ -153,9 +140,10 @@ def hold(connection: Connection, new_hold: Hold, now: int) -> HeldCredit:
         RequestInProgress, ReplayLimitReached, KeyReused: about the Idempotency-Key.
     """
     if new_hold.idempotency_key is not None:
-        earlier = _find_replay(connection, new_hold, now)
+        own = (new_hold.account_id, new_hold.idempotency_key, new_hold.body)
+        earlier = find_replay(connection, *own, now)
         if earlier is not None:
-            return earlier
+            return HeldCredit(*earlier, replayed=True)
     if _TAKE.changed(connection, {"amount": new_hold.amount, "account": new_hold.account_id}) != 1:
         raise _refusal(connection, new_hold)
     window = _spend(connection, new_hold, now) if new_hold.key_id is not None else 0
@@ -176,7 +164,8 @@ def hold(connection: Connection, new_hold: Hold, now: int) -> HeldCredit:
         },
     )
     if new_hold.idempotency_key is not None:
-        _store_replay(connection, new_hold, now)
+        own = (new_hold.account_id, new_hold.idempotency_key, new_hold.body)
+        store_replay(connection, *own, new_hold.id, now)
     return HeldCredit(new_hold.id, new_hold.amount)
 
 
@@ -255,11 +244,6 @@ def expired_holds(connection: Connection, now: int, limit: int = 1000) -> list[s
 def expire(connection: Connection, charge: str, now: int) -> bool:
     """Give back a hold that its server did not end, because it died."""
     return release(connection, charge, now, state="expired")
-
-
-def forget_replays(connection: Connection, now: int) -> int:
-    """Delete Idempotency-Keys that are older than a day. Returns their number."""
-    return connection.execute(replays.delete().where(replays.c.expires_at <= now)).rowcount
 
 
 def top_up(
@@ -411,77 +395,6 @@ def pay_provider(
     if earlier == amount:
         return False
     raise LedgerRefused(f"{reference!r} of {provider} was paid with {format_dollars(earlier or 0)} dollars already")
-
-
-def _find_replay(connection: Connection, new_hold: Hold, now: int) -> HeldCredit | None:
-    """Return the charge of an earlier request with the same Idempotency-Key; None if there is none to repeat.
-
-    A replay counts when it begins, and also if it fails: a client that leaves before each answer costs as much.
-    """
-    earlier = connection.execute(
-        sa.select(replays.c.request, replays.c.charge_id, charges.c.state, charges.c.amount)
-        .join(charges, charges.c.id == replays.c.charge_id)
-        .where(
-            replays.c.account_id == new_hold.account_id,
-            replays.c.digest == new_hold.idempotency_key,
-            replays.c.expires_at > now,
-        )
-    ).one_or_none()
-    if earlier is None:
-        return None
-    if earlier.request != new_hold.body:
-        raise KeyReused("this Idempotency-Key was used for another request: choose a new one for each")
-    if earlier.state == "held":
-        raise RequestInProgress("the request with this Idempotency-Key is still being worked on")
-    if earlier.state == "settled" and not connection.scalar(sa.select(is_refunded(earlier.charge_id))):
-        _count_replay(connection, new_hold, earlier.charge_id)
-        return HeldCredit(earlier.charge_id, earlier.amount, replayed=True)
-    return None  # it failed and was not charged, or has its money back, so this is the first
-
-
-def _count_replay(connection: Connection, new_hold: Hold, charge: str) -> None:
-    values = {
-        "account": new_hold.account_id,
-        "digest": new_hold.idempotency_key,
-        "charge": charge,
-        "most": MAX_REPLAYS,
-    }
-    if _REPLAY.changed(connection, values) != 1:
-        raise ReplayLimitReached(
-            f"This request was repeated {MAX_REPLAYS} times with its Idempotency-Key, the most for one charge: send it "
-            "with a new Idempotency-Key, and it is charged again."
-        )
-
-
-def is_refunded(charge: sa.ColumnElement[str] | str) -> sa.Exists:
-    """Condition that a charge was refunded."""
-    return sa.exists().where(entries.c.kind == "refund", entries.c.reference == charge)
-
-
-def _store_replay(connection: Connection, new_hold: Hold, now: int) -> None:
-    """Tie the Idempotency-Key to this charge, unless another request did so since `_find_replay` looked."""
-    statement = insert(connection, replays).values(
-        account_id=new_hold.account_id,
-        digest=new_hold.idempotency_key,
-        request=new_hold.body,
-        charge_id=new_hold.id,
-        expires_at=now + REPLAY_MS,
-    )
-    failed = sa.exists().where(charges.c.id == replays.c.charge_id, charges.c.state.in_(("released", "expired")))
-    written = connection.execute(
-        statement.on_conflict_do_update(
-            index_elements=[replays.c.account_id, replays.c.digest],
-            set_={
-                "request": statement.excluded.request,
-                "charge_id": statement.excluded.charge_id,
-                "expires_at": statement.excluded.expires_at,
-                "repeats": 0,
-            },
-            where=sa.or_(replays.c.expires_at <= now, failed, is_refunded(replays.c.charge_id)),
-        ).returning(replays.c.charge_id)
-    )
-    if written.one_or_none() is None:
-        raise RequestInProgress("the request with this Idempotency-Key is still being worked on")
 
 
 def _spend(connection: Connection, new_hold: Hold, now: int) -> int:

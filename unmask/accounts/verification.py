@@ -8,7 +8,8 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from unmask.accounts.costs import ABSURD_FACTOR, FREE_OUTCOMES
-from unmask.accounts.ledger import COST, PAYABLE, is_refunded
+from unmask.accounts.idempotency import is_refunded
+from unmask.accounts.ledger import COST, PAYABLE
 from unmask.accounts.money import format_dollars
 from unmask.storage.schema import accounts, charges, entries, keys, provider_attempts
 

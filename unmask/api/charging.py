@@ -20,7 +20,7 @@ from unmask.api.context import RequestContext, context_of
 from unmask.api.errors import QUOTA, ApiError
 from unmask.errors import DeadlineExceeded, InsufficientCredit, RateLimited, SpendLimitReached
 
-# What the header X-Tier may say, and the tier that it means. Lists of prices call the default tier standard.
+# Values of the header X-Tier, and the price tier of each. Lists of prices call the default tier standard.
 TIER_NAMES = {"standard": "default"} | {tier: tier for tier in TIERS}
 
 
