@@ -1,5 +1,6 @@
 """8-bit products: near float32 on real weights, the same bits in any batch, refused where they cannot be."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from unmask import Encoder
-from unmask.encoder.runtime import int8
+from unmask.encoder.runtime import int8, kernels
 from unmask.encoder.runtime.int8 import Int8Linear, quantise
 from unmask.encoder.runtime.linear import Linear
 from unmask.errors import UsageError
@@ -97,6 +98,33 @@ def test_a_product_is_within_its_rounding(rows: int, seed: int) -> None:
         # Half a step of each factor, added up over the inputs as independent errors; six deviations.
         step = x.norm(dim=1, keepdim=True) * linear.weight.norm(dim=1) / 192**0.5
     assert ((product - expected).abs() <= 0.15 * step + 1e-6).all()
+
+
+@pytest.mark.skipif(
+    kernels.library() is None and "CI" not in os.environ, reason="no C compiler, or a processor without a target"
+)
+@given(rows=st.integers(0, 20), blocks=st.integers(1, 5), seed=st.integers(0, 2**31))
+def test_compiled_kernels_quantise_as_torch_does(rows: int, blocks: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    width = 64 * blocks
+    x = torch.randn(rows, width, generator=generator) * torch.randn(width, generator=generator).exp()
+    steps, sizes = kernels.quantise_rows(x, int8._signs(64))
+    with torch.inference_mode():
+        expected_steps, expected_sizes = Int8Linear(Linear(width, 8))._quantise_rows(x)
+    torch.testing.assert_close(sizes, expected_sizes, rtol=1e-5, atol=0)
+    # Sums in another order: a number halfway between two steps may fall on either.
+    assert ((steps.int() - expected_steps.int()).abs() <= 1).all()
+    assert (steps != expected_steps).float().mean().nan_to_num() < 0.01
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers_without_compiled_kernels_give_the_same_product(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, x = Linear(128, 24, bias=bias), torch.randn(2, 5, 128)  # any leading dimensions, as other libraries have
+    with torch.inference_mode():
+        product = Int8Linear(linear)(x)
+        monkeypatch.setattr(kernels, "library", lambda: None)  # as without a C compiler
+        torch.testing.assert_close(product, Int8Linear(linear)(x), atol=0.02, rtol=0.02)
+    assert product.shape == (2, 5, 24)
 
 
 def test_zeros_stay_zeros() -> None:

@@ -98,13 +98,20 @@ def test_weights_of_an_onnx_branch_are_in_its_revision(tmp_path: Path) -> None:
     assert [path.name for path in _external_files(file)] == ["constant.data", "else.data", "outer.data", "then.data"]
 
 
-def test_a_sentence_transformers_folder_in_two_precisions(published: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_a_sentence_transformers_folder_in_other_precisions(published: Callable[[str], Path], dtype: str) -> None:
     folder = published("Qwen/Qwen3-Embedding-0.6B")
     full = open_model(f"st:{folder}", {"dtype": "bfloat16"})  # the run's precision is that of our own models
-    half = open_model(f"st:{folder}?dtype=bfloat16")
-    assert (half.revision, full.revision) == (f"{full.revision}-bfloat16", open_model(f"st:{folder}").revision)
-    assert half.encode(TEXTS).dtype == np.float32
-    assert 0 < np.abs(half.encode(TEXTS) - full.encode(TEXTS)).max() < 0.02
+    narrow = open_model(f"st:{folder}?dtype={dtype}")
+    assert (narrow.revision, full.revision) == (f"{full.revision}-{dtype}", open_model(f"st:{folder}").revision)
+    assert narrow.encode(TEXTS).dtype == np.float32
+    assert 0 < np.abs(narrow.encode(TEXTS) - full.encode(TEXTS)).max() < 0.02
+
+
+def test_a_precision_that_a_folder_cannot_have(published: Callable[[str], Path]) -> None:
+    folder = published("Qwen/Qwen3-Embedding-0.6B")
+    with pytest.raises(UsageError, match="dtype='int4'; write float32, bfloat16 or int8"):
+        open_model(f"st:{folder}?dtype=int4")
 
 
 def test_everything_that_decides_a_vector_is_in_the_revision(tiny: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from unmask.checkpoint.digest import file_sha256
+from unmask.encoder.runtime.int8 import quantise_torch
 from unmask.errors import CheckpointError, MissingPackages, UsageError
 from unmask.evaluate.models.specification import ModelSpecification
 
@@ -70,8 +71,8 @@ def open_folder(specification: ModelSpecification) -> SentenceTransformerModel:
         CheckpointError: the folder is not one of that library.
     """
     dtype = specification.values.get("dtype", ("float32",))[-1]
-    if dtype not in ("float32", "bfloat16"):
-        raise UsageError(f"{specification.target}: dtype={dtype[:40]!r}; write float32 or bfloat16")
+    if dtype not in ("float32", "bfloat16", "int8"):
+        raise UsageError(f"{specification.target}: dtype={dtype[:40]!r}; write float32, bfloat16 or int8")
     try:
         # Not by an import statement: a type checker would read the modules of all transformers' models for it.
         library = importlib.import_module("sentence_transformers")
@@ -90,6 +91,8 @@ def open_folder(specification: ModelSpecification) -> SentenceTransformerModel:
         raise CheckpointError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
     if dtype == "bfloat16":
         model = model.bfloat16()
+    elif dtype == "int8":
+        quantise_torch(model)
     return SentenceTransformerModel(model, folder, specification.display_name, dtype)
 
 

@@ -92,6 +92,8 @@ def library() -> ctypes.CDLL | None:
     kernels.linear_floats.argtypes, kernels.linear_floats.restype = [_Pointer], _Integer
     kernels.use_tiles.argtypes, kernels.use_tiles.restype = [ctypes.c_int], ctypes.c_int
     kernels.linear.argtypes, kernels.linear.restype = [_Pointer, _Integer, _Pointer, _Pointer, _Pointer], None
+    kernels.quantise_rows.argtypes, kernels.quantise_rows.restype = [_Integer, _Integer, *(_Pointer,) * 5], None
+    kernels.rescale_rows.argtypes, kernels.rescale_rows.restype = [_Integer, _Integer, *(_Pointer,) * 3], None
     return kernels
 
 
@@ -234,4 +236,34 @@ def linear(x: Tensor, weight: Tensor, n: int, bias: Tensor | None, terms: int = 
     arguments = ctypes.byref(describe(weight, n, x.shape[1], bias, terms))
     memory = torch.empty(kernels.linear_floats(arguments))
     kernels.linear(arguments, x.shape[0], x.data_ptr(), out.data_ptr(), memory.data_ptr())
+    return out
+
+
+def quantise_rows(x: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate x [T, k] in blocks of 64 by a Hadamard matrix and round it to 8 bits.
+
+    Args:
+        x: k is a multiple of 64.
+        signs: factor of each number of a block before the rotation, float32 [64]: a sign divided by 8.
+
+    Returns:
+        uint8 [T, k] with zero point 128, and the size of a step of each row, float32 [T].
+    """
+    kernels = library()
+    assert kernels is not None
+    x = x.contiguous()
+    steps, sizes = torch.empty(x.shape, dtype=torch.uint8), torch.empty(x.shape[0])
+    memory = torch.empty(x.shape[1])
+    kernels.quantise_rows(
+        *x.shape, x.data_ptr(), signs.data_ptr(), steps.data_ptr(), sizes.data_ptr(), memory.data_ptr()
+    )
+    return steps, sizes
+
+
+def rescale_rows(out: Tensor, sizes: Tensor, bias: Tensor | None) -> Tensor:
+    """Return out [T, n] * sizes [T] + bias [n], computed in place."""
+    kernels = library()
+    assert kernels is not None
+    pointer = None if bias is None else bias.data_ptr()
+    kernels.rescale_rows(*out.shape, sizes.data_ptr(), pointer, out.data_ptr())
     return out

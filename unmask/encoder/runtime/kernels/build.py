@@ -1,4 +1,4 @@
-"""Compile `kernels.c`, which includes `tiles.h` and `training.c`, for one kind of processor.
+"""Compile `kernels.c`, which includes the other files here, for one kind of processor.
 
 Standard library only, so that building a wheel can run it too.
 """
@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("kernels.c")
-_FILES = (SOURCE, SOURCE.with_name("tiles.h"), SOURCE.with_name("training.c"))
+_FILES = tuple(SOURCE.with_name(name) for name in ("kernels.c", "tiles.h", "training.c", "int8.c"))
 # -std: vector extensions. No -ffast-math: sums keep their order.
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
 # The kinds of processors by the name of their vector instructions.

@@ -692,3 +692,4 @@ void linear(const Linear *weight, int64_t rows, const float *x, float *out, floa
 }
 
 #include "training.c"
+#include "int8.c"
