@@ -15,9 +15,10 @@ from tests.training.tiny import CPU, recipe_of
 from unmask.errors import TrainingError
 from unmask.training.dev import DevSets
 from unmask.training.examples import load_examples
-from unmask.training.loop import TrainingProgress, learning_rate, train_steps
+from unmask.training.loop import TrainingProgress, train_steps
 from unmask.training.mixture import TextBatch
 from unmask.training.objectives import Objective, StepReport, objective_for
+from unmask.training.optimiser import learning_rate
 from unmask.training.recipe import Optimiser, Recipe
 from unmask.training.run_folder import RunFolder
 from unmask.training.train import mixture_of

@@ -82,6 +82,12 @@ class Processes:
         if bucket:
             _sum_bucket(bucket)
 
+    def send(self, tensor: Tensor, rank: int) -> None:
+        """Overwrite a tensor with that of process `rank`. All processes must call it with tensors of one kind."""
+        if self.size > 1:
+            # As bytes, which every backend sends.
+            dist.broadcast(tensor.view(torch.uint8), src=rank)
+
     def sum(self, value: float) -> float:
         """Sum a number over all processes."""
         if self.size == 1:

@@ -15,9 +15,10 @@ from unmask.errors import TrainingError
 from unmask.training.dev import DevSets
 from unmask.training.mixture import Mixture, TextBatch
 from unmask.training.objectives import Objective, StepReport
-from unmask.training.recipe import Optimiser, Recipe
+from unmask.training.optimiser import clip_gradients, learning_rate, make_optimiser
+from unmask.training.recipe import Recipe
 from unmask.training.run_folder import RunFolder
-from unmask.training.sharding import copy_unsharded, group_by_kind, place_like, shard_like, unshard
+from unmask.training.sharding import copy_unsharded, place_like, shard_like, unshard
 from unmask.training.training_model import TrainingModel
 
 
@@ -30,26 +31,6 @@ class TrainingProgress:
     loss: float  # mean of the last steps
     tokens_per_second: float
     scores: Mapping[str, float]  # of the last evaluation
-
-
-def learning_rate(step: int, optimiser: Optimiser, steps: int) -> float:
-    """Return the learning rate of step number `step`, counted from 0.
-
-    It rises linearly to `lr` during the warm-up, then follows the schedule. Zero is reached only after the last step.
-    """
-    total = optimiser.total_steps or steps
-    if step < optimiser.warmup:
-        return optimiser.lr * (step + 1) / optimiser.warmup
-    along = min(1.0, (step - optimiser.warmup) / max(1, total - optimiser.warmup))
-    if optimiser.schedule == "constant":
-        share = 1.0
-    elif optimiser.schedule == "linear":
-        share = 1.0 - along
-    elif optimiser.schedule == "cosine":
-        share = (1 + math.cos(math.pi * along)) / 2
-    else:
-        share = min(1.0, (1.0 - along) / optimiser.decay_share) if optimiser.decay_share else 1.0
-    return optimiser.lr * (optimiser.final_share + (1 - optimiser.final_share) * share)
 
 
 def train_steps(
@@ -76,8 +57,8 @@ def train_steps(
         StorageError: a checkpoint could not be written; earlier ones are as they were.
     """
     processes = model.processes
-    adamw = _adamw(recipe.optimiser, None if recipe.head is None else recipe.head.lr, model)
-    start, best = _resume(folder, model, adamw)
+    optimiser = make_optimiser(recipe, model)
+    start, best = _resume(folder, model, optimiser)
     if processes.is_main:
         folder.truncate_metrics(start)  # also after a run that was killed before its first checkpoint
     scores = dict(best)
@@ -86,12 +67,12 @@ def train_steps(
     for step in range(start, recipe.steps):
         began = time.perf_counter()
         rate = learning_rate(step, recipe.optimiser, recipe.steps)
-        for group in adamw.param_groups:
+        for group in optimiser.param_groups:
             group["lr"] = rate * group["lr_share"]
         batch = next(batches)
         with _memory_errors(step, recipe.batch.forward_tokens, folder):
             _seed_dropout(recipe.seed, step, processes.rank)
-            report, norm = _train_step(model, adamw, recipe.optimiser.clip, objective, batch, step, folder)
+            report, norm = _train_step(model, optimiser, recipe.optimiser.clip, objective, batch, step, folder)
         seconds = time.perf_counter() - began
         losses.append(report.loss)
         done = step + 1
@@ -116,7 +97,7 @@ def train_steps(
                 write_best()
             processes.wait()
         if done % recipe.checkpoint_every == 0 or done == recipe.steps:
-            state = _state(model, adamw, best)
+            state = _state(model, optimiser, best)
             if processes.is_main:
                 folder.save(done, state)
         progress(TrainingProgress(done, recipe.steps, sum(losses) / len(losses), report.tokens / seconds, scores))
@@ -130,7 +111,7 @@ def _seed_dropout(seed: int, step: int, rank: int) -> None:
 
 def _train_step(
     model: TrainingModel,
-    adamw: torch.optim.AdamW,
+    optimiser: torch.optim.AdamW,
     clip: float,
     objective: Objective,
     batch: TextBatch,
@@ -151,14 +132,14 @@ def _train_step(
     model.processes.sum_gradients(
         parameter for name, parameter in model.parameters.items() if not model.sharded or name.startswith("head.")
     )
-    norm = _clip(model.parameters, clip)
+    norm = clip_gradients(model.parameters, clip)
     if not math.isfinite(report.loss) or not math.isfinite(norm):
         raise TrainingError(
             f"step {step + 1}: the loss is {report.loss} and the gradient's norm {norm}, in a batch of "
             f"{batch.name!r}. {_last_checkpoint(folder)} Lower optimiser.lr, or raise optimiser.warmup"
         )
-    adamw.step()
-    adamw.zero_grad(set_to_none=True)
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
     model.merge()
     model.update_average()
     return report, norm
@@ -199,41 +180,12 @@ def _mean(scores: Mapping[str, float]) -> float:
     return sum(scores.values()) / len(scores) if scores else -math.inf
 
 
-def _adamw(optimiser: Optimiser, head_lr: float | None, model: TrainingModel) -> torch.optim.AdamW:
-    head_share = (head_lr or optimiser.lr) / optimiser.lr
-    groups: list[dict[str, Any]] = []
-    for head in (False, True):
-        own = [p for name, p in model.parameters.items() if name.startswith("head.") == head]
-        # Norms and biases are not decayed, as usual.
-        for decay, parameters in (
-            (optimiser.weight_decay, [p for p in own if p.ndim > 1]),
-            (0.0, [p for p in own if p.ndim < 2]),
-        ):
-            if parameters:
-                share = head_share if head else 1.0
-                groups.append({"params": parameters, "weight_decay": decay, "lr_share": share})
-    # One kernel for all of it; torch has none for split parameters.
-    fused = not model.sharded
-    return torch.optim.AdamW(groups, lr=optimiser.lr, betas=optimiser.betas, eps=optimiser.epsilon, fused=fused)
-
-
-def _clip(parameters: Mapping[str, torch.nn.Parameter], limit: float) -> float:
-    """Scale the gradients to a norm of at most `limit`, if it is not 0. Returns the norm before."""
-    kinds = [[parameters[name] for name in names] for names in group_by_kind(parameters)]
-    norms = [torch.nn.utils.get_total_norm([p.grad for p in own if p.grad is not None]) for own in kinds]
-    # A decoder can be sharded while its head is whole in every process.
-    total = norms[0] if len(norms) == 1 else torch.stack([unshard(norm).cpu() for norm in norms]).norm()
-    for own in kinds:
-        torch.nn.utils.clip_grads_with_norm_(own, limit or math.inf, total)
-    return float(unshard(total))
-
-
-def _state(model: TrainingModel, adamw: torch.optim.AdamW, best: Mapping[str, float]) -> dict[str, Any]:
-    state = {"parameters": model.parameters, "optimiser": adamw.state_dict(), "best": dict(best)}
+def _state(model: TrainingModel, optimiser: torch.optim.AdamW, best: Mapping[str, float]) -> dict[str, Any]:
+    state = {"parameters": model.parameters, "optimiser": optimiser.state_dict(), "best": dict(best)}
     return unshard(state | ({"average": model.average} if model.average else {}), model.processes.is_main)
 
 
-def _resume(folder: RunFolder, model: TrainingModel, adamw: torch.optim.AdamW) -> tuple[int, dict[str, float]]:
+def _resume(folder: RunFolder, model: TrainingModel, optimiser: torch.optim.AdamW) -> tuple[int, dict[str, float]]:
     """Continue at the last checkpoint. Returns its step, 0 if there is none, and its best scores.
 
     The main process reads it for all: another machine may not see the folder, and would begin at step 0.
@@ -242,13 +194,13 @@ def _resume(folder: RunFolder, model: TrainingModel, adamw: torch.optim.AdamW) -
     step = model.processes.broadcast(0 if latest is None else latest[0])
     if step == 0:
         return 0, {}
-    return step, _restore(None if latest is None else latest[1], model, adamw)
+    return step, _restore(None if latest is None else latest[1], model, optimiser)
 
 
-def _restore(state: Mapping[str, Any] | None, model: TrainingModel, adamw: torch.optim.AdamW) -> dict[str, float]:
+def _restore(state: Mapping[str, Any] | None, model: TrainingModel, optimiser: torch.optim.AdamW) -> dict[str, float]:
     """Take over the main process's checkpoint, tensor by tensor. Returns the best scores in it."""
     # torch numbers the parameters of an optimiser across its groups. Moments are sharded like their parameters.
-    ordered = [parameter for group in adamw.param_groups for parameter in group["params"]]
+    ordered = [parameter for group in optimiser.param_groups for parameter in group["params"]]
 
     def place(path: tuple[Any, ...], tensor: torch.Tensor) -> torch.Tensor | None:
         if path[0] == "parameters":
@@ -262,10 +214,10 @@ def _restore(state: Mapping[str, Any] | None, model: TrainingModel, adamw: torch
     model.average = restored.get("average", {})
     stored = restored["optimiser"]
     groups = [
-        {"lr_share": own["lr_share"], **group}  # older checkpoints have no lr_share
-        for own, group in zip(adamw.param_groups, stored["param_groups"], strict=True)
+        {"lr_share": own["lr_share"], "muon": own["muon"], **group}  # which older checkpoints lack
+        for own, group in zip(optimiser.param_groups, stored["param_groups"], strict=True)
     ]
-    adamw.load_state_dict({"param_groups": groups, "state": stored["state"]})
+    optimiser.load_state_dict({"param_groups": groups, "state": stored["state"]})
     model.merge()
     return dict(restored["best"])
 

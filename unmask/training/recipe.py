@@ -114,17 +114,21 @@ class Lora(Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class Optimiser(Struct, forbid_unknown_fields=True, kw_only=True):
-    """AdamW (arXiv 1711.05101) and its learning rate over the run.
+    """AdamW (arXiv 1711.05101) or Muon, and its learning rate over the run.
 
     Attributes:
+        method: "muon" updates the matrices of the decoder's layers by Muon (`optimiser.Muon`) and the rest by AdamW.
         lr: the highest learning rate.
         schedule: after the warm-up: linear or cosine to `final_share` of lr, constant, or wsd (constant, then linear
             over the last `decay_share` of the steps after the warm-up; arXiv 2404.06395).
         warmup: steps in which the rate rises from zero to lr.
         total_steps: steps that the schedule is computed over; default: the run's.
         clip: largest gradient norm; 0 for no limit.
+        momentum: share of the earlier gradients in a matrix's momentum, for Muon.
+        iterations: of Newton-Schulz, by which Muon makes a momentum orthogonal.
     """
 
+    method: Literal["adamw", "muon"] = "adamw"
     lr: Rate = 5e-5
     schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
     warmup: Annotated[int, Meta(ge=0)] = 0
@@ -135,6 +139,8 @@ class Optimiser(Struct, forbid_unknown_fields=True, kw_only=True):
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: Rate = 1e-8
     clip: Annotated[float, Meta(ge=0.0)] = 1.0
+    momentum: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.95
+    iterations: Positive = 5
 
     def __post_init__(self) -> None:
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -463,6 +469,11 @@ class Recipe(Struct, forbid_unknown_fields=True, kw_only=True):
         if self.lora is not None and self.save != Save():
             raise ValueError(
                 "[save] goes with lora = false: an adapter is written in float32 and its base states the rest"
+            )
+        if self.optimiser.method == "muon" and (self.lora is not None or self.shard):
+            raise ValueError(
+                'optimiser.method = "muon" goes with lora = false and without shard: it needs whole matrices of the '
+                'decoder; choose "adamw"'
             )
         if self.exits:
             self._check_exits()

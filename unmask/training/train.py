@@ -36,11 +36,12 @@ from unmask.training.device import choose_device, compute_dtype
 from unmask.training.distributed import Processes, processes, restarted
 from unmask.training.examples import Examples, load_examples
 from unmask.training.head import first_numbers, linear_head, ridge
-from unmask.training.loop import TrainingProgress, learning_rate, train_steps
+from unmask.training.loop import TrainingProgress, train_steps
 from unmask.training.lora import adapter_tensors, write_adapter
 from unmask.training.mixture import Mixture, StreamOptions
 from unmask.training.model_folder import adapter_settings, write_head, write_model
 from unmask.training.objectives import Teachers, objective_for
+from unmask.training.optimiser import learning_rate
 from unmask.training.recipe import HeadSettings, Recipe
 from unmask.training.recipe_file import stored_recipe
 from unmask.training.run_folder import RunFolder, describe_run
