@@ -9,7 +9,7 @@ import torch
 from tests.training.tiny import GOLDEN, write_pairs
 from unmask import Encoder
 from unmask.cli import build_app
-from unmask.training.merging import Factors, write_factors
+from unmask.training.adapter_products import Factors, write_factors
 
 
 def run(*arguments: str | Path) -> int:

@@ -19,17 +19,8 @@ from unmask import Encoder
 from unmask.checkpoint import open_checkpoint
 from unmask.checkpoint.adapter import Adapter
 from unmask.errors import AdapterMismatch, UsageError
-from unmask.training.merging import (
-    Factors,
-    average,
-    compress,
-    interpolate,
-    merge_adapters,
-    slerp,
-    stack,
-    weighted_sum,
-    write_factors,
-)
+from unmask.training.adapter_products import Factors, compress, weighted_sum, write_factors
+from unmask.training.merging import average, interpolate, merge_adapters, slerp, stack
 from unmask.training.recipe import DataSource, Lora, Recipe
 from unmask.training.run_folder import RunFolder, describe_run
 from unmask.training.training_model import TrainingModel

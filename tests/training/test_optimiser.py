@@ -24,9 +24,9 @@ def test_singular_values_are_near_one_whatever_the_size(rows: int, columns: int,
     values = values.clamp_min(0.1 * float(values[0]))  # five iterations do not reach smaller ones
     result = newton_schulz((u * values) @ v * 10.0**power, 5).float()
     assert result.shape == matrix.shape
-    found = torch.linalg.svdvals(result)
-    assert float(found.min()) > 0.5
-    assert float(found.max()) < 1.35
+    measured_values = torch.linalg.svdvals(result)
+    assert float(measured_values.min()) > 0.5
+    assert float(measured_values.max()) < 1.35
 
 
 def test_a_matrix_without_a_gradient_stays() -> None:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tests.training.tiny import texts_of, write_decoder
 from unmask.encoder import Encoder
 from unmask.errors import StorageError, UsageError
+from unmask.training.distillation_settings import Distillation, Teacher
 from unmask.training.head import ridge
-from unmask.training.recipe import Distillation, Teacher
 from unmask.training.targets import Rotation, Targets, compute_vectors
 
 

@@ -16,10 +16,11 @@ from unmask.encoder.prompts import DefaultPrompts
 from unmask.encoder.shear import shear
 from unmask.errors import AdapterMismatch, InputError, UnsupportedArchitecture, UsageError
 from unmask.training.dev import DevSets
+from unmask.training.distillation_settings import Distillation
 from unmask.training.examples import Example, Examples, read_examples
 from unmask.training.mixture import examples_per_draw
 from unmask.training.mntp import mask_token_id
-from unmask.training.recipe import Batch, DataSource, Distillation, Recipe
+from unmask.training.recipe import Batch, DataSource, Recipe
 from unmask.training.rows import BadRows
 from unmask.training.training_model import initial_adapter
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unmask.encoder.prompts import Prompt
+from unmask.training.distillation_settings import Distillation, Ranking
 from unmask.training.gradcache import backward_through
 from unmask.training.losses import (
     false_negatives,
@@ -34,7 +35,7 @@ from unmask.training.mntp import (
     mask_tokens,
     prediction_loss,
 )
-from unmask.training.recipe import Contrastive, DataSource, Distillation, Exit, Mntp, Ranking, Recipe
+from unmask.training.recipe import Contrastive, DataSource, Exit, Mntp, Recipe
 from unmask.training.targets import RankingTeacher
 from unmask.training.training_model import TrainingModel
 

@@ -87,7 +87,7 @@ def newton_schulz(matrix: Tensor, iterations: int) -> Tensor:
     a, b, c = _COEFFICIENTS
     x = matrix.bfloat16()
     x = x.T if (tall := x.shape[0] > x.shape[1]) else x
-    x = x / x.norm().clamp_min(1e-7)
+    x = x / x.norm().clamp_min(1e-30)
     for _ in range(iterations):
         square = x @ x.T
         x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)

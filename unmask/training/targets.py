@@ -22,7 +22,7 @@ from unmask.evaluate.cache import VectorCache
 from unmask.evaluate.models import open_model
 from unmask.evaluate.models.embedding_model import EmbeddingModel
 from unmask.home import home
-from unmask.training.recipe import Distillation, Ranking, Teacher
+from unmask.training.distillation_settings import Distillation, Ranking, Teacher
 
 FILE = "targets.npz"
 # Vectors of so many texts stand in memory at a time while the rotation is fitted and vectors are computed ahead.
