@@ -60,6 +60,12 @@ def variations(sheared: Path | None) -> tuple[Variation, ...]:
         Variation("vectors alone", "loss", ("distillation.weight=0.0",)),
         Variation("learning rate 3e-4", "learning rate", ("optimiser.lr=3e-4",)),
         Variation("learning rate 1.6e-3", "learning rate", ("optimiser.lr=1.6e-3",)),
+        Variation(
+            "Muon",
+            "optimiser",
+            ('optimiser.method="muon"', "optimiser.lr=5e-4", "head.lr=5e-4", "optimiser.iterations=3"),
+            1.5,
+        ),
         Variation("batch 64", "batch", ("batch.size=64",), 0.5),
         Variation("batch 256", "batch", ("batch.size=256", "batch.graph_tokens=40000"), 2.0),
         Variation("one set a batch", "batch", ("batch.sets=1",)),

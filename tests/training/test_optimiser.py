@@ -19,10 +19,11 @@ MUON: dict[str, Any] = {"method": "muon", "lr": 2e-3}
 
 @given(rows=st.integers(1, 40), columns=st.integers(1, 40), seed=st.integers(0, 2**31), power=st.integers(-12, 12))
 def test_singular_values_are_near_one_whatever_the_size(rows: int, columns: int, seed: int, power: int) -> None:
+    torch_dtype = (torch.float32, torch.bfloat16)[seed % 2]
     matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     u, values, v = torch.linalg.svd(matrix, full_matrices=False)
     values = values.clamp_min(0.1 * float(values[0]))  # five iterations do not reach smaller ones
-    result = newton_schulz((u * values) @ v * 10.0**power, 5).float()
+    result = newton_schulz(((u * values) @ v * 10.0**power).to(torch_dtype), 5).float()
     assert result.shape == matrix.shape
     measured_values = torch.linalg.svdvals(result)
     assert float(measured_values.min()) > 0.5
@@ -41,7 +42,7 @@ def test_matrices_move_as_by_torchs_muon_and_the_rest_as_by_adamw() -> None:
         {"params": ours[:2], "muon": True, "weight_decay": 0.1},
         {"params": ours[2:], "muon": False, "weight_decay": 0.0},
     ]
-    both = Muon(groups, 0.9, 5, Processes(), lr=0.02)
+    both = Muon(groups, 0.9, 5, torch.bfloat16, Processes(), lr=0.02)
     alone = [
         torch.optim.Muon(theirs[:2], lr=0.02, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(theirs[2:], lr=0.02, weight_decay=0.0),

@@ -33,13 +33,20 @@ class Muon(torch.optim.AdamW):
         groups: parameters with the options of AdamW, and `muon`: whether they are matrices for Muon.
         momentum: share of the earlier gradients in the momentum of a matrix; Nesterov's.
         iterations: of Newton-Schulz.
+        dtype: precision of these, bfloat16 where the device multiplies in it.
     """
 
     def __init__(
-        self, groups: list[dict[str, Any]], momentum: float, iterations: int, processes: Processes, **adamw: Any
+        self,
+        groups: list[dict[str, Any]],
+        momentum: float,
+        iterations: int,
+        dtype: torch.dtype,
+        processes: Processes,
+        **adamw: Any,
     ) -> None:
         super().__init__(groups, **adamw)
-        self._momentum, self._iterations, self._processes = momentum, iterations, processes
+        self._momentum, self._iterations, self._dtype, self._processes = momentum, iterations, dtype, processes
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -52,7 +59,7 @@ class Muon(torch.optim.AdamW):
             self.param_groups = groups
         matrices = [(group, p) for group in groups if group["muon"] for p in group["params"] if p.grad is not None]
         directions = [self._direction(p) for _, p in matrices]
-        updates = _orthogonal(directions, self._iterations, self._processes)
+        updates = self._orthogonal([direction.to(self._dtype) for direction in directions])
         for (group, p), update in zip(matrices, updates, strict=True):
             p.mul_(1 - group["lr"] * group["weight_decay"])
             p.add_(update.to(p.dtype), alpha=-group["lr"] * _ADAMW_SIZE * max(p.shape) ** 0.5)
@@ -62,31 +69,32 @@ class Muon(torch.optim.AdamW):
         gradient = parameter.grad
         assert gradient is not None
         state = self.state[parameter]
-        momentum = state.setdefault("momentum", torch.zeros_like(gradient))
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(gradient)
+        momentum = state["momentum"]
         momentum.lerp_(gradient, 1 - self._momentum)
         return gradient.lerp(momentum, self._momentum)
 
-
-def _orthogonal(matrices: list[Tensor], iterations: int, processes: Processes) -> list[Tensor]:
-    """Return the nearest orthogonal matrix of each, in bfloat16: singular values near 1, the same singular vectors."""
-    costs = [m.numel() * min(m.shape) for m in matrices]
-    shares = processes.shares(costs)
-    own = {i: newton_schulz(matrices[i], iterations) for i in shares[processes.rank]}
-    for rank, share in enumerate(shares):
-        sizes = [matrices[i].numel() for i in share]
-        block = matrices[0].new_empty(sum(sizes), dtype=torch.bfloat16)
-        if rank == processes.rank and share:
-            block = torch.cat([own[i].flatten() for i in share])
-        processes.send(block, rank)
-        own |= {i: part.view_as(matrices[i]) for i, part in zip(share, block.split(sizes), strict=True)}
-    return [own[i] for i in range(len(matrices))]
+    def _orthogonal(self, matrices: list[Tensor]) -> list[Tensor]:
+        """Return the nearest orthogonal matrix of each: all singular values near 1, with the same singular vectors."""
+        shares = self._processes.shares([matrix.numel() * min(matrix.shape) for matrix in matrices])
+        results = {i: newton_schulz(matrices[i], self._iterations) for i in shares[self._processes.rank]}
+        for rank, share in enumerate(shares):
+            if not share:
+                continue
+            sizes = [matrices[i].numel() for i in share]
+            block = matrices[0].new_empty(sum(sizes))
+            if rank == self._processes.rank:
+                block = torch.cat([results[i].flatten() for i in share])
+            self._processes.send(block, rank)
+            results |= {i: part.view_as(matrices[i]) for i, part in zip(share, block.split(sizes), strict=True)}
+        return [results[i] for i in range(len(matrices))]
 
 
 def newton_schulz(matrix: Tensor, iterations: int) -> Tensor:
-    """Return about the nearest orthogonal matrix, in bfloat16 [m, n], for a matrix [m, n] of any size but zero."""
+    """Return about the nearest orthogonal matrix, [m, n], in the precision of a matrix [m, n] of any size but zero."""
     a, b, c = _COEFFICIENTS
-    x = matrix.bfloat16()
-    x = x.T if (tall := x.shape[0] > x.shape[1]) else x
+    x = matrix.T if (tall := matrix.shape[0] > matrix.shape[1]) else matrix
     x = x / x.norm().clamp_min(1e-30)
     for _ in range(iterations):
         square = x @ x.T
@@ -122,7 +130,7 @@ def make_optimiser(recipe: Recipe, model: TrainingModel) -> torch.optim.AdamW:
     }
     if settings.method == "adamw":
         return torch.optim.AdamW(groups, **options)
-    return Muon(groups, settings.momentum, settings.iterations, model.processes, **options)
+    return Muon(groups, settings.momentum, settings.iterations, model.dtype, model.processes, **options)
 
 
 def _order(is_head: bool, muon: bool, is_matrix: bool) -> tuple[bool, bool, bool]:
