@@ -117,6 +117,36 @@ def test_compiled_kernels_quantise_as_torch_does(rows: int, blocks: int, seed: i
     assert (steps != expected_steps).float().mean().nan_to_num() < 0.01
 
 
+@pytest.mark.skipif(
+    kernels.library() is None and "CI" not in os.environ, reason="no C compiler, or a processor without a target"
+)
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_a_number_that_is_none_is_not_hidden(number: float) -> None:
+    x = torch.randn(2, 128)
+    x[0, 3] = number
+    with torch.inference_mode():
+        product = Int8Linear(Linear(128, 8))(x)
+    assert not product[0].isfinite().any()
+    assert product[1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_inputs_of_another_precision_give_the_product_of_their_values(dtype: torch.dtype) -> None:
+    layer, x = Int8Linear(nn.Linear(128, 8).to(dtype)), torch.randn(3, 128).to(dtype)
+    with torch.inference_mode():
+        assert torch.equal(layer(x), layer(x.float()))
+
+
+def test_a_module_that_reads_the_weight_of_a_layer_keeps_it() -> None:
+    attention = nn.Sequential(nn.MultiheadAttention(64, 2), nn.Linear(64, 64))
+    int8.quantise_torch(attention)
+    assert isinstance(attention[1], Int8Linear)
+    with torch.inference_mode():
+        attention[0](*[torch.randn(5, 64)] * 3)
+    with pytest.raises(UsageError, match="has no linear layers"):
+        int8.quantise_torch(nn.Embedding(4, 4))
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_layers_without_compiled_kernels_give_the_same_product(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     linear, x = Linear(128, 24, bias=bias), torch.randn(2, 5, 128)  # any leading dimensions, as other libraries have

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx.external_data_helper import set_external_data
+from sentence_transformers import SentenceTransformer
 
 from unmask import Encoder
 from unmask.errors import CheckpointError, EngineError, UsageError
@@ -103,7 +104,8 @@ def test_a_sentence_transformers_folder_in_other_precisions(published: Callable[
     folder = published("Qwen/Qwen3-Embedding-0.6B")
     full = open_model(f"st:{folder}", {"dtype": "bfloat16"})  # the run's precision is that of our own models
     narrow = open_model(f"st:{folder}?dtype={dtype}")
-    assert (narrow.revision, full.revision) == (f"{full.revision}-{dtype}", open_model(f"st:{folder}").revision)
+    assert full.revision == open_model(f"st:{folder}").revision
+    assert narrow.revision.startswith(f"{full.revision}-{dtype}")
     assert narrow.encode(TEXTS).dtype == np.float32
     assert 0 < np.abs(narrow.encode(TEXTS) - full.encode(TEXTS)).max() < 0.02
 
@@ -112,6 +114,21 @@ def test_a_precision_that_a_folder_cannot_have(published: Callable[[str], Path])
     folder = published("Qwen/Qwen3-Embedding-0.6B")
     with pytest.raises(UsageError, match="dtype='int4'; write float32, bfloat16 or int8"):
         open_model(f"st:{folder}?dtype=int4")
+    with pytest.raises(UsageError, match="dtype=int8 computes on a CPU"):
+        open_model(f"st:{folder}?dtype=int8&device=cuda")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_folder_in_16_bits_computes_in_the_precision_that_is_asked_for(
+    published: Callable[[str], Path], tmp_path: Path, dtype: str
+) -> None:
+    """transformers would compute in the precision of the file."""
+    folder = published("Qwen/Qwen3-Embedding-0.6B")
+    SentenceTransformer(str(folder)).bfloat16().save(str(tmp_path / "half"))
+    wide = SentenceTransformer(str(tmp_path / "half")).float()
+    expected = wide.encode(list(TEXTS), normalize_embeddings=True)
+    vectors = open_model(f"st:{tmp_path / 'half'}?dtype={dtype}").encode(TEXTS)
+    np.testing.assert_allclose(vectors, expected, atol=1e-6 if dtype == "float32" else 0.02)
 
 
 def test_everything_that_decides_a_vector_is_in_the_revision(tiny: str) -> None:
@@ -178,7 +195,7 @@ def test_the_static_model_comes_with_its_package() -> None:
         ("st:.", CheckpointError, "no modules.json"),
         ("no/such.onnx", CheckpointError, "there is no file no/such.onnx"),
         ("x.onnx?dtype=int8", UsageError, "has no option 'dtype'"),
-        ("st:.?dtype=int8", UsageError, "write float32 or bfloat16"),
+        ("st:.?dtype=int4", UsageError, "write float32, bfloat16 or int8"),
     ],
 )
 def test_bad_specifications_are_refused(specification: str, error: type[Exception], message: str) -> None:

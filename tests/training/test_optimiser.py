@@ -17,7 +17,7 @@ from unmask.training.training_model import TrainingModel
 MUON: dict[str, Any] = {"method": "muon", "lr": 2e-3}
 
 
-@given(rows=st.integers(1, 40), columns=st.integers(1, 40), seed=st.integers(0, 2**31), power=st.integers(-12, 12))
+@given(rows=st.integers(1, 40), columns=st.integers(1, 40), seed=st.integers(0, 2**31), power=st.integers(-36, 30))
 def test_singular_values_are_near_one_whatever_the_size(rows: int, columns: int, seed: int, power: int) -> None:
     torch_dtype = (torch.float32, torch.bfloat16)[seed % 2]
     matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
@@ -55,7 +55,7 @@ def test_matrices_move_as_by_torchs_muon_and_the_rest_as_by_adamw() -> None:
         for optimiser in alone:
             optimiser.step()
     for own, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(own, other, atol=2e-4, rtol=0)  # products in bfloat16
+        torch.testing.assert_close(own, other, atol=1e-3, rtol=0)  # of 0.02; products are in bfloat16
 
 
 def test_matrices_of_layers_are_muons_and_nothing_else() -> None:
@@ -69,19 +69,14 @@ def test_matrices_of_layers_are_muons_and_nothing_else() -> None:
 
 
 def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path, data: Path) -> None:
-    recipe = recipe_of(lora=None, steps=6, checkpoint_every=3, optimiser=MUON)
-    run_recipe(recipe, tmp_path / "whole", data)
-    run_recipe(
-        recipe_of(lora=None, steps=3, checkpoint_every=3, optimiser={**MUON, "total_steps": 6}), tmp_path / "a", data
-    )
-    run_recipe(
-        recipe_of(lora=None, steps=6, checkpoint_every=3, optimiser={**MUON, "total_steps": 6}),
-        tmp_path / "a",
-        data,
-        resume=True,
-    )
-    whole, resumed = ([line["loss"] for line in RunFolder(tmp_path / each, 1).metrics()] for each in ("whole", "a"))
+    fields: dict[str, Any] = {"lora": None, "checkpoint_every": 3, "optimiser": {**MUON, "total_steps": 6}}
+    run_recipe(recipe_of(steps=6, **fields), data, tmp_path / "whole")
+    run_recipe(recipe_of(steps=3, **fields), data, tmp_path / "parts")
+    run_recipe(recipe_of(steps=6, **fields), data, tmp_path / "parts", resume=True)
+    whole, resumed = ([line["loss"] for line in RunFolder(tmp_path / each, 1).metrics()] for each in ("whole", "parts"))
+    assert len(whole) == 6
     assert resumed == whole
+    assert not list(tmp_path.glob("*.error"))
 
 
 @pytest.mark.parametrize("fields", [{}, {"lora": None, "shard": True}])

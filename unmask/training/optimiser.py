@@ -48,6 +48,12 @@ class Muon(torch.optim.AdamW):
         super().__init__(groups, **adamw)
         self._momentum, self._iterations, self._dtype, self._processes = momentum, iterations, dtype, processes
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # AdamW looks for its own numbers in the state of every parameter.
+        groups = state["param_groups"]
+        super().__setstate__({**state, "param_groups": [group for group in groups if not group["muon"]]})
+        self.param_groups = groups
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Update all parameters that have a gradient."""
@@ -58,8 +64,7 @@ class Muon(torch.optim.AdamW):
         finally:
             self.param_groups = groups
         matrices = [(group, p) for group in groups if group["muon"] for p in group["params"] if p.grad is not None]
-        directions = [self._direction(p) for _, p in matrices]
-        updates = self._orthogonal([direction.to(self._dtype) for direction in directions])
+        updates = self._orthogonal([self._direction(p).to(self._dtype) for _, p in matrices])
         for (group, p), update in zip(matrices, updates, strict=True):
             p.mul_(1 - group["lr"] * group["weight_decay"])
             p.add_(update.to(p.dtype), alpha=-group["lr"] * _ADAMW_SIZE * max(p.shape) ** 0.5)
@@ -80,7 +85,7 @@ class Muon(torch.optim.AdamW):
         shares = self._processes.shares([matrix.numel() * min(matrix.shape) for matrix in matrices])
         results = {i: newton_schulz(matrices[i], self._iterations) for i in shares[self._processes.rank]}
         for rank, share in enumerate(shares):
-            if not share:
+            if len(shares) == 1 or not share:
                 continue
             sizes = [matrices[i].numel() for i in share]
             block = matrices[0].new_empty(sum(sizes))
@@ -95,7 +100,10 @@ def newton_schulz(matrix: Tensor, iterations: int) -> Tensor:
     """Return about the nearest orthogonal matrix, [m, n], in the precision of a matrix [m, n] of any size but zero."""
     a, b, c = _COEFFICIENTS
     x = matrix.T if (tall := matrix.shape[0] > matrix.shape[1]) else matrix
-    x = x / x.norm().clamp_min(1e-30)
+    # In units of the largest number: the squares of small ones would be 0.
+    tiny = torch.finfo(x.dtype).tiny
+    largest = x.abs().amax().clamp_min(tiny)
+    x = x / ((x / largest).norm().float() * largest.float()).clamp_min(tiny)
     for _ in range(iterations):
         square = x @ x.T
         x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
@@ -118,9 +126,7 @@ def make_optimiser(recipe: Recipe, model: TrainingModel) -> torch.optim.AdamW:
             "lr_share": head_lr / settings.lr if is_head else 1.0,
             "muon": muon,
         }
-        for (is_head, muon, is_matrix), parameters in sorted(
-            kinds.items(), key=lambda kind: (kind[0][0], not kind[0][2])
-        )
+        for (is_head, muon, is_matrix), parameters in sorted(kinds.items(), key=lambda kind: _order(*kind[0]))
     ]
     options: dict[str, Any] = {
         "lr": settings.lr,

@@ -9,10 +9,16 @@ from typing import Any, Literal
 import numpy as np
 
 from unmask.checkpoint.digest import file_sha256
-from unmask.encoder.runtime.int8 import quantise_torch
+from unmask.encoder.runtime.int8 import INT8_PRECISION, quantise_torch
 from unmask.errors import CheckpointError, MissingPackages, UsageError
 from unmask.evaluate.models.specification import ModelSpecification
 
+# What a precision adds to the revision: vectors of another one are other vectors.
+_PRECISION_KEYS = {
+    "float32": "",
+    "bfloat16": "-bfloat16",
+    "int8": f"-int8-{hashlib.sha256(INT8_PRECISION.encode()).hexdigest()[:8]}",
+}
 # Files that can change a vector. Pictures, read-mes and other formats in such a folder cannot.
 _DIGESTED_FILES = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model")
 
@@ -36,7 +42,7 @@ class SentenceTransformerModel:
         self.dimensions = int(model.get_embedding_dimension())
         self.parameters: int | None = sum(parameter.numel() for parameter in model.parameters())
         # Vectors of another precision are other vectors: they must not meet in a cache.
-        self.revision = _folder_digest(folder) + ("" if dtype == "float32" else f"-{dtype}")
+        self.revision = _folder_digest(folder) + _PRECISION_KEYS[dtype]
 
     def encode(self, texts: Sequence[str], instruction: str = "") -> np.ndarray:
         """Return float32 [n, dimensions]. The instruction only chooses the model's own prompt."""
@@ -71,8 +77,11 @@ def open_folder(specification: ModelSpecification) -> SentenceTransformerModel:
         CheckpointError: the folder is not one of that library.
     """
     dtype = specification.values.get("dtype", ("float32",))[-1]
-    if dtype not in ("float32", "bfloat16", "int8"):
+    device = specification.one("device") or "cpu"
+    if dtype not in _PRECISION_KEYS:
         raise UsageError(f"{specification.target}: dtype={dtype[:40]!r}; write float32, bfloat16 or int8")
+    if dtype == "int8" and device != "cpu":
+        raise UsageError(f"{specification.target}: dtype=int8 computes on a CPU; leave out device={device}")
     try:
         # Not by an import statement: a type checker would read the modules of all transformers' models for it.
         library = importlib.import_module("sentence_transformers")
@@ -84,14 +93,12 @@ def open_folder(specification: ModelSpecification) -> SentenceTransformerModel:
             raise CheckpointError(f"there is no folder {folder}: name one that sentence-transformers has saved")
         raise CheckpointError(f"{folder} is not a sentence-transformers folder: it has no modules.json")
     try:
-        model = library.SentenceTransformer(
-            str(folder), device=specification.one("device") or "cpu", local_files_only=True
-        )
+        model = library.SentenceTransformer(str(folder), device=device, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
-    if dtype == "bfloat16":
-        model = model.bfloat16()
-    elif dtype == "int8":
+    # transformers keeps the precision of the file, which can be 16 bits.
+    model = model.bfloat16() if dtype == "bfloat16" else model.float()
+    if dtype == "int8":
         quantise_torch(model)
     return SentenceTransformerModel(model, folder, specification.display_name, dtype)
 

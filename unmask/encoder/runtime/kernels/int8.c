@@ -61,16 +61,19 @@ INLINE void rotate_block(const float *x, const float *signs, float *y) {
 void quantise_rows(int64_t tokens, int64_t width, const float *x, const float *signs, uint8_t *steps, float *sizes,
                    float *memory) {
     for (int64_t t = 0; t < tokens; t++, x += width, steps += width) {
-        Vector largest = broadcast(1e-30f);
+        // Compared as bits: those of NaN are above all others, so a row with one gets a step that is none.
+        Integers largest = (Integers)broadcast(1e-30f);
         for (int64_t i = 0; i < width; i += BLOCK) {
             rotate_block(x + i, signs, memory + i);
             for (int64_t j = i; j < i + BLOCK; j += VL) {
-                Vector magnitude = (Vector)((Integers)load(memory + j) & 0x7fffffff);
-                largest = choose((Integers)(magnitude > largest), magnitude, largest);
+                Integers bits = (Integers)load(memory + j) & 0x7fffffff, larger = bits > largest;
+                largest = (bits & larger) | (largest & ~larger);
             }
         }
-        float top = 0;
-        for (int lane = 0; lane < VL; lane++) top = largest[lane] > top ? largest[lane] : top;
+        int32_t top_bits = 0;
+        for (int lane = 0; lane < VL; lane++) top_bits = largest[lane] > top_bits ? largest[lane] : top_bits;
+        float top;
+        memcpy(&top, &top_bits, sizeof top);
         sizes[t] = top / 127.0f;
         // From 2^23 on, float32 has whole numbers only: adding it rounds, and leaves the integer in the last byte.
         Vector scale = broadcast(127.0f / top), rounding = broadcast(8388608.0f + 128.0f);
