@@ -402,6 +402,19 @@ def test_the_mean_of_adapters_has_the_mean_of_their_heads(folder: Path, part: st
     assert np.allclose(np.linalg.norm(Encoder.load(folder / "mean").encode(TEXTS), axis=1), 1, atol=1e-6)
 
 
+def test_the_mean_of_checkpoints_has_the_head_that_was_not_trained(folder: Path) -> None:
+    head = {"dimensions": 24, "ridge": 40, "trained": False}
+    recipe = recipe_for(folder, steps=4, layers=None, lora={"rank": 4}, head=head, checkpoint_every=2)
+    run_training(recipe, data=folder, output=folder / "run")
+    adapter = folder / "run" / "adapter"
+    steps = [str(path) for path in sorted((folder / "run" / "checkpoints").iterdir())]
+    average(steps, folder / "mean")
+    assert (folder / "mean" / "head.safetensors").read_bytes() == (adapter / "head.safetensors").read_bytes()
+    (adapter / "head.safetensors").unlink()
+    with pytest.raises(UsageError, match="let the run end first"):
+        average(steps, folder / "other")
+
+
 def test_models_and_adapters_with_other_steps_behind_the_pooling_are_not_mixed(folder: Path) -> None:
     for name, lora, normalize in (
         ("a", None, True),

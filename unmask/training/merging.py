@@ -218,7 +218,11 @@ class _AdapterHead:
 
 
 def _head_of(name: str) -> _AdapterHead | None:
-    """Read the head of an adapter or of a run's checkpoint, if it has one of its own."""
+    """Read the head of an adapter or of a run's checkpoint, if it has one of its own.
+
+    Raises:
+        UsageError: the head is not trained, so no checkpoint has it, and the run has not ended.
+    """
     step = Path(name)
     if not (step / "state.pt").is_file():
         path = local_path(name)
@@ -226,9 +230,16 @@ def _head_of(name: str) -> _AdapterHead | None:
             return None
         return _AdapterHead(load_file(path / HEAD_FILE), _settings_of(str(path)))
     parameters = torch.load(step / "state.pt", map_location="cpu", weights_only=True)["parameters"]
-    if "head.weight" not in parameters:
-        return None
     recipe = _recipe_of(step)
+    if "head.weight" not in parameters:
+        if recipe.head is None:
+            return None
+        result = step.parent.parent / "adapter"
+        if not (result / HEAD_FILE).is_file():
+            raise UsageError(
+                f"{name}: its head is not trained, so it is written only when the run ends; let the run end first"
+            )
+        return _head_of(str(result))
     steps = UNIT_LINEAR if recipe.head is not None and recipe.head.normalize else ()
     return _AdapterHead(
         {part: parameters[f"head.{part}"] for part in ("weight", "bias")},
