@@ -24,7 +24,7 @@ from unmask.api.metrics import Metrics
 from unmask.api.web_pages import WebPages
 from unmask.cluster.connection import import_ray
 from unmask.router import ModelRegistry
-from unmask.router.pool import WatchIntervals
+from unmask.router.watch_intervals import WatchIntervals
 from unmask.server.cluster_watch import ClusterWatch
 from unmask.server.composition import book_providers, open_models, open_providers
 from unmask.server.http_server import HttpServer, base_url, listen

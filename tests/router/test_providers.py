@@ -40,8 +40,9 @@ from unmask.router import breaker
 from unmask.router.daily_cost import today
 from unmask.router.endpoint import ProviderEndpoint
 from unmask.router.hedging import MIN_SAMPLES
-from unmask.router.pool import ProviderPool, WatchIntervals
+from unmask.router.pool import ProviderPool
 from unmask.router.verdicts import Verdict, order_admission
+from unmask.router.watch_intervals import WatchIntervals
 from unmask.storage.database import now_ms
 from unmask.storage.schema import charges, provider_attempts
 from unmask.web import website

@@ -14,8 +14,9 @@ from tests.web.people import do, key_of, person
 from tests.web.test_account_browser import faultless, press
 from unmask.accounts import Accounts, audit, people, tariff
 from unmask.encoder import Encoder
-from unmask.router.pool import ProviderPool, WatchIntervals
+from unmask.router.pool import ProviderPool
 from unmask.router.verdicts import Verdict, add_verdict
+from unmask.router.watch_intervals import WatchIntervals
 from unmask.storage.database import now_ms
 from unmask.web import website
 

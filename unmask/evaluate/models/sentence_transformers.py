@@ -13,7 +13,7 @@ from unmask.encoder.runtime.int8 import INT8_PRECISION, quantise_torch
 from unmask.errors import CheckpointError, MissingPackages, UsageError
 from unmask.evaluate.models.specification import ModelSpecification
 
-# What a precision adds to the revision: vectors of another one are other vectors.
+# Suffix of the revision for each precision, which keeps its vectors apart from those of others in a cache.
 _PRECISION_KEYS = {
     "float32": "",
     "bfloat16": "-bfloat16",
@@ -73,7 +73,7 @@ def open_folder(specification: ModelSpecification) -> SentenceTransformerModel:
 
     Raises:
         MissingPackages: the package is not installed.
-        UsageError: no such precision.
+        UsageError: no such precision, or none of this device.
         CheckpointError: the folder is not one of that library.
     """
     dtype = specification.values.get("dtype", ("float32",))[-1]
