@@ -54,9 +54,10 @@ async def first_result(
         second: returns the other work; None for none after all.
 
     Raises:
-        Exception: that of the work that ended last, if both failed.
+        Exception: that of the work that failed, if there is no result; of two, that of the later one.
     """
     tasks = [asyncio.ensure_future(first)]
+    failed: asyncio.Task[T] | None = None
     try:
         done, _ = await asyncio.wait(tasks, timeout=delay)
         if not done and (other := second()) is not None:
@@ -64,11 +65,13 @@ async def first_result(
         pending = set(tasks)
         while True:
             done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            good = [task for task in tasks if task in done and not task.exception() and task.result() is not None]
+            ended = [task for task in tasks if task in done]
+            good = [task for task in ended if not task.exception() and task.result() is not None]
             if good:
                 return good[0].result()
+            failed = next((task for task in ended if task.exception()), failed)
             if not pending:
-                return done.pop().result()
+                return (failed or ended[0]).result()
     finally:
         for task in tasks:
             task.cancel()
