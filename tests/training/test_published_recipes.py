@@ -1,10 +1,26 @@
-"""Compare the recipes that ship with the published LLM2Vec runs."""
+"""The recipes that ship, compared with the published LLM2Vec runs, and those of the docs with the code."""
 
+import re
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from unmask.training.recipe import Recipe
+from unmask.training.distillation_settings import Distillation, Ranking, Teacher
+from unmask.training.recipe import (
+    Batch,
+    Contrastive,
+    DataSource,
+    Dev,
+    Exit,
+    HeadSettings,
+    Lora,
+    Mntp,
+    Optimiser,
+    Recipe,
+    Save,
+    SimCse,
+)
 from unmask.training.recipe_file import read_recipe
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
@@ -65,8 +81,39 @@ def test_what_all_steps_share(base: str, step: str) -> None:
     assert run.base == recipe(base, "mntp").base
 
 
+DOCS = Path(__file__).parents[2] / "docs"
+# The heading of each table in docs/reference/recipe.md, and the fields that it lists.
+TABLES: dict[str, type[msgspec.Struct]] = {
+    "Run": Recipe,
+    "`[[data]]`": DataSource,
+    "`[[dev]]`": Dev,
+    "`[lora]`": Lora,
+    "`[head]`": HeadSettings,
+    "`[[exits]]`": Exit,
+    "`[optimiser]`": Optimiser,
+    "`[batch]`": Batch,
+    "`[save]`": Save,
+    "`[mntp]`": Mntp,
+    "`[simcse]`": SimCse,
+    "`[contrastive]`": Contrastive,
+    "`[distillation]`": Distillation,
+    "`[[distillation.teachers]]`": Teacher,
+    "`[distillation.ranking]`": Ranking,
+}
+
+
+@pytest.mark.parametrize("heading", TABLES)
+def test_the_page_of_the_recipe_lists_every_field(heading: str) -> None:
+    page = (DOCS / "reference" / "recipe.md").read_text(encoding="utf-8")
+    section = re.split(r"\n#+ ", page[page.index(f"# {heading}\n") + 2 :])[0]
+    table = section[section.index("| field | default | meaning |") :].split("\n\n")[0]
+    cells = " ".join(line.split("|")[1] for line in table.splitlines()[2:])
+    listed = re.findall(r"`(\w+)`", cells)
+    assert sorted(listed) == sorted(TABLES[heading].__struct_fields__)
+
+
 def test_the_complete_recipes_in_the_docs_can_be_read(tmp_path: Path) -> None:
-    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    text = "".join((DOCS / page).read_text(encoding="utf-8") for page in ("training.md", "reference/recipe.md"))
     recipes = [block.partition("```")[0] for block in text.split("```toml\n")[1:]]
     complete = [recipe for recipe in recipes if "objective =" in recipe]
     assert len(complete) == 2
