@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from unmask.checkpoint import DEFAULT_MODEL
 from unmask.evaluate.report.report_model import ModelSummary, ReportModel, build_report_model
@@ -60,7 +61,8 @@ def table() -> str:
     kinds: list[Category] = [k for k, count in report().counts.items() if count and k != "WordLevel"]
     heads = [f"mean of {len(report().common)} tasks", *(f"{kind} ({report().counts[kind]})" for kind in kinds)]
     heads += SINGLE_TASKS.values()
-    lines = ["| | " + " | ".join(heads) + " | minus ours |", "|---" + "|---:" * len(heads) + "|---|"]
+    heads.append(f"{report().rows[0].short_name} minus it")
+    lines = [f"| | {' | '.join(heads)} |", "|---" + "|---:" * (len(heads) - 1) + "|---|"]
     for row in report().rows:
         scores = {score.task: score.score for score in row.model.scores}
         figures = [row.mean, *(row.means[kind] for kind in kinds), *(scores[task] for task in SINGLE_TASKS)]
@@ -70,26 +72,32 @@ def table() -> str:
 
 
 def _difference(row: ModelSummary) -> str:
-    """Return another model's mean minus ours, `2.6 (1.6 to 3.7)`."""
+    """Return our mean minus another model's, as in the report: `-1.8 (-2.9 to -0.7; worse)`."""
     if row.difference is None:
         return ""
     low, high = row.difference.interval
-    return f"{-row.difference.delta:.1f} ({-high:.1f} to {-low:.1f})"
+    verdict = {"noise": "within noise"}.get(row.difference.verdict, row.difference.verdict)
+    return f"{row.difference.delta:+.1f} ({low:+.1f} to {high:+.1f}; {verdict})"
 
 
 def parity() -> str:
-    """Return the table of parity: a row for each model, runtime and precision."""
+    """Return the table of parity: for each runtime and precision the model with the worst cosine."""
     rows = json.loads(PARITY.read_text(encoding="utf-8"))["rows"] if PARITY.is_file() else []
     if not rows:
         return "\n\nNo row yet: run `make parity`.\n\n"
     lines = [
-        "| model | runtime | weights | texts | mean | worst: texts | documents | queries | difference | measured |",
-        "|---|---|---|---:|---:|---:|---:|---:|---:|---|",
+        "| runtime | weights | models | worst of them | texts | mean | worst | difference, all models | measured |",
+        "|---|---|---:|---|---:|---:|---:|---:|---|",
     ]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
-        worst = [f"{row['worst'][use]:.7f}" if use in row["worst"] else "" for use in ("texts", "documents", "queries")]
-        cells = [row["model"], row["runtime"], row["precision"], str(row["texts"]), f"{row['mean']:.7f}", *worst]
-        lines.append(f"| {' | '.join([*cells, format(row['difference'], '.1e'), row['on']])} |".replace("|  |", "| |"))
+        groups.setdefault((row["runtime"], row["precision"]), []).append(row)
+    for (runtime, precision), group in sorted(groups.items(), key=lambda item: (item[0][0].lower(), item[0][1])):
+        worst = min(group, key=lambda row: (min(row["worst"].values()), -row["difference"]))
+        cells = [runtime, precision, str(len(group)), worst["model"], str(worst["texts"]), f"{worst['mean']:.7f}"]
+        largest = max(row["difference"] for row in group)
+        cells += [f"{min(worst['worst'].values()):.7f}", f"{largest:.1e}", worst["on"]]
+        lines.append(f"| {' | '.join(cells)} |")
     machines = "; ".join(sorted({row["machine"] for row in rows}))
     return "\n\n" + "\n".join(lines) + f"\n\nMeasured on {machines}.\n\n"
 

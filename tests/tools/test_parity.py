@@ -31,7 +31,7 @@ def test_rows_replace_those_of_the_same_runtime(golden_dir: Path, tmp_path: Path
         (rows[1]["runtime"], "q8"),
     ]
     page = (tmp_path / "docs" / "export.md").read_text()
-    assert f"| tiny_llama | ONNX Runtime 99.0 | float32 | {len(FEW)} | {rows[0]['mean']:.7f} |" in page
+    assert f"| ONNX Runtime 99.0 | float32 | 1 | tiny_llama | {len(FEW)} | {rows[0]['mean']:.7f} |" in page
     mean, worst = measurements([{**rows[1], "model": DEFAULT_MODEL}])
     assert (mean.value, worst.value) == (round(rows[1]["mean"], 8), round(min(rows[1]["worst"].values()), 8))
     assert (worst.what, worst.note) == ("worst cosine in ONNX Runtime, q8", f"{rows[1]['runtime']}.")
