@@ -41,7 +41,7 @@ def train(
     Parameters
     ----------
     recipe
-        TOML file. The folder recipes/ has the published ones and ours; docs/training.md explains every field.
+        TOML file. The folder recipes/ has the published ones and ours; docs/reference/recipe.md explains every field.
         With [[stages]] it trains one after the other.
     output
         Folder of the run: checkpoints, metrics, and in the end the adapter or model. A stage has its own folder in it.
