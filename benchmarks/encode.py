@@ -360,7 +360,6 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--backends",
-        "--contenders",  # its old name, which stands in commands of published figures
         nargs="+",
         choices=tuple(BACKENDS),
         metavar="NAME",

@@ -582,12 +582,3 @@ def test_limits_for_several_servers_are_those_of_accounts():
 )
 def test_durations_are_gos(seconds: float, text: str):
     assert go_duration(seconds) == text
-
-
-def test_the_old_name_of_a_setting_is_read_with_a_warning():
-    from unmask.api import ServeSettings
-
-    values: dict[str, Any] = {"database": "sqlite:///x", "limits": "redis://host", "limits_without": "refuse"}
-    with pytest.warns(FutureWarning, match="limits_without is now called on_redis_failure"):
-        settings = ServeSettings(**values)
-    assert settings.on_redis_failure == "refuse"

@@ -151,12 +151,6 @@ def test_an_unknown_option_is_no_input(unmask: Command, tmp_path: Path, monkeypa
     assert "standard input" in unmask("encode", "-o", "y.npy", "-", "--", "-x.txt").stderr
 
 
-def test_an_old_spelling_works_with_a_warning(unmask: Command) -> None:
-    done = unmask("serve", "--limits-without=refuse", "--port", "99999")
-    assert "--limits-without is now called --on-redis-failure" in done.stderr
-    assert done.returncode == 1 and "99999" in done.stderr.splitlines()[-1]
-
-
 def test_device_options_say_that_cuda_is_untested(unmask: Command) -> None:
     for path in commands():
         page = " ".join(unmask(*path, "--help").stdout.split())

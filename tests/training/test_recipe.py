@@ -1,14 +1,18 @@
 """Tests of reading recipes: fields, overrides, refused values, and every recipe that ships."""
 
+import json
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from unmask.errors import UsageError
 from unmask.training.recipe import ALL_LINEAR, Recipe
 from unmask.training.recipe_file import read_recipe, read_toml
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+REPOSITORY = Path(__file__).parents[2]
+RECIPES = REPOSITORY / "recipes"
+RUNS = [file for folder in ("recipes", "unmask") for file in sorted((REPOSITORY / folder).rglob("run*.json"))]
 GOOD = """
 base = "a/b"
 objective = "supervised"
@@ -36,6 +40,13 @@ def read(folder: Path, text: str = GOOD, *overrides: str) -> Recipe:
 @pytest.mark.parametrize("file", sorted(RECIPES.rglob("*.toml")), ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_every_recipe_that_ships_can_be_read(file: Path) -> None:
     assert read_recipe(file).data
+
+
+@pytest.mark.parametrize("file", RUNS, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_the_run_of_every_model_that_ships_can_be_read(file: Path) -> None:
+    run = json.loads(file.read_text(encoding="utf-8"))
+    for stage in filter(None, (run, run.get("first_stage"))):
+        assert msgspec.convert(stage["recipe"], Recipe).data
 
 
 def test_what_is_left_out_is_llm2vecs_choice(tmp_path: Path) -> None:

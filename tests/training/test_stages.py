@@ -124,13 +124,5 @@ def test_layers_and_an_adapter_are_refused_together(file: Path) -> None:
         read_stages(file, ["layers=2"])
 
 
-def test_a_stage_and_the_file_may_have_old_and_new_keys(file: Path) -> None:
-    file.write_text(file.read_text().replace("steps = 2", "steps = 2\nepochs_at_most = 3"), encoding="utf-8")
-    file.write_text(file.read_text().replace("steps = 3", "steps = 3\nmax_epochs = 5"), encoding="utf-8")
-    with pytest.warns(FutureWarning, match="epochs_at_most is now called max_epochs"):
-        wide, narrow = read_stages(file)
-    assert (wide.max_epochs, narrow.max_epochs) == (3, 5)
-
-
 def test_lists_are_replaced_whole() -> None:
     assert merge_tables({"a": [1, 2], "b": {"c": 1}}, {"a": [3]}) == {"a": [3], "b": {"c": 1}}

@@ -2,7 +2,6 @@
 
 import json
 import random
-import warnings
 from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -229,28 +228,6 @@ def test_a_run_from_before_a_field_existed_is_continued(data: Path, tmp_path: Pa
     del stored["recipe"]["max_epochs"], stored["recipe"]["optimiser"]["clip"]
     file.write_text(json.dumps(stored))
     assert run_training(recipe_of(steps=2), data=data, output=tmp_path, resume=True).folder.is_dir()
-
-
-def test_a_run_with_old_keys_is_continued(data: Path, tmp_path: Path) -> None:
-    run_training(recipe_of(steps=2), data=data, output=tmp_path / "first")
-    settings = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "init_from": str(tmp_path / "first" / "adapter")}
-    recipe = recipe_of(steps=2, lora=settings, max_epochs=9.0)
-    run_training(recipe, data=data, output=tmp_path / "second")
-    file = tmp_path / "second" / "run.json"
-    stored = json.loads(file.read_text())
-    for table, old, new in (
-        (stored["recipe"], "epochs_at_most", "max_epochs"),
-        (stored["recipe"], "held_apart", "decontaminate_against"),
-        (stored["recipe"]["lora"], "start", "init_from"),
-        (stored["recipe"]["data"][0], "distil", "use_teacher"),
-        (stored["recipe"]["data"][0], "contrast", "use_labels"),
-        (stored["data"], "lora.start", "lora.init_from"),
-    ):
-        table[old] = table.pop(new)
-    file.write_text(json.dumps(stored))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", FutureWarning)  # nobody edits run.json, so nobody is asked to
-        assert run_training(recipe, data=data, output=tmp_path / "second", resume=True).folder.is_dir()
 
 
 def test_evaluation_data_is_kept_out(data: Path, tmp_path: Path) -> None:

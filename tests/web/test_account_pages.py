@@ -303,9 +303,6 @@ def test_every_form_asks_for_its_token(site: LocalService, accounts: Accounts) -
     for route in site.routes:
         if "POST" not in (route.methods or ()) or route.path == "/playground":
             continue
-        if route.path == "/want":
-            assert visitor.post(route.path, {"name": "x"}).status == 308  # does nothing but name the new address
-            continue
         if route.path == "/" or route.path.startswith(API_PATHS):
             assert visitor.post(route.path, {"name": "x"}).status == 401, route.path  # a session is no API key
             continue

@@ -139,15 +139,6 @@ def test_who_is_not_signed_in_is_asked_to(accounts: Accounts, service: LocalServ
         assert reply.status == 303 and reply.headers["location"].startswith("/sign-in")
 
 
-def test_addresses_of_before_lead_to_the_votes(accounts: Accounts, service: LocalService) -> None:
-    ada = signed_in(accounts, service, "ada@example.org")
-    for reply in (ada("/wanted"), ada("/want", model=COMING, token=token_of(ada))):
-        # 308 lets a browser send the form again as it is.
-        assert (reply.status, reply.headers["location"]) == (308, "/account/votes")
-    vote(ada)
-    assert text_of(ada("/models?sort=wanted")) == text_of(ada("/models?sort=votes"))
-
-
 def test_a_form_from_elsewhere_is_refused(accounts: Accounts, service: LocalService) -> None:
     ada, ben = (signed_in(accounts, service, f"{name}@example.org") for name in ("ada", "ben"))
     for token in ("", "guessed", token_of(ben)):

@@ -1,13 +1,10 @@
 """`ServeSettings`: everything that can be set about the HTTP service, checked when it is made."""
 
-import functools
 import ipaddress
 import math
 import re
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
 
 from unmask.accounts.money import MAX_AMOUNT
 from unmask.accounts.provider_settings import IdentityProviderSettings, is_this_machine
@@ -27,35 +24,11 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 KEY_PROBLEM = "an API key is empty or has characters that no HTTP header can carry"
 
 
-# Old name -> new name of settings that were renamed; each is read for one release.
-_RENAMED = {"limits_without": "on_redis_failure"}
-
-T = TypeVar("T")
-
-
-def _accept_old_names(settings: type[T]) -> type[T]:
-    """Let a dataclass take its settings by their old names as well, with a warning that says the new name."""
-    init = settings.__init__
-
-    @functools.wraps(init)
-    def init_by_any_name(self: T, **values: Any) -> None:
-        for old, new in _RENAMED.items():
-            if old in values:
-                message = f"the setting {old} is now called {new}; the old name will not be read in the next release"
-                warnings.warn(message, FutureWarning, stacklevel=2)
-                values[new] = values.pop(old)
-        init(self, **values)
-
-    settings.__init__ = init_by_any_name
-    return settings
-
-
 def is_header_key(key: str) -> bool:
     """True for a key that an HTTP header can carry."""
     return bool(key) and key.isascii() and key.isprintable() and " " not in key
 
 
-@_accept_old_names
 @dataclass(frozen=True, kw_only=True)
 class ServeSettings:
     """Settings of a server. Most fields are options of `unmask serve`.

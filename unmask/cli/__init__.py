@@ -15,9 +15,6 @@ __all__ = ["build_app", "keep_few_products", "main"]
 # reuses none.
 _PRIMITIVE_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "LRU_CACHE_CAPACITY": "16"}
 
-# Old spellings of options. They work for one release, with a warning.
-RENAMED_OPTIONS = {"--limits-without": "--on-redis-failure"}
-
 
 def keep_few_products() -> None:
     """Limit oneDNN's caches, so that the memory of this process stays flat. Call it before the first forward.
@@ -46,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         literal = len(words) - words.index("--") - 1 if "--" in words else 0
         app = build_app(words[0] if words else None, literal)
-        app(_current_spelling(words), print_error=False, exit_on_error=False)
+        app(words, print_error=False, exit_on_error=False)
     except CycloptsError as error:
         say(f"unmask: {' '.join(str(error).split())}")
         sys.exit(1)
@@ -61,15 +58,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # The reader of the pipe has ended, as in `unmask encode ... --output - | head`.
         sys.stderr.close()
         sys.exit(141)
-
-
-def _current_spelling(words: list[str]) -> list[str]:
-    """Replace old spellings of options, with a warning."""
-    current = []
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name in RENAMED_OPTIONS:
-            say(f"unmask: {name} is now called {RENAMED_OPTIONS[name]}; the old name will go with the next release")
-            name = RENAMED_OPTIONS[name]
-        current.append(name + equals + value)
-    return current

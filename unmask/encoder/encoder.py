@@ -116,11 +116,6 @@ class Encoder:
         return num_parameters(self._decoder) + (0 if self.head is None else num_parameters(self.head))
 
     @property
-    def parameters(self) -> int:
-        """Old name of `num_parameters`, kept for one release."""
-        return self.num_parameters
-
-    @property
     def prefetches(self) -> bool:
         """True if the next texts should be tokenised while the device computes."""
         return self._runtime.prefetches

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -34,7 +35,6 @@ from unmask.training.model_folder import (
     write_model_folder,
 )
 from unmask.training.recipe import Recipe
-from unmask.training.recipe_file import stored_recipe
 from unmask.training.training_model import adapter_base
 
 __all__ = ["average", "interpolate", "merge_adapters", "stack", "write_model"]
@@ -249,7 +249,8 @@ def _head_of(name: str) -> _AdapterHead | None:
 
 def _recipe_of(step: Path) -> Recipe:
     """Read the recipe of the run that a resumable checkpoint belongs to."""
-    return stored_recipe(json.loads((step.parent.parent / "run.json").read_text(encoding="utf-8"))["recipe"])
+    stored = json.loads((step.parent.parent / "run.json").read_text(encoding="utf-8"))
+    return msgspec.convert(stored["recipe"], Recipe)
 
 
 def _settings_of(name: str) -> dict[str, Any]:

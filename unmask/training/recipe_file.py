@@ -1,9 +1,5 @@
-"""Read a recipe from its TOML file, or from the `run.json` of an earlier run.
+"""Read a recipe from its TOML file. `--set optimiser.lr=1e-4` overrides one value by its path."""
 
-`--set optimiser.lr=1e-4` overrides one value by its path. Keys of older recipes are read under their new names.
-"""
-
-import copy
 import math
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -13,7 +9,6 @@ from typing import Any
 import msgspec
 
 from unmask.errors import UsageError
-from unmask.training.old_keys import rename_keys
 from unmask.training.recipe import Recipe
 
 # Tables of a file that trains in several stages; see `training.stages`.
@@ -47,7 +42,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def recipe_of_table(table: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Check a table as TOML gives it, after renamed keys and overrides.
+    """Check a table as TOML gives it, after overrides.
 
     Args:
         origin: file, and stage where there are several, for messages.
@@ -55,10 +50,8 @@ def recipe_of_table(table: dict[str, Any], origin: str, overrides: Sequence[str]
     Raises:
         UsageError: a field is unknown or has a wrong value.
     """
-    rename_keys(table, origin=origin)
     for override in overrides:
         _set(table, override)
-        rename_keys(table, origin=f"--set {override}", replace=True)
     for optional in ("lora", "layers", "distillation", "decontaminate_against", "head", "ema"):
         if table.get(optional) is False:  # TOML has no null
             table[optional] = None
@@ -81,18 +74,6 @@ def _infinite_numbers(value: Any, path: str = "$") -> Iterator[str]:
     elif isinstance(value, list):
         for number, below in enumerate(value):
             yield from _infinite_numbers(below, f"{path}[{number}]")
-
-
-def stored_recipe(stored: Any) -> Recipe:
-    """Read the recipe of a `run.json`, which may be older than some fields and names.
-
-    Raises:
-        msgspec.ValidationError: it is no recipe.
-    """
-    if isinstance(stored, dict):
-        stored = copy.deepcopy(stored)
-        rename_keys(stored)
-    return msgspec.convert(stored, Recipe)
 
 
 def _set(raw: dict[str, Any], override: str) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import msgspec
 
 from unmask.errors import UsageError
-from unmask.training.old_keys import rename_keys
 from unmask.training.recipe import Recipe
 from unmask.training.recipe_file import STAGES, read_toml, recipe_of_table
 from unmask.training.run_folder import RunFolder
@@ -31,7 +30,6 @@ def read_stages(path: Path, overrides: Sequence[str] = ()) -> list[Recipe]:
     stages = table.pop(STAGES, None)
     if stages is None:
         return [recipe_of_table(table, str(path), overrides)]
-    rename_keys(table, origin=str(path))
     names = [stage.get("name") if isinstance(stage, dict) else None for stage in stages]
     for number, name in enumerate(names):
         if not isinstance(name, str) or not name or Path(name).name != name or names.index(name) != number:
@@ -44,7 +42,6 @@ def read_stages(path: Path, overrides: Sequence[str] = ()) -> list[Recipe]:
     recipes = []
     for name, stage in zip(names, stages, strict=True):
         prefix = f"{STAGES}.{name}."
-        rename_keys(stage, origin=f"{path}, stage {name}")
         own = [text for text in overrides if not text.startswith(f"{STAGES}.")]
         own += [text.removeprefix(prefix) for text in overrides if text.startswith(prefix)]
         recipes.append(recipe_of_table(merge_tables(table, stage), f"{path}, stage {name}", own))

@@ -43,7 +43,6 @@ from unmask.training.model_folder import adapter_settings, write_head, write_mod
 from unmask.training.objectives import Teachers, objective_for
 from unmask.training.optimiser import learning_rate
 from unmask.training.recipe import HeadSettings, Recipe
-from unmask.training.recipe_file import stored_recipe
 from unmask.training.run_folder import RunFolder, describe_run
 from unmask.training.sharding import unshard
 from unmask.training.targets import FILE, RankingTeacher, Targets, compute_vectors, targets_file
@@ -350,12 +349,11 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
 
 
 def _upgraded(stored: dict[str, Any], recipe: Recipe, done: int) -> dict[str, Any]:
-    """Bring the description of an older run to today's fields: new ones at their defaults, renamed ones renamed.
+    """Bring the description of an older run to today's fields: new ones at their defaults.
 
     The number of steps may be another one, if the rates of all steps done are those of a run that began with it.
     """
-    data = {"lora.init_from" if name == "lora.start" else name: digest for name, digest in stored["data"].items()}
-    before = stored_recipe(stored["recipe"])
+    before = msgspec.convert(stored["recipe"], Recipe)
     # Older runs name the defaults of their time; a recipe that names neither now follows its base.
     if recipe.pooling is None and before.pooling == "mean":
         before = msgspec.structs.replace(before, pooling=None)
@@ -366,7 +364,7 @@ def _upgraded(stored: dict[str, Any], recipe: Recipe, done: int) -> dict[str, An
     rates = ([learning_rate(step, each.optimiser, each.steps) for step in range(done)] for each in (before, recipe))
     if done <= recipe.steps and recipe.max_epochs is None and operator.eq(*rates):
         before = msgspec.structs.replace(before, steps=recipe.steps)
-    return {**stored, "recipe": _plain(before), "data": data}
+    return {**stored, "recipe": _plain(before)}
 
 
 def _write_result(folder: Path, model: TrainingModel, recipe: Recipe, base: str) -> Path:

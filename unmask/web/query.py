@@ -9,8 +9,6 @@ from unmask.api.errors import ApiError
 from unmask.web.catalogue.comparison import MAX_MODELS
 from unmask.web.catalogue.listing import FilterChoices, ListingQuery
 
-OLD_SORTS = {"wanted": "votes"}  # in bookmarks
-
 
 @dataclass(frozen=True)
 class ComparisonQuery:
@@ -82,7 +80,6 @@ def parse_listing_query(params: QueryParams, choices: FilterChoices) -> ListingQ
         ApiError: 400, a filter has a value that is not among its choices, or `page` is not a page number.
     """
     filters = {field.name: params.get(field.name, "").strip() for field in fields(FilterChoices)}
-    filters["sort"] = OLD_SORTS.get(filters["sort"], filters["sort"])
     for name, value in filters.items():
         options: Mapping[str, str] = getattr(choices, name)
         if value and value not in options:

@@ -21,7 +21,6 @@ from unmask.web.rendering import HEADERS
 from unmask.web.sessions import current_visitor, form_token, require_form, require_person, visitor_links
 
 PAGE, SIGN_IN = "/account/votes", "/sign-in"
-OLD_ACTION, OLD_PAGE = "/want", "/wanted"  # addresses of before, in bookmarks and in pages that are still open
 
 
 def account_hooks(accounts: Accounts) -> AccountHooks:
@@ -65,8 +64,6 @@ class VotePages:
         return [
             Route(PAGE, require_person(self.own_votes)),
             Route(PAGE, require_form(self.vote), methods=["POST"]),
-            Route(OLD_PAGE, _moved),
-            Route(OLD_ACTION, _moved, methods=["POST"]),
         ]
 
     async def vote(self, request: Request, person: Person, form: Form) -> Response:
@@ -107,11 +104,6 @@ class VotePages:
             counts=await self.accounts.read(votes.count_votes),
             action=PAGE,
         )
-
-
-async def _moved(request: Request) -> Response:
-    # 308 and not 301: a form that an open page sends keeps its method and fields.
-    return RedirectResponse(PAGE, 308, HEADERS)
 
 
 def _sign_in(next_path: str) -> str:
