@@ -13,6 +13,7 @@ import numpy as np
 
 from unmask import Encoder
 from unmask.api.quantisation import quantise_vectors
+from unmask.encoder.unit_length import unit_length
 from unmask.tables import read_table
 
 TEXTS, QUERIES, NEAREST, CANDIDATES = 1200, 200, 10, 40
@@ -31,7 +32,7 @@ def recall(expected: np.ndarray, actual: np.ndarray) -> float:
 
 
 def cosine(queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
-    queries, documents = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (queries, documents))
+    queries, documents = map(unit_length, (queries, documents))
     return queries @ documents.T
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from unmask.conformance.canary_run import CanaryAnswers
 from unmask.conformance.references import PrecisionClass, References, distances
+from unmask.encoder.unit_length import unit_length
 
 _PRECISIONS: tuple[PrecisionClass, ...] = ("exact", "float16", "bfloat16", "int8")  # most exact first
 
@@ -232,7 +233,7 @@ def _depends_on_company(answers: CanaryAnswers, limit: float) -> bool:
 
 def _same_ranking(vectors: np.ndarray, right: np.ndarray, precision: PrecisionClass) -> bool:
     """True if every vector is nearest to its own reference, and most of its nearest neighbours are the right ones."""
-    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit = unit_length(vectors)
     right = right.astype(np.float64)
     across, among = unit @ right.T, right @ right.T
     # Twins, whose references are as near to each other as rounding, may change places.
@@ -291,7 +292,7 @@ def _out_of_order(references: References, answers: CanaryAnswers, vectors: np.nd
     if off.max() <= limit:
         return ""
     right = references.vectors[answers.rows].astype(np.float64)
-    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit = unit_length(vectors)
     nearest = (unit @ right.T).argmax(axis=1)
     moved = (nearest != np.arange(len(right))).mean() > _MOVED
     is_permutation = moved and distances(vectors, right[nearest]).max() <= limit
@@ -335,7 +336,7 @@ def _single_group(groups: Sequence[str], off: np.ndarray, limit: float) -> str:
 
 def _coarse(vectors: np.ndarray, right: np.ndarray, off: np.ndarray) -> str:
     """Name a precision below all classes: every vector is off by about the same, and its own reference is nearest."""
-    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit = unit_length(vectors)
     across = unit @ right.astype(np.float64).T
     own_nearest = (across.argmax(axis=1) == np.arange(len(right))).mean() >= 0.9
     if own_nearest and off.mean() < 0.1 and off.max() < 10 * off.mean():
@@ -345,7 +346,7 @@ def _coarse(vectors: np.ndarray, right: np.ndarray, off: np.ndarray) -> str:
 
 def _rotated(vectors: np.ndarray, right: np.ndarray, off: np.ndarray) -> str:
     """Name a rotated space: inner products among texts are right although the vectors are not."""
-    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit = unit_length(vectors)
     right = right.astype(np.float64)
     difference = np.abs(unit @ unit.T - right @ right.T).max()
     return "rotates or mirrors the space: only inner products are right" if difference < 1e-2 < off.mean() else ""

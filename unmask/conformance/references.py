@@ -15,10 +15,11 @@ import numpy as np
 
 from unmask.conformance.canaries import CanaryText, canary_set_version, canary_texts, fixed_texts
 from unmask.conformance.unpublished_canaries import UnpublishedCanaries, draw_prompts
-from unmask.conformance.wrong_references import WrongReference, canary_prompts, unit_length, wrong_references
+from unmask.conformance.wrong_references import WrongReference, canary_prompts, wrong_references
 from unmask.disk import atomic_write
 from unmask.encoder import Dtype, DtypeChoice, Encoder, LoadOptions
 from unmask.encoder.prompts import PromptBuilder
+from unmask.encoder.unit_length import unit_length
 from unmask.errors import CheckpointError, InputError
 from unmask.home import home
 
@@ -125,7 +126,7 @@ def distances(vectors: np.ndarray, others: np.ndarray) -> np.ndarray:
 
     Computed as half the squared distance of the scaled vectors: 1 minus a cosine near 1 would lose all its digits.
     """
-    a, b = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in map(np.float64, (vectors, others)))
+    a, b = (unit_length(np.asarray(rows, dtype=np.float64)) for rows in (vectors, others))
     return ((a - b) ** 2).sum(axis=1) / 2
 
 
@@ -158,7 +159,7 @@ def build_references(
     prompts = canary_prompts(encoder, canaries)
     all_prompts = [*prompts, *unpublished.values()]
     all_raw = encoder.encode_prompts(all_prompts)
-    all_vectors = unit_length(all_raw)
+    all_vectors = unit_length(all_raw, in_float64=True)
     vectors = all_vectors[: len(prompts)]
     limits: dict[PrecisionClass, tuple[float, float]] = {"exact": FLOORS["exact"]}
     for precision, dtype in _MEASURED:

@@ -15,6 +15,7 @@ from unmask.encoder.loading import LoadOptions
 from unmask.encoder.pooling import pool
 from unmask.encoder.prompts import DefaultPrompts, Prompt
 from unmask.encoder.templates import Template, template_for
+from unmask.encoder.unit_length import unit_length
 
 _POOLING_WORDS = {
     "mean": "the mean",
@@ -76,7 +77,7 @@ def wrong_references(
     for fault, changed_prompts in _text_changes(subject):
         yield WrongReference(fault, _vectors_of(subject, changed_prompts))
     causal = Encoder.load_with(source, replace(options, causal=True))
-    yield WrongReference("keeps the causal mask", unit_length(causal.encode_prompts(prompts)))
+    yield WrongReference("keeps the causal mask", unit_length(causal.encode_prompts(prompts), in_float64=True))
     location = resolve(source, options.adapters)
     for left_out in range(len(location.adapters)):
         adapters = [path for index, path in enumerate(location.adapters) if index != left_out]
@@ -85,7 +86,7 @@ def wrong_references(
             replace(options, adapters=adapters, pooling=encoder.pooling, max_length=encoder.max_length),
         )
         fault = f"leaves out adapter {left_out + 1} of {len(location.adapters)} ({location.adapters[left_out].name})"
-        yield WrongReference(fault, unit_length(bare.encode_prompts(prompts)))
+        yield WrongReference(fault, unit_length(bare.encode_prompts(prompts), in_float64=True))
 
 
 def _poolings(subject: _Subject) -> Iterator[WrongReference]:
@@ -96,7 +97,7 @@ def _poolings(subject: _Subject) -> Iterator[WrongReference]:
     def pooled(pooling: str, spans: Callable[[Prompt], tuple[int, int]]) -> np.ndarray:
         with torch.inference_mode():
             vectors = pool(states, [replace(prompt, pooled=spans(prompt)) for prompt in subject.prompts], pooling)
-            return unit_length((vectors if encoder.head is None else encoder.head(vectors)).numpy())
+            return unit_length((vectors if encoder.head is None else encoder.head(vectors)).numpy(), in_float64=True)
 
     def all_tokens(prompt: Prompt) -> tuple[int, int]:
         return 0, len(prompt.ids)
@@ -193,15 +194,9 @@ def _vectors_of(subject: _Subject, prompts: Sequence[Prompt]) -> np.ndarray:
     ]
     if changed:
         vectors[changed] = subject.encoder.encode_prompts([prompts[row] for row in changed])
-    return unit_length(vectors)
+    return unit_length(vectors, in_float64=True)
 
 
 def _without_accents(text: str) -> str:
     decomposed = unicodedata.normalize("NFD", text)
     return "".join(character for character in decomposed if not unicodedata.combining(character))
-
-
-def unit_length(vectors: np.ndarray) -> np.ndarray:
-    """Scale vectors [n, dim] to length 1, in float64, and return them as float32."""
-    exact = vectors.astype(np.float64)
-    return (exact / np.maximum(np.linalg.norm(exact, axis=1, keepdims=True), 1e-300)).astype(np.float32)

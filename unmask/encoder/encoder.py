@@ -22,6 +22,7 @@ from unmask.encoder.prompts import Prompt, PromptBuilder
 from unmask.encoder.runtime import runtime_for
 from unmask.encoder.runtime.linear import bits_per_weight, num_parameters, unpack
 from unmask.encoder.shear import Layers, shear
+from unmask.encoder.unit_length import unit_length
 from unmask.errors import CheckpointError, InputError, UsageError
 
 _Item = TypeVar("_Item")
@@ -299,7 +300,7 @@ class Encoder:
 
     def similarity(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         """Cosine similarity of every vector [n, dim] with every other [m, dim]: float32 [n, m]."""
-        first, second = (_unit_length(np.atleast_2d(np.asarray(x, dtype=np.float32))) for x in (first, second))
+        first, second = (unit_length(np.atleast_2d(np.asarray(x, dtype=np.float32))) for x in (first, second))
         return first @ second.T
 
     def _instruction(self, key: str) -> str:
@@ -359,12 +360,7 @@ def postprocess(vectors: np.ndarray, *, normalize: bool, dimensions: int | None)
         if not 1 <= dimensions <= vectors.shape[1]:
             raise UsageError(f"dimensions={dimensions}: this model's vectors have 1 to {vectors.shape[1]}")
         vectors = np.ascontiguousarray(vectors[:, :dimensions])
-    return _unit_length(vectors) if normalize else vectors
-
-
-def _unit_length(vectors: np.ndarray) -> np.ndarray:
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
+    return unit_length(vectors) if normalize else vectors
 
 
 def _require_strings(texts: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from unmask.encoder.unit_length import unit_length
 from unmask.errors import UsageError
 from unmask.evaluate.cache import CachedModel
 from unmask.evaluate.models import EmbeddingModel, open_model
@@ -204,7 +205,8 @@ def measure_drift(
     if len(texts) < 2:
         raise UsageError(f"{len(texts)} different texts are too few to compare neighbours; give 2 or more")
     vectors_a, vectors_b = (
-        _unit_length((model if cache is None else CachedModel(model, cache)).encode(texts)) for model in (a, b)
+        unit_length(np.asarray((model if cache is None else CachedModel(model, cache)).encode(texts), dtype=np.float32))
+        for model in (a, b)
     )
     near = min(NEIGHBOURS, len(texts) - 1)
     nearest_a, nearest_b = _nearest(vectors_a, near), _nearest(vectors_b, near)
@@ -369,12 +371,6 @@ def _read_lines(file: Path) -> list[str]:
         return [text for text in texts if text.strip()]
     except (OSError, UsageError) as error:
         raise UsageError(f"--texts {file} cannot be read: {error}") from error
-
-
-def _unit_length(vectors: np.ndarray) -> np.ndarray:
-    vectors = np.asarray(vectors, dtype=np.float32)
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
 
 
 def _nearest(vectors: np.ndarray, near: int) -> np.ndarray:

@@ -17,6 +17,7 @@ from unmask.conformance import CanaryAnswers, PrecisionClass, build_references, 
 from unmask.conformance.canaries import CanaryText, canary_texts, fixed_texts
 from unmask.conformance.references import distances
 from unmask.encoder import Encoder
+from unmask.encoder.unit_length import unit_length
 from unmask.export.capabilities import ExportedModel, ExportVerdict, Target, TextException, judge, traits_of
 from unmask.export.runtimes import PROMPT_NAMES, OtherRuntime, RuntimeKind, TextUse, open_runtimes
 
@@ -323,7 +324,6 @@ def _rows(comparison: _Comparison, runtime: OtherRuntime, gate: tuple[float, flo
                 continue
             a, b = comparison.ours[members].astype(np.float64), theirs[members].astype(np.float64)
             off = distances(b, a)
-            unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b)]
             rows.append(
                 ParityRow(
                     runtime=runtime.name,
@@ -333,7 +333,7 @@ def _rows(comparison: _Comparison, runtime: OtherRuntime, gate: tuple[float, flo
                     count=len(members),
                     mean=1 - float(off.mean()),
                     worst=1 - float(off.max()),
-                    difference=float(np.abs(unit[0] - unit[1]).max()),
+                    difference=float(np.abs(unit_length(a) - unit_length(b)).max()),
                     worst_text=comparison.texts[members[int(off.argmax())]].text[:60],
                     gate=gate if exception is None else None,
                 )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from unmask.encoder.unit_length import unit_length
 from unmask.errors import UsageError
 from unmask.tables import Row, list_names
 from unmask.training.examples import Examples
@@ -116,8 +117,7 @@ def _first_numbers_of(targets: np.ndarray, length: int) -> np.ndarray:
     """Cut unit vectors to their first numbers and scale them to length 1: the loss of vectors compares these."""
     if targets.shape[1] == length:
         return targets
-    cut = targets[:, :length]
-    return cut / np.maximum(np.linalg.norm(cut, axis=1, keepdims=True), 1e-12)
+    return unit_length(targets[:, :length])
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:

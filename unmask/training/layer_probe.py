@@ -14,6 +14,7 @@ import torch
 
 from unmask.disk import atomic_write
 from unmask.encoder.pooling import pool
+from unmask.encoder.unit_length import unit_length
 from unmask.errors import UsageError
 from unmask.training.dev import DevSets, GradedPairs, spearman
 from unmask.training.device import choose_device
@@ -70,8 +71,8 @@ def probe_layers(
     scores = []
     for layer, (features, of_pairs) in enumerate(zip(states, pair_states, strict=True)):
         weight, bias = ridge(features[:fitted], targets[:fitted], penalty)
-        cosine = float((_unit(features[fitted:] @ weight.T + bias) * targets[fitted:]).sum(axis=1).mean())
-        vectors = _unit(of_pairs @ weight.T + bias) if pairs else of_pairs
+        cosine = float((unit_length(features[fitted:] @ weight.T + bias) * targets[fitted:]).sum(axis=1).mean())
+        vectors = unit_length(of_pairs @ weight.T + bias) if pairs else of_pairs
         correlations = {}
         for each in graded:
             first, second = (vectors[[rows[text] for text in side]] for side in (each.first, each.second))
@@ -170,7 +171,3 @@ def draw_probe(curves: dict[str, list[LayerScore]], file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
     plt.close(figure)
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

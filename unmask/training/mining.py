@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from unmask.disk import atomic_write
+from unmask.encoder.unit_length import unit_length
 from unmask.errors import UsageError
 from unmask.evaluate.cache import VectorCache
 from unmask.evaluate.models.embedding_model import EmbeddingModel
@@ -85,7 +86,7 @@ def mine(
             lambda missing: model.encode(missing, instruction),
             progress=lambda done: report(task, done, len(texts)),
         )
-        return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+        return unit_length(rows)
 
     query_vectors = vectors(queries, instruction, "queries")
     document_vectors = vectors(documents, instruction if mining.symmetric else "", "texts")

@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from unmask.disk import atomic_write
+from unmask.encoder.unit_length import unit_length
 from unmask.errors import StorageError, UsageError
 from unmask.evaluate.cache import VectorCache
 from unmask.evaluate.models import open_model
@@ -61,7 +62,7 @@ class TeacherVectors:
             return self.model.encode([prompt + text for text in missing])
 
         key = "" if prompt is None else f"prompt: {prompt}"
-        return _unit(self.cache.encode(texts, key, compute, progress=progress))
+        return unit_length(self.cache.encode(texts, key, compute, progress=progress))
 
 
 def targets_file(settings: Distillation, data: Path) -> Path | None:
@@ -172,12 +173,12 @@ class Targets:
         """float32 [N, W], each of length 1."""
         joined = self._joined(texts, self.rotation.means)
         components = self.rotation.components
-        return _unit(joined if components is None else joined @ components)
+        return unit_length(joined if components is None else joined @ components)
 
     def _joined(self, texts: Sequence[str], means: Sequence[np.ndarray]) -> np.ndarray:
         """[N, A]: centred unit vectors side by side, each scaled by the root of its weight."""
         parts = [
-            _unit(vectors.encode(texts, teacher.prompt) - mean) * np.float32(teacher.weight**0.5)
+            unit_length(vectors.encode(texts, teacher.prompt) - mean) * np.float32(teacher.weight**0.5)
             for (teacher, vectors), mean in zip(self._teachers, means, strict=True)
         ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
@@ -248,7 +249,3 @@ class RankingTeacher:
 
 def _report(progress: Callable[[str, int, int], None], name: str, total: int, done: int) -> None:
     progress(name, done, total)
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
