@@ -15,7 +15,7 @@ import torch
 
 from unmask.checkpoint.adapter_config import AdapterConfig
 from unmask.checkpoint.digest import file_sha256
-from unmask.checkpoint.tensors import EMBEDDING, TensorSource, innermost, read_pickled, require_finite
+from unmask.checkpoint.tensors import EMBEDDING, LM_HEAD, TensorSource, innermost, read_pickled, require_finite
 from unmask.errors import AdapterMismatch, CheckpointError
 
 _HALF = re.compile(
@@ -24,7 +24,6 @@ _HALF = re.compile(
 _TOKENS = re.compile(r"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.default)?$")
 # Wrappers of PEFT's around a module that it writes whole.
 _WRAPPERS = re.compile(r"\.(?:base_layer|token_adapter|modules_to_save(?:\.default)?)(?=\.)")
-_HEAD = "lm_head.weight"
 
 
 class Adapter:
@@ -70,7 +69,7 @@ class Adapter:
     def _whole_name(self, name: str) -> str:
         """Name of the tensor that a whole one replaces. PEFT writes embeddings undeclared, and nothing else."""
         plain = _WRAPPERS.sub("", name)
-        if plain not in (EMBEDDING, _HEAD) and not self.config.saves_whole(plain):
+        if plain not in (EMBEDDING, LM_HEAD) and not self.config.saves_whole(plain):
             raise AdapterMismatch(
                 f"{self.weights_file} holds {name!r}, which is neither a LoRA weight nor of a module that "
                 "modules_to_save names; merge it with PEFT (merge_and_unload) and load the merged folder"
@@ -188,8 +187,8 @@ class MergedTensors:
         for adapter in adapters:
             self._check_fit(adapter)
             self._shapes = {name: adapter.merged_shape(name, shape) for name, shape in self._shapes.items()}
-        if _HEAD in self._shapes and self._shapes[_HEAD] != self._shapes.get(EMBEDDING):
-            del self._shapes[_HEAD]
+        if LM_HEAD in self._shapes and self._shapes[LM_HEAD] != self._shapes.get(EMBEDDING):
+            del self._shapes[LM_HEAD]
 
     def _check_fit(self, adapter: Adapter) -> None:
         made_for = f"it was made for {adapter.config.base or 'an unnamed base'}"
@@ -214,7 +213,7 @@ class MergedTensors:
 
     def _is_absent_head(self, module: str) -> bool:
         """True for the language head where the model has none: an encoder needs none."""
-        return module == "lm_head" and _HEAD not in self._shapes
+        return module == "lm_head" and LM_HEAD not in self._shapes
 
     def _check_whole(self, adapter: Adapter, made_for: str) -> None:
         for name, tensor in sorted(adapter.whole.items()):
@@ -226,7 +225,7 @@ class MergedTensors:
                     "tensor of the model; merge it with PEFT (merge_and_unload) and load the merged folder"
                 )
             have, shape = self._shapes[name], tuple(tensor.shape)
-            resized = name in (EMBEDDING, _HEAD) and shape[1:] == have[1:]
+            resized = name in (EMBEDDING, LM_HEAD) and shape[1:] == have[1:]
             if shape != have and not resized:
                 raise AdapterMismatch(
                     f"the adapter {adapter.folder} holds {name} whole (modules_to_save) with shape {shape}, but the "

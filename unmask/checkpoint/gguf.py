@@ -24,7 +24,7 @@ import torch
 from unmask.checkpoint.gguf_families import FAMILIES, GEMMA2_CAPS, ROPE_FACTORS, layout_of, undo_conversion
 from unmask.checkpoint.gguf_tokenizer import build_tokenizer
 from unmask.checkpoint.modules import gguf_settings
-from unmask.checkpoint.tensors import TensorSource
+from unmask.checkpoint.tensors import EMBEDDING, LM_HEAD, TensorSource
 from unmask.checkpoint.tokenizer import TextTokenizer
 from unmask.errors import CheckpointError, UnsupportedArchitecture
 
@@ -101,8 +101,8 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], TensorSource, TextTokenizer, 
     settings = gguf_settings(path, architecture, header.fields)
     config = _config(header, architecture)
     tensors = GgufTensors(header, architecture, config)
-    config["vocab_size"] = tensors.shape("embed_tokens.weight")[0]
-    config["tie_word_embeddings"] = "lm_head.weight" not in tensors.names()
+    config["vocab_size"] = tensors.shape(EMBEDDING)[0]
+    config["tie_word_embeddings"] = LM_HEAD not in tensors.names()
     config["attention_bias"] = "layers.0.self_attn.q_proj.bias" in tensors.names()
     config["mlp_bias"] = "layers.0.mlp.up_proj.bias" in tensors.names()
     tokenizer = build_tokenizer(path, header.fields)

@@ -17,6 +17,8 @@ import torch
 from unmask.errors import CheckpointError
 
 EMBEDDING = "embed_tokens.weight"
+# Head of a language model, which predicts tokens. The head behind the pooling is in `checkpoint.head`.
+LM_HEAD = "lm_head.weight"
 # Rows of a weight as 8-bit steps: `X.weight` holds int8 and this suffix the float32 size of a step in each row.
 STEP = "_scale"
 

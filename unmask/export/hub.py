@@ -18,13 +18,12 @@ import torch
 
 from unmask.checkpoint import Checkpoint
 from unmask.checkpoint.head import head_names
-from unmask.checkpoint.tensors import TensorSource
+from unmask.checkpoint.tensors import LM_HEAD, TensorSource
 from unmask.checkpoint.tokenizer import prompt_rule
 from unmask.encoder.head import head_steps, vector_length
 from unmask.export.capabilities import ExportedModel
 from unmask.training.model_folder import (
     DTYPES,
-    HEAD,
     EncoderSettings,
     NamedTensors,
     write_json,
@@ -65,7 +64,7 @@ class DecoderTensors:
         self._tensors = tensors
 
     def names(self) -> Sequence[str]:
-        left_out = (HEAD, *head_names(self._tensors))
+        left_out = (LM_HEAD, *head_names(self._tensors))
         return [name for name in self._tensors.names() if name not in left_out]
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from unmask.checkpoint import Checkpoint, open_checkpoint
 from unmask.checkpoint.adapter import Adapter
 from unmask.checkpoint.head import HEAD_FILE
 from unmask.checkpoint.resolve import local_path
-from unmask.checkpoint.tensors import TensorSource
+from unmask.checkpoint.tensors import LM_HEAD, TensorSource
 from unmask.encoder.head import UNIT_LINEAR, head_steps
 from unmask.encoder.model.architectures import shape_of
 from unmask.errors import AdapterMismatch, CheckpointError, UsageError
@@ -376,7 +376,7 @@ def _require_alike(models: Sequence[Checkpoint]) -> None:
             raise UsageError(f"{pair} are of different architectures: {kinds[0]} and {kinds[1]}")
         names = [{n for n in model.tensors.names() if "inv_freq" not in n} for model in (first, other)]
         for name in sorted(names[0] ^ names[1]):
-            if name == "lm_head.weight" and all(model.config.get("tie_word_embeddings") for model in (first, other)):
+            if name == LM_HEAD and all(model.config.get("tie_word_embeddings") for model in (first, other)):
                 continue
             holder, lacking = (first, other) if name in names[0] else (other, first)
             raise UsageError(f"{holder.name} has a tensor {name}, {lacking.name} has not; they cannot be combined")

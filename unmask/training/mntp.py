@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unmask.checkpoint.checkpoint import Checkpoint
+from unmask.checkpoint.tensors import LM_HEAD
 from unmask.encoder.model.decoder import Decoder
 from unmask.errors import UsageError
 from unmask.training.recipe import Mntp
@@ -109,11 +110,11 @@ def language_model_head(model: TrainingModel) -> LanguageModelHead:
     assert isinstance(decoder, Decoder)
     cap = checkpoint.config.get("final_logit_softcapping")
     tied = checkpoint.config.get("tie_word_embeddings")
-    if "lm_head.weight" in checkpoint.tensors.names() and not tied:
-        own = checkpoint.tensors.read("lm_head.weight").to(model.device, model.dtype)
+    if LM_HEAD in checkpoint.tensors.names() and not tied:
+        own = checkpoint.tensors.read(LM_HEAD).to(model.device, model.dtype)
     elif tied is False:
         raise UsageError(
-            f"{model.encoder.name} has no language-model head (lm_head.weight) and its config ties none to the "
+            f"{model.encoder.name} has no language-model head ({LM_HEAD}) and its config ties none to the "
             "embedding, so there is nothing to predict tokens with; name the whole CausalLM as the base"
         )
     else:

@@ -20,7 +20,7 @@ from unmask.checkpoint import Checkpoint
 from unmask.checkpoint.head import HEAD_BIAS, HEAD_FILE, HEAD_PREFIX, HEAD_WEIGHT, head_names
 from unmask.checkpoint.hub_config import hub_config
 from unmask.checkpoint.resolve import EMBEDDING_FROM
-from unmask.checkpoint.tensors import EMBEDDING, STEP, TensorSource
+from unmask.checkpoint.tensors import EMBEDDING, LM_HEAD, STEP, TensorSource
 from unmask.disk import atomic_folder
 from unmask.encoder import Encoder
 from unmask.encoder.model.architectures import Rope, shape_of
@@ -31,7 +31,6 @@ from unmask.encoder.templates import template_for
 from unmask.errors import UsageError
 from unmask.training.recipe import Recipe, Save
 
-HEAD = "lm_head.weight"
 # int8: matrices as 8-bit steps with a float32 step size per row; vectors, and the embedding's rows, in float32.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 _CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8"}
@@ -162,8 +161,8 @@ def write_model(
         assert isinstance(decoder, TransformersDecoder)
         tensors = dict(decoder.model.state_dict())
         causal = bool(getattr(decoder.model.config, "is_causal", False))
-    if _has_own_head(checkpoint.config, checkpoint.tensors):
-        tensors[HEAD] = checkpoint.tensors.read(HEAD)
+    if _has_own_lm_head(checkpoint.config, checkpoint.tensors):
+        tensors[LM_HEAD] = checkpoint.tensors.read(LM_HEAD)
     if head is not None:
         tensors |= {HEAD_WEIGHT: head["weight"], HEAD_BIAS: head["bias"]}
     else:
@@ -234,7 +233,7 @@ def write_model_folder(
     with atomic_folder(folder) as partial:
         in_file = _names_in_file(checkpoint, tensors)
         if settings.embedding_from is not None:
-            in_file = {key: name for key, name in in_file.items() if name not in (EMBEDDING, HEAD)}
+            in_file = {key: name for key, name in in_file.items() if name not in (EMBEDDING, LM_HEAD)}
         write_tensors(partial / "model.safetensors", tensors, in_file, dtype)
         write_json(partial / "config.json", written_config(checkpoint, settings, dtype))
         write_json(partial / "llm2vec_config.json", _encoder_config(checkpoint, settings))
@@ -262,19 +261,19 @@ def _names_in_file(checkpoint: Checkpoint, tensors: TensorSource) -> dict[str, s
     present = set(tensors.names())
     shape = shape_of(checkpoint.config)
     if shape is None:
-        left_out = (HEAD, *head_names(tensors))
+        left_out = (LM_HEAD, *head_names(tensors))
         innermost = [name for name in tensors.names() if name not in left_out and "inv_freq" not in name]
     else:
         with torch.device("meta"):
             sources = Decoder(shape).sources()
         innermost = [name for names in sources.values() for name in names if name in present]
-    if not _has_own_head(checkpoint.config, tensors):
+    if not _has_own_lm_head(checkpoint.config, tensors):
         return {name: name for name in innermost}
-    return {f"model.{name}": name for name in innermost} | {HEAD: HEAD}
+    return {f"model.{name}": name for name in innermost} | {LM_HEAD: LM_HEAD}
 
 
-def _has_own_head(config: Mapping[str, Any], tensors: TensorSource) -> bool:
-    return HEAD in tensors.names() and not config.get("tie_word_embeddings")
+def _has_own_lm_head(config: Mapping[str, Any], tensors: TensorSource) -> bool:
+    return LM_HEAD in tensors.names() and not config.get("tie_word_embeddings")
 
 
 def write_tensors(file: Path, tensors: TensorSource, names: Mapping[str, str], dtype: torch.dtype) -> None:

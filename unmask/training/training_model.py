@@ -101,9 +101,9 @@ class TrainingModel:
             )
         self.average: dict[str, Tensor] = {}
         self._ema = recipe.ema
-        self._set_own_head()
+        self._set_head_of_base()
 
-    def _set_own_head(self) -> None:
+    def _set_head_of_base(self) -> None:
         """Take over the base's head, which is not trained."""
         own = self.encoder.head
         if own is not None and own.linear is not None:
