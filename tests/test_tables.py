@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from unmask.errors import UsageError
-from unmask.tables import Row, TableError, first_surrogate, json_name, open_table, read_table, table_format
+from unmask.errors import TableError, UsageError
+from unmask.tables import Row, first_surrogate, json_name, open_table, read_table, table_format
 
 
 def rows_of(content: bytes, file_format: str) -> list[dict[str, str]]:

@@ -1,8 +1,10 @@
-"""All exceptions that unmask raises on purpose.
+"""Every exception that a caller of unmask can meet.
 
 UnmaskError
 ├── UsageError                 an argument, option or file name is wrong
-│   └── MissingPackages        an optional feature needs packages that are not installed
+│   ├── MissingDatabase        the file of a SQLite database does not exist
+│   ├── MissingPackages        an optional feature needs packages that are not installed
+│   └── TableError             a file of rows is damaged
 ├── CheckpointError            a model's files cannot be used
 │   ├── ModelNotFound
 │   ├── UnsupportedArchitecture
@@ -43,6 +45,9 @@ UnmaskError
 
 Each message names the thing, the value seen and what to do. The command line prints it as one line; the API
 maps the class to a status in `unmask.api.errors`, and nowhere else.
+
+Exceptions that one package raises and catches itself are defined there: `AttemptFailed` in the router, `HandLost` in
+the engine, and `TransientError` in the storage, which a caller meets as the `StorageError` that it is.
 """
 
 import re
@@ -83,6 +88,10 @@ def _requirements(extra: str) -> str:
         return f"'.[{extra}]'"
     marker = re.compile(rf"""^(.+?) *; *extra == ['"]{re.escape(extra)}['"]$""")
     return " ".join(f"'{match[1]}'" for line in lines if (match := marker.match(line)))
+
+
+class TableError(UsageError):
+    """A file that is damaged as a whole: truncated, not gzip, not parquet."""
 
 
 class CheckpointError(UnmaskError):

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn, cast
 
-from unmask.errors import UsageError
+from unmask.errors import TableError, UsageError
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
@@ -41,10 +41,6 @@ OnBadRow = Callable[[str, str], None]
 # A surrogate stands for a byte that is not UTF-8 (PEP 383) or comes from a JSON escape. No tokenizer takes it.
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _JSON_NAMES = {type(None): "null", bool: "boolean", int: "number", float: "number", list: "list", str: "string"}
-
-
-class TableError(UsageError):
-    """A file that is damaged as a whole: truncated, not gzip, not parquet."""
 
 
 @dataclass(frozen=True, slots=True)

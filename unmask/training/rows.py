@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from unmask.errors import MissingPackages, StorageError, UsageError
-from unmask.tables import FORMATS, Row, TableError, read_table, table_format
+from unmask.errors import MissingPackages, StorageError, TableError, UsageError
+from unmask.tables import FORMATS, Row, read_table, table_format
 
 __all__ = ["FORMATS", "BadRows", "Row", "read_rows"]
 
