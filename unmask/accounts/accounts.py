@@ -28,13 +28,14 @@ log = logging.getLogger("unmask")
 
 T = TypeVar("T")
 
-# Time between the deadline of a request and the expiry of its hold. Shorter, and the sweeper could expire a hold
-# whose settlement is slow; longer, and credit is tied up after a crash of a server.
+# Time between the deadline of a request and the expiry of its hold. With a shorter time, the sweeper could expire a
+# hold before a slow settlement; with a longer one, credit stays on hold after a crash of a server.
 HOLD_MARGIN_MS = 60_000
 
 _SWEEP_S = 5.0
 
-# Refunds that failed and are repeated by the sweeps: for more than an hour, and so many charges at most.
+# Each sweep repeats the refunds that failed. A refund is tried _REFUND_TRIES times, which takes more than an hour, and
+# at most _MAX_FAILED_REFUNDS charges wait for another try.
 _REFUND_TRIES = 1000
 _MAX_FAILED_REFUNDS = 10_000
 

@@ -24,7 +24,8 @@ log = logging.getLogger("unmask")
 AUTHORIZATION_MS = 10 * 60 * 1000
 
 _SCOPE = "openid email"
-# Keys that the provider alone has. With HS256 whoever knows the client secret could sign, and with "none" anybody.
+# Signatures that only the provider can make. HS256 is signed with the client secret, which others may know, and "none"
+# is not signed at all.
 _ALGORITHMS = ["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]
 _TIMEOUT_S = 10.0
 _METADATA_S = 300.0  # how long the discovery document is believed
@@ -95,7 +96,7 @@ class IdentityProvider:
 
     def __init__(self, settings: IdentityProviderSettings, peppers: Peppers) -> None:
         try:
-            # At the start of the server, rather than when somebody signs in.
+            # A missing package shows at the start of the server, and not at the first sign-in.
             import authlib.integrations.httpx_client  # noqa: F401
             import joserfc.jwt  # noqa: F401
         except ImportError as error:
@@ -259,7 +260,8 @@ class IdentityProvider:
             raise unavailable from error
         except AuthlibBaseError as error:
             log.warning("OIDC: %s did not take the code: %s", self.settings.issuer, str(error.error)[:40])
-            # The code was used, is too old or is somebody else's; or else it is this server that is not known there.
+            # invalid_grant: the visitor's code was used before, has expired or belongs to another client. Any other
+            # error means that the provider does not accept this server as a client.
             raise (refused if error.error == "invalid_grant" else unavailable) from error
         except JoseError as error:
             log.warning("OIDC: the ID token of %s was refused: %s", self.settings.issuer, error)

@@ -25,7 +25,8 @@ log = logging.getLogger("unmask")
 
 _PERIOD_S = 60.0
 
-# What servers do while Redis does not answer: count by themselves, each its share of a limit, or answer 503.
+# Behaviour of a server while Redis does not answer. share: it counts alone, up to its share of each limit. refuse: it
+# answers 503.
 ON_REDIS_FAILURE = ("share", "refuse")
 
 # A Redis nearby answers in a fraction of a millisecond; a caller should not wait long to be told that it is gone.

@@ -68,7 +68,8 @@ def stored_spellings(email: str) -> list[str]:
     try:
         address = normalize_email(email)
     except UsageError:
-        # Lower case must not lead from a look-alike to somebody's plain address.
+        # Some letters beyond ASCII become ASCII in lower case, as the Kelvin sign becomes k. Such an address must not
+        # match the ASCII address of another person.
         disguised = any(not character.isascii() and character.lower().isascii() for character in email)
         return [typed] if len(typed) <= _MAX_LENGTH and typed.isprintable() and not disguised else []
     local, _, domain = address.rpartition("@")

@@ -236,7 +236,7 @@ class Membership:
         try:
             mailbox = normalize_email(email)
         except UsageError:
-            mailbox = email[:254]  # nobody's, and refused after it was counted
+            mailbox = email[:254]  # not an address: the attempt counts, and is refused later
         who = self._peppers.permanent_digest(f"sign-in {mailbox}")  # the buckets may lie outside this process
         await self._draw([BucketTake(f"sign-in:{who}", 10, 1), _from_place(address)])
 

@@ -83,7 +83,7 @@ def create_app(
         *dialect_routes(embeddings),
         Route("/v1/models", service.list_models),
         Route("/v1/models/", service.list_models),  # from base URLs with a slash at the end
-        Route("/v1/models/{id:path}/endpoints", service.endpoints),  # before the next one, whose id would take it in
+        Route("/v1/models/{id:path}/endpoints", service.endpoints),  # before the next route, whose id matches any path
         Route("/v1/models/{id:path}", service.model),
         Route("/health", service.health),
         Route("/ready", service.ready),

@@ -31,7 +31,7 @@ async def cancel_on_disconnect(work: Coroutine[Any, Any, T], request: Request) -
     def leave(watch: asyncio.Task[None]) -> None:
         nonlocal has_left
         if not is_over and not watch.cancelled():
-            watch.exception()  # whatever it is, nobody waits for the answer
+            watch.exception()  # mark any error as seen: the client is gone in every case
             has_left = True
             task.cancel()
 

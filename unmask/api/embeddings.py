@@ -50,7 +50,7 @@ MAX_DEADLINE_S = 3600
 # All requests of the batch tier together have the share of one caller, so that they never hold up the default tier.
 _BATCH_SHARE = "tier batch"
 
-# Answers of at most so many floats are written in about a millisecond: less than it takes to start a thread.
+# Largest answer, in floats, that is written without a thread. It takes about a millisecond, less than starting one.
 _SMALL_ANSWER = 65_536
 
 
@@ -135,7 +135,7 @@ class EmbeddingsRoute:
             return fields, parsed, ignored, read_input(parsed.input)
 
         fields, parsed, ignored, inputs = await parse_body(body, self.settings.max_request_tokens, parse)
-        if parsed.provider is not None and self.models.providers is None:  # nobody answers here but this process
+        if parsed.provider is not None and self.models.providers is None:  # this process alone computes vectors
             ignored = [*(field for field in ignored if not field.startswith("provider.")), "provider"]
         if dialect is not OPENAI:
             body = f"{request.scope['path']}\n".encode() + body  # the path may name the model

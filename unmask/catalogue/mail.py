@@ -8,7 +8,7 @@ from unmask.catalogue.mail_server import MailServer
 from unmask.catalogue.votes import Letter, claim_letters, unclaim_letter
 from unmask.storage.database import Database, now_ms
 
-# What a mail server says about one letter; it takes the next one all the same.
+# Errors that concern one letter. The mail server still accepts the next one.
 _REFUSED = (smtplib.SMTPRecipientsRefused, smtplib.SMTPDataError, smtplib.SMTPNotSupportedError)
 
 

@@ -141,7 +141,7 @@ def measurements_of(
         "command": from_.command,
         "raw": raw,
     }
-    # What was read from a folder is the offline suite's, whichever way it was asked for.
+    # Scores of data from a folder belong to the offline suite, whether the suite or the task was named.
     suite = "MTEB(eng, v2)" if results.suites == ["mteb-eng-v2"] else MTEB
     scores = [
         Measurement(

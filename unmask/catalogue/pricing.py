@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from unmask.accounts import tariff
 from unmask.catalogue.record import Price, Record
 
-# What the record of a model calls the tiers of the tariff.
+# Tier of the tariff -> its name in the record of a model.
 _NAMES = {"default": "standard", "batch": "batch"}
 
 

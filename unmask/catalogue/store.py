@@ -248,5 +248,5 @@ def _by_model(
 
 def raise_version(connection: Connection) -> None:
     """Raise the number by which running servers notice a change."""
-    # At the head of each change: on Postgres the row is also what makes two changes follow one another.
+    # Each change begins with this statement. On Postgres it locks the row, so that changes run one after the other.
     connection.execute(catalogue_version.update().values(number=catalogue_version.c.number + 1))

@@ -11,7 +11,7 @@ from unmask.checkpoint.shipped import SHIPPED, fetch_shipped
 from unmask.errors import CheckpointError, ModelNotFound
 from unmask.home import home
 
-# A `config.json` of layers alone names here the model whose token embedding and tokenizer they go with.
+# Key in the `config.json` of a folder that holds layers alone: the model that lends token embedding and tokenizer.
 EMBEDDING_FROM = "token_embedding_from"
 
 # The published LLM2Vec adapters of the second stage were trained on (base + this adapter), but their own
@@ -106,7 +106,7 @@ def _embedding_source(path: Path) -> str | None:
     try:
         named = json.loads(file.read_text(encoding="utf-8")).get(EMBEDDING_FROM)
     except (OSError, ValueError, AttributeError):
-        return None  # whoever reads the configuration says what is wrong with it
+        return None  # the reader of the configuration reports the fault
     if not isinstance(named, str):
         return None
     beside = path / named

@@ -52,7 +52,7 @@ def create(
     """
     password_hash = ""
     if email is not None:
-        # Before the person types a password that nobody needs. A database that is missing is made later.
+        # Check the address first, so that a person does not type a password in vain. A missing database is made later.
         people.require_new_address(email)
         with suppress(MissingDatabase), read_transaction(database) as connection:
             people.require_new_address(email, connection)

@@ -18,11 +18,12 @@ from unmask.cluster.options import require_address
 from unmask.errors import ClusterError, MissingPackages, UsageError
 
 _CONNECT_S = 10.0
-# Seconds that ending an actor may take. One whose head is gone waits without end.
+# Seconds that ending an actor may take. Without its head, Ray would wait for ever.
 _KILL_S = 2.0
-# Ray ends a process whose head has been gone for this time; 60 by default. Here it says so itself, and goes on.
+# Seconds after which Ray ends a process that has lost its head node; 60 by default. This number lets the process live
+# on, and report the loss itself.
 _RECONNECT_S = 10**6
-# Set while this process takes leave of a cluster, at its end or the cluster's, so that nobody waits for it any longer.
+# Set while this process leaves a cluster, because the process or the cluster ends. Waiting calls give up then.
 LOST = threading.Event()
 _QUIET = {"namespace": "unmask", "log_to_driver": False, "logging_level": logging.CRITICAL}
 _LOCAL_STORE_BYTES = 512 * 2**20
@@ -44,7 +45,7 @@ def import_ray(loopback: bool = False) -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray prints a page on stdout, where vectors may go, for every worker that dies. It is said here in a sentence.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
-    # A call that comes after the end of a connection would start a cluster of its own.
+    # Otherwise, a call after the end of the connection would start a new cluster.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(_RECONNECT_S))
     if loopback:

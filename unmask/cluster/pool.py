@@ -30,7 +30,7 @@ _TICK_S = 1.0
 # writing take time that has nothing to do with a task's size.
 _LATE_FACTOR = 3.0
 _LATE_S = 20.0
-# The same while nobody has finished a task: the speed at a worker's start, with a few texts, is a rough guess.
+# The same two numbers until a first task is finished. Before that, the speed is a rough guess from a few texts.
 _FIRST_LATE_FACTOR = 10.0
 _FIRST_LATE_S = 60.0
 # Growth of a task's time limit with each attempt, so that a task that is only long is finished.

@@ -11,7 +11,8 @@ from unmask.encoder.unit_length import unit_length
 
 _PRECISIONS: tuple[PrecisionClass, ...] = ("exact", "float16", "bfloat16", "int8")  # most exact first
 
-# Share of the ten nearest neighbours that must be those of the references; less is asked of rounded vectors.
+# Share of the ten nearest neighbours that must be the same as among the references; a smaller share for rounded
+# vectors.
 _NEIGHBOURS = 10
 _SAME_NEIGHBOURS = {"exact": 0.95}
 _SAME_NEIGHBOURS_ROUNDED = 0.9
@@ -20,7 +21,7 @@ _SAME_NEIGHBOURS_ROUNDED = 0.9
 # no accents has a few such texts.
 _MOVED = 0.25
 
-_UNIT_NORM = 1e-3  # a vector of length 1 may be off by so much
+_UNIT_NORM = 1e-3  # largest error of a length of 1
 
 # A wrong reference explains the answers if it is as near as rounding allows, and much nearer than the right one.
 _EXPLAINS_BETTER = 0.25

@@ -42,11 +42,11 @@ _ALIGNMENT = 64
 _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 _BLOCK = 1 << 20
 _MAX_HEADER = 1 << 26
-# Fewer weights load in no time from their checkpoint.
+# A model with fewer weights gets no file: its checkpoint loads fast enough.
 _FEW_WEIGHTS = 4_000_000
-# Of one file: a larger model loads from its checkpoint each time.
+# Largest size of one file. A larger model loads from its checkpoint each time.
 _MAX_FILE_BYTES = 2 << 30
-# Of all files together. The one that was not used for longest goes first.
+# Largest size of all files together. The least recently used file is deleted first.
 _MAX_BYTES = 4 << 30
 
 

@@ -43,9 +43,10 @@ _MAX_LOSSES = 3
 # Seconds without work after which a hand is checked.
 _CHECK_S = 10.0
 
-# A hand more is used when the tokens that wait would take all others longer than the first number of seconds, and one
-# less when not all were busy at the same time for the second.
+# The engine uses as many hands as can compute the waiting tokens within _GROW_S seconds. After _SHRINK_S seconds in
+# which at least one of them was idle at every moment, it uses one hand less.
 _GROW_S, _SHRINK_S = 5.0, 300.0
+# Seconds between two looks of an unused hand at whether it is needed again.
 _PARKED_S = 0.2
 
 # Seconds that a thread may take to see that its replica is closed.
@@ -299,7 +300,7 @@ class Engine:
             request.done(error or EngineStopped("the server shut down before this request was done"))
         for worker in self._workers:
             worker.hand.close()
-        if self.has_replicas:  # a closed one gives up what it waits for
+        if self.has_replicas:  # a closed replica gives up its forward
             for worker in self._workers:
                 if worker.thread is not None:
                     worker.thread.join(_CLOSED_HAND_S)

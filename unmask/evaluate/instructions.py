@@ -8,7 +8,7 @@ from typing import Literal
 
 Side = Literal["queries", "documents"]
 
-# Published scores of these models were measured with the reference's instructions, those of mteb's own table.
+# The published scores of these models were measured with the instructions of mteb's table.
 REFERENCE_FAMILY = "McGill-NLP/LLM2Vec-"
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from unmask.errors import UsageError
 from unmask.tables import read_table
 
-# The offline tasks whose data is MTEB's own, to the last row. Others have other data (another split, or texts that
-# were cleaned differently), so a published score beside them would be misleading.
+# Offline tasks that read the same rows as MTEB. The other tasks have another split or differently cleaned texts, so
+# that a published score beside ours would mislead.
 SAME_DATA = frozenset({"STS12", "STS13", "STS16", "STSBenchmark", "Banking77Classification"})
 
 _SCORES = "mteb_english_wide.tsv"

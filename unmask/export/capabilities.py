@@ -47,7 +47,7 @@ Trait = Literal[
     "any model",
 ]
 
-# Decoders whose layers add what attention gives as it is.
+# Decoders that add the output of attention to the residual stream without a norm.
 _WITHOUT_NORMS_BEHIND_ATTENTION = ("llama", "mistral", "qwen2")
 
 TARGETS: tuple[Target, ...] = ("hub", "onnx", "gguf")

@@ -269,7 +269,7 @@ def _compare(
             short = [text for text in texts if not text.boundary and len(text.text) < 400]
             traps = [text for text in short if text.group == "traps"]
             chosen = [*traps, *(text for text in short if text.group != "traps")][:_QUERIES]
-        if not runtime.truncates:  # what is too long is an error there
+        if not runtime.truncates:  # such a runtime refuses long texts
             prompts = [encoder.prompts.build([text.text], instruction)[0] for text in chosen]
             chosen = [text for text, prompt in zip(chosen, prompts, strict=True) if not prompt.truncated]
         strings = [text.text for text in chosen]
@@ -373,7 +373,7 @@ def _name_fault(
             canaries.append(CanaryText(group, text.text, comparison.instruction, text.boundary))
             alone.append(comparison.alone[row])
             batch.append(comparison.batch[row])
-    # A text that is cut has no boundary pair and no length of its own for the bank.
+    # Texts that the encoder cuts are left out: the bank of wrong references needs their boundary pairs and lengths.
     prompts = [encoder.prompts.build([canary.text], canary.instruction)[0] for canary in canaries]
     fits = [i for i, prompt in enumerate(prompts) if not prompt.truncated]
     canaries, alone, batch = ([part[i] for i in fits] for part in (canaries, alone, batch))

@@ -57,7 +57,8 @@ _KNOWN_ANSWERS = 10
 # quarantined, which takes a person.
 _REFERENCES_S, _OPERATOR_S = 30.0, 120.0
 
-# The forms of control tokens in use, and more: a text that has one by chance is answered by somebody else.
+# Forms of the control tokens in use. The pattern matches more than those: a text that matches by chance is only sent
+# elsewhere.
 _CONTROL_TOKEN = re.compile(r"<[^\s<>]{1,40}>|\[[A-Za-z_0-9]{1,40}\]|!@#\$%")
 
 _ANSWER_S = 0.02  # left for writing the answer

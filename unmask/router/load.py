@@ -11,7 +11,8 @@ DECAY_S = 10.0
 # A request costs as much as one of this many tokens, however short it is: the network and the overhead of the server.
 MIN_TOKENS = 256
 
-# A failure counts as a request that took this long. Otherwise who refuses at once would look fast, and draw traffic.
+# A failure counts as a request that took this long. Otherwise a provider that refuses at once would look fast and get
+# more requests.
 PENALTY_S = 5.0
 MAX_PENALTY_S = 300.0
 

@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("unmask")
 
-# Orders quarantines that only a person ends: the provider's canaries are right.
+# Actor of the quarantines that a cross-check orders. Only a person can end them: the provider answers canary texts
+# rightly, so canaries cannot show when its other vectors are right again.
 CROSS_CHECK = "cross-check"
 
 READMISSION_RUNS = 2  # full runs in a row that end a quarantine, where no person needs to
@@ -133,9 +134,8 @@ class ProviderPool:
         Raises:
             UsageError: a key or a certificate authority cannot be read; nothing has changed then.
         """
-        from unmask.router.outbound import (
-            ProviderClient,  # aiohttp takes a fifth of a second that others can do without
-        )
+        # Importing aiohttp takes a fifth of a second, and a server without providers does not need it.
+        from unmask.router.outbound import ProviderClient
 
         clients = [ProviderClient(provider) for provider in providers.providers]
         stamps = {id: _stamp(providers.references_file(id)) for id in providers.references}

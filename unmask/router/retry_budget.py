@@ -50,7 +50,7 @@ class _Window:
         self._total = 0
 
     def add(self, amount: int, now: float) -> None:
-        self.total(now)  # forgets the old ones: without a retry, nobody asks for the total
+        self.total(now)  # drops the old amounts, also when no retry asks for the total
         self._amounts.append((now, amount))
         self._total += amount
 

@@ -44,7 +44,7 @@ class ModelRoute:
         """Length of a vector."""
         if self.engine is not None:
             return self.engine.encoder.dim
-        assert self.endpoints is not None and self.endpoints.references is not None  # somebody is admitted
+        assert self.endpoints is not None and self.endpoints.references is not None  # a provider is admitted
         return self.endpoints.references.dim
 
     def lease(self) -> AbstractContextManager[None]:

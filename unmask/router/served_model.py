@@ -125,7 +125,7 @@ class ServedModel:
         self._changed_at = time.monotonic()
         self._load_seconds = 5.0
         self._dtype_choice: PrecisionChoice | None = None
-        self._catalogue_record = self.record  # the catalogue's, without what weights and files add
+        self._catalogue_record = self.record  # before weights and files add their fields
         self._replaced: set[Engine] = set()  # engines that finish the requests of an earlier revision
         self._renewal: asyncio.Task[None] | None = None
         self._is_renewal_due = False  # the files may have changed since they were read

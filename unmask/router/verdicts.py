@@ -15,7 +15,7 @@ from unmask.errors import UsageError
 from unmask.storage.database import now_ms
 from unmask.storage.schema import provider_attempts, provider_events
 
-CANARIES = "canaries"  # actor of a quarantine that nobody ordered
+CANARIES = "canaries"  # actor of a quarantine that follows from wrong canary vectors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 # Of an answer: per number as Python's repr of a double writes it, per vector, and for the rest.
 _BYTES_PER_NUMBER, _BYTES_PER_VECTOR, _BYTES_BESIDES = 26, 200, 65_536
 
-# No request has so many tokens. Sums of larger counts would be more than a column of a database holds.
+# More tokens than any request has. Sums of larger counts would overflow a column of the database.
 _MAX_COUNT = 2**31
 
-_UNIT_LENGTH = 1e-2  # lengths may be off by so much: more than any rounding
+_UNIT_LENGTH = 1e-2  # largest error of a length of 1, more than any rounding makes
 
 
 class _Item(msgspec.Struct):

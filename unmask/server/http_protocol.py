@@ -138,7 +138,7 @@ class HttpProtocol(HttpToolsProtocol):
             self.shutdown()
 
     def eof_received(self) -> None:
-        self._joining.close()  # the loop would close the connection without what waits to be sent
+        self._joining.close()  # flush first: the loop closes the connection after this call
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._joining.forget()

@@ -46,7 +46,7 @@ identities = Table(
     "identities",
     metadata,
     Column("issuer", Text, primary_key=True),  # of an OpenID Connect provider
-    Column("subject", Text, primary_key=True),  # somebody there
+    Column("subject", Text, primary_key=True),  # id of the person at the issuer
     Column("person_id", Text, ForeignKey("people.id"), nullable=False, index=True),
     Column("created_at", BigInteger, nullable=False),
 )
@@ -89,7 +89,7 @@ keys = Table(
     Column("spent", BigInteger, nullable=False),
     Column("carried", BigInteger, nullable=False),
     Column("window_started", BigInteger, nullable=False),
-    Column("counter_id", Text),  # the key whose row counts the spend, for a key that replaces it; null: this one
+    Column("counter_id", Text),  # an earlier key, whose row counts the spend of this one too; null: this row
     Column("created_at", BigInteger, nullable=False),
     Column("expires_at", BigInteger),
     Column("revoked_at", BigInteger),

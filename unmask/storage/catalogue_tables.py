@@ -44,15 +44,15 @@ catalogue_gates = Table(
     Column("at", BigInteger, nullable=False),
     Column("model", Text, nullable=False),
     Column("gate", Text, nullable=False),
-    Column("fingerprint", Text, nullable=False),  # of the weights and of what was asked of the gate
+    Column("fingerprint", Text, nullable=False),  # of the weights and the settings of the gate
     Column("passed", Boolean, nullable=False),
     Column("finding", Text, nullable=False),  # one sentence
-    Column("fields", Text, nullable=False),  # JSON object: what the gate found out for the record
+    Column("fields", Text, nullable=False),  # JSON object: fields of the record that the gate measured
     Index("ix_catalogue_gates_model_id", "model", "id"),
     sqlite_autoincrement=True,
 )
 
-# One row, raised by every change above: what a running server looks at.
+# One row with a number that every change above raises. Running servers poll it.
 catalogue_version = Table(
     "catalogue_version", metadata, Column("number", BigInteger, primary_key=True, autoincrement=False)
 )

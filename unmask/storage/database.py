@@ -19,7 +19,7 @@ from unmask.home import home
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 
-# Two processes that start together must not both migrate. Any number does that nobody else takes.
+# Id of the lock that lets one of two processes migrate when both start at once. The number is arbitrary.
 _MIGRATION_LOCK = 6_170_001
 
 # How long a writer waits for another process's transaction, all of which are short.

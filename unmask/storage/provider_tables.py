@@ -36,7 +36,7 @@ provider_attempts = Table(
     Column("reason", Text, nullable=False),  # answer, retry, hedge, probe
     Column("tokens", BigInteger, nullable=False),  # by our count, which is charged
     Column("their_tokens", BigInteger),  # by the provider's count
-    Column("price", BigInteger),  # nano-dollars per million tokens; null in rows of before this column
+    Column("price", BigInteger),  # nano-dollars per million tokens; null in rows older than this column
     Column("cost", BigInteger, nullable=False),  # nano-dollars that the provider will bill
     Column("booking", Text),  # reference of the entry that has the cost; null before it is booked, and for no cost
     CheckConstraint("cost >= 0 AND tokens >= 0", name="cost"),

@@ -46,7 +46,7 @@ class Writer:
         self._line: queue.Queue[tuple[Callable[[Connection], Any], Future[Any]] | None] = queue.Queue(_LINE)
         count = 1 if database.kind == "sqlite" else _THREADS
         self._closed = False
-        self._turn = threading.Lock()  # on SQLite, of who writes, over the one connection
+        self._turn = threading.Lock()  # on SQLite, whose one connection has one writer at a time
         self._writer = database.writer_connection()
         self._threads = [
             threading.Thread(target=self._work, name=f"unmask-ledger-{index}", daemon=True) for index in range(count)
@@ -149,7 +149,7 @@ class Writer:
                     outcomes = [(None, error)] * len(batch)
                     break
                 time.sleep(random.uniform(0, 0.01 * 2**attempt))
-            except Exception as error:  # noqa: BLE001 - it belongs to those who wait, and the thread must live on
+            except Exception as error:  # noqa: BLE001 - the callers get the error, and the thread lives on
                 outcomes = [(None, error)] * len(batch)
                 break
         for (_, future), (result, error) in zip(batch, outcomes, strict=True):

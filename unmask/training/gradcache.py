@@ -35,7 +35,7 @@ def backward_through(model: TrainingModel, prompts: Sequence[Prompt], loss_of: C
     fits = not model.sharded and sum(len(prompts[i].ids) for i in order) <= model.graph_tokens
     if len(micro_batches) == 1 or fits:
         vectors = [model.vectors_of(prompts, micro_batch) for micro_batch in micro_batches]
-        # A process's own vectors are in the order of its micro-batches, the gathered ones in that of the prompts.
+        # The vectors of one process are in the order of its micro-batches; the gathered ones, in the order of prompts.
         own = torch.cat(
             [torch.empty(0, model.depths * model.dimensions, device=model.device), *(v.detach() for v in vectors)]
         )

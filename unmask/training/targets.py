@@ -26,7 +26,7 @@ from unmask.home import home
 from unmask.training.distillation_settings import Distillation, Ranking, Teacher
 
 FILE = "targets.npz"
-# Vectors of so many texts stand in memory at a time while the rotation is fitted and vectors are computed ahead.
+# Texts whose vectors are in memory at a time, while the rotation is fitted and while targets are computed.
 _BLOCK = 16_384
 
 Count = Callable[[int], None]  # texts done just now
@@ -219,7 +219,7 @@ class Targets:
         values, vectors = np.linalg.eigh(moment)
         order = np.argsort(-values)[:length]
         components = vectors[:, order]
-        # An eigenvector's sign is anybody's: its largest number is made positive, so that every machine has the same.
+        # The sign of an eigenvector is arbitrary. Its largest number is made positive, so that all machines agree.
         components = components * np.sign(components[np.abs(components).argmax(axis=0), np.arange(length)])
         return Rotation(means, components.astype(np.float32), float(values[order].sum() / values.sum()))
 

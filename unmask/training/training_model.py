@@ -27,7 +27,7 @@ from unmask.training.master_weights import MasterLinear, use_master_weights
 from unmask.training.recipe import Recipe
 from unmask.training.sharding import group_by_kind, shard
 
-# Packs are filled up to a multiple of so many tokens, by sequences of so many.
+# A pack is filled up to a multiple of _ROWS tokens, with sequences of at most _FILLING tokens.
 _ROWS, _FILLING = 64, 16
 
 
@@ -197,7 +197,7 @@ class TrainingModel:
             return self.decoder(filled, lengths + filling)[: len(ids)]
 
     def _filling(self, tokens: int) -> list[int]:
-        """Lengths of the sequences that fill up a pack, whose states nobody reads.
+        """Lengths of the sequences that fill up a pack. Their states are not used.
 
         oneDNN compiles a kernel for every number of rows of a product. With any number of tokens a pack, a step spent
         more time in its compiler than in its kernels.
