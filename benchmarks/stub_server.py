@@ -159,7 +159,7 @@ def serve(
     With `by_providers`, two stubs of providers answer in place of one of the engine, so that requests have attempts.
     """
     configure_logging("error")  # a line per request would be half the work
-    settings = ServeSettings(port=0, database=database)
+    settings = ServeSettings(port=0, accounts_url=database)
     models = cast(ModelRegistry, Stub(slowest_ms, by_providers=by_providers))
     stopping = threading.Event()
     with listen(settings.host, settings.port) as listener:

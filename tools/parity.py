@@ -147,7 +147,7 @@ def _summary(facts: Mapping[str, str], rows: Sequence[ParityRow]) -> dict[str, A
         **facts,
         "runtime": version,
         "precision": judged[0].dtype,
-        "texts": sum(row.count for row in judged if row.use == "texts" and row.company == "alone"),
+        "texts": sum(row.count for row in judged if row.use == "texts" and row.batching == "alone"),
         "mean": sum(row.mean * row.count for row in judged) / comparisons,
         "worst": {
             use: min(row.worst for row in judged if row.use == use) for use in dict.fromkeys(r.use for r in judged)

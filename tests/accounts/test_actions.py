@@ -20,7 +20,7 @@ NOW = 1_700_000_000_000
 # Functions that change tables without an audit row, by the module that defines them. Only actions call them.
 UNAUDITED = {
     "unmask.accounts.people": {
-        "open_account", "freeze", "close_account", "sign_up", "add_identity", "remove_identity", "set_password",
+        "open_account", "set_frozen", "close_account", "sign_up", "add_identity", "remove_identity", "set_password",
         "create_session", "accept_invitation",  # not delete_session, which a second sign-in does silently
     },
     "unmask.accounts.keys": {"create", "change", "rotate", "revoke"},
@@ -60,7 +60,7 @@ def test_only_accounts_append_to_the_audit_log() -> None:
     assert len(others) > 100
     appends = {file: name for file in others for module, name in calls(file) if module == "unmask.accounts.audit"
                and name.startswith("append")}  # fmt: skip
-    # The rooms above accounts append by a function of the log that names what they change.
+    # Packages above accounts append by functions of the log that name the subject of the change.
     own = {"catalogue": "append_model_", "onboarding": "append_model_", "router": "append_provider_verdict"}
     foreign = {file: name for file, name in appends.items() if not name.startswith(own.get(file.parent.name, "never"))}
     assert foreign == {}, "make the change through unmask.accounts.actions or unmask.catalogue.actions"
@@ -101,7 +101,7 @@ def test_each_action_appends_its_row(database: Database, peppers: Peppers) -> No
         actions.set_proposed_price(connection, ada, "m", 7, NOW)
         actions.set_plan(connection, ada, RatePlan("small", 5, None), NOW)
         actions.assign_plan(connection, ada, account, "small", NOW)
-        assert actions.freeze_account(connection, ada, account, NOW)
+        assert actions.set_account_frozen(connection, ada, account, NOW, frozen=True)
         assert actions.close_account(connection, ada, account, NOW) == 30
     with database.read() as connection:
         rows = [event for _, event in reversed(audit.events(connection))]
@@ -132,7 +132,7 @@ def test_an_action_that_changes_nothing_appends_nothing(database: Database, pepp
         key = keys.key_id(keys.create(connection, peppers, account, KeySettings(), NOW))
         keys.revoke(connection, account, key, NOW)
         assert not actions.revoke_key(connection, COMMAND_LINE, account, key, NOW)
-        assert not actions.freeze_account(connection, COMMAND_LINE, account, NOW, frozen=False)
+        assert not actions.set_account_frozen(connection, COMMAND_LINE, account, NOW, frozen=False)
         assert not actions.remove_price(connection, COMMAND_LINE, "m", "default", NOW)
         assert audit.events(connection) == []
 

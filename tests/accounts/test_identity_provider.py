@@ -62,7 +62,7 @@ def accounts(
 
 @pytest.fixture(scope="module")
 def site(accounts: Accounts, golden_dir: Path) -> Iterator[LocalService]:
-    with running(golden_dir / "tiny_llama", accounts, website, api_keys=(), database="kept by the test") as service:
+    with running(golden_dir / "tiny_llama", accounts, website, api_keys=(), accounts_url="kept by the test") as service:
         yield service
 
 
@@ -454,7 +454,7 @@ def test_nothing_secret_is_logged_or_shown(
     for secret in (SECRET, code, "secret-subject", "quiet@example.org", "code="):
         assert secret not in out
     settings = IdentityProviderSettings(issuer=elsewhere.url, client_id=CLIENT, client_secret=SECRET)
-    assert SECRET not in repr(ServeSettings(database="kept", provider=settings))
+    assert SECRET not in repr(ServeSettings(accounts_url="kept", identity_provider=settings))
 
 
 def test_a_backup_has_the_identities(accounts: Accounts, elsewhere: OidcProvider, tmp_path: Path) -> None:
@@ -472,7 +472,7 @@ def test_a_backup_has_the_identities(accounts: Accounts, elsewhere: OidcProvider
 def test_without_a_provider_there_is_nothing_of_it(tmp_path: Path, golden_dir: Path) -> None:
     made = Accounts(f"sqlite:///{tmp_path / 'a.sqlite'}", pepper=tmp_path / "pepper")
     model = golden_dir / "tiny_llama"
-    with running(model, made, website, api_keys=(), database="kept") as service, a_browser(service) as web_client:
+    with running(model, made, website, api_keys=(), accounts_url="kept") as service, a_browser(service) as web_client:
         assert "Sign in with" not in text(web_client.get("/sign-in"))
         for path in ("/sign-in/provider", "/sign-in/provider/return"):
             assert web_client.get(path).status_code == 404
@@ -495,7 +495,7 @@ def test_settings_that_cannot_be(changes: dict[str, str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         IdentityProviderSettings(**good | changes)
     with pytest.raises(UsageError, match="turn on accounts as well"):
-        ServeSettings(provider=IdentityProviderSettings(**good))
+        ServeSettings(identity_provider=IdentityProviderSettings(**good))
 
 
 def test_the_missing_library_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -202,13 +202,13 @@ def test_money_paid_out_must_be_free(database: Database, account: str):
 def test_a_frozen_account_finishes_but_begins_nothing(database: Database, account: str):
     with database.begin() as connection:
         ledger.hold(connection, new_hold(account, "c1", 300), NOON)
-        assert people.freeze(connection, account)
-        assert not people.freeze(connection, account)
+        assert people.set_frozen(connection, account, frozen=True)
+        assert not people.set_frozen(connection, account, frozen=True)
     with pytest.raises(Forbidden, match="frozen"), database.begin() as connection:
         ledger.hold(connection, new_hold(account, "c2", 1), NOON)
     with database.begin() as connection:
         assert ledger.settle(connection, "c1", NOON)
-        assert people.freeze(connection, account, frozen=False)
+        assert people.set_frozen(connection, account, frozen=False)
         ledger.hold(connection, new_hold(account, "c2", 1), NOON)
     assert balance(database, account) == (700, 1)
 

@@ -305,7 +305,7 @@ class Books(RuleBasedStateMachine):
 
     @rule(account=accounts, frozen=st.booleans())
     def freeze(self, account: str, frozen: bool) -> None:
-        changed = self.do(lambda c: people.freeze(c, account, frozen=frozen))
+        changed = self.do(lambda c: people.set_frozen(c, account, frozen=frozen))
         assert changed == ((account in self.model.frozen) != frozen)
         (self.model.frozen.add if frozen else self.model.frozen.discard)(account)
 

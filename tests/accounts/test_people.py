@@ -140,14 +140,14 @@ async def test_freezing_ends_sessions_and_makes_nobody_an_admin(accounts: Accoun
     old = await accounts.membership.sign_in("eve@example.org", PASSWORD, address="")
     other = await accounts.membership.sign_in("bob@example.org", PASSWORD, address="")
     assert do(accounts, lambda c: people.person_of_session(c, old, now_ms())).admin
-    assert do(accounts, lambda c: people.freeze(c, eve.account_id))
+    assert do(accounts, lambda c: people.set_frozen(c, eve.account_id, frozen=True))
     with pytest.raises(SignInRefused):
         do(accounts, lambda c: people.person_of_session(c, old, now_ms()))
     assert do(accounts, lambda c: people.person_of_session(c, other, now_ms())) == bob
     new = await accounts.membership.sign_in("eve@example.org", PASSWORD, address="")
     assert do(accounts, lambda c: people.person_of_session(c, new, now_ms())).admin is False
     assert do(accounts, lambda c: people.invite_first_admin(c, now_ms())) is None
-    assert do(accounts, lambda c: people.freeze(c, eve.account_id, frozen=False))
+    assert do(accounts, lambda c: people.set_frozen(c, eve.account_id, frozen=False))
     assert do(accounts, lambda c: people.person_of_session(c, new, now_ms())).admin is True
 
 

@@ -26,7 +26,7 @@ NAME, NOTE, MAIL, REQUEST = "owl-of-ada", "for ada@example.org", "ada@example.or
 @pytest.fixture
 def site(accounts: Accounts, golden_dir: Path) -> Iterator[LocalService]:
     with running(
-        golden_dir / "tiny_llama", accounts, website, api_keys=(), database="kept", playground=True
+        golden_dir / "tiny_llama", accounts, website, api_keys=(), accounts_url="kept", playground=True
     ) as service:
         do(accounts, lambda c: tariff.set_price(c, tariff.TariffPrice("*", "default", 8_000_000), now_ms()))
         yield service

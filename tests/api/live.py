@@ -181,7 +181,7 @@ def running(
 ) -> Iterator[LocalService]:
     """A server in a thread, by default with a key and without pages, over one warmed model.
 
-    `intervals` are those of the canaries of its providers, where the setting `providers` names any.
+    `intervals` are those of the canaries of its providers, where the setting `providers_file` names any.
     With `accounts`, theirs are the keys, and their database has the operator's side of the catalogue; without accounts
     that of `catalogue`, if there is one.
     """
@@ -192,10 +192,10 @@ def running(
         listener = stack.enter_context(listen(settings.host, settings.port))
         settings = replace(settings, cache_bytes=0)  # each request is work
         models, sync = open_models(settings, accounts.database if accounts else catalogue)
-        if settings.providers is not None:
+        if settings.providers_file is not None:
             database = accounts.database if accounts else catalogue
             hides_names = settings.hide_providers
-            models.providers = open_providers(settings.providers, models, database, hides_names=hides_names)
+            models.providers = open_providers(settings.providers_file, models, database, hides_names=hides_names)
             if accounts is not None:
                 book_providers(models.providers, accounts)
             models.providers.intervals = intervals or models.providers.intervals

@@ -72,7 +72,7 @@ def bank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bank]:
 @pytest.fixture(scope="module")
 def paid(bank: Bank, tiny_llama: Path) -> Iterator[LocalService]:
     """A server with accounts, whose model has a price."""
-    with running(tiny_llama, bank.accounts, api_keys=(), database="kept by the test") as service:
+    with running(tiny_llama, bank.accounts, api_keys=(), accounts_url="kept by the test") as service:
         now = now_ms()
         bank.do(
             lambda connection: tariff.set_price(connection, tariff.TariffPrice(service.model, "default", PRICE), now)
@@ -130,7 +130,7 @@ def test_without_credit(bank: Bank, paid: LocalService):
 
 def test_without_credit_as_402_on_request(bank: Bank, tiny_llama: Path, paid: LocalService):
     _, key = bank.customer(nano=0)
-    with running(tiny_llama, bank.accounts, api_keys=(), database="kept", credit_status=402) as service:
+    with running(tiny_llama, bank.accounts, api_keys=(), accounts_url="kept", credit_status=402) as service:
         assert embed(service, key).status == 402
 
 
@@ -175,7 +175,7 @@ def test_a_key_that_ends_while_it_is_remembered_spends_nothing_more(bank: Bank, 
     assert embed(paid, key).status == embed(paid, other).status == 200
     balances = bank.balance(account), bank.balance(frozen)
     bank.do(lambda connection: keys.revoke(connection, account, keys.key_id(key), now_ms()))
-    bank.do(lambda connection: people.freeze(connection, frozen))
+    bank.do(lambda connection: people.set_frozen(connection, frozen, frozen=True))
     assert embed(paid, key).status == 401
     assert embed(paid, other).status == 403
     assert (bank.balance(account), bank.balance(frozen)) == balances
@@ -221,7 +221,7 @@ def test_a_key_is_for_what_it_was_made_for(bank: Bank, paid: LocalService):
 
 def test_a_frozen_account(bank: Bank, paid: LocalService):
     account, key = bank.customer()
-    bank.do(lambda connection: people.freeze(connection, account))
+    bank.do(lambda connection: people.set_frozen(connection, account, frozen=True))
     reply = embed(paid, key)
     assert reply.status == 403 and "frozen" in reply.error["message"]
 
@@ -563,17 +563,17 @@ def test_accounts_and_a_key_file_exclude_each_other():
     from unmask.api import ServeSettings
 
     with pytest.raises(UsageError, match="use one of them"):
-        ServeSettings(api_keys=("k",), database="sqlite:///x")
-    assert ServeSettings(host="0.0.0.0", database="sqlite:///x").host == "0.0.0.0"
-    assert "secret" not in repr(ServeSettings(database="postgresql://me:secret@host/x"))
+        ServeSettings(api_keys=("k",), accounts_url="sqlite:///x")
+    assert ServeSettings(host="0.0.0.0", accounts_url="sqlite:///x").host == "0.0.0.0"
+    assert "secret" not in repr(ServeSettings(accounts_url="postgresql://me:secret@host/x"))
 
 
 def test_limits_for_several_servers_are_those_of_accounts():
     from unmask.api import ServeSettings
 
     with pytest.raises(UsageError, match="turn on accounts"):
-        ServeSettings(limits="redis://host")
-    assert "secret" not in repr(ServeSettings(database="sqlite:///x", limits="redis://:secret@host"))
+        ServeSettings(limits_url="redis://host")
+    assert "secret" not in repr(ServeSettings(accounts_url="sqlite:///x", limits_url="redis://:secret@host"))
 
 
 @pytest.mark.parametrize(

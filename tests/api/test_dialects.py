@@ -513,7 +513,7 @@ def paid(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     folder = tmp_path_factory.mktemp("dialects")
     accounts = Accounts(f"sqlite:///{folder / 'accounts.sqlite'}", pepper=folder / "pepper")
     try:
-        with running(tiny_llama, accounts, api_keys=(), database="kept by the test") as service:
+        with running(tiny_llama, accounts, api_keys=(), accounts_url="kept by the test") as service:
             with accounts.database.begin() as connection:
                 tariff.set_price(connection, tariff.TariffPrice("tiny_llama", "default", 8_000_000), now_ms())
                 account = people.open_account(connection, "dialects", now_ms())

@@ -86,7 +86,7 @@ def paid(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         ledger.top_up(connection, id, 10**15, "payment", 1)
         key = keys.create(connection, accounts.peppers, id, KeySettings(), 1)
         tariff.set_price(connection, tariff.TariffPrice("*", "default", 8_000_000), 1)
-    with running(tiny_llama, accounts, api_keys=(), database="kept by the test") as service:
+    with running(tiny_llama, accounts, api_keys=(), accounts_url="kept by the test") as service:
         yield service, key
     accounts.close()
 

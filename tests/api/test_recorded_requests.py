@@ -78,7 +78,12 @@ def server(tiny_llama: Path, accounts: Accounts) -> Iterator[Callable[[str], Loc
                         "open": lambda: running(tiny_llama, None, website, api_keys=()),
                         "keyed": lambda: running(tiny_llama, max_request_tokens=600, max_request_characters=4000),
                         "accounts": lambda: running(
-                            tiny_llama, accounts, website, api_keys=(), database="kept by the test", credit_status=402
+                            tiny_llama,
+                            accounts,
+                            website,
+                            api_keys=(),
+                            accounts_url="kept by the test",
+                            credit_status=402,
                         ),
                     }[kind]()
                 )

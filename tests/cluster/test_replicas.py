@@ -79,7 +79,7 @@ def engine_of(service: LocalService) -> Engine:
 
 
 def hands_of(service: LocalService) -> list[ReplicaHand]:
-    return [worker.hand for worker in engine_of(service)._workers if isinstance(worker.hand, ReplicaHand)]
+    return [each.hand for each in engine_of(service)._hand_threads if isinstance(each.hand, ReplicaHand)]
 
 
 def all_ready(service: LocalService) -> bool:
@@ -300,7 +300,7 @@ async def test_twice_the_load(held_replicas: tuple[Engine, Path], encoder: Encod
 def test_a_canary_is_right_within_its_precision(
     held_replicas: tuple[Engine, Path], dtype: str, distance: float, is_right: bool
 ) -> None:
-    [hand, _] = [worker.hand for worker in held_replicas[0]._workers]
+    [hand, _] = [each.hand for each in held_replicas[0]._hand_threads]
     assert isinstance(hand, ReplicaHand)
     group = copy(hand._replicas)
     assert group.first is not None

@@ -197,14 +197,14 @@ def test_faults_of_shape_and_order(references: References, sentence: str) -> Non
     assert not finding.passed and finding.fault == sentence
 
 
-def test_noise_company_and_state(references: References) -> None:
+def test_noise_batch_and_state(references: References) -> None:
     noise = Stub(references, references.vectors, noisy()).finding("int8")
     assert noise.passed  # 64 numbers of noise 2e-3 are a distance of 1e-4, which int8 allows
     noise = Stub(references, references.vectors, noisy()).finding("float16")
     assert noise.fault.startswith("gives another vector each time it is asked for the same text")
     for change in (neighbourly, stateful()):
-        company = Stub(references, references.vectors, change).finding()
-        assert company.fault == "gives a text another vector depending on its neighbours or on what came before"
+        batch = Stub(references, references.vectors, change).finding()
+        assert batch.fault == "gives a text another vector depending on its neighbours or on what came before"
 
 
 @pytest.mark.parametrize(("dtype", "name"), [("<f2", "float16"), ("<f8", "float64"), (">f4", "big-endian float32")])

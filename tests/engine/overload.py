@@ -35,17 +35,17 @@ async def vectors(engine: Engine, texts: list[str], **options) -> np.ndarray:
 
 def assume_speed(engine: Engine, tokens_per_second: float) -> None:
     """Take a speed for measured."""
-    for worker in engine._workers:
-        worker.tokens_per_second = tokens_per_second / len(engine._workers)
+    for hand_thread in engine._hand_threads:
+        hand_thread.tokens_per_second = tokens_per_second / len(engine._hand_threads)
 
 
 async def hold_all(engine: Engine) -> list[asyncio.Task[np.ndarray]]:
     """Give each hand a text, with closed gates. At the speed of before, no hand is late soon."""
     assume_speed(engine, 1.0)
     tasks = []
-    for number in range(len(engine._workers)):
+    for number in range(len(engine._hand_threads)):
         tasks.append(asyncio.create_task(vectors(engine, [f"{number} " + "held " * 50])))
-        await until(lambda: sum(worker.tokens > 0 for worker in engine._workers) == len(tasks))
+        await until(lambda: sum(hand_thread.tokens > 0 for hand_thread in engine._hand_threads) == len(tasks))
     return tasks
 
 

@@ -188,7 +188,7 @@ async def test_hands_are_used_while_many_tokens_wait(encoder: Encoder, monkeypat
     hands[0].faults.append("held")
     prompts = await engine.prepare(["some words that wait"] * 2000)
     tokens = sum(len(prompt.ids) for prompt in prompts)
-    engine._workers[0].tokens_per_second = tokens / (2.5 * engine_module._GROW_S)  # so that three hands are needed
+    engine._hand_threads[0].tokens_per_second = tokens / (2.5 * engine_module._GROW_S)  # so that three hands are needed
     task = asyncio.create_task(engine.run(prompts))
     while not hands[1].computed or not hands[2].computed:  # noqa: ASYNC110
         await asyncio.sleep(0.001)

@@ -44,7 +44,7 @@ def assert_same_bits(model: Path, folder: Path) -> None:
 
 def gated(report: ParityReport | None) -> Mapping[str, float]:
     assert report is not None and report.passed, report
-    return {f"{row.runtime.split()[0]} {row.use} {row.company}": row.worst for row in report.rows if row.gate}
+    return {f"{row.runtime.split()[0]} {row.use} {row.batching}": row.worst for row in report.rows if row.gate}
 
 
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_gemma", "tiny_llama3_instruct"])

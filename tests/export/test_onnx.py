@@ -75,7 +75,7 @@ def test_fewer_bits_keep_the_gate_alone_and_in_a_batch(tmp_path: Path, dtype: st
     assert worst(report) >= least
     assert report is not None
     alone, batch = (
-        {row.use: row.worst for row in report.rows if row.company == company} for company in ("alone", "in a batch")
+        {row.use: row.worst for row in report.rows if row.batching == batching} for batching in ("alone", "in a batch")
     )
     assert alone.keys() == batch.keys() and all(abs(alone[use] - batch[use]) < 1e-4 for use in alone)
     (file,) = (tmp_path / "out" / "onnx").glob("*.onnx")

@@ -42,7 +42,7 @@ def compared(model: Path, open_runtime: Callable[[dict], OtherRuntime], texts: S
 def assert_exact(report: ParityReport, least: float = 0.999999) -> None:
     assert report.passed, report.faults
     assert {row.use for row in report.rows} >= {"texts", "documents", "queries"}
-    assert {row.company for row in report.rows} == {"alone", "in a batch"}
+    assert {row.batching for row in report.rows} == {"alone", "in a batch"}
     assert min(row.worst for row in report.rows if row.gate) >= least
 
 

@@ -25,7 +25,7 @@ def near(off: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("vectors", "liars", "suspects"),
+    ("vectors", "wrong_endpoints", "suspects"),
     [
         ({None: RIGHT, A: RIGHT}, [], []),
         ({None: RIGHT, A: WRONG}, [A], []),
@@ -39,8 +39,9 @@ def near(off: float) -> np.ndarray:
         ({}, [], []),
     ],
 )
-def test_who_is_wrong(vectors: dict[Any, np.ndarray], liars: list[Any], suspects: list[Any]) -> None:
-    assert compare_opinions([Opinion(party, vector, 1e-4) for party, vector in vectors.items()]) == (liars, suspects)
+def test_who_is_wrong(vectors: dict[Any, np.ndarray], wrong_endpoints: list[Any], suspects: list[Any]) -> None:
+    opinions = [Opinion(party, vector, 1e-4) for party, vector in vectors.items()]
+    assert compare_opinions(opinions) == (wrong_endpoints, suspects)
 
 
 def test_a_provider_that_has_learned_all_canaries_is_out_after_one_cross_check(
@@ -67,7 +68,7 @@ def test_a_provider_that_has_learned_all_canaries_is_out_after_one_cross_check(
         file = providers_file(tmp_path, a.url, b.url)
         entry = f'[[provider]]\nname = "c"\nkind = "openai"\nurl = "{c.url}"\nprivate = true\n'
         file.write_text(f'cross_check = 1.0\n{file.read_text()}{entry}[[provider.model]]\nid = "{MODEL}"\n')
-        with running(tiny_llama, providers=file, intervals=SLOW, warm=()) as service:
+        with running(tiny_llama, providers_file=file, intervals=SLOW, warm=()) as service:
             assert service.models.providers is not None
             group = service.models.providers.models()[MODEL]
             until(lambda: all(endpoint.admission == "admitted" for endpoint in group.endpoints), 60)

@@ -203,8 +203,8 @@ ELSEWHERE: dict[int, str] = {
     26: "tests.router.test_faults:test_a_quarantine_moves_the_requests_of_another_process",
     27: "tests.router.test_faults:test_a_clock_that_jumps_changes_no_answer_and_no_charge",
     28: "tests.router.test_faults:test_every_mistake_of_the_bank_is_named_and_costs_no_caller",
-    29: "tests.router.test_faults:test_noise_company_and_state_are_named_and_cost_no_caller",
-    30: "tests.router.test_faults:test_noise_company_and_state_are_named_and_cost_no_caller",
+    29: "tests.router.test_faults:test_noise_batch_and_state_are_named_and_cost_no_caller",
+    30: "tests.router.test_faults:test_noise_batch_and_state_are_named_and_cost_no_caller",
     31: "tests.router.test_faults:test_a_provider_that_begins_to_recognise_canaries_is_out_at_its_next_check",
     32: "tests.router.test_providers:test_a_provider_that_drifts_under_load_is_out_after_two_light_runs",
 }
@@ -366,7 +366,7 @@ def all_books(encoder: Encoder, tiny_llama: Path, tmp_path_factory: pytest.TempP
     with fault_server_thread(vectors_of) as a, fault_server_thread(vectors_of) as b:
         file = providers_file(folder, a.url, b.url)
         file.write_text(file.read_text().replace('data = "30d"', f'key_file = "{folder / "key"}"'))
-        options: dict[str, Any] = {"api_keys": (), "database": url, "providers": file, "warm": ()}
+        options: dict[str, Any] = {"api_keys": (), "accounts_url": url, "providers_file": file, "warm": ()}
         with running(tiny_llama, accounts, intervals=SLOW, **options) as service:
             upstreams = Upstreams(a, b, service)
             until(lambda: all(e.admission == "admitted" for e in upstreams.pool.models()[MODEL].endpoints), 60)
@@ -730,7 +730,7 @@ def test_every_mistake_of_the_bank_is_named_and_costs_no_caller(books: Books, mo
         books.upstreams.reset()
 
 
-def test_noise_company_and_state_are_named_and_cost_no_caller(books: Books, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_noise_batch_and_state_are_named_and_cost_no_caller(books: Books, monkeypatch: pytest.MonkeyPatch) -> None:
     honest, draw, long_texts = books.upstreams.b.vectors_of, np.random.default_rng(1), list[str]()
     monkeypatch.setattr(books.upstreams.pool, "report", lambda verdict: None)  # this process alone, see fault 26
 
@@ -747,8 +747,8 @@ def test_noise_company_and_state_are_named_and_cost_no_caller(books: Books, monk
         long_texts.extend(text for text in texts if len(text) > 1000)
         return honest(texts, instruction) + 0.05 * (len({*long_texts}) < len(long_texts))
 
-    company = "gives a text another vector depending on its neighbours or on what came before"
+    batch = "gives a text another vector depending on its neighbours or on what came before"
     noise = "gives another vector each time it is asked for the same text"
-    for vectors_of, sentence in ((noisy, noise), (neighbourly, company), (stateful, company)):
+    for vectors_of, sentence in ((noisy, noise), (neighbourly, batch), (stateful, batch)):
         assert books.expect_quarantine(vectors_of).startswith(sentence)
         books.upstreams.reset()

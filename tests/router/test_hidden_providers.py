@@ -62,7 +62,7 @@ def test_callers_learn_nothing_and_the_operator_everything(tiny_llama: Path, enc
                 for name, place in (("acme-cloud", a.url), ("gpu-cellar", b.url))
             )
         )
-        options: dict[str, Any] = {"api_keys": (), "database": url, "providers": file, "warm": ()}
+        options: dict[str, Any] = {"api_keys": (), "accounts_url": url, "providers_file": file, "warm": ()}
         with running(tiny_llama, accounts, website, intervals=SLOW, hide_providers=True, **options) as service:
             endpoints = service.models.providers.models()[MODEL].endpoints  # pyright: ignore[reportOptionalMemberAccess]
             until(lambda: all(endpoint.admission == "admitted" for endpoint in endpoints))

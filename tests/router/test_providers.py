@@ -141,7 +141,7 @@ def vectors_of(encoder: Encoder):
 def both(vectors_of, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Upstreams]:
     with fault_server_thread(vectors_of) as a, fault_server_thread(vectors_of) as b:
         file = providers_file(tmp_path_factory.mktemp("providers"), a.url, b.url)
-        with running(tiny_llama, build_pages=website, providers=file, intervals=SLOW, warm=()) as service:
+        with running(tiny_llama, build_pages=website, providers_file=file, intervals=SLOW, warm=()) as service:
             yield Upstreams(a, b, service)
 
 
@@ -321,7 +321,7 @@ def test_a_cold_model_is_answered_by_a_provider_while_it_loads(
 ) -> None:
     with fault_server_thread(vectors_of) as a:
         file = providers_file(tmp_path, a.url, "http://127.0.0.1:1/v1", remote_only=False)
-        with running(tiny_llama, providers=file, intervals=SLOW, warm=()) as service:
+        with running(tiny_llama, providers_file=file, intervals=SLOW, warm=()) as service:
             assert service.models.providers is not None
             until(lambda: service.models.providers.models()[MODEL].any_admitted())  # pyright: ignore[reportOptionalMemberAccess]
             assert service.models.list()[0].state == "cold"
@@ -362,7 +362,7 @@ def test_a_provider_that_drifts_under_load_is_out_after_two_light_runs(
     expected = encoder.encode("a ferry leaves", normalize=True)
     with fault_server_thread(drifting) as a, fault_server_thread(vectors_of) as b:
         file = providers_file(tmp_path, a.url, b.url)
-        options: dict[str, Any] = {"api_keys": (), "database": url, "providers": file, "warm": ()}
+        options: dict[str, Any] = {"api_keys": (), "accounts_url": url, "providers_file": file, "warm": ()}
         with running(tiny_llama, accounts, intervals=FAST, **options) as service:
             upstreams = Upstreams(a, b, service)
 
@@ -442,7 +442,7 @@ def test_an_idle_provider_is_checked_soon_after_its_traffic_begins(
 
     with fault_server_thread(drifting) as a, fault_server_thread(drifting) as b:
         file = providers_file(tmp_path, a.url, b.url)
-        with running(tiny_llama, providers=file, intervals=intervals, warm=()) as service:
+        with running(tiny_llama, providers_file=file, intervals=intervals, warm=()) as service:
             upstreams = Upstreams(a, b, service)
             until(lambda: all(e.admission == "admitted" for e in upstreams.pool.models()[MODEL].endpoints))
             # Both are idle: the next check is far away.
@@ -490,7 +490,7 @@ def test_an_answer_is_withheld_if_its_provider_falls_while_the_charge_is_booked(
     expected = encoder.encode("a ferry leaves", normalize=True)
     with fault_server_thread(vectors_of) as a, fault_server_thread(vectors_of) as b:
         file = providers_file(tmp_path, a.url, b.url)
-        options: dict[str, Any] = {"api_keys": (), "database": url, "providers": file, "warm": ()}
+        options: dict[str, Any] = {"api_keys": (), "accounts_url": url, "providers_file": file, "warm": ()}
         with running(tiny_llama, accounts, intervals=SLOW, **options) as service:
             upstreams = Upstreams(a, b, service)
             until(lambda: all(e.admission == "admitted" for e in upstreams.pool.models()[MODEL].endpoints))
@@ -581,7 +581,7 @@ def test_a_quarantine_reaches_all_processes_and_survives_a_restart(
 
     with fault_server_thread(drifting) as a:
         file = providers_file(tmp_path, a.url, "http://127.0.0.1:1/v1")
-        options: dict[str, Any] = {"providers": file, "warm": (), "catalogue": database}
+        options: dict[str, Any] = {"providers_file": file, "warm": (), "catalogue": database}
         with (
             running(tiny_llama, intervals=FAST, **options) as watching,
             running(tiny_llama, intervals=WatchIntervals(), **options) as other,
@@ -658,7 +658,7 @@ def test_a_request_is_charged_once_and_every_attempt_is_in_the_books(
 
     with fault_server_thread(vectors_of) as a, fault_server_thread(vectors_of) as b:
         file = providers_file(tmp_path, a.url, b.url)
-        options: dict[str, Any] = {"api_keys": (), "database": url, "providers": file, "warm": ()}
+        options: dict[str, Any] = {"api_keys": (), "accounts_url": url, "providers_file": file, "warm": ()}
         with running(tiny_llama, accounts, intervals=SLOW, **options) as service:
             upstreams = Upstreams(a, b, service)
 
@@ -733,7 +733,7 @@ def test_a_replay_earns_nothing_at_a_provider(vectors_of, tiny_llama: Path, tmp_
     url, accounts, _, key = customer(tmp_path, KeySettings())
     with fault_server_thread(vectors_of) as a, fault_server_thread(vectors_of) as b:
         file = providers_file(tmp_path, a.url, b.url)
-        options: dict[str, Any] = {"api_keys": (), "database": url, "providers": file, "warm": ()}
+        options: dict[str, Any] = {"api_keys": (), "accounts_url": url, "providers_file": file, "warm": ()}
         with running(tiny_llama, accounts, intervals=SLOW, **options) as service:
             upstreams = Upstreams(a, b, service)
             model = upstreams.pool.models()[MODEL]
@@ -765,7 +765,7 @@ def test_a_slow_answer_is_hedged_charged_once_and_both_costs_are_booked(
     with fault_server_thread(vectors_of) as a, fault_server_thread(vectors_of) as b:
         file = providers_file(tmp_path, a.url, b.url)
         file.write_text(file.read_text().replace('cost = "0.004"', 'cost = "0.004"\nhedge = true'))
-        options: dict[str, Any] = {"api_keys": (), "database": url, "providers": file, "warm": ()}
+        options: dict[str, Any] = {"api_keys": (), "accounts_url": url, "providers_file": file, "warm": ()}
         with running(tiny_llama, accounts, intervals=SLOW, **options) as service:
             upstreams = Upstreams(a, b, service)
             until(lambda: all(e.admission == "admitted" for e in upstreams.pool.models()[MODEL].endpoints))
@@ -813,7 +813,7 @@ def test_canaries_end_the_quarantine_that_they_ordered_and_the_file_is_read_on_d
     with fault_server_thread(drifting) as a:
         file = providers_file(tmp_path, a.url, "http://127.0.0.1:1/v1")
         quick = WatchIntervals(busy=0.3, idle=0.3, second=0.05, full=3600.0, retry=0.1, readmit=0.2)
-        options: dict[str, Any] = {"providers": file, "warm": (), "catalogue": database}
+        options: dict[str, Any] = {"providers_file": file, "warm": (), "catalogue": database}
         with running(tiny_llama, intervals=quick, **options) as service:
             pool = service.models.providers
             assert pool is not None

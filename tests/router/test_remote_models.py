@@ -84,7 +84,7 @@ def test_providers_answer_for_a_model_without_weights(
     bare: Path, references: Path, upstream: FaultServer, tiny_llama: Path, encoder: Encoder, tmp_path: Path
 ) -> None:
     file = with_references(providers_file(tmp_path, "http://127.0.0.1:1/v1", upstream.url), references)
-    with running(bare, build_pages=website, providers=file, intervals=SLOW, warm=(), api_keys=()) as service:
+    with running(bare, build_pages=website, providers_file=file, intervals=SLOW, warm=(), api_keys=()) as service:
         until(admitted(service))
         got = service.embed(TEXTS)
         assert got.status == 200, got.body
@@ -128,7 +128,7 @@ def test_the_files_say_which_instruction_providers_are_given(
     bare: Path, references: Path, upstream: FaultServer, encoder: Encoder, tmp_path: Path
 ) -> None:
     file = with_references(providers_file(tmp_path, "http://127.0.0.1:1/v1", upstream.url), references)
-    with running(bare, providers=file, intervals=SLOW, warm=(), api_keys=()) as service:
+    with running(bare, providers_file=file, intervals=SLOW, warm=(), api_keys=()) as service:
         until(admitted(service))
         got = service.embed("a ferry leaves", input_type="query")
         expected = encoder.encode("a ferry leaves", instruction=QUERY, normalize=True)
@@ -142,7 +142,7 @@ def test_a_cold_model_gives_providers_the_instruction_of_its_files(
     folder = Path(shutil.copytree(tiny_llama, tmp_path / MODEL))
     (folder / "llm2vec_config.json").write_text(json.dumps({"query_instruction": QUERY}))
     file = providers_file(tmp_path, "http://127.0.0.1:1/v1", upstream.url, remote_only=False)
-    with running(folder, providers=file, intervals=SLOW, warm=(), api_keys=()) as service:
+    with running(folder, providers_file=file, intervals=SLOW, warm=(), api_keys=()) as service:
         until(admitted(service))
         assert service.models.list()[0].state == "cold"
         got = service.embed("a ferry leaves", input_type="query")
@@ -157,7 +157,7 @@ def test_without_references_nobody_is_admitted_and_the_operator_reads_why(
 ) -> None:
     file = providers_file(tmp_path, "http://127.0.0.1:1/v1", upstream.url)
     url, accounts, _, key = customer(tmp_path, KeySettings())
-    options: dict[str, Any] = {"api_keys": (), "database": url, "providers": file, "warm": ()}
+    options: dict[str, Any] = {"api_keys": (), "accounts_url": url, "providers_file": file, "warm": ()}
     with caplog.at_level(logging.ERROR), running(bare, accounts, website, intervals=SLOW, **options) as service:
         pool = service.models.providers
         assert pool is not None
@@ -191,7 +191,7 @@ def test_references_of_another_model_are_refused(
         other = Path(shutil.copytree(bare, tmp_path / name / MODEL, dirs_exist_ok=True))
         (other / name).write_text(json.dumps(content))
         file = with_references(providers_file(tmp_path, "http://127.0.0.1:1/v1", upstream.url), references)
-        with running(other, providers=file, intervals=SLOW, warm=(), api_keys=()) as service:
+        with running(other, providers_file=file, intervals=SLOW, warm=(), api_keys=()) as service:
             pool = service.models.providers
             assert pool is not None
             until(lambda pool=pool: bool(pool.models()[MODEL].problem))
@@ -203,7 +203,7 @@ def test_new_references_take_all_providers_out_until_they_are_checked(
     bare: Path, references: Path, upstream: FaultServer, tmp_path: Path
 ) -> None:
     file = with_references(providers_file(tmp_path, "http://127.0.0.1:1/v1", upstream.url), references)
-    with running(bare, providers=file, intervals=SLOW, warm=(), api_keys=()) as service:
+    with running(bare, providers_file=file, intervals=SLOW, warm=(), api_keys=()) as service:
         upstreams = Upstreams(upstream, upstream, service)
         until(admitted(service))
         before = upstreams.endpoint("b")

@@ -45,7 +45,7 @@ def accounts(tmp_path_factory: pytest.TempPathFactory, elsewhere: OidcProvider) 
 
 @pytest.fixture(scope="module")
 def site(accounts: Accounts, tiny_llama: Path) -> Iterator[LocalService]:
-    with running(tiny_llama, accounts, website, api_keys=(), database="kept by the test") as service:
+    with running(tiny_llama, accounts, website, api_keys=(), accounts_url="kept by the test") as service:
         do(accounts, lambda c: tariff.set_price(c, tariff.TariffPrice(service.model, "default", 8_000_000), now_ms()))
         yield service
 

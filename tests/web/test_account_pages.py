@@ -42,7 +42,7 @@ def accounts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Accounts]:
 
 @pytest.fixture(scope="module")
 def site(accounts: Accounts, tiny_llama: Path) -> Iterator[LocalService]:
-    with running(tiny_llama, accounts, website, api_keys=(), database="kept by the test") as service:
+    with running(tiny_llama, accounts, website, api_keys=(), accounts_url="kept by the test") as service:
         do(accounts, lambda c: tariff.set_price(c, tariff.TariffPrice(service.model, "default", 8_000_000), now_ms()))
         yield service
 
@@ -101,7 +101,7 @@ def test_the_cookie_is_for_nobody_else(site: LocalService, accounts: Accounts, t
     assert {"HttpOnly", "SameSite=Lax", "Path=/", "Max-Age=1209600"} <= set(cookie.split("; "))
     assert "Secure" not in cookie  # the test's server has no https
     public = "https://embed.example.org"
-    with running(tiny_llama, accounts, website, api_keys=(), database="kept", public_url=public) as service:
+    with running(tiny_llama, accounts, website, api_keys=(), accounts_url="kept", public_url=public) as service:
         visitor = Visitor(service)
         reply = visitor.fill("/sign-in", email="cookie@example.org", password=PASSWORD)
         cookie = reply.headers["set-cookie"]
@@ -195,7 +195,7 @@ def test_only_a_trusted_proxy_says_who_comes(site: LocalService, accounts: Accou
 
     limiter = accounts.membership._limiter = LocalLimiter(clock=lambda: 0.0)
     limiter.take_now([BucketTake("sign-in-from:203.0.113.7", 30, 30)], "requests")
-    settings = {"api_keys": (), "database": "kept", "trusted_proxies": ("127.0.0.0/8", "10.1.0.0/16")}
+    settings = {"api_keys": (), "accounts_url": "kept", "trusted_proxies": ("127.0.0.0/8", "10.1.0.0/16")}
     with running(tiny_llama, accounts, website, **settings) as behind:
         assert tried(behind, "one@example.org", "203.0.113.7") == 429
         assert tried(behind, "two@example.org", "203.0.113.8") == 401
@@ -316,7 +316,7 @@ def test_every_form_asks_for_its_token(site: LocalService, accounts: Accounts) -
 def test_the_first_admin(site: LocalService, accounts: Accounts, tmp_path: Path, tiny_llama: Path) -> None:
     fresh = Accounts(f"sqlite:///{tmp_path / 'a.sqlite'}", pepper=tmp_path / "pepper")
     try:
-        with running(tiny_llama, fresh, website, api_keys=(), database="kept") as service:
+        with running(tiny_llama, fresh, website, api_keys=(), accounts_url="kept") as service:
             link = create_invitation(fresh, service.url)
             assert link and link.startswith(f"{service.url}/first-admin?invitation=")
             path = link.removeprefix(service.url)
@@ -652,7 +652,7 @@ def test_an_admin_frozen_while_a_form_is_sent(
 
     async def read_slowly(request: Request) -> Form:
         form = await read_form(request)
-        do(accounts, lambda c: people.freeze(c, eve.account_id))
+        do(accounts, lambda c: people.set_frozen(c, eve.account_id, frozen=True))
         return form
 
     monkeypatch.setattr(sessions, "read_form", read_slowly)

@@ -69,7 +69,7 @@ def test_a_provider_is_added_drifts_and_comes_back(
     do(accounts, lambda c: tariff.set_price(c, tariff.TariffPrice(MODEL, "default", 8_000_000), now_ms()))
     session = do(accounts, lambda c: people.create_session(c, admin.id, now_ms()))
     file = tmp_path / "providers.toml"
-    options = {"api_keys": (), "database": "kept by the test", "providers": file, "warm": ()}
+    options = {"api_keys": (), "accounts_url": "kept by the test", "providers_file": file, "warm": ()}
     with fault_server_thread(right) as first, fault_server_thread(drifting) as second:
         head = f'remote_only = ["{MODEL}"]\n'
         file.write_text(head + entry("acme", first.url))

@@ -284,7 +284,7 @@ def test_switching_a_model_on_mails_its_voters(
     models = ["org/first", "org/second"]
     for model in models:
         staged(accounts, model, golden_dir / "tiny_gemma")
-    settings = {"api_keys": (), "warm": (), "database": "kept by the test"}
+    settings = {"api_keys": (), "warm": (), "accounts_url": "kept by the test"}
     with mail_server() as (server, inbox), running(tiny_llama, accounts, website, mail=server, **settings) as service:
         ada, ben = (signed_in(accounts, service, f"{name}@example.org") for name in ("ada", "ben"))
         make_admin(accounts, "ben@example.org")
@@ -315,7 +315,7 @@ def test_switching_a_model_on_mails_its_voters(
 
 def test_a_server_that_starts_mails_what_waits(accounts: Accounts, tiny_llama: Path, golden_dir: Path) -> None:
     staged(accounts, "org/first", golden_dir / "tiny_gemma")
-    settings = {"api_keys": (), "warm": (), "database": "kept by the test"}
+    settings = {"api_keys": (), "warm": (), "accounts_url": "kept by the test"}
     with running(tiny_llama, accounts, website, **settings) as service:
         ada, ben = (signed_in(accounts, service, f"{name}@example.org") for name in ("ada", "ben"))
         make_admin(accounts, "ben@example.org")

@@ -40,7 +40,7 @@ _REFUND_TRIES = 1000
 _MAX_FAILED_REFUNDS = 10_000
 
 # Interval of checkpoints of SQLite's write-ahead log: often, so that each takes a few milliseconds.
-_TIDY_S = 0.2
+_CHECKPOINT_S = 0.2
 _READERS = 4
 
 # Reports sum up to a year of charges and may take seconds. They have threads of their own, so that no key and no price
@@ -201,13 +201,13 @@ class Accounts:
         else:
             limits = caller.plan_tokens_per_minute, settings.tokens_per_minute
         owners = f"account:{caller.account_id}", f"key:{caller.key.id}"
-        draws = [
+        takes = [
             BucketTake(f"{owner}:{kind}", limit, amount) for owner, limit in zip(owners, limits, strict=True) if limit
         ]
-        if not draws:
+        if not takes:
             return None
-        levels = await self._limiter.take(draws, kind)
-        return min(levels, key=lambda level: level.remaining)
+        statuses = await self._limiter.take(takes, kind)
+        return min(statuses, key=lambda status: status.remaining)
 
     async def hold(self, caller: Caller, work: BillableRequest) -> HeldCredit:
         """Hold the cost of a request, before its computation.
@@ -403,7 +403,7 @@ class Accounts:
 
     def _sweep_often(self) -> None:
         swept = time.monotonic()
-        while not self._stop.wait(_TIDY_S):
+        while not self._stop.wait(_CHECKPOINT_S):
             try:
                 if time.monotonic() - swept < _SWEEP_S:
                     self._writer.checkpoint_wal()

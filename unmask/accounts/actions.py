@@ -48,13 +48,13 @@ def create_account(
     return account
 
 
-def freeze_account(connection: Connection, actor: Actor, account: str, now: int, *, frozen: bool = True) -> bool:
-    """Freeze an account, or thaw it with `frozen=False`. Returns False, without an audit row, if it was so before.
+def set_account_frozen(connection: Connection, actor: Actor, account: str, now: int, *, frozen: bool) -> bool:
+    """Freeze an account, or thaw it. Returns False, without an audit row, if it was so before.
 
     Raises:
         UsageError: there is no such account.
     """
-    changed = people.freeze(connection, account, frozen=frozen)
+    changed = people.set_frozen(connection, account, frozen=frozen)
     if changed:
         audit.append(connection, actor, "account.freeze" if frozen else "account.thaw", account, now)
     return changed

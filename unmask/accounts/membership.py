@@ -198,7 +198,7 @@ class Membership:
         Raises:
             RateLimited: too many attempts from the IP address.
         """
-        await self._draw([_from_place(address)])
+        await self._take([_from_place(address)])
 
     async def throttle_form(self, person: Person) -> None:
         """Count a form that a signed-in person has sent. Most forms write rows that stay when they are undone.
@@ -206,7 +206,7 @@ class Membership:
         Raises:
             RateLimited: too many forms of the person's account.
         """
-        await self._draw([BucketTake(f"forms:{person.account_id}", FORMS_PER_MINUTE, 1)])
+        await self._take([BucketTake(f"forms:{person.account_id}", FORMS_PER_MINUTE, 1)])
 
     async def change_password(self, person: Person, old: str, new: str, *, address: str, session: str = "") -> None:
         """Set a new password, or a first one, which ends every session of the person.
@@ -238,11 +238,11 @@ class Membership:
         except UsageError:
             mailbox = email[:254]  # not an address: the attempt counts, and is refused later
         who = self._peppers.permanent_digest(f"sign-in {mailbox}")  # the buckets may lie outside this process
-        await self._draw([BucketTake(f"sign-in:{who}", 10, 1), _from_place(address)])
+        await self._take([BucketTake(f"sign-in:{who}", 10, 1), _from_place(address)])
 
-    async def _draw(self, draws: Sequence[BucketTake]) -> None:
+    async def _take(self, takes: Sequence[BucketTake]) -> None:
         try:
-            await self._limiter.take(draws, "requests")
+            await self._limiter.take(takes, "requests")
         except RateLimited as refused:
             seconds = max(1, round(refused.retry_after or 1))
             raise RateLimited(f"Too many tries: wait {seconds} seconds.", "requests", refused.retry_after) from None

@@ -148,7 +148,7 @@ def find_account(connection: Connection, name: str) -> Account:
     return account(connection, id)
 
 
-def freeze(connection: Connection, id: str, *, frozen: bool = True) -> bool:
+def set_frozen(connection: Connection, id: str, *, frozen: bool) -> bool:
     """Freeze an account, or thaw it. A frozen account cannot call models; requests in flight are settled.
 
     Freezing ends the sessions of its people. They may sign in again to read their pages, but are no admins until the

@@ -40,16 +40,16 @@ class ServeSettings:
             with another revision take the place of those that answer.
         warm: models to load at the start; the others load with their first request.
         api_keys: keys that a client may present.
-        database: URL of the accounts; None for a server without accounts.
+        accounts_url: URL of the database of accounts; None for a server without accounts.
         catalogue: URL of the database with the operator's records; None for the shipped records alone.
         free_credit: nano-dollars that each new account gets once.
         flush_charges: With SQLite, respond only when the charge is on disk, which may take milliseconds. Without it,
             a power cut may lose the charges of the last moments. A killed server loses nothing in either case.
-        limits: Redis that counts requests and tokens per minute for several servers: redis://host:6379/0. Default:
+        limits_url: Redis that counts requests and tokens per minute for several servers: redis://host:6379/0. Default:
             each server counts for itself.
         on_redis_failure: While Redis does not respond, "share" lets each server apply its share of every limit, and
             "refuse" answers requests that have limits with 503.
-        provider: OpenID Connect provider for signing in; None for passwords alone.
+        identity_provider: OpenID Connect provider for signing in; None for passwords alone.
         credit_status: HTTP status of a request that the credit does not cover: 429 as OpenAI says, or 402.
         body_limit_bytes: largest request body.
         receive_timeout_s: seconds for the body of a request to arrive, counted from its headers.
@@ -78,7 +78,7 @@ class ServeSettings:
             X-Forwarded-Proto are believed. Repeat it for several.
         cors_origins: Origin whose pages may call the API from a browser, such as https://app.example.org. Cookies are
             never accepted from there. Repeat it for several.
-        providers: File of providers that answer for models elsewhere, see the how-to guide. Read again on SIGHUP.
+        providers_file: File of providers that answer for models elsewhere, see the how-to guide. Read again on SIGHUP.
         hide_providers: Give callers letters for the names of providers, and neither their countries, kinds nor costs.
         playground: Let visitors try models on the pages. Default: only where no key is needed.
         mail: mail server for notices to people who voted for a model; None for notices on the pages alone.
@@ -92,13 +92,13 @@ class ServeSettings:
     models: tuple[str, ...] = ()
     warm: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = field(default=(), repr=False)
-    database: str | None = field(default=None, repr=False)
+    accounts_url: str | None = field(default=None, repr=False)
     catalogue: str | None = field(default=None, repr=False)
     free_credit: int = 0
     flush_charges: bool = False
-    limits: str | None = field(default=None, repr=False)
+    limits_url: str | None = field(default=None, repr=False)
     on_redis_failure: str = "share"
-    provider: IdentityProviderSettings | None = None
+    identity_provider: IdentityProviderSettings | None = None
     credit_status: int = 429
     body_limit_bytes: int = 32 * 2**20
     receive_timeout_s: float = 30
@@ -121,7 +121,7 @@ class ServeSettings:
     public_url: str | None = None
     trusted_proxies: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
-    providers: Path | None = None
+    providers_file: Path | None = None
     hide_providers: bool = False
     playground: bool | None = None
     mail: MailServer | None = None
@@ -155,15 +155,15 @@ class ServeSettings:
             raise UsageError(f"credit_status={self.credit_status}: choose 429 or 402")
         if not 0 <= self.free_credit <= MAX_AMOUNT:
             raise UsageError(f"free_credit={self.free_credit}: choose 0 to {MAX_AMOUNT} nano-dollars")
-        if self.limits is not None and self.database is None:
+        if self.limits_url is not None and self.accounts_url is None:
             raise UsageError("limits are those of accounts and their keys: turn on accounts as well")
-        if self.provider is not None and self.database is None:
+        if self.identity_provider is not None and self.accounts_url is None:
             raise UsageError("an OIDC issuer is for signing in to accounts: turn on accounts as well")
-        if self.mail is not None and self.database is None:
+        if self.mail is not None and self.accounts_url is None:
             raise UsageError("mail goes to accounts that voted for a model: turn on accounts, or name no mail server")
-        if self.api_keys and self.database is not None:
+        if self.api_keys and self.accounts_url is not None:
             raise UsageError("there are accounts and a key file: use one of them, as accounts have keys of their own")
-        if not self.api_keys and self.database is None and not is_this_machine(self.host):
+        if not self.api_keys and self.accounts_url is None and not is_this_machine(self.host):
             raise UsageError(
                 f"host {self.host!r} can be reached from other machines and no API key is set: "
                 "turn on accounts, name a key file, or listen on 127.0.0.1"

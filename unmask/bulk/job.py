@@ -15,8 +15,6 @@ from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
-
 from unmask.bulk.chunks import add_text, job_options
 from unmask.bulk.encode_job import EncodeJob
 from unmask.bulk.executor import Executor, OpenExecutor, local_executor
@@ -26,7 +24,7 @@ from unmask.bulk.parts import encode_to_parts, is_parts_folder
 from unmask.bulk.report import EncodeProgress, EncodeReport, Tally
 from unmask.bulk.spool import Spool
 from unmask.bulk.storage import STANDARD_STREAM
-from unmask.encoder.encoder import Encoder, postprocess
+from unmask.encoder.encoder import Encoder, check_dimensions
 from unmask.errors import UsageError
 
 
@@ -67,7 +65,7 @@ def _encode_to_file(
     with ExitStack() as stack:
         spool = _open_spool(job, inputs, target, stack)
         executor = stack.enter_context(open_executor())
-        postprocess(np.empty((0, executor.model.dim), np.float32), normalize=job.normalize, dimensions=job.dimensions)
+        check_dimensions(job.dimensions, executor.model.dim)
         return _encode_rows(job, inputs, executor, target, spool, progress)
 
 

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-import numpy as np
 
 from unmask.bulk import units as units_module
 from unmask.bulk.chunks import job_options
@@ -36,7 +35,7 @@ from unmask.bulk.spool import require_same_options
 from unmask.bulk.storage import Store, is_url
 from unmask.bulk.units import JOB_FILE, UNITS_FOLDER, Manifest, Unit, cut_units, part_format
 from unmask.disk import storage_errors, try_lock
-from unmask.encoder.encoder import postprocess
+from unmask.encoder.encoder import check_dimensions
 from unmask.errors import InputError, StorageError, UnmaskError, UsageError
 
 _DONE, _LOCK = "_unmask/done.json", "_unmask/lock"
@@ -91,7 +90,7 @@ def encode_to_parts(
         _prepare(job, store, stack)
         executor = stack.enter_context(open_executor())
         model = executor.model
-        postprocess(np.empty((0, model.dim), np.float32), normalize=job.normalize, dimensions=job.dimensions)
+        check_dimensions(job.dimensions, model.dim)
         _begin(job, inputs, model, store)
         earlier = read_manifests(store)
         _check_processors(job, store, earlier, executor.probe)

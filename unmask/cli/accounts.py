@@ -203,7 +203,7 @@ def _typed_password() -> str:
 def _set_frozen(account: str, frozen: bool, database: str | None) -> int:
     with write_transaction(database) as connection:
         id = people.find_account(connection, account).id
-        changed = actions.freeze_account(connection, COMMAND_LINE, id, now_ms(), frozen=frozen)
+        changed = actions.set_account_frozen(connection, COMMAND_LINE, id, now_ms(), frozen=frozen)
         state = people.account(connection, id).state
     say(f"{id} is {state}{'' if changed else ', as before'}")
     return 0

@@ -165,13 +165,13 @@ def _instructions(options: Sequence[str], record: "Record | None") -> dict[str, 
 
 
 def _print_report(report: "ParityReport") -> None:
-    headings = ("runtime", "precision", "texts", "company", "number", "mean", "worst", "difference", "verdict")
+    headings = ("runtime", "precision", "texts", "batching", "number", "mean", "worst", "difference", "verdict")
     rows = [
         (
             row.runtime,
             row.dtype,
             row.use,
-            row.company,
+            row.batching,
             row.count,
             f"{row.mean:.7f}",
             f"{row.worst:.7f}",

@@ -35,7 +35,7 @@ class ServeOptions(ServeSettings):
         accounts: Require keys of accounts and charge for requests, see "unmask accounts --help".
         warm: Further model to load at the start. Others load with their first request. Repeat it for several.
         api_keys: File with one API key per line. Clients send one as "Authorization: Bearer KEY".
-        database: Database of accounts and catalogue: sqlite:///path or postgresql://user@host/name. Implies
+        accounts_url: Database of accounts and catalogue: sqlite:///path or postgresql://user@host/name. Implies
             --accounts. Default: SQLite in UNMASK_HOME.
         free_credit: Dollars that each new account gets once. Default: 0.
         body_limit_bytes: Largest request body, in megabytes.
@@ -51,15 +51,15 @@ class ServeOptions(ServeSettings):
     public_url: Annotated[str | None, Parameter(env_var="UNMASK_PUBLIC_URL")] = None
     trusted_proxies: Annotated[tuple[str, ...], Parameter(name="--trusted-proxy")] = ()
     cors_origins: Annotated[tuple[str, ...], Parameter(name="--cors-origin")] = ()
-    providers: Annotated[Path | None, Parameter(env_var="UNMASK_PROVIDERS")] = None
+    providers_file: Annotated[Path | None, Parameter(name="--providers", env_var="UNMASK_PROVIDERS")] = None
     playground: Annotated[bool | None, Parameter(negative="--no-playground")] = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     accounts: Annotated[bool, Parameter(group=_ACCOUNTS)] = False
-    database: Annotated[str | None, Parameter(group=_ACCOUNTS, env_var="UNMASK_DATABASE")] = None
+    accounts_url: Annotated[str | None, Parameter(name="--database", group=_ACCOUNTS, env_var="UNMASK_DATABASE")] = None
     free_credit: Annotated[int, Parameter(group=_ACCOUNTS), amount_option(zero=True)] = 0
     flush_charges: Annotated[bool, Parameter(group=_ACCOUNTS)] = False
-    limits: Annotated[str | None, Parameter(group=_ACCOUNTS, env_var="UNMASK_LIMITS")] = None
+    limits_url: Annotated[str | None, Parameter(name="--limits", group=_ACCOUNTS, env_var="UNMASK_LIMITS")] = None
     on_redis_failure: Annotated[Literal["share", "refuse"], Parameter(group=_ACCOUNTS)] = "share"
     credit_status: Annotated[Literal[429, 402], Parameter(group=_ACCOUNTS)] = 429
 
@@ -75,7 +75,7 @@ class ServeOptions(ServeSettings):
     replica_gpus: Annotated[float, Parameter(group=_REPLICAS)] = 0.0
 
     catalogue: Annotated[str | None, _INTERNAL] = None
-    provider: Annotated[IdentityProviderSettings | None, _INTERNAL] = None
+    identity_provider: Annotated[IdentityProviderSettings | None, _INTERNAL] = None
     mail: Annotated[Any, _INTERNAL] = None
     receive_timeout_s: Annotated[float, _INTERNAL] = ServeSettings.receive_timeout_s
     header_timeout_s: Annotated[float, _INTERNAL] = ServeSettings.header_timeout_s
@@ -98,8 +98,8 @@ class ServeOptions(ServeSettings):
         values = {field.name: getattr(self, field.name) for field in fields(ServeSettings)}
         implied = {
             "warm": (self.models[0], *self.warm),
-            "database": self.database or (default_url() if self.accounts else None),
-            "catalogue": self.database or default_url(),
+            "accounts_url": self.accounts_url or (default_url() if self.accounts else None),
+            "catalogue": self.accounts_url or default_url(),
         }
         return ServeSettings(**values | implied | changes)
 
@@ -153,7 +153,7 @@ def serve(
     """Serve models behind an OpenAI-compatible API, with pages for people."""
     from unmask.server import serve as run_server
 
-    return run_server(options.settings(provider=oidc.provider(), mail=mail.server(options.public_url or "")))
+    return run_server(options.settings(identity_provider=oidc.provider(), mail=mail.server(options.public_url or "")))
 
 
 def _read_keys(path: str) -> tuple[str, ...]:

@@ -67,7 +67,7 @@ async def full_run(
     instructions: bool = True,
     control_tokens: bool = True,
 ) -> CanaryAnswers:
-    """Ask for all canary texts, for some of them again, for some in other company, and for some unpublished ones.
+    """Ask for all canary texts, for some of them again, for some in other batches, and for some unpublished ones.
 
     Args:
         ask: sends one request; whatever it raises ends the run.
@@ -152,14 +152,14 @@ def light_rows(
 def _arrangements(
     references: References, rows: Sequence[int], plain: Sequence[int], max_inputs: int
 ) -> list[list[int]]:
-    """Return requests in which plain texts have company that must not change their vectors."""
+    """Return requests that put plain texts among others, which must not change their vectors."""
     long = [row for row in rows if references.canaries[row].group == "paragraphs"]
     long += [row for row in rows if references.canaries[row].boundary][-1:]
     if len(plain) < 4 or not long:
         return []
     first, middle, last, twice = plain[:4]
-    company = long[: max(1, min(max_inputs - 4, 12))]
-    half = len(company) // 2
-    together = [first, *company[:half], middle, *company[half:], last]
+    others = long[: max(1, min(max_inputs - 4, 12))]
+    half = len(others) // 2
+    together = [first, *others[:half], middle, *others[half:], last]
     requests = [together, [twice, twice], [long[-1], twice]]
     return [request for request in requests if len(request) <= max_inputs]

@@ -224,7 +224,7 @@ def _noise(answers: CanaryAnswers) -> float:
     return max((float(distances(first[None], other[None])[0]) for first, other in pairs), default=0.0)
 
 
-def _depends_on_company(answers: CanaryAnswers, limit: float) -> bool:
+def _depends_on_batch(answers: CanaryAnswers, limit: float) -> bool:
     """True if a text among others is further from its vector alone than rounding explains."""
     alone = dict(answers.repeats)
     return any(
@@ -268,9 +268,9 @@ def _fault(
         return fault  # it explains everything below as well
     if noise > limit / 4:
         return f"gives another vector each time it is asked for the same text (1 - cosine up to {noise:.1e})"
-    # A lower precision than declared rounds differently in company: that is the fault then, and not the company.
+    # A lower precision than declared rounds differently in a batch. Then the precision is the fault, and not the batch.
     rounding = limit if precision is None else max(limit, references.limits[precision][0])
-    if _depends_on_company(answers, rounding):
+    if _depends_on_batch(answers, rounding):
         return "gives a text another vector depending on its neighbours or on what came before"
     if precision is not None and not _is_coarser(precision, allowed):
         return ""

@@ -352,15 +352,24 @@ class Encoder:
         return np.array(self.prompts.lengths(texts, instruction), dtype=np.int64)
 
 
-def postprocess(vectors: np.ndarray, *, normalize: bool, dimensions: int | None) -> np.ndarray:
-    """Cut raw vectors [n, dim] to `dimensions`, then scale them to length 1 if `normalize`.
+def check_dimensions(dimensions: int | None, dim: int) -> None:
+    """Refuse a number of dimensions that vectors of `dim` cannot be cut to; None leaves them whole.
 
     Raises:
         UsageError: `dimensions` is not between 1 and dim.
     """
+    if dimensions is not None and not 1 <= dimensions <= dim:
+        raise UsageError(f"dimensions={dimensions}: this model's vectors have 1 to {dim}")
+
+
+def postprocess(vectors: np.ndarray, *, normalize: bool, dimensions: int | None) -> np.ndarray:
+    """Cut raw vectors [n, dim] to `dimensions`, then scale them to length 1 if `normalize`.
+
+    Raises:
+        UsageError: as `check_dimensions`.
+    """
+    check_dimensions(dimensions, vectors.shape[1])
     if dimensions is not None:
-        if not 1 <= dimensions <= vectors.shape[1]:
-            raise UsageError(f"dimensions={dimensions}: this model's vectors have 1 to {vectors.shape[1]}")
         vectors = np.ascontiguousarray(vectors[:, :dimensions])
     return unit_length(vectors) if normalize else vectors
 

@@ -88,23 +88,24 @@ class Engine:
         self._queue_tokens = queue_tokens
         self._queue = FairQueue()
         self._changed = threading.Condition()
-        self._idle = 0  # workers that wait for work
+        self._idle = 0  # hands that wait for work
         self._least = self._active = len(hands) if least_hands is None else least_hands
         self._full_at = time.monotonic()  # time at which no active hand was idle
         self._stopping = False
         self._stop_error: EngineError | None = None
         self._anonymous = itertools.count()
         self._tokenisers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="unmask-tokenise")
-        self._workers = [HandThread(hand, number) for number, hand in enumerate(hands)]
-        for worker in self._workers:
-            name = f"unmask-engine-{encoder.name}-{worker.hand.name}"
-            worker.thread = threading.Thread(target=self._work, args=(worker,), name=name, daemon=True)
-            worker.thread.start()
+        self._hand_threads = [HandThread(hand, number) for number, hand in enumerate(hands)]
+        for hand_thread in self._hand_threads:
+            name = f"unmask-engine-{encoder.name}-{hand_thread.hand.name}"
+            hand_thread.thread = threading.Thread(target=self._work, args=(hand_thread,), name=name, daemon=True)
+            hand_thread.thread.start()
 
     @property
     def tokens_per_second(self) -> float | None:
         """Return the measured speed of all hands that can compute now; None until it is known of one."""
-        return sum(worker.rate or 0.0 for worker in self._workers if worker.hand.state == "ready") or None
+        rates = (each.rate or 0.0 for each in self._hand_threads if each.hand.state == "ready")
+        return sum(rates) or None
 
     @property
     def has_replicas(self) -> bool:
@@ -113,7 +114,7 @@ class Engine:
 
     def hands(self) -> list[HandFigures]:
         """Return the figures of all hands."""
-        return [worker.figures() for worker in self._workers]
+        return [hand_thread.figures() for hand_thread in self._hand_threads]
 
     @contextmanager
     def lease(self) -> Iterator[None]:
@@ -271,7 +272,7 @@ class Engine:
         return None if rate is None else _SAFE_SHARE * rate
 
     def _running_tokens(self) -> int:
-        return sum(worker.tokens for worker in self._workers)
+        return sum(hand_thread.tokens for hand_thread in self._hand_threads)
 
     def waiting_tokens(self) -> int:
         """Return the number of tokens in the queue and in the running forwards."""
@@ -288,47 +289,47 @@ class Engine:
         with self._changed:
             self._stopping, self._stop_error = True, error
             self._changed.notify_all()
-        for worker in self._workers:
-            if worker.thread is not None:
-                worker.thread.join(max(0.0, end - time.monotonic()))
+        for hand_thread in self._hand_threads:
+            if hand_thread.thread is not None:
+                hand_thread.thread.join(max(0.0, end - time.monotonic()))
         with self._changed:
-            running = [queued.request for worker in self._workers for queued in worker.taken]
+            running = [queued.request for hand_thread in self._hand_threads for queued in hand_thread.taken]
             abandoned = {id(request): request for request in [*self._queue.requests(), *running] if not request.ended}
             for request in abandoned.values():
                 self._queue.drop(request)
         for request in abandoned.values():
             request.done(error or EngineStopped("the server shut down before this request was done"))
-        for worker in self._workers:
-            worker.hand.close()
+        for hand_thread in self._hand_threads:
+            hand_thread.hand.close()
         if self.has_replicas:  # a closed replica gives up its forward
-            for worker in self._workers:
-                if worker.thread is not None:
-                    worker.thread.join(_CLOSED_HAND_S)
+            for hand_thread in self._hand_threads:
+                if hand_thread.thread is not None:
+                    hand_thread.thread.join(_CLOSED_HAND_S)
         self._tokenisers.shutdown(wait=False, cancel_futures=True)
 
-    def _work(self, worker: HandThread) -> None:
-        worker.last_end = time.perf_counter()
+    def _work(self, hand_thread: HandThread) -> None:
+        hand_thread.last_end = time.perf_counter()
         while not self._is_over():
-            if worker.number >= self._active:
-                worker.hand.park()
+            if hand_thread.number >= self._active:
+                hand_thread.hand.park()
                 time.sleep(_PARKED_S)
                 continue
-            if not worker.hand.restore():
+            if not hand_thread.hand.restore():
                 continue
             self._shrink()
-            if not self._wait_for_work(worker):
-                worker.hand.check()
+            if not self._wait_for_work(hand_thread):
+                hand_thread.hand.check()
                 continue
-            packs = self._next_forward(worker)
+            packs = self._next_forward(hand_thread)
             if packs:
-                self._run_forward(worker, packs)
+                self._run_forward(hand_thread, packs)
 
     def _grow(self) -> None:
         """Use as many hands as the waiting tokens need, if their speed is known."""
-        rates = [worker.rate for worker in self._workers if worker.rate is not None]
-        if rates and self._active < len(self._workers):
+        rates = [hand_thread.rate for hand_thread in self._hand_threads if hand_thread.rate is not None]
+        if rates and self._active < len(self._hand_threads):
             seconds_of_one = (self._queue.tokens + self._running_tokens()) * len(rates) / sum(rates)
-            self._active = min(len(self._workers), max(self._active, math.ceil(seconds_of_one / _GROW_S)))
+            self._active = min(len(self._hand_threads), max(self._active, math.ceil(seconds_of_one / _GROW_S)))
 
     def _shrink(self) -> None:
         """Use a hand less, if some were idle all the time for long."""
@@ -344,7 +345,7 @@ class Engine:
         with self._changed:
             return self._stopping and not len(self._queue) and not self._running_tokens()
 
-    def _wait_for_work(self, worker: HandThread) -> bool:
+    def _wait_for_work(self, hand_thread: HandThread) -> bool:
         """Wait until something changes, unless prompts are in the queue. Return false if nothing did for a while."""
         with self._changed:
             if len(self._queue) or self._is_over():
@@ -354,24 +355,24 @@ class Engine:
                 return self._changed.wait(_CHECK_S)
             finally:
                 self._idle -= 1
-                worker.last_end = time.perf_counter()
+                hand_thread.last_end = time.perf_counter()
 
-    def _next_forward(self, worker: HandThread) -> list[list[QueuedPrompt]]:
+    def _next_forward(self, hand_thread: HandThread) -> list[list[QueuedPrompt]]:
         """Take the packs of the next forward from the queue, and end the requests that are too late for one."""
         with self._changed:
             now = time.monotonic()
             expired = self._queue.expired(now)
             for request in expired:
                 self._queue.drop(request)
-            packs = self._take_packs(worker, now)
-            worker.taken = [queued for pack in packs for queued in pack]
+            packs = self._take_packs(hand_thread, now)
+            hand_thread.taken = [queued for pack in packs for queued in pack]
             if len(self._queue):
                 self._changed.notify()  # there is work for another hand as well
         for request in expired:
             request.done(DeadlineExceeded("the deadline passed before the vectors were ready"))
         return packs
 
-    def _take_packs(self, worker: HandThread, now: float) -> list[list[QueuedPrompt]]:
+    def _take_packs(self, hand_thread: HandThread, now: float) -> list[list[QueuedPrompt]]:
         """Take the next prompts from the queue, as packs that end at about the same time.
 
         A forward ends with its longest pack, and admission counts on the speed of all cores.
@@ -379,8 +380,8 @@ class Engine:
         waiting, rate = self._queue.tokens, self.tokens_per_second
         if waiting > _MIN_SHARED_TOKENS:
             waiting = -(-waiting // (1 + self._idle))
-        count, budget = worker.hand.sizes(waiting)
-        share = 1.0 if rate is None or worker.rate is None else min(1.0, worker.rate / rate)
+        count, budget = hand_thread.hand.sizes(waiting)
+        share = 1.0 if rate is None or hand_thread.rate is None else min(1.0, hand_thread.rate / rate)
         running = self._running_tokens()
         prompts = self._queue.take(count * budget, now, rate=self._safe_rate(), running=running, share=share)
         suspects = [queued for queued in prompts if queued.times_lost == _MAX_LOSSES - 1]
@@ -389,33 +390,33 @@ class Engine:
             prompts = suspects[:1]
         return [[prompts[i] for i in rows] for rows in balance([prompt.length for prompt in prompts], count)]
 
-    def _run_forward(self, worker: HandThread, packs: list[list[QueuedPrompt]]) -> None:
+    def _run_forward(self, hand_thread: HandThread, packs: list[list[QueuedPrompt]]) -> None:
         """Let the hand compute packs. Never raises: the thread must live on for other requests."""
-        tokens = worker.tokens
+        tokens = hand_thread.tokens
         try:
-            worker.hand.forward(
+            hand_thread.hand.forward(
                 [[queued.prompt for queued in pack] for pack in packs],
-                worker.seconds_until_late(),
+                hand_thread.seconds_until_late(),
                 lambda number, outcome: self._deliver(packs[number], outcome),
             )
         except HandLost as lost:
-            self._take_back(worker, lost.is_late)
+            self._take_back(hand_thread, lost.is_late)
             return
         except Exception:
             log.exception("a forward of %d tokens failed", tokens)
-            self._fail(worker.taken, EngineError("the model failed on this request"))
+            self._fail(hand_thread.taken, EngineError("the model failed on this request"))
         # Measured from the end of the last forward: the gap between two forwards delays callers as well.
-        start, worker.last_end = worker.last_end, time.perf_counter()
+        start, hand_thread.last_end = hand_thread.last_end, time.perf_counter()
         with self._changed:
-            worker.end_forward(tokens, worker.last_end - start)
+            hand_thread.end_forward(tokens, hand_thread.last_end - start)
             if self._stopping:
                 self._changed.notify_all()
 
-    def _take_back(self, worker: HandThread, is_late: bool) -> None:
+    def _take_back(self, hand_thread: HandThread, is_late: bool) -> None:
         """Queue the prompts of a lost forward again, for whoever is free."""
         failure = EngineError(f"the model failed on this request: {_MAX_LOSSES} replicas ended while they computed it")
         with self._changed:
-            taken = worker.lose_forward(is_late)
+            taken = hand_thread.lose_forward(is_late)
             self._fail([queued for queued in taken if queued.times_lost >= _MAX_LOSSES], failure)
             self._queue.put_back(taken)
             self._changed.notify_all()

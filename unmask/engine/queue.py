@@ -31,7 +31,7 @@ class QueuedRequest:
     Attributes:
         caller: identifies the fair share that the request takes.
         arrived, deadline: `time.monotonic()`; after the deadline the result is not needed.
-        done: called once, from the worker's thread, with None or the error that ended the request.
+        done: called once, from the hand's thread, with None or the error that ended the request.
         waiting: number of its tokens in the queue.
         unfinished: number of its prompts without a vector.
         ended: True once it has its result, or will get none.

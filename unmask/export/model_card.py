@@ -62,7 +62,7 @@ def parity_markdown(report: ParityReport) -> str:
     lines = [
         f"Cosine to unmask {__version__} in float32; `unmask parity MODEL FOLDER` measures it again.",
         "",
-        "| runtime | precision | texts | company | number | mean | worst | largest difference | gate (mean, worst) |",
+        "| runtime | precision | texts | batching | number | mean | worst | largest difference | gate (mean, worst) |",
         "|---|---|---|---|---|---|---|---|---|",
         *(_markdown_row(row) for row in report.rows),
     ]
@@ -75,7 +75,7 @@ def _markdown_row(row: ParityRow) -> str:
         row.runtime,
         row.dtype,
         row.use,
-        row.company,
+        row.batching,
         str(row.count),
         f"{row.mean:.7f}",
         f"{row.worst:.7f}",

@@ -48,7 +48,7 @@ _TARGETS: Mapping[RuntimeKind, Target] = {
 
 _BATCH = 8
 _QUERIES = 24  # texts that are also asked for as queries
-_UNIT_LENGTH = 1e-3  # a vector of length 1 may be off by so much
+_UNIT_LENGTH = 1e-3  # largest error of a length of 1
 _LONGEST = 2048  # tokens; a longer text would cost more than all others together
 
 
@@ -59,7 +59,7 @@ class ParityRow:
     Attributes:
         use: texts, documents or queries; a colon and a kind follow for texts that the runtime is known to read
             otherwise.
-        company: "alone" or "in a batch".
+        batching: "alone" or "in a batch".
         mean, worst: of the cosines.
         difference: largest difference of two numbers of vectors of length 1.
         worst_text: the text of the worst cosine.
@@ -69,7 +69,7 @@ class ParityRow:
     runtime: str
     dtype: str
     use: str
-    company: str
+    batching: str
     count: int
     mean: float
     worst: float
@@ -315,9 +315,9 @@ def _exceptions(
 
 
 def _rows(comparison: _Comparison, runtime: OtherRuntime, gate: tuple[float, float]) -> list[ParityRow]:
-    """Summarise a comparison: a row per company, and one per kind of excepted texts."""
+    """Summarise a comparison: a row for texts alone, one for texts in a batch, and one per kind of excepted texts."""
     rows = []
-    for company, theirs in (("alone", comparison.alone), ("in a batch", comparison.batch)):
+    for batching, theirs in (("alone", comparison.alone), ("in a batch", comparison.batch)):
         for exception in dict.fromkeys([None, *comparison.exceptions]):
             members = [i for i, kind in enumerate(comparison.exceptions) if kind == exception]
             if not members:
@@ -329,7 +329,7 @@ def _rows(comparison: _Comparison, runtime: OtherRuntime, gate: tuple[float, flo
                     runtime=runtime.name,
                     dtype=runtime.dtype,
                     use=comparison.use if exception is None else f"{comparison.use}: {exception}",
-                    company=company,
+                    batching=batching,
                     count=len(members),
                     mean=1 - float(off.mean()),
                     worst=1 - float(off.max()),
@@ -359,7 +359,7 @@ def _name_fault(
     failed = next(row for row in rows if not row.passed)
     assert failed.gate is not None
     figures = (
-        f"{failed.use} {failed.company}: cosine {failed.worst:.6f} at worst and {failed.mean:.6f} in the mean, where "
+        f"{failed.use} {failed.batching}: cosine {failed.worst:.6f} at worst and {failed.mean:.6f} in the mean, where "
         f"{failed.gate[1]} and {failed.gate[0]} are the least for {runtime.dtype} (worst text: {failed.worst_text!r})"
     )
     if comparisons[0].ours.shape[1] != encoder.dim:

@@ -139,7 +139,7 @@ def _describe(checkpoint: Checkpoint, instructions: Mapping[str, str], dimension
 
 def failing_rows(report: ParityReport) -> Sequence[str]:
     """Name the runtimes and uses of a report that miss their gate."""
-    return [f"{row.runtime}, {row.use} {row.company}" for row in report.rows if not row.passed]
+    return [f"{row.runtime}, {row.use} {row.batching}" for row in report.rows if not row.passed]
 
 
 def _require_expressible(verdict: ExportVerdict, allow_inexact: bool) -> None:

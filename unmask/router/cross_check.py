@@ -49,11 +49,11 @@ class Verdicts(NamedTuple):
     """The outcome of a cross-check.
 
     Attributes:
-        liars: endpoints whose vector is wrong.
+        wrong_endpoints: endpoints whose vector is wrong.
         suspects: endpoints that disagree, of which nobody knows who is right.
     """
 
-    liars: list[ProviderEndpoint]
+    wrong_endpoints: list[ProviderEndpoint]
     suspects: list[ProviderEndpoint]
 
 

@@ -244,7 +244,7 @@ class ProviderPool:
         self.draw.shuffle(others)
         verdicts, attempts = await cross_check([first, *others], engine, model.references, model.prompts, self.draw)
         self.record_attempts(attempts)
-        for endpoint in verdicts.liars:
+        for endpoint in verdicts.wrong_endpoints:
             if endpoint.admission == "admitted":
                 fault = "gives a new text another vector than all others do"
                 await self._quarantine(endpoint, fault, CROSS_CHECK)

@@ -69,8 +69,10 @@ def build_application(settings: ServeSettings) -> Application:
     if database is None and settings.catalogue is not None:
         database = open_database(settings.catalogue)
     models, sync = open_models(settings, database)
-    if settings.providers is not None:
-        models.providers = open_providers(settings.providers, models, database, hides_names=settings.hide_providers)
+    if settings.providers_file is not None:
+        models.providers = open_providers(
+            settings.providers_file, models, database, hides_names=settings.hide_providers
+        )
         if accounts is not None:
             book_providers(models.providers, accounts)
     models.preload()
@@ -89,14 +91,15 @@ def open_accounts(settings: ServeSettings) -> Accounts | None:
     Raises:
         UsageError, StorageError: the database, the pepper or the Redis is wrong or cannot be reached.
     """
-    if settings.database is None:
+    if settings.accounts_url is None:
         return None
+    redis, on_failure = settings.limits_url, settings.on_redis_failure
     return Accounts(
-        settings.database,
-        limiter=SharedLimiter(settings.limits, on_redis_failure=settings.on_redis_failure) if settings.limits else None,
+        settings.accounts_url,
+        limiter=SharedLimiter(redis, on_redis_failure=on_failure) if redis else None,
         free_credit=settings.free_credit,
         flush_charges=settings.flush_charges,
-        provider=settings.provider,
+        provider=settings.identity_provider,
     )
 
 

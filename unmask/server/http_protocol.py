@@ -138,7 +138,7 @@ class HttpProtocol(HttpToolsProtocol):
             self.shutdown()
 
     def eof_received(self) -> None:
-        self._joining.close()  # flush first: the loop closes the connection after this call
+        self._joining.close()  # sends pending bytes, before the loop closes the connection
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._joining.forget()

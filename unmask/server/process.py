@@ -31,9 +31,9 @@ def serve(settings: ServeSettings) -> int:
         UsageError, ClusterError: see `connected`.
         UsageError, CheckpointError, StorageError: see `build_application`.
     """
-    secrets = (settings.provider.client_secret,) if settings.provider else ()
-    if settings.providers is not None:
-        secrets += read_providers(settings.providers).keys()
+    secrets = (settings.identity_provider.client_secret,) if settings.identity_provider else ()
+    if settings.providers_file is not None:
+        secrets += read_providers(settings.providers_file).keys()
     configure_logging(settings.log_level, (*settings.api_keys, *secrets))
     try:
         listener = listen(settings.host, settings.port)

@@ -92,7 +92,7 @@ class AdminPages:
         frozen = form.get("state") == "frozen"
 
         def set_state(connection: Connection) -> None:
-            actions.freeze_account(connection, actor, id, now, frozen=frozen)
+            actions.set_account_frozen(connection, actor, id, now, frozen=frozen)
 
         return await self._write_account(request, person, set_state, "frozen" if frozen else "thawed")
 
