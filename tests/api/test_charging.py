@@ -453,7 +453,10 @@ def row_tokens(report: dict[str, Any]) -> int:
 )
 def test_wrong_parameters_of_usage(bank: Bank, paid: LocalService, query: str):
     _, key = bank.customer()
-    assert paid.call("GET", f"/v1/usage?{query}", key=key).status == 400
+    reply = paid.call("GET", f"/v1/usage?{query}", key=key)
+    name, value = query.split("=")
+    assert (reply.status, reply.error["param"]) == (400, name)
+    assert value in reply.error["message"]
 
 
 @pytest.mark.parametrize("parameter", ["key", "api_key", "access_token"])

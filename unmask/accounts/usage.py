@@ -59,6 +59,27 @@ class ChargedRequest:
     at: int
 
 
+def check_days(first: date, last: date) -> None:
+    """Check a range of days.
+
+    Raises:
+        UsageError: the last day is before the first, or they are too many.
+    """
+    if not 0 <= (last - first).days < LONGEST_DAYS:
+        raise UsageError(f"from {first} to {last}: choose 1 to {LONGEST_DAYS} days")
+
+
+def check_groups(by: Sequence[str]) -> None:
+    """Check the fields to group by.
+
+    Raises:
+        UsageError: one is not in `GROUPS`.
+    """
+    unknown = next((name for name in by if name not in GROUPS), None)
+    if unknown is not None:
+        raise UsageError(f"group_by={unknown[:80]!r}: choose out of {', '.join(GROUPS)}")
+
+
 def usage_totals(
     connection: Connection, account: str, first: date, last: date, by: Sequence[str] = DEFAULT_GROUPS
 ) -> list[UsageGroup]:
@@ -68,13 +89,10 @@ def usage_totals(
         by: fields to group by, out of `GROUPS`.
 
     Raises:
-        UsageError: the days are the wrong way round or too many, or `by` has something else.
+        UsageError: as `check_days` and `check_groups`.
     """
-    if not 0 <= (last - first).days < LONGEST_DAYS:
-        raise UsageError(f"from {first} to {last}: choose 1 to {LONGEST_DAYS} days")
-    unknown = next((name for name in by if name not in GROUPS), None)
-    if unknown is not None:
-        raise UsageError(f"group_by={unknown!r}: choose out of {', '.join(GROUPS)}")
+    check_days(first, last)
+    check_groups(by)
     columns: dict[str, sa.ColumnElement[Any]] = {
         "day": sa.cast(charges.c.ended_at, sa.BigInteger).op("/")(_DAY_MS),
         "model": charges.c.model,

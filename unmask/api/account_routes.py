@@ -1,5 +1,7 @@
 """`GET /v1/account`, `/v1/usage` and `/v1/keys`: an account, read with one of its own keys."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 
@@ -72,17 +74,18 @@ class AccountRoutes:
         groups = usage.DEFAULT_GROUPS if group_by is None else tuple(name for name in group_by.split(",") if name)
         format = request.query_params.get("format", "json")
         if format not in ("json", "csv"):
-            raise ApiError(400, "The parameter 'format' must be json or csv.", param="format")
+            raise ApiError(400, f"format={format[:80]!r} is not supported: choose json or csv.", param="format")
+        with _parameter("start"):
+            usage.check_days(start, end)
+        with _parameter("group_by"):
+            usage.check_groups(groups)
 
         def read_usage(connection: Connection) -> tuple[list[usage.UsageGroup], list[TaintedAnswers]]:
             used = usage.usage_totals(connection, caller.account_id, start, end, groups)
             windows = tainted_windows(connection, usage.day_start(start))
             return used, tainted_answers(connection, windows, caller.account_id)
 
-        try:
-            groups_used, tainted = await self.accounts.read_report(read_usage)
-        except UsageError as error:
-            raise ApiError(400, f"{str(error)[:200]}.") from None
+        groups_used, tainted = await self.accounts.read_report(read_usage)
         names = self.models.public_names
         rows = [
             UsageRow(
@@ -102,6 +105,15 @@ class AccountRoutes:
             return csv_response("usage.csv", iter([file]))
         lines = [_tainted_usage(answers, names) for answers in tainted]
         return _json(UsageReport(start=start.isoformat(), end=end.isoformat(), data=rows, tainted=lines))
+
+
+@contextmanager
+def _parameter(name: str) -> Iterator[None]:
+    """Answer a refused value with 400 and the name of its parameter."""
+    try:
+        yield
+    except UsageError as error:
+        raise ApiError(400, f"{error}.", param=name) from None
 
 
 def _tainted_usage(answers: TaintedAnswers, names: PublicNames) -> TaintedUsage:
@@ -136,7 +148,7 @@ def _day(request: Request, name: str, default: date) -> date:
     try:
         return datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC).date()
     except ValueError:
-        raise ApiError(400, f"The parameter '{name}' must be a day like 2026-01-31.", param=name) from None
+        raise ApiError(400, f"{name}={text[:80]!r} is not a day: write it like 2026-01-31.", param=name) from None
 
 
 def _key_info(key: Key) -> KeyInfo:
