@@ -40,7 +40,7 @@ def atomic_write(target: Path) -> Iterator[Path]:
 def create_once(target: Path, text: str) -> None:
     """Write a new file that only its owner may read, unless there is one: of several processes, the first wins.
 
-    Nobody reads a part of it, except on a disk without hard links.
+    Other processes see the whole file or none, except on a disk without hard links.
 
     Raises:
         StorageError: the folder cannot be written, or the disk is full.

@@ -27,7 +27,7 @@ def lazy_exports(package: str, names_by_module: Mapping[str, Sequence[str]]) -> 
 
 @contextmanager
 def _without_garbage_search() -> Iterator[None]:
-    """Turn Python's search for garbage off for an import: what is imported stays, and with torch it takes 0.2 s."""
+    """Turn the garbage collector off for an import. It would find nothing, and takes 0.2 s while torch is imported."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

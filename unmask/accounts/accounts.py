@@ -193,7 +193,7 @@ class Accounts:
             The status of the tighter limit, or None if there is no limit.
 
         Raises:
-            RateLimited: the limit does not allow so much now.
+            RateLimited: the limit does not allow the amount now.
         """
         settings = caller.key.settings
         if kind == "requests":
@@ -286,7 +286,7 @@ class Accounts:
         self._submit_unwatched(lambda connection: ledger.release(connection, charge, now_ms()), on_failure)
 
     def give_back(self, charge: str) -> None:
-        """Refund a charge whose answer could not be given after all, without waiting. A sweep repeats what failed."""
+        """Refund a charge whose answer was withheld, without waiting. A sweep repeats a refund that failed."""
         self._refund(charge, 1)
 
     def _refund(self, charge: str, tries: int) -> Future[bool] | None:
@@ -319,7 +319,7 @@ class Accounts:
     def _submit_unwatched(
         self, piece: Callable[[Connection], T], on_failure: Callable[[BaseException], None]
     ) -> Future[T] | None:
-        """Queue a piece whose result nobody waits for.
+        """Queue a piece without waiting for its result.
 
         Args:
             piece: as for `Writer.submit`.

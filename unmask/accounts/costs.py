@@ -3,7 +3,7 @@
 Every attempt is a row: good ones in the transaction of the settlement, all others on their own. Our count of tokens is
 charged; a provider's own count decides what it will bill, unless it is absurd. The costs go into the ledger a few
 seconds later: `book_costs` moves the sum of all attempts that no entry has yet from `@cost` to `@payable:PROVIDER`,
-and marks each attempt with the entry that has it, in one transaction. So a cost is booked once, whoever dies when.
+and marks each attempt with the entry that has it, in one transaction. So a crash books no cost twice.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """Sign-in with an OpenID Connect provider, by the authorization code flow with PKCE.
 
 A visit to the provider is one text, `Visit`, that the visitor's browser keeps. `state`, `nonce` and the PKCE verifier
-are digests of it under the pepper, so nothing is stored here, any server with the same pepper takes the visitor back,
-and nobody who has not the very cookie can finish a visit or begin one for another.
+are digests of it under the pepper. So the server stores nothing, and each server with the same pepper can end the
+visit. Without the cookie, nobody can end a visit, or begin one in the name of another visitor.
 """
 
 import hmac

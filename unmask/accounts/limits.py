@@ -75,7 +75,7 @@ class Limiter(Protocol):
             kind: "requests" or "tokens", for the message.
 
         Raises:
-            RateLimited: one limit does not allow so much now.
+            RateLimited: one limit does not allow the amount now.
             StorageError: the buckets cannot be reached.
         """
         ...
@@ -90,7 +90,8 @@ class Limiter(Protocol):
 
 
 class LocalLimiter:
-    """Buckets in this process. With several servers each has its own, so that a caller gets up to so many times more.
+    """Buckets in this process. With N servers, each has its own buckets, and a caller gets up to N times as
+    much.
 
     Args:
         clock: seconds that never go back.

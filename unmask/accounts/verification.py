@@ -233,7 +233,7 @@ def _cost_bookings(connection: Connection) -> Iterable[Discrepancy]:
 
 
 def _answers(connection: Connection) -> Iterable[Discrepancy]:
-    """Attempts belong to settled charges only, and whoever a charge names as its provider answered it once."""
+    """Check that attempts belong to settled charges, and that the provider named by a charge answered it once."""
     attempt = provider_attempts.c
     of_nobody = (
         sa.select(attempt.charge, sa.func.sum(attempt.cost).label("cost"))

@@ -223,7 +223,7 @@ class EmbeddingsRoute:
 
         Args:
             count: number of its tokens.
-            more: True if only the first so many were counted.
+            more: True if counting stopped at `count`, and the request has more tokens.
 
         Raises:
             ApiError: 400.

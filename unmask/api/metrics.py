@@ -65,7 +65,7 @@ class HandGauges:
         self._names: dict[str, set[str]] = {}  # model -> its replicas so far
 
     def set(self, model: str, hands: Sequence[HandFigures]) -> None:
-        """Set the figures of all replicas of a model, and those of earlier ones to 0."""
+        """Set the figures of all replicas of a model. The figures of replicas that are gone become 0."""
         names = self._names.setdefault(model, set())
         for name in names.difference(hand.name for hand in hands):
             self._up.labels(model, name).set(0)

@@ -15,7 +15,7 @@ class Tally:
     empty: int = 0
 
     def plus(self, prompts: list[Prompt | None]) -> "Tally":
-        """Return these counts and those of one row per prompt."""
+        """Return these counts plus the counts of one row per prompt."""
         encoded = [prompt for prompt in prompts if prompt is not None]
         return self.plus_tally(
             Tally(
@@ -43,7 +43,7 @@ class Activity:
     Attributes:
         workers: processes that are encoding now.
         redone: pieces of work that had to be given out again since the job began.
-        worker_seconds: time that processes were there for the job, all together; whoever rents them pays for it.
+        worker_seconds: sum of the times that processes were held for the job: the time that a cloud bills.
     """
 
     workers: int = 1

@@ -45,8 +45,8 @@ class Spool:
     """The vectors of an unfinished run, from which a later one continues. One run at a time may open it.
 
     The folder holds `vectors`, an npy file whose header is written last; `state.json`, replaced only after the
-    rows it counts are on disk; and `lock`. A state without vectors is what a finished run leaves if it is killed
-    while clearing up, and counts as nothing.
+    rows it counts are on disk; and `lock`. A finished run that is killed while it clears up
+    leaves a state without vectors; such a state is ignored.
 
     Args:
         folder: made if it is not there; removed on `close` if nothing in it is worth resuming.

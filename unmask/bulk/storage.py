@@ -1,7 +1,7 @@
 """Files and object stores by path or URL: local folders, `s3://`, `gs://`, `abfs://` and `hf://`.
 
-pyarrow's filesystems do the reading and writing. What they leave open is decided here: an object is written whole or
-not at all, a name in a message never holds a password, and a folder is listed in one order.
+pyarrow's filesystems read and write. This module adds three rules: an object is written whole or not at all, a name in
+a message never holds a password, and a folder is listed in one order.
 """
 
 import fnmatch
@@ -120,7 +120,7 @@ def find_inputs(names: Sequence[str], input_format: str | None = None) -> tuple[
         input_format: all files are in this format, so that no name in a folder must tell it.
 
     Returns:
-        The files, and the names of those in folders whose ending is that of no table.
+        The files, and the names of files in folders that have the ending of no table format.
 
     Raises:
         UsageError: a name matches no file, or a file is named twice.
@@ -306,7 +306,7 @@ class Store:
                 return None
 
     def names(self, folder: str = "") -> list[str]:
-        """List the objects in a folder of the store, with those of its folders, by name; [] if there is none.
+        """List the objects in a folder of the store and in the folders below it, by name; [] if there is none.
 
         Raises:
             StorageError: it cannot be listed.

@@ -124,9 +124,9 @@ class Record(Specification, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     Attributes:
         role: "reference" is a model that others are measured against and that this project does not serve.
-        context: longest sequence the architecture can attend to, where `max_tokens` is what is used of it.
+        context: longest sequence that the architecture can attend to. `max_tokens` is the part that is used.
         base_licence: of the weights that the model was made from, where it is another one.
-        published, updated: by whoever made the model.
+        published, updated: days on which the makers of the model did so.
         history: of its status, oldest first.
     """
 

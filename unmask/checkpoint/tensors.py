@@ -43,7 +43,7 @@ class TensorSource(Protocol):
 
 
 class AbsentTensors:
-    """Stands in for weights that nobody asked for: whoever reads them is told so.
+    """Stands in for weights that were not loaded. Reading one is an error that says so.
 
     Args:
         name: of the model.

@@ -14,8 +14,8 @@ class ClusterOptions:
     Attributes:
         cluster: Work on a Ray cluster: auto (RAY_ADDRESS, or the cluster of this machine), HOST:PORT of its head, or
             local, which starts one here.
-        workers: Number of workers, each a process. Encoding also takes LEAST:MOST; its default is 1 up to those that
-            fit into the cluster, and that of training is 1.
+        workers: Number of workers, each a process. Encoding also takes LEAST:MOST. Default for encoding: from
+            1 up to as many as fit into the cluster; for training: 1.
         worker_cpus: Processors of a worker.
         worker_gpus: GPUs of a worker. Its model needs the device cuda.
         worker_wait: Seconds that the cluster may take to start the first worker, or all of a training run. An

@@ -361,7 +361,7 @@ class WorkerPool(Generic[_Task]):
         return outcomes
 
     def _is_missing(self, task: _Task, worker: _Worker[_Task]) -> bool:
-        """True if a task has no outcome, and nobody but this worker and late ones has it."""
+        """True if a task has no outcome, and no other worker computes it, except late ones."""
         name = self._name_of(task)
         on_time = [other for other in self._workers if other is not worker and not other.late]
         others = [task for other in on_time for _, task in other.tasks]

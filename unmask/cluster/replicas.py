@@ -175,7 +175,7 @@ class Replicas:
         require_equal_models(name, replica.model, first.place, first.model, _ADVICE)
 
     def is_right(self, vector: np.ndarray) -> bool:
-        """Return true if a vector is that of the canary, within the limit of the precision."""
+        """Return true if a vector is the canary's, within the limit of the precision."""
         assert self.first is not None
         precision = PRECISION_CLASSES[cast(DtypeChoice, self.first.dtype_choice.dtype)]
         limit = min(FLOORS[precision][0], _MAX_CANARY_DISTANCE)

@@ -1,7 +1,7 @@
 """Training on a cluster: Ray starts the processes that torchrun would start, and starts them again if one is lost.
 
-Ray Train would need a folder that all machines share, and pandas and pydantic. What is used of it is the placement of
-processes, which actors have as well. The run itself, with its checkpoints, is that of `unmask.training`.
+Ray Train would need a folder that all machines share, and pandas and pydantic. Here only the placement of processes is
+needed, and actors can be placed as well. `unmask.training` does the run itself, with its checkpoints.
 """
 
 import os

@@ -65,7 +65,7 @@ def _layer_types(config: Mapping[str, Any]) -> Sequence[str]:
 
 
 class DeepenedTensors:
-    """Tensors of a model, and those of further layers, renumbered from `below`, with zero output projections."""
+    """Tensors of a model and of further layers, which are renumbered from `below` and have zero output projections."""
 
     def __init__(self, tensors: TensorSource, added: TensorSource, below: int) -> None:
         self._tensors, self._added = tensors, added

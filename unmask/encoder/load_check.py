@@ -1,7 +1,7 @@
-"""A check of every model that `Encoder.load` has loaded, handed in by those who know more than its files say.
+"""A check of every model that `Encoder.load` has loaded.
 
-The catalogue knows the right vectors of files, and is imported by nothing here. So whoever has both, the command line,
-passes a function.
+The catalogue knows the right vectors of files, but this package must not import the catalogue. So the command line,
+which imports both, passes a function.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""`RemoteEncoder`: what a process knows of a model whose weights are in other processes."""
+"""`RemoteEncoder`: description of a model whose weights are in other processes."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""`HandThread`: what an engine knows of one of its hands: the running forward, the measured speed, the losses."""
+"""`HandThread`: state of one hand of an engine: the running forward, the measured speed, the losses."""
 
 import threading
 from dataclasses import dataclass, field
@@ -67,7 +67,7 @@ class HandThread:
         return HandFigures(self.hand.name, self.hand.state, self.rate, forwards)
 
     def seconds_until_late(self) -> float:
-        """Return the time limit of the running forward. It doubles each time one of its prompts was late before."""
+        """Return the time limit of the running forward. Each earlier delay of one of its prompts doubles it."""
         rate = self.rate
         seconds = _UNMEASURED_LATE_S if rate is None else max(_MIN_LATE_S, _LATE_TIMES * self.tokens / rate)
         return seconds * 2 ** max((queued.times_late for queued in self.taken), default=0)

@@ -41,7 +41,7 @@ class Candidate:
         priority: 0 first.
         price: cost of a million tokens there, in nano-dollars.
         share: of its traffic that it may have, below 1 while it starts slowly.
-        load: what this request would meet there; only to be compared with that of others.
+        load: expected load that this request meets there. Only the order of two loads has a meaning.
         seconds: expected for this request.
         idle: nothing is in flight there. An idle endpoint may always be tried: what it last took may be long ago.
     """
@@ -55,7 +55,7 @@ class Candidate:
     idle: bool = False
 
     def fits(self, seconds: float) -> bool:
-        """True if the request may be tried there by a caller who has so many seconds."""
+        """True if the request may be tried there by a caller who has `seconds` left."""
         return self.idle or self.seconds <= seconds
 
 

@@ -116,7 +116,7 @@ class EndpointLoad:
             self._successes = 0
 
     def overtaken(self, tokens: int, seconds: float, now: float) -> None:
-        """Take into account that no answer had come after so many seconds, when another endpoint's came."""
+        """Count a request that had no answer after `seconds`, when another endpoint answered it."""
         self._rate.observe(max(seconds / max(tokens, MIN_TOKENS), self._rate.read(now)), now)
 
     def failed(self, tokens: int, now: float, *, retry_after: float | None = None, busy: bool = False) -> None:
@@ -136,5 +136,5 @@ class EndpointLoad:
 
 
 def slow_start(seconds: float) -> float:
-    """Return the share of its traffic that an endpoint gets so many seconds after it was admitted or came back."""
+    """Return the share of its traffic that an endpoint gets `seconds` after it was admitted or came back."""
     return min(1.0, max(_SLOW_START_SHARE, seconds / _SLOW_START_S))

@@ -147,7 +147,7 @@ def write_model(
         steps: with such a layer, the steps behind the pooling; empty for the layer alone.
         save: precision, what is written and what is stated of it; left out: all, as it is in memory.
         base: the model that the folder names for its token embedding, where that is not written.
-        layers: write only so many first layers; default: all.
+        layers: number of layers to write, from the first one; default: all.
 
     Raises:
         UsageError: the folder exists already.

@@ -41,9 +41,9 @@ class DataSource(Struct, forbid_unknown_fields=True, kw_only=True):
         only, without: keep, or drop, the rows whose column has one of these values.
         max_length: tokens per sequence in this set; default: the run's.
         max_characters: cut each text at the last space within this many characters, for the teacher too.
-        piece_characters: make several texts of a long one, each of whole sentences and of at most so many characters
-            (a longer sentence is cut there). Pieces of fewer than three words are left out. Only with `text`, without a
-            label.
+        piece_characters: split a long text into texts of whole sentences, with at most this number of characters
+            each (a longer sentence is cut there). Pieces of fewer than three words are left out. Only with `text`,
+            without a label.
         use_teacher: learn from the teacher's vectors of these texts, if there is a teacher.
         use_labels: learn from positives or labels. False leaves only distillation.
     """

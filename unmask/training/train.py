@@ -254,7 +254,7 @@ def _check_target_length(recipe: Recipe, model: TrainingModel, teachers: Teacher
 
 
 def _counted(log: Callable[[str], None], every: float = 15.0) -> Callable[[str, int, int], None]:
-    """Return a function that counts steps by name and logs the count at most every so many seconds, and at the end."""
+    """Return a function that counts steps by name and logs the count every `every` seconds at most, and at the end."""
     counts: dict[str, int] = {}
     last = time.monotonic()
 

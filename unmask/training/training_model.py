@@ -223,7 +223,7 @@ class TrainingModel:
         """Compute the pooled states of one pack, before the head, float32 [n, hidden_size], with gradients.
 
         Args:
-            layers: of the decoder cut after so many layers; default: all.
+            layers: number of layers after which the decoder is cut; default: all.
         """
         if layers is None:
             return pool(self.hidden([prompt.ids for prompt in prompts]), prompts, self.encoder.pooling)
@@ -265,7 +265,7 @@ class TrainingModel:
         """Compute the pooled states of texts before the head, float32 [n, hidden_size], in the way of `encode`.
 
         Args:
-            layers: of the decoder cut after so many layers; default: all.
+            layers: number of layers after which the decoder is cut; default: all.
         """
 
         def forward(prompts: Sequence[Prompt]) -> Tensor:
