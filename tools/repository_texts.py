@@ -70,23 +70,23 @@ class Source:
     parts: tuple[Part, ...]
 
 
-class TableError(ValueError):
+class SourcesError(ValueError):
     """Says what is wrong in the table or in a mirror, and what to do."""
 
 
 def read_table(path: Path) -> list[Source]:
-    """Read the sources of a table; raise TableError for one without licence, full commit, or known reader."""
+    """Read the sources of a table; raise SourcesError for one without licence, full commit, or known reader."""
     sources = []
     for row in tomllib.loads(path.read_text())["source"]:
         name = row.get("repository", "?")
         if not row.get("licence"):
-            raise TableError(f"{path.name}: {name} has no licence: name it, or leave the repository out")
+            raise SourcesError(f"{path.name}: {name} has no licence: name it, or leave the repository out")
         if not re.fullmatch(r"[0-9a-f]{40}", row.get("commit", "")):
-            raise TableError(f"{path.name}: the commit of {name} is not 40 hex digits: {row.get('commit')!r}")
+            raise SourcesError(f"{path.name}: the commit of {name} is not 40 hex digits: {row.get('commit')!r}")
         parts = []
         for part in row["part"]:
             if part["read"] not in READERS:
-                raise TableError(f"{path.name}: {name} is read as {part['read']!r}: use one of {sorted(READERS)}")
+                raise SourcesError(f"{path.name}: {name} is read as {part['read']!r}: use one of {sorted(READERS)}")
             options = {key: value for key, value in part.items() if key not in {"paths", "read", "without", "most"}}
             without = tuple(part.get("without", ()))
             parts.append(Part(tuple(part["paths"]), part["read"], without, options, part.get("most")))
@@ -119,7 +119,9 @@ def open_repository(source: Source, mirror: Path | None, scratch: Path) -> Path:
         git = folder / ".git" if (folder / ".git").is_dir() else folder
         if git.is_dir():
             return git
-    raise TableError(f"{mirror} has no {owner}+{name}/repo and no {owner}/{name}.git: clone it there, or drop --mirror")
+    raise SourcesError(
+        f"{mirror} has no {owner}+{name}/repo and no {owner}/{name}.git: clone it there, or drop --mirror"
+    )
 
 
 def read_files(folder: Path, commit: str, part: Part) -> Iterator[bytes]:
@@ -386,7 +388,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         rows = write_texts(read_table(arguments.table), arguments.folder, arguments.mirror)
-    except TableError as error:
+    except SourcesError as error:
         print(error, file=sys.stderr)
         return 1
     print(f"{rows:,} texts in {arguments.folder / 'texts.tsv.gz'}")

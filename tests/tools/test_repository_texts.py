@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from repository_texts import TableError, acceptable, plain, read_table
+from repository_texts import SourcesError, acceptable, plain, read_table
 
 TOOL = Path(__file__).parents[2] / "tools" / "repository_texts.py"
 TABLES = TOOL.with_name("texts")
@@ -183,7 +183,7 @@ def test_a_repository_that_the_mirror_lacks_is_named(tmp_path: Path) -> None:
 def test_a_wrong_table_is_refused_by_name(tmp_path: Path, old: str, new: str, message: str) -> None:
     path = tmp_path / "table.toml"
     path.write_text(TABLE.replace(old, new).format(commit="0" * 40))
-    with pytest.raises(TableError, match=message):
+    with pytest.raises(SourcesError, match=message):
         read_table(path)
 
 
