@@ -77,8 +77,9 @@ def test_distillation_writes_two_depths(run, tmp_path: Path):
 
 @pytest.mark.slow
 def test_evaluation_writes_a_report_and_compares(run, eval_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    # Speed is measured on a few texts only: its figures are no part of this test.
+    # Speed is measured on a few texts only, and memory is not: these figures are no part of this test.
     monkeypatch.setattr(evaluation_run, "sample_texts", lambda: sample_texts()[:3])
+    monkeypatch.setattr(evaluation_run, "measure_memory", lambda *arguments: None)
     output = run("evaluate_and_compare.py", str(eval_data), str(tmp_path / "results"), "STSBenchmark")
     assert f"The report is {tmp_path}/results/report.html" in output
     assert (tmp_path / "results" / "report.html").exists()

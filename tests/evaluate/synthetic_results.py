@@ -67,7 +67,7 @@ MODELS = {
         Cost(
             tokens_per_second=3_912.4,
             texts_per_second=118.3,
-            peak_memory_bytes=1_204_000_000,
+            peak_resident_bytes=1_204_000_000,
             parameters=134_515_008,
             dimensions=576,
             vector_bytes=2304,
@@ -78,7 +78,7 @@ MODELS = {
         Cost(
             tokens_per_second=24_118.0,
             texts_per_second=803.9,
-            peak_memory_bytes=311_000_000,
+            peak_resident_bytes=311_000_000,
             parameters=22_713_216,
             dimensions=384,
             vector_bytes=1536,
@@ -89,7 +89,7 @@ MODELS = {
         Cost(
             tokens_per_second=4_902.0,
             texts_per_second=161.2,
-            peak_memory_bytes=884_000_000,
+            peak_resident_bytes=884_000_000,
             parameters=109_486_464,
             dimensions=768,
             vector_bytes=3072,

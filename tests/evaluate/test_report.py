@@ -160,8 +160,22 @@ def test_the_answer_comes_first_and_is_honest(run: tuple[Path, Results], html: s
         )
         assert f"{gap:.1f} below all-mpnet-base-v2, more than noise (" in answer
         assert "118 texts/s" in answer and "6.8 times slower than all-MiniLM-L6-v2" in answer
-        assert "1.2 GB of memory and 2,304 bytes per vector" in answer
+        assert "1.2 GB of memory with all libraries and 2,304 bytes per vector" in answer
         assert "3 tasks failed and are not counted" in answer
+
+
+def test_memory_of_older_results_is_left_out(run: tuple[Path, Results], tmp_path: Path) -> None:
+    folder, results = run
+    text = (folder / "results.json").read_text(encoding="utf-8")
+    assert "Peak memory is that of a process" in (folder / "report.md").read_text(encoding="utf-8")
+    (tmp_path / "results.json").write_text(text.replace("peak_resident_bytes", "peak_memory_bytes"), encoding="utf-8")
+    older = read_results(tmp_path)
+    assert {model.cost.peak_resident_bytes for model in older.models} == {None}
+    write_report(tmp_path, older)
+    for name in ("report.md", "report.html"):
+        report = (tmp_path / name).read_text(encoding="utf-8")
+        assert "of memory" not in report and "Peak memory is" not in report and "1.2 GB" not in report
+    assert len(results.models) == len(older.models)
 
 
 def test_a_difference_within_noise_is_called_that(tmp_path: Path) -> None:

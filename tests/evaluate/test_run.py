@@ -15,6 +15,7 @@ import pytest
 
 from unmask.errors import UsageError
 from unmask.evaluate import run
+from unmask.evaluate.memory import MemoryUnknown
 from unmask.evaluate.results import read_example_values, read_results
 from unmask.evaluate.run import Evaluation, run_evaluation
 from unmask.evaluate.statistics import score_of
@@ -86,6 +87,9 @@ def test_a_truncated_model_is_scored_from_the_vectors_of_its_base(
         )
     ).models
     assert truncated.cost.dimensions == 8 and truncated.scores[0].score is not None
+    # No less memory than its base, though this process holds the weights already when it loads them again.
+    assert base.cost.peak_resident_bytes is not None and base.cost.peak_resident_bytes > 50_000_000
+    assert truncated.cost.peak_resident_bytes == base.cost.peak_resident_bytes
     assert truncated.scores[0].score != base.scores[0].score
     assert [folder.name for folder in (fresh_home / "vectors").iterdir()] == [base.revision]
 
@@ -98,13 +102,19 @@ def test_one_failing_task_does_not_lose_the_others(
             raise MemoryError("the model ate it")
         return np.random.default_rng(len(texts)).normal(size=(len(texts), 256)).astype(np.float32)
 
+    def unknown(*arguments: object) -> None:
+        raise MemoryUnknown("the measuring process ended with code -9")
+
     monkeypatch.setattr("unmask.evaluate.models.static.StaticModel.encode", broken)
+    monkeypatch.setattr(run, "measure_memory", unknown)
     results = run_evaluation(
         Evaluation(models=("wordllama:default",), tasks=("STS16", "PassageRetrieval"), data=data, output=tmp_path / "o")
     )
     failed, other = results.models[0].scores
     assert failed.score is None and failed.error == "MemoryError: the model ate it"
     assert other.error is None and other.score is not None
+    assert results.models[0].cost.peak_resident_bytes is None
+    assert "of memory" not in (tmp_path / "o" / "report.md").read_text(encoding="utf-8")
 
 
 def test_killed_and_run_again(

@@ -126,8 +126,9 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, eval_data: Path) -> Works
         command="unmask evaluate RUN/model --task STSBenchmark",
     )
     with pytest.MonkeyPatch.context() as scope:
-        # Speed is measured on a few texts only: its figures are no part of these tests.
+        # Speed is measured on a few texts only, and memory is not: these figures are no part of these tests.
         scope.setattr(evaluation_run, "sample_texts", lambda: sample_texts()[:3])
+        scope.setattr(evaluation_run, "measure_memory", lambda *arguments: None)
         run_evaluation(evaluation)
     return Workshop(root, folder / "run")
 

@@ -68,7 +68,7 @@ def catalogue() -> Catalogue:
     ]
     measurements += [
         Measurement(**values, group="cost", what=what, origin="measured")  # pyright: ignore[reportArgumentType]
-        for what in ("texts per second", "tokens per second", "peak memory")
+        for what in ("texts per second", "tokens per second", "peak resident memory")
     ]
     made = Catalogue.shipped()
     made.put(record, measurements)

@@ -70,12 +70,14 @@ class Cost(msgspec.Struct, kw_only=True):
     """Cost of a model's vectors on this machine, measured in the same run on the same texts.
 
     `tokens_per_second` counts tokens of the model's own tokenizer, without padding; `texts_per_second` compares across
-    tokenizers. `peak_memory_bytes` is the peak of the process minus its memory before the model was loaded.
+    tokenizers. `peak_resident_bytes` is the peak of a process that does nothing but load the model and encode these
+    texts, libraries included; None where it is unknown. Older results have a `peak_memory_bytes` instead, which was
+    measured beside other models and too low: it is not read.
     """
 
     tokens_per_second: float | None = None
     texts_per_second: float | None = None
-    peak_memory_bytes: int | None = None
+    peak_resident_bytes: int | None = None
     parameters: int | None = None
     dimensions: int = 0
     vector_bytes: int = 0

@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
 from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
@@ -22,8 +21,9 @@ import numpy as np
 from unmask import __version__
 from unmask.disk import atomic_write
 from unmask.errors import MissingPackages, StorageError, UsageError
-from unmask.evaluate.cost import LoadedModel, load_model, measure_cost, sample_texts
-from unmask.evaluate.models import EmbeddingModel, open_model
+from unmask.evaluate.cost import measure_cost, sample_texts
+from unmask.evaluate.memory import MemoryUnknown, measure_memory
+from unmask.evaluate.models import EmbeddingModel, TruncatedModel, open_model
 from unmask.evaluate.models.decoder import DecoderModel, decoder_model
 from unmask.evaluate.progress import RunProgress
 from unmask.evaluate.published_scores import published_score
@@ -99,18 +99,19 @@ def run_evaluation(evaluation: Evaluation) -> Results:
     with RunProgress(len(specifications) * len(jobs)) as progress:
         texts = sample_texts()
         defaults = {"dtype": "auto" if len(specifications) == 1 else "float32", **evaluation.defaults}
-        loaded_models = _load_models(specifications, defaults, texts, progress)
+        models = _load_models(specifications, defaults, texts, progress)
+        peaks = _measure_peaks(specifications, models, defaults, texts, progress)
         scores = []
-        for loaded in loaded_models:
-            run = _ModelRun(loaded.model, evaluation, published, progress)
+        for model in models:
+            run = _ModelRun(model, evaluation, published, progress)
             scores.append([run.score(job) for job in jobs if run.can_run(job)])
         progress.log("measuring speed, in turns")
-        costs = measure_cost(loaded_models, texts)
+        costs = measure_cost(models, peaks, texts)
     results = Results(
         suites=list(evaluation.suites),
         models=[
-            _model_result(loaded.model, model_scores, cost)
-            for loaded, model_scores, cost in zip(loaded_models, scores, costs, strict=True)
+            _model_result(model, model_scores, cost)
+            for model, model_scores, cost in zip(models, scores, costs, strict=True)
         ],
         provenance=Provenance(
             command=evaluation.command,
@@ -130,20 +131,47 @@ def run_evaluation(evaluation: Evaluation) -> Results:
 
 def _load_models(
     specifications: Sequence[str], defaults: Mapping[str, str], texts: Sequence[str], progress: RunProgress
-) -> list[LoadedModel]:
-    # Imported here, so that no model is charged with the memory of the libraries.
-    import sentence_transformers  # noqa: F401
-
-    loaded_models: list[LoadedModel] = []
+) -> list[EmbeddingModel]:
+    """Open all models and let each encode the sample once, which warms it up."""
+    models: list[EmbeddingModel] = []
     for specification in specifications:
         progress.log(f"loading {specification}")
-        loaded_models.append(load_model(partial(open_model, specification, defaults), texts))
-    names = [loaded.model.name for loaded in loaded_models]
-    slugs = [slug_of(name) for name in names]
-    repeated = next((name for name in names if slugs.count(slug_of(name)) > 1), None)
+        models.append(open_model(specification, defaults))
+        models[-1].encode(texts)
+    slugs = [slug_of(model.name) for model in models]
+    repeated = next((model.name for model in models if slugs.count(slug_of(model.name)) > 1), None)
     if repeated is not None:
         raise UsageError(f"two models would be called {repeated}; tell them apart with ?name=")
-    return loaded_models
+    return models
+
+
+def _measure_peaks(
+    specifications: Sequence[str],
+    models: Sequence[EmbeddingModel],
+    defaults: Mapping[str, str],
+    texts: Sequence[str],
+    progress: RunProgress,
+) -> list[int | None]:
+    """Return the memory of each model, None where it is unknown. Truncations of a model need what the model needs.
+
+    The models were loaded here before, so that a measured load finds prepacked weights, as every later one does.
+    """
+    peaks: dict[str, int | None] = {}
+    for specification, model in zip(specifications, models, strict=True):
+        revision = _base_revision(model)
+        if revision in peaks:
+            continue
+        progress.log(f"measuring the memory of {model.name}")
+        try:
+            peaks[revision] = measure_memory(specification, defaults, texts)
+        except MemoryUnknown as error:
+            peaks[revision] = None
+            progress.log(f"the memory of {model.name} stays unknown: {error}")
+    return [peaks[_base_revision(model)] for model in models]
+
+
+def _base_revision(model: EmbeddingModel) -> str:
+    return (model.base if isinstance(model, TruncatedModel) else model).revision
 
 
 def _model_result(model: EmbeddingModel, scores: list[TaskScore], cost: Cost) -> ModelResult:

@@ -6,6 +6,7 @@ does not pass. It declares in `needs` which gates must have passed before it.
 
 import contextlib
 import hashlib
+import logging
 import math
 import os
 import time
@@ -28,12 +29,15 @@ from unmask.checkpoint import Checkpoint
 from unmask.checkpoint.digest import file_sha256
 from unmask.encoder import Encoder
 from unmask.errors import GateFailed
-from unmask.evaluate.cost import measure_peak_memory, sample_texts
+from unmask.evaluate.cost import sample_texts
+from unmask.evaluate.memory import MemoryUnknown, measure_memory
 from unmask.evaluate.results import Results
 from unmask.evaluate.run import Evaluation, machine, run_evaluation
 from unmask.onboarding.options import OnboardingOptions
 from unmask.onboarding.parity import Parity, against_file, against_transformers, require
 from unmask.onboarding.sweep import sweep
+
+log = logging.getLogger("unmask")
 
 ProgressReporter = Callable[[int, int], None]
 
@@ -179,15 +183,9 @@ def digest_files(context: OnboardingContext, report_progress: ProgressReporter) 
 def load_weights(context: OnboardingContext, report_progress: ProgressReporter) -> GateResult:
     """Load the weights, encode texts, and compare the specification of the weights with the record's."""
 
-    def load_and_encode() -> float:
-        began = time.perf_counter()
-        encoder = context.encoder
-        load_s = time.perf_counter() - began
-        encoder.encode(sample_texts())
-        return load_s
-
-    load_s, peak_memory = measure_peak_memory(load_and_encode)
+    began = time.perf_counter()
     encoder = context.encoder
+    load_s = time.perf_counter() - began
     if not np.isfinite(encoder.encode(CANARY_TEXT)).all():
         raise GateFailed("the model gives a vector with numbers that are not finite: its weights are damaged")
     specification = {
@@ -198,6 +196,7 @@ def load_weights(context: OnboardingContext, report_progress: ProgressReporter) 
         "architecture": str(encoder.checkpoint.config.get("model_type")),
     }
     measurements = [context.measurement("load", "time to load", round(load_s, 3), "s")]
+    peak_memory = _peak_memory(context)
     if peak_memory is not None:
         shared = context.provenance("load")
         measurements.append(Measurement(group=COST, what=PEAK_MEMORY, value=peak_memory, unit="bytes", **shared))
@@ -208,6 +207,16 @@ def load_weights(context: OnboardingContext, report_progress: ProgressReporter) 
         measurements,
         specification,
     )
+
+
+def _peak_memory(context: OnboardingContext) -> int | None:
+    """Return the memory of a process that loads the model in float32 and encodes; None where it stays unknown."""
+    options = {"dtype": "float32", "compat": context.record.compat}
+    try:
+        return measure_memory(f"unmask:{context.options.source}", options, sample_texts())
+    except MemoryUnknown as error:
+        log.warning("the memory of %s stays unknown: %s", context.options.model, error)
+        return None
 
 
 def _specification_fields(context: OnboardingContext, specification: Mapping[str, Any]) -> dict[str, Any]:

@@ -153,6 +153,11 @@ class ReportModel:
         return any(entry.score.published is not None for group in self.groups[category] for entry in group.entries)
 
     @property
+    def has_memory(self) -> bool:
+        """True if the memory of a model is known."""
+        return any(row.model.cost.peak_resident_bytes is not None for row in self.rows)
+
+    @property
     def published_sources(self) -> list[str]:
         sources = (score.published_source for row in self.rows for score in row.model.scores)
         return list(dict.fromkeys(source for source in sources if source))
@@ -418,8 +423,8 @@ def _cost_sentences(results: Results, subject: ModelSummary, rivals: list[ModelS
         ]
         spans = [*speed, Span(f", {formatting.listed(ratios)}." if ratios else ".")]
     sizes = []
-    if cost.peak_memory_bytes is not None:
-        sizes.append(f"{formatting.magnitude(cost.peak_memory_bytes, 'B')} of memory")
+    if cost.peak_resident_bytes is not None:
+        sizes.append(f"{formatting.magnitude(cost.peak_resident_bytes, 'B')} of memory with all libraries")
     if cost.vector_bytes:
         sizes.append(f"{formatting.count(cost.vector_bytes)} bytes per vector")
     if sizes:
