@@ -165,7 +165,7 @@ async def test_a_silent_provider_that_is_preferred_leaves_time_for_another(
         assert (routed.provider, routed.attempts) == ("b", 2)
         rows = [(row.provider, row.outcome, row.reason) for row in work.attempts]
         assert rows == [("a", "timeout", "answer"), ("b", "answered", "retry")]
-    assert a.breaker.state == "open" and a.outcomes() == {"timeout": 5}
+    assert a.breaker.state == "open" and a.history.outcomes(60, time.monotonic()) == {"timeout": 5}
     work = work_of(1, seconds=10, preferences=ProviderPreferences(order=("a",)))
     assert (await answer(silent_and_right, None, work, draw)).attempts == 1
 
@@ -183,7 +183,7 @@ async def test_a_deadline_is_the_fault_of_a_provider_that_had_ample_time(
     with pytest.raises(DeadlineExceeded):
         await answer(silent_and_right, None, work, random.Random(1))
     assert [row.outcome for row in work.attempts] == [outcome]
-    assert a.outcomes() == {outcome: 1} and a.last_used > float("-inf")
+    assert a.history.outcomes(60, time.monotonic()) == {outcome: 1} and a.last_used > float("-inf")
     assert len(a.breaker._outcomes) == (outcome == "timeout") and a.load.requests == 0
 
 

@@ -212,9 +212,9 @@ class _ServiceRoutes:
                 self.metrics.set_waiting_tokens(served.record.id, 0)
                 self.metrics.set_hands(served.record.id, [])
         if self.models.providers is not None:
-            for model, group in self.models.providers.models().items():
-                for endpoint in group.endpoints:
-                    self.metrics.set_provider(model, endpoint, self.models.public_names)
+            groups = self.models.providers.models().values()
+            endpoints = [endpoint for group in groups for endpoint in group.endpoints]
+            self.metrics.set_providers(endpoints, self.models.public_names)
         return Response(self.metrics.exposition(), headers={"content-type": CONTENT_TYPE})
 
     async def index(self, request: Request) -> Response:

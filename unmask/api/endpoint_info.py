@@ -11,7 +11,8 @@ from unmask.conformance import Finding, References
 from unmask.conformance.references import PRECISION_CLASSES
 from unmask.router import ModelRegistry, PublicNames, ServedModel
 from unmask.router.attempts import LOCAL
-from unmask.router.endpoint import EndpointStatus, Percentiles, ProviderEndpoint
+from unmask.router.endpoint import EndpointStatus, ProviderEndpoint
+from unmask.router.request_history import DAY_S, Percentiles
 from unmask.router.route import space_of
 
 
@@ -59,11 +60,11 @@ def _remote(endpoint: ProviderEndpoint, references: References | None, names: Pu
         priority=0 if names.hides else model.priority,  # often an order of prices
         data=provider.data,
         country=None if names.hides else provider.country or None,
-        latency_last_30m=_percentiles(endpoint.latency(now)),
-        throughput_last_30m=_percentiles(endpoint.throughput(now)),
-        uptime_last_5m=endpoint.uptime(300, now),
-        uptime_last_30m=endpoint.uptime(1800, now),
-        uptime_last_1d=endpoint.uptime(86_400, now),
+        latency_last_30m=_percentiles(endpoint.history.latency(now)),
+        throughput_last_30m=_percentiles(endpoint.history.throughput(now)),
+        uptime_last_5m=endpoint.history.uptime(300, now),
+        uptime_last_30m=endpoint.history.uptime(1800, now),
+        uptime_last_1d=endpoint.history.uptime(DAY_S, now),
         conformance=None
         if run is None or references is None
         else ConformanceInfo(

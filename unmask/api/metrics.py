@@ -1,6 +1,7 @@
 """The counters that Prometheus reads. Labels come from our own tables, never from a caller."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from functools import cache
 
 import prometheus_client
@@ -10,6 +11,7 @@ from unmask.api.traffic import TrafficHistory, TrafficInterval
 from unmask.engine.hand_thread import HandFigures
 from unmask.router import PublicNames
 from unmask.router.endpoint import ProviderEndpoint
+from unmask.router.request_history import DAY_S
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 
@@ -21,8 +23,12 @@ class ProviderGauges:
     """The figures of providers, by provider and model."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
+        self._gauges: list[Gauge] = []
+
         def gauge(name: str, description: str, *labels: str) -> Gauge:
-            return Gauge(f"unmask_provider_{name}", description, ["provider", "model", *labels], registry=registry)
+            made = Gauge(f"unmask_provider_{name}", description, ["provider", "model", *labels], registry=registry)
+            self._gauges.append(made)
+            return made
 
         self._requests = gauge("requests", "Requests of the last day to a provider by outcome", "outcome")
         self._tokens = gauge("in_flight_tokens", "Tokens in flight at a provider")
@@ -37,10 +43,20 @@ class ProviderGauges:
             "conformance_distance", "1 - cosine of a provider's canaries in its last full run", "stat"
         )
 
-    def set(self, model: str, endpoint: ProviderEndpoint, names: PublicNames) -> None:
-        """Set the figures of a provider of a model; without its costs where providers are hidden."""
+    def set(self, endpoints: Iterable[ProviderEndpoint], names: PublicNames) -> None:
+        """Set the figures of all endpoints; without their costs where providers are hidden.
+
+        Figures of endpoints that are gone, and of outcomes that nobody had in the last day, are dropped.
+        """
+        for gauge in self._gauges:
+            gauge.clear()
+        for endpoint in endpoints:
+            self._set(endpoint, names)
+
+    def _set(self, endpoint: ProviderEndpoint, names: PublicNames) -> None:
+        model = endpoint.model.id
         labels = names.public_name(endpoint.provider.name), model
-        for outcome, count in endpoint.outcomes().items():
+        for outcome, count in endpoint.history.outcomes(DAY_S, time.monotonic()).items():
             self._requests.labels(*labels, outcome).set(count)
         self._tokens.labels(*labels).set(endpoint.load.tokens)
         for reason, nano in () if names.hides else endpoint.costs.items():
@@ -145,9 +161,9 @@ class Metrics:
         """Set the figures of the replicas of a model."""
         self._hands.set(model, hands)
 
-    def set_provider(self, model: str, endpoint: ProviderEndpoint, names: PublicNames) -> None:
-        """Set the figures of a provider of a model, see `ProviderGauges.set`."""
-        self._providers.set(model, endpoint, names)
+    def set_providers(self, endpoints: Iterable[ProviderEndpoint], names: PublicNames) -> None:
+        """Set the figures of all endpoints, see `ProviderGauges.set`."""
+        self._providers.set(endpoints, names)
 
     def requests_by_status(self, route: str) -> dict[int, int]:
         """Return the number of requests of a route since the start, by status."""

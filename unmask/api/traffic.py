@@ -2,9 +2,10 @@
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+
+from unmask.router.recent_intervals import RecentIntervals
 
 INTERVAL_S = 300
 MAX_INTERVALS = 288  # a day
@@ -48,18 +49,15 @@ class TrafficHistory:
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        self._models: dict[str, deque[TrafficInterval]] = {}
+        self._models: dict[str, RecentIntervals[TrafficInterval]] = {}
 
     def add(self, model: str, tokens: int, seconds: float) -> None:
         """Add a request that a model has answered."""
-        start = int(self._clock()) // INTERVAL_S * INTERVAL_S
-        intervals = self._models.setdefault(model, deque(maxlen=MAX_INTERVALS))
-        # After a clock was set back, requests still count in the newest interval.
-        if not intervals or intervals[-1].start < start:
-            intervals.append(TrafficInterval(start))
-        intervals[-1].add(tokens, seconds)
+        if model not in self._models:
+            self._models[model] = RecentIntervals(TrafficInterval, INTERVAL_S, MAX_INTERVALS)
+        self._models[model].current(self._clock()).add(tokens, seconds)
 
     def of(self, model: str) -> list[TrafficInterval]:
         """Return the intervals of the last day in which the model answered a request, oldest first."""
-        since = self._clock() - MAX_INTERVALS * INTERVAL_S
-        return [interval for interval in self._models.get(model, ()) if interval.start > since]
+        intervals = self._models.get(model)
+        return [] if intervals is None else intervals.started_after(self._clock() - MAX_INTERVALS * INTERVAL_S)

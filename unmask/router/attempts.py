@@ -30,7 +30,8 @@ from unmask.errors import (
 )
 from unmask.router import hedging
 from unmask.router.choosing import Candidate, ProviderPreferences, choose, permitted
-from unmask.router.endpoint import Outcome, ProviderEndpoint
+from unmask.router.endpoint import ProviderEndpoint
+from unmask.router.request_history import Outcome
 from unmask.router.retry_budget import RetryBudget
 from unmask.router.signals import SIGNALS, AttemptFailed
 from unmask.router.wire import ask, require_vectors

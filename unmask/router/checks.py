@@ -27,8 +27,8 @@ from unmask.encoder import LoadOptions
 from unmask.encoder.loading import prompts_for
 from unmask.encoder.prompts import PromptBuilder
 from unmask.errors import CheckpointError
-from unmask.router.endpoint import Outcome
 from unmask.router.providers import ProviderModel, Providers
+from unmask.router.request_history import Outcome
 from unmask.router.signals import AttemptFailed
 from unmask.router.wire import ask, require_vectors
 

@@ -21,7 +21,8 @@ from unmask.encoder import DtypeChoice, Prompt
 from unmask.encoder.prompts import PromptBuilder
 from unmask.engine import Engine
 from unmask.errors import EngineError, TextTooLong
-from unmask.router.endpoint import Outcome, ProviderEndpoint
+from unmask.router.endpoint import ProviderEndpoint
+from unmask.router.request_history import Outcome
 from unmask.router.signals import AttemptFailed
 from unmask.router.wire import ask, require_vectors
 

@@ -4,12 +4,9 @@ import asyncio
 import logging
 import random
 import time
-from collections import Counter, deque
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, Literal
 
 from unmask.accounts import money
 from unmask.accounts.costs import AttemptRecord, Reason
@@ -21,7 +18,8 @@ from unmask.router.daily_cost import DailyCost, seconds_to_midnight, today
 from unmask.router.hedging import UsualSeconds
 from unmask.router.load import EndpointLoad, slow_start
 from unmask.router.providers import ProviderModel, RemoteProvider
-from unmask.router.signals import SIGNALS, AttemptFailed, SignalName
+from unmask.router.request_history import Outcome, RequestHistory
+from unmask.router.signals import SIGNALS, AttemptFailed
 from unmask.router.token_counts import TokenCounts
 from unmask.storage.database import now_ms
 
@@ -31,43 +29,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("unmask")
 
 EndpointStatus = Literal["unchecked", "admitted", "probation", "quarantined", "open", "held", "spent"]
-Outcome = Literal["answered", "discarded"] | SignalName
 
 # Seconds per token before anything was measured: 2,000 tokens per second.
 FIRST_RATE = 1 / 2000
 
 _MAX_AVOID_S = 60.0
-_HISTORY_S = 24 * 3600.0
-_HISTORY_LENGTH = 50_000
-_LATENCY_S = 30 * 60.0
-_MIN_REQUESTS = 100  # below this, an uptime would be chance
-
-# Outcomes that say nothing about the provider's health: it was busy, or we or the caller were at fault.
-_NOT_COUNTED: frozenset[Outcome] = frozenset({"rate_limited", "rejected", "cancelled", "discarded"})
-
-
-class _Entry(NamedTuple):
-    at: float
-    seconds: float
-    tokens: int
-    outcome: Outcome
-
-
-@dataclass(frozen=True)
-class Percentiles:
-    """Percentiles of some measure; None where there was no request."""
-
-    p50: float
-    p75: float
-    p90: float
-    p99: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Percentiles | None":
-        """Compute the percentiles of values; None if there are none."""
-        if not values:
-            return None
-        return cls(*(round(float(value), 4) for value in np.percentile(values, (50, 75, 90, 99))))
 
 
 @dataclass(eq=False)
@@ -87,6 +53,7 @@ class ProviderEndpoint:
         run_at: `time.monotonic()` of the next run of canaries; `run_seconds`: that a full one takes.
         costs: nano-dollars of this process's attempts, by reason.
         usual_seconds: durations of its last answers.
+        history: outcomes and speed of its last requests.
     """
 
     client: "ProviderClient"
@@ -106,18 +73,17 @@ class ProviderEndpoint:
     last_used: float = field(init=False, default=float("-inf"))
     costs: Counter[Reason] = field(init=False, default_factory=Counter)
     usual_seconds: UsualSeconds = field(init=False, default_factory=UsualSeconds)
+    history: RequestHistory = field(init=False, default_factory=RequestHistory)
     _token_counts: TokenCounts = field(init=False, default_factory=TokenCounts)
     _admission: Admission = field(init=False, default_factory=Admission)
     _loss_logged: bool = field(init=False, default=False)
     _avoid_until: float = field(init=False, default=float("-inf"))
-    _history: deque[_Entry] = field(init=False)
 
     def __post_init__(self) -> None:
         now = time.monotonic()
         self.breaker = Breaker(self.draw)
         self.load = EndpointLoad(self.provider.max_parallel, FIRST_RATE, now)
         self.in_traffic_since = now
-        self._history = deque(maxlen=_HISTORY_LENGTH)
 
     @property
     def admission(self) -> AdmissionState:
@@ -268,7 +234,7 @@ class ProviderEndpoint:
         # Requests under way at the earlier one learn by the shared admission that it was taken out.
         for name in ("_admission", "finding", "conformance", "passed_at", "breaker", "load", "in_traffic_since"):
             setattr(self, name, getattr(earlier, name))
-        self.last_used, self._avoid_until, self._history = earlier.last_used, earlier._avoid_until, earlier._history
+        self.last_used, self._avoid_until, self.history = earlier.last_used, earlier._avoid_until, earlier.history
         self.costs, self.usual_seconds, self._token_counts = earlier.costs, earlier.usual_seconds, earlier._token_counts
 
     def suspend(self) -> None:
@@ -335,7 +301,7 @@ class ProviderEndpoint:
         self.breaker.succeeded(now)
         self.load.succeeded(tokens, seconds, now)
         self.usual_seconds.add(tokens, seconds)
-        self._note(_Entry(now, seconds, tokens, "answered"))
+        self._note("answered", tokens, seconds, now)
 
     def failed(self, failure: AttemptFailed, tokens: int, seconds: float, now: float, *, alone: bool) -> None:
         """Count a failure, by the table of signals."""
@@ -353,44 +319,17 @@ class ProviderEndpoint:
             self.full_due = True
         if signal.check or not self.breaker.lets_in():
             self.wake.set()  # the time of its next canary is another one now
-        self._note(_Entry(now, seconds, tokens, failure.signal))
+        self._note(failure.signal, tokens, seconds, now)
 
     def cancelled(self, tokens: int, seconds: float, now: float) -> None:
         """Count an attempt that nobody waited for: no fault, but a use, and a sign of its speed."""
         self.load.overtaken(tokens, seconds, now)
-        self._note(_Entry(now, seconds, tokens, "cancelled"))
+        self._note("cancelled", tokens, seconds, now)
 
     def discarded(self, tokens: int, seconds: float, now: float) -> None:
         """Count an answer that came after the endpoint was quarantined."""
-        self._note(_Entry(now, seconds, tokens, "discarded"))
+        self._note("discarded", tokens, seconds, now)
 
-    def uptime(self, seconds: float, now: float) -> float | None:
-        """Return the share of good answers in the last seconds; None for fewer than 100 requests."""
-        entries = [entry for entry in self._history if entry.at > now - seconds and entry.outcome not in _NOT_COUNTED]
-        if len(entries) < _MIN_REQUESTS:
-            return None
-        return round(sum(entry.outcome == "answered" for entry in entries) / len(entries), 4)
-
-    def latency(self, now: float) -> Percentiles | None:
-        """Return percentiles of the seconds of the answers of the last 30 minutes."""
-        return Percentiles.of([entry.seconds for entry in self._answers(now)])
-
-    def throughput(self, now: float) -> Percentiles | None:
-        """Return percentiles of the tokens per second of the answers of the last 30 minutes."""
-        return Percentiles.of([entry.tokens / max(entry.seconds, 1e-6) for entry in self._answers(now)])
-
-    def outcomes(self) -> dict[Outcome, int]:
-        """Return the number of requests of the last day by outcome."""
-        counts: dict[Outcome, int] = {}
-        for entry in self._history:
-            counts[entry.outcome] = counts.get(entry.outcome, 0) + 1
-        return counts
-
-    def _answers(self, now: float) -> list[_Entry]:
-        return [entry for entry in self._history if entry.outcome == "answered" and entry.at > now - _LATENCY_S]
-
-    def _note(self, entry: _Entry) -> None:
-        self.last_used = entry.at
-        self._history.append(entry)
-        while self._history[0].at < entry.at - _HISTORY_S:
-            self._history.popleft()
+    def _note(self, outcome: Outcome, tokens: int, seconds: float, now: float) -> None:
+        self.last_used = now
+        self.history.add(outcome, tokens, seconds, now)

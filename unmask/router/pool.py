@@ -27,10 +27,11 @@ from unmask.router.checks import (
 )
 from unmask.router.cross_check import cross_check
 from unmask.router.daily_cost import DailyCost, today
-from unmask.router.endpoint import Outcome, ProviderEndpoint
+from unmask.router.endpoint import ProviderEndpoint
 from unmask.router.load import MIN_TOKENS
 from unmask.router.providers import Providers, read_providers
 from unmask.router.public_names import PublicNames
+from unmask.router.request_history import Outcome
 from unmask.router.signals import AttemptFailed
 from unmask.router.verdicts import CANARIES, Verdict
 from unmask.router.watch_intervals import WatchIntervals
