@@ -21,7 +21,7 @@ UnmaskError
 │   ├── ClusterLost            replicas cannot be reached; carries retry_after, in seconds
 │   ├── NoProvider             providers with right vectors cannot answer now; carries retry_after, in seconds
 │   ├── NoConformingProvider   no provider's vectors are known to be right; carries retry_after, in seconds
-│   └── ProviderRefused        a provider failed, and the request was not tried elsewhere
+│   └── ProviderRefused        a provider failed, and nobody else was asked; carries retry_after, in seconds
 ├── AccountError               an account, a key or its limits do not allow it
 │   ├── KeyRefused             the key is unknown, mistyped, revoked or out of date
 │   ├── SignInRefused          wrong address or password, or nobody is signed in
@@ -151,7 +151,17 @@ class ModelLoading(EngineError):
 
 
 class DeadlineExceeded(EngineError):
-    """The caller's deadline passed before its vectors were ready."""
+    """The caller's deadline passed before its vectors were ready.
+
+    Args:
+        seconds: that the request waited.
+        event: what it waited for, with its verb.
+    """
+
+    def __init__(self, seconds: float, event: str = "the vectors were ready") -> None:
+        super().__init__(
+            f"the deadline passed after {seconds:,.2f} s, before {event}: allow more time, or send fewer texts at once"
+        )
 
 
 class EngineStopped(EngineError):
@@ -183,7 +193,11 @@ class NoConformingProvider(EngineError):
 
 
 class ProviderRefused(EngineError):
-    """A provider failed, and repeating requests would make matters worse."""
+    """A provider failed, and repeating at once would make matters worse. Try again after `retry_after` seconds."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class AccountError(UnmaskError):

@@ -87,7 +87,7 @@ def test_an_unknown_id_takes_the_same_work_and_gets_the_same_words(
 
 def test_the_pepper_is_needed(database: Database, peppers: Peppers, account: str, tmp_path: Path):
     key = make(database, peppers, account)
-    with pytest.raises(KeyRefused, match="not known"):
+    with pytest.raises(KeyRefused, match="no key of this id and secret: check that it was made here"):
         caller_of(database, Peppers(tmp_path / "another"), key)
 
 

@@ -13,10 +13,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from tests.router.fault_server import FaultServer, after, fault_server, reset, silent
+from tests.router.fault_server import FaultServer, after, fault_server, reply, reset, silent
 from unmask.conformance import Finding
 from unmask.encoder import Prompt
-from unmask.errors import DeadlineExceeded, EngineError, NoConformingProvider, NoProvider
+from unmask.errors import DeadlineExceeded, EngineError, NoConformingProvider, NoProvider, ProviderRefused
 from unmask.router import attempts
 from unmask.router.attempts import EmbeddingWork, ModelEndpoints, answer
 from unmask.router.choosing import ProviderPreferences
@@ -170,6 +170,30 @@ async def test_a_silent_provider_that_is_preferred_leaves_time_for_another(
     assert (await answer(silent_and_right, None, work, draw)).attempts == 1
 
 
+async def test_a_request_that_may_not_be_repeated_says_of_which_model_and_when_to_come_back(
+    silent_and_right: ModelEndpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(silent_and_right.budget, "withdraw", lambda tokens, now: False)
+    async with fault_server(ones, reply({}, 503)) as broken:
+        silent_and_right.endpoints[0] = failing = fast_endpoint("a", broken.url)
+        work = work_of(1, preferences=ProviderPreferences(order=("a",)))
+        with pytest.raises(ProviderRefused, match=r"a provider of m failed, and too many .* try again") as refused:
+            await answer(silent_and_right, None, work, random.Random(1))
+        await failing.client.close()
+    assert refused.value.retry_after == 10
+
+
+@pytest.mark.parametrize(("change", "words"), [(0.25, "25 % more tokens"), (-0.05, "5 % fewer tokens")])
+async def test_a_change_of_counts_is_logged_in_words(
+    change: float, words: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint = fast_endpoint("a", "http://127.0.0.1:9")
+    monkeypatch.setattr(endpoint._token_counts, "add", lambda *counts: change)
+    endpoint.compare_counts(10, 9, 1, time.monotonic())
+    assert f"a counts {words} for m than an hour ago" in caplog.text
+    await endpoint.client.close()
+
+
 @pytest.mark.parametrize(
     ("seconds", "answers", "outcome"), [(0.7, 100, "timeout"), (0.7, 0, "cancelled"), (0.1, 100, "cancelled")]
 )
@@ -180,7 +204,7 @@ async def test_a_deadline_is_the_fault_of_a_provider_that_had_ample_time(
     a = silent_and_right.endpoint("a")
     a.load.answers = answers
     work = work_of(1, seconds=seconds, preferences=ProviderPreferences(only=("a",)))
-    with pytest.raises(DeadlineExceeded):
+    with pytest.raises(DeadlineExceeded, match=r"after \d+\.\d\d s, before the vectors were ready: allow more time"):
         await answer(silent_and_right, None, work, random.Random(1))
     assert [row.outcome for row in work.attempts] == [outcome]
     assert a.history.outcomes(60, time.monotonic()) == {outcome: 1} and a.last_used > float("-inf")

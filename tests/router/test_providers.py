@@ -717,6 +717,8 @@ def test_a_request_is_charged_once_and_every_attempt_is_in_the_books(
     same = unmask("providers", "bill", "b", "--invoice", money.format_dollars(total), *command)
     assert same.returncode == 0 and "0.00 more" in same.stderr
     assert unmask("providers", "bill", "b", "--invoice", money.format_dollars(2 * total), *command).returncode == 2
+    lower = unmask("providers", "bill", "b", "--invoice", "0", *command)
+    assert lower.returncode == 2 and lower.stderr.rstrip().endswith(f": {money.format_dollars(total)} less")
     paid = unmask("providers", "pay", "b", money.format_dollars(total), "--reference", "R1", "--database", url)
     assert paid.returncode == 0 and "0.00 dollars are owed to b" in paid.stderr
     again = unmask("providers", "pay", "b", money.format_dollars(total), "--reference", "R1", "--database", url)

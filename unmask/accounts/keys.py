@@ -327,7 +327,7 @@ def authenticate(connection: Connection, peppers: Peppers, key: str, address: st
     digest = peppers.digest(key, row["pepper"] if row else None)
     good = hmac.compare_digest(digest, row["digest"] if row else "0" * 64)
     if row is None or not good:
-        raise KeyRefused("it is not known here")
+        raise KeyRefused("this server has no key of this id and secret: check that it was made here, or make a new one")
     own = _key(row, now)
     caller = Caller(
         account_id=own.account_id,

@@ -306,7 +306,10 @@ def refund(connection: Connection, charge: str, now: int, *, note: str = "") -> 
         ).where(charges.c.id == charge)
     ).one_or_none()
     if row is None or row.state != "settled":
-        raise LedgerRefused(f"charge {charge} is {'not known' if row is None else row.state}: only what was settled")
+        raise LedgerRefused(
+            f"charge {charge} is {'not known' if row is None else row.state}: only a settled charge can be refunded; "
+            "check the id; a charge is settled when its request was answered"
+        )
     if row.amount == 0 or not _book(connection, now, "refund", REVENUE, row.account_id, row.amount, charge, note):
         return False
     done = connection.execute(

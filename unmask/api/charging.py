@@ -163,7 +163,7 @@ class Charging:
         except (InsufficientCredit, SpendLimitReached) as refusal:
             raise self._not_covered(refusal) from None
         except TimeoutError:
-            raise DeadlineExceeded("the deadline passed before the cost could be set aside") from None
+            raise DeadlineExceeded(seconds, "its cost was set aside") from None
         charge = Charge(accounts, held)
         context.response_headers["x-unmask-charge"] = held.id
         context.response_headers["x-unmask-tier"] = tier

@@ -150,7 +150,7 @@ def error_response(error: ApiError, content: object = None) -> Response:
         content: body of a dialect, in place of OpenAI's envelope.
     """
     headers = {"x-should-retry": "false" if error.retry_after is None else "true", **error.headers}
-    if error.retry_after is not None and error.status in (409, 429, 503):
+    if error.retry_after is not None and error.status in (409, 429, 502, 503):
         # openai-python does not repeat a request that has to wait longer than 120 seconds.
         headers["retry-after"] = str(min(max(math.ceil(error.retry_after), 1), 120))
     encoded = msgspec.json.encode(ErrorEnvelope(error=error.body) if content is None else content)

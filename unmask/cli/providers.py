@@ -325,8 +325,8 @@ def bill(
     if billed is None:
         return 0
     booked = sum(line.cost for line in lines)
-    difference = format_dollars(billed - booked)
-    say(f"{format_dollars(booked)} dollars by the books, {format_dollars(billed)} by the invoice: {difference} more")
+    difference = f"{format_dollars(abs(billed - booked))} {'more' if billed >= booked else 'less'}"
+    say(f"{format_dollars(booked)} dollars by the books, {format_dollars(billed)} by the invoice: {difference}")
     return 2 if 100 * abs(billed - booked) > booked else 0
 
 

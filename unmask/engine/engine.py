@@ -227,7 +227,7 @@ class Engine:
         try:
             await asyncio.wait_for(future, None if deadline is None else max(0.0, deadline - time.monotonic()))
         except TimeoutError as error:
-            raise DeadlineExceeded("the deadline passed before the vectors were ready") from error
+            raise DeadlineExceeded(time.monotonic() - request.arrived) from error
         finally:
             # Cancelled, timed out or refused: the caller is gone, so none of its prompts may run.
             with self._changed:
@@ -369,7 +369,7 @@ class Engine:
             if len(self._queue):
                 self._changed.notify()  # there is work for another hand as well
         for request in expired:
-            request.done(DeadlineExceeded("the deadline passed before the vectors were ready"))
+            request.done(DeadlineExceeded(now - request.arrived))
         return packs
 
     def _take_packs(self, hand_thread: HandThread, now: float) -> list[list[QueuedPrompt]]:

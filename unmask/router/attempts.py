@@ -32,7 +32,7 @@ from unmask.router import hedging
 from unmask.router.choosing import Candidate, ProviderPreferences, choose, permitted
 from unmask.router.endpoint import ProviderEndpoint
 from unmask.router.request_history import Outcome
-from unmask.router.retry_budget import RetryBudget
+from unmask.router.retry_budget import LIFE_S, RetryBudget
 from unmask.router.signals import SIGNALS, AttemptFailed
 from unmask.router.wire import ask, require_vectors
 
@@ -81,6 +81,7 @@ class EmbeddingWork:
         hedged: a second provider may be asked if the first is slow.
         preferences: about providers.
         attempts: filled in: the attempts at providers so far.
+        arrived: `time.monotonic()` when the request was ready to be embedded.
     """
 
     texts: Sequence[str] | None
@@ -94,6 +95,7 @@ class EmbeddingWork:
     is_replay: bool = False
     hedged: bool = False
     attempts: list[AttemptRecord] = field(default_factory=list)
+    arrived: float = field(default_factory=time.monotonic)
 
     @cached_property
     def num_tokens(self) -> int:
@@ -159,6 +161,11 @@ class ModelEndpoints:
         self.budget = RetryBudget()
         self.hedge_budget = RetryBudget(hedging.SHARE, 0)
 
+    @property
+    def id(self) -> str:
+        """The model's id."""
+        return self.endpoints[0].model.id
+
     def endpoint(self, provider: str) -> ProviderEndpoint:
         """Return the endpoint at a provider, which must have one."""
         return next(endpoint for endpoint in self.endpoints if endpoint.provider.name == provider)
@@ -220,7 +227,7 @@ async def answer(
             now = time.monotonic()
             left = work.deadline - now - _ANSWER_S
             if left <= 0:
-                raise DeadlineExceeded("the deadline passed before the vectors were ready")
+                raise DeadlineExceeded(now - work.arrived)
             candidates = _candidates(model, engine, work, tried, now)
             chosen = choose([one for one in candidates if one.fits(left)], work.preferences, draw)
             if chosen is None:
@@ -230,7 +237,11 @@ async def answer(
                 if len(tried) >= _ATTEMPTS_WITH_BYTES and failure.signal != "unreachable":
                     raise _nobody(model, engine, [], failure, left, now)
                 if not model.budget.withdraw(round(tokens * signal.price), now):
-                    raise ProviderRefused("a provider failed, and too many requests of this model were repeated lately")
+                    raise ProviderRefused(
+                        f"a provider of {model.id} failed, and too many requests of this model were repeated in the "
+                        f"last {LIFE_S:.0f} s to ask another one: try again after that time",
+                        retry_after=LIFE_S,
+                    )
             tried.add(chosen.name)
             try:
                 if chosen.name == LOCAL and engine is not None:
@@ -378,7 +389,7 @@ async def _attempt(
             outcome = failure.signal
             endpoint.failed(failure, tokens, now - started, now, alone=len(model.endpoints) == 1)
         if failure.signal == "timeout" and seconds == left:
-            raise DeadlineExceeded("the deadline passed before the vectors were ready") from None
+            raise DeadlineExceeded(now - work.arrived) from None
         raise
     finally:
         endpoint.load.finish(tokens)

@@ -287,10 +287,11 @@ class ProviderEndpoint:
         change = None if their_tokens is None else self._token_counts.add(tokens, their_tokens, texts, now)
         if change is not None:
             log.error(
-                "%s counts %+.0f %% more tokens for %s than an hour ago: its tokenizer, its template or its bill has "
+                "%s counts %.0f %% %s tokens for %s than an hour ago: its tokenizer, its template or its bill has "
                 "changed, and its vectors are checked",
                 self.provider.name,
-                100 * change,
+                100 * abs(change),
+                "more" if change > 0 else "fewer",
                 self.model.id,
             )
             self.full_due = True
