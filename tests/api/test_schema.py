@@ -78,6 +78,13 @@ def test_a_wrong_field_is_named(field: str, value: Any):
     assert (caught.value.status, caught.value.body.param) == (400, field)
 
 
+def test_a_wrong_choice_is_answered_with_the_right_ones():
+    with pytest.raises(ApiError) as caught:
+        read_request(encoded(model="m", input="a", encoding_format="foo" * 500))
+    message = caught.value.body.message
+    assert "expected 'base64', 'binary', 'float', 'int8', 'ubinary' or 'uint8'." in message and len(message) < 250
+
+
 @pytest.mark.parametrize("field", ["model", "input"])
 def test_a_missing_field_is_named(field: str):
     fields = {"model": "m", "input": "a"}

@@ -86,7 +86,7 @@ def test_a_model_of_the_operators_own(database: Database) -> None:
         ({"history": []}, "history of .* cannot be set"),
         ({"id": "other/name"}, "id of .* cannot be set"),
         ({"links": [{"title": "x", "url": "javascript:alert(1)"}]}, "no https address"),
-        ({"compat": "both"}, "Invalid enum value"),
+        ({"compat": "both"}, "Invalid enum value 'both', expected 'default' or 'reference'"),
     ],
 )
 def test_a_wrong_field_changes_nothing(sqlite: Database, fields: dict[str, Any], message: str) -> None:

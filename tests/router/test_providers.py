@@ -186,6 +186,8 @@ def test_callers_choose_in_openrouters_words(upstreams: Upstreams) -> None:
     assert upstreams.embed(provider={"onyl": ["a"]}).headers["x-unmask-ignored-fields"] == "provider.onyl"
     for body in ({"provider": {"sort": "beauty"}}, {"provider": {"only": "a"}}, {"provider": "a"}):
         assert upstreams.embed(**body).error["param"] == "provider"  # pyright: ignore[reportArgumentType]
+    message = upstreams.embed(provider={"sort": "beauty"}).error["message"]
+    assert "'beauty', expected 'latency', 'price' or 'throughput' - at `$.sort`" in message
     other = upstreams.embed(models=["another/model"])
     assert other.status == 400 and "cannot be mixed" in other.error["message"]
 

@@ -65,7 +65,11 @@ def test_a_good_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('kind = "tei"', 'kind = "cohere"', r"provider\[1\].kind \(acme\): invalid enum value 'cohere'"),
+        (
+            'kind = "tei"',
+            'kind = "cohere"',
+            r"provider\[1\].kind \(acme\): invalid enum value 'cohere', expected 'openai', 'tei' or 'unmask'",
+        ),
         ('country = "DE"', 'county = "DE"', r"provider\[1\] \(acme\): object contains unknown field `county`"),
         ('id = "org/other"', 'name = "org/other"', r"provider\[1\].model\[1\] \(acme\): object "),
         ('url = "https://api.acme', 'url = "http://api.acme', r"provider\[1\].url \(acme\): it must begin with https"),

@@ -66,7 +66,7 @@ def test_what_is_left_out_is_llm2vecs_choice(tmp_path: Path) -> None:
         (["steps=ten"], r"\$.steps"),
         (["optimiser.lr=0"], r"\$.optimiser.lr"),
         (["optimiser.lr=nan"], r"\$.optimiser.lr"),
-        (["optimiser.schedule=step"], r"\$.optimiser.schedule"),
+        (["optimiser.schedule=step"], r"'step', expected 'constant', 'cosine', .* - at `\$.optimiser.schedule"),
         (["optimiser.betas=[0.9]"], r"\$.optimiser.betas"),
         (["optimiser.lrr=1"], r"lrr.*\$.optimiser"),
         (["lora.rank=-1"], r"\$.lora.rank"),

@@ -9,6 +9,7 @@ from msgspec import Meta
 from unmask.accounts import money
 from unmask.api.errors import ApiError
 from unmask.catalogue import Specification, Status
+from unmask.errors import validation_message
 
 MAX_INPUTS = 2048
 
@@ -450,16 +451,16 @@ def decode_field(decoder: msgspec.json.Decoder[Any], content: bytes | msgspec.Ra
     try:
         return decoder.decode(content)
     except (RecursionError, UnicodeDecodeError, msgspec.DecodeError) as error:
-        reason = _reason(error)
+        reason = _reason(error, decoder.type)
     if field is None:
         raise ApiError(400, f"The body is not a JSON object: {reason}.")
     raise ApiError(400, f"The field '{field}' is wrong: {reason}.", param=field)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: RecursionError | UnicodeDecodeError | msgspec.DecodeError, type_: Any) -> str:
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     if isinstance(error, UnicodeDecodeError):
         return "it is not UTF-8"
     # Of the caller's text, msgspec quotes only an unknown choice; more than its beginning is of no use.
-    return re.sub(r"^(.{300}).*", r"\1…", str(error), flags=re.DOTALL).rstrip(".")
+    return re.sub(r"^(.{300}).*", r"\1…", validation_message(error, type_), flags=re.DOTALL).rstrip(".")

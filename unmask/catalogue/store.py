@@ -21,7 +21,7 @@ from unmask.catalogue.catalogue import Catalogue, named_record, shipped_measurem
 from unmask.catalogue.lifecycle import Event, Status
 from unmask.catalogue.measurement import Measurement
 from unmask.catalogue.record import Record
-from unmask.errors import UsageError
+from unmask.errors import UsageError, validation_message
 from unmask.storage.database import Database, insert, now_ms
 from unmask.storage.schema import (
     catalogue_events,
@@ -123,7 +123,7 @@ def overlaid(model: str, fields: Mapping[str, Any], events: Sequence[Event] = ()
     try:
         return with_embed_alias(msgspec.convert({**base, **fields, "id": model, "history": history}, Record))
     except msgspec.ValidationError as error:
-        raise UsageError(f"the record of {model} would be wrong: {error}") from error
+        raise UsageError(f"the record of {model} would be wrong: {validation_message(error, Record)}") from error
 
 
 def put_fields(connection: Connection, model: str, fields: Mapping[str, Any], *, source: str | None = None) -> Record:

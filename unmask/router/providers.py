@@ -17,7 +17,7 @@ from unmask.accounts.money import parse_dollars
 from unmask.conformance import PrecisionClass, read_references
 from unmask.conformance.references import PRECISION_CLASSES
 from unmask.encoder import Dtype
-from unmask.errors import CheckpointError, UsageError
+from unmask.errors import CheckpointError, UsageError, validation_message
 from unmask.router.addresses import check_url
 
 Kind = Literal["unmask", "openai", "tei"]
@@ -212,7 +212,7 @@ def read_providers(file: Path) -> Providers:
     try:
         parsed = msgspec.convert(content, Providers)
     except msgspec.ValidationError as error:
-        reason, _, path = str(error).partition(" - at `$.")
+        reason, _, path = validation_message(error, Providers).partition(" - at `$.")
         names = [entry.get("name") for entry in content.get("provider", []) if isinstance(entry, dict)]
         raise UsageError(f"{file}: {_with_name(path.rstrip('`'), names)}: {reason[0].lower()}{reason[1:]}") from None
     for index, provider in enumerate(parsed.providers):

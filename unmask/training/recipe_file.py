@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from unmask.errors import UsageError
+from unmask.errors import UsageError, validation_message
 from unmask.training.recipe import Recipe
 
 # Tables of a file that trains in several stages; see `training.stages`.
@@ -61,7 +61,7 @@ def recipe_of_table(table: dict[str, Any], origin: str, overrides: Sequence[str]
     try:
         return msgspec.convert(table, Recipe)
     except msgspec.ValidationError as error:
-        raise UsageError(f"{origin}: {error}") from error
+        raise UsageError(f"{origin}: {validation_message(error, Recipe)}") from error
 
 
 def _infinite_numbers(value: Any, path: str = "$") -> Iterator[str]:
