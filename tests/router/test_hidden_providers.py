@@ -78,7 +78,10 @@ def test_callers_learn_nothing_and_the_operator_everything(tiny_llama: Path, enc
             assert [got.headers["x-unmask-provider"] for got in (first, second)] == ["A", "B"]
             assert embed(provider={"ignore": ["A"]}).headers["x-unmask-provider"] == "B"
             guessed = embed(provider={"only": ["gpu-cellar"]})
-            assert (guessed.status, guessed.error["code"]) == (503, "no_provider")
+            unknown = embed(provider={"only": ["Z"]})
+            # The answer repeats the word of its caller, and is the same for a name that nobody has.
+            assert [got.status for got in (guessed, unknown)] == [400, 400]
+            assert guessed.error["message"].replace("gpu-cellar", "Z") == unknown.error["message"]
             for server in (a, b):
                 server.script[:] = [reply({"error": "acme-cloud"}, 503)]
             failed = embed()
@@ -106,7 +109,7 @@ def test_callers_learn_nothing_and_the_operator_everything(tiny_llama: Path, enc
             assert sorted(row["provider"] for row in used["data"]) == ["A", "B"]
             assert [line["provider"] for line in used["tainted"]] == ["A"]
             seen = [
-                first, second, guessed, failed, embed(), get("/v1/models"), get(f"/v1/models/{MODEL}/endpoints"),
+                first, second, unknown, failed, embed(), get("/v1/models"), get(f"/v1/models/{MODEL}/endpoints"),
                 get("/v1/usage?group_by=provider"), get("/v1/usage?group_by=provider&format=csv"), get("/metrics"),
                 get("/ready"), get(f"/models/{MODEL}", **HTML), get(f"/models/{MODEL}.json"),
                 get(f"/models/{MODEL}.md"), get("/status", **HTML), get("/llms.txt"), customers.get("/account"),

@@ -37,6 +37,7 @@ from unmask.catalogue.store import open_database
 from unmask.encoder import Encoder
 from unmask.errors import UsageError
 from unmask.router import breaker
+from unmask.router import pool as pool_module
 from unmask.router.daily_cost import today
 from unmask.router.endpoint import ProviderEndpoint
 from unmask.router.hedging import MIN_SAMPLES
@@ -181,8 +182,9 @@ def test_callers_choose_in_openrouters_words(upstreams: Upstreams) -> None:
     ):  # fmt: skip
         for _ in range(3):
             assert upstreams.embed(provider=wish).headers["x-unmask-provider"] == answers
-    nobody = upstreams.embed(provider={"only": ["c"]})
-    assert (nobody.status, nobody.error["code"]) == (503, "no_provider")
+    assert upstreams.embed(provider={"only": ["c", "b"]}).headers["x-unmask-provider"] == "b"
+    for harmless in ({"ignore": ["c"]}, {"order": ["c"]}):
+        assert upstreams.embed(provider=harmless).status == 200
     assert upstreams.embed(provider={"onyl": ["a"]}).headers["x-unmask-ignored-fields"] == "provider.onyl"
     for body in ({"provider": {"sort": "beauty"}}, {"provider": {"only": "a"}}, {"provider": "a"}):
         assert upstreams.embed(**body).error["param"] == "provider"  # pyright: ignore[reportArgumentType]
@@ -280,6 +282,30 @@ def test_when_all_fail_the_answer_says_when_to_come_back(upstreams: Upstreams) -
     got = upstreams.embed()
     assert (got.status, got.error["code"]) == (503, "no_provider") and "sk-secret" not in got.body.decode()
     assert 1 <= int(got.headers["retry-after"]) <= 60 and got.headers["x-should-retry"] == "true"
+
+
+def test_a_name_that_no_provider_has_is_the_callers_mistake(
+    upstreams: Upstreams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask_for(name: str) -> tuple[str | None, str | None, str]:
+        error = upstreams.embed(provider={"only": [name]}).error
+        return error["param"], error["code"], error["message"]
+
+    names = ", ".join(["local", *(provider.name for provider in upstreams.pool.settings.providers)])
+    message = f"provider.only=nobody: this server has no provider of this name: it has {names}."
+    assert ask_for("nobody") == ("provider.only", None, f"{message} See /v1/models/{{id}}/endpoints.")
+    # One that the file had a moment ago is none: another process may have it still.
+    file, good = upstreams.pool.file, upstreams.pool.file.read_text()
+    file.write_text(good.replace('name = "b"', 'name = "c"'))
+    upstreams.in_loop(upstreams.pool.reload)
+    until(lambda: "c" in upstreams.pool.callers_names())
+    assert ask_for("b")[1] == "no_provider"
+    with monkeypatch.context() as patch:
+        patch.setattr(pool_module, "_FORMER_NAME_S", 0.0)
+        assert ask_for("b")[0] == "provider.only"
+    file.write_text(good)
+    upstreams.in_loop(upstreams.pool.reload)
+    until(lambda: "b" in upstreams.pool.callers_names())
 
 
 def test_what_no_provider_can_do_is_refused(upstreams: Upstreams) -> None:

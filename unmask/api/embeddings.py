@@ -41,7 +41,15 @@ from unmask.catalogue import Record
 from unmask.conformance.references import PRECISION_CLASSES
 from unmask.encoder import Prompt
 from unmask.encoder.encoder import postprocess
-from unmask.router import EmbeddingWork, ModelRegistry, ModelRoute, ProviderPreferences, ServedModel, find_route
+from unmask.router import (
+    EmbeddingWork,
+    ModelRegistry,
+    ModelRoute,
+    ProviderPool,
+    ProviderPreferences,
+    ServedModel,
+    find_route,
+)
 from unmask.router.attempts import RoutedVectors
 
 MAX_WAIT_S = 60  # for a cold model, by `Prefer: wait`
@@ -145,6 +153,7 @@ class EmbeddingsRoute:
         context.response_headers |= deprecation_headers(served.record)
         tier = read_tier(request.headers)
         await self.charging.check_access(request, model, tier)
+        _require_known_provider(parsed.provider, self.models.providers)
         wait = min(_preferred_wait(request.headers), deadline - time.monotonic())
         is_native = parsed.token_encoding == "native" and not isinstance(inputs[0], str)
         is_raw = parsed.normalize is False
@@ -353,6 +362,21 @@ def _input_headers(encoding: TokenEncoding | None, prompts: Sequence[Prompt], ig
     if ignored:
         headers["x-unmask-ignored-fields"] = _names(ignored)
     return headers
+
+
+def _require_known_provider(options: ProviderOptions | None, pool: ProviderPool | None) -> None:
+    """Refuse a request that only providers may answer whose names nobody has: a later attempt would fail as well.
+
+    Unknown names beside a known one, and in `ignore` and `order`, change nothing and are allowed.
+
+    Raises:
+        ApiError: 400.
+    """
+    if options is None or pool is None or not options.only or any(map(pool.is_callers_name, options.only)):
+        return
+    there = "" if pool.public_names.hides else f": it has {', '.join(pool.callers_names())}"
+    message = f"provider.only={_names(options.only)}: this server has no provider of this name{there}."
+    raise ApiError(400, f"{message} See /v1/models/{{id}}/endpoints.", param="provider.only")
 
 
 def _provider_preferences(options: ProviderOptions | None) -> ProviderPreferences:

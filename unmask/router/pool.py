@@ -15,7 +15,7 @@ from unmask.accounts.usage import day_start
 from unmask.conformance import Finding, References
 from unmask.engine import Engine
 from unmask.errors import UnmaskError, UsageError
-from unmask.router.attempts import EmbeddingWork, ModelEndpoints, RoutedVectors, answer
+from unmask.router.attempts import LOCAL, EmbeddingWork, ModelEndpoints, RoutedVectors, answer
 from unmask.router.checks import (
     ModelSource,
     NoteProbe,
@@ -44,6 +44,10 @@ log = logging.getLogger("unmask")
 # Actor of the quarantines that a cross-check orders. Only a person can end them: the provider answers canary texts
 # rightly, so canaries cannot show when its other vectors are right again.
 CROSS_CHECK = "cross-check"
+
+# Seconds for which the name of a removed provider stays known: requests with it were right a moment ago, and another
+# process may not have read the file again.
+_FORMER_NAME_S = 600.0
 
 READMISSION_RUNS = 2  # full runs in a row that end a quarantine, where no person needs to
 
@@ -91,14 +95,29 @@ class ProviderPool:
     _watches: set[asyncio.Task[None]] = field(init=False, default_factory=set)
     _verdicts: dict[tuple[str, str], Verdict] = field(init=False, default_factory=dict)
     _daily_costs: dict[str, DailyCost] = field(init=False, default_factory=dict)
+    _former_names: dict[str, float] = field(init=False, default_factory=dict)  # to `time.monotonic()` of its removal
 
     def __post_init__(self) -> None:
-        self._take_settings(read_providers(self.file))
+        settings = read_providers(self.file)
+        self.settings, self.public_names = settings, self._names_of(settings)
 
     def _take_settings(self, settings: Providers) -> None:
-        self.settings = settings
-        names = [provider.name for provider in settings.providers]
-        self.public_names = PublicNames.of(names, hides=self.hides_names)
+        earlier = self.callers_names()
+        self.settings, self.public_names = settings, self._names_of(settings)
+        removed_at = time.monotonic()
+        self._former_names |= {name: removed_at for name in earlier if name not in self.callers_names()}
+
+    def _names_of(self, settings: Providers) -> PublicNames:
+        return PublicNames.of([provider.name for provider in settings.providers], hides=self.hides_names)
+
+    def callers_names(self) -> tuple[str, ...]:
+        """Return the names that callers may use: of this server's own engine, and of all providers of the file."""
+        return LOCAL, *(self.public_names.public_name(provider.name) for provider in self.settings.providers)
+
+    def is_callers_name(self, name: str) -> bool:
+        """True for a name that callers may use, or could use a moment ago, before the file was read again."""
+        removed_at = self._former_names.get(name, float("-inf"))
+        return name in self.callers_names() or time.monotonic() - removed_at < _FORMER_NAME_S
 
     def reload(self) -> None:
         """Read the file again. Requests under way are finished with the providers they began with.
