@@ -1,6 +1,7 @@
 """Attempts at a real provider over HTTP: a caller who leaves at any moment leaves nothing behind."""
 
 import asyncio
+import dataclasses
 import gc
 import random
 import time
@@ -181,6 +182,28 @@ async def test_a_request_that_may_not_be_repeated_says_of_which_model_and_when_t
             await answer(silent_and_right, None, work, random.Random(1))
         await failing.client.close()
     assert refused.value.retry_after == 10
+
+
+# Fields of an endpoint that are its own after the file was read again; all others are known of the same server.
+OWN_FIELDS = {"client", "model", "draw", "daily_cost", "wake", "full_due", "run_at", "run_seconds", "_loss_logged"}
+
+
+async def test_a_model_inherits_its_references_and_all_that_is_known_of_the_same_endpoints() -> None:
+    earlier = ModelEndpoints([fast_endpoint(name, "http://127.0.0.1:9") for name in "ab"])
+    earlier.references, earlier.prompts, earlier.tokenizer = (cast(Any, object()) for _ in range(3))
+    earlier.problem = "no file"
+    a = earlier.endpoint("a")
+    a.quarantine("is another model")
+    a.passed_at, a.last_used, a._avoid_until = 5.0, 7.0, 9.0
+    again = ModelEndpoints([fast_endpoint("a", "http://127.0.0.1:9"), fast_endpoint("b", "http://127.0.0.1:10")])
+    again.inherit(earlier)
+    for name in ("references", "prompts", "tokenizer", "problem"):
+        assert getattr(again, name) is getattr(earlier, name)
+    shared = {field.name for field in dataclasses.fields(ProviderEndpoint)} - OWN_FIELDS
+    assert {name for name in shared if getattr(again.endpoint("a"), name) is not getattr(a, name)} == set()
+    assert again.endpoint("b").history is not earlier.endpoint("b").history  # another server
+    for endpoint in (*earlier.endpoints, *again.endpoints):
+        await endpoint.client.close()
 
 
 @pytest.mark.parametrize(("change", "words"), [(0.25, "25 % more tokens"), (-0.05, "5 % fewer tokens")])

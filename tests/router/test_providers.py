@@ -36,8 +36,7 @@ from unmask.accounts.verification import verify
 from unmask.catalogue.store import open_database
 from unmask.encoder import Encoder
 from unmask.errors import UsageError
-from unmask.router import breaker
-from unmask.router import pool as pool_module
+from unmask.router import breaker, public_names
 from unmask.router.daily_cost import today
 from unmask.router.endpoint import ProviderEndpoint
 from unmask.router.hedging import MIN_SAMPLES
@@ -298,14 +297,14 @@ def test_a_name_that_no_provider_has_is_the_callers_mistake(
     file, good = upstreams.pool.file, upstreams.pool.file.read_text()
     file.write_text(good.replace('name = "b"', 'name = "c"'))
     upstreams.in_loop(upstreams.pool.reload)
-    until(lambda: "c" in upstreams.pool.callers_names())
+    until(lambda: "c" in upstreams.pool.public_names.for_callers)
     assert ask_for("b")[1] == "no_provider"
     with monkeypatch.context() as patch:
-        patch.setattr(pool_module, "_FORMER_NAME_S", 0.0)
+        patch.setattr(public_names, "_FORMER_NAME_S", 0.0)
         assert ask_for("b")[0] == "provider.only"
     file.write_text(good)
     upstreams.in_loop(upstreams.pool.reload)
-    until(lambda: "b" in upstreams.pool.callers_names())
+    until(lambda: "b" in upstreams.pool.public_names.for_callers)
 
 
 def test_what_no_provider_can_do_is_refused(upstreams: Upstreams) -> None:

@@ -372,9 +372,9 @@ def _require_known_provider(options: ProviderOptions | None, pool: ProviderPool 
     Raises:
         ApiError: 400.
     """
-    if options is None or pool is None or not options.only or any(map(pool.is_callers_name, options.only)):
+    if options is None or pool is None or not options.only or any(map(pool.public_names.is_known, options.only)):
         return
-    there = "" if pool.public_names.hides else f": it has {', '.join(pool.callers_names())}"
+    there = "" if pool.public_names.hides else f": it has {', '.join(pool.public_names.for_callers)}"
     message = f"provider.only={_names(options.only)}: this server has no provider of this name{there}."
     raise ApiError(400, f"{message} See /v1/models/{{id}}/endpoints.", param="provider.only")
 

@@ -7,7 +7,6 @@ import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +28,7 @@ from unmask.errors import (
     ProviderRefused,
 )
 from unmask.router import hedging
+from unmask.router.checks import ReferencesStamp
 from unmask.router.choosing import Candidate, ProviderPreferences, choose, permitted
 from unmask.router.endpoint import ProviderEndpoint
 from unmask.router.request_history import Outcome
@@ -140,26 +140,43 @@ class ModelEndpoints:
     Args:
         endpoints: in the order of the file.
         min_margin: share of a request's price that must remain after a provider's cost.
+        references_stamp: of the file that the references are read from; None where they are computed here.
 
     Attributes:
         references: of the model; None until they are computed, and before that nobody is admitted.
-        references_stamp: path and time of the file that they are read from; None where they are computed here.
         prompts, tokenizer: its text handling, which needs no weights; None until it is read.
         problem: why there are no references, for the operator; "" for none.
         cross_check: the one that is under way; None for none.
     """
 
-    def __init__(self, endpoints: Sequence[ProviderEndpoint], min_margin: float = 0.0) -> None:
+    def __init__(
+        self,
+        endpoints: Sequence[ProviderEndpoint],
+        min_margin: float = 0.0,
+        references_stamp: ReferencesStamp | None = None,
+    ) -> None:
         self.endpoints = list(endpoints)
-        self.min_margin = min_margin
+        self.min_margin, self.references_stamp = min_margin, references_stamp
         self.references: References | None = None
-        self.references_stamp: tuple[Path, int] | None = None
         self.prompts: PromptBuilder | None = None
         self.tokenizer: TextTokenizer | None = None
         self.problem = ""
         self.cross_check: asyncio.Task[None] | None = None
         self.budget = RetryBudget()
         self.hedge_budget = RetryBudget(hedging.SHARE, 0)
+
+    def inherit(self, earlier: "ModelEndpoints") -> None:
+        """Take over everything that is known of the model by the same references, after the file was read again."""
+        self.references, self.prompts = earlier.references, earlier.prompts
+        self.tokenizer, self.problem = earlier.tokenizer, earlier.problem
+        for endpoint in self.endpoints:
+            before = next((one for one in earlier.endpoints if one.is_same(endpoint)), None)
+            if before is not None:
+                endpoint.inherit(before)
+
+    def end_cross_check(self, task: "asyncio.Task[None]") -> None:
+        """Note that the cross-check has ended."""
+        self.cross_check = None
 
     @property
     def id(self) -> str:

@@ -26,7 +26,7 @@ from unmask.conformance import (
 from unmask.encoder import LoadOptions
 from unmask.encoder.loading import prompts_for
 from unmask.encoder.prompts import PromptBuilder
-from unmask.errors import CheckpointError
+from unmask.errors import CheckpointError, UsageError
 from unmask.router.providers import ProviderModel, Providers
 from unmask.router.request_history import Outcome
 from unmask.router.signals import AttemptFailed
@@ -42,6 +42,9 @@ _LIGHT_S = 10.0
 
 # Told of every request of a run: outcome, tokens by our count and by the provider's, seconds.
 NoteProbe = Callable[[Outcome, int, int | None, float], None]
+
+# Path of a file of references, and the time of its last change in nanoseconds.
+ReferencesStamp = tuple[Path, int]
 
 
 async def full_check(
@@ -266,3 +269,15 @@ async def _check_one(client: "ProviderClient", model: ProviderModel, references:
         return CheckResult(name, model.id, False, str(failure), None)
     sentence = f"{name} {finding.fault}" if finding.fault else ""
     return CheckResult(name, model.id, finding.passed, sentence, finding)
+
+
+def references_stamp(file: Path | None) -> ReferencesStamp | None:
+    """Return path and time of change of a file of references, to notice a new one; None for none.
+
+    Raises:
+        UsageError: the file cannot be read.
+    """
+    try:
+        return None if file is None else (file, file.stat().st_mtime_ns)
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error}") from None

@@ -212,30 +212,32 @@ class ProviderEndpoint:
                 before.their_tokens,
             )
 
-    def is_same(self, provider: RemoteProvider, model: ProviderModel) -> bool:
-        """True if an entry of the file describes the same server, model and number of requests at a time."""
+    def is_same(self, other: "ProviderEndpoint") -> bool:
+        """True if the other one is the same server, model and number of requests at a time."""
+        return self._identity() == other._identity()
 
-        def key(provider: RemoteProvider, model: ProviderModel) -> tuple[object, ...]:
-            return (
-                provider.name,
-                provider.kind,
-                provider.url,
-                provider.proxy,
-                provider.max_parallel,
-                model.name_there,
-                model.precision,
-                model.reads_control_tokens,
-            )
-
-        return key(provider, model) == key(self.provider, self.model)
+    def _identity(self) -> tuple[object, ...]:
+        provider, model = self.provider, self.model
+        return (
+            provider.name,
+            provider.kind,
+            provider.url,
+            provider.proxy,
+            provider.max_parallel,
+            model.id,
+            model.name_there,
+            model.precision,
+            model.reads_control_tokens,
+        )
 
     def inherit(self, earlier: "ProviderEndpoint") -> None:
         """Take over everything that is known of the same endpoint, after the file was read again."""
         # Requests under way at the earlier one learn by the shared admission that it was taken out.
-        for name in ("_admission", "finding", "conformance", "passed_at", "breaker", "load", "in_traffic_since"):
-            setattr(self, name, getattr(earlier, name))
-        self.last_used, self._avoid_until, self.history = earlier.last_used, earlier._avoid_until, earlier.history
-        self.costs, self.usual_seconds, self._token_counts = earlier.costs, earlier.usual_seconds, earlier._token_counts
+        self._admission, self.finding, self.conformance = earlier._admission, earlier.finding, earlier.conformance
+        self.passed_at, self.in_traffic_since = earlier.passed_at, earlier.in_traffic_since
+        self.breaker, self.load, self._avoid_until = earlier.breaker, earlier.load, earlier._avoid_until
+        self.last_used, self.history, self.costs = earlier.last_used, earlier.history, earlier.costs
+        self.usual_seconds, self._token_counts = earlier.usual_seconds, earlier._token_counts
 
     def suspend(self) -> None:
         """Take it out of traffic because of one wrong canary, until the next run of canaries. Answers are discarded."""

@@ -15,21 +15,23 @@ from unmask.accounts.usage import day_start
 from unmask.conformance import Finding, References
 from unmask.engine import Engine
 from unmask.errors import UnmaskError, UsageError
-from unmask.router.attempts import LOCAL, EmbeddingWork, ModelEndpoints, RoutedVectors, answer
+from unmask.router.attempts import EmbeddingWork, ModelEndpoints, RoutedVectors, answer
 from unmask.router.checks import (
     ModelSource,
     NoteProbe,
+    ReferencesStamp,
     RemoteModel,
     full_check,
     light_check,
     light_limit,
     open_remote_model,
+    references_stamp,
 )
 from unmask.router.cross_check import cross_check
 from unmask.router.daily_cost import DailyCost, today
 from unmask.router.endpoint import ProviderEndpoint
 from unmask.router.load import MIN_TOKENS
-from unmask.router.providers import Providers, read_providers
+from unmask.router.providers import ProviderModel, Providers, read_providers
 from unmask.router.public_names import PublicNames
 from unmask.router.request_history import Outcome
 from unmask.router.signals import AttemptFailed
@@ -44,10 +46,6 @@ log = logging.getLogger("unmask")
 # Actor of the quarantines that a cross-check orders. Only a person can end them: the provider answers canary texts
 # rightly, so canaries cannot show when its other vectors are right again.
 CROSS_CHECK = "cross-check"
-
-# Seconds for which the name of a removed provider stays known: requests with it were right a moment ago, and another
-# process may not have read the file again.
-_FORMER_NAME_S = 600.0
 
 READMISSION_RUNS = 2  # full runs in a row that end a quarantine, where no person needs to
 
@@ -88,36 +86,21 @@ class ProviderPool:
     draw: random.Random = field(default_factory=random.Random)
     hides_names: bool = False
     settings: Providers = field(init=False)
-    public_names: PublicNames = field(init=False)
+    public_names: PublicNames = field(init=False, default_factory=PublicNames)
     last_reload: int = field(init=False, default=0)
     _models: dict[str, ModelEndpoints] = field(init=False, default_factory=dict)
     _clients: list["ProviderClient"] = field(init=False, default_factory=list)
     _watches: set[asyncio.Task[None]] = field(init=False, default_factory=set)
     _verdicts: dict[tuple[str, str], Verdict] = field(init=False, default_factory=dict)
     _daily_costs: dict[str, DailyCost] = field(init=False, default_factory=dict)
-    _former_names: dict[str, float] = field(init=False, default_factory=dict)  # to `time.monotonic()` of its removal
 
     def __post_init__(self) -> None:
-        settings = read_providers(self.file)
-        self.settings, self.public_names = settings, self._names_of(settings)
+        self._take_settings(read_providers(self.file))
 
     def _take_settings(self, settings: Providers) -> None:
-        earlier = self.callers_names()
-        self.settings, self.public_names = settings, self._names_of(settings)
-        removed_at = time.monotonic()
-        self._former_names |= {name: removed_at for name in earlier if name not in self.callers_names()}
-
-    def _names_of(self, settings: Providers) -> PublicNames:
-        return PublicNames.of([provider.name for provider in settings.providers], hides=self.hides_names)
-
-    def callers_names(self) -> tuple[str, ...]:
-        """Return the names that callers may use: of this server's own engine, and of all providers of the file."""
-        return LOCAL, *(self.public_names.public_name(provider.name) for provider in self.settings.providers)
-
-    def is_callers_name(self, name: str) -> bool:
-        """True for a name that callers may use, or could use a moment ago, before the file was read again."""
-        removed_at = self._former_names.get(name, float("-inf"))
-        return name in self.callers_names() or time.monotonic() - removed_at < _FORMER_NAME_S
+        self.settings = settings
+        names = [provider.name for provider in settings.providers]
+        self.public_names = PublicNames.of(names, hides=self.hides_names, earlier=self.public_names)
 
     def reload(self) -> None:
         """Read the file again. Requests under way are finished with the providers they began with.
@@ -158,31 +141,42 @@ class ProviderPool:
         from unmask.router.outbound import ProviderClient
 
         clients = [ProviderClient(provider) for provider in providers.providers]
-        stamps = {id: _stamp(providers.references_file(id)) for id in providers.references}
-        same_references = {id for id, model in self._models.items() if model.references_stamp == stamps.get(id)}
-        endpoints: dict[str, list[ProviderEndpoint]] = {}
+        stamps = {id: references_stamp(providers.references_file(id)) for id in providers.references}
+        groups: dict[str, list[ProviderEndpoint]] = {}
         for client in clients:
             for model in client.provider.models:
-                daily_cost = self._daily_costs.setdefault(client.provider.name, DailyCost())
-                endpoint = ProviderEndpoint(client, model, random.Random(self.draw.random()), daily_cost)
-                earlier_endpoint = self._endpoint(client.provider.name, model.id)
-                is_same = earlier_endpoint is not None and earlier_endpoint.is_same(client.provider, model)
-                if earlier_endpoint is not None and is_same and model.id in same_references:
-                    endpoint.inherit(earlier_endpoint)
-                self._keep_admission(endpoint)
-                endpoints.setdefault(model.id, []).append(endpoint)
-        earlier = self._models
-        self._models = {id: ModelEndpoints(group, providers.min_margin) for id, group in endpoints.items()}
-        for id, model in self._models.items():
-            model.references_stamp = stamps.get(id)
-            if id in same_references:
-                for name in ("references", "prompts", "tokenizer", "problem"):
-                    setattr(model, name, getattr(earlier[id], name))
+                groups.setdefault(model.id, []).append(self._new_endpoint(client, model))
+        self._models = {
+            id: self._new_model(id, group, providers.min_margin, stamps.get(id)) for id, group in groups.items()
+        }
+        self._restart_watches(providers)
+        self._replace_clients(clients)
+
+    def _new_endpoint(self, client: "ProviderClient", model: ProviderModel) -> ProviderEndpoint:
+        daily_cost = self._daily_costs.setdefault(client.provider.name, DailyCost())
+        return ProviderEndpoint(client, model, random.Random(self.draw.random()), daily_cost)
+
+    def _new_model(
+        self, id: str, endpoints: Sequence[ProviderEndpoint], min_margin: float, stamp: ReferencesStamp | None
+    ) -> ModelEndpoints:
+        """Put the endpoints of a model together. What is known of them stays as long as their references do."""
+        model, earlier = ModelEndpoints(endpoints, min_margin, stamp), self._models.get(id)
+        if earlier is not None and earlier.references_stamp == stamp:
+            model.inherit(earlier)
+        for endpoint in endpoints:
+            self._keep_admission(endpoint)
+        return model
+
+    def _restart_watches(self, providers: Providers) -> None:
+        """Watch the models and the costs of the day, in place of all earlier tasks."""
         for task in self._watches:
             task.cancel()
         self._watches = {self._start_watch(id, model) for id, model in self._models.items()}
         if any(provider.max_cost_per_day is not None for provider in providers.providers):
             self._watches.add(asyncio.create_task(self._watch_costs(), name="watch costs"))
+
+    def _replace_clients(self, clients: list["ProviderClient"]) -> None:
+        """Use other clients, and close the earlier ones once their requests have ended."""
         old, self._clients = self._clients, clients
         for client in old:
             task = asyncio.ensure_future(client.close_when_idle())
@@ -249,7 +243,7 @@ class ProviderPool:
         endpoint = routed.endpoint
         if endpoint is not None and model.cross_check is None and self.draw.random() < self.settings.cross_check:
             model.cross_check = asyncio.create_task(self._cross_check(model, engine, endpoint))
-            model.cross_check.add_done_callback(lambda task: setattr(model, "cross_check", None))
+            model.cross_check.add_done_callback(model.end_cross_check)
         return routed
 
     async def _cross_check(self, model: ModelEndpoints, engine: Engine | None, first: ProviderEndpoint) -> None:
@@ -503,11 +497,3 @@ class ProviderPool:
             await asyncio.to_thread(self.report, verdict)
         except UnmaskError as error:
             log.error("other processes do not know that %s is %s: %s", verdict.provider, verdict.verdict, error)
-
-
-def _stamp(file: Path | None) -> tuple[Path, int] | None:
-    """Return path and time of change of a file, to notice a new one; None for none."""
-    try:
-        return None if file is None else (file, file.stat().st_mtime_ns)
-    except OSError as error:
-        raise UsageError(f"{file} cannot be read: {error}") from None
