@@ -135,6 +135,7 @@ def test_every_answer_the_code_can_give_is_documented(document: dict[str, Any]):
     for status, response in responses.items():
         assert {"x-request-id", "openai-processing-ms"} <= set(response["headers"])
         assert ("x-should-retry" in response["headers"]) == (status != "200")
+        assert ("retry-after" in response["headers"]) == (status in ("429", "502", "503"))
 
 
 def test_the_request_schema_is_openais_with_extensions(document: dict[str, Any]):

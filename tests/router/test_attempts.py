@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.router.fault_server import FaultServer, after, fault_server, reply, reset, silent
+from unmask.api.errors import api_error, error_response
 from unmask.conformance import Finding
 from unmask.encoder import Prompt
 from unmask.errors import DeadlineExceeded, EngineError, NoConformingProvider, NoProvider, ProviderRefused
@@ -181,7 +182,12 @@ async def test_a_request_that_may_not_be_repeated_says_of_which_model_and_when_t
         with pytest.raises(ProviderRefused, match=r"a provider of m failed, and too many .* try again") as refused:
             await answer(silent_and_right, None, work, random.Random(1))
         await failing.client.close()
-    assert refused.value.retry_after == 10
+    response = error_response(api_error(refused.value))
+    assert (response.status_code, response.headers["retry-after"], response.headers["x-should-retry"]) == (
+        502,
+        "10",
+        "true",
+    )
 
 
 # Fields of an endpoint that are its own after the file was read again; all others are known of the same server.

@@ -108,7 +108,8 @@ _ACCOUNT_REQUEST_HEADERS = {
 
 _END = ("deprecation", "sunset")
 _ON_ALL = ("x-request-id", "openai-processing-ms")
-_ON_ERROR = {401: ("www-authenticate",), 405: ("allow",), 429: ("retry-after",), 503: ("retry-after",)}
+_RETRY_AFTER = ("retry-after",)
+_ON_ERROR = {401: ("www-authenticate",), 405: ("allow",), 429: _RETRY_AFTER, 502: _RETRY_AFTER, 503: _RETRY_AFTER}
 
 _REQUEST_HEADERS = {
     "Prefer": ("`wait=N` holds the request up to N seconds (60 at most) while a cold model loads.", _STRING),
