@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 import pytest
 
-from unmask.errors import validation_message
+from unmask.validation import validation_message
 
 
 class Colour(enum.Enum):

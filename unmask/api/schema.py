@@ -9,7 +9,7 @@ from msgspec import Meta
 from unmask.accounts import money
 from unmask.api.errors import ApiError
 from unmask.catalogue import Specification, Status
-from unmask.errors import validation_message
+from unmask.validation import validation_message
 
 MAX_INPUTS = 2048
 

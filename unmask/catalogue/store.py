@@ -21,7 +21,7 @@ from unmask.catalogue.catalogue import Catalogue, named_record, shipped_measurem
 from unmask.catalogue.lifecycle import Event, Status
 from unmask.catalogue.measurement import Measurement
 from unmask.catalogue.record import Record
-from unmask.errors import UsageError, validation_message
+from unmask.errors import UsageError
 from unmask.storage.database import Database, insert, now_ms
 from unmask.storage.schema import (
     catalogue_events,
@@ -30,6 +30,7 @@ from unmask.storage.schema import (
     catalogue_records,
     catalogue_version,
 )
+from unmask.validation import validation_message
 
 _EVENT = msgspec.json.Decoder(Event)
 _MEASUREMENT = msgspec.json.Decoder(Measurement)

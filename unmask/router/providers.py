@@ -17,8 +17,9 @@ from unmask.accounts.money import parse_dollars
 from unmask.conformance import PrecisionClass, read_references
 from unmask.conformance.references import PRECISION_CLASSES
 from unmask.encoder import Dtype
-from unmask.errors import CheckpointError, UsageError, validation_message
+from unmask.errors import CheckpointError, UsageError
 from unmask.router.addresses import check_url
+from unmask.validation import validation_message
 
 Kind = Literal["unmask", "openai", "tei"]
 DataPolicy = Literal["none", "30d", "trains"]

@@ -8,8 +8,9 @@ from typing import Any
 
 import msgspec
 
-from unmask.errors import UsageError, validation_message
+from unmask.errors import UsageError
 from unmask.training.recipe import Recipe
+from unmask.validation import validation_message
 
 # Tables of a file that trains in several stages; see `training.stages`.
 STAGES = "stages"
