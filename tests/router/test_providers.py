@@ -1,5 +1,7 @@
 """Serving through providers: real HTTP on both sides, providers that fail as scripted, and right vectors only."""
 
+import asyncio
+import itertools
 import json
 import threading
 import time
@@ -54,6 +56,9 @@ MODEL = "tiny_llama"
 TEXTS = ["a ferry leaves", "bread rises", "the clock is repaired", "rain washed the path", "interest is paid"]
 
 
+ROWS = itertools.count(1)  # numbers of verdicts, as the database gives them
+
+
 class Upstreams:
     """Two scripted providers and the server before them.
 
@@ -65,6 +70,7 @@ class Upstreams:
 
     def __init__(self, a: FaultServer, b: FaultServer, service: LocalService) -> None:
         self.a, self.b, self.service = a, b, service
+        self.tasks: list[asyncio.Future[None]] = []  # the loop alone would not keep them
 
     @property
     def pool(self) -> ProviderPool:
@@ -86,12 +92,18 @@ class Upstreams:
                 verdict="quarantined" if finding else "admitted",
                 finding=finding,
                 actor="command line",
+                number=next(ROWS),
             )
             for (provider, model), finding in findings.items()
         }
         self.in_loop(self.pool.take_verdicts, verdicts)
 
-    def in_loop(self, call: Callable[..., None], *arguments: Any) -> None:
+    def order_quarantine(self, name: str, fault: str) -> None:
+        """Quarantine a provider as this process's own canaries do."""
+        work = self.pool._quarantine
+        self.in_loop(lambda: self.tasks.append(asyncio.ensure_future(work(self.endpoint(name), fault))))
+
+    def in_loop(self, call: Callable[..., Any], *arguments: Any) -> None:
         """Call a function in the server's event loop, as its signal handler and its sync do."""
         next(iter(self.pool._watches)).get_loop().call_soon_threadsafe(call, *arguments)
 
@@ -587,6 +599,42 @@ def test_pages_show_providers_and_findings(upstreams: Upstreams) -> None:
     for path in (f"/models/{MODEL}", "/status"):
         text = page(path)
         assert "quarantined" in text and "a pools the last token; the model pools the mean" in text
+
+
+def test_a_verdict_that_was_read_before_a_newer_one_changes_nothing(upstreams: Upstreams) -> None:
+    def finding() -> str:
+        return upstreams.endpoint("a").finding
+
+    def take(number: int, sentence: str) -> None:
+        stale = Verdict(provider="a", model=MODEL, verdict="quarantined", finding=sentence, number=number)
+        upstreams.in_loop(upstreams.pool.take_verdicts, {("a", MODEL): stale})
+        taken = threading.Event()
+        upstreams.in_loop(taken.set)  # the loop calls one after the other
+        assert taken.wait(30)
+
+    before = next(ROWS)
+    upstreams.take_verdicts({("a", MODEL): "a was taken out by the operator"})
+    until(lambda: finding() == "a was taken out by the operator")
+    take(before, "a was slow")
+    assert finding() == "a was taken out by the operator"
+
+    stored, may_store = next(ROWS), threading.Event()
+
+    def store(verdict: Verdict) -> int:
+        assert may_store.wait(30)
+        return stored
+
+    upstreams.pool.report = store  # of this process's own verdict, which takes a while to be stored
+    upstreams.order_quarantine("a", "pools the last token")
+    until(lambda: finding() == "a pools the last token")
+    take(before, "a was slow")
+    assert finding() == "a pools the last token"
+    may_store.set()
+    until(lambda: upstreams.pool._verdicts["a", MODEL].number == stored)
+    take(stored, "a was slow")
+    assert finding() == "a pools the last token"
+    take(next(ROWS), "a was slow")
+    assert finding() == "a was slow"
 
 
 def test_a_quarantine_reaches_all_processes_and_survives_a_restart(

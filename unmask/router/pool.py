@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,7 +58,7 @@ class ProviderPool:
         file: the file of providers.
         source_of: model id -> its files on this machine; the references are made of its weights, unless the file of
             providers names some.
-        report: told of a quarantine that this process ordered. Runs in a thread.
+        report: stores a verdict of this process and returns its number, see `Verdict`. Runs in a thread.
         take_model: told of a model's id once its files and references were read; raises UnmaskError to refuse them.
         record_attempts: gets the requests for canaries, which are to be paid for as well.
         costs_since: Unix milliseconds -> nano-dollars of each provider's attempts since then, of all processes. Runs in
@@ -78,7 +78,7 @@ class ProviderPool:
 
     file: Path
     source_of: Callable[[str], ModelSource]
-    report: Callable[[Verdict], None] = lambda verdict: None
+    report: Callable[[Verdict], int] = lambda verdict: 0
     take_model: Callable[[str, RemoteModel], None] = lambda id, model: None
     record_attempts: Callable[[Sequence[AttemptRecord]], None] = lambda attempts: None
     costs_since: Callable[[int], Mapping[str, int]] | None = None
@@ -209,11 +209,15 @@ class ProviderPool:
     def take_verdicts(self, verdicts: Mapping[tuple[str, str], Verdict]) -> None:
         """Apply verdicts of the operator or of another process. An endpoint that is admitted again gets a full run.
 
+        Verdicts that are older than the known one are left out: they were read before it was stored.
+
         Args:
             verdicts: (provider, model) -> the last verdict.
         """
         for key, verdict in verdicts.items():
             before = self._verdicts.get(key)
+            if before is not None and verdict.number <= before.number:
+                continue
             self._verdicts[key] = verdict
             endpoint = self._endpoint(*key)
             if endpoint is None or (before.finding if before else "") == verdict.finding:
@@ -492,8 +496,12 @@ class ProviderPool:
 
     async def _report(self, verdict: Verdict) -> None:
         """Tell the other processes of a verdict."""
-        self._verdicts[verdict.provider, verdict.model] = verdict
+        key = verdict.provider, verdict.model
+        number = self._verdicts[key].number if key in self._verdicts else 0
+        self._verdicts[key] = verdict = replace(verdict, number=number)  # until it is stored, what is older ranks below
         try:
-            await asyncio.to_thread(self.report, verdict)
+            number = await asyncio.to_thread(self.report, verdict)
+            if self._verdicts[key] is verdict:
+                self._verdicts[key] = replace(verdict, number=max(number, verdict.number))
         except UnmaskError as error:
             log.error("other processes do not know that %s is %s: %s", verdict.provider, verdict.verdict, error)

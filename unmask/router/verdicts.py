@@ -29,6 +29,7 @@ class Verdict:
         passed_at: Unix milliseconds of the last right canary; None for not known.
         actor: "canaries", "command line", or a person's id.
         at: Unix milliseconds.
+        number: of its row: a later verdict has a higher one. 0 before it is stored, and without a database.
     """
 
     provider: str
@@ -38,6 +39,7 @@ class Verdict:
     passed_at: int | None = None
     actor: str = CANARIES
     at: int = 0
+    number: int = 0
 
     @property
     def is_quarantine(self) -> bool:
@@ -45,10 +47,10 @@ class Verdict:
         return self.verdict == "quarantined"
 
 
-def add_verdict(connection: Connection, verdict: Verdict) -> None:
-    """Append a verdict, for all processes to follow."""
+def add_verdict(connection: Connection, verdict: Verdict) -> int:
+    """Append a verdict, for all processes to follow. Returns the number of its row."""
     raise_version(connection)
-    connection.execute(
+    added = connection.execute(
         provider_events.insert(),
         {
             "at": now_ms(),
@@ -60,6 +62,7 @@ def add_verdict(connection: Connection, verdict: Verdict) -> None:
             "actor": verdict.actor,
         },
     )
+    return int((added.inserted_primary_key or (0,))[0])
 
 
 def order_quarantine(connection: Connection, actor: Actor, provider: str, model: str, reason: str) -> None:
@@ -141,4 +144,5 @@ def _verdict(row: sa.Row[Any]) -> Verdict:
         passed_at=row.passed_at,
         actor=row.actor,
         at=row.at,
+        number=row.id,
     )

@@ -122,10 +122,11 @@ def open_providers(
         served = models.find(model)
         return ModelSource(model) if served is None else ModelSource(served.source, served.record.compat)
 
-    def report(verdict: Verdict) -> None:
-        if database is not None:
-            with database.begin() as connection:
-                add_verdict(connection, verdict)
+    def report(verdict: Verdict) -> int:
+        if database is None:
+            return 0
+        with database.begin() as connection:
+            return add_verdict(connection, verdict)
 
     def take_model(id: str, opened: RemoteModel) -> None:
         if (served := models.find(id)) is not None:
