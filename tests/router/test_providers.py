@@ -22,6 +22,7 @@ from tests.api.live import LocalService, Reply, running, until
 from tests.router.fault_server import (
     Behaviour,
     FaultServer,
+    SeenRequest,
     after,
     changed,
     fault_server_thread,
@@ -334,6 +335,26 @@ def test_a_file_that_is_wrong_changes_nothing(upstreams: Upstreams) -> None:
         upstreams.pool.reload()
     file.write_text(good)
     assert upstreams.pool.models()[MODEL].endpoints == endpoints and upstreams.embed().status == 200
+
+
+def test_connections_from_before_two_reloads_are_closed_after_their_requests(upstreams: Upstreams) -> None:
+    sessions = [client._session for client in upstreams.pool._clients]
+    assert all(sessions)
+    go_on = threading.Event()
+
+    async def right_later(server: FaultServer, request: SeenRequest, writer: asyncio.StreamWriter) -> bool:
+        await asyncio.to_thread(go_on.wait, 30)
+        return await right(server, request, writer)
+
+    upstreams.a.script[:] = upstreams.b.script[:] = [right_later]
+    with ThreadPoolExecutor(1) as pool:
+        request = pool.submit(upstreams.embed)
+        until(lambda: upstreams.a.requests or upstreams.b.requests)
+        for _ in range(2):
+            upstreams.in_loop(upstreams.pool.reload)
+        go_on.set()
+        assert request.result().status == 200
+    until(lambda: all(session is not None and session.closed for session in sessions))
 
 
 def test_a_file_that_is_read_again_keeps_what_is_known(upstreams: Upstreams) -> None:

@@ -97,9 +97,11 @@ class ProviderClient:
                 self._idle.set()
 
     async def close_when_idle(self) -> None:
-        """Close all connections once the requests under way have ended."""
-        await self._idle.wait()
-        await self.close()
+        """Close all connections once the requests under way have ended, or at once when cancelled."""
+        try:
+            await self._idle.wait()
+        finally:
+            await self.close()
 
     async def close(self) -> None:
         """Close all connections."""

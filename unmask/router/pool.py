@@ -91,6 +91,7 @@ class ProviderPool:
     _models: dict[str, ModelEndpoints] = field(init=False, default_factory=dict)
     _clients: list["ProviderClient"] = field(init=False, default_factory=list)
     _watches: set[asyncio.Task[None]] = field(init=False, default_factory=set)
+    _closings: set[asyncio.Task[None]] = field(init=False, default_factory=set)  # of clients from before a reload
     _verdicts: dict[tuple[str, str], Verdict] = field(init=False, default_factory=dict)
     _daily_costs: dict[str, DailyCost] = field(init=False, default_factory=dict)
 
@@ -179,9 +180,9 @@ class ProviderPool:
         """Use other clients, and close the earlier ones once their requests have ended."""
         old, self._clients = self._clients, clients
         for client in old:
-            task = asyncio.ensure_future(client.close_when_idle())
-            self._watches.add(task)
-            task.add_done_callback(self._watches.discard)
+            task = asyncio.create_task(client.close_when_idle())
+            self._closings.add(task)
+            task.add_done_callback(self._closings.discard)
 
     def _start_watch(self, id: str, model: ModelEndpoints) -> asyncio.Task[None]:
         return asyncio.create_task(self._watch_model(id, model), name=f"watch {id}")
@@ -277,10 +278,11 @@ class ProviderPool:
 
     async def close(self) -> None:
         """Stop watching and close all connections."""
-        self._watches |= {model.cross_check for model in self._models.values() if model.cross_check is not None}
-        for task in self._watches:
+        checks = {model.cross_check for model in self._models.values() if model.cross_check is not None}
+        tasks = self._watches | self._closings | checks
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._watches, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         for client in self._clients:
             await client.close()
 
