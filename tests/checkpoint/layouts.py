@@ -90,7 +90,9 @@ def qwen() -> tuple[Tokenizer, dict[str, Any]]:
 
 
 def gte_qwen() -> tuple[Tokenizer, dict[str, Any]]:
+    """EOS as gte-Qwen2 has it: the model's own class adds it by a flag, and tokenizer.json says nothing."""
     tokenizer, settings = qwen()
+    tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
     classes = ["tokenization_qwen.Qwen2Tokenizer", "tokenization_qwen.Qwen2TokenizerFast"]
     return tokenizer, settings | {"add_eos_token": True, "auto_map": {"AutoTokenizer": classes}}
 
@@ -162,6 +164,35 @@ class LlamaBidirectionalModel(LlamaModel):
             layer.self_attn.is_causal = False
 '''
 _MODULE = "llama_bidirectional_model.LlamaBidirectional"
+# Written for these tests: they compute what the model's own modeling_qwen.py and tokenization_qwen.py do. The flag
+# add_eos_token of tokenizer_config.json is true by default here, since transformers 5 does not pass it to such a class
+# (4 did; vLLM and Text Embeddings Inference add EOS by themselves for that reason).
+GTE_MODEL = """from transformers.models.qwen2.modeling_qwen2 import Qwen2Model as Original
+
+
+class Qwen2Model(Original):
+    pass  # transformers reads is_causal from the config by itself
+"""
+GTE_TOKENIZER = """from tokenizers import processors
+from transformers import TokenizersBackend
+
+
+class Qwen2TokenizerFast(TokenizersBackend):
+    @classmethod
+    def convert_to_native_format(cls, **kwargs):
+        return TokenizersBackend.convert_to_native_format(**kwargs)
+
+    def __init__(self, *args, add_eos_token=True, **kwargs):
+        super().__init__(*args, **kwargs)
+        end = [f"{self.eos_token}:0"] if add_eos_token else []
+        self.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=["$A:0", *end], special_tokens=[(self.eos_token, self.eos_token_id)] if end else []
+        )
+
+
+class Qwen2Tokenizer(Qwen2TokenizerFast):
+    pass
+"""
 
 LAYOUTS: dict[str, Layout] = {
     "Qwen/Qwen3-Embedding-0.6B": Layout(
@@ -179,6 +210,7 @@ LAYOUTS: dict[str, Layout] = {
     "Alibaba-NLP/gte-Qwen2-1.5B-instruct": Layout(
         {"model_type": "qwen2", "is_causal": False, "auto_map": {"AutoModel": "modeling_qwen.Qwen2Model"}},
         gte_qwen, LAST, {"query": INSTRUCT},
+        code={"modeling_qwen.py": GTE_MODEL, "tokenization_qwen.py": GTE_TOKENIZER},
     ),
     "Salesforce/SFR-Embedding-Mistral": Layout(MISTRAL, mistral, {**LAST, "include_prompt": True}, {}),
     "Linq-AI-Research/Linq-Embed-Mistral": Layout(MISTRAL, mistral, LAST, {"query": INSTRUCT, "document": ""}),

@@ -23,11 +23,13 @@ from tests.checkpoint.layouts import (
     MEAN,
     Layout,
     gemma,
+    gte_qwen,
     qwen,
     write_layout,
 )
 from unmask import Encoder
 from unmask.checkpoint.modules import gguf_settings
+from unmask.checkpoint.tokenizer import read_tokenizer
 from unmask.errors import CheckpointError, EmptyText, UsageError
 
 TEXTS = [
@@ -86,6 +88,19 @@ def test_a_published_layout_equals_sentence_transformers(name: str, published: C
     misread = [Encoder.load(folder, causal=not encoder.causal)]
     misread.append(Encoder.load(folder, pooling="last_token" if encoder.pooling == "mean" else "mean"))
     assert all(difference(other.encode(TEXTS), expected) > 100 * TOLERANCE for other in misread)
+
+
+@pytest.mark.parametrize(("flag", "ending"), [(True, 1), (False, 0), (None, 0)])
+@pytest.mark.parametrize("prefix", ["", "Alibaba-NLP/gte-Qwen2-7B-instruct--"])
+def test_the_own_tokenizer_of_gte_adds_eos_by_its_flag(flag: bool | None, ending: int, prefix: str, tmp_path: Path):
+    tokenizer, settings = gte_qwen()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    classes = [f"{prefix}{name}" for name in settings["auto_map"]["AutoTokenizer"]]
+    for table in ({"AutoTokenizer": classes}, classes):
+        changed = {**settings, "add_eos_token": flag, "add_bos_token": True, "bos_token": "<|im_start|>"}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**changed, "auto_map": table}))
+        read = read_tokenizer(tmp_path)
+        assert read.suffix == (read.eos_id,) * ending and read.prefix == ()  # that class adds no BOS
 
 
 TINY = Layout({"model_type": "qwen3", "is_causal": False}, qwen, MEAN, {"query": "find it: ", "document": ""})

@@ -17,6 +17,7 @@ from typing import Any
 
 from unmask.checkpoint.head import HeadLayer, read_dense_module
 from unmask.checkpoint.tensors import further_weights
+from unmask.checkpoint.tokenizer import own_classes
 from unmask.errors import CheckpointError
 
 log = logging.getLogger("unmask")
@@ -330,12 +331,9 @@ class _FolderReader:
     def _check_code(self) -> None:
         """Refuse code of a model's own that is not known to compute what `config.json` says."""
         tokenizer = self._read("tokenizer_config.json", dict, decides=False)
-        maps = (("config.json", self.config.get("auto_map")), ("tokenizer_config.json", tokenizer.get("auto_map")))
-        for file, table in maps:
-            values = table.values() if isinstance(table, Mapping) else [table]
-            classes = [name for value in values for name in (value if isinstance(value, list) else [value]) if name]
-            for name in classes:
-                if str(name).rpartition("--")[2] not in _KNOWN_CODE and not str(name).endswith("Config"):
+        for file, content in (("config.json", self.config), ("tokenizer_config.json", tokenizer)):
+            for name in own_classes(content):
+                if name not in _KNOWN_CODE and not name.endswith("Config"):
                     self.differences.append(f"code of its own, {name} ({file}, auto_map)")
 
     def _read(self, name: str, expected: type, decides: bool = True) -> Any:

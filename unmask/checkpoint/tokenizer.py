@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -14,6 +15,9 @@ from unmask.errors import CheckpointError
 
 # Classes that rebuild the post-processor from these two flags; for the others tokenizer.json decides alone.
 _FLAGGED_CLASSES = ("LlamaTokenizer", "GemmaTokenizer", "CodeLlamaTokenizer")
+# Code that some makers ship with their weights (gte-Qwen1.5, gte-Qwen2): Qwen2's tokenizer, whose post-processor it
+# rebuilds from `add_eos_token` alone. transformers 5 drops the flag; vLLM and Text Embeddings Inference follow it.
+_EOS_FLAGGED_CODE = "tokenization_qwen.Qwen2Tokenizer"
 
 
 # Characters with a meaning in a regular expression of Onigmo and of JavaScript.
@@ -99,12 +103,21 @@ def read_tokenizer(folder: Path) -> TextTokenizer:
     eos_id = _id_of(tokenizer, named.get("eos_token"))
     prefix, suffix = _added_around(tokenizer)
     tokenizer.post_processor = None  # pyright: ignore[reportAttributeAccessIssue] - the stub forgets None
-    if str(settings.get("tokenizer_class", "")).startswith(_FLAGGED_CLASSES):
-        if isinstance(settings.get("add_bos_token"), bool):
-            prefix = (bos_id,) if settings["add_bos_token"] and bos_id is not None else ()
-        if isinstance(settings.get("add_eos_token"), bool):
-            suffix = (eos_id,) if settings["add_eos_token"] and eos_id is not None else ()
+    is_flagged = str(settings.get("tokenizer_class", "")).startswith(_FLAGGED_CLASSES)
+    is_eos_flagged = any(name.startswith(_EOS_FLAGGED_CODE) for name in own_classes(settings))
+    if is_flagged and isinstance(settings.get("add_bos_token"), bool):
+        prefix = (bos_id,) if settings["add_bos_token"] and bos_id is not None else ()
+    if (is_flagged or is_eos_flagged) and isinstance(settings.get("add_eos_token"), bool):
+        suffix = (eos_id,) if settings["add_eos_token"] and eos_id is not None else ()
     return TextTokenizer(tokenizer, bos_id, eos_id, prefix, suffix)
+
+
+def own_classes(settings: Mapping[str, Any]) -> list[str]:
+    """Names of the classes in a model's own code, `module.Class`, that `auto_map` of a configuration file lists."""
+    table = settings.get("auto_map")
+    values = table.values() if isinstance(table, Mapping) else [table]
+    names = [name for value in values for name in (value if isinstance(value, list) else [value]) if name]
+    return [str(name).rpartition("--")[2] for name in names]  # "repository--module.Class" names another repository
 
 
 def special_tokens_files(folder: Path, tokenizer: TextTokenizer) -> list[Path]:
