@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -21,6 +21,8 @@ EMBEDDING = "embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
 # Rows of a weight as 8-bit steps: `X.weight` holds int8 and this suffix the float32 size of a step in each row.
 STEP = "_scale"
+# Last sentence of errors about quantised weights.
+UNQUANTISED = "Use the unquantised checkpoint (float32, bfloat16 or float16) of this model"
 
 _LAYER = re.compile(r"^layers\.(\d+)\.(.+)$")
 _OUTER = re.compile(r"^(?:base_model\.model\.)?(?:model\.)?(?:language_model\.)?(?:model\.)*")
@@ -144,56 +146,83 @@ def _listing(folder: Path) -> str:
     return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
 
 
+class _StoredTensor(NamedTuple):
+    """A tensor in a safetensors file, by its header; `dtype` is in the words of the format."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def read(self) -> torch.Tensor:
+        """Return the tensor. Its file is mapped as long as it lives.
+
+        Raises:
+            CheckpointError: the file has changed since it was opened, and does not hold it any more.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(self.file), framework="pt") as handle:
+                return handle.get_tensor(self.key)
+        except (SafetensorError, OSError) as error:
+            raise _damage(self.file, error) from error
+
+
+def _require_steps_of_rows(weight: _StoredTensor | None, step: _StoredTensor) -> None:
+    """Check that a weight and its step sizes are in the format of int8 rows.
+
+    Raises:
+        CheckpointError: they are not; other formats have scales of that name for a block, a group or a whole tensor.
+    """
+    if weight is not None and weight.dtype == "I8" and len(weight.shape) == 2:
+        rows = weight.shape[0]
+        if step.shape in ((rows,), (rows, 1)):
+            return
+    stored = "no weight" if weight is None else f"a weight {list(weight.shape)} in {weight.dtype}"
+    raise CheckpointError(
+        f"{step.file}: {step.key} {list(step.shape)} belongs to {stored}; unmask reads int8 weights with one scale per "
+        f"row alone. {UNQUANTISED}"
+    )
+
+
 class SafetensorsFiles:
     """Safetensors files. Each is mapped anew for each tensor: pages stay in memory as long as their file is mapped."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         from safetensors import SafetensorError, safe_open
 
-        self._where: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
-        self._steps: dict[str, tuple[Path, str]] = {}
+        self._where: dict[str, _StoredTensor] = {}
+        self._steps: dict[str, _StoredTensor] = {}
         for file in files:
             try:
                 handle = safe_open(str(file), framework="pt")
                 for key in handle.keys():  # noqa: SIM118 - the handle is not a mapping
-                    shape = tuple(handle.get_slice(key).get_shape())
+                    header = handle.get_slice(key)
+                    stored = _StoredTensor(file, key, tuple(header.get_shape()), header.get_dtype())
                     name = innermost(key)
                     if name.endswith(f".weight{STEP}"):
-                        self._steps[name.removesuffix(STEP)] = (file, key)
+                        self._steps[name.removesuffix(STEP)] = stored
                         continue
                     if name in self._where:
-                        _require_equal(self.read(name), handle.get_tensor(key), key, file)
-                    self._where[name] = (file, key, shape)
+                        _require_equal(self._where[name].read(), handle.get_tensor(key), key, file)
+                    self._where[name] = stored
             except (SafetensorError, OSError) as error:
                 raise _damage(file, error) from error
+        for name, step in self._steps.items():
+            _require_steps_of_rows(self._where.get(name), step)
 
     def names(self) -> Sequence[str]:
         return list(self._where)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._where[name][2]
+        return self._where[name].shape
 
     def read(self, name: str) -> torch.Tensor:
-        file, key, _ = self._where[name]
-        tensor = _read_mapped(file, key)
+        tensor = self._where[name].read()
         if name not in self._steps:
             return tensor
-        return tensor.float() * _read_mapped(*self._steps[name]).float().unsqueeze(1)
-
-
-def _read_mapped(file: Path, key: str) -> torch.Tensor:
-    """Return a tensor of a safetensors file that is mapped as long as the tensor lives.
-
-    Raises:
-        CheckpointError: the file has changed since it was opened, and does not hold it any more.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(file), framework="pt") as handle:
-            return handle.get_tensor(key)
-    except (SafetensorError, OSError) as error:
-        raise _damage(file, error) from error
+        return tensor.float() * self._steps[name].read().float().reshape(-1, 1)
 
 
 def _damage(file: Path, error: Exception) -> CheckpointError:
