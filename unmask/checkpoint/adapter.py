@@ -15,7 +15,15 @@ import torch
 
 from unmask.checkpoint.adapter_config import AdapterConfig
 from unmask.checkpoint.digest import file_sha256
-from unmask.checkpoint.tensors import EMBEDDING, LM_HEAD, TensorSource, innermost, read_pickled, require_finite
+from unmask.checkpoint.tensors import (
+    EMBEDDING,
+    LM_HEAD,
+    TensorSource,
+    innermost,
+    read_pickled,
+    require_finite,
+    require_unquantised,
+)
 from unmask.errors import AdapterMismatch, CheckpointError
 
 _HALF = re.compile(
@@ -39,6 +47,7 @@ class Adapter:
         # Rows that replace rows of an embedding, or follow its last: ids and rows [n, hidden_size].
         self.rows: dict[str, tuple[Sequence[int], torch.Tensor]] = {}
         for key, tensor in tensors.items():
+            require_unquantised(tensor, key, self.weights_file)
             require_finite(tensor, key, self.weights_file)
             name = innermost(key)
             if (match := _HALF.match(name)) is not None:

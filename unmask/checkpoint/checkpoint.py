@@ -16,6 +16,7 @@ from unmask.checkpoint.modules import BIDIRECTIONAL_TYPES, ModulesDescription, r
 from unmask.checkpoint.resolve import Location, resolve
 from unmask.checkpoint.tensors import (
     EMBEDDING,
+    UNQUANTISED,
     AbsentTensors,
     BorrowedEmbedding,
     FiniteTensors,
@@ -25,6 +26,9 @@ from unmask.checkpoint.tensors import (
 )
 from unmask.checkpoint.tokenizer import TOKENIZER_FILES, TextTokenizer, read_tokenizer, special_tokens_files
 from unmask.errors import CheckpointError, StorageError
+
+# Entries of a config.json by which transformers and others quantise; MLX writes the last.
+_QUANTISATIONS = ("quantization_config", "compression_config", "quantization")
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,8 @@ def _open(location: Location, weights: bool) -> Checkpoint:
         files, tokenizer_folder = [*_deciding_files(base, weights), *below.files], below.tokenizer_folder
     else:
         config = _read_config(base)
+        if weights:
+            _require_unquantised_config(config, base)
         tensors, tokenizer = _tensors(location, weights), read_tokenizer(base)
         files, tokenizer_folder = _deciding_files(base, weights, tokenizer), base
     merged = [Adapter(path) for path in location.adapters] if weights else []
@@ -223,6 +229,18 @@ def _read_config(folder: Path) -> dict[str, Any]:
     # A multimodal file keeps its decoder's shape one level down.
     text = config.get("text_config")
     return {**text, "_name_or_path": config.get("_name_or_path")} if isinstance(text, dict) else config
+
+
+def _require_unquantised_config(config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse weights that another library would dequantise, or would quantise as it loads them."""
+    for key in _QUANTISATIONS:
+        if settings := config.get(key):
+            method = settings.get("quant_method") if isinstance(settings, dict) else None
+            raise CheckpointError(
+                f"{folder / 'config.json'}: {key} says that the weights are quantised ({method or settings!r:.60}), "
+                f"which unmask does not compute. {UNQUANTISED}; where these weights are in one of those precisions and "
+                f"were never meant to be quantised, remove {key}"
+            )
 
 
 def _deciding_files(folder: Path, weights: bool, tokenizer: TextTokenizer | None = None) -> list[Path]:

@@ -252,7 +252,7 @@ class PickledFiles:
 
 
 class FiniteTensors:
-    """Tensors of another source. Reading one that holds NaN or infinity raises an error.
+    """Tensors of another source. Reading one that holds NaN, infinity, or the steps of a quantisation raises an error.
 
     One pass for the smallest and the largest number, without a copy: 0.09 s for 28M float32 numbers on two busy cores.
     """
@@ -268,8 +268,23 @@ class FiniteTensors:
 
     def read(self, name: str) -> torch.Tensor:
         tensor = self._source.read(name)
+        require_unquantised(tensor, name, self._name)
         require_finite(tensor, name, self._name)
         return tensor
+
+
+def require_unquantised(tensor: torch.Tensor, name: str, file: object) -> None:
+    """Check that a tensor of a file holds numbers, and not steps whose size another tensor says.
+
+    Raises:
+        CheckpointError: its elements have 8 bits or fewer, or are the whole numbers of a packed weight.
+    """
+    is_packed = name.endswith(".weight") and not tensor.is_floating_point()
+    if tensor.dtype != torch.bool and (tensor.element_size() == 1 or is_packed):
+        raise CheckpointError(
+            f"{file}: tensor {name} is stored as {str(tensor.dtype).removeprefix('torch.')}, in a format that unmask "
+            f"does not dequantise. {UNQUANTISED}"
+        )
 
 
 def require_finite(tensor: torch.Tensor, name: str, file: object) -> None:

@@ -22,7 +22,8 @@ Only attention uses the borders of sequences. The same code trains and serves: i
 parameters are fused (query+key+value, gate+up) and can take gradients.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
 
 import torch
@@ -30,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from unmask.checkpoint.tensors import TensorSource
+from unmask.checkpoint.tensors import UNQUANTISED, TensorSource
 from unmask.encoder.model import attention, fused_autograd
 from unmask.encoder.model.architectures import Rope, Shape
 from unmask.encoder.model.attention import LengthGroup, PackLayout
@@ -386,8 +387,13 @@ def _is_readable(linear: nn.Module) -> bool:
     return type(linear) is Linear and not linear.stored_weight().is_mkldnn
 
 
-def check_names(sources: dict[str, list[str]], tensors: TensorSource) -> None:
+def check_names(
+    sources: Mapping[str, Sequence[str]], tensors: TensorSource, unused: Collection[str] = ("inv_freq",)
+) -> None:
     """Check that a checkpoint has the tensors that a decoder is made of, and no others in its layers.
+
+    Args:
+        unused: regular expressions for names in a CausalLM's file of tensors that a forward does not read.
 
     Raises:
         CheckpointError: a tensor is missing, or the architecture has no place for one.
@@ -397,11 +403,15 @@ def check_names(sources: dict[str, list[str]], tensors: TensorSource) -> None:
     if missing:
         raise CheckpointError(f"the weights lack {len(missing)} tensors, for example {missing[0]!r}")
     used = {name for names in sources.values() for name in names}
-    extra = sorted(name for name in available - used if name.startswith("layers.") and "inv_freq" not in name)
+    extra = sorted(
+        name
+        for name in available - used
+        if name.startswith("layers.") and not any(re.search(pattern, f"model.{name}") for pattern in unused)
+    )
     if extra:
         raise CheckpointError(
             f"the weights hold {len(extra)} tensors this architecture has no place for, for example {extra[0]!r}; "
-            "the config does not describe them"
+            f"the config does not describe them. If they are scales of quantised weights: {UNQUANTISED}"
         )
 
 

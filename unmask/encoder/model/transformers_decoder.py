@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from unmask.checkpoint.tensors import TensorSource
 from unmask.encoder.model.architectures import rope_types
 from unmask.encoder.model.attention import PackLayout
+from unmask.encoder.model.decoder import check_names
 from unmask.errors import CheckpointError, UnsupportedArchitecture
 
 
@@ -74,7 +75,7 @@ class TransformersDecoder(nn.Module):
 
         Raises:
             UnsupportedArchitecture: transformers does not know the model_type, or keeps it causal.
-            CheckpointError: weights are missing or of the wrong shape.
+            CheckpointError: weights are missing, left over or of the wrong shape.
         """
         # By their own modules: `from transformers import` makes a type checker read the modules of all models, which
         # takes it as long as a quarter of this package.
@@ -94,9 +95,8 @@ class TransformersDecoder(nn.Module):
                 f"{str(error).splitlines()[0]}"
             ) from error
         state = model.state_dict()
-        missing = sorted(set(state) - set(tensors.names()))
-        if missing:
-            raise CheckpointError(f"the weights lack {len(missing)} tensors of {kind}, for example {missing[0]!r}")
+        unused = ("inv_freq", *(model._keys_to_ignore_on_load_unexpected or ()))
+        check_names({name: [name] for name in state}, tensors, unused)
         with torch.no_grad():
             for name, target in state.items():
                 if tensors.shape(name) != tuple(target.shape):
