@@ -1,5 +1,6 @@
 """Every row of the architecture table against transformers, and against what an encoder must be."""
 
+import json
 from typing import Any
 
 import pytest
@@ -184,6 +185,49 @@ def test_a_decoder_without_a_row_runs_through_transformers() -> None:
     for sequence, mine in zip(ids.split(lengths), states.split(lengths), strict=True):
         theirs = model(input_ids=sequence[None], use_cache=False).last_hidden_state[0]
         assert (mine - theirs).norm() / theirs.norm() <= 1e-5
+
+
+RECURRENT = {"linear_num_value_heads": 2, "linear_num_key_heads": 2} | dict.fromkeys(
+    ("linear_key_head_dim", "linear_value_head_dim"), 8
+)
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
+# Families of which some layers, or a part of each layer, have no mask that could be taken away.
+HYBRIDS: dict[str, tuple[dict[str, Any], str]] = {
+    "convolutions first": ({"model_type": "lfm2", "layer_types": ["conv", "full_attention"]}, r"\(0: conv\)"),
+    "convolutions last": ({"model_type": "lfm2", "layer_types": ["full_attention", "conv"]}, r"\(1: conv\)"),
+    "linear attention": (
+        {"model_type": "qwen3_5_text", "layer_types": ["linear_attention", "full_attention"], **RECURRENT},
+        r"\(0: linear_attention\)",
+    ),
+    "beside attention": ({"time_step_limit": [0.0, 9.0], "model_type": "falcon_h1", "mamba_d_ssm": 64, **MAMBA}, r"\(0, 1: hybrid\)"),
+}
+
+
+def hybrid(name: str) -> tuple[dict[str, Any], StateDict]:
+    """The config as transformers saves it, and the weights."""
+    from transformers import AutoConfig, AutoModel
+
+    built = AutoConfig.for_model(**{**SMALL, "num_hidden_layers": 2, "pad_token_id": 0, **HYBRIDS[name][0]})
+    torch.manual_seed(0)
+    return json.loads(built.to_json_string()), StateDict(AutoModel.from_config(built).state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_decoder_with_causal_layers_is_no_encoder(name: str, dtype: torch.dtype) -> None:
+    config, state = hybrid(name)
+    with pytest.raises(UnsupportedArchitecture, match=f"stays causal in transformers in . layers {HYBRIDS[name][1]}"):
+        TransformersDecoder.load(config, state, dtype, "cpu")
+    TransformersDecoder.load(config, state, dtype, "cpu", causal=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["qwen3_moe", "cohere2"])
+def test_experts_and_windows_do_not_look_causal(kind: str, dtype: torch.dtype) -> None:
+    config = {"model_type": kind, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    config |= {"sliding_window": 2, "pad_token_id": 0}
+    state = StateDict(transformers_model(config).state_dict())
+    TransformersDecoder.load({**SMALL, **config}, state, dtype, "cpu")
 
 
 def test_unknown_architecture_is_named() -> None:

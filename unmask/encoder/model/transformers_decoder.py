@@ -1,5 +1,6 @@
 """Decoders without a row in our table, run by `transformers` with `config.is_causal = False`: slower, same result."""
 
+import copy
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +13,6 @@ from unmask.encoder.model.architectures import rope_types
 from unmask.encoder.model.attention import PackLayout
 from unmask.encoder.model.decoder import check_names
 from unmask.errors import CheckpointError, UnsupportedArchitecture
-
 
 class TransformersDecoder(nn.Module):
     """Any decoder of the transformers library, with the methods of `Decoder` that a runtime calls.
@@ -119,3 +119,76 @@ class TransformersDecoder(nn.Module):
                 f"architecture {kind!r} stays causal in transformers (a later token changes no earlier state), "
                 "so it cannot be an encoder here"
             )
+        causal = self._causal_layers(first[:3])
+        if causal:
+            some = ", ".join(map(str, list(causal)[:8])) + (", ..." if len(causal) > 8 else "")
+            raise UnsupportedArchitecture(
+                f"architecture {kind!r} stays causal in transformers in {len(causal)} layers ({some}: "
+                f"{', '.join(sorted(set(causal.values())))}), so it cannot be an encoder here; a model with a causal "
+                "mask by its makers' settings, or causal=True, can use it"
+            )
+
+    def _causal_layers(self, ids: Tensor) -> dict[int, str]:
+        """Find layers with a part that a later token changes nothing in, but an earlier one does: number -> kind.
+
+        The parts of a layer (attention, convolution, recurrence) are tested one by one: the state of a token depends on
+        later ones as soon as any layer below reads both ways.
+
+        Args:
+            ids: three tokens.
+        """
+        layers = getattr(self.model, "layers", None)
+        if not isinstance(layers, nn.ModuleList):
+            return {}
+        calls: list[tuple[int, nn.Module, tuple[Any, ...], dict[str, Any]]] = []
+        hooks = [
+            part.register_forward_pre_hook(
+                lambda module, args, kwargs, number=number: calls.append((number, module, args, kwargs)),
+                with_kwargs=True,
+            )
+            for number, layer in enumerate(layers)
+            for part in layer.children()
+        ]
+        try:
+            self(ids, [len(ids)])
+        finally:
+            for hook in hooks:
+                hook.remove()
+        types = getattr(self.model.config, "layer_types", None) or ()
+        return {
+            number: str(types[number]) if number < len(types) else type(part).__name__
+            for number, part, args, kwargs in calls
+            if _reads_back_only(part, args, kwargs)
+        }
+
+
+def _reads_back_only(part: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """True if the second of three tokens changes what a part of a layer gives for the third, but not for the first."""
+    states = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    if states is None or not states.is_floating_point() or states.shape[:2] != (1, 3):
+        return False  # an expert layer that takes tokens one by one
+    # In 16 bits, a weak recurrence is lost in the rounding.
+    exact = part if states.dtype == torch.float32 else copy.deepcopy(part).float()
+
+    def output(hidden: Tensor) -> Tensor | None:
+        def replaced(value: Any) -> Any:
+            return hidden if value is states else _in_float32(value)
+
+        result = exact(*map(replaced, args), **{key: replaced(value) for key, value in kwargs.items()})
+        result = result[0] if isinstance(result, tuple) else result
+        return result if isinstance(result, Tensor) and result.shape[:2] == (1, 3) else None
+
+    changed = states.float().clone()
+    changed[:, 1] = changed[:, 1].flip(-1)
+    before, after = output(states.float()), output(changed)
+    if before is None or after is None:
+        return False
+    # Experts round otherwise for other groups of tokens.
+    noise = 16 * torch.finfo(torch.float32).eps * float(before.abs().max())
+    return torch.equal(before[:, 0], after[:, 0]) and float((before - after)[:, 2].abs().max()) > noise
+
+
+def _in_float32(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_in_float32, value))
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
