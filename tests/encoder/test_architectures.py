@@ -199,7 +199,7 @@ HYBRIDS: dict[str, tuple[dict[str, Any], str]] = {
         {"model_type": "qwen3_5_text", "layer_types": ["linear_attention", "full_attention"], **RECURRENT},
         r"\(0: linear_attention\)",
     ),
-    "beside attention": ({"time_step_limit": [0.0, 9.0], "model_type": "falcon_h1", "mamba_d_ssm": 64, **MAMBA}, r"\(0, 1: hybrid\)"),
+    "beside attention": ({"model_type": "falcon_h1", "mamba_d_ssm": 64, **MAMBA}, r"\(0, 1: hybrid\)"),
 }
 
 
@@ -228,6 +228,15 @@ def test_experts_and_windows_do_not_look_causal(kind: str, dtype: torch.dtype) -
     config |= {"sliding_window": 2, "pad_token_id": 0}
     state = StateDict(transformers_model(config).state_dict())
     TransformersDecoder.load({**SMALL, **config}, state, dtype, "cpu")
+
+
+def test_a_config_with_infinity_is_read_as_transformers_saves_it() -> None:
+    config, state = hybrid("beside attention")
+    assert config["time_step_limit"][1] == {"__float__": "Infinity"}
+    TransformersDecoder.load(config, state, torch.float32, "cpu", causal=True)
+    config["time_step_limit"] = ["long", {"__float__": "Infinity"}]
+    with pytest.raises(CheckpointError, match=r"config\.json is not one of 'falcon_h1': .*time_step_limit"):
+        TransformersDecoder.load(config, state, torch.float32, "cpu", causal=True)
 
 
 def test_unknown_architecture_is_named() -> None:

@@ -1,6 +1,7 @@
 """Decoders without a row in our table, run by `transformers` with `config.is_causal = False`: slower, same result."""
 
 import copy
+import math
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,11 @@ from unmask.encoder.model.architectures import rope_types
 from unmask.encoder.model.attention import PackLayout
 from unmask.encoder.model.decoder import check_names
 from unmask.errors import CheckpointError, UnsupportedArchitecture
+
+# transformers writes floats that JSON lacks as {"__float__": "Infinity"}.
+_FLOAT_TAG = "__float__"
+_SPECIAL_FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
+
 
 class TransformersDecoder(nn.Module):
     """Any decoder of the transformers library, with the methods of `Decoder` that a runtime calls.
@@ -75,10 +81,11 @@ class TransformersDecoder(nn.Module):
 
         Raises:
             UnsupportedArchitecture: transformers does not know the model_type, or keeps it causal.
-            CheckpointError: weights are missing, left over or of the wrong shape.
+            CheckpointError: weights are missing, left over or of the wrong shape, or the config is not of its type.
         """
         # By their own modules: `from transformers import` makes a type checker read the modules of all models, which
         # takes it as long as a quarter of this package.
+        from huggingface_hub.errors import StrictDataclassError
         from transformers.models.auto.configuration_auto import AutoConfig
         from transformers.models.auto.modeling_auto import AutoModel
 
@@ -87,8 +94,10 @@ class TransformersDecoder(nn.Module):
             key: value for key, value in config.items() if key not in ("model_type", "_name_or_path", "is_causal")
         }
         try:
-            built = AutoConfig.for_model(kind, **values, is_causal=causal)
+            built = AutoConfig.for_model(kind, **_with_special_floats(values), is_causal=causal)
             model = AutoModel.from_config(built, dtype=dtype)
+        except StrictDataclassError as error:
+            raise CheckpointError(f"config.json is not one of {kind!r}: {' '.join(str(error).split())}") from error
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise UnsupportedArchitecture(
                 f"architecture {kind!r} is neither in unmask's table nor buildable with transformers: "
@@ -160,6 +169,15 @@ class TransformersDecoder(nn.Module):
             for number, part, args, kwargs in calls
             if _reads_back_only(part, args, kwargs)
         }
+
+
+def _with_special_floats(value: Any) -> Any:
+    """Return a part of a config with infinities and NaN as numbers."""
+    if isinstance(value, Mapping):
+        if set(value) == {_FLOAT_TAG}:
+            return _SPECIAL_FLOATS.get(value[_FLOAT_TAG], value)
+        return {key: _with_special_floats(item) for key, item in value.items()}
+    return [_with_special_floats(item) for item in value] if isinstance(value, list) else value
 
 
 def _reads_back_only(part: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
