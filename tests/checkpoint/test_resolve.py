@@ -4,11 +4,14 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import huggingface_hub.constants
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tests.mirror import published_mirror
 from unmask import Encoder
@@ -103,6 +106,69 @@ def test_a_mirror_under_home(golden_dir: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("UNMASK_HOME", str(tmp_path))
     shutil.copytree(golden_dir / "tiny_llama", tmp_path / "models" / "org" / "name")
     assert resolve("org/name").base == tmp_path / "models" / "org" / "name"
+
+
+INSTRUCT = "meta-llama/Meta-Llama-3-8B-Instruct"
+
+
+@pytest.fixture
+def instruct(golden_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A mirror of the hub with a decoder that has a chat template, whose config.json does not name it."""
+    monkeypatch.setenv("UNMASK_HOME", str(tmp_path / "home"))
+    folder = Path(shutil.copytree(golden_dir / "tiny_llama3_instruct", tmp_path / "home" / "models" / INSTRUCT))
+    config = json.loads((folder / "config.json").read_text())
+    config["_name_or_path"] = "/train/output"  # of the machine that made it
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def adapter_of(base: str, golden_dir: Path, folder: Path) -> Path:
+    """A zero adapter for the query layers of `base`."""
+    shape = json.loads((golden_dir / "tiny_llama3_instruct" / "config.json").read_text())
+    size = shape["hidden_size"]
+    folder.mkdir(parents=True)
+    halves = {
+        f"base_model.model.layers.{i}.self_attn.q_proj.lora_{half}.weight": torch.zeros((2, size)[::order])
+        for i in range(shape["num_hidden_layers"])
+        for half, order in (("A", 1), ("B", -1))
+    }
+    save_file(halves, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": base}))
+    return folder
+
+
+def ids_of(model: str | Path, adapters: Sequence[Path] = ()) -> list[int]:
+    return Encoder.load(model, adapters=adapters).prompts.build(["the cat"])[0].ids.tolist()
+
+
+def test_a_chat_template_is_found_by_path_as_by_name(instruct: Path, golden_dir: Path, tmp_path: Path) -> None:
+    expected = ids_of(INSTRUCT)
+    cache = tmp_path / "hub" / "models--meta-llama--Meta-Llama-3-8B-Instruct" / "snapshots" / "0123"
+    elsewhere = [shutil.copytree(instruct, path) for path in (cache, tmp_path / "decoder")]
+    assert ids_of(instruct) == ids_of(cache) == expected
+    assert ids_of(elsewhere[1]) != expected  # nothing says what this decoder is
+    config = json.loads((instruct / "config.json").read_text())
+    (tmp_path / "decoder" / "config.json").write_text(json.dumps({**config, "_name_or_path": INSTRUCT}))
+    assert ids_of(tmp_path / "decoder") == expected
+
+
+def test_an_adapter_says_which_decoder_a_path_is(
+    instruct: Path, golden_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = ids_of(INSTRUCT)
+    by_name = adapter_of(INSTRUCT, golden_dir, tmp_path / "home" / "models" / "org" / "adapter")
+    assert ids_of(by_name) == ids_of("org/adapter") == expected  # its base lies beside it
+    decoder = tmp_path / "decoder"
+    shutil.move(instruct, decoder)
+    monkeypatch.chdir(tmp_path.parent)
+    for path in (decoder, decoder.relative_to(tmp_path.parent), Path(f"./{decoder.relative_to(tmp_path.parent)}")):
+        assert ids_of(path, [by_name]) == expected
+    by_path = adapter_of(str(decoder), golden_dir, tmp_path / "local")
+    assert ids_of(by_path) != expected
+    (by_path / "config.json").write_text(json.dumps({"_name_or_path": INSTRUCT}))  # as published LLM2Vec adapters
+    assert ids_of(by_path) == expected
+    assert open_checkpoint(by_path).trained_as == INSTRUCT
 
 
 def test_offline_and_not_cached(published: Path) -> None:

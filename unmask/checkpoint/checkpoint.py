@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from unmask.checkpoint.adapter import Adapter, MergedTensors
+from unmask.checkpoint.adapter_config import AdapterConfig
 from unmask.checkpoint.digest import file_sha256
 from unmask.checkpoint.gguf import open_gguf
 from unmask.checkpoint.head import HEAD_FILE, HeadTensors, read_head_file
 from unmask.checkpoint.modules import BIDIRECTIONAL_TYPES, ModulesDescription, read_dense_layers, read_modules
-from unmask.checkpoint.resolve import Location, resolve
+from unmask.checkpoint.resolve import Location, is_hub_id, resolve
 from unmask.checkpoint.tensors import (
     EMBEDDING,
     UNQUANTISED,
@@ -42,7 +43,7 @@ class Checkpoint:
         tokenizer: the model's own.
         encoder_config: `llm2vec_config.json` where there is one (pooling_mode, max_length, ...), else `modules.json` or
             a GGUF file's own settings in the same words, else empty.
-        trained_as: the hub name of the decoder it began as; chat templates are kept under it.
+        trained_as: the hub name of the decoder it began as, or a path; chat templates are kept under it.
         files: every file that decides a vector.
         tokenizer_folder: the folder of the tokenizer's files; None for a GGUF file.
         layers: the layers of the files that are left (`encoder.shear`); None for all.
@@ -161,10 +162,24 @@ def _open(location: Location, weights: bool) -> Checkpoint:
         tensors=tensors,
         tokenizer=tokenizer,
         encoder_config=described.settings,
-        trained_as=str(config.get("_name_or_path") or location.trained_as),
+        trained_as=_trained_as(location, config),
         files=tuple(files),
         tokenizer_folder=tokenizer_folder,
     )
+
+
+def _trained_as(location: Location, config: Mapping[str, Any]) -> str:
+    """Return the hub name of the decoder a model began as, by whatever path its files are loaded; else that path.
+
+    LLM2Vec too takes `_name_or_path` where a model is a local folder; its adapters bring a config.json for that.
+    """
+    if is_hub_id(config.get("_name_or_path")):
+        return str(config["_name_or_path"])
+    if not Path(location.trained_as).is_absolute():
+        return location.trained_as
+    named = [_read_json(folder / "config.json").get("_name_or_path") for folder in location.adapters]
+    named += [AdapterConfig.read(folder).base for folder in location.adapters[:1]]
+    return next((str(name) for name in named if is_hub_id(name)), location.trained_as)
 
 
 def _tensors(location: Location, weights: bool, embedding: TensorSource | None = None) -> TensorSource:
@@ -202,7 +217,7 @@ def _description(folders: Sequence[Path], config: Mapping[str, Any], weights: bo
         weights: open the layers behind the pooling.
     """
     for i, folder in enumerate(folders):
-        settings = _encoder_config(folder)
+        settings = _read_json(folder / "llm2vec_config.json")
         if settings:
             # Training carries the steps of a head on to its adapter; the layers stay in the base's folder.
             dense = any(step.get("kind") == "dense" for step in settings.get("head") or ())
@@ -293,18 +308,17 @@ def _own_tokenizer_file(folder: Path) -> Path | None:
     return next((folder / name for name in TOKENIZER_FILES if (folder / name).is_file()), None)
 
 
-def _encoder_config(folder: Path) -> dict[str, Any]:
-    """The `llm2vec_config.json` of a folder, empty where there is none."""
-    file = folder / "llm2vec_config.json"
+def _read_json(file: Path) -> dict[str, Any]:
+    """The content of a JSON file, empty where there is none."""
     if not file.is_file():
         return {}
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{file} is not JSON: {error}") from error
-    if not isinstance(config, dict):
+    if not isinstance(content, dict):
         raise CheckpointError(f"{file} is not a JSON object")
-    return config
+    return content
 
 
 def _check_vocabulary(name: str, tensors: TensorSource, tokenizer: TextTokenizer) -> None:

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,7 +39,7 @@ class Location:
         name: the name that the caller gave.
         base: a folder in the hub's layout, or a `.gguf` file.
         adapters: adapter folders, in merging order.
-        trained_as: hub name (or path) of the base.
+        trained_as: hub name of the base, or its path.
         embedding: the model that gives token embedding and tokenizer, where `base` is a folder without them.
     """
 
@@ -79,15 +80,15 @@ def _follow(name: str, seen: tuple[str, ...], weights: bool) -> Location:
     if path.is_file() or not (path / "adapter_config.json").is_file():
         below = _embedding_source(path)
         if below is None:
-            return Location(name, path, (), name)
+            return Location(name, path, (), _name_of(name, path))
         source = _follow(below, (*seen, name), weights)
         return Location(name, path, (), source.trained_as, source)
     config = AdapterConfig.read(path)
     base = config.base
     if (path / "config.json").is_file() and _holds_weights(path):
         # A full model that also keeps its adapter's files: transformers would load the weights and then the adapter.
-        return Location(name, path, (path,), name)
-    first_stage = TRAINED_ON.get(name) or TRAINED_ON.get(_published_name(path))
+        return Location(name, path, (path,), _name_of(name, path))
+    first_stage = TRAINED_ON.get(name) or TRAINED_ON.get(published_name(path))
     if first_stage is not None and base not in (None, first_stage):
         base = first_stage
     if not base:
@@ -117,9 +118,30 @@ def _holds_weights(path: Path) -> bool:
     return any(path.glob("model*.safetensors")) or any(path.glob("pytorch_model*.bin"))
 
 
-def _published_name(path: Path) -> str:
-    """Return `<org>/<name>` from the last two folders, so that a local mirror of a hub model is recognised."""
+def _name_of(name: str, path: Path) -> str:
+    """Return the hub name by which a model was asked for, or its absolute path: `runs/best` may be either."""
+    return str(path) if Path(name).expanduser().exists() else name
+
+
+def published_name(path: Path) -> str:
+    """Return `<org>/<name>` from the last two folders of a mirror, or from the hub's cache.
+
+    >>> published_name(Path("/mirror/org/name")), published_name(Path("/hub/models--org--name/snapshots/1f0a"))
+    ('org/name', 'org/name')
+    """
+    cached = path.parts[-3] if path.parts[-2:-1] == ("snapshots",) and len(path.parts) > 2 else ""
+    if cached.startswith("models--"):
+        return cached.removeprefix("models--").replace("--", "/")
     return "/".join(path.parts[-2:])
+
+
+def is_hub_id(name: object) -> bool:
+    """True for `<org>/<name>`.
+
+    >>> is_hub_id("org/name-1.5"), is_hub_id("./name"), is_hub_id("/a/b"), is_hub_id(None)
+    (True, False, False, False)
+    """
+    return isinstance(name, str) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
 
 
 def _adapter_folder(name: str, weights: bool) -> Path:

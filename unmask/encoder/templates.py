@@ -4,8 +4,10 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
+from unmask.checkpoint.resolve import published_name
 from unmask.errors import CheckpointError
 
 
@@ -26,13 +28,17 @@ class Template:
 def template_for(trained_as: str, encoder_config: Mapping[str, Any]) -> Template:
     """Return the template a model carries in its own `llm2vec_config.json` ("template"), or the one of its decoder.
 
+    Args:
+        trained_as: hub name of the decoder, or its path, which may lie in a mirror or cache of the hub.
+        encoder_config: `llm2vec_config.json`.
+
     Raises:
         CheckpointError: the model carries one that is not made of the fields above.
     """
     carried = encoder_config.get("template")
     if carried is None:
         table = tomllib.loads(files("unmask.encoder").joinpath("templates.toml").read_text(encoding="utf-8"))
-        carried = table.get(trained_as, {})
+        carried = table.get(trained_as) or table.get(published_name(Path(trained_as)), {})
     try:
         return Template(**carried)
     except TypeError as error:
