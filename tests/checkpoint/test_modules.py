@@ -292,6 +292,38 @@ def test_llm2vec_config_wins_over_modules(edited: Callable[[Mapping[str, Any]], 
     assert encoder.head is None and encoder.dim == HIDDEN_SIZE and not encoder.causal
 
 
+def zero_adapter(folder: Path, base: Path) -> Path:
+    """An adapter that changes nothing."""
+    folder.mkdir()
+    halves = {"A": torch.zeros(4, HIDDEN_SIZE), "B": torch.zeros(HIDDEN_SIZE, 4)}
+    tensors = {
+        f"base_model.model.layers.{i}.self_attn.q_proj.lora_{half}.weight": tensor.clone()
+        for i in range(2)
+        for half, tensor in halves.items()
+    }
+    save_file(tensors, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(base)}))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["nvidia/llama-embed-nemotron-8b", "codefuse-ai/F2LLM-0.6B"])
+def test_an_adapter_keeps_what_its_base_says(name: str, tmp_path: Path) -> None:
+    base = write_layout(tmp_path / "base", replace(LAYOUTS[name], dense=((HIDDEN_SIZE, 16, "Tanh"),)))
+    encoders = [Encoder.load(base), Encoder.load(zero_adapter(tmp_path / "adapter", base))]
+    assert encoders[0].checkpoint.encoder_config == encoders[1].checkpoint.encoder_config
+    assert encoders[1].dim == 16 and encoders[1].max_length == 48
+    assert difference(encoders[1].encode_query(TEXTS), encoders[0].encode_query(TEXTS)) <= TOLERANCE
+
+
+def test_a_bidirectional_type_alone_has_the_length_of_its_files(tmp_path: Path) -> None:
+    base = write_layout(tmp_path / "base", LAYOUTS["nvidia/llama-embed-nemotron-8b"])
+    (base / "modules.json").unlink()
+    for folder in (base, zero_adapter(tmp_path / "adapter", base)):
+        encoder = Encoder.load(folder)
+        assert encoder.max_length == 96 and not encoder.causal and encoder.pooling == "mean"
+
+
 def test_reference_mode_is_for_llm2vec_alone(with_dense: Path) -> None:
     with pytest.raises(UsageError, match="no model of its kind"):
         Encoder.load(with_dense, compat="reference")

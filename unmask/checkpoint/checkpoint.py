@@ -13,7 +13,13 @@ from unmask.checkpoint.adapter_config import AdapterConfig
 from unmask.checkpoint.digest import file_sha256
 from unmask.checkpoint.gguf import open_gguf
 from unmask.checkpoint.head import HEAD_FILE, HeadTensors, read_head_file
-from unmask.checkpoint.modules import BIDIRECTIONAL_TYPES, ModulesDescription, read_dense_layers, read_modules
+from unmask.checkpoint.modules import (
+    BIDIRECTIONAL_TYPES,
+    ModulesDescription,
+    describe_bidirectional_type,
+    read_dense_layers,
+    read_modules,
+)
 from unmask.checkpoint.resolve import Location, is_hub_id, resolve
 from unmask.checkpoint.tensors import (
     EMBEDDING,
@@ -209,7 +215,7 @@ def _with_sequence_tokens(tokenizer: TextTokenizer, settings: Mapping[str, Any])
 
 
 def _description(folders: Sequence[Path], config: Mapping[str, Any], weights: bool) -> ModulesDescription | None:
-    """The outermost description of the encoder: an `llm2vec_config.json`, else a `modules.json`.
+    """The outermost description of the encoder: an `llm2vec_config.json` or `modules.json`, else the decoder's type.
 
     Args:
         folders: the outermost first: the last adapter's, ..., the base's.
@@ -228,7 +234,7 @@ def _description(folders: Sequence[Path], config: Mapping[str, Any], weights: bo
         modules = read_modules(folder, config, weights=weights)
         if modules is not None:
             return modules
-    return None
+    return describe_bidirectional_type(folders[-1], config) if folders else None
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def read_modules(folder: Path, config: Mapping[str, Any], *, weights: bool = Tru
         CheckpointError: a setting means a vector that `Encoder` does not compute; all such settings are named.
     """
     if not (folder / "modules.json").is_file():
-        return _bidirectional_type(folder, config)
+        return None
     reader = _FolderReader(folder, config, weights)
     settings = reader.settings()
     if reader.differences:
@@ -131,8 +131,13 @@ def read_dense_layers(folder: Path, config: Mapping[str, Any], *, weights: bool 
     return ModulesDescription({}, reader.files, reader.layers)
 
 
-def _bidirectional_type(folder: Path, config: Mapping[str, Any]) -> ModulesDescription | None:
-    """A folder without `modules.json` whose model_type says that it is an encoder, with its pooling in config.json."""
+def describe_bidirectional_type(folder: Path, config: Mapping[str, Any]) -> ModulesDescription | None:
+    """Describe a decoder without `modules.json` whose model_type says that it is an encoder; None for other types.
+
+    Args:
+        folder: of the decoder.
+        config: its `config.json`, which may hold the pooling.
+    """
     if config.get("model_type") not in BIDIRECTIONAL_TYPES:
         return None
     if config.get("pooling", "avg") != "avg":
@@ -140,8 +145,10 @@ def _bidirectional_type(folder: Path, config: Mapping[str, Any]) -> ModulesDescr
             f"{folder / 'config.json'} describes a {config['model_type']} with pooling {config['pooling']!r}, which "
             "unmask does not compute"
         )
-    settings = {"prompt_style": SENTENCE_TRANSFORMERS, "causal": False, "pooling_mode": "mean"}
-    return ModulesDescription({**settings, "skip_instruction": False, "head": [{"kind": "normalize"}]})
+    settings: dict[str, Any] = {"prompt_style": SENTENCE_TRANSFORMERS, "causal": False, "pooling_mode": "mean"}
+    length = _FolderReader(folder, config, weights=False).longest_sequence()
+    settings |= {"skip_instruction": False, "head": [{"kind": "normalize"}], "max_length": length}
+    return ModulesDescription(settings)
 
 
 class _FolderReader:
@@ -314,6 +321,11 @@ class _FolderReader:
         self._check_prefix_space(tokenizer)
         if (length := self._whole_number(lengths, "max_seq_length")) is not None:
             return length
+        return self.longest_sequence()
+
+    def longest_sequence(self) -> int | None:
+        """Return the shorter of the tokenizer's and the decoder's length."""
+        tokenizer = self._read("tokenizer_config.json", dict, decides=False)
         limits = (tokenizer.get("model_max_length"), self.config.get("max_position_embeddings"))
         return min((int(limit) for limit in limits if limit), default=None)
 
