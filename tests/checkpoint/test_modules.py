@@ -239,6 +239,37 @@ def test_another_vector_is_refused_by_name(
         Encoder.load(edited(changes))
 
 
+def enclose(folder: Path, outer: Mapping[str, Any]) -> Path:
+    """Put config.json one level down, as in a multimodal model."""
+    file = folder / "config.json"
+    file.write_text(json.dumps({"model_type": "whole", **outer, "text_config": json.loads(file.read_text())}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("outer", "message"),
+    [
+        ({"auto_map": {"AutoModel": "modeling_own.Model"}}, r"code of its own, modeling_own\.Model"),
+        ({"matryoshka_dimensions": [8, 17]}, "matryoshka_dimensions 17 of vectors with 16 numbers"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "the weights are quantised .*fp8"),
+        ({"is_causal": True}, r"is_causal is True, but False in its text_config"),
+        ({"use_bidirectional_attention": "vision"}, "use_bidirectional_attention='vision'"),
+    ],
+)
+def test_the_outer_part_of_a_config_is_followed(
+    outer: Mapping[str, Any], message: str, edited: Callable[[Mapping[str, Any]], Path]
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        Encoder.load(enclose(edited({}), outer))
+
+
+def test_an_outer_part_says_mask_and_lengths(tmp_path: Path) -> None:
+    folder = write_layout(tmp_path / "model", replace(TINY, config={"model_type": "qwen3"}))
+    assert Encoder.load(folder).causal
+    encoder = Encoder.load(enclose(folder, {"is_causal": False, "matryoshka_dimensions": [16, 8]}))
+    assert not encoder.causal and encoder.checkpoint.encoder_config["matryoshka"] == [8, 16]
+
+
 @pytest.mark.parametrize(
     ("types", "message"),
     [

@@ -36,6 +36,11 @@ from unmask.errors import CheckpointError, StorageError
 
 # Entries of a config.json by which transformers and others quantise; MLX writes the last.
 _QUANTISATIONS = ("quantization_config", "compression_config", "quantization")
+# Keys of a multimodal config.json that count for its decoder too.
+_WHOLE_MODEL_KEYS = (
+    *("auto_map", "is_causal", "use_bidirectional_attention", "matryoshka_dimensions", "pooling"),
+    *_QUANTISATIONS,
+)
 
 
 @dataclass(frozen=True)
@@ -249,7 +254,28 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} names no model_type, so the architecture is unknown")
     # A multimodal file keeps its decoder's shape one level down.
     text = config.get("text_config")
-    return {**text, "_name_or_path": config.get("_name_or_path")} if isinstance(text, dict) else config
+    return _text_config(config, text, file) if isinstance(text, dict) else config
+
+
+def _text_config(config: Mapping[str, Any], text: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """Return the decoder's part of a multimodal config, with what the outer part says of the whole model.
+
+    Raises:
+        CheckpointError: the parts contradict each other.
+    """
+    joined = {"model_type": config["model_type"], **text, "_name_or_path": config.get("_name_or_path")}
+    for key in _WHOLE_MODEL_KEYS:
+        value, of_text = config.get(key), text.get(key)
+        if isinstance(value, dict) and isinstance(of_text, dict):
+            joined[key] = {**of_text, **value}
+        elif None not in (value, of_text) and value != of_text:
+            raise CheckpointError(
+                f"{file}: {key} is {value!r:.80}, but {of_text!r:.80} in its text_config; remove the one that does not "
+                "hold for this model"
+            )
+        elif value is not None:
+            joined[key] = value
+    return joined
 
 
 def _require_unquantised_config(config: Mapping[str, Any], folder: Path) -> None:
