@@ -13,6 +13,7 @@ from unmask.checkpoint.adapter_config import AdapterConfig
 from unmask.checkpoint.digest import file_sha256
 from unmask.checkpoint.gguf import open_gguf
 from unmask.checkpoint.head import HEAD_FILE, HeadTensors, read_head_file
+from unmask.checkpoint.hub_config import with_class_numbers
 from unmask.checkpoint.modules import (
     BIDIRECTIONAL_TYPES,
     ModulesDescription,
@@ -165,7 +166,7 @@ def _open(location: Location, weights: bool) -> Checkpoint:
     if weights:
         _check_vocabulary(location.name, tensors, tokenizer)
         tensors = FiniteTensors(tensors, location.name)
-    if merged:
+    if merged or (weights and "vocab_size" not in config):
         config["vocab_size"] = tensors.shape(EMBEDDING)[0]  # an adapter may bring an embedding of its own size
     return Checkpoint(
         name=location.name,
@@ -254,7 +255,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} names no model_type, so the architecture is unknown")
     # A multimodal file keeps its decoder's shape one level down.
     text = config.get("text_config")
-    return _text_config(config, text, file) if isinstance(text, dict) else config
+    is_part = isinstance(text, dict)
+    return with_class_numbers(_text_config(config, text, file) if is_part else config, is_part)
 
 
 def _text_config(config: Mapping[str, Any], text: Mapping[str, Any], file: Path) -> dict[str, Any]:

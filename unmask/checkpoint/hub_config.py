@@ -42,7 +42,76 @@ _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma2": _GELU,
     "gemma3_text": {**_GELU, "rope_theta": 1_000_000.0, "rope_local_base_freq": 10000.0},
 }
+_QWEN_NUMBERS = {
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "max_position_embeddings": 32768,
+}
+# Numbers that transformers' config classes give a config without them, as of version 5; a test compares them. A
+# multimodal config.json leaves out what its decoder's class says. Null is no missing value: it states "no window", or
+# as many key-value heads as heads.
+CLASS_NUMBERS: Mapping[str, Mapping[str, int]] = {
+    "llama": {
+        "num_attention_heads": 32,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "max_position_embeddings": 2048,
+    },
+    "mistral": {
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+    "qwen2": _QWEN_NUMBERS,
+    "qwen3": _QWEN_NUMBERS,
+    "gemma": {
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "hidden_size": 3072,
+        "intermediate_size": 24576,
+        "num_hidden_layers": 28,
+        "max_position_embeddings": 8192,
+    },
+    **{
+        family: {
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "num_hidden_layers": 26,
+            "max_position_embeddings": positions,
+            "sliding_window": 4096,
+        }
+        for family, positions in (("gemma2", 8192), ("gemma3_text", 131072))
+    },
+}
+# Sizes that decide how weights are read: a config.json of a decoder alone that lacks one is damaged.
+_SIZES = ("num_attention_heads", "hidden_size", "intermediate_size", "num_hidden_layers")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def with_class_numbers(config: Mapping[str, Any], is_part: bool) -> dict[str, Any]:
+    """Return a decoder's configuration with the numbers that the config class of its family adds.
+
+    Args:
+        config: as read from a file; a family that is not in the table is returned as it is.
+        is_part: it is the part of a multimodal one, where sizes may be missing too.
+    """
+    family = str(config["model_type"])
+    numbers = CLASS_NUMBERS.get("gemma3_text" if family == "gemma3" else family, {})
+    filled = {key: value for key, value in numbers.items() if is_part or key not in _SIZES} | dict(config)
+    heads, groups = filled.get("num_attention_heads"), filled.get("num_key_value_heads")
+    if "num_key_value_heads" not in config and isinstance(heads, int) and groups and heads % groups:
+        del filled["num_key_value_heads"]  # the weights cannot be shaped so; as many as heads is the older default
+    return filled
 
 
 def hub_config(config: Mapping[str, Any], causal: bool) -> dict[str, Any]:
