@@ -5,14 +5,17 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file, save_file
 
+from tests.checkpoint.layouts import HIDDEN_SIZE, LAYOUTS, write_layout
 from tests.mirror import published_mirror
 from unmask import Encoder
 from unmask.checkpoint import open_checkpoint
@@ -106,6 +109,41 @@ def test_a_mirror_under_home(golden_dir: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("UNMASK_HOME", str(tmp_path))
     shutil.copytree(golden_dir / "tiny_llama", tmp_path / "models" / "org" / "name")
     assert resolve("org/name").base == tmp_path / "models" / "org" / "name"
+
+
+@pytest.mark.parametrize("root", ["safetensors", "bin"])
+@pytest.mark.parametrize("dense", ["safetensors", "bin"])
+def test_weights_in_any_form_are_fetched(
+    root: str, dense: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = replace(LAYOUTS["codefuse-ai/F2LLM-0.6B"], dense=((HIDDEN_SIZE, 16, "Tanh"),))
+    hub = write_layout(tmp_path / "hub", layout)
+    expected = Encoder.load(hub).encode("a text")
+    for form, folder in ((root, hub), (dense, hub / "2_Dense")):
+        if form == "bin":
+            torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+            (folder / "model.safetensors").unlink()
+        else:
+            (folder / "pytorch_model.bin").write_bytes(b"the same again, which need not be fetched")
+    (hub / "checkpoint-5").mkdir()
+    (hub / "checkpoint-5" / "pytorch_model.bin").write_bytes(b"of the training")
+    cache = tmp_path / "cache"
+
+    def fetch(repo: str, allow_patterns: list[str]) -> str:
+        files = [file.relative_to(hub).as_posix() for file in hub.rglob("*") if file.is_file()]
+        for name in filter_repo_objects(files, allow_patterns=allow_patterns):
+            (cache / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(hub / name, cache / name)
+        return str(cache)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    monkeypatch.setenv("UNMASK_HOME", str(tmp_path / "home"))
+    np.testing.assert_array_equal(Encoder.load("org/name").encode("a text"), expected)
+    fetched = {file.relative_to(cache).as_posix() for file in cache.rglob("*.bin")}
+    assert fetched == {
+        *(["pytorch_model.bin"] if root == "bin" else []),
+        *(["2_Dense/pytorch_model.bin"] if dense == "bin" else []),
+    }
 
 
 INSTRUCT = "meta-llama/Meta-Llama-3-8B-Instruct"

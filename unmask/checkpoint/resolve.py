@@ -180,6 +180,23 @@ def local_path(name: str, *, weights: bool = True) -> Path:
     return _fetch_from_hub(name, weights)
 
 
+def _pickles_of(folder: Path) -> list[str]:
+    """Patterns for the `.bin` files of a fetched model whose parts came without safetensors.
+
+    Args:
+        folder: holds the model's JSON files and safetensors.
+    """
+    patterns = [] if any(folder.glob("*.safetensors")) else ["pytorch_model*.bin", "adapter_model.bin"]
+    try:
+        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+        paths = [str(module.get("path") or "") for module in modules]
+    except (OSError, ValueError, AttributeError, TypeError):
+        return patterns  # there is none, or whoever reads it says what is wrong with it
+    with_weights = [path for path in paths if path and ".." not in path and (folder / path / "config.json").is_file()]
+    bare = [path for path in with_weights if not any((folder / path).glob("*.safetensors"))]
+    return patterns + [f"{path}/pytorch_model*.bin" for path in bare]
+
+
 def _fetch_from_hub(repo: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -196,8 +213,8 @@ def _fetch_from_hub(repo: str, weights: bool) -> Path:
         folder = Path(snapshot_download(repo, allow_patterns=["*.json", "tokenizer.model"]))
         if weights:
             snapshot_download(repo, allow_patterns=["*.safetensors"])
-        if weights and not any(folder.glob("*.safetensors")):
-            snapshot_download(repo, allow_patterns=["pytorch_model*.bin", "adapter_model.bin"])
+            if pickles := _pickles_of(folder):
+                snapshot_download(repo, allow_patterns=pickles)
     except GatedRepoError as error:
         raise ModelNotFound(
             f"{repo} is gated on the hub: accept its licence there and set HF_TOKEN to a token that may read it"
