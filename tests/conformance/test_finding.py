@@ -4,7 +4,7 @@ import asyncio
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from tests.checkpoint.layouts import HIDDEN_SIZE, LAYOUTS, write_layout
 from unmask.conformance import (
     Answer,
     Finding,
@@ -329,3 +330,25 @@ def test_a_template_and_adapters_left_out_are_in_the_bank(golden_dir: Path, tmp_
     assert "leaves out the chat template" in faults and "leaves out adapter 1 of 1 (adapter)" in faults
     for mistake in adapted.bank:
         assert Stub(adapted, mistake.vectors).finding().fault == mistake.fault
+
+
+@pytest.mark.parametrize("form", ["all tokens are pooled", "BOS is not pooled"])
+def test_a_model_that_pools_its_first_token_has_a_bank(form: str, copied, tmp_path: Path) -> None:
+    if form == "BOS is not pooled":
+        folder = copied("tiny_llama")
+        (folder / "llm2vec_config.json").write_text(json.dumps({"pooling_mode": "first_token"}))
+    else:
+        pooling = {"word_embedding_dimension": HIDDEN_SIZE, "pooling_mode_cls_token": True}
+        layout = LAYOUTS["nvidia/llama-embed-nemotron-8b"]
+        folder = write_layout(tmp_path / "model", replace(layout, pooling=pooling))
+    bank = build_references(str(folder), model="first")
+    poolings = {mistake.fault: mistake for mistake in bank.bank if "; the model pools" in mistake.fault}
+    others = {"the mean", "the weighted mean", "the last token"}
+    others |= {"the first token"} if form == "BOS is not pooled" else set()
+    assert set(poolings) == {f"pools {other}; the model pools the first token of the text" for other in others}
+    for mistake in poolings.values():
+        assert Stub(bank, mistake.vectors).finding().fault == mistake.fault
+
+
+def test_the_first_token_of_the_text_is_a_mistake_of_its_own(references: References) -> None:
+    assert "pools the first token of the text; the model pools the mean" in [x.fault for x in references.bank]

@@ -48,7 +48,8 @@ class ModelOptions:
     Attributes:
         model: Shipped id, hub id, folder or .gguf file.
         adapter: LoRA adapter to merge into the model. Repeat it to merge several, in this order.
-        pooling: mean, weighted_mean, eos_token, last_token or bos_token. Default: the model's own, else mean.
+        pooling: mean, weighted_mean, eos_token, last_token, first_token or bos_token. Default: the model's own, else
+            mean.
         max_length: Most tokens of a text, special tokens included. Default: the model's own, else 512.
         compat: "reference" gives the published LLM2Vec vectors, quirks included.
     """

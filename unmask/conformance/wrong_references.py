@@ -22,6 +22,7 @@ _POOLING_WORDS = {
     "weighted_mean": "the weighted mean",
     "last_token": "the last token",
     "eos_token": "the EOS token",
+    "first_token": "the first token of the text",
     "bos_token": "the first token",
 }
 _TRUNCATIONS = (128, 256, 512)
@@ -103,7 +104,11 @@ def _poolings(subject: _Subject) -> Iterator[WrongReference]:
         return 0, len(prompt.ids)
 
     same = {"eos_token": "last_token"}
-    for pooling in ("mean", "weighted_mean", "last_token", "bos_token"):
+    if all(prompt.pooled[0] == 0 for prompt in subject.prompts):
+        same["first_token"] = "bos_token"  # all tokens are pooled, BOS too
+    for pooling in ("mean", "weighted_mean", "last_token", "first_token", "bos_token"):
+        if pooling in same:
+            continue  # the other name stands for both
         if same.get(right, right) != pooling:
             fault = f"pools {_POOLING_WORDS[pooling]}; the model pools {_POOLING_WORDS[right]}"
             yield WrongReference(fault, pooled(pooling, lambda prompt: prompt.pooled))
