@@ -1,6 +1,7 @@
 """GGUF files: llama.cpp gives the model's vectors, and our own reader the tensors and ids that were written."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import torch
 from safetensors.torch import save_file
 
 from tests.checkpoint.layouts import LAYOUTS, write_layout
-from tests.export.tiny import FAMILIES, FEW, tiny_model
+from tests.export.tiny import FAMILIES, FEW, tiny_model, tokenizer_without_bos
 from unmask import Encoder
 from unmask.checkpoint.gguf import open_gguf, tensor_types
 from unmask.errors import ExportError
 from unmask.export import ExportOptions, ParityReport, run_export, run_parity
+from unmask.export.parity import parity_texts
 
 TEXTS = ["an ordinary text", "x", "  two blanks, and 12 numbers ", "東京 été"]
 
@@ -142,6 +144,42 @@ def test_a_window_that_looks_back_only_is_refused(tmp_path: Path) -> None:
         exported(model, tmp_path / "out")
 
 
+WINDOWED = {"sliding_window": 20, "use_sliding_window": True, "max_window_layers": 0}
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gemma2", "gemma3"])
+def test_a_causal_window_is_written_where_llama_cpp_applies_it(tmp_path: Path, family: str) -> None:
+    kind = FAMILIES[family]["model_type"]
+    layout = replace(
+        LAYOUTS["codefuse-ai/F2LLM-0.6B"],
+        config={**FAMILIES[family], **WINDOWED, "layer_types": None},
+        tokenizer=tokenizer_without_bos,
+        prompts={},
+        lengths={"max_seq_length": 200},
+    )
+    model = write_layout(tmp_path / "model", layout)
+    longer = [*FEW, "the river runs under an old stone bridge " * 9]
+    if kind.startswith("gemma"):
+        assert worst(exported(model, tmp_path / "out", texts=longer)) >= 0.9999
+        return
+    with pytest.raises(ExportError, match=r"a window shorter than a text: llama\.cpp has no window for this family"):
+        exported(model, tmp_path / "out", texts=longer)
+    within = write_layout(tmp_path / "within", replace(layout, lengths={"max_seq_length": 20}))
+    assert worst(exported(within, tmp_path / "out")) >= 0.9999
+
+
+@pytest.mark.parametrize(("max_length", "longest"), [(4000, 2612), (2300, 2300), (2100, 2048)])
+def test_one_text_of_parity_goes_beyond_a_window(tmp_path: Path, max_length: int, longest: int) -> None:
+    layout = replace(
+        LAYOUTS["codefuse-ai/F2LLM-0.6B"],
+        config={"model_type": "mistral", "sliding_window": 2100, "max_position_embeddings": 4096},
+        lengths={"max_seq_length": max_length},
+    )
+    encoder = Encoder.load(write_layout(tmp_path / "model", layout))
+    lengths = encoder.count_tokens([text.text for text in parity_texts(encoder, truncating=False)])
+    assert longest - 12 < max(lengths) <= longest
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_models_of_other_makers_are_written_or_refused_with_the_reason(tmp_path: Path, layout: str) -> None:
     model = write_layout(tmp_path / "model", LAYOUTS[layout])
@@ -149,7 +187,9 @@ def test_models_of_other_makers_are_written_or_refused_with_the_reason(tmp_path:
         report = exported(model, tmp_path / "out")
     except ExportError as error:
         assert "--to gguf" in str(error) and not (tmp_path / "out").exists()
-        assert layout in ("google/embeddinggemma-300m", "intfloat/e5-mistral-7b-instruct") or "tokenizer" in str(error)
+        windowed = "a window shorter than a text" in str(error)
+        assert windowed == (LAYOUTS[layout].config["model_type"] == "mistral")
+        assert layout == "google/embeddinggemma-300m" or windowed or "tokenizer" in str(error)
     else:
         assert worst(report) >= 0.9999
 

@@ -46,12 +46,13 @@ def canary_texts(prompts: PromptBuilder, max_tokens: int) -> tuple[CanaryText, .
         max_tokens: the longest sequence of the model.
     """
     boundaries = sorted({*(k for k in _BOUNDARIES if k < max_tokens), min(max_tokens, _LONGEST)})
-    pairs = [
-        CanaryText("boundaries", text, boundary=boundary)
-        for boundary in boundaries
-        for text in _pair(prompts, boundary, _data()["boundary"])
-    ]
+    pairs = [canary for boundary in boundaries for canary in boundary_pair(prompts, boundary)]
     return tuple(canary for canary in (*fixed_texts(), *pairs) if _fits(prompts, canary))
+
+
+def boundary_pair(prompts: PromptBuilder, boundary: int) -> list[CanaryText]:
+    """Return two texts of at most `boundary` tokens and close to it, which differ in their last words."""
+    return [CanaryText("boundaries", text, boundary=boundary) for text in _pair(prompts, boundary, _data()["boundary"])]
 
 
 def fixed_texts() -> tuple[CanaryText, ...]:

@@ -50,6 +50,11 @@ Trait = Literal[
 # Decoders that add the output of attention to the residual stream without a norm.
 _WITHOUT_NORMS_BEHIND_ATTENTION = ("llama", "mistral", "qwen2")
 
+# Families whose window llama.cpp applies. Those of Mistral and Qwen it does not read. Gemma 3 is written as
+# gemma-embedding where it has no causal mask.
+_WITH_WINDOW_BACK = ("gemma2", "gemma3_text", "gemma3")
+_WITH_WINDOW_ON_BOTH_SIDES = ("gemma3_text", "gemma3")
+
 TARGETS: tuple[Target, ...] = ("hub", "onnx", "gguf")
 DTYPES: Mapping[Target, tuple[str, ...]] = {
     "hub": ("float32", "float16", "bfloat16"),
@@ -121,8 +126,8 @@ RULES: tuple[Rule, ...] = (
          "known here; use llama.cpp's own converter"),
     Rule("gguf", "RoPE of a kind without a field", "impossible", "llama.cpp stretches positions otherwise; use "
          "--to onnx"),
-    Rule("gguf", "a window shorter than a text", "impossible", "llama.cpp's window of this family looks back only; "
-         "--to onnx, or a max_length within the window"),
+    Rule("gguf", "a window shorter than a text", "impossible", "llama.cpp has no window for this family, or one that "
+         "looks back only; --to onnx, or a max_length within the window"),
     Rule("gguf", "an attention scale of its own", "impossible", "llama.cpp scales attention by the size of a head; "
          "--to onnx"),
     Rule("gguf", "a text handling of the reference", "impossible", "no runtime reproduces the reference's quirks"),
@@ -280,13 +285,13 @@ def _traits_of_decoder(model: ExportedModel) -> dict[Trait, bool]:
     if shape is None:
         return {"no row in the table of architectures": True}
     kinds = {rope.kind for rope in shape.ropes}
-    # gemma-embedding, the name that Gemma 3 gets, has a window on both sides.
-    one_sided = model.checkpoint.config.get("model_type") not in ("gemma3_text", "gemma3") and not model.causal
+    families = _WITH_WINDOW_BACK if model.causal else _WITH_WINDOW_ON_BOTH_SIDES
+    has_window = model.checkpoint.config.get("model_type") in families
     windows = [window for window in shape.windows if window is not None]
     return {
         "RoPE by stored factors": any(rope.factors for rope in shape.ropes) and not _has_llama3_rule(shape),
         "RoPE of a kind without a field": not kinds <= {"default", "linear", "llama3"},
-        "a window shorter than a text": one_sided and any(window < model.max_length for window in windows),
+        "a window shorter than a text": not has_window and any(window < model.max_length for window in windows),
         "an attention scale of its own": abs(shape.attention_scale * shape.head_dim**0.5 - 1) > 1e-6,
     }
 

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from unmask.conformance import CanaryAnswers, PrecisionClass, build_references, examine
-from unmask.conformance.canaries import CanaryText, canary_texts, fixed_texts
+from unmask.conformance.canaries import CanaryText, boundary_pair, canary_texts, fixed_texts
 from unmask.conformance.references import distances
 from unmask.encoder import Encoder
+from unmask.encoder.model.architectures import shape_of
 from unmask.encoder.unit_length import unit_length
 from unmask.export.capabilities import ExportedModel, ExportVerdict, Target, TextException, judge, traits_of
 from unmask.export.runtimes import PROMPT_NAMES, OtherRuntime, RuntimeKind, TextUse, open_runtimes
@@ -50,6 +51,8 @@ _BATCH = 8
 _QUERIES = 24  # texts that are also asked for as queries
 _UNIT_LENGTH = 1e-3  # largest error of a length of 1
 _LONGEST = 2048  # tokens; a longer text would cost more than all others together
+# Tokens by which one text goes beyond a window that the others do not reach, and the most that it may have.
+_BEYOND, _LONGEST_BEYOND = 512, 8192
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,8 @@ class ParityReport:
 def parity_texts(encoder: Encoder, *, truncating: bool, own: Sequence[str] = ()) -> list[CanaryText]:
     """Return the texts of a comparison: canary texts, further traps, two texts of the longest length.
 
+    Where the decoder has a window that these do not reach, one more text goes beyond it.
+
     Args:
         truncating: add a text that is too long.
         own: these texts instead.
@@ -121,9 +126,19 @@ def parity_texts(encoder: Encoder, *, truncating: bool, own: Sequence[str] = ())
     texts += [CanaryText("traps", text) for text in data["texts"]]
     longest = min(encoder.max_length, _LONGEST)
     texts += [canary for canary in canary_texts(encoder.prompts, encoder.max_length) if canary.boundary == longest]
+    if (beyond := _length_beyond_window(encoder)) is not None:
+        texts.append(boundary_pair(encoder.prompts, beyond)[0])
     if truncating and encoder.max_length <= _LONGEST // 2:
         texts.append(CanaryText("paragraphs", f"{texts[-1].text} {texts[-1].text}"))
     return texts
+
+
+def _length_beyond_window(encoder: Encoder) -> int | None:
+    """Length at which the shortest window shows, if no usual text is so long and one may be; else None."""
+    shape = shape_of(encoder.checkpoint.config)
+    window = min((window for window in shape.windows if window is not None), default=0) if shape is not None else 0
+    length = min(encoder.max_length, window + _BEYOND)
+    return length if _LONGEST <= window < length <= _LONGEST_BEYOND else None
 
 
 @dataclass(frozen=True, eq=False)
