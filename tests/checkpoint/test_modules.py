@@ -133,6 +133,15 @@ def test_a_setting_is_followed(name: str, tmp_path: Path) -> None:
     assert difference(encoder.encode_document(TEXTS), reference.encode_document(TEXTS)) <= TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["passage", "corpus"])
+def test_a_prompt_of_another_name_stands_before_documents(name: str, tmp_path: Path) -> None:
+    """As the library documents it; its 6.2 finds the empty prompt `document` that it adds by itself."""
+    folder = write_layout(tmp_path / "model", replace(TINY, prompts={"query": "q: ", name: "p: "}))
+    reference, vectors = library(folder), Encoder.load(folder).encode_document(TEXTS)
+    assert difference(vectors, reference.encode(TEXTS, prompt_name=name)) <= TOLERANCE
+    assert difference(vectors, reference.encode_document(TEXTS)) > 100 * TOLERANCE
+
+
 def test_truncation_and_a_default_prompt_are_followed(tmp_path: Path) -> None:
     prompts = {"query": INSTRUCT, "document": "passage: ", "other": "represent: "}
     change = {"prompts": prompts, "default_prompt_name": "other", "truncate_dim": 12}
