@@ -349,7 +349,7 @@ def test_connections_from_before_two_reloads_are_closed_after_their_requests(ups
     upstreams.a.script[:] = upstreams.b.script[:] = [right_later]
     with ThreadPoolExecutor(1) as pool:
         request = pool.submit(upstreams.embed)
-        until(lambda: upstreams.a.requests or upstreams.b.requests)
+        until(lambda: bool(upstreams.a.requests or upstreams.b.requests))
         for _ in range(2):
             upstreams.in_loop(upstreams.pool.reload)
         go_on.set()
