@@ -203,6 +203,80 @@ def test_a_complete_output_and_a_foreign_folder_are_left_alone(
     assert [file.name for file in (tmp_path / "other").iterdir()] == ["mine.txt"]
 
 
+def norms(output: str) -> set[bool]:
+    """Return {True} if all vectors of an output have length 1, {False} if none has, and both in a mixture."""
+    lengths = np.concatenate([np.linalg.norm(np.load(file), axis=1) for file in Path(output).glob("part-*.npy")])
+    return set(np.isclose(lengths, 1, atol=1e-3).tolist())
+
+
+@pytest.mark.parametrize("removed", [0, 2, 9, 12, 19])
+def test_a_restart_that_stops_anywhere_mixes_no_vectors(
+    job: EncodeJob, encoder: Encoder, removed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = replace(job, output_format="npy")
+    launch(job, encoder)
+    assert norms(job.output) == {False}
+    remove, calls = Store.remove, []
+
+    def interrupted(store: Store, name: str) -> None:
+        if len(calls) == removed:
+            raise KeyboardInterrupt
+        calls.append(name)
+        remove(store, name)
+
+    scaled = replace(job, normalize=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "remove", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            launch(replace(scaled, restart=True), encoder)
+    with pytest.raises(UsageError, match="add --restart"):
+        launch(scaled, encoder)
+    launch(replace(scaled, restart=True), encoder)
+    assert norms(job.output) == {True}
+
+
+def test_a_restart_removes_what_another_run_wrote_while_it_waited(
+    job: EncodeJob, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = replace(job, output_format="npy")
+    names, listed = Store.names, []
+
+    def late(store: Store, folder: str = "") -> list[str]:
+        before = names(store, folder)
+        if not listed:
+            listed.append(folder)
+            with pytest.raises(UsageError, match="another run is writing"):
+                launch(job, encoder)
+        return before
+
+    monkeypatch.setattr(Store, "names", late)
+    launch(replace(job, normalize=True, restart=True), encoder)
+    assert listed == [""] and norms(job.output) == {True}
+
+
+def test_manifests_of_other_options_are_refused_without_their_job(job: EncodeJob, encoder: Encoder) -> None:
+    write(Path(job.inputs[0]) / "a.txt", [*A[:10], "", *A[11:]])
+    with pytest.raises(EmptyText):
+        launch(job, encoder)
+    (Path(job.output) / "_unmask" / "job.json").unlink()
+    with pytest.raises(UsageError, match=r"units/00000-00000000\.json was written with other options.* --restart"):
+        launch(replace(job, normalize=True, on_empty="null"), encoder)
+
+
+def test_manifests_of_an_earlier_version_are_counted_and_not_gone_on_with(job: EncodeJob, encoder: Encoder) -> None:
+    write(Path(job.inputs[0]) / "a.txt", [*A[:10], "", *A[11:]])
+    with pytest.raises(EmptyText):
+        launch(job, encoder)
+    for file in (Path(job.output) / "_unmask" / "units").iterdir():
+        manifest = json.loads(file.read_text())
+        del manifest["options_sha256"]
+        file.write_text(json.dumps(manifest))
+    assert read_status(job.output).units == 8
+    with pytest.raises(UsageError, match=r"by an earlier version of unmask: .* add --restart"):
+        launch(replace(job, on_empty="null"), encoder)
+    assert launch(replace(job, on_empty="null", restart=True), encoder).rows == 64
+
+
 def test_one_run_at_a_time(job: EncodeJob, encoder: Encoder) -> None:
     def load() -> Encoder:
         with pytest.raises(UsageError, match="another run is writing"):

@@ -25,15 +25,22 @@ from typing import Any, Literal
 
 import msgspec
 
-from unmask.bulk import units as units_module
-from unmask.bulk.chunks import job_options
 from unmask.bulk.encode_job import EncodeJob
 from unmask.bulk.executor import Executor, ModelDescription, UnitFailure
 from unmask.bulk.inputs import Inputs
 from unmask.bulk.report import EncodeProgress, EncodeReport, Tally
 from unmask.bulk.spool import require_same_options
 from unmask.bulk.storage import Store, is_url
-from unmask.bulk.units import JOB_FILE, UNITS_FOLDER, Manifest, Unit, cut_units, part_format
+from unmask.bulk.units import (
+    JOB_FILE,
+    UNITS_FOLDER,
+    Manifest,
+    Unit,
+    cut_units,
+    options_digest,
+    part_format,
+    parts_options,
+)
 from unmask.disk import storage_errors, try_lock
 from unmask.encoder.encoder import check_dimensions
 from unmask.errors import InputError, StorageError, UnmaskError, UsageError
@@ -93,6 +100,7 @@ def encode_to_parts(
         check_dimensions(job.dimensions, model.dim)
         _begin(job, inputs, model, store)
         earlier = read_manifests(store)
+        _check_options(job, store, earlier, model)
         _check_processors(job, store, earlier, executor.probe)
         finished, names, failures = dict(earlier), [], []
         before = done = _sum(earlier.values())
@@ -182,24 +190,33 @@ def _manifest(store: Store, name: str) -> Manifest:
 
 
 def _prepare(job: EncodeJob, store: Store, stack: ExitStack) -> None:
-    """Refuse an output that is complete or not ours, and lock a local one; with `restart`, empty it first."""
-    names = store.names()
+    """Lock a local output, and refuse one that is complete or not ours; with `restart`, empty it first."""
+    if store.folder is not None:
+        _lock(store.folder, store.name, stack)
+    names = store.names()  # behind the lock, so that no other run adds to them
     foreign = [name for name in names if not name.startswith(("part-", "_unmask/"))]
     if foreign:
         raise UsageError(
             f"{store.name} holds other files, such as {foreign[0]}; choose an empty folder, or a new one, for the parts"
         )
-    if store.folder is not None:
-        _lock(store.folder, store.name, stack)
     if job.restart:
-        # The manifests first: a part without one counts as nothing, should this be interrupted.
-        for name in sorted(names, key=lambda name: (not name.startswith("_unmask/"), name)):
+        for name in sorted(names, key=_order_of_removal):
             if name != _LOCK:
                 store.remove(name)
     elif _DONE in names:
         raise UsageError(
             f"{store.name} is complete already; choose another --output, or add --restart to encode it again"
         )
+
+
+def _order_of_removal(name: str) -> tuple[int, str]:
+    """Sort the objects of an output so that it is never wrong, should the removal be interrupted.
+
+    A part without its manifest counts as nothing. `job.json` is the last: it says how the others were made.
+    """
+    if name == JOB_FILE:
+        return 3, name
+    return (0 if name == _DONE else 1 if name.startswith("_unmask/") else 2), name
 
 
 def _lock(folder: Path, name: str, stack: ExitStack) -> None:
@@ -222,7 +239,7 @@ def _lock(folder: Path, name: str, stack: ExitStack) -> None:
 
 def _begin(job: EncodeJob, inputs: Inputs, model: ModelDescription, store: Store) -> None:
     """Write the description of the job, or check that the one here is the same."""
-    options = job_options(job, model.options, part_format(job)) | {"unit_chunks": units_module.UNIT_CHUNKS}
+    options = parts_options(job, model.options)
     files = [{"name": file.name, "size": file.size} for file in inputs.files]
     before = _read_json(store, JOB_FILE)
     if before is None:
@@ -235,6 +252,17 @@ def _begin(job: EncodeJob, inputs: Inputs, model: ModelDescription, store: Store
         raise UsageError(
             f"the inputs have changed: the unfinished run in {store.name} had {old} where this one has {new}; "
             "restore it, or add --restart to begin again"
+        )
+
+
+def _check_options(job: EncodeJob, store: Store, finished: Mapping[str, Manifest], model: ModelDescription) -> None:
+    """Refuse units of other options, which `job.json` does not show if it was removed or replaced."""
+    digest = options_digest(parts_options(job, model.options))
+    other = next((manifest for manifest in finished.values() if manifest.options_sha256 != digest), None)
+    if other is not None:
+        raise UsageError(
+            f"{store.name}/{UNITS_FOLDER}/{other.unit}.json was written with other options, or by an earlier version "
+            "of unmask: the vectors may differ from those of this run; add --restart to begin again"
         )
 
 

@@ -4,10 +4,11 @@ A unit is at most UNIT_CHUNKS whole chunks of one file, so its borders follow fr
 """
 
 import hashlib
+import json
 import os
 import platform
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
@@ -17,7 +18,7 @@ import msgspec
 import numpy as np
 
 from unmask import __version__
-from unmask.bulk.chunks import Chunk, add_text, chunk_prompts, chunk_vectors
+from unmask.bulk.chunks import Chunk, add_text, chunk_prompts, chunk_vectors, job_options, model_options
 from unmask.bulk.encode_job import EncodeJob
 from unmask.bulk.files import OUTPUT_FORMATS, format_of, jsonl_part, npy_part, parquet_part
 from unmask.bulk.report import Tally
@@ -63,6 +64,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         file: name of the input file.
         first, rows: its rows in the input file, from 0.
         texts_sha256: digest of their texts.
+        options_sha256: see `options_digest`; empty in an output of an earlier version.
         part: name of the part.
         bytes, sha256: size and digest of the part.
         tokens, truncated, empty: as in `Tally`.
@@ -87,6 +89,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     seconds: float
     worker: str
     versions: dict[str, str]
+    options_sha256: str = ""
 
     @property
     def tally(self) -> Tally:
@@ -107,6 +110,7 @@ class UnitEncoder:
     def __init__(self, job: EncodeJob, encoder: Encoder, store: Store) -> None:
         self._job, self._encoder, self._store = job, encoder, store
         self._format = part_format(job)
+        self._options_sha256 = options_digest(parts_options(job, model_options(job, encoder)))
         self.probe = probe_digest(encoder)
 
     def encode(self, unit: Unit) -> Manifest:
@@ -132,6 +136,7 @@ class UnitEncoder:
             file=source,
             first=first,
             texts_sha256=unit.texts_sha256(),
+            options_sha256=self._options_sha256,
             part=part,
             bytes=len(content),
             sha256=hashlib.sha256(content).hexdigest(),
@@ -162,6 +167,17 @@ def part_format(job: EncodeJob) -> str:
         UsageError: there is no such format.
     """
     return format_of("parts.parquet", job.output_format, OUTPUT_FORMATS, "parquet", "--output-format")
+
+
+def parts_options(job: EncodeJob, of_model: Mapping[str, object]) -> dict[str, object]:
+    """Return everything but the texts that decides a byte of the parts, with `model_options`."""
+    return job_options(job, of_model, part_format(job)) | {"unit_chunks": UNIT_CHUNKS}
+
+
+def options_digest(options: Mapping[str, object]) -> str:
+    """Return a digest of the options that decide a vector. The others decide which texts are errors."""
+    deciding = {name: value for name, value in options.items() if name not in ("on_empty", "on_long")}
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
 
 def _part(file_format: str, vectors: np.ndarray, source: str, first: int) -> bytes:
