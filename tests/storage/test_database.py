@@ -3,6 +3,8 @@
 import subprocess
 import sys
 import threading
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from sqlalchemy.exc import DBAPIError
 
 from tests.accounts.holds import small_hold
 from tests.accounts.postgres import Cluster
@@ -209,6 +212,73 @@ def test_one_pieces_fault_is_not_the_others(database: Database):
         assert {account.id for account in people.all_accounts(connection)} == made
     with pytest.raises(StorageError, match="closed"):
         writer.submit(wait)
+
+
+def test_a_full_database_undoes_no_piece_that_is_reported_as_done(sqlite: Database):
+    """SQLite undoes the whole transaction when its file is full, with the pieces before the one at fault."""
+    writer = Writer(sqlite)
+    entered, go = threading.Event(), threading.Event()
+
+    def wait(connection: sa.Connection) -> None:
+        entered.set()
+        go.wait(60)
+
+    def fill(connection: sa.Connection) -> None:
+        pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
+        connection.exec_driver_sql(f"PRAGMA max_page_count = {pages + 2}")
+        try:
+            connection.exec_driver_sql("UPDATE accounts SET name = ?", ("x" * 100_000,))
+        finally:
+            connection.exec_driver_sql("PRAGMA max_page_count = 1000000")
+
+    def open_account(number: int) -> Future[str]:
+        return writer.submit(lambda connection: people.open_account(connection, f"number {number}", 1))
+
+    first = writer.submit(wait)
+    entered.wait(60)
+    before = [open_account(number) for number in range(3)]
+    full = writer.submit(fill)
+    after = [open_account(number) for number in range(3, 6)]
+    go.set()
+    first.result(60)
+    with pytest.raises(StorageError, match="database or disk is full"):
+        full.result(60)
+    made = {future.result(60) for future in before + after}
+    writer.close()
+    with sqlite.read() as connection:
+        assert {account.id for account in people.all_accounts(connection)} == made
+
+
+def test_a_piece_in_a_batch_fails_with_the_error_of_a_lone_one(sqlite: Database):
+    writer = Writer(sqlite)
+    entered, go = threading.Event(), threading.Event()
+
+    def wait(connection: sa.Connection) -> None:
+        entered.set()
+        go.wait(60)
+
+    first = writer.submit(wait)
+    entered.wait(60)
+    faults = [writer.submit(lambda connection: connection.exec_driver_sql("SELECT no_column")) for _ in range(2)]
+    go.set()
+    first.result(60)
+    for future in faults:
+        with pytest.raises(StorageError, match="no_column"):
+            future.result(60)
+    writer.close()
+
+
+def test_a_transaction_that_the_database_ended_is_no_success(database: Database):
+    """A block may swallow the error that ended its transaction; nothing of it is written then."""
+    fault = "ROLLBACK" if database.kind == "sqlite" else "SELECT no_column"
+    with pytest.raises(StorageError, match=r"undid the transaction; .* try again"), database.begin() as connection:
+        people.open_account(connection, "nobody", 1)
+        with suppress(DBAPIError):
+            connection.exec_driver_sql(fault)
+    with database.read() as connection:
+        assert people.all_accounts(connection) == []
+    with database.begin() as connection:
+        people.open_account(connection, "somebody", 1)
 
 
 def test_a_writer_waits_for_another_process(tmp_path: Path):

@@ -147,6 +147,17 @@ class Database:
                 raw: Any = connection.connection.dbapi_connection
                 raw.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
+    def has_transaction(self, connection: Connection) -> bool:
+        """True while a commit would write what `begin` has written so far.
+
+        SQLite undoes a whole transaction when the disk is full, cannot be read, or memory runs out. Postgres turns the
+        commit of a transaction into a rollback, without an error, when a statement in it has failed.
+        """
+        raw: Any = connection.connection.dbapi_connection
+        if self.kind == "sqlite":
+            return raw.in_transaction
+        return raw.info.transaction_status.name not in ("INERROR", "UNKNOWN")
+
     def close(self) -> None:
         """Close the connections that are not in use."""
         self._engine.dispose()
@@ -184,6 +195,11 @@ class WriterConnection:
                     _prepare(connection, "FULL" if flushed else "NORMAL", _BUSY_SECONDS * 1000 if patient else 0)
                 with connection.begin():
                     yield connection
+                    if not self._database.has_transaction(connection):
+                        raise StorageError(
+                            f"the database {self._database.display_url} undid the transaction; nothing of it was "
+                            "written: look for room on its disk, and try again"
+                        )
         except StorageError:
             self.close()
             raise

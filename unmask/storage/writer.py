@@ -29,6 +29,9 @@ _THREADS = 6
 _LINE = 20_000  # pieces that may wait; more means that the database stands still
 _TRIES = 6
 
+Outcome = tuple[Any, Exception | None]  # the result of a piece, or its error
+Batch = list[tuple[Callable[[Connection], Any], Future[Any]]]
+
 
 class Writer:
     """Runs pieces of work in transactions, in order on SQLite.
@@ -134,42 +137,58 @@ class Writer:
             if ending:
                 return
 
-    def _write(self, writer: WriterConnection, batch: list[tuple[Callable[[Connection], Any], Future[Any]]]) -> None:
-        outcomes: list[tuple[Any, Exception | None]] = []
-        for attempt in range(1, _TRIES + 1):
-            try:
-                if self._database.kind == "sqlite":
-                    with self._turn:
-                        outcomes = self._transaction(writer, batch)
-                else:
-                    outcomes = self._transaction(writer, batch)
-                break
-            except TransientError as error:
-                if attempt == _TRIES:
-                    outcomes = [(None, error)] * len(batch)
-                    break
-                time.sleep(random.uniform(0, 0.01 * 2**attempt))
-            except Exception as error:  # noqa: BLE001 - the callers get the error, and the thread lives on
-                outcomes = [(None, error)] * len(batch)
-                break
+    def _write(self, writer: WriterConnection, batch: Batch) -> None:
+        try:
+            outcomes = self._try(writer, batch)
+        except _BatchUndone:
+            # Each alone, so that only the piece at fault fails.
+            outcomes = [self._try(writer, [item])[0] for item in batch]
         for (_, future), (result, error) in zip(batch, outcomes, strict=True):
             if error is None:
                 future.set_result(result)
             else:
                 future.set_exception(error)
 
-    def _transaction(
-        self, writer: WriterConnection, batch: list[tuple[Callable[[Connection], Any], Future[Any]]]
-    ) -> list[tuple[Any, Exception | None]]:
+    def _try(self, writer: WriterConnection, batch: Batch) -> list[Outcome]:
+        """Write a batch, again and again while that may help; return the outcome of each piece.
+
+        Raises:
+            _BatchUndone: a piece undid the others.
+        """
+        for attempt in range(1, _TRIES + 1):
+            try:
+                if self._database.kind == "sqlite":
+                    with self._turn:
+                        return self._transaction(writer, batch)
+                return self._transaction(writer, batch)
+            except _BatchUndone:
+                raise
+            except TransientError as error:
+                if attempt == _TRIES:
+                    return [(None, error)] * len(batch)
+                time.sleep(random.uniform(0, 0.01 * 2**attempt))
+            except Exception as error:  # noqa: BLE001 - the callers get the error, and the thread lives on
+                return [(None, error)] * len(batch)
+        raise AssertionError("the last attempt returns")
+
+    def _transaction(self, writer: WriterConnection, batch: Batch) -> list[Outcome]:
         if len(batch) == 1:
             with writer.begin(flushed=self._flushed) as connection:
                 return [(batch[0][0](connection), None)]
-        outcomes: list[tuple[Any, Exception | None]] = []
+        outcomes: list[Outcome] = []
         with writer.begin(flushed=self._flushed) as connection:
             for piece, _ in batch:
                 try:
-                    with connection.begin_nested():
-                        outcomes.append((piece(connection), None))
+                    with self._database.wrap_errors(), connection.begin_nested():
+                        result = piece(connection)
+                    outcomes.append((result, None))
                 except Exception as error:  # noqa: BLE001 - one piece's fault is not the others'
                     outcomes.append((None, error))
+                if not self._database.has_transaction(connection):
+                    # The next savepoint would begin a transaction of its own, and commit it.
+                    raise _BatchUndone
         return outcomes
+
+
+class _BatchUndone(Exception):
+    """The database undid the transaction of a batch: no piece of it is written."""
