@@ -5,12 +5,12 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from unmask.errors import StorageError
+from unmask.errors import StorageError, UsageError
 
 # Advice of an error for files that lie under UNMASK_HOME.
 HOME_IS_FULL = "free some space or set UNMASK_HOME elsewhere"
@@ -163,6 +163,48 @@ def locked_where_possible(path: Path) -> Iterator[None]:
             path.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(path))
         yield
+
+
+def files_below(folder: Path, leaves_out: Callable[[str], bool] = lambda name: False) -> list[Path]:
+    """Return the files in a folder and in those below it, by path. A linked folder is entered as any other.
+
+    No folder is entered twice, so that a loop of links ends: first the folders themselves, then the linked ones.
+
+    Args:
+        leaves_out: tells by its name which file or folder does not count.
+
+    Raises:
+        UsageError: a folder cannot be read, or a link leads nowhere: its rows would be missing without a word.
+    """
+    files: list[Path] = []
+    entered: set[tuple[int, int]] = set()
+    linked = [folder]
+    while linked:
+        waiting = [linked.pop(0)]
+        while waiting:
+            current = waiting.pop()
+            try:
+                status = current.stat()
+                if (status.st_dev, status.st_ino) in entered:
+                    continue
+                entered.add((status.st_dev, status.st_ino))
+                with os.scandir(current) as entries:
+                    children = sorted(Path(entry.path) for entry in entries if not leaves_out(entry.name))
+            except OSError as error:
+                raise UsageError(f"cannot read the folder {current}: {error.strerror or error}") from error
+            for child in children:
+                require_link_target(child)
+                if child.is_dir():
+                    (linked if child.is_symlink() else waiting).append(child)
+                elif child.is_file():
+                    files.append(child)
+    return sorted(files)
+
+
+def require_link_target(path: Path) -> None:
+    """Raise UsageError if a path is a link that leads nowhere."""
+    if path.is_symlink() and not path.exists():
+        raise UsageError(f"{path} is a link to {path.readlink()}, which is not there; mend or remove the link")
 
 
 def fsync_path(path: Path) -> None:

@@ -86,6 +86,34 @@ def test_local_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             find_inputs(bad_name)
 
 
+def test_linked_folders_are_read_once_each(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
+    (folder / "real").mkdir(parents=True)
+    (elsewhere / "deep").mkdir(parents=True)
+    for file in (folder / "real" / "a.txt", elsewhere / "b.txt", elsewhere / "deep" / "c.txt"):
+        file.write_text("x\n")
+    (folder / "again").symlink_to(folder / "real")
+    (folder / "all").symlink_to(folder)  # a loop
+    (folder / "more").symlink_to(elsewhere)
+    (folder / "more again").symlink_to(elsewhere)
+    (folder / "file.txt").symlink_to(elsewhere / "b.txt")
+    (folder / "_hidden").symlink_to(elsewhere)
+    names = [Path(name).relative_to(folder).as_posix() for name in names_of(str(folder))]
+    assert names == ["file.txt", "more/b.txt", "more/deep/c.txt", "real/a.txt"]
+
+
+@pytest.mark.parametrize("name", ["in", "in/*.txt"])
+def test_a_link_that_leads_nowhere_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    Path("in/a.txt").write_text("x\n")
+    Path("in/.#b.txt").symlink_to("nobody@host")  # an editor's lock
+    assert names_of(name) == ["in/a.txt"]
+    Path("in/c.txt").symlink_to("gone.txt")
+    with pytest.raises(UsageError, match=r"in/c\.txt is a link to gone\.txt, which is not there"):
+        names_of(name)
+
+
 def test_a_folder_of_no_tables_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("x")
     with pytest.raises(UsageError, match="no file of texts there"):

@@ -132,3 +132,11 @@ def test_every_text_of_a_folder_is_read(tmp_path: Path) -> None:
     assert all(held.overlaps(f"{number} text of all") for number in ("sixth", "seventh", "eighth"))
     assert all(held.overlaps(f"{number} text of all") for number in ("first", "second", "third", "fourth", "fifth"))
     assert not held.overlaps("this is no data at all")
+
+
+def test_texts_in_a_linked_folder_are_held_out(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.txt").write_text("one two three four five\n")
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
+    assert read_decontaminator(tmp_path / "data").overlaps("one two three four five")

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
-from unmask.disk import atomic_write, fsync_path, storage_errors
+from unmask.disk import atomic_write, files_below, fsync_path, require_link_target, storage_errors
 from unmask.errors import StorageError, UsageError
 from unmask.tables import table_format
 
@@ -123,7 +123,7 @@ def find_inputs(names: Sequence[str], input_format: str | None = None) -> tuple[
         The files, and the names of files in folders that have the ending of no table format.
 
     Raises:
-        UsageError: a name matches no file, or a file is named twice.
+        UsageError: a name matches no file, a file is named twice, or a link in a folder leads nowhere.
         StorageError: a store cannot be listed.
     """
     if STANDARD_STREAM in names:
@@ -148,12 +148,14 @@ def _local_files(name: str) -> tuple[list[InputFile], bool]:
     """Return the files of one local name, and whether a folder was listed for them."""
     path = Path(name)
     if path.is_dir():
-        paths = sorted(file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path)))
+        paths = files_below(path, _is_hidden_name)
         if not paths:
             raise UsageError(f"{name} is a folder without files")
         return [local_file(file) for file in paths], True
     if _GLOB.search(name) and not path.exists():
         matches = glob.glob(name, recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
+        for match in matches:
+            require_link_target(Path(match))
         paths = sorted(file for match in matches if (file := Path(match)).is_file())
         if not paths:
             raise UsageError(f"no file matches {name}")
@@ -222,9 +224,13 @@ def _remote_file(name: str, info: Any, filesystem: "FileSystem") -> InputFile:
     return InputFile(name, info.size, info.mtime_ns or 0, info.path, filesystem)
 
 
-def _is_hidden(path: Path | PurePosixPath) -> bool:
+def _is_hidden(path: PurePosixPath) -> bool:
+    return any(map(_is_hidden_name, path.parts))
+
+
+def _is_hidden_name(name: str) -> bool:
     """True for names that writers of tables keep for themselves: `_unmask`, `_SUCCESS`, `.crc`."""
-    return any(part.startswith((".", "_")) for part in path.parts)
+    return name.startswith((".", "_"))
 
 
 class Store:

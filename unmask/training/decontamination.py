@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from unmask.disk import files_below
 from unmask.training.rows import FORMATS, BadRows, read_rows
 
 _WORDS = re.compile(r"[^\W_]+")
@@ -84,11 +85,15 @@ class Decontaminator:
 
 
 def read_decontaminator(folder: Path, run: int = 10) -> Decontaminator:
-    """Read every text field of every data file below a folder (tsv, csv, jsonl, parquet, txt; gzipped or not)."""
+    """Read every text field of every data file below a folder (tsv, csv, jsonl, parquet, txt; gzipped or not).
+
+    Raises:
+        UsageError: as `files_below`.
+    """
 
     def texts() -> Iterator[str]:
-        for file in sorted(folder.rglob("*")):
-            if not file.is_file() or not file.name.removesuffix(".gz").endswith(_ENDINGS):
+        for file in files_below(folder):
+            if not file.name.removesuffix(".gz").endswith(_ENDINGS):
                 continue
             for row in read_rows(str(file), BadRows(allowed_share=1.0)):
                 for value in row.fields.values():
