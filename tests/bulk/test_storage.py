@@ -202,6 +202,53 @@ def test_refusals_and_cut_connections_on_the_way_leave_no_short_object(
         assert (buckets / "data" / "faulty" / part.name).read_bytes() == part.read_bytes()
 
 
+@pytest.mark.parametrize("kind", ["path", "link", "s3"])
+def test_parts_inside_the_input_folder_are_no_input(
+    tmp_path: Path, request: pytest.FixtureRequest, encoder: Encoder, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    folder = tmp_path / "in"
+    source, output = str(folder), f"{folder}/vectors/"
+    if kind == "link":
+        (tmp_path / "link").symlink_to(folder)
+        output = f"{tmp_path}/link/vectors/"
+    elif kind == "s3":
+        port, folder = request.getfixturevalue("s3"), request.getfixturevalue("buckets") / "data" / "inside"
+        source, output = url(port, "data/inside"), url(port, "data/inside/vectors")
+    folder.mkdir()
+    (folder / "a.jsonl").write_text(json.dumps({"text": "a"}) + "\n")
+    job = EncodeJob((source,), output, output_format="jsonl")
+    put = Store.put
+
+    def interrupted(store: Store, name: str, content: bytes) -> None:
+        put(store, name, content)
+        if name.startswith("part-"):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "put", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(job, lambda: encoder)
+    assert len(names_of(source)) == 2
+    assert run(job, lambda: encoder).rows == 1
+    if kind != "s3":  # the test's server cannot remove a file in a folder of others
+        assert run(replace(job, restart=True), lambda: encoder).rows == 1
+
+
+def test_an_output_elsewhere_hides_no_input(tmp_path: Path) -> None:
+    (tmp_path / "in" / "vectors").mkdir(parents=True)
+    (tmp_path / "in" / "a.txt").write_text("x\n")
+    (tmp_path / "in" / "vectors" / "b.txt").write_text("x\n")
+
+    def names(source: str, output: str) -> list[str]:
+        return [Path(file.name).name for file in find_inputs([source], output=output)[0]]
+
+    folder = str(tmp_path / "in")
+    for output in ("-", "vectors/", f"{folder}/vector/", f"{folder}/a.txt", f"s3:/{folder}/vectors"):
+        assert names(folder, output) == names(f"file://{folder}", output) == ["a.txt", "b.txt"]
+    for output in (f"{folder}/vectors", f"file://{folder}/vectors/"):
+        assert names(folder, output) == names(f"file://{folder}", output) == ["a.txt"]
+
+
 def test_a_file_of_the_hub_is_read_by_its_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hub's filesystem is replaced by a local folder in its layout."""
     (tmp_path / "datasets" / "org" / "name").mkdir(parents=True)

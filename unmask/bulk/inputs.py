@@ -18,7 +18,7 @@ class Inputs:
     The first file is opened at once, so that a wrong column is found before a model is loaded.
 
     Attributes:
-        files: the files, in order.
+        files: the files, in order, without those in the folder of the output.
         left_out: names of files in folders that are no tables.
 
     Raises:
@@ -27,7 +27,7 @@ class Inputs:
     """
 
     def __init__(self, job: EncodeJob) -> None:
-        self.files, self.left_out = find_inputs(job.inputs, job.input_format)
+        self.files, self.left_out = find_inputs(job.inputs, job.input_format, job.output)
         self._formats = [
             format_of(file.name, job.input_format, INPUT_FORMATS, "txt", "--input-format") for file in self.files
         ]

@@ -12,9 +12,9 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, cast
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from unmask.disk import atomic_write, files_below, fsync_path, require_link_target, storage_errors
 from unmask.errors import StorageError, UsageError
@@ -112,12 +112,15 @@ class InputFile:
             raise UsageError(f"cannot read {self.name}: {error.strerror or _first_line(error)}") from error
 
 
-def find_inputs(names: Sequence[str], input_format: str | None = None) -> tuple[list[InputFile], tuple[str, ...]]:
+def find_inputs(
+    names: Sequence[str], input_format: str | None = None, output: str | None = None
+) -> tuple[list[InputFile], tuple[str, ...]]:
     """Find the files that paths, folders, globs and URLs name, in the order given; inside a folder or glob by name.
 
     Args:
         names: one or more, or `-` alone.
         input_format: all files are in this format, so that no name in a folder must tell it.
+        output: path or URL of the job's output. Files below it are its parts and no input.
 
     Returns:
         The files, and the names of files in folders that have the ending of no table format.
@@ -135,6 +138,8 @@ def find_inputs(names: Sequence[str], input_format: str | None = None) -> tuple[
     for name in names:
         files_there, from_folder = _files_of_url(name) if is_url(name) else _local_files(name)
         for file in files_there:
+            if output is not None and _is_below(file, name, output):
+                continue
             if from_folder and input_format is None and table_format(Path(file.name)) is None:
                 left_out.append(file.name)
             elif files.setdefault(file.name, file) is not file:
@@ -142,6 +147,24 @@ def find_inputs(names: Sequence[str], input_format: str | None = None) -> tuple[
     if not files:
         raise UsageError(f"{', '.join(map(public_name, names))}: no file of texts there; see --input-format")
     return list(files.values()), tuple(left_out)
+
+
+def _is_below(file: InputFile, source: str, output: str) -> bool:
+    """True if a file that the input `source` names lies in the folder `output`."""
+    return _endpoint(source) == _endpoint(output) and _place(output) in _place(file.name).parents
+
+
+def _place(location: str) -> PurePath:
+    """Return a path or URL as a path to compare, that of a `file://` URL and of a link as the file's own."""
+    scheme, separator, path = public_name(location).partition("://")
+    if not separator:
+        return Path(location).resolve()
+    return Path(unquote(path)).resolve() if scheme == "file" else PurePosixPath(scheme, path)
+
+
+def _endpoint(location: str) -> str:
+    """Return the server that a URL names in its parameters: on another one, the same bucket is another one."""
+    return parse_qs(urlsplit(location).query).get("endpoint_override", [""])[0] if is_url(location) else ""
 
 
 def _local_files(name: str) -> tuple[list[InputFile], bool]:
