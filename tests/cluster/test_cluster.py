@@ -291,7 +291,7 @@ def test_two_training_processes_are_as_one_and_go_on_when_one_is_killed(cluster:
     options = ClusterOptions(cluster=cluster.address, workers="2")
     outcome = train_on_cluster(options, recipe, data=data, output=two, log=lines.append)
     assert outcome.folder == two / "adapter"
-    assert "a process was lost; the run continues at its last checkpoint" in lines
+    assert any(re.match("a process was lost .*; the run continues at its last checkpoint", line) for line in lines)
     run_training(recipe, data=data, output=one)
     states = [RunFolder(run, 1).latest() for run in (two, one)]
     assert states[0] is not None and states[1] is not None

@@ -21,7 +21,7 @@ from unmask.training.recipe import Recipe
 from unmask.training.train import TrainingResult, run_training
 
 _TICK_S = 1.0
-# Losses without a step between them, after which the run ends: it would lose its processes again.
+# Losses in a row without a step that no earlier attempt made. Then the run ends: it would lose its processes again.
 _LOSSES = 3
 
 
@@ -100,31 +100,34 @@ def train_on_cluster(
         UnmaskError: as `run_training`.
     """
     assert options.cluster is not None
-    losses, first_node = 0, ""
+    losses, furthest, first_node = 0, 0, ""
     with connected(options.cluster) as ray:
         while True:
             group = _Group(ray, options, first_node)
             try:
                 return group.run(recipe, data, output, resume, progress, log)
             except _Lost as lost:
-                losses = 1 if lost.steps else losses + 1
+                losses = 1 if lost.step > furthest else losses + 1
+                furthest = max(furthest, lost.step)
                 if losses >= _LOSSES:
+                    place = f"and the run came no further than step {furthest}" if furthest else "before its first step"
                     raise ClusterError(
-                        f"a process of the run was lost {losses} times before its first step; the machine may lack "
-                        "memory, see Ray's logs"
+                        f"a process of the run was lost {losses} times {place}; the machine may lack memory, see "
+                        "Ray's logs"
                     ) from lost
-                log("a process was lost; the run continues at its last checkpoint")
+                place = f"at step {lost.step}" if lost.step else "before its first step"
+                log(f"a process was lost {place}; the run continues at its last checkpoint")
                 resume, first_node = True, group.first_node
             finally:
                 group.close()
 
 
 class _Lost(Exception):
-    """A process ended; `steps` is true if the run made steps before."""
+    """A process ended; `step` is the last step that the run was seen to make, 0 if none."""
 
-    def __init__(self, steps: bool) -> None:
+    def __init__(self, step: int) -> None:
         super().__init__()
-        self.steps = steps
+        self.step = step
 
 
 class _Group:
@@ -184,7 +187,7 @@ class _Group:
                 if len(ready) == len(running):
                     return next(outcome for outcome in outcomes if outcome.is_main)
         except self._ray.exceptions.RayError as error:
-            raise _Lost(step > 0) from error
+            raise _Lost(step) from error
 
     def _environments(self, recipe: Recipe) -> list[dict[str, str]]:
         counts = Counter(place.node for place in self._places)
