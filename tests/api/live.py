@@ -191,7 +191,8 @@ def running(
     with ExitStack() as stack:
         listener = stack.enter_context(listen(settings.host, settings.port))
         settings = replace(settings, cache_bytes=0)  # each request is work
-        models, sync = open_models(settings, accounts.database if accounts else catalogue)
+        stopping, ready = threading.Event(), threading.Event()
+        models, sync = open_models(settings, accounts.database if accounts else catalogue, stopping)
         if settings.providers_file is not None:
             database = accounts.database if accounts else catalogue
             hides_names = settings.hide_providers
@@ -199,7 +200,6 @@ def running(
             if accounts is not None:
                 book_providers(models.providers, accounts)
             models.providers.intervals = intervals or models.providers.intervals
-        stopping, ready = threading.Event(), threading.Event()
         metrics = Metrics()
         pages = build_pages(models, settings, metrics, accounts) if build_pages else None
         app = create_app(models, settings, metrics=metrics, stopping=stopping, accounts=accounts, pages=pages)

@@ -1,7 +1,9 @@
 """Votes, the queue they make, and the notices that follow, by page and by mail."""
 
 import smtplib
+import threading
 from collections.abc import Iterator
+from email.message import EmailMessage
 
 import pytest
 
@@ -178,6 +180,35 @@ def test_notices_are_mailed_once(database: Database, voters: list[str], mail: tu
     text = str(inbox.letters[0].get_payload(decode=True))
     assert f"https://embed.example.org/models/{COMING}" in text and "secret" not in text
     assert inbox.letters[0]["Subject"] == f"{COMING} is live" and inbox.letters[0]["From"] == "models@example.org"
+
+
+def test_a_stop_leaves_the_letters_that_are_not_sent_for_the_next_time(
+    database: Database, voters: list[str], mail: tuple[MailServer, Inbox], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, inbox = mail
+    stopping = threading.Event()
+    send_message = smtplib.SMTP.send_message
+
+    def stop_after_it(session: smtplib.SMTP, message: EmailMessage) -> None:
+        with database.read() as connection:
+            assert count_unsent_letters(connection) == 15 - 10  # a killed process loses a few letters, not all
+        send_message(session, message)
+        stopping.set()
+
+    with database.begin() as connection:
+        for account in voters:
+            for number in range(5):
+                vote(connection, account, f"org/model-{number}", "", 1)
+        for number in range(5):
+            notify_voters(connection, f"org/model-{number}", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(smtplib.SMTP, "send_message", stop_after_it)
+        assert send_notices(database, server, stopping) == (1, "")
+    with database.read() as connection:
+        assert count_unsent_letters(connection) == 14
+    assert send_notices(database, server, stopping) == (0, "")
+    assert send_notices(database, server) == (14, "")
+    assert len({(letter["To"], letter["Subject"]) for letter in inbox.letters}) == len(inbox.letters) == 15
 
 
 def test_what_could_not_be_mailed_is_tried_again(

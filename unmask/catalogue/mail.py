@@ -1,6 +1,8 @@
 """Notices by mail, where the operator has named a mail server."""
 
 import smtplib
+import threading
+from contextlib import ExitStack
 from email.message import EmailMessage
 from urllib.parse import quote, urlsplit
 
@@ -12,10 +14,13 @@ from unmask.storage.database import Database, now_ms
 _REFUSED = (smtplib.SMTPRecipientsRefused, smtplib.SMTPDataError, smtplib.SMTPNotSupportedError)
 
 
-def send_notices(database: Database, server: MailServer) -> tuple[int, str]:
+def send_notices(database: Database, server: MailServer, stopping: threading.Event | None = None) -> tuple[int, str]:
     """Mail every notice that has not been mailed yet.
 
     An address that the mail server refuses holds nobody else's mail up.
+
+    Args:
+        stopping: once it is set, no further letter is sent.
 
     Returns:
         How many went out, and what kept the others back, or "". Those are tried again the next time.
@@ -23,28 +28,35 @@ def send_notices(database: Database, server: MailServer) -> tuple[int, str]:
     Raises:
         StorageError: the database failed.
     """
-    with database.begin() as connection:
-        letters = claim_letters(connection, now_ms())
-    if not letters:
-        return 0, ""
-    waiting, refused, reason = list(letters), list[Letter](), ""
+    stopping = stopping or threading.Event()
+    waiting, refused, sent, reason = list[Letter](), list[Letter](), 0, ""
     try:
-        with server.connect() as session:
-            while waiting:
-                try:
-                    session.send_message(_written(waiting[0], server))
-                except _REFUSED as error:
-                    refused.append(waiting[0])
-                    reason = _reason(error, server)
-                waiting.pop(0)
+        with ExitStack() as stack:
+            session: smtplib.SMTP | None = None
+            while not stopping.is_set() and (waiting := _claim(database)):
+                session = session or stack.enter_context(server.connect())
+                while waiting and not stopping.is_set():
+                    try:
+                        session.send_message(_written(waiting[0], server))
+                        sent += 1
+                    except _REFUSED as error:
+                        refused.append(waiting[0])
+                        reason = _reason(error, server)
+                    waiting.pop(0)
     except (OSError, smtplib.SMTPException) as error:
         reason = _reason(error, server)
-    left = [*refused, *waiting]
-    if left:
-        with database.begin() as connection:
-            for letter in left:
-                unclaim_letter(connection, letter)
-    return len(letters) - len(left), reason
+    finally:
+        # Refused letters only now, or they would be claimed again at once.
+        if left := [*refused, *waiting]:
+            with database.begin() as connection:
+                for letter in left:
+                    unclaim_letter(connection, letter)
+    return sent, reason
+
+
+def _claim(database: Database) -> list[Letter]:
+    with database.begin() as connection:
+        return claim_letters(connection, now_ms())
 
 
 def _reason(error: Exception, server: MailServer) -> str:

@@ -136,25 +136,33 @@ def mark_notices_read(connection: Connection, account: str, now: int) -> int:
     return connection.execute(notices.update().where(*unseen).values(seen_at=now)).rowcount
 
 
-def claim_letters(connection: Connection, now: int) -> list[Letter]:
-    """Return the notices that were not mailed, and mark them as mailed, so that no other process sends them too."""
-    claimed = connection.execute(
-        notices.update()
-        .where(notices.c.mailed_at.is_(None))
-        .values(mailed_at=now)
-        .returning(notices.c.account_id, notices.c.model)
-    ).all()
-    owners: dict[str, list[str]] = {}
-    accounts: Sequence[str] = sorted({row.account_id for row in claimed})
-    for row in connection.execute(
-        sa.select(people.c.account_id, people.c.email).where(people.c.account_id.in_(accounts))
-    ):
-        owners.setdefault(row.account_id, []).append(row.email)
-    return [
-        Letter(row.account_id, row.model, address)
-        for row in sorted(claimed, key=lambda row: (row.account_id, row.model))
-        for address in owners.get(row.account_id, ())
-    ]
+def claim_letters(connection: Connection, now: int, limit: int = 10) -> list[Letter]:
+    """Return letters of notices that were not mailed, and mark these as mailed, so that no other process sends them.
+
+    Args:
+        limit: most notices that are claimed, and lost if the process is killed. One may be several letters.
+
+    Returns:
+        [] if no letter is left. A notice of an account without people counts as mailed.
+    """
+    oldest = sa.select(notices.c.account_id, notices.c.model).where(notices.c.mailed_at.is_(None))
+    oldest = oldest.order_by(notices.c.account_id, notices.c.model).limit(limit).with_for_update(skip_locked=True)
+    while claimed := connection.execute(oldest).all():
+        for row in claimed:
+            mine = notices.c.account_id == row.account_id, notices.c.model == row.model
+            connection.execute(notices.update().where(*mine).values(mailed_at=now))
+        owners: dict[str, list[str]] = {}
+        accounts: Sequence[str] = sorted({row.account_id for row in claimed})
+        for row in connection.execute(
+            sa.select(people.c.account_id, people.c.email).where(people.c.account_id.in_(accounts))
+        ):
+            owners.setdefault(row.account_id, []).append(row.email)
+        letters = [
+            Letter(row.account_id, row.model, address) for row in claimed for address in owners.get(row.account_id, ())
+        ]
+        if letters:
+            return letters
+    return []
 
 
 def count_unsent_letters(connection: Connection) -> int:

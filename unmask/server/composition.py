@@ -68,7 +68,8 @@ def build_application(settings: ServeSettings) -> Application:
     database = accounts.database if accounts is not None else None
     if database is None and settings.catalogue is not None:
         database = open_database(settings.catalogue)
-    models, sync = open_models(settings, database)
+    stopping = threading.Event()
+    models, sync = open_models(settings, database, stopping)
     if settings.providers_file is not None:
         models.providers = open_providers(
             settings.providers_file, models, database, hides_names=settings.hide_providers
@@ -79,7 +80,6 @@ def build_application(settings: ServeSettings) -> Application:
     from unmask.web import website  # takes a while to import, and the first model is being loaded meanwhile
 
     metrics = Metrics()
-    stopping = threading.Event()
     pages = website(models, settings, metrics, accounts)
     app = create_app(models, settings, metrics=metrics, stopping=stopping, accounts=accounts, pages=pages)
     return Application(app, models, sync, accounts, database, stopping)
@@ -156,12 +156,15 @@ def book_providers(pool: ProviderPool, accounts: Accounts) -> None:
     pool.record_attempts, pool.costs_since = accounts.record_attempts, costs_since
 
 
-def open_models(settings: ServeSettings, database: Database | None) -> tuple[ModelRegistry, CatalogueSync | None]:
+def open_models(
+    settings: ServeSettings, database: Database | None, stopping: threading.Event
+) -> tuple[ModelRegistry, CatalogueSync | None]:
     """Open the models that the settings name and those that the operator took live.
 
     Args:
         settings: names, and the options of every model.
         database: holds the operator's side of the catalogue; without it, only the shipped records are known.
+        stopping: set when the server begins to shut down.
 
     Returns:
         The models, and the sync that keeps them in step with the database.
@@ -194,5 +197,5 @@ def open_models(settings: ServeSettings, database: Database | None) -> tuple[Mod
         entry = stored.catalogue.get(id)
         if models.find(id) is None and entry is not None:
             models.add(source, entry.record)
-    on_live = NoticeMailer(database, settings.mail).send if settings.mail is not None else lambda: None
+    on_live = (lambda: None) if settings.mail is None else NoticeMailer(database, settings.mail, stopping).send
     return models, CatalogueSync(models, database, stored.version, grace=settings.shutdown_grace_s, on_live=on_live)

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import threading
 
 from unmask.catalogue.mail import send_notices
 from unmask.catalogue.mail_server import MailServer
@@ -17,10 +18,11 @@ class NoticeMailer:
     Args:
         database: holds the notices that a model leaves for its voters when it goes live.
         mail: the mail server.
+        stopping: set when the server begins to shut down. The letters that are left are sent after the next start.
     """
 
-    def __init__(self, database: Database, mail: MailServer) -> None:
-        self._database, self._mail = database, mail
+    def __init__(self, database: Database, mail: MailServer, stopping: threading.Event) -> None:
+        self._database, self._mail, self._stopping = database, mail, stopping
         self._background: set[asyncio.Task[None]] = set()
 
     def send(self) -> None:
@@ -32,7 +34,7 @@ class NoticeMailer:
     def _send(self) -> None:
         # Logs inside the thread, so that the outcome is logged even if the server stops meanwhile.
         try:
-            sent, failure = send_notices(self._database, self._mail)
+            sent, failure = send_notices(self._database, self._mail, self._stopping)
         except UnmaskError as error:
             log.error("mail to voters waits, and is tried again with the next: %s", error)
             return
