@@ -15,7 +15,7 @@ from unmask.encoder import Prompt
 from unmask.engine import Engine
 from unmask.engine import engine as engine_module
 from unmask.engine.hand import HandLost, HandState, LocalHand, PackVectors
-from unmask.errors import EngineError
+from unmask.errors import DeadlineExceeded, EngineError
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +177,22 @@ async def test_hands_that_never_come_back_fail_a_request_at_its_deadline(encoder
     hand.may_restore.set()
     assert (await vectors(engine, ["another"])).shape == (1, encoder.dim)
     engine.close()
+
+
+async def test_requests_that_time_out_while_no_hand_works_leave_nothing(encoder: Encoder) -> None:
+    hand = FaultyHand(encoder, "a")
+    hand.may_restore.clear()
+    engine = Engine(encoder, hands=[hand])
+    prompts = encoder.prompts.build(["a text", "another one"])
+    for number in range(5):
+        with pytest.raises(DeadlineExceeded):
+            await engine.run(prompts, deadline=time.monotonic(), caller=f"caller {number}")
+    assert engine.waiting_tokens() == 0 and not engine._queue._callers and not engine._queue._by_deadline
+    await asyncio.to_thread(engine.close, 1.0)
+    thread = engine._workers[0].thread
+    assert thread is not None
+    thread.join(30)
+    assert not thread.is_alive()
 
 
 async def test_hands_are_used_while_many_tokens_wait(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The fair queue: shares, budget, and no request lost."""
 
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -117,6 +118,24 @@ def test_callers_are_forgotten_when_they_are_done() -> None:
         queue.add(request([5], f"caller {number}"))
         queue.take(100, now=0.0)
     assert len(queue._callers) < 10
+
+
+@pytest.mark.parametrize("alive", [0, 3])
+def test_requests_that_nobody_awaits_are_freed_although_nobody_takes(alive: int) -> None:
+    queue = FairQueue()
+    for number in range(alive):
+        queue.add(request([5], f"alive {number}"))
+    gone = []
+    for number in range(100):
+        one = request([5, 7], f"caller {number}", deadline=number)
+        queue.add(one)
+        gone.append(weakref.ref(one.done))
+        queue.drop(one)
+        del one
+    assert sum(ref() is not None for ref in gone) <= alive
+    assert (len(queue), queue.tokens, len(queue.requests())) == (alive, 5 * alive, alive)
+    assert len(queue._callers) <= 2 * alive
+    assert len(queue.take(100, now=0.0)) == alive and not len(queue)
 
 
 def test_neighbours_in_length_go_together() -> None:

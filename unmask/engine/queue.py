@@ -33,6 +33,7 @@ class QueuedRequest:
         arrived, deadline: `time.monotonic()`; after the deadline the result is not needed.
         done: called once, from the hand's thread, with None or the error that ended the request.
         waiting: number of its tokens in the queue.
+        waiting_prompts: number of its prompts in the queue.
         unfinished: number of its prompts without a vector.
         ended: True once it has its result, or will get none.
     """
@@ -44,6 +45,7 @@ class QueuedRequest:
     deadline: float
     done: Callable[[BaseException | None], None]
     waiting: int = 0
+    waiting_prompts: int = 0
     unfinished: int = 0
     ended: bool = False
 
@@ -106,12 +108,14 @@ class FairQueue:
         self.tokens = 0
         self._horizon, self._max_age = horizon, max_age
         self._callers: dict[str, _CallerQueue] = {}
-        self._by_deadline: list[QueuedRequest] = []  # by deadline; `take` removes those without waiting prompts
+        self._by_deadline: list[QueuedRequest] = []  # by deadline; may hold requests without waiting prompts
+        self._awaited = 0  # number of waiting prompts
+        self._stored = 0  # number of prompts in all heaps, with those that nobody awaits
         self._clock = 0.0
         self._order = itertools.count()
 
     def __len__(self) -> int:
-        return sum(len(caller.heap) for caller in self._callers.values())
+        return self._awaited
 
     def add(self, request: QueuedRequest) -> None:
         """Queue all prompts of a request."""
@@ -123,7 +127,10 @@ class FairQueue:
             heapq.heappush(caller.heap, QueuedPrompt(tag, next(self._order), request, index))
             tag += len(prompt.ids)
         request.waiting = sum(len(prompt.ids) for prompt in request.prompts)
+        request.waiting_prompts = len(request.prompts)
         self.tokens += request.waiting
+        self._awaited += request.waiting_prompts
+        self._stored += request.waiting_prompts
         bisect.insort(self._by_deadline, request, key=_deadline)
 
     def lateness(self, new_tokens: int, deadline: float, *, now: float, rate: float, running: int = 0) -> float:
@@ -214,8 +221,7 @@ class FairQueue:
             prompt.waiting = False
             caller = self._callers[prompt.request.caller]
             caller.clock = max(caller.clock, prompt.tag)
-            prompt.request.waiting -= prompt.length
-            self.tokens -= prompt.length
+            self._count(prompt, -1)
         self._forget_idle()
         return sorted(chosen, key=lambda prompt: -prompt.length)
 
@@ -228,17 +234,23 @@ class FairQueue:
             if request not in self._by_deadline:
                 bisect.insort(self._by_deadline, request, key=_deadline)
             prompt.waiting = True
-            request.waiting += prompt.length
-            self.tokens += prompt.length
+            self._count(prompt, 1)
             self._callers.setdefault(request.caller, _CallerQueue(self._clock))
             self._put_back(prompt)
 
     def withdraw(self, prompt: QueuedPrompt) -> None:
         """Stop waiting for a prompt that has its vector from elsewhere."""
         if prompt.waiting and not prompt.request.ended:
-            prompt.request.waiting -= prompt.length
-            self.tokens -= prompt.length
+            self._count(prompt, -1)
         prompt.waiting = False
+        self._purge()
+
+    def _count(self, prompt: QueuedPrompt, change: int) -> None:
+        """Count a prompt that begins to wait (1) or stops (-1)."""
+        prompt.request.waiting += change * prompt.length
+        prompt.request.waiting_prompts += change
+        self.tokens += change * prompt.length
+        self._awaited += change
 
     def _urgent_requests(
         self, chosen: list[QueuedPrompt], now: float, rate: float, running: int
@@ -271,6 +283,7 @@ class FairQueue:
             caller = self._callers[name]
             caller.heap = [prompt for prompt in caller.heap if id(prompt) not in chosen_ids]
             heapq.heapify(caller.heap)
+        self._stored -= len(chosen)
         for prompt in chosen:
             self._callers[prompt.request.caller].served += prompt.length
         return chosen
@@ -279,6 +292,7 @@ class FairQueue:
         caller = self._callers[prompt.request.caller]
         caller.served -= prompt.length
         heapq.heappush(caller.heap, prompt)
+        self._stored += 1
 
     def _fair_choice(self, budget: int, now: float) -> list[QueuedPrompt]:
         """Take the prompts of the next forward in fair order, and count them as served."""
@@ -311,6 +325,7 @@ class FairQueue:
         while turns and total < tokens:
             _, number, caller = heapq.heappop(turns)
             prompt = heapq.heappop(caller.heap)
+            self._stored -= 1
             if _is_awaited(prompt):
                 candidates.append(prompt)
                 total += prompt.length
@@ -328,10 +343,23 @@ class FairQueue:
             del self._callers[name]
 
     def drop(self, request: QueuedRequest) -> None:
-        """End a request. Its tokens stop counting now; its prompts leave the queue when they come up."""
+        """End a request. Its tokens stop counting now; its prompts leave the queue soon."""
         self.tokens -= request.waiting
-        request.waiting = 0
+        self._awaited -= request.waiting_prompts
+        request.waiting = request.waiting_prompts = 0
         request.ended = True
+        self._purge()
+
+    def _purge(self) -> None:
+        """Remove the prompts that nobody awaits, once they are more than the others: `take` may not come for long."""
+        if self._stored <= 2 * self._awaited:
+            return
+        for caller in self._callers.values():
+            caller.heap = [prompt for prompt in caller.heap if _is_awaited(prompt)]
+            heapq.heapify(caller.heap)
+        self._by_deadline = [request for request in self._by_deadline if request.waiting]
+        self._stored = self._awaited
+        self._forget_idle()
 
     def expired(self, now: float) -> list[QueuedRequest]:
         """Return the waiting requests whose deadline has passed."""
