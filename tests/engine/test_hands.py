@@ -195,6 +195,24 @@ async def test_requests_that_time_out_while_no_hand_works_leave_nothing(encoder:
     assert not thread.is_alive()
 
 
+@pytest.mark.parametrize("raises", [False, True])
+async def test_a_forward_that_fails_is_no_measure_of_the_speed(encoder: Encoder, raises: bool) -> None:
+    class FailingHand(LocalHand):
+        def forward(
+            self, packs: Sequence[Sequence[Prompt]], limit_s: float, deliver: Callable[[int, PackVectors], None]
+        ) -> None:
+            if raises:
+                raise ValueError("a bug")
+            for number, pack in enumerate(packs):
+                deliver(number, PackVectors(np.zeros((len(pack), encoder.dim)), {0: EngineError("not finite")}))
+
+    engine = Engine(encoder, hands=[FailingHand(encoder)])
+    with pytest.raises(EngineError):
+        await vectors(engine, ["a text of many words " * 20] * 20)
+    await asyncio.to_thread(engine.close)  # the forward is counted after its requests have ended
+    assert engine.tokens_per_second is None
+
+
 async def test_hands_are_used_while_many_tokens_wait(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "_SHRINK_S", 0.3)
     monkeypatch.setattr(engine_module, "_CHECK_S", 0.1)

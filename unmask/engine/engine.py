@@ -392,23 +392,27 @@ class Engine:
 
     def _run_forward(self, hand_thread: HandThread, packs: list[list[QueuedPrompt]]) -> None:
         """Let the hand compute packs. Never raises: the thread must live on for other requests."""
-        tokens = hand_thread.tokens
+        tokens, failures = hand_thread.tokens, list[object]()
+
+        def deliver(number: int, outcome: PackVectors) -> None:
+            failures.extend(outcome.errors)
+            self._deliver(packs[number], outcome)
+
         try:
-            hand_thread.hand.forward(
-                [[queued.prompt for queued in pack] for pack in packs],
-                hand_thread.seconds_until_late(),
-                lambda number, outcome: self._deliver(packs[number], outcome),
+            worker.hand.forward(
+                [[queued.prompt for queued in pack] for pack in packs], worker.seconds_until_late(), deliver
             )
         except HandLost as lost:
             self._take_back(hand_thread, lost.is_late)
             return
-        except Exception:
+        except Exception as error:
+            failures.append(error)
             log.exception("a forward of %d tokens failed", tokens)
             self._fail(hand_thread.taken, EngineError("the model failed on this request"))
         # Measured from the end of the last forward: the gap between two forwards delays callers as well.
         start, hand_thread.last_end = hand_thread.last_end, time.perf_counter()
         with self._changed:
-            hand_thread.end_forward(tokens, hand_thread.last_end - start)
+            worker.end_forward(tokens, worker.last_end - start, is_whole=not failures)
             if self._stopping:
                 self._changed.notify_all()
 

@@ -72,11 +72,15 @@ class HandThread:
         seconds = _UNMEASURED_LATE_S if rate is None else max(_MIN_LATE_S, _LATE_TIMES * self.tokens / rate)
         return seconds * 2 ** max((queued.times_late for queued in self.taken), default=0)
 
-    def end_forward(self, tokens: int, seconds: float) -> None:
-        """Count a forward that ended, and measure the speed if it was large enough."""
+    def end_forward(self, tokens: int, seconds: float, *, is_whole: bool) -> None:
+        """Count a forward that ended, and measure the speed if it was large enough.
+
+        Args:
+            is_whole: every prompt got a vector. A forward that fails says nothing of the speed: most fail at once.
+        """
         self.forwards += 1
         self.taken = []
-        if tokens < _MIN_MEASURED_TOKENS:
+        if tokens < _MIN_MEASURED_TOKENS or not is_whole:
             return
         rate, average = tokens / max(seconds, 1e-6), self.tokens_per_second
         self.tokens_per_second = rate if average is None else 0.8 * average + 0.2 * rate
