@@ -200,7 +200,7 @@ async def test_a_hangup_replaces_a_revision_and_no_request_has_vectors_of_both(c
     os.kill(os.getpid(), signal.SIGHUP)  # as systemd may send it after SIGTERM
     await asyncio.sleep(0.1)
     assert served._renewal is renewal
-    asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 async def test_a_hangup_while_files_are_read_is_kept_for_later(

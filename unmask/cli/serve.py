@@ -151,6 +151,9 @@ def serve(
     *, options: ServeOptions = ServeOptions(), oidc: OidcOptions = OidcOptions(), mail: MailOptions = NO_MAIL
 ) -> int:
     """Serve models behind an OpenAI-compatible API, with pages for people."""
+    from unmask.server.hangup import ignore_hangups
+
+    ignore_hangups()
     from unmask.server import serve as run_server
 
     return run_server(options.settings(identity_provider=oidc.provider(), mail=mail.server(options.public_url or "")))

@@ -399,8 +399,8 @@ class Engine:
             self._deliver(packs[number], outcome)
 
         try:
-            worker.hand.forward(
-                [[queued.prompt for queued in pack] for pack in packs], worker.seconds_until_late(), deliver
+            hand_thread.hand.forward(
+                [[queued.prompt for queued in pack] for pack in packs], hand_thread.seconds_until_late(), deliver
             )
         except HandLost as lost:
             self._take_back(hand_thread, lost.is_late)
@@ -412,7 +412,7 @@ class Engine:
         # Measured from the end of the last forward: the gap between two forwards delays callers as well.
         start, hand_thread.last_end = hand_thread.last_end, time.perf_counter()
         with self._changed:
-            worker.end_forward(tokens, worker.last_end - start, is_whole=not failures)
+            hand_thread.end_forward(tokens, hand_thread.last_end - start, is_whole=not failures)
             if self._stopping:
                 self._changed.notify_all()
 

@@ -3,10 +3,9 @@
 import asyncio
 import logging
 import os
-import signal
 import socket
 import sys
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 
 from unmask.api.logs import configure_logging
 from unmask.api.settings import ServeSettings
@@ -16,6 +15,7 @@ from unmask.router.providers import read_providers
 from unmask.server.announcement import announce, create_invitation
 from unmask.server.cluster_watch import ClusterWatch
 from unmask.server.composition import build_application
+from unmask.server.hangup import ignore_hangups, on_hangup
 from unmask.server.http_server import HttpServer, base_url, listen
 
 log = logging.getLogger("unmask")
@@ -31,6 +31,7 @@ def serve(settings: ServeSettings) -> int:
         UsageError, ClusterError: see `connected`.
         UsageError, CheckpointError, StorageError: see `build_application`.
     """
+    ignore_hangups()
     secrets = (settings.identity_provider.client_secret,) if settings.identity_provider else ()
     if settings.providers_file is not None:
         secrets += read_providers(settings.providers_file).keys()
@@ -94,5 +95,10 @@ def reload_on_hangup(models: ModelRegistry) -> None:
             models.providers.try_reload()
         models.renew()
 
-    with suppress(NotImplementedError, ValueError, RuntimeError):  # Windows, or not the main thread, as in tests
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
+    loop = asyncio.get_running_loop()
+
+    def reload_soon() -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(reload)
+
+    on_hangup(reload_soon)
