@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -112,6 +113,26 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path: Path, monkeypatch: pytest.
     Path("in/c.txt").symlink_to("gone.txt")
     with pytest.raises(UsageError, match=r"in/c\.txt is a link to gone\.txt, which is not there"):
         names_of(name)
+
+
+@pytest.mark.parametrize("output", ["out/", "out.npy"])
+def test_names_and_instructions_that_are_not_utf8_are_named_before_a_model_is_loaded(
+    tmp_path: Path, encoder: Encoder, output: str
+) -> None:
+    def load() -> Encoder:
+        raise AssertionError("the model is loaded")
+
+    (tmp_path / "in").mkdir()
+    name = os.fsdecode(b"caf\xe9.txt")
+    (tmp_path / "in" / name).write_text("x\n")
+    job = EncodeJob((str(tmp_path / "in"),), f"{tmp_path}/{output}")
+    for source in (job.inputs[0], f"{tmp_path}/in/*.txt", f"{tmp_path}/in/{name}"):
+        with pytest.raises(UsageError, match=r"the file name '.*/in/caf\\udce9\.txt' is not UTF-8; rename the file"):
+            run(replace(job, inputs=(source,)), load)
+    (tmp_path / "in" / name).rename(tmp_path / "in" / "café.txt")
+    with pytest.raises(UsageError, match=r"--instruction 'caf\\udce9' is not UTF-8"):
+        run(replace(job, instruction=os.fsdecode(b"caf\xe9")), load)
+    assert run(job, lambda: encoder).rows == 1
 
 
 def test_a_folder_of_no_tables_is_refused(tmp_path: Path) -> None:

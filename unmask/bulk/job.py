@@ -26,6 +26,7 @@ from unmask.bulk.spool import Spool
 from unmask.bulk.storage import STANDARD_STREAM
 from unmask.encoder.encoder import Encoder, check_dimensions
 from unmask.errors import UsageError
+from unmask.tables import first_surrogate
 
 
 def run(
@@ -49,6 +50,8 @@ def run(
         StorageError: the output cannot be written. What is encoded so far is kept.
     """
     started = time.perf_counter()
+    if first_surrogate(job.instruction) is not None:
+        raise UsageError(f"--instruction {job.instruction!a} is not UTF-8; write it in UTF-8")
     with Inputs(job) as inputs:
         encode = encode_to_parts if is_parts_folder(job.output) else _encode_to_file
         report = encode(job, inputs, lambda: open_executor(job, load_encoder), progress)

@@ -18,7 +18,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from unmask.disk import atomic_write, files_below, fsync_path, require_link_target, storage_errors
 from unmask.errors import StorageError, UsageError
-from unmask.tables import table_format
+from unmask.tables import first_surrogate, table_format
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -126,7 +126,7 @@ def find_inputs(
         The files, and the names of files in folders that have the ending of no table format.
 
     Raises:
-        UsageError: a name matches no file, a file is named twice, or a link in a folder leads nowhere.
+        UsageError: a name matches no file, a file is named twice, a name is not UTF-8, or a link leads nowhere.
         StorageError: a store cannot be listed.
     """
     if STANDARD_STREAM in names:
@@ -142,6 +142,8 @@ def find_inputs(
                 continue
             if from_folder and input_format is None and table_format(Path(file.name)) is None:
                 left_out.append(file.name)
+            elif first_surrogate(file.name) is not None:
+                raise UsageError(f"the file name {file.name!a} is not UTF-8; rename the file")
             elif files.setdefault(file.name, file) is not file:
                 raise UsageError(f"{file.name} is named twice, the second time by {public_name(name)}; name it once")
     if not files:
