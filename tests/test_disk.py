@@ -1,6 +1,7 @@
 """Atomic writes, locks and the error for a disk that refuses."""
 
 import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -67,3 +68,26 @@ def test_a_file_gets_the_mode_of_the_umask(tmp_path: Path) -> None:
         (tmp_path / "scratch").touch(mode=0o600)
         (tmp_path / "scratch").replace(partial)
     assert (tmp_path / "weights").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_a_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("old", "new"):
+        (tmp_path / name).symlink_to(tmp_path / "elsewhere" / name)
+    (tmp_path / "elsewhere" / "old").write_text("before")
+    for name in ("old", "new"):
+        with atomic_write(tmp_path / name) as partial:
+            partial.write_text("after")
+        assert (tmp_path / name).is_symlink() and (tmp_path / "elsewhere" / name).read_text() == "after"
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(StorageError, match="leads to itself"), atomic_write(tmp_path / "loop"):
+        pass
+
+
+def test_a_pipe_or_folder_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(StorageError, match="no regular file"), atomic_write(tmp_path / name) as partial:
+            partial.write_text("x")
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "folder").is_dir()

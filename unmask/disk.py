@@ -20,11 +20,15 @@ HOME_IS_FULL = "free some space or set UNMASK_HOME elsewhere"
 def atomic_write(target: Path) -> Iterator[Path]:
     """Yield a temporary path beside `target`; it replaces `target` only if the block ends without an error.
 
-    Readers see the old file, or none, until the new one is complete and on the disk.
+    Readers see the old file, or none, until the new one is complete and on the disk. If `target` is a link, the file
+    that it leads to is replaced, and not the link.
 
     Raises:
-        StorageError: the folder cannot be written, or the disk is full.
+        StorageError: the folder cannot be written, the disk is full, or `target` is a device, a pipe or a folder.
     """
+    target = link_target(target)
+    if target.exists() and not target.is_file():
+        raise StorageError(f"cannot write {target}: it is no regular file, which could be replaced; name another")
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         with storage_errors(str(target), HOME_IS_FULL):
@@ -35,6 +39,18 @@ def atomic_write(target: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # an error of the block counts, not one of the clean-up
             partial.unlink(missing_ok=True)
+
+
+def link_target(path: Path) -> Path:
+    """Return the file that a link leads to, also if it is not there yet; any other path as it is.
+
+    Raises:
+        StorageError: the link leads to itself.
+    """
+    try:
+        return path.resolve() if path.is_symlink() else path
+    except (OSError, RuntimeError) as error:
+        raise StorageError(f"cannot write {path}: it is a link that leads to itself; remove it") from error
 
 
 def create_once(target: Path, text: str) -> None:

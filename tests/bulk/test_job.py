@@ -452,3 +452,28 @@ def test_killed_at_the_worst_moments(
         assert process.exitcode == 0
     assert resumed_at(output) == row
     assert output.read_bytes() == (folder / f"whole.{target}").read_bytes()
+
+
+@pytest.mark.parametrize("target", ["npy", "jsonl"])
+def test_the_target_of_a_linked_output_is_written(tmp_path: Path, encoder: Encoder, target: Any) -> None:
+    source, elsewhere, link = tmp_path / "in.txt", tmp_path / "elsewhere", tmp_path / f"out.{target}"
+    source.write_text("a text\n")
+    elsewhere.mkdir()
+    link.symlink_to(elsewhere / "real")
+    for restart in (False, True):
+        run(EncodeJob((str(source),), str(link), restart=restart, output_format=target), lambda: encoder)
+        assert link.is_symlink() and (elsewhere / "real").stat().st_size > 0
+        assert [file.name for file in elsewhere.iterdir()] == ["real"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["elsewhere", "in.txt", link.name]
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_pipe_is_not_replaced_by_a_file(tmp_path: Path, encoder: Encoder, restart: bool) -> None:
+    source, pipe = tmp_path / "in.txt", tmp_path / "out.npy"
+    source.write_text("a text\n")
+    os.mkfifo(pipe)
+    (tmp_path / "link.npy").symlink_to(pipe)
+    for output in (pipe, tmp_path / "link.npy"):
+        with pytest.raises(UsageError, match=r"npy is a device or a pipe, not a file; .* - for standard output"):
+            run(EncodeJob((str(source),), str(output), restart=restart), lambda: encoder)
+    assert pipe.is_fifo()

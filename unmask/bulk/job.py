@@ -24,6 +24,7 @@ from unmask.bulk.parts import encode_to_parts, is_parts_folder
 from unmask.bulk.report import EncodeProgress, EncodeReport, Tally
 from unmask.bulk.spool import Spool
 from unmask.bulk.storage import STANDARD_STREAM
+from unmask.disk import link_target
 from unmask.encoder.encoder import Encoder, check_dimensions
 from unmask.errors import UsageError
 from unmask.tables import first_surrogate
@@ -125,6 +126,9 @@ def _open_spool(job: EncodeJob, inputs: Inputs, target: str, stack: ExitStack) -
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="unmask-encode-")))
         return stack.enter_context(closing(Spool(folder / "spool", None)))
     output = Path(job.output)
+    if output.exists() and not output.is_file():
+        raise UsageError(f"{output} is a device or a pipe, not a file; name a file, or use - for standard output")
+    output = link_target(output)  # the spool and the output must be on one disk
     if output.exists() and any(file.is_local and output.samefile(file.name) for file in inputs.files):
         raise UsageError(f"{output} is the input as well; choose another --output")
     spool = stack.enter_context(closing(Spool(output.with_name(f".{output.name}.partial"), output)))
