@@ -91,3 +91,23 @@ def test_a_damaged_backup_restores_nothing(database: Database, filled: tuple[str
     with other.read() as connection:
         assert people.all_accounts(connection) == []
     other.close()
+
+
+def test_a_backup_with_other_bytes_is_not_whole(sqlite: Database, tmp_path: Path):
+    for number in range(50):
+        with sqlite.begin() as connection:
+            people.open_account(connection, f"number {number}", NOW)
+    file = tmp_path / "backup.gz"
+    backup(sqlite, file)
+    whole, lines = file.read_bytes(), gzip.decompress(file.read_bytes()).decode().splitlines(keepends=True)
+    damaged = [whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :] for at in range(100, len(whole) - 8, 97)]
+    forms = ["[]\n", *lines[1:]], [lines[0], "5\n", *lines[1:]], [lines[0], "[]\n"], [lines[0], "[[1]]\n"]
+    damaged += [gzip.compress("".join(form).encode()) for form in forms]
+    other = Database(str(tmp_path / "other.sqlite"))
+    for content in damaged:
+        file.write_bytes(content)
+        with pytest.raises(StorageError):
+            restore(other, file, check=discrepancies)
+    with other.read() as connection:
+        assert people.all_accounts(connection) == []
+    other.close()

@@ -26,6 +26,8 @@ _ROWS = 500
 _LEFT_OUT = ("sessions", "invitations")
 # Tables that a migration leaves a row in.
 _BORN_FULL = (plans, catalogue_version)
+# Errors of reading a file with missing or changed bytes: of gzip, of the JSON, and of its lines.
+_DAMAGE = (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError)
 
 
 def backup(database: Database, target: Path) -> int:
@@ -59,7 +61,7 @@ def check_head(source: Path) -> None:
         with gzip.open(source, "rt", encoding="utf-8") as file:
             if json.loads(file.readline())["format"] == _FORMAT:
                 return
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error) as error:
+    except _DAMAGE as error:
         raise StorageError(f"{source} is not a whole backup: {error}") from error
     raise StorageError(f"{source} is not a backup that this version reads ({_FORMAT!r})")
 
@@ -90,7 +92,7 @@ def restore(database: Database, source: Path, *, check: Callable[[Connection], S
         try:
             with gzip.open(source, "rt", encoding="utf-8") as file:
                 count = _fill(connection, file, source)
-        except (OSError, EOFError, ValueError, KeyError) as error:
+        except _DAMAGE as error:
             raise StorageError(f"{source} is not a whole backup: {error}") from error
         _continue_numbers(connection)
         if discrepancies := check(connection):
