@@ -128,9 +128,12 @@ def storage_errors(target: str, advice: str = "", *, action: str = "write") -> I
 
     Raises:
         StorageError: instead of the OSError.
+        BrokenPipeError: as it is. The reader of a pipe has ended, and the storage is well.
     """
     try:
         yield
+    except BrokenPipeError:
+        raise
     except OSError as error:
         message = f"cannot {action} {target}: {error.strerror or error}"
         raise StorageError(f"{message}; {advice}" if advice else message) from error

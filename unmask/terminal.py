@@ -7,6 +7,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
@@ -27,6 +28,14 @@ def say(line: str) -> None:
     stream = sys.stderr
     text = _fill(line, terminal_width(stream)) if stream.isatty() else line
     print(text, file=stream)
+
+
+def abandon_stdout() -> None:
+    """Lead stdout nowhere after a write failed. At exit Python would try again, and change the exit code to 120."""
+    with suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def print_result(text: str) -> None:

@@ -5,6 +5,9 @@ import gzip
 import io
 import itertools
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -356,3 +359,27 @@ def test_npy_header_has_room_for_any_size() -> None:
 
 def test_jsonl_lines_count_on() -> None:
     assert jsonl_lines(np.array([[0.1, 2]], np.float32), first=7) == b'{"index":7,"embedding":[0.1,2.0]}\n'
+
+
+@pytest.mark.parametrize(
+    ("arguments", "redirection", "code", "message"),
+    [
+        ("in.txt -o -", "| head -n 1 >line", 141, ""),
+        ("in.txt -o - --output-format npy", "| head -c 1 >line", 141, ""),
+        ("in.txt -o -", ">/dev/full", 1, "cannot write standard output: No space left on device"),
+        ("in.txt -o -", ">&-", 1, "standard output is closed; name a file with --output"),
+        ("- -o out.npy", "<&-", 1, "standard input is closed; pipe texts into it, or name files"),
+    ],
+)
+def test_streams_that_are_closed_or_full_end_a_run_in_one_sentence(
+    tmp_path: Path, golden_dir: Path, arguments: str, redirection: str, code: int, message: str
+) -> None:
+    (tmp_path / "in.txt").write_text("".join(f"text {number}\n" for number in range(3000)))
+    command = f"{sys.executable} -m unmask encode {arguments} --model {golden_dir / 'tiny_llama'} {redirection}"
+    script = f"{command}; exit ${{PIPESTATUS[0]}}"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent.parent)}
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code
+    assert message in done.stderr and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr

@@ -22,6 +22,7 @@ from unmask.bulk.storage import STANDARD_STREAM, InputFile
 from unmask.disk import storage_errors
 from unmask.errors import StorageError, UsageError
 from unmask.tables import Row, decompressed, list_names, open_parquet, open_table, table_format
+from unmask.terminal import abandon_stdout
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -262,11 +263,16 @@ def write_out(content: bytes | BinaryIO) -> None:
     """Write bytes, or all of a file, to standard output.
 
     Raises:
-        StorageError: it was closed, or leads to a full disk.
+        StorageError: it leads to a full disk.
+        BrokenPipeError: it is a pipe whose reader has ended.
     """
-    with storage_errors("standard output"):
-        if isinstance(content, bytes):
-            sys.stdout.buffer.write(content)
-        else:
-            shutil.copyfileobj(content, sys.stdout.buffer)
-        sys.stdout.buffer.flush()
+    try:
+        with storage_errors("standard output"):
+            if isinstance(content, bytes):
+                sys.stdout.buffer.write(content)
+            else:
+                shutil.copyfileobj(content, sys.stdout.buffer)
+            sys.stdout.buffer.flush()
+    except (StorageError, BrokenPipeError):
+        abandon_stdout()
+        raise

@@ -8,6 +8,7 @@ same to the byte.
 """
 
 import hashlib
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -121,6 +122,8 @@ def _encode_rows(
 def _open_spool(job: EncodeJob, inputs: Inputs, target: str, stack: ExitStack) -> Spool | None:
     """Open the spool beside the output, or a temporary one for standard output; None if rows go straight there."""
     if job.output == STANDARD_STREAM:
+        if sys.stdout is None:
+            raise UsageError("standard output is closed; name a file with --output")
         if target == "jsonl":
             return None
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="unmask-encode-")))

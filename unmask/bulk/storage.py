@@ -8,6 +8,7 @@ import fnmatch
 import glob
 import io
 import re
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -132,6 +133,8 @@ def find_inputs(
     if STANDARD_STREAM in names:
         if len(names) > 1:
             raise UsageError("- (standard input) is read alone; name files, or pipe everything")
+        if sys.stdin is None:
+            raise UsageError("standard input is closed; pipe texts into it, or name files")
         return [InputFile(STANDARD_STREAM)], ()
     files: dict[str, InputFile] = {}
     left_out: list[str] = []

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from unmask.cli.program import build_app
 from unmask.errors import UnmaskError
-from unmask.terminal import say
+from unmask.terminal import abandon_stdout, say
 
 __all__ = ["build_app", "keep_few_products", "main"]
 
@@ -56,5 +56,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
     except BrokenPipeError:
         # The reader of the pipe has ended, as in `unmask encode ... --output - | head`.
+        abandon_stdout()
         sys.stderr.close()
         sys.exit(141)

@@ -189,7 +189,7 @@ def _password(file: Path | None) -> str:
 
 def _typed_password() -> str:
     """Ask twice: a typing error in characters that nobody sees would lock the person out."""
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
         raise UsageError("there is no terminal to ask for the password on; use --password-file")
     try:
         password = getpass.getpass("Password: ")

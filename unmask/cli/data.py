@@ -45,7 +45,7 @@ def fetch(
     ]
     print_table(("task", "source", "size", "licence"), rows, right=("size",))
     if not yes:
-        if not sys.stdin.isatty():
+        if sys.stdin is None or not sys.stdin.isatty():
             raise UsageError("nothing was fetched: nobody is there to ask; agree to the licences with --yes")
         say(f"Fetch {sum(corpus.kilobytes for corpus in PUBLIC_CORPORA) / 1000:.1f} MB under these licences? [y/N]")
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
