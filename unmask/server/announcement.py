@@ -1,5 +1,6 @@
 """The lines that a server prints once it accepts connections."""
 
+import logging
 import sys
 
 from unmask.accounts import Accounts, people, tariff
@@ -7,6 +8,9 @@ from unmask.api.settings import ServeSettings
 from unmask.errors import NoPrice
 from unmask.router import ModelRegistry
 from unmask.storage.database import now_ms
+from unmask.terminal import abandon_stdout
+
+log = logging.getLogger("unmask")
 
 
 def create_invitation(accounts: Accounts, url: str) -> str | None:
@@ -20,7 +24,10 @@ def create_invitation(accounts: Accounts, url: str) -> str | None:
 def announce(
     url: str, models: ModelRegistry, settings: ServeSettings, accounts: Accounts | None, invitation: str | None
 ) -> None:
-    """Print the address, the models, a request to try, and the next steps of the operator."""
+    """Print the address, the models, a request to try, and the next steps of the operator.
+
+    A server that is ready does not end because nobody can read this: it logs a warning.
+    """
     records = [model.record for model in models.list()]
     width = max((len(record.id) for record in records), default=0)
     lines = [
@@ -40,8 +47,24 @@ def announce(
             )
     elif not settings.api_keys:
         lines.append("No accounts and no keys: whoever uses this machine may call it.")
-    sys.stdout.write("\n".join(lines) + "\n")
-    sys.stdout.flush()
+    if sys.stdout is None:
+        _warn(url, "it is closed")
+        return
+    try:
+        sys.stdout.write("\n".join(lines) + "\n")
+        sys.stdout.flush()
+    except OSError as error:
+        abandon_stdout()
+        _warn(url, error.strerror or str(error))
+
+
+def _warn(url: str, reason: str) -> None:
+    log.warning(
+        "the server answers at %s, but its first lines cannot be written to standard output: %s; lead it to a file or "
+        "/dev/null",
+        url,
+        reason,
+    )
 
 
 def _account_lines(accounts: Accounts, models: list[str]) -> list[str]:
