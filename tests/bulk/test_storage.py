@@ -233,10 +233,9 @@ def test_parts_inside_the_input_folder_are_no_input(
         (tmp_path / "link").symlink_to(folder)
         output = f"{tmp_path}/link/vectors/"
     elif kind == "s3":
-        port, folder = request.getfixturevalue("s3"), request.getfixturevalue("buckets") / "data" / "inside"
+        port = request.getfixturevalue("s3")
         source, output = url(port, "data/inside"), url(port, "data/inside/vectors")
-    folder.mkdir()
-    (folder / "a.jsonl").write_text(json.dumps({"text": "a"}) + "\n")
+    Store(source).put("a.jsonl", b'{"text": "a"}\n')
     job = EncodeJob((source,), output, output_format="jsonl")
     put = Store.put
 
