@@ -254,19 +254,20 @@ def test_parts_inside_the_input_folder_are_no_input(
         assert run(replace(job, restart=True), lambda: encoder).rows == 1
 
 
-def test_an_output_elsewhere_hides_no_input(tmp_path: Path) -> None:
-    (tmp_path / "in" / "vectors").mkdir(parents=True)
-    (tmp_path / "in" / "a.txt").write_text("x\n")
-    (tmp_path / "in" / "vectors" / "b.txt").write_text("x\n")
+def test_only_parts_of_the_output_are_no_input(tmp_path: Path) -> None:
+    for name in ("a.txt", "part-a.txt", "vectors/b.txt", "vectors/part-b.txt", "vectors/deep/part-c.txt"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_text("x\n")
+    folder = str(tmp_path / "in")
 
     def names(source: str, output: str) -> list[str]:
         return [Path(file.name).name for file in find_inputs([source], output=output)[0]]
 
-    folder = str(tmp_path / "in")
+    everything = ["a.txt", "part-a.txt", "b.txt", "part-c.txt", "part-b.txt"]
     for output in ("-", "vectors/", f"{folder}/vector/", f"{folder}/a.txt", f"s3:/{folder}/vectors"):
-        assert names(folder, output) == names(f"file://{folder}", output) == ["a.txt", "b.txt"]
+        assert names(folder, output) == names(f"file://{folder}", output) == everything
     for output in (f"{folder}/vectors", f"file://{folder}/vectors/"):
-        assert names(folder, output) == names(f"file://{folder}", output) == ["a.txt"]
+        assert names(folder, output) == names(f"file://{folder}", output) == everything[:-1]
 
 
 def test_a_file_of_the_hub_is_read_by_its_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

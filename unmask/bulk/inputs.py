@@ -18,7 +18,7 @@ class Inputs:
     The first file is opened at once, so that a wrong column is found before a model is loaded.
 
     Attributes:
-        files: the files, in order, without those in the folder of the output.
+        files: the files, in order, without the parts of the output.
         left_out: names of files in folders that are no tables.
 
     Raises:

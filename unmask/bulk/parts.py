@@ -30,7 +30,7 @@ from unmask.bulk.executor import Executor, ModelDescription, UnitFailure
 from unmask.bulk.inputs import Inputs
 from unmask.bulk.report import EncodeProgress, EncodeReport, Tally
 from unmask.bulk.spool import require_same_options
-from unmask.bulk.storage import Store, is_url
+from unmask.bulk.storage import PART_PREFIX, Store, is_url
 from unmask.bulk.units import (
     JOB_FILE,
     UNITS_FOLDER,
@@ -194,7 +194,7 @@ def _prepare(job: EncodeJob, store: Store, stack: ExitStack) -> None:
     if store.folder is not None:
         _lock(store.folder, store.name, stack)
     names = store.names()  # behind the lock, so that no other run adds to them
-    foreign = [name for name in names if not name.startswith(("part-", "_unmask/"))]
+    foreign = [name for name in names if not name.startswith((PART_PREFIX, "_unmask/"))]
     if foreign:
         raise UsageError(
             f"{store.name} holds other files, such as {foreign[0]}; choose an empty folder, or a new one, for the parts"

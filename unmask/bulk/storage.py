@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 STANDARD_STREAM = "-"
+# Names of the parts of an output begin so.
+PART_PREFIX = "part-"
 _GLOB = re.compile(r"[*?\[]")
 _URL_GLOB = re.compile(r"[*\[]")
 _READ_BYTES = 2**20
@@ -121,7 +123,7 @@ def find_inputs(
     Args:
         names: one or more, or `-` alone.
         input_format: all files are in this format, so that no name in a folder must tell it.
-        output: path or URL of the job's output. Files below it are its parts and no input.
+        output: path or URL of the job's output. Its parts are no input.
 
     Returns:
         The files, and the names of files in folders that have the ending of no table format.
@@ -141,7 +143,7 @@ def find_inputs(
     for name in names:
         files_there, from_folder = _files_of_url(name) if is_url(name) else _local_files(name)
         for file in files_there:
-            if output is not None and _is_below(file, name, output):
+            if output is not None and _is_part(file, name, output):
                 continue
             if from_folder and input_format is None and table_format(Path(file.name)) is None:
                 left_out.append(file.name)
@@ -154,9 +156,12 @@ def find_inputs(
     return list(files.values()), tuple(left_out)
 
 
-def _is_below(file: InputFile, source: str, output: str) -> bool:
-    """True if a file that the input `source` names lies in the folder `output`."""
-    return _endpoint(source) == _endpoint(output) and _place(output) in _place(file.name).parents
+def _is_part(file: InputFile, source: str, output: str) -> bool:
+    """True if a file that the input `source` names is a part in the folder `output`."""
+    place = _place(file.name)
+    return (
+        place.name.startswith(PART_PREFIX) and place.parent == _place(output) and _endpoint(source) == _endpoint(output)
+    )
 
 
 def _place(location: str) -> PurePath:

@@ -22,7 +22,7 @@ from unmask.bulk.chunks import Chunk, add_text, chunk_prompts, chunk_vectors, jo
 from unmask.bulk.encode_job import EncodeJob
 from unmask.bulk.files import OUTPUT_FORMATS, format_of, jsonl_part, npy_part, parquet_part
 from unmask.bulk.report import Tally
-from unmask.bulk.storage import Store
+from unmask.bulk.storage import PART_PREFIX, Store
 from unmask.conformance.canaries import fixed_texts
 from unmask.encoder.encoder import Encoder
 
@@ -129,7 +129,7 @@ class UnitEncoder:
             tally = tally.plus(prompts)
         first, source = unit.chunks[0].first, unit.chunks[0].source
         content = _part(self._format, np.concatenate(blocks), source, first)
-        part = f"part-{unit.name}.{self._format}"
+        part = f"{PART_PREFIX}{unit.name}.{self._format}"
         self._store.put(part, content)
         manifest = Manifest(
             unit=unit.name,
