@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
 from email.utils import parsedate_to_datetime
@@ -128,7 +129,7 @@ def test_a_restart_serves_what_is_live_and_not_what_is_retired(
         step(connection, "org/old", "deprecated", actor="test", until=date(2100, 1, 1))
         step(connection, "org/old", "retired", actor="test")
     settings = ServeSettings(models=("org/old", str(tiny_llama)), warm=("org/old", str(tiny_llama)))
-    models, sync = open_models(settings, database)
+    models, sync = open_models(settings, database, threading.Event())
     assert [model.record.id for model in models.list()] == ["tiny_llama", MODEL] and sync is not None
     assert models.list()[1].source == str(golden_dir / "tiny_gemma")
     assert "org/old is retired and answers nobody" in caplog.text
@@ -139,7 +140,7 @@ def test_a_model_that_ships_as_live_elsewhere_passes_no_gate_here(database: Data
         put_fields(connection, "org/gateless", {})
         for status in ("coming soon", "benchmarking", "staged", "live"):
             step(connection, "org/gateless", status, actor="test")
-    models, _ = open_models(ServeSettings(models=(str(tiny_llama),)), database)
+    models, _ = open_models(ServeSettings(models=(str(tiny_llama),)), database, threading.Event())
     assert models.find("org/gateless") is None  # nobody has said where its weights are
 
 
