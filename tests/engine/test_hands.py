@@ -189,7 +189,7 @@ async def test_requests_that_time_out_while_no_hand_works_leave_nothing(encoder:
             await engine.run(prompts, deadline=time.monotonic(), caller=f"caller {number}")
     assert engine.waiting_tokens() == 0 and not engine._queue._callers and not engine._queue._by_deadline
     await asyncio.to_thread(engine.close, 1.0)
-    thread = engine._workers[0].thread
+    thread = engine._hand_threads[0].thread
     assert thread is not None
     thread.join(30)
     assert not thread.is_alive()
