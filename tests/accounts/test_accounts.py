@@ -144,7 +144,7 @@ def test_a_refund_that_the_ledger_refuses_is_not_repeated(
     until(lambda: bool(messages(caplog, logging.ERROR)))
     accounts.sweep()
     (message,) = messages(caplog)
-    assert f"charge {held.id} is released: only a settled charge can be refunded" in message
+    assert f"charge {held.id} is held: only a settled charge can be refunded" in message
 
 
 def test_a_server_that_stops_says_what_it_did_not_refund(url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -1,7 +1,6 @@
 """Serving through providers: real HTTP on both sides, providers that fail as scripted, and right vectors only."""
 
 import asyncio
-import itertools
 import json
 import threading
 import time
@@ -57,9 +56,6 @@ MODEL = "tiny_llama"
 TEXTS = ["a ferry leaves", "bread rises", "the clock is repaired", "rain washed the path", "interest is paid"]
 
 
-ROWS = itertools.count(1)  # numbers of verdicts, as the database gives them
-
-
 class Upstreams:
     """Two scripted providers and the server before them.
 
@@ -78,6 +74,11 @@ class Upstreams:
         assert self.service.models.providers is not None
         return self.service.models.providers
 
+    @property
+    def last_number(self) -> int:
+        """Number of the last verdict that the server knows."""
+        return max((verdict.number for verdict in self.pool._verdicts.values()), default=0)
+
     def endpoint(self, name: str) -> ProviderEndpoint:
         return next(one for one in self.pool.models()[MODEL].endpoints if one.provider.name == name)
 
@@ -93,7 +94,7 @@ class Upstreams:
                 verdict="quarantined" if finding else "admitted",
                 finding=finding,
                 actor="command line",
-                number=next(ROWS),
+                number=self.last_number + 1,
             )
             for (provider, model), finding in findings.items()
         }
@@ -633,28 +634,26 @@ def test_a_verdict_that_was_read_before_a_newer_one_changes_nothing(upstreams: U
         upstreams.in_loop(taken.set)  # the loop calls one after the other
         assert taken.wait(30)
 
-    before = next(ROWS)
     upstreams.take_verdicts({("a", MODEL): "a was taken out by the operator"})
     until(lambda: finding() == "a was taken out by the operator")
-    take(before, "a was slow")
+    known, may_store = upstreams.last_number, threading.Event()
+    take(known - 1, "a was slow")
     assert finding() == "a was taken out by the operator"
-
-    stored, may_store = next(ROWS), threading.Event()
 
     def store(verdict: Verdict) -> int:
         assert may_store.wait(30)
-        return stored
+        return known + 2
 
     upstreams.pool.report = store  # of this process's own verdict, which takes a while to be stored
     upstreams.order_quarantine("a", "pools the last token")
     until(lambda: finding() == "a pools the last token")
-    take(before, "a was slow")
+    take(known, "a was slow")
     assert finding() == "a pools the last token"
     may_store.set()
-    until(lambda: upstreams.pool._verdicts["a", MODEL].number == stored)
-    take(stored, "a was slow")
+    until(lambda: upstreams.last_number == known + 2)
+    take(known + 1, "a was slow")
     assert finding() == "a pools the last token"
-    take(next(ROWS), "a was slow")
+    take(known + 3, "a was slow")
     assert finding() == "a was slow"
 
 
