@@ -7,6 +7,9 @@ it is installed (`make bench` does that, in an environment of its own), and this
 each in turns, at random moments, through aiohttp. What is added is everything that a request takes in the server: HTTP,
 parsing, tokenising, choosing, the request to the provider, its checks, and the answer. Processor time is that of the
 server's process; it says more than latency does on a machine that is busy with other work.
+
+A fourth process forwards bytes and does nothing else, with the HTTP libraries of unmask (uvicorn, httptools, uvloop and
+aiohttp). It is what they cost alone: no server on them is faster.
 """
 
 import argparse
@@ -19,14 +22,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import numpy as np
 import psutil
+import uvicorn
 from open_loop import load
 from provider_chaos import free_port, serve, wait_until_ready
 from turns import turns
@@ -111,6 +116,31 @@ async def run_stub(model: str, port: int) -> None:
     await server.serve_forever()
 
 
+def run_forwarder(url: str, port: int) -> None:
+    """Send the body of each request to a provider, and its answer back, until the process is ended."""
+    session: aiohttp.ClientSession | None = None
+
+    async def forward(scope: dict[str, Any], receive: Callable[[], Any], send: Callable[[Any], Any]) -> None:
+        nonlocal session
+        message = await receive()
+        status, content = 200, b""  # of /ready
+        if scope["method"] == "POST":
+            body = message["body"]
+            while message["more_body"]:
+                message = await receive()
+                body += message["body"]
+            if session is None:
+                session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+            status, _, content = await AiohttpClient(session, url).post(body)
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(content))]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": content})
+
+    uvicorn.run(
+        forward, port=port, http="httptools", loop="uvloop", lifespan="off", log_level="error", access_log=False
+    )
+
+
 def start_litellm(program: Path, model: str, stub: int, port: int, folder: Path) -> subprocess.Popen[bytes]:
     """Start LiteLLM's proxy before the stub."""
     entry = {"model": f"openai/{model}", "api_base": f"http://127.0.0.1:{stub}/v1", "api_key": "none"}
@@ -152,9 +182,13 @@ def processes(model: str, litellm: Path, folder: Path) -> Iterator[dict[str, Way
         f'private = true\nmax_parallel = 256\n[[provider.model]]\nid = "{id}"\n'
     )
     running = {"direct": subprocess.Popen([sys.executable, __file__, "--model", model, "--stub", str(stub)])}
-    ports = {"direct": stub, "through unmask": port}
+    ports = {"direct": stub, "through uvicorn and aiohttp alone": free_port(), "through unmask": port}
     try:
         wait_until_ready(stub)
+        name = "through uvicorn and aiohttp alone"
+        own = ["--forward", f"http://127.0.0.1:{stub}", "--port", str(ports[name])]
+        running[name] = subprocess.Popen([sys.executable, __file__, *own])
+        wait_until_ready(ports[name])
         running["through unmask"] = serve(model, port, "--providers", str(file), home=folder)
         wait_until_ready(port)
         if litellm.is_file():
@@ -204,9 +238,14 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--litellm", type=Path, default=LITELLM, help="program of LiteLLM's proxy")
     parser.add_argument("--stub", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--forward", help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.stub:
         asyncio.run(run_stub(arguments.model, arguments.stub))
+        return 0
+    if arguments.forward:
+        run_forwarder(arguments.forward, arguments.port)
         return 0
     with (
         tempfile.TemporaryDirectory() as folder,
