@@ -41,6 +41,7 @@ from unmask.encoder import Encoder
 
 TEXT = "A ferry leaves the small harbour twice a day."
 KEY = f"sk-{secrets.token_hex(16)}"  # LiteLLM's proxy does not start without one; the others read none
+LIBRARIES = "through uvicorn and aiohttp alone"
 LITELLM = Path(sys.prefix) / "peers" / "litellm" / "bin" / "litellm"
 
 
@@ -182,13 +183,12 @@ def processes(model: str, litellm: Path, folder: Path) -> Iterator[dict[str, Way
         f'private = true\nmax_parallel = 256\n[[provider.model]]\nid = "{id}"\n'
     )
     running = {"direct": subprocess.Popen([sys.executable, __file__, "--model", model, "--stub", str(stub)])}
-    ports = {"direct": stub, "through uvicorn and aiohttp alone": free_port(), "through unmask": port}
+    ports = {"direct": stub, LIBRARIES: free_port(), "through unmask": port}
     try:
         wait_until_ready(stub)
-        name = "through uvicorn and aiohttp alone"
-        own = ["--forward", f"http://127.0.0.1:{stub}", "--port", str(ports[name])]
-        running[name] = subprocess.Popen([sys.executable, __file__, *own])
-        wait_until_ready(ports[name])
+        forwarder = ["--forward", f"http://127.0.0.1:{stub}", "--port", str(ports[LIBRARIES])]
+        running[LIBRARIES] = subprocess.Popen([sys.executable, __file__, *forwarder])
+        wait_until_ready(ports[LIBRARIES])
         running["through unmask"] = serve(model, port, "--providers", str(file), home=folder)
         wait_until_ready(port)
         if litellm.is_file():

@@ -636,24 +636,24 @@ def test_a_verdict_that_was_read_before_a_newer_one_changes_nothing(upstreams: U
 
     upstreams.take_verdicts({("a", MODEL): "a was taken out by the operator"})
     until(lambda: finding() == "a was taken out by the operator")
-    known, may_store = upstreams.last_number, threading.Event()
-    take(known - 1, "a was slow")
+    last, may_store = upstreams.last_number, threading.Event()
+    take(last - 1, "a was slow")
     assert finding() == "a was taken out by the operator"
 
     def store(verdict: Verdict) -> int:
         assert may_store.wait(30)
-        return known + 2
+        return last + 2
 
     upstreams.pool.report = store  # of this process's own verdict, which takes a while to be stored
     upstreams.order_quarantine("a", "pools the last token")
     until(lambda: finding() == "a pools the last token")
-    take(known, "a was slow")
+    take(last, "a was slow")
     assert finding() == "a pools the last token"
     may_store.set()
-    until(lambda: upstreams.last_number == known + 2)
-    take(known + 1, "a was slow")
+    until(lambda: upstreams.last_number == last + 2)
+    take(last + 1, "a was slow")
     assert finding() == "a pools the last token"
-    take(known + 3, "a was slow")
+    take(last + 3, "a was slow")
     assert finding() == "a was slow"
 
 
