@@ -183,21 +183,27 @@ def test_readers_see_one_state(database: Database):
         assert people.all_accounts(before) == []
 
 
-def test_one_pieces_fault_is_not_the_others(database: Database):
-    writer = Writer(database)
+def occupy(writer: Writer) -> tuple[Future[None], threading.Event]:
+    """Keep a writer busy until the event is set. On SQLite, the pieces that arrive meanwhile share a transaction."""
     entered, go = threading.Event(), threading.Event()
 
     def wait(connection: sa.Connection) -> None:
         entered.set()
         go.wait(60)
 
+    first = writer.submit(wait)
+    assert entered.wait(60)
+    return first, go
+
+
+def test_one_pieces_fault_is_not_the_others(database: Database):
+    writer = Writer(database)
+    first, go = occupy(writer)
+
     def refuse(connection: sa.Connection) -> str:
         people.open_account(connection, "never", 1)
         raise UsageError("no")
 
-    first = writer.submit(wait)
-    entered.wait(60)
-    # Those that arrive while the first is being written share the next transaction, on SQLite.
     good = [writer.submit(lambda connection, n=n: people.open_account(connection, f"good {n}", 1)) for n in range(5)]
     bad = [writer.submit(refuse) for _ in range(5)]
     more = [writer.submit(lambda connection, n=n: people.open_account(connection, f"more {n}", 1)) for n in range(5)]
@@ -211,17 +217,13 @@ def test_one_pieces_fault_is_not_the_others(database: Database):
     with database.read() as connection:
         assert {account.id for account in people.all_accounts(connection)} == made
     with pytest.raises(StorageError, match="closed"):
-        writer.submit(wait)
+        writer.submit(lambda connection: None)
 
 
 def test_a_full_database_undoes_no_piece_that_is_reported_as_done(sqlite: Database):
     """SQLite undoes the whole transaction when its file is full, with the pieces before the one at fault."""
     writer = Writer(sqlite)
-    entered, go = threading.Event(), threading.Event()
-
-    def wait(connection: sa.Connection) -> None:
-        entered.set()
-        go.wait(60)
+    first, go = occupy(writer)
 
     def fill(connection: sa.Connection) -> None:
         pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
@@ -234,8 +236,6 @@ def test_a_full_database_undoes_no_piece_that_is_reported_as_done(sqlite: Databa
     def open_account(number: int) -> Future[str]:
         return writer.submit(lambda connection: people.open_account(connection, f"number {number}", 1))
 
-    first = writer.submit(wait)
-    entered.wait(60)
     before = [open_account(number) for number in range(3)]
     full = writer.submit(fill)
     after = [open_account(number) for number in range(3, 6)]
@@ -251,14 +251,7 @@ def test_a_full_database_undoes_no_piece_that_is_reported_as_done(sqlite: Databa
 
 def test_a_piece_in_a_batch_fails_with_the_error_of_a_lone_one(sqlite: Database):
     writer = Writer(sqlite)
-    entered, go = threading.Event(), threading.Event()
-
-    def wait(connection: sa.Connection) -> None:
-        entered.set()
-        go.wait(60)
-
-    first = writer.submit(wait)
-    entered.wait(60)
+    first, go = occupy(writer)
     faults = [writer.submit(lambda connection: connection.exec_driver_sql("SELECT no_column")) for _ in range(2)]
     go.set()
     first.result(60)

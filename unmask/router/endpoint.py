@@ -247,6 +247,20 @@ class ProviderEndpoint:
         """Let traffic in again after a right canary, if nothing but `suspend` had taken it out."""
         self._admission.resume()
 
+    def pass_light_run(self, started_at: float) -> None:
+        """Count a light run with right vectors, which lets traffic in again.
+
+        Args:
+            started_at: Unix seconds before the provider was asked; later, it may have drifted already.
+        """
+        self.passed_at = started_at
+        self.resume()
+        if self.breaker.state == "half_open":
+            self.in_traffic_since = time.monotonic()
+            self.breaker.probed(True, self.in_traffic_since)
+        elif self.breaker.state == "held":
+            self.breaker.close()  # key, credit and model name are accepted again
+
     def uncheck(self) -> None:
         """Take it out of traffic, and out of quarantine, until a full run has passed."""
         self._admission.change("unchecked")

@@ -428,7 +428,7 @@ class ProviderPool:
                     endpoint.full_due |= last
                     return False
             if distance <= light_limit(endpoint.model, references):
-                self._note_health(endpoint, started_at)
+                endpoint.pass_light_run(started_at)
                 return False
             log.warning("%s for %s: a canary is off by %.1e", endpoint.provider.name, endpoint.model.id, distance)
             if not last:
@@ -454,21 +454,6 @@ class ProviderPool:
             endpoint.breaker.probed(False, now)
         elif failure.signal != "rate_limited":
             endpoint.failed(failure, MIN_TOKENS, now - started, now, alone=False)
-
-    def _note_health(self, endpoint: ProviderEndpoint, started_at: float) -> None:
-        """Count a right health check, which lets traffic in again.
-
-        Args:
-            endpoint: that gave the right vectors.
-            started_at: Unix seconds before it was asked; later, it may have drifted already.
-        """
-        endpoint.passed_at = started_at
-        endpoint.resume()
-        if endpoint.breaker.state == "half_open":
-            endpoint.in_traffic_since = time.monotonic()
-            endpoint.breaker.probed(True, endpoint.in_traffic_since)
-        elif endpoint.breaker.state == "held":
-            endpoint.breaker.close()  # key, credit and model name are accepted again
 
     async def _name_fault(self, endpoint: ProviderEndpoint, references: References) -> None:
         """Make a full run at an endpoint that was just quarantined, to say why."""
