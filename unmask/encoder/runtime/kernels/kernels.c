@@ -32,12 +32,15 @@
 #if defined(__AVX512F__)
 #define VL 16 // floats in a vector register
 #define MR 14 // 28 accumulators of 32 registers
+#define UNROLL 1
 #elif defined(__AVX2__)
 #define VL 8
 #define MR 6 // 12 accumulators of 16 registers
+#define UNROLL 4 // a step of k is so short that its prefetches and its counter would take a tenth of the time
 #else
 #define VL 4
 #define MR 12 // 24 accumulators of 32 registers: NEON
+#define UNROLL 1
 #endif
 #define NR (2 * VL)
 #define TILE_ROWS 32    // of a product in bfloat16
@@ -156,8 +159,10 @@ INLINE Vector activate(Vector x, int64_t activation) {
 INLINE void weights(const void *panel, int64_t k, int64_t kind, Vector *first, Vector *second) {
     if (kind == FLOAT32) {
         const float *row = (const float *)panel + k * NR;
-        __builtin_prefetch(row + 8 * NR);
-        __builtin_prefetch(row + 8 * NR + 16);
+        if (UNROLL == 1) {
+            __builtin_prefetch(row + 8 * NR);
+            __builtin_prefetch(row + 8 * NR + 16);
+        }
         *first = load(row), *second = load(row + VL);
     } else if (kind == BFLOAT16) {
         const float *row = (const float *)panel + k * VL;
@@ -173,6 +178,20 @@ INLINE void weights(const void *panel, int64_t k, int64_t kind, Vector *first, V
     }
 }
 
+// sums += a [rows] at step k times a panel's columns at step k. The panel is written to `kept` in float32, if `keeps`.
+INLINE void add_step(const int rows, const int kind, const int keeps, int64_t k, const float *a, int64_t stride,
+                     const void *panel, float *kept, Vector sums[MR][2]) {
+    Vector first, second;
+    weights(panel, k, kind, &first, &second);
+    if (keeps) store(kept + k * NR, first), store(kept + k * NR + VL, second);
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++) {
+        Vector value = broadcast(a[i * stride + k]);
+        sums[i][0] += value * first;
+        sums[i][1] += value * second;
+    }
+}
+
 // tile [rows][NR] = a [rows][depth] @ panel [depth][NR]. Meanwhile memory behind `next` is fetched into the L2 cache,
 // `step` bytes for each k, and the panel is written to `kept` in float32, if `keeps`.
 INLINE void tile_of(const int rows, const int kind, const int keeps, int64_t depth, const float *a, int64_t stride,
@@ -180,20 +199,17 @@ INLINE void tile_of(const int rows, const int kind, const int keeps, int64_t dep
     Vector sums[MR][2];
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++) sums[i][0] = sums[i][1] = (Vector){0};
-    for (int64_t k = 0; k < depth; k++) {
-        Vector first, second;
-        weights(panel, k, kind, &first, &second);
-        if (keeps) store(kept + k * NR, first), store(kept + k * NR + VL, second);
-        __builtin_prefetch(next, 0, 2);
-        __builtin_prefetch(next + 64, 0, 2);
-        next += step;
+    int64_t k = 0;
+    for (; k + UNROLL <= depth; k += UNROLL) {
+        if (UNROLL == 1)
+            __builtin_prefetch(next, 0, 2), __builtin_prefetch(next + 64, 0, 2);
+        else
+            for (int64_t i = 0; i < UNROLL * step; i += 64) __builtin_prefetch(next + i, 0, 2);
+        next += UNROLL * step;
 #pragma GCC unroll 16
-        for (int i = 0; i < rows; i++) {
-            Vector value = broadcast(a[i * stride + k]);
-            sums[i][0] += value * first;
-            sums[i][1] += value * second;
-        }
+        for (int i = 0; i < UNROLL; i++) add_step(rows, kind, keeps, k + i, a, stride, panel, kept, sums);
     }
+    for (; k < depth; k++) add_step(rows, kind, keeps, k, a, stride, panel, kept, sums);
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++) store(tile + i * NR, sums[i][0]), store(tile + i * NR + VL, sums[i][1]);
 }
