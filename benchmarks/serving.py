@@ -44,7 +44,9 @@ class Subject:
         command = [sys.executable, "-m", "unmask", "serve", "--port", "0", "--model", model]
         command += ["--cache-mb", "0", "--log-level", "error"]
         began = time.perf_counter()
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        # A package that a tool installed has its bytecode. A source tree has it after the first start.
+        environment = os.environ | {"PYTHONDONTWRITEBYTECODE": ""}
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:

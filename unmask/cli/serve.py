@@ -154,6 +154,9 @@ def serve(
     from unmask.server.hangup import ignore_hangups
 
     ignore_hangups()
+    from unmask.encoder.torch_library import load_torch_library
+
+    load_torch_library()
     from unmask.server import serve as run_server
 
     return run_server(options.settings(identity_provider=oidc.provider(), mail=mail.server(options.public_url or "")))
