@@ -46,7 +46,7 @@ from unmask.cluster.bulk import ClusterExecutor, cluster_executor
 from unmask.cluster.connection import connected
 from unmask.cluster.options import ClusterOptions
 from unmask.encoder.encoder import Encoder
-from unmask.encoder.precision import processor_name
+from unmask.encoder.precision_choices import processor_name
 from unmask.encoder.prompts import Prompt
 
 _TINY = Path(__file__).parent.parent / "tests" / "golden" / "tiny_llama"

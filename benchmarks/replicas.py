@@ -28,7 +28,7 @@ from unmask.cluster.connection import connected
 from unmask.cluster.options import ReplicaOptions
 from unmask.cluster.replicas import ReplicaHand, open_replicas
 from unmask.encoder import Encoder, LoadOptions
-from unmask.encoder.precision import processor_name
+from unmask.encoder.precision_choices import processor_name
 from unmask.engine import Engine
 from unmask.errors import EngineError
 

@@ -36,7 +36,7 @@ from unmask.cluster.options import ReplicaOptions
 from unmask.cluster.replicas import ReplicaHand, open_replicas
 from unmask.encoder import LoadOptions
 from unmask.encoder.encoder import Encoder
-from unmask.encoder.precision import PrecisionChoice
+from unmask.encoder.precision_choices import PrecisionChoice
 from unmask.engine import Engine
 from unmask.errors import ClusterError, MissingPackages, UsageError
 from unmask.server import cluster_watch, serve

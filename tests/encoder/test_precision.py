@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from unmask import Encoder
 from unmask.checkpoint import open_checkpoint
 from unmask.encoder import encoder as encoder_module
-from unmask.encoder import precision, prepacked
+from unmask.encoder import precision, precision_choices, prepacked
 from unmask.encoder.precision import MAX_DISTANCE, load_fastest
 from unmask.errors import CheckpointError, UsageError
 
@@ -58,7 +58,7 @@ class Machine:
 
     def chosen(self, identity: str = "revision", device: str = "meta") -> str:
         """The choice; a device that is no CPU has two candidates."""
-        encoder, choice = load_fastest(identity, device, self.load)
+        encoder, choice = load_fastest("model", identity, device, self.load)
         assert encoder.dtype == choice.dtype
         return choice.dtype
 
@@ -66,7 +66,7 @@ class Machine:
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     made = Machine()
-    monkeypatch.setattr(precision, "home", lambda: tmp_path)
+    monkeypatch.setattr(precision_choices, "home", lambda: tmp_path)
     monkeypatch.setattr(precision, "_time_shares", lambda candidate, _: made.shares[candidate.dtype])
     return made
 
@@ -86,7 +86,7 @@ def test_the_rule(bfloat16: Any, float16: Any, best: str, machine: Machine) -> N
     machine.has("bfloat16", *bfloat16)
     if float16 is not None:
         machine.has("float16", *float16)
-    _, choice = load_fastest("revision", "meta", machine.load)
+    _, choice = load_fastest("model", "revision", "meta", machine.load)
     assert choice.dtype == best and "bfloat16: " in choice.reason and "float16: " in choice.reason
 
 
@@ -143,7 +143,7 @@ def test_nothing_is_measured_where_nothing_can_be_gained(
 ) -> None:
     monkeypatch.setattr(Rounded, attribute, value)
     monkeypatch.setattr(precision.kernels, "has_amx", lambda: False)
-    encoder, choice = load_fastest("revision", "cpu", machine.load)
+    encoder, choice = load_fastest("model", "revision", "cpu", machine.load)
     assert encoder.dtype == choice.dtype == "float32" and f"{value:,}" in choice.reason
     assert machine.loads == ["float32"] and not list(tmp_path.iterdir())
 
@@ -151,8 +151,9 @@ def test_nothing_is_measured_where_nothing_can_be_gained(
 def test_files_that_are_replaced_during_the_measurement_are_not_kept_under_the_old_revision(
     golden_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (precision, prepacked):
+    for module in (precision_choices, prepacked):
         monkeypatch.setattr(module, "home", lambda: tmp_path / "home")
+    for module in (precision, prepacked):
         monkeypatch.setattr(module, "_FEW_WEIGHTS", 1000)
     model, measure = tmp_path / "model", precision._measure
     shutil.copytree(golden_dir / "tiny_llama", model)
@@ -185,7 +186,7 @@ def test_the_texts_are_64_different_ones() -> None:
 def test_a_real_model_becomes_one_of_the_precisions(
     golden_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision, "home", lambda: tmp_path)
+    monkeypatch.setattr(precision_choices, "home", lambda: tmp_path)
     monkeypatch.setattr(precision, "_FEW_WEIGHTS", 1000)
     opened = Mock(wraps=open_checkpoint)
     monkeypatch.setattr(encoder_module, "open_checkpoint", opened)

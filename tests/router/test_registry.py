@@ -131,7 +131,7 @@ def test_two_models_of_one_name(golden_dir: Path, copied) -> None:
 async def test_auto_says_what_it_became_and_why(
     golden_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unmask.encoder.precision.home", lambda: tmp_path)
+    monkeypatch.setattr("unmask.encoder.precision_choices.home", lambda: tmp_path)
     models = ModelRegistry([str(golden_dir / "tiny_llama")], options=ModelOptions(dtype="auto"))
     served = models.list()[0]
     assert (served.dtype, served.dtype_reason) == ("auto", "")

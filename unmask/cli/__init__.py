@@ -5,8 +5,9 @@ import sys
 from collections.abc import Sequence
 
 from unmask.cli.program import build_app
+from unmask.cli.version import asks_for_details, version_details
 from unmask.errors import UnmaskError
-from unmask.terminal import abandon_stdout, say
+from unmask.terminal import abandon_stdout, print_result, say
 
 __all__ = ["build_app", "keep_few_products", "main"]
 
@@ -41,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if words[:1] != ["train"]:
         keep_few_products()
     try:
+        if asks_for_details(words):
+            print_result(version_details())
+            sys.exit(0)
         literal = len(words) - words.index("--") - 1 if "--" in words else 0
         app = build_app(words[0] if words else None, literal)
         app(words, print_error=False, exit_on_error=False)

@@ -8,11 +8,14 @@ from cyclopts import App, ArgumentCollection, Group, Parameter, UnknownOptionErr
 
 from unmask import __version__
 from unmask.cli.help import HelpPage
+from unmask.cli.version import VERSION_FLAGS
 from unmask.errors import UsageError
 
 _HELP = """Turn a decoder-only LLM into a text encoder, and serve its vectors behind an OpenAI-compatible API.
 
 Each command explains its options: unmask COMMAND --help
+
+Versions, and the precision that each model got on this machine: unmask --version -v
 """
 
 _START = Group.create_ordered("Start here")
@@ -80,7 +83,7 @@ def build_app(called: str | None = None, literal: int = 0) -> App:
         name="unmask",
         help=_HELP,
         version=f"unmask {__version__}",
-        version_flags=["--version", "-V"],
+        version_flags=VERSION_FLAGS,
         help_formatter=HelpPage(),
         suppress_keyboard_interrupt=False,  # `main` says how to go on
         default_parameter=Parameter(negative=()),  # no --no-restart; an option that needs one says so

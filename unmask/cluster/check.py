@@ -14,7 +14,7 @@ from unmask.bulk.storage import Store
 from unmask.bulk.units import package_versions, probe_digest
 from unmask.cluster.connection import alive_nodes, connected, kill_actor
 from unmask.encoder.encoder import Encoder
-from unmask.encoder.precision import processor_name
+from unmask.encoder.precision_choices import processor_name
 from unmask.errors import ClusterError, UnmaskError
 
 # An object is as large as the vectors of two units of the default model.

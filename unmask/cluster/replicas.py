@@ -27,7 +27,7 @@ from unmask.conformance.references import FLOORS, PRECISION_CLASSES, distances
 from unmask.encoder import DtypeChoice, Encoder, LoadOptions, Prompt
 from unmask.encoder.loading import prompts_for
 from unmask.encoder.packing import pack_budget, parallel_packs
-from unmask.encoder.precision import PrecisionChoice
+from unmask.encoder.precision_choices import PrecisionChoice
 from unmask.encoder.prompts import PromptBuilder
 from unmask.encoder.remote_encoder import RemoteEncoder
 from unmask.encoder.runtime.threads import num_threads

@@ -16,7 +16,8 @@ from unmask.encoder.load_check import run_load_checks
 from unmask.encoder.loading import LoadOptions, load_decoder, precision_of, prompts_for, return_memory
 from unmask.encoder.options import Compat, Dtype, DtypeChoice
 from unmask.encoder.packing import packs_of
-from unmask.encoder.precision import PrecisionChoice, load_fastest
+from unmask.encoder.precision import load_fastest
+from unmask.encoder.precision_choices import PrecisionChoice
 from unmask.encoder.prefetch import prefetch
 from unmask.encoder.prompts import Prompt, PromptBuilder
 from unmask.encoder.runtime import runtime_for
@@ -210,7 +211,7 @@ class Encoder:
 
         if options.dtype == "auto":
             identity = f"{checkpoint.revision}, pooling {pooling}, causal {causal}, compat {options.compat}"
-            encoder, choice = load_fastest(identity, options.device, load)
+            encoder, choice = load_fastest(checkpoint.name, identity, options.device, load)
         else:
             encoder, choice = load(options.dtype), PrecisionChoice(options.dtype, "as asked for")
         encoder.dtype_choice = choice

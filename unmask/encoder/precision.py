@@ -5,19 +5,17 @@ of 64 texts stay near those of float32. Its speed is measured for many of them t
 server has both: one text is bound by reading weights, many by multiplying.
 
 The rule: of the precisions that are near enough, and that take at most 3 % longer than float32 for many texts and for
-one, the one with the smallest geometric mean of both times, if that is at most 95 % of float32's. So a choice never
-costs more than 3 % of either speed. int8 is not among them: its vectors are further off than the bound (its own
-tolerance is a cosine of 0.99).
+one, the one with the smallest geometric mean of both times, if that is at most 95 % of float32's. A processor whose
+speed changes between the measurements can still mislead it. int8 is not among them: its vectors are further off than
+the bound (its own tolerance is a cosine of 0.99).
 """
 
 import hashlib
 import json
 import logging
-import os
-import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -27,9 +25,9 @@ import numpy as np
 import torch
 
 from unmask.disk import atomic_write, locked_where_possible
+from unmask.encoder.precision_choices import PrecisionChoice, choices_folder, processor_name, read_choice
 from unmask.encoder.runtime import kernels
 from unmask.errors import StorageError, UsageError
-from unmask.home import home
 
 log = logging.getLogger("unmask")
 
@@ -70,49 +68,40 @@ class TextEncoder(Protocol):
 _Encoder = TypeVar("_Encoder", bound=TextEncoder)
 
 
-@dataclass(frozen=True)
-class PrecisionChoice:
-    """A precision and why it was chosen.
-
-    Attributes:
-        dtype: name of the precision, as for `Encoder.load`.
-        reason: one sentence with the figures of every precision that was measured.
-    """
-
-    dtype: str
-    reason: str
-
-
-def load_fastest(identity: str, device: str, load: Callable[[str], _Encoder]) -> tuple[_Encoder, PrecisionChoice]:
+def load_fastest(
+    name: str, identity: str, device: str, load: Callable[[str], _Encoder]
+) -> tuple[_Encoder, PrecisionChoice]:
     """Load a model in its fastest precision whose vectors stay within MAX_DISTANCE of float32; else in float32.
 
     The first call for a model on a machine loads it in float32 and in every other precision, and measures. Later calls
     read the result. Of several processes one measures, and the others wait for it.
 
     Args:
-        identity: the model's revision and everything else that decides its vectors.
+        name: the model's, for people who read the kept choices.
+        identity: its revision and everything else that decides its vectors.
         device: torch device that it will run on.
         load: loads the model in a precision. A UsageError means that this machine cannot compute it.
     """
     machine = _machine(device)
     digest = hashlib.sha256(json.dumps([identity, machine]).encode()).hexdigest()[:16]
-    file = home() / "precision" / f"{digest}.json"
-    choice = _read(file)
+    file = choices_folder() / f"{digest}.json"
+    choice = read_choice(file)
     if choice is not None:
         return load(choice.dtype), choice
     exact = load("float32")
     if (reason := _nothing_to_gain(exact)) is not None:
         return exact, PrecisionChoice("float32", reason)
     with locked_where_possible(file.with_suffix(".lock")):
-        choice = _read(file)
+        choice = read_choice(file)
         if choice is not None:
             return load(choice.dtype), choice
         candidates = ("bfloat16",) if device.startswith("cpu") else ("bfloat16", "float16")
         encoder, choice = _measure(exact, load, candidates)
-        log.info("precision of %s on %s: %s. %s", identity, device, choice.dtype, choice.reason)
+        log.info("precision of %s on %s: %s. %s", name, device, choice.dtype, choice.reason)
         try:
             with atomic_write(file) as partial:
-                partial.write_text(json.dumps({**asdict(choice), "identity": identity, "machine": machine}))
+                values = {**asdict(choice), "model": name, "identity": identity, "machine": machine}
+                partial.write_text(json.dumps(values))
         except StorageError as error:
             log.warning("the choice of precision is not kept, and is measured again at the next start: %s", error)
     return encoder, choice
@@ -136,24 +125,6 @@ def _machine(device: str) -> dict[str, str | int]:
         "torch": torch.__version__,
         "kernels": "none" if library is None else Path(library._name).stem,
     }
-
-
-def processor_name() -> str:
-    """Return the number of cores of this machine and the name of its processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{os.cpu_count()} x {names[0]}" if names else platform.processor()
-
-
-def _read(file: Path) -> PrecisionChoice | None:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        return PrecisionChoice(str(values["dtype"]), str(values["reason"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _nothing_to_gain(exact: TextEncoder) -> str | None:

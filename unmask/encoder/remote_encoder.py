@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from unmask.checkpoint import Checkpoint
 from unmask.encoder.options import Compat
-from unmask.encoder.precision import PrecisionChoice
+from unmask.encoder.precision_choices import PrecisionChoice
 from unmask.encoder.prompts import PromptBuilder
 
 

@@ -21,7 +21,7 @@ from unmask.checkpoint import open_checkpoint
 from unmask.cluster.options import ReplicaOptions
 from unmask.conformance import References
 from unmask.encoder import DtypeChoice, Encoder, LoadOptions
-from unmask.encoder.precision import PrecisionChoice
+from unmask.encoder.precision_choices import PrecisionChoice
 from unmask.encoder.remote_encoder import RemoteEncoder
 from unmask.engine import Engine
 from unmask.engine.hand import Hand
