@@ -12,6 +12,7 @@ import json
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -349,6 +350,28 @@ class Books:
         assert first.their_tokens is None or 0 <= first.their_tokens <= 2**31
         assert [(row.provider, row.outcome, row.reason) for row in more] == [("b", "answered", "retry")] * moved
 
+    def expect_rows(self, answers: Sequence[Reply], last: int, before: int, outcomes: set[str]) -> None:
+        """Check many answers at once: vectors, charges, and a row for each attempt that their headers count.
+
+        Args:
+            answers: all of the same text.
+            last: id of the last attempt before them.
+            before: balance before them.
+            outcomes: what provider a's attempts may have come to, besides an answer.
+        """
+        assert {got.status for got in answers} == {200}
+        for got in answers:
+            np.testing.assert_allclose(got.vectors, RIGHT[0][:1], atol=1e-6)
+        assert before - self.balance() == PRICE * sum(got.json["usage"]["total_tokens"] for got in answers)
+        rows = self.later_attempts(last)
+        assert len(rows) == sum(int(got.headers["x-unmask-attempts"]) for got in answers)
+        providers = Counter(row.provider for row in rows if row.outcome == "answered")
+        assert providers == Counter(got.headers["x-unmask-provider"] for got in answers)
+        lost = [row for row in rows if row.outcome != "answered"]
+        assert {row.provider for row in lost} <= {"a"} and {row.outcome for row in lost} <= outcomes
+        for row in rows:
+            assert row.cost == (0 if row.outcome in FREE_OUTCOMES else cost_of(row)), row
+
 
 RIGHT: list[np.ndarray] = []
 
@@ -444,65 +467,65 @@ def test_a_kept_connection_that_was_closed_is_asked_again_over_a_new_one(books: 
 def test_a_storm_of_refusals_loses_traffic(books: Books) -> None:
     """A provider that refuses in two milliseconds looks fast, and must not win the traffic by it."""
     books.upstreams.a.script[:] = [busy(None)]
-    before = books.balance()
+    before, last = books.balance(), books.last_attempt()
     answers = [books.embed(TEXTS[:1]) for _ in range(40)]
-    assert {got.status for got in answers} == {200} and {got.headers["x-unmask-provider"] for got in answers} == {"b"}
+    assert {got.headers["x-unmask-provider"] for got in answers} == {"b"}
     assert len(books.upstreams.seen(books.upstreams.a)) < 12
-    assert before - books.balance() == PRICE * sum(got.json["usage"]["total_tokens"] for got in answers)
-    assert books.a.breaker.state != "held"
+    books.expect_rows(answers, last, before, {"busy"})
+    assert books.a.breaker.state != "held" and books.a.admission == "admitted"
 
 
 def test_a_provider_that_fails_half_of_the_time_is_out(books: Books) -> None:
     books.upstreams.a.script[:] = [reply({}, 500), right] * 30
-    before, tokens = books.balance(), 0
-    for _ in range(30):
-        got = books.embed(TEXTS[:1], provider={"order": ["a"]})
-        assert got.status == 200
-        tokens += got.json["usage"]["total_tokens"]
-        if books.a.breaker.state != "closed":
-            break
+    before, last, answers = books.balance(), books.last_attempt(), list[Reply]()
+    while len(answers) < 30 and books.a.breaker.state == "closed":
+        answers.append(books.embed(TEXTS[:1], provider={"order": ["a"]}))
     assert books.a.breaker.state == "open" and len(books.upstreams.seen(books.upstreams.a)) <= 12
-    assert before - books.balance() == PRICE * tokens
+    books.expect_rows(answers, last, before, {"failed"})
+    assert books.a.admission == "admitted"
 
 
 def test_one_canary_decides_about_recovery_under_load(books: Books) -> None:
     """While callers wait, an open breaker lets one check through at a time, and traffic starts slowly afterwards."""
-    a = books.upstreams.a
+    a, before, last = books.upstreams.a, books.balance(), books.last_attempt()
     a.script[:] = [reply({}, 503)]
-    for _ in range(5):
-        assert books.embed(TEXTS[:1], provider={"order": ["a"]}).status == 200
+    answers = [books.embed(TEXTS[:1], provider={"order": ["a"]}) for _ in range(5)]
     assert books.a.breaker.state == "open"
     a.requests.clear()
     a.script[:] = [after(0.5)]
     stop = threading.Event()
 
-    def call() -> set[int]:
-        seen = set()
+    def call() -> None:
         while not stop.is_set():
-            seen.add(books.embed(TEXTS[:1]).status)
-        return seen
+            answers.append(books.embed(TEXTS[:1]))
 
     with ThreadPoolExecutor(6) as callers:
-        statuses = [callers.submit(call) for _ in range(6)]
+        waits = [callers.submit(call) for _ in range(6)]
         until(lambda: bool(a.requests), 30)
         assert books.a.breaker.state == "half_open"
         until(lambda: books.a.breaker.state == "closed")
         assert not [texts for texts in books.upstreams.seen(a) if books.a.breaker.state == "half_open"]
         stop.set()
-        assert {status for future in statuses for status in future.result()} == {200}
+        for wait in waits:
+            wait.result()
+    books.expect_rows(answers, last, before, {"failed", "busy"})
     assert not set(a.requests[0].texts) & {*TEXTS}  # the canaries came first
     assert books.a.status(time.monotonic()) == "probation"
-    books.balance()
 
 
 def test_with_all_down_nothing_is_charged(books: Books) -> None:
-    before = books.balance()
+    before, last = books.balance(), books.last_attempt()
     for server in (books.upstreams.a, books.upstreams.b):
         server.script[:] = [reply({}, 503, {"retry-after": "7"})]
     got = books.embed()
     assert (got.status, got.error["code"]) == (503, "no_provider")
     assert 1 <= int(got.headers["retry-after"]) <= 7 and got.headers["x-should-retry"] == "true"
     assert books.balance() == before
+    rows = books.later_attempts(last)
+    assert {row.provider for row in rows} == {"a", "b"}
+    assert {(row.charge, row.outcome, row.cost) for row in rows} == {(None, rows[0].outcome, 0)}
+    assert rows[0].outcome in FREE_OUTCOMES
+    assert [books.upstreams.endpoint(name).admission for name in ("a", "b")] == ["admitted"] * 2
     for server in (books.upstreams.a, books.upstreams.b):
         server.script[:] = [right]
 
@@ -540,13 +563,19 @@ def test_a_provider_that_begins_to_recognise_canaries_is_out_at_its_next_check(b
         return np.stack([v if text in published else np.roll(v, 1) for v, text in zip(vectors, texts, strict=True)])
 
     a.vectors_of = by_heart
+    before, last = books.balance(), books.last_attempt()
     try:
         books.check("a", light=True)
         until(lambda: books.a.admission == "quarantined")
         assert not {text for request in a.requests[:2] for text in request.texts} & published
         sentence = "a answers published canary texts rightly and other texts wrongly"
         until(lambda: books.a.finding == sentence)
-        assert books.embed().headers["x-unmask-provider"] == "b"
+        got = books.embed(TEXTS[:1], provider={"order": ["a"]})
+        assert (got.headers["x-unmask-provider"], got.headers["x-unmask-attempts"]) == ("b", "1")
+        books.expect_rows([got], last, before, set())
+        probes = [row for row in books.later_attempts(last, probes=True) if row.provider == "a"]
+        assert {(row.charge, row.outcome) for row in probes} == {(None, "answered")}
+        assert all(row.cost == cost_of(row) for row in probes)
     finally:
         a.vectors_of = honest
     books.readmit("a")
