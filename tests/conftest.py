@@ -18,6 +18,11 @@ from unmask.accounts import people
 from unmask.checkpoint.packaged_models import fetch_packaged
 from unmask.cli import keep_few_products
 
+# Threads of OpenMP wait asleep, here and in the processes that tests start. By default they spin at the end of each
+# parallel loop. Where two workers share two cores, the thread they wait for then has no core: a forward of a small
+# model took ten times the CPU time. torch reads the variable when it is imported, which nothing above does.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 # A busy machine is no fault of the code under test; what has to be quick is measured in benchmarks.
 hypothesis.settings.register_profile("unmask", deadline=None)
 hypothesis.settings.load_profile("unmask")
