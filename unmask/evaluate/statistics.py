@@ -221,21 +221,40 @@ def _resampled_correlations(columns: np.ndarray, resamples: int, generator: np.r
     follows from the draws of the examples below it, a running sum over the order of the full sample.
     """
     count = len(columns)
-    orders = []
-    for column in columns.T:
-        _, group_of, tied = np.unique(column, return_inverse=True, return_counts=True)
-        orders.append((np.argsort(column, kind="stable"), np.cumsum(tied) - tied, group_of))
+    orders = [(np.argsort(column, kind="stable"), *_tied_groups(column)) for column in columns.T]
     parts = []
     for size in _blocks(resamples, count):
-        drawn = generator.integers(0, count, (count, size)) * size + np.arange(size)
-        times = np.bincount(drawn.ravel(), minlength=count * size).reshape(count, size).astype(np.float64)  # [n, B]
-        ranks = []
-        for order, starts, group_of in orders:
-            tied = np.add.reduceat(times[order], starts, axis=0)  # [groups, B]
-            middle = np.cumsum(tied, axis=0) - (tied - 1) / 2 - (count + 1) / 2
-            ranks.append(middle[group_of])  # [n, B]
-        parts.append([_correlation(times, rank, ranks[-1]) for rank in ranks[:-1]])
+        drawn = generator.integers(0, count, (count, size)) + count * np.arange(size)
+        times = np.bincount(drawn.ravel(), minlength=count * size).reshape(size, count).astype(np.int32)  # [B, n]
+        ranks = [_resampled_ranks(times, *order) for order in orders]
+        weights = times.astype(np.float64)
+        parts.append([_correlation(weights, rank, ranks[-1]) for rank in ranks[:-1]])
     return np.concatenate(parts, axis=1)
+
+
+def _resampled_ranks(times: np.ndarray, order: np.ndarray, group_of: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """Return twice the centred ranks [B, n] of a column's examples where example i is drawn times[:, i].
+
+    The mean rank of tied examples lies halfway between the numbers of examples up to them and below them. Twice that is
+    an integer, and a correlation is the same.
+
+    Args:
+        times: [B, n], integers.
+        order: [n], positions of the examples in ascending order.
+        group_of, last: groups of equal examples, see `_tied_groups`.
+    """
+    up_to = np.cumsum(times.take(order, axis=1), axis=1, dtype=times.dtype)
+    if len(last) < len(order):
+        up_to = up_to.take(last, axis=1)  # [B, groups]
+    twice = up_to - len(order)
+    twice[:, 1:] += up_to[:, :-1]
+    return twice.take(group_of, axis=1).astype(np.float64)
+
+
+def _tied_groups(column: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the group of equal values of each example [n], and the last position of each group in ascending order."""
+    _, group_of, tied = np.unique(column, return_inverse=True, return_counts=True)
+    return group_of, np.cumsum(tied) - 1
 
 
 def _centred_ranks(column: np.ndarray) -> np.ndarray:
@@ -245,10 +264,15 @@ def _centred_ranks(column: np.ndarray) -> np.ndarray:
 
 
 def _correlation(times: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Correlate centred ranks over axis 0, with example i counted times[i]; NaN where a side is constant."""
+    """Correlate centred ranks over the last axis, with example i counted times[..., i]; NaN where a side is constant.
+
+    Ranks are multiples of one half, so the sums are exact, in whatever order they are taken, up to 100,000 examples.
+    """
     weighted = times * first
-    product = (weighted * second).sum(axis=0)
-    spread = np.sqrt((weighted * first).sum(axis=0) * (times * second * second).sum(axis=0))
+    product = np.einsum("...i,...i->...", weighted, second)
+    spread_of_first = np.einsum("...i,...i->...", weighted, first)
+    spread_of_second = np.einsum("...i,...i,...i->...", times, second, second)
+    spread = np.sqrt(spread_of_first * spread_of_second)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(spread > 0, product / spread, np.nan)
 
