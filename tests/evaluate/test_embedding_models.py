@@ -232,7 +232,7 @@ class Server(BaseHTTPRequestHandler):
 def server() -> Iterator[HTTPServer]:
     Server.bodies, Server.keys, Server.status = [], [], 200
     running = HTTPServer(("127.0.0.1", 0), Server)
-    thread = threading.Thread(target=running.serve_forever)
+    thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     yield running
     running.shutdown()

@@ -153,7 +153,7 @@ def raw_files(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
         (folder / corpus.commit).symlink_to(hub / corpus.repository)
     handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "raw"))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         address = f"http://127.0.0.1:{server.server_address[1]}"
         monkeypatch.setattr("unmask.evaluate.local.repository_data._RAW_FILES", address)
