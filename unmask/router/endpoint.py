@@ -20,6 +20,7 @@ from unmask.router.load import EndpointLoad, slow_start
 from unmask.router.providers import ProviderModel, RemoteProvider
 from unmask.router.request_history import Outcome, RequestHistory
 from unmask.router.signals import SIGNALS, AttemptFailed
+from unmask.router.state_log import FailureOf, StateLog
 from unmask.router.token_counts import TokenCounts
 from unmask.storage.database import now_ms
 
@@ -56,6 +57,7 @@ class ProviderEndpoint:
         history: outcomes and speed of its last requests.
     """
 
+        state_log: lines for the operator about its failures and its breaker.
     client: "ProviderClient"
     model: ProviderModel
     draw: random.Random
@@ -77,6 +79,7 @@ class ProviderEndpoint:
     _token_counts: TokenCounts = field(init=False, default_factory=TokenCounts)
     _admission: Admission = field(init=False, default_factory=Admission)
     _loss_logged: bool = field(init=False, default=False)
+    state_log: StateLog = field(init=False)
     _avoid_until: float = field(init=False, default=float("-inf"))
 
     def __post_init__(self) -> None:
@@ -87,6 +90,7 @@ class ProviderEndpoint:
 
     @property
     def admission(self) -> AdmissionState:
+        self.state_log = StateLog(self.provider.name, self.model.id)
         """The state that says if its vectors may be used; only canaries and the operator change it."""
         return self._admission.state
 
@@ -206,6 +210,7 @@ class ProviderEndpoint:
         if before is not None and theirs != before.their_tokens and finding.num_tokens == before.num_tokens:
             log.error(
                 "%s counts %s tokens for the canaries of %s, and counted %s before: what it bills has changed",
+        self.state_log.note_canaries()
                 self.provider.name,
                 theirs,
                 self.model.id,
@@ -241,6 +246,7 @@ class ProviderEndpoint:
 
     def suspend(self) -> None:
         """Take it out of traffic because of one wrong canary, until the next run of canaries. Answers are discarded."""
+        self.state_log = earlier.state_log
         self._admission.suspend()
 
     def resume(self) -> None:
@@ -263,6 +269,12 @@ class ProviderEndpoint:
 
     def uncheck(self) -> None:
         """Take it out of traffic, and out of quarantine, until a full run has passed."""
+        self.state_log.note_canaries()
+        self.log_state()
+
+    def log_state(self) -> None:
+        """Log the state of the breaker if it has changed."""
+        self.state_log.note_breaker(self.breaker.state, time.monotonic())
         self._admission.change("unchecked")
         self.finding, self.full_due = "", True
 
@@ -320,8 +332,17 @@ class ProviderEndpoint:
         self.usual_seconds.add(tokens, seconds)
         self._note("answered", tokens, seconds, now)
 
-    def failed(self, failure: AttemptFailed, tokens: int, seconds: float, now: float, *, alone: bool) -> None:
-        """Count a failure, by the table of signals."""
+    def failed(
+        self,
+        failure: AttemptFailed,
+        tokens: int,
+        seconds: float,
+        now: float,
+        *,
+        alone: bool,
+        of: FailureOf = "request",
+    ) -> None:
+        """Count and log a failure, by the table of signals."""
         signal = SIGNALS[failure.signal]
         if signal.breaker == "open":
             self.breaker.hold(now, alone=alone)
@@ -341,6 +362,15 @@ class ProviderEndpoint:
     def cancelled(self, tokens: int, seconds: float, now: float) -> None:
         """Count an attempt that nobody waited for: no fault, but a use, and a sign of its speed."""
         self.load.overtaken(tokens, seconds, now)
+        self.state_log.note_failure(failure, of, self.breaker.state, now)
+
+    def note_silence(self, failure: AttemptFailed, tokens: int, seconds: float, now: float) -> None:
+        """Count and log a health check without an answer. A busy provider is not a sick one."""
+        if self.breaker.state != "half_open" and failure.signal != "rate_limited":
+            self.failed(failure, tokens, seconds, now, alone=False, of="canaries")
+            return
+        self.breaker.probed(False, now)
+        self.state_log.note_failure(failure, "canaries", self.breaker.state, now)
         self._note("cancelled", tokens, seconds, now)
 
     def discarded(self, tokens: int, seconds: float, now: float) -> None:

@@ -35,6 +35,10 @@ _CHUNK = 65_536
 _KEEP_ALIVE_S = 15.0
 _MAX_RETRY_AFTER_S = 300.0
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+# Media types that errors are described with. Any other one is the provider's own words, and is not repeated.
+_MEDIA_TYPES = frozenset(
+    ("application/json", "application/problem+json", "application/octet-stream", "text/html", "text/plain", "text/xml")
+)
 
 
 class Content(NamedTuple):
@@ -197,7 +201,7 @@ class ProviderClient:
             if coding != "identity":
                 raise self._fails("failed", "its answer is compressed, which was not asked for", 200)
             if kind != "application/json" and not kind.endswith("+json"):
-                raise self._fails("failed", f"status 200 with {kind[:60]} in place of JSON", 200)
+                raise self._fails("failed", f"status 200 with {_media_type(kind)} in place of JSON", 200)
             content = await _read(response, max_bytes)
             if content is None:
                 raise self._fails("malformed", f"its answer is longer than {max_bytes} bytes", 200)
@@ -207,7 +211,8 @@ class ProviderClient:
         """Describe a status other than 200. The body is hostile: of it only length and digest are kept."""
         quota = b'"insufficient_quota"' in content
         digest = hashlib.sha256(content).hexdigest()[:8]
-        detail = f"status {response.status}, {response.content_type[:60]}, {len(content)} bytes, digest {digest}"
+        kind = _media_type(response.content_type)
+        detail = f"status {response.status}, {kind}, {len(content)} bytes, digest {digest}"
         return self._fails(
             signal_of_status(response.status, quota=quota),
             detail,
@@ -260,6 +265,11 @@ async def _read(response: aiohttp.ClientResponse, most: int) -> bytes | None:
             return None
         chunks.append(chunk)
     return b"".join(chunks)
+
+
+def _media_type(kind: str) -> str:
+    """Return a media type in words that are ours."""
+    return kind if kind in _MEDIA_TYPES else "another media type"
 
 
 def _retry_after(value: str | None) -> float | None:

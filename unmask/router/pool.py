@@ -339,6 +339,7 @@ class ProviderPool:
                 if silent_runs:
                     next_full = now + min(self.intervals.retry * 2 ** (silent_runs - 1), self.intervals.idle)
                 else:
+            endpoint.log_state()
                     next_full = now + self.intervals.full * self.draw.uniform(0.9, 1.1)
                     checked_at = now
             elif endpoint.breaker.probe(now) or now >= checked_at + self._light_interval(endpoint, now):
@@ -394,9 +395,8 @@ class ProviderPool:
         try:
             finding = await full_check(endpoint.client, endpoint.model, references, self._note_of(endpoint))
         except AttemptFailed as failure:
-            log.warning("%s for %s: %s", endpoint.provider.name, endpoint.model.id, failure)
             now = time.monotonic()
-            endpoint.failed(failure, MIN_TOKENS, now - started, now, alone=False)
+            endpoint.failed(failure, MIN_TOKENS, now - started, now, alone=False, of="canaries")
             return False
         now = time.monotonic()
         if endpoint.admission == "quarantined":
@@ -423,8 +423,10 @@ class ProviderPool:
                 note = self._note_of(endpoint)
                 distance = await light_check(endpoint.client, endpoint.model, references, self.draw, note)
             except AttemptFailed as failure:
+        endpoint.log_state()  # the breaker may be half open now
                 if failure.signal != "malformed":
-                    self._note_silence(endpoint, failure, started)
+                    now = time.monotonic()
+                    endpoint.note_silence(failure, MIN_TOKENS, now - started, now)
                     endpoint.full_due |= last
                     return False
             if distance <= light_limit(endpoint.model, references):
@@ -446,14 +448,6 @@ class ProviderPool:
             self.record_attempts([endpoint.record(outcome, "probe", tokens, their_tokens, seconds)])
 
         return note
-
-    def _note_silence(self, endpoint: ProviderEndpoint, failure: AttemptFailed, started: float) -> None:
-        """Count a health check without an answer. A busy provider is not a sick one."""
-        now = time.monotonic()
-        if endpoint.breaker.state == "half_open":
-            endpoint.breaker.probed(False, now)
-        elif failure.signal != "rate_limited":
-            endpoint.failed(failure, MIN_TOKENS, now - started, now, alone=False)
 
     async def _name_fault(self, endpoint: ProviderEndpoint, references: References) -> None:
         """Make a full run at an endpoint that was just quarantined, to say why."""
