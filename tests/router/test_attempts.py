@@ -203,7 +203,7 @@ async def test_a_model_inherits_its_references_and_all_that_is_known_of_the_same
     a.passed_at, a.last_used, a._avoid_until = 5.0, 7.0, 9.0
     again = ModelEndpoints([fast_endpoint("a", "http://127.0.0.1:9"), fast_endpoint("b", "http://127.0.0.1:10")])
     again.inherit(earlier)
-    for name in ("references", "prompts", "tokenizer", "problem"):
+    for name in ("references", "prompts", "tokenizer", "problem", "totals"):
         assert getattr(again, name) is getattr(earlier, name)
     shared = {field.name for field in dataclasses.fields(ProviderEndpoint)} - OWN_FIELDS
     assert {name for name in shared if getattr(again.endpoint("a"), name) is not getattr(a, name)} == set()

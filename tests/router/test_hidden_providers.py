@@ -118,7 +118,12 @@ def test_callers_learn_nothing_and_the_operator_everything(tiny_llama: Path, enc
                 text = "\n".join(got.headers.values()) + got.body.decode()
                 places = [server.url.removeprefix("http://").removesuffix("/v1") for server in (a, b)]
                 assert not [secret for secret in (*SECRETS, *places) if secret in text], text
-            assert 'unmask_provider_admitted{model="tiny_llama",provider="A"} 0.0' in get("/metrics").body.decode()
+            metrics = get("/metrics").body.decode()
+            assert 'unmask_provider_admitted{model="tiny_llama",provider="A"} 0.0' in metrics
+            counter = (
+                'unmask_provider_attempts_total{model="tiny_llama",outcome="answered",provider="A",reason="answer"}'
+            )
+            assert counter in metrics and "cost_nanodollars" not in metrics
 
             page = Visitor.signed_in(service, accounts, admin).get("/admin/providers").body.decode()
             assert all(

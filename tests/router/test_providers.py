@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 import sqlalchemy as sa
+from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import Connection
 
 from tests.api.live import LocalService, Reply, running, until
@@ -604,7 +605,51 @@ def test_endpoints_say_who_answers_and_how_well(upstreams: Upstreams) -> None:
     text = upstreams.service.call("GET", "/metrics").body.decode()
     for name in ("a", "b"):
         assert f'unmask_provider_admitted{{model="{MODEL}",provider="{name}"}} 1.0' in text
-    assert upstreams.service.metric("unmask_provider_requests{") >= 3
+    assert upstreams.service.metric("unmask_provider_attempts_total{") >= 3
+
+
+def test_counters_of_providers_only_rise_and_follow_prometheus_rules(upstreams: Upstreams) -> None:
+    def read() -> dict[str, float]:
+        text = upstreams.service.call("GET", "/metrics").body.decode()
+        families = list(text_string_to_metric_families(text))  # raises an error for what Prometheus would not read
+        kinds = {family.name: family.type for family in families}
+        assert kinds["unmask_provider_attempts"] == kinds["unmask_retries"] == kinds["unmask_hedges"] == "counter"
+        assert kinds["unmask_provider_attempt_seconds"] == "histogram"
+        samples = [sample for family in families for sample in family.samples]
+        return {
+            f"{sample.name} {' '.join(value for _, value in sorted(sample.labels.items()))}": sample.value
+            for sample in samples
+        }
+
+    before = read()
+    upstreams.a.script[:] = [reply({}, 500)]
+    answered = upstreams.embed(provider={"order": ["a"]})
+    assert answered.headers["x-unmask-provider"] == "b"
+    assert upstreams.embed(provider={"only": ["a"]}).status == 503
+    after_requests = read()
+    tokens = answered.json["usage"]["total_tokens"]
+
+    def rise(name: str, *labels: str) -> float:
+        key = " ".join([name, *labels])
+        return after_requests[key] - before.get(key, 0.0)
+
+    assert rise("unmask_provider_attempts_total", MODEL, "failed", "a", "answer") == 2
+    assert rise("unmask_provider_attempts_total", MODEL, "answered", "b", "retry") == 1
+    assert rise("unmask_provider_attempt_seconds_count", MODEL, "failed", "a") == 2
+    assert rise("unmask_provider_attempt_seconds_bucket", "+Inf", MODEL, "answered", "b") == 1
+    assert rise("unmask_provider_tokens_total", "ours", MODEL, "b") == tokens
+    assert rise("unmask_provider_tokens_total", "theirs", MODEL, "b") == 7  # as the fault server says
+    assert rise("unmask_retries_total", MODEL, "failed") == 1
+    assert rise("unmask_router_refusals_total", MODEL, "no_provider") == 1
+    assert rise("unmask_hedges_total", MODEL, "true") == 0
+    checked = after_requests[f"unmask_provider_conformance_checked_timestamp_seconds {MODEL} a"]
+    assert checked >= RUN_BEGAN
+    assert after_requests[f"unmask_provider_conformance_distance {MODEL} a worst"] < 1e-9
+    upstreams.in_loop(upstreams.pool.reload)
+    until(lambda: set(before) <= set(read()))
+    again = read()
+    counters = [key for key in before if key.startswith("unmask_") and "_total " in key]
+    assert all(again[key] >= after_requests[key] for key in counters)
 
 
 def test_pages_show_providers_and_findings(upstreams: Upstreams) -> None:

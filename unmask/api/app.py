@@ -212,9 +212,7 @@ class _ServiceRoutes:
                 self.metrics.set_waiting_tokens(served.record.id, 0)
                 self.metrics.set_hands(served.record.id, [])
         if self.models.providers is not None:
-            groups = self.models.providers.models().values()
-            endpoints = [endpoint for group in groups for endpoint in group.endpoints]
-            self.metrics.set_providers(endpoints, self.models.public_names)
+            self.metrics.set_providers(self.models.providers.models().values(), self.models.public_names)
         return Response(self.metrics.exposition(), headers={"content-type": CONTENT_TYPE})
 
     async def index(self, request: Request) -> Response:

@@ -1,71 +1,21 @@
 """The counters that Prometheus reads. Labels come from our own tables, never from a caller."""
 
-import time
 from collections.abc import Iterable, Sequence
 from functools import cache
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from unmask.api.provider_metrics import ProviderCollector
 from unmask.api.traffic import TrafficHistory, TrafficInterval
 from unmask.engine.hand_thread import HandFigures
 from unmask.router import PublicNames
-from unmask.router.endpoint import ProviderEndpoint
-from unmask.router.request_history import DAY_S
+from unmask.router.attempts import ModelEndpoints
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 
 # From a cached answer to a full batch on a slow machine.
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-
-
-class ProviderGauges:
-    """The figures of providers, by provider and model."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._gauges: list[Gauge] = []
-
-        def gauge(name: str, description: str, *labels: str) -> Gauge:
-            made = Gauge(f"unmask_provider_{name}", description, ["provider", "model", *labels], registry=registry)
-            self._gauges.append(made)
-            return made
-
-        self._requests = gauge("requests", "Requests of the last day to a provider by outcome", "outcome")
-        self._tokens = gauge("in_flight_tokens", "Tokens in flight at a provider")
-        self._cost = gauge(
-            "cost_nanodollars",
-            "Cost of the attempts at a provider since the process started, by the reason for the attempt",
-            "reason",
-        )
-        self._admitted = gauge("admitted", "1 if a provider's vectors were right in its last runs, else 0")
-        self._breaker = gauge("breaker_closed", "1 if traffic may go to a provider, else 0")
-        self._distance = gauge(
-            "conformance_distance", "1 - cosine of a provider's canaries in its last full run", "stat"
-        )
-
-    def set(self, endpoints: Iterable[ProviderEndpoint], names: PublicNames) -> None:
-        """Set the figures of all endpoints; without their costs where providers are hidden.
-
-        Figures of endpoints that are gone, and of outcomes that nobody had in the last day, are dropped.
-        """
-        for gauge in self._gauges:
-            gauge.clear()
-        for endpoint in endpoints:
-            self._set(endpoint, names)
-
-    def _set(self, endpoint: ProviderEndpoint, names: PublicNames) -> None:
-        model = endpoint.model.id
-        labels = names.public_name(endpoint.provider.name), model
-        for outcome, count in endpoint.history.outcomes(DAY_S, time.monotonic()).items():
-            self._requests.labels(*labels, outcome).set(count)
-        self._tokens.labels(*labels).set(endpoint.load.tokens)
-        for reason, nano in () if names.hides else endpoint.costs.items():
-            self._cost.labels(*labels, reason).set(nano)
-        self._admitted.labels(*labels).set(endpoint.admission == "admitted")
-        self._breaker.labels(*labels).set(endpoint.breaker.lets_in())
-        if endpoint.conformance is not None:
-            self._distance.labels(*labels, "worst").set(endpoint.conformance.worst)
-            self._distance.labels(*labels, "mean").set(endpoint.conformance.mean)
 
 
 class HandGauges:
@@ -124,7 +74,8 @@ class Metrics:
             registry=self._registry,
         )
         self._hands = HandGauges(self._registry)
-        self._providers = ProviderGauges(self._registry)
+        self._providers = ProviderCollector()
+        self._registry.register(self._providers)
         # The client checks and looks up labels at every call, which takes longer than to count.
         self._answers_of = cache(lambda route, status: self._requests.labels(route, str(status)))
         self._seconds_of = cache(self._seconds.labels)
@@ -161,9 +112,9 @@ class Metrics:
         """Set the figures of the replicas of a model."""
         self._hands.set(model, hands)
 
-    def set_providers(self, endpoints: Iterable[ProviderEndpoint], names: PublicNames) -> None:
-        """Set the figures of all endpoints, see `ProviderGauges.set`."""
-        self._providers.set(endpoints, names)
+    def set_providers(self, models: Iterable[ModelEndpoints], names: PublicNames) -> None:
+        """Set the models with providers, see `ProviderCollector.set`."""
+        self._providers.set(models, names)
 
     def requests_by_status(self, route: str) -> dict[int, int]:
         """Return the number of requests of a route since the start, by status."""

@@ -34,6 +34,7 @@ from unmask.router.endpoint import ProviderEndpoint
 from unmask.router.request_history import Outcome
 from unmask.router.retry_budget import LIFE_S, RetryBudget
 from unmask.router.signals import SIGNALS, AttemptFailed
+from unmask.router.totals import RoutingTotals
 from unmask.router.wire import ask, require_vectors
 
 LOCAL = "local"  # name of this process's own engine among the providers
@@ -147,6 +148,7 @@ class ModelEndpoints:
         prompts, tokenizer: its text handling, which needs no weights; None until it is read.
         problem: why there are no references, for the operator; "" for none.
         cross_check: the one that is under way; None for none.
+        totals: further attempts and refusals of this process.
     """
 
     def __init__(
@@ -164,11 +166,12 @@ class ModelEndpoints:
         self.cross_check: asyncio.Task[None] | None = None
         self.budget = RetryBudget()
         self.hedge_budget = RetryBudget(hedging.SHARE, 0)
+        self.totals = RoutingTotals()
 
     def inherit(self, earlier: "ModelEndpoints") -> None:
         """Take over everything that is known of the model by the same references, after the file was read again."""
         self.references, self.prompts = earlier.references, earlier.prompts
-        self.tokenizer, self.problem = earlier.tokenizer, earlier.problem
+        self.tokenizer, self.problem, self.totals = earlier.tokenizer, earlier.problem, earlier.totals
         for endpoint in self.endpoints:
             before = next((one for one in earlier.endpoints if one.is_same(endpoint)), None)
             if before is not None:

@@ -22,6 +22,7 @@ from unmask.router.request_history import Outcome, RequestHistory
 from unmask.router.signals import SIGNALS, AttemptFailed
 from unmask.router.state_log import FailureOf, StateLog
 from unmask.router.token_counts import TokenCounts
+from unmask.router.totals import AttemptTotals
 from unmask.storage.database import now_ms
 
 if TYPE_CHECKING:
@@ -53,11 +54,12 @@ class ProviderEndpoint:
         full_due: a full run is due, whatever the time.
         run_at: `time.monotonic()` of the next run of canaries; `run_seconds`: that a full one takes.
         costs: nano-dollars of this process's attempts, by reason.
+        totals: number, durations and tokens of this process's attempts.
         usual_seconds: durations of its last answers.
         history: outcomes and speed of its last requests.
+        state_log: lines for the operator about its failures and its breaker.
     """
 
-        state_log: lines for the operator about its failures and its breaker.
     client: "ProviderClient"
     model: ProviderModel
     draw: random.Random
@@ -74,12 +76,13 @@ class ProviderEndpoint:
     in_traffic_since: float = field(init=False)
     last_used: float = field(init=False, default=float("-inf"))
     costs: Counter[Reason] = field(init=False, default_factory=Counter)
+    totals: AttemptTotals = field(init=False, default_factory=AttemptTotals)
     usual_seconds: UsualSeconds = field(init=False, default_factory=UsualSeconds)
     history: RequestHistory = field(init=False, default_factory=RequestHistory)
+    state_log: StateLog = field(init=False)
     _token_counts: TokenCounts = field(init=False, default_factory=TokenCounts)
     _admission: Admission = field(init=False, default_factory=Admission)
     _loss_logged: bool = field(init=False, default=False)
-    state_log: StateLog = field(init=False)
     _avoid_until: float = field(init=False, default=float("-inf"))
 
     def __post_init__(self) -> None:
@@ -87,10 +90,10 @@ class ProviderEndpoint:
         self.breaker = Breaker(self.draw)
         self.load = EndpointLoad(self.provider.max_parallel, FIRST_RATE, now)
         self.in_traffic_since = now
+        self.state_log = StateLog(self.provider.name, self.model.id)
 
     @property
     def admission(self) -> AdmissionState:
-        self.state_log = StateLog(self.provider.name, self.model.id)
         """The state that says if its vectors may be used; only canaries and the operator change it."""
         return self._admission.state
 
@@ -207,10 +210,10 @@ class ProviderEndpoint:
         self._admission.change("admitted")
         self.finding, self.conformance, self.run_seconds = "", finding, seconds
         self.passed_at = time.time() - seconds  # after its first canary, it may have drifted already
+        self.state_log.note_canaries()
         if before is not None and theirs != before.their_tokens and finding.num_tokens == before.num_tokens:
             log.error(
                 "%s counts %s tokens for the canaries of %s, and counted %s before: what it bills has changed",
-        self.state_log.note_canaries()
                 self.provider.name,
                 theirs,
                 self.model.id,
@@ -243,10 +246,10 @@ class ProviderEndpoint:
         self.breaker, self.load, self._avoid_until = earlier.breaker, earlier.load, earlier._avoid_until
         self.last_used, self.history, self.costs = earlier.last_used, earlier.history, earlier.costs
         self.usual_seconds, self._token_counts = earlier.usual_seconds, earlier._token_counts
+        self.state_log, self.totals = earlier.state_log, earlier.totals
 
     def suspend(self) -> None:
         """Take it out of traffic because of one wrong canary, until the next run of canaries. Answers are discarded."""
-        self.state_log = earlier.state_log
         self._admission.suspend()
 
     def resume(self) -> None:
@@ -266,15 +269,15 @@ class ProviderEndpoint:
             self.breaker.probed(True, self.in_traffic_since)
         elif self.breaker.state == "held":
             self.breaker.close()  # key, credit and model name are accepted again
-
-    def uncheck(self) -> None:
-        """Take it out of traffic, and out of quarantine, until a full run has passed."""
         self.state_log.note_canaries()
         self.log_state()
 
     def log_state(self) -> None:
         """Log the state of the breaker if it has changed."""
         self.state_log.note_breaker(self.breaker.state, time.monotonic())
+
+    def uncheck(self) -> None:
+        """Take it out of traffic, and out of quarantine, until a full run has passed."""
         self._admission.change("unchecked")
         self.finding, self.full_due = "", True
 
@@ -300,6 +303,7 @@ class ProviderEndpoint:
             price=self.model.cost_on(day),
         )
         self.costs[reason] += attempt.cost
+        self.totals.add(attempt, seconds)
         self.daily_cost.add(attempt.cost, day)
         return attempt
 
@@ -358,10 +362,6 @@ class ProviderEndpoint:
         if signal.check or not self.breaker.lets_in():
             self.wake.set()  # the time of its next canary is another one now
         self._note(failure.signal, tokens, seconds, now)
-
-    def cancelled(self, tokens: int, seconds: float, now: float) -> None:
-        """Count an attempt that nobody waited for: no fault, but a use, and a sign of its speed."""
-        self.load.overtaken(tokens, seconds, now)
         self.state_log.note_failure(failure, of, self.breaker.state, now)
 
     def note_silence(self, failure: AttemptFailed, tokens: int, seconds: float, now: float) -> None:
@@ -371,6 +371,10 @@ class ProviderEndpoint:
             return
         self.breaker.probed(False, now)
         self.state_log.note_failure(failure, "canaries", self.breaker.state, now)
+
+    def cancelled(self, tokens: int, seconds: float, now: float) -> None:
+        """Count an attempt that nobody waited for: no fault, but a use, and a sign of its speed."""
+        self.load.overtaken(tokens, seconds, now)
         self._note("cancelled", tokens, seconds, now)
 
     def discarded(self, tokens: int, seconds: float, now: float) -> None:

@@ -14,7 +14,7 @@ from unmask.accounts.costs import AttemptRecord
 from unmask.accounts.usage import day_start
 from unmask.conformance import Finding, References
 from unmask.engine import Engine
-from unmask.errors import UnmaskError, UsageError
+from unmask.errors import EngineError, UnmaskError, UsageError
 from unmask.router.attempts import EmbeddingWork, ModelEndpoints, RoutedVectors, answer
 from unmask.router.checks import (
     ModelSource,
@@ -244,7 +244,14 @@ class ProviderPool:
 
     async def answer(self, model: ModelEndpoints, engine: Engine | None, work: EmbeddingWork) -> RoutedVectors:
         """Embed the inputs of a request, see `attempts.answer`."""
-        routed = await answer(model, engine, work, self.draw)
+        earlier = len(work.attempts)
+        try:
+            routed = await answer(model, engine, work, self.draw)
+        except EngineError as error:
+            model.totals.add_refusal(error)
+            raise
+        finally:
+            model.totals.add_attempts(work.attempts[earlier:])
         endpoint = routed.endpoint
         if endpoint is not None and model.cross_check is None and self.draw.random() < self.settings.cross_check:
             model.cross_check = asyncio.create_task(self._cross_check(model, engine, endpoint))
@@ -332,6 +339,7 @@ class ProviderPool:
                 else:
                     await endpoint.wake.wait()
                 continue
+            endpoint.log_state()
             now = time.monotonic()
             if endpoint.full_due or now >= next_full:
                 silent_runs = 0 if await self._run_full(endpoint, references) else silent_runs + 1
@@ -339,7 +347,6 @@ class ProviderPool:
                 if silent_runs:
                     next_full = now + min(self.intervals.retry * 2 ** (silent_runs - 1), self.intervals.idle)
                 else:
-            endpoint.log_state()
                     next_full = now + self.intervals.full * self.draw.uniform(0.9, 1.1)
                     checked_at = now
             elif endpoint.breaker.probe(now) or now >= checked_at + self._light_interval(endpoint, now):
@@ -416,6 +423,7 @@ class ProviderPool:
 
         It gets no traffic between the two. If the second one gets no answer, a full run decides.
         """
+        endpoint.log_state()  # the breaker may be half open now
         for last in (False, True):
             started, started_at = time.monotonic(), time.time()
             distance = float("inf")
@@ -423,7 +431,6 @@ class ProviderPool:
                 note = self._note_of(endpoint)
                 distance = await light_check(endpoint.client, endpoint.model, references, self.draw, note)
             except AttemptFailed as failure:
-        endpoint.log_state()  # the breaker may be half open now
                 if failure.signal != "malformed":
                     now = time.monotonic()
                     endpoint.note_silence(failure, MIN_TOKENS, now - started, now)

@@ -151,7 +151,9 @@ async def find_route(served: ServedModel, pool: ProviderPool | None, wait: float
             return _route(served, await served.engine(), endpoints, pool)  # which it refuses
         if not endpoints.any_admitted():
             message = "no provider of this model has been found to give the right vectors: try again later"
-            raise NoConformingProvider(message, retry_after=endpoints.checked_in(time.monotonic()))
+            refusal = NoConformingProvider(message, retry_after=endpoints.checked_in(time.monotonic()))
+            endpoints.totals.add_refusal(refusal)
+            raise refusal
         return _route(served, None, endpoints, pool)
     if served.state != "ready" and endpoints.any_admitted() and not local:
         served.load_in_background()
