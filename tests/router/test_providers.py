@@ -25,6 +25,7 @@ from tests.router.fault_server import (
     SeenRequest,
     after,
     changed,
+    envelope,
     fault_server_thread,
     reply,
     reset,
@@ -43,6 +44,7 @@ from unmask.router import breaker, public_names
 from unmask.router.daily_cost import today
 from unmask.router.endpoint import ProviderEndpoint
 from unmask.router.hedging import MIN_SAMPLES
+from unmask.router.origins import Origins
 from unmask.router.pool import ProviderPool
 from unmask.router.verdicts import Verdict, order_admission
 from unmask.router.watch_intervals import WatchIntervals
@@ -113,6 +115,15 @@ class Upstreams:
     def seen(self, server: FaultServer) -> list[list[str]]:
         """The requests that the server has had and that were no canaries."""
         return [request.texts for request in server.requests if set(request.texts) <= {*TEXTS}]
+
+    def await_runs(self, name: str) -> ProviderEndpoint:
+        """Wait until no run of canaries is due or under way at a provider. Returns its endpoint."""
+        endpoint = self.endpoint(name)
+        until(lambda: not endpoint.full_due)
+        endpoint.run_at = 0.0  # set anew after each run
+        self.in_loop(endpoint.wake.set)
+        until(lambda: endpoint.run_at != 0.0)
+        return endpoint
 
     def reset(self) -> None:
         for server in (self.a, self.b):
@@ -650,6 +661,61 @@ def test_counters_of_providers_only_rise_and_follow_prometheus_rules(upstreams: 
     again = read()
     counters = [key for key in before if key.startswith("unmask_") and "_total " in key]
     assert all(again[key] >= after_requests[key] for key in counters)
+
+
+def signed(server_name: str, model_name: object) -> Behaviour:
+    """Answer rightly, with a header `server` and a model's name."""
+
+    async def behave(server: FaultServer, request: SeenRequest, writer: asyncio.StreamWriter) -> bool:
+        content = envelope(list(server.vectors_of(request.texts, ""))) | {"model": model_name}
+        return await reply(content, headers={"server": server_name})(server, request, writer)
+
+    return behave
+
+
+@pytest.mark.parametrize("another", [("nginx", "v2"), ("vllm", "v1"), ("nginx", {"name": "v1"})])
+def test_another_server_or_model_name_makes_a_full_run_due(
+    upstreams: Upstreams, caplog: pytest.LogCaptureFixture, another: tuple[str, object]
+) -> None:
+    endpoint = upstreams.await_runs("a")
+    endpoint._origins = Origins()
+    upstreams.a.script[:] = [signed("nginx", "v1")]
+    for _ in range(3):
+        assert upstreams.embed(provider={"only": ["a"]}).status == 200
+    before = endpoint.conformance
+    assert not endpoint.full_due
+    upstreams.a.script[:] = [signed(*another)]
+    assert upstreams.embed(provider={"only": ["a"]}).headers["x-unmask-provider"] == "a"
+    until(lambda: endpoint.conformance is not before)
+    assert endpoint.admission == "admitted" and caplog.text.count("model's name in its answers has changed") == 1
+    assert "v2" not in caplog.text and "vllm" not in caplog.text  # the provider's words
+
+
+@pytest.mark.parametrize(("seconds", "runs"), [(61, True), (59, False)])
+def test_a_recovery_after_a_minute_makes_a_full_run_due(upstreams: Upstreams, seconds: int, runs: bool) -> None:
+    endpoint = upstreams.await_runs("a")
+    before, light_runs = endpoint.conformance, []
+    pass_light_run = endpoint.pass_light_run
+
+    def recover() -> None:
+        endpoint.breaker._state, endpoint.breaker._until = "open", 0.0
+        endpoint.breaker._out_since = time.monotonic() - seconds
+        endpoint.wake.set()
+
+    def note(started_at: float) -> None:
+        pass_light_run(started_at)
+        light_runs.append(endpoint.full_due)
+
+    endpoint.pass_light_run = note
+    try:
+        upstreams.in_loop(recover)
+        until(lambda: bool(light_runs))
+    finally:
+        endpoint.pass_light_run = pass_light_run
+    assert light_runs == [runs] and endpoint.breaker.state == "closed"
+    if runs:
+        until(lambda: endpoint.conformance is not before)
+    assert endpoint.admission == "admitted"
 
 
 def test_pages_show_providers_and_findings(upstreams: Upstreams) -> None:

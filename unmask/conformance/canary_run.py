@@ -22,11 +22,13 @@ class Answer:
         vectors: one per text in the order of the texts, float32 [dim]; their lengths may differ.
         raw: the bytes that each vector was decoded from, where it came as base64.
         prompt_tokens: tokens by the count of whoever answered; None if they did not say.
+        origin: signs of the server that answered, which stay the same as long as nothing there is replaced.
     """
 
     vectors: Sequence[np.ndarray]
     raw: Sequence[bytes] = ()
     prompt_tokens: int | None = None
+    origin: str = ""
 
 
 # Texts and their instruction -> their vectors.

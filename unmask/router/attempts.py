@@ -446,6 +446,7 @@ async def _vectors_from(
             endpoint.client, endpoint.model, texts, instruction=work.instruction, dim=references.dim, seconds=seconds
         )
         counts.append(received.prompt_tokens)
+        endpoint.compare_origin(received.origin, time.monotonic())
         return require_vectors(received, references.dim, name, has_unit_length=is_normalised)
 
     parts = [work.texts[first : first + size] for first in range(0, len(work.texts), size)]

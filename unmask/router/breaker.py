@@ -34,6 +34,7 @@ class Breaker:
         self._outcomes: deque[tuple[float, bool]] = deque()
         self._state: BreakerState = "closed"
         self._until = 0.0
+        self._out_since = float("inf")
         self._times = 0
         self._is_held = False
 
@@ -46,6 +47,10 @@ class Breaker:
     def probe_at(self) -> float:
         """Time at which the next canary is due; infinity unless open or held."""
         return self._until if self._state == "open" else float("inf")
+
+    def seconds_out(self, now: float) -> float:
+        """Return the seconds since it last let traffic in; 0 while it does."""
+        return max(0.0, now - self._out_since)
 
     def lets_in(self) -> bool:
         """True if traffic may go to the endpoint."""
@@ -112,6 +117,7 @@ class Breaker:
     def close(self) -> None:
         """Let traffic in again, with no memory of earlier failures."""
         self._state, self._times, self._run, self._is_held = "closed", 0, 0, False
+        self._out_since = float("inf")
         self._outcomes.clear()
 
     def _add(self, now: float, ok: bool) -> None:
@@ -120,6 +126,7 @@ class Breaker:
             self._outcomes.popleft()
 
     def _open(self, now: float, *, alone: bool) -> None:
+        self._out_since = min(self._out_since, now)
         seconds = min(FIRST_S * 2**self._times, ALONE_MAX_S if alone else MAX_S)
         self._state, self._until = "open", now + seconds * self._draw.uniform(0.5, 1.0)
         self._times = min(self._times + 1, 10)

@@ -40,8 +40,8 @@ _TOKENS_PER_SECOND = 500  # slower than this, a request of many texts is taken f
 _LIGHT_S = 10.0
 
 
-# Told of every request of a run: outcome, tokens by our count and by the provider's, seconds.
-NoteProbe = Callable[[Outcome, int, int | None, float], None]
+# Told of every request of a run: outcome, tokens by our count, the answer if there is one, seconds.
+NoteProbe = Callable[[Outcome, int, Answer | None, float], None]
 
 # Path of a file of references, and the time of its last change in nanoseconds.
 ReferencesStamp = tuple[Path, int]
@@ -111,8 +111,8 @@ def _noted(
             lengths = {(text, ""): n for text, n in zip(unpublished.texts, unpublished.num_tokens, strict=True)}
             canaries = [(canary.text, canary.instruction) for canary in references.canaries]
             lengths |= zip(canaries, references.num_tokens, strict=True)
-            theirs = answers[0].prompt_tokens if answers else None
-            note(outcome, sum(int(lengths[text, instruction]) for text in texts), theirs, time.monotonic() - started)
+            tokens = sum(int(lengths[text, instruction]) for text in texts)
+            note(outcome, tokens, answers[0] if answers else None, time.monotonic() - started)
 
 
 async def light_check(

@@ -17,6 +17,7 @@ from unmask.router.choosing import Candidate
 from unmask.router.daily_cost import DailyCost, seconds_to_midnight, today
 from unmask.router.hedging import UsualSeconds
 from unmask.router.load import EndpointLoad, slow_start
+from unmask.router.origins import Origins
 from unmask.router.providers import ProviderModel, RemoteProvider
 from unmask.router.request_history import Outcome, RequestHistory
 from unmask.router.signals import SIGNALS, AttemptFailed
@@ -36,6 +37,9 @@ EndpointStatus = Literal["unchecked", "admitted", "probation", "quarantined", "o
 FIRST_RATE = 1 / 2000
 
 _MAX_AVOID_S = 60.0
+
+# After a breaker was open for longer than this, another server may have been started: all canaries are asked for.
+_LONG_OUTAGE_S = 60.0
 
 
 @dataclass(eq=False)
@@ -81,6 +85,7 @@ class ProviderEndpoint:
     history: RequestHistory = field(init=False, default_factory=RequestHistory)
     state_log: StateLog = field(init=False)
     _token_counts: TokenCounts = field(init=False, default_factory=TokenCounts)
+    _origins: Origins = field(init=False, default_factory=Origins)
     _admission: Admission = field(init=False, default_factory=Admission)
     _loss_logged: bool = field(init=False, default=False)
     _avoid_until: float = field(init=False, default=float("-inf"))
@@ -246,7 +251,7 @@ class ProviderEndpoint:
         self.breaker, self.load, self._avoid_until = earlier.breaker, earlier.load, earlier._avoid_until
         self.last_used, self.history, self.costs = earlier.last_used, earlier.history, earlier.costs
         self.usual_seconds, self._token_counts = earlier.usual_seconds, earlier._token_counts
-        self.state_log, self.totals = earlier.state_log, earlier.totals
+        self.state_log, self.totals, self._origins = earlier.state_log, earlier.totals, earlier._origins
 
     def suspend(self) -> None:
         """Take it out of traffic because of one wrong canary, until the next run of canaries. Answers are discarded."""
@@ -264,13 +269,32 @@ class ProviderEndpoint:
         """
         self.passed_at = started_at
         self.resume()
+        now = time.monotonic()
+        if self.breaker.seconds_out(now) > _LONG_OUTAGE_S:
+            self.order_full_run()
         if self.breaker.state == "half_open":
-            self.in_traffic_since = time.monotonic()
-            self.breaker.probed(True, self.in_traffic_since)
+            self.in_traffic_since = now
+            self.breaker.probed(True, now)
         elif self.breaker.state == "held":
             self.breaker.close()  # key, credit and model name are accepted again
         self.state_log.note_canaries()
         self.log_state()
+
+    def order_full_run(self) -> None:
+        """Let a full run follow at once. Traffic goes on meanwhile."""
+        self.full_due = True
+        self.wake.set()
+
+    def compare_origin(self, origin: str, now: float) -> None:
+        """Compare who answered with those before. Another server may give other vectors."""
+        if self._origins.add(origin, now) and self.admission == "admitted":
+            log.warning(
+                "%s for %s: the header `server` or the model's name in its answers has changed, so all canaries are "
+                "asked for",
+                self.provider.name,
+                self.model.id,
+            )
+            self.order_full_run()
 
     def log_state(self) -> None:
         """Log the state of the breaker if it has changed."""
@@ -326,8 +350,7 @@ class ProviderEndpoint:
                 "more" if change > 0 else "fewer",
                 self.model.id,
             )
-            self.full_due = True
-            self.wake.set()
+            self.order_full_run()
 
     def answered(self, tokens: int, seconds: float, now: float) -> None:
         """Count a good answer."""

@@ -46,7 +46,7 @@ class Content(NamedTuple):
 
     Attributes:
         body: JSON, not yet parsed.
-        server: the header `server`, "" for none; a change of it makes a full run due.
+        server: the header `server`, "" for none; a change of it makes a full run due, see `origins.py`.
     """
 
     body: bytes

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from unmask.accounts.costs import AttemptRecord
 from unmask.accounts.usage import day_start
-from unmask.conformance import Finding, References
+from unmask.conformance import Answer, Finding, References
 from unmask.engine import Engine
 from unmask.errors import EngineError, UnmaskError, UsageError
 from unmask.router.attempts import EmbeddingWork, ModelEndpoints, RoutedVectors, answer
@@ -449,10 +449,13 @@ class ProviderPool:
         return True
 
     def _note_of(self, endpoint: ProviderEndpoint) -> NoteProbe:
-        """Return a function that puts requests for canaries into the books."""
+        """Return a function that puts requests for canaries into the books, and looks at who answered."""
 
-        def note(outcome: Outcome, tokens: int, their_tokens: int | None, seconds: float) -> None:
-            self.record_attempts([endpoint.record(outcome, "probe", tokens, their_tokens, seconds)])
+        def note(outcome: Outcome, tokens: int, answer: Answer | None, seconds: float) -> None:
+            theirs = answer.prompt_tokens if answer is not None else None
+            self.record_attempts([endpoint.record(outcome, "probe", tokens, theirs, seconds)])
+            if answer is not None:
+                endpoint.compare_origin(answer.origin, time.monotonic())
 
         return note
 

@@ -22,6 +22,8 @@ _BYTES_PER_NUMBER, _BYTES_PER_VECTOR, _BYTES_BESIDES = 26, 200, 65_536
 # More tokens than any request has. Sums of larger counts would overflow a column of the database.
 _MAX_COUNT = 2**31
 
+_NAME_BYTES = 200  # of the model's name in an answer, to compare
+
 _UNIT_LENGTH = 1e-2  # largest error of a length of 1, more than any rounding makes
 
 
@@ -37,6 +39,7 @@ class _Usage(msgspec.Struct):
 class _Envelope(msgspec.Struct):
     data: list[_Item]
     usage: _Usage | None = None
+    model: msgspec.Raw = msgspec.Raw()  # as it came, whatever it is: an answer is not refused for it
 
 
 _OPENAI = msgspec.json.Decoder(_Envelope)
@@ -83,10 +86,10 @@ async def ask(
     try:
         if kind == "tei":
             rows = _TEI.decode(content.body)
-            items, usage = [_Item(row, index) for index, row in enumerate(rows)], None
+            items, usage, model_name = [_Item(row, index) for index, row in enumerate(rows)], None, b""
         else:
             envelope = _OPENAI.decode(content.body)
-            items, usage = envelope.data, envelope.usage
+            items, usage, model_name = envelope.data, envelope.usage, bytes(envelope.model)[:_NAME_BYTES]
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
         raise AttemptFailed(name, "malformed", f"{len(content.body)} bytes are no answer of the kind {kind}") from None
     if len(items) != len(texts):
@@ -105,7 +108,8 @@ async def ask(
         if raw
         else [np.array(item.embedding, dtype=np.float32) for item in ordered]
     )
-    return Answer(vectors, raw, _token_count(usage))
+    origin = f"{content.server} {model_name.decode('utf-8', 'replace')}"
+    return Answer(vectors, raw, _token_count(usage), origin)
 
 
 def require_vectors(answer: Answer, dim: int, provider: str, *, has_unit_length: bool = False) -> np.ndarray:
