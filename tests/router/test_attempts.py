@@ -70,6 +70,7 @@ def work_of(
         deadline=time.monotonic() + seconds,
         share="",
         preferences=preferences or ProviderPreferences(),
+        precision="exact",
     )
 
 

@@ -268,7 +268,7 @@ def _model_info(served: ServedModel, id: str, prices: Sequence[TariffPrice] | No
         "prices": msgspec.to_builtins(record.prices if prices is None else charged_prices(record, prices)),
         "lifecycle": record.status,
         "shutdown_date": until.isoformat() if until else None,
-        "vector_space": space_of(served, served.dtype),
+        "vector_space": space_of(served),
     }
     return msgspec.convert(fields, Model)
 

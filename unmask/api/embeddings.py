@@ -154,10 +154,10 @@ class EmbeddingsRoute:
         tier = read_tier(request.headers)
         await self.charging.check_access(request, model, tier)
         _require_known_provider(parsed.provider, self.models.providers)
-        wait = min(_preferred_wait(request.headers), deadline - time.monotonic())
+        wait = max(0.0, min(_preferred_wait(request.headers), deadline - time.monotonic()))
         is_native = parsed.token_encoding == "native" and not isinstance(inputs[0], str)
-        is_raw = parsed.normalize is False
-        route = await find_route(served, self.models.providers, max(wait, 0.0), local=is_native or is_raw)
+        preferences, is_raw = _provider_preferences(parsed.provider), parsed.normalize is False
+        route = await find_route(served, self.models.providers, wait, preferences.precision, local=is_native or is_raw)
         with route.lease():
             if parsed.dimensions and parsed.dimensions > route.dim:
                 message = f"dimensions={parsed.dimensions}: this model's vectors have {route.dim} numbers."
@@ -167,7 +167,6 @@ class EmbeddingsRoute:
             prompts = await route.prepare(texts, instruction=instruction, truncate=bool(parsed.truncate))
             num_tokens = sum(len(prompt.ids) for prompt in prompts)
             self.check_tokens(num_tokens)
-            share = context.share if tier == "default" else _BATCH_SHARE
             max_price = parsed.provider.max_nano_per_million if parsed.provider else None
             async with self.charging.charge(request, model, tier, num_tokens, body, deadline, max_price) as charge:
                 work = EmbeddingWork(
@@ -176,8 +175,9 @@ class EmbeddingsRoute:
                     instruction=instruction,
                     raw=is_raw,
                     deadline=deadline,
-                    share=share,
-                    preferences=self.models.public_names.real_preferences(_provider_preferences(parsed.provider)),
+                    share=context.share if tier == "default" else _BATCH_SHARE,
+                    preferences=self.models.public_names.real_preferences(preferences),
+                    precision=route.precision,
                     income=charge.cost,
                     is_replay=charge.is_replay,
                     hedged=tier == "default" and not charge.is_replay,

@@ -8,7 +8,6 @@ import msgspec
 
 from unmask.api.schema import ConformanceInfo, EndpointInfo, EndpointList, PercentileInfo
 from unmask.conformance import Finding, References
-from unmask.conformance.references import PRECISION_CLASSES
 from unmask.router import ModelRegistry, PublicNames, ServedModel
 from unmask.router.attempts import LOCAL
 from unmask.router.endpoint import EndpointStatus, ProviderEndpoint
@@ -32,8 +31,10 @@ def endpoint_list(models: ModelRegistry, served: ServedModel, names: PublicNames
         data.append(_local(served, state))
     if group is not None:
         data += [_remote(endpoint, group.references, names) for endpoint in group.endpoints]
-    references = group.references if group is not None else None
-    space = references.vector_space("exact") if references else space_of(served, served.dtype)
+    references, precision = group.references if group is not None else None, served.precision_class
+    space = references.vector_space(precision) if references and precision else space_of(served)
+    if data and data[0].name == LOCAL:
+        data[0].vector_space = space
     return EndpointList(model=served.record.id, vector_space=space, data=data)
 
 
@@ -42,7 +43,7 @@ def _local(served: ServedModel, state: Literal["cold", "loading", "ready", "fail
         name=LOCAL,
         kind="local",
         status="admitted" if state == "ready" else state,
-        precision=PRECISION_CLASSES[served.dtype],
+        precision=served.precision_class,
         max_tokens=served.record.max_tokens,
     )
 
@@ -55,6 +56,7 @@ def _remote(endpoint: ProviderEndpoint, references: References | None, names: Pu
         kind="remote" if names.hides else provider.kind,
         status=status,
         precision=endpoint.precision,
+        vector_space=references.vector_space(endpoint.precision) if references and endpoint.precision else None,
         max_inputs=provider.inputs_per_request(model),
         max_tokens=model.max_tokens,
         priority=0 if names.hides else model.priority,  # often an order of prices

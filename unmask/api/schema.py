@@ -57,7 +57,7 @@ class ProviderOptions(msgspec.Struct, kw_only=True, frozen=True):
     ] = None
     precision: Annotated[
         tuple[Literal["float32", "float16", "bfloat16", "int8"], ...],
-        _doc("Precisions that may answer beyond float32 and float16. Their vectors are another vector space."),
+        _doc("Precisions that may answer beyond those of the model's vector space. Their vectors are of another one."),
     ] = ()
     data_collection: Annotated[Literal["allow", "deny"], _doc("`deny`: only providers that keep no texts.")] = "allow"
     max_price: Annotated[MaxPrice | None, _doc("Refuse the request if the model's price is higher.")] = None
@@ -163,7 +163,7 @@ class Model(Specification, kw_only=True, frozen=True):
     shutdown_date: Annotated[str | None, _doc("Last day on which a deprecated model answers.")] = None
     vector_space: Annotated[
         str | None,
-        _doc("Vectors of one space may be mixed in an index, and no others. Null while the model is not loaded."),
+        _doc("Vectors of one space may be mixed in an index, and no others. Null while it is not known."),
     ] = None
 
 
@@ -196,6 +196,9 @@ class EndpointInfo(msgspec.Struct, kw_only=True):
         "unchecked", "admitted", "probation", "quarantined", "open", "held", "spent", "cold", "loading", "failed"
     ]
     precision: Annotated[str | None, _doc("exact, float16, bfloat16 or int8, as measured; null before the first run.")]
+    vector_space: Annotated[
+        str | None, _doc("Of its vectors. Where it is not the model's, only requests that name its precision go there.")
+    ] = None
     max_inputs: int | None = None
     max_tokens: int | None = None
     priority: int = 0

@@ -24,7 +24,7 @@ from unmask.cluster.agreement import require_equal_models, require_equal_version
 from unmask.cluster.connection import LOST, head_answers, import_ray, kill_actor, resources
 from unmask.cluster.options import ReplicaOptions
 from unmask.conformance.references import FLOORS, PRECISION_CLASSES, distances
-from unmask.encoder import DtypeChoice, Encoder, LoadOptions, Prompt
+from unmask.encoder import Dtype, Encoder, LoadOptions, Prompt
 from unmask.encoder.loading import prompts_for
 from unmask.encoder.packing import pack_budget, parallel_packs
 from unmask.encoder.precision_choices import PrecisionChoice
@@ -177,7 +177,7 @@ class Replicas:
     def is_right(self, vector: np.ndarray) -> bool:
         """Return true if a vector is the canary's, within the limit of the precision."""
         assert self.first is not None
-        precision = PRECISION_CLASSES[cast(DtypeChoice, self.first.dtype_choice.dtype)]
+        precision = PRECISION_CLASSES[cast(Dtype, self.first.dtype_choice.dtype)]
         limit = min(FLOORS[precision][0], _MAX_CANARY_DISTANCE)
         return bool(distances(vector[None], self.first.canary[None])[0] <= limit)
 

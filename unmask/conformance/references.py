@@ -17,7 +17,7 @@ from unmask.conformance.canaries import CanaryText, canary_set_version, canary_t
 from unmask.conformance.unpublished_canaries import UnpublishedCanaries, draw_prompts
 from unmask.conformance.wrong_references import WrongReference, canary_prompts, wrong_references
 from unmask.disk import atomic_write
-from unmask.encoder import Dtype, DtypeChoice, Encoder, LoadOptions
+from unmask.encoder import Dtype, Encoder, LoadOptions
 from unmask.encoder.prompts import PromptBuilder
 from unmask.encoder.unit_length import unit_length
 from unmask.errors import CheckpointError, InputError
@@ -34,8 +34,7 @@ FLOORS: dict[PrecisionClass, tuple[float, float]] = {
     "int8": (1e-2, 1e-3),
 }
 # Class of each precision of a model.
-PRECISION_CLASSES: dict[DtypeChoice, PrecisionClass] = {
-    "auto": "bfloat16",  # of a model that is not loaded yet: the least exact one that may be chosen
+PRECISION_CLASSES: dict[Dtype, PrecisionClass] = {
     "float32": "exact",
     "float16": "float16",
     "bfloat16": "bfloat16",
@@ -119,6 +118,11 @@ def vector_space(model: str, revision: str, pooling: str, compat: str, precision
     if precision not in SHARED_PRECISIONS:
         parts.append(precision)
     return f"vs_{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:12]}"
+
+
+def space_precisions(precision: PrecisionClass) -> tuple[PrecisionClass, ...]:
+    """Return the precisions whose vectors are of the same space as those of one."""
+    return SHARED_PRECISIONS if precision in SHARED_PRECISIONS else (precision,)
 
 
 def distances(vectors: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -13,8 +13,8 @@ import numpy as np
 
 from unmask.accounts.costs import AttemptRecord, Reason
 from unmask.checkpoint.tokenizer import TextTokenizer
-from unmask.conformance import References
-from unmask.conformance.references import SHARED_PRECISIONS
+from unmask.conformance import PrecisionClass, References
+from unmask.conformance.references import space_precisions
 from unmask.encoder import Prompt
 from unmask.encoder.prompts import PromptBuilder
 from unmask.engine import Engine
@@ -81,6 +81,8 @@ class EmbeddingWork:
         is_replay: the income was earned by an earlier request, and there is no more of it.
         hedged: a second provider may be asked if the first is slow.
         preferences: about providers.
+        precision: of the model's vectors here. Providers of another vector space answer only if the caller asks for
+            their precision.
         attempts: filled in: the attempts at providers so far.
         arrived: `time.monotonic()` when the request was ready to be embedded.
     """
@@ -92,6 +94,7 @@ class EmbeddingWork:
     deadline: float
     share: str
     preferences: ProviderPreferences
+    precision: PrecisionClass
     income: int | None = None
     is_replay: bool = False
     hedged: bool = False
@@ -206,9 +209,12 @@ class ModelEndpoints:
             return False
         return self.budget.withdraw(tokens, now) and self.hedge_budget.withdraw(tokens, now)
 
-    def any_admitted(self) -> bool:
-        """True if some endpoint's vectors may be used."""
-        return any(endpoint.admission == "admitted" for endpoint in self.endpoints)
+    def any_admitted(self, precisions: Sequence[PrecisionClass] | None = None) -> bool:
+        """True if some endpoint's vectors may be used, of any precision or of one of these."""
+        return any(
+            endpoint.admission == "admitted" and (precisions is None or endpoint.precision in precisions)
+            for endpoint in self.endpoints
+        )
 
     def checked_in(self, now: float) -> float:
         """Return the seconds after which an endpoint may have been admitted, for a model of which none is."""
@@ -293,7 +299,7 @@ def _candidates(
         for endpoint in model.endpoints
         if endpoint.admission == "admitted"
         and _is_able(endpoint, work)
-        and _has_precision(endpoint, work.preferences)
+        and endpoint.precision in (*space_precisions(work.precision), *work.preferences.precision)
         and permitted(endpoint.provider.name, endpoint.provider.data, work.preferences)
         and endpoint.provider.name not in tried
         and endpoint.covers_cost(tokens, work.income, model.min_margin, is_replay=work.is_replay)
@@ -335,10 +341,6 @@ def _is_able(endpoint: ProviderEndpoint, work: EmbeddingWork) -> bool:
         return False
     longest = endpoint.model.max_tokens
     return all(not prompt.truncated and (longest is None or len(prompt.ids) <= longest) for prompt in work.prompts)
-
-
-def _has_precision(endpoint: ProviderEndpoint, preferences: ProviderPreferences) -> bool:
-    return endpoint.precision in SHARED_PRECISIONS or endpoint.precision in preferences.precision
 
 
 async def _attempt_or_hedge(

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from unmask.conformance import PrecisionClass
+
 # A free endpoint weighs as much as one of a tenth of the dearest one's price: not everything.
 _CHEAPEST_SHARE = 0.1
 
@@ -19,7 +21,7 @@ class ProviderPreferences:
         order: names to try in this order, before all others.
         allow_fallbacks: others than the first choice may answer if it fails.
         sort: take the best by "price", "latency" or "throughput" in place of balancing; None to balance.
-        precision: classes that may answer, beyond the model's own; empty for the model's.
+        precision: classes that may answer, beyond those of the model's vector space.
         data_collection: "deny" for providers that keep nothing.
     """
 
@@ -28,7 +30,7 @@ class ProviderPreferences:
     order: tuple[str, ...] = ()
     allow_fallbacks: bool = True
     sort: Literal["price", "latency", "throughput"] | None = None
-    precision: tuple[str, ...] = ()
+    precision: tuple[PrecisionClass, ...] = ()
     data_collection: Literal["allow", "deny"] = "allow"
 
 

@@ -17,7 +17,7 @@ from unmask.accounts.costs import AttemptRecord
 from unmask.conformance import References, worst_limit
 from unmask.conformance.references import PRECISION_CLASSES, distances
 from unmask.conformance.unpublished_canaries import draw_texts
-from unmask.encoder import DtypeChoice, Prompt
+from unmask.encoder import Dtype, Prompt
 from unmask.encoder.prompts import PromptBuilder
 from unmask.engine import Engine
 from unmask.errors import EngineError, TextTooLong
@@ -122,7 +122,7 @@ async def _compute(engine: Engine, prompt: Prompt, references: References) -> Op
         vectors = await engine.run([prompt], deadline=time.monotonic() + _SECONDS, caller="cross-check")
     except EngineError:
         return None
-    precision = PRECISION_CLASSES[cast(DtypeChoice, engine.encoder.dtype_choice.dtype)]
+    precision = PRECISION_CLASSES[cast(Dtype, engine.encoder.dtype_choice.dtype)]
     return Opinion(None, vectors[0], worst_limit(references, precision))
 
 

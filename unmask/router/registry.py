@@ -63,7 +63,7 @@ class ModelRegistry:
         Raises:
             UsageError: another model has its name.
         """
-        model = ServedModel(source, record, self._options, self.catalogue, self._is_remote)
+        model = ServedModel(source, record, self._options, self.catalogue, self._is_remote, self._has_providers)
         names = (model.record.id, *model.record.aliases)
         if taken := next((name for name in names if name in self._by_name), None):
             raise UsageError(f"two models would both be called {taken!r}; rename the folder of one of them")
@@ -142,6 +142,9 @@ class ModelRegistry:
 
     def _is_remote(self, id: str) -> bool:
         return self.providers is not None and self.providers.is_remote_only(id)
+
+    def _has_providers(self, id: str) -> bool:
+        return self.providers is not None and bool(self.providers.settings.of_model(id))
 
     async def canaries(self) -> dict[str, str]:
         """Return for each model that is warm, loaded or has providers "ok", or the reason why it cannot answer."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from unmask.catalogue import Record
 from unmask.checkpoint.tokenizer import TextTokenizer
 from unmask.conformance import PrecisionClass
-from unmask.conformance.references import PRECISION_CLASSES, vector_space
-from unmask.encoder import DtypeChoice, Prompt
+from unmask.conformance.references import space_precisions, vector_space
+from unmask.encoder import Prompt
 from unmask.engine import Engine
 from unmask.errors import NoConformingProvider
 from unmask.router.attempts import LOCAL, EmbeddingWork, ModelEndpoints, RoutedVectors
@@ -27,14 +27,14 @@ class ModelRoute:
 
     Attributes:
         record: of the model.
-        dtype: precision of its weights.
+        precision: of the model's vectors here: the engine's, or the one that it will be loaded in.
         engine: this process's own engine; None where the model is not loaded and providers answer.
         endpoints: its providers; None for none.
         pool: of the providers; None for a server without any.
     """
 
     record: Record
-    dtype: DtypeChoice
+    precision: PrecisionClass
     engine: Engine | None
     endpoints: ModelEndpoints | None
     pool: ProviderPool | None
@@ -87,7 +87,7 @@ class ModelRoute:
         headers = {"x-unmask-provider": name, "x-unmask-attempts": str(routed.attempts)}
         endpoint = routed.endpoint
         if endpoint is None:
-            precision = PRECISION_CLASSES[self.dtype]
+            precision = self.precision
         else:
             precision = endpoint.precision or "exact"
             worst = endpoint.conformance.worst if endpoint.conformance is not None else 1.0
@@ -104,16 +104,16 @@ class ModelRoute:
         return _space(self.record, precision)
 
 
-def space_of(served: ServedModel, dtype: DtypeChoice) -> str | None:
-    """Return the id of a model's vector space in a precision; None if it is not loaded.
+def space_of(served: ServedModel) -> str | None:
+    """Return the id of a model's vector space; None while its revision or its precision is not known.
 
     For a model that providers alone answer for, it is that of exact vectors; None until its references are read.
     """
-    return _space(served.record, "exact" if served.state == "remote" else PRECISION_CLASSES[dtype])
+    return _space(served.record, served.precision_class)
 
 
-def _space(record: Record, precision: PrecisionClass) -> str | None:
-    if record.revision is None or record.pooling is None:
+def _space(record: Record, precision: PrecisionClass | None) -> str | None:
+    if record.revision is None or record.pooling is None or precision is None:
         return None
     return vector_space(record.id, record.revision, record.pooling, record.compat, precision)
 
@@ -130,13 +130,24 @@ async def find_tokenizer(served: ServedModel, pool: ProviderPool | None) -> Text
     return (await served.engine()).encoder.checkpoint.tokenizer
 
 
-async def find_route(served: ServedModel, pool: ProviderPool | None, wait: float, *, local: bool = False) -> ModelRoute:
+async def find_route(
+    served: ServedModel,
+    pool: ProviderPool | None,
+    wait: float,
+    precisions: Sequence[PrecisionClass] = (),
+    *,
+    local: bool = False,
+) -> ModelRoute:
     """Return the way of a request. A model that is not loaded is answered for by its providers meanwhile.
+
+    Those of another vector space than the one that the engine will have do not, unless the caller asks for theirs:
+    otherwise the vectors from before and after loading could not be mixed.
 
     Args:
         served: the model.
         pool: the providers; None for none.
         wait: seconds that the caller waits for a model that is being loaded.
+        precisions: classes that the caller asks for, beyond those of the model's space.
         local: only the engine can do what the request needs.
 
     Raises:
@@ -155,7 +166,8 @@ async def find_route(served: ServedModel, pool: ProviderPool | None, wait: float
             endpoints.totals.add_refusal(refusal)
             raise refusal
         return _route(served, None, endpoints, pool)
-    if served.state != "ready" and endpoints.any_admitted() and not local:
+    may_answer = (*space_precisions(served.precision_class or "exact"), *precisions)
+    if served.state != "ready" and endpoints.any_admitted(may_answer) and not local:
         served.load_in_background()
         return _route(served, None, endpoints, pool)
     return _route(served, await served.engine(wait), endpoints, pool)
@@ -164,4 +176,6 @@ async def find_route(served: ServedModel, pool: ProviderPool | None, wait: float
 def _route(
     served: ServedModel, engine: Engine | None, endpoints: ModelEndpoints | None, pool: ProviderPool | None
 ) -> ModelRoute:
-    return ModelRoute(served.record, served.dtype, engine, endpoints, pool)
+    precision = served.precision_class
+    assert precision is not None  # it is loaded, or has providers
+    return ModelRoute(served.record, precision, engine, endpoints, pool)

@@ -19,7 +19,8 @@ from unmask.catalogue.canary import CANARY_TEXT, check_vector, expected_vector
 from unmask.catalogue.known_vectors import canary_problem
 from unmask.checkpoint import open_checkpoint
 from unmask.cluster.options import ReplicaOptions
-from unmask.conformance import References
+from unmask.conformance import PrecisionClass, References
+from unmask.conformance.references import PRECISION_CLASSES, SHARED_PRECISIONS
 from unmask.encoder import DtypeChoice, Encoder, LoadOptions
 from unmask.encoder.precision_choices import PrecisionChoice
 from unmask.encoder.remote_encoder import RemoteEncoder
@@ -40,6 +41,7 @@ FIELDS_OF_FILES = ("query_instruction", "document_instruction", "matryoshka")
 _CANARY_VALID_S = 30.0  # time for which a passed canary is not computed again
 _RETRY_FAILED_S = 60.0
 _LEASE_POLL_S = 0.05
+_SHARED_SPACE = "providers answer for the model as well, and vectors of float32 may be mixed with theirs"
 # Seconds after which a request may come again while the cluster is lost. It is looked for more often.
 _RETRY_LOST_S = 15.0
 
@@ -96,6 +98,7 @@ class ServedModel:
         options: precision, device, queue and cache.
         catalogue: records of other models, one of which may know the same files; None for none.
         is_remote: tells of a model's id whether providers alone answer for it, and it is never loaded.
+        has_providers: tells of a model's id whether providers answer for it as well.
 
     Attributes:
         reason: why loading failed; empty otherwise. May name files of this machine.
@@ -109,9 +112,10 @@ class ServedModel:
         options: ModelOptions | None = None,
         catalogue: Catalogue | None = None,
         is_remote: Callable[[str], bool] = lambda id: False,
+        has_providers: Callable[[str], bool] = lambda id: False,
     ) -> None:
         self.source = source
-        self._is_remote = is_remote
+        self._is_remote, self._has_providers = is_remote, has_providers
         self._catalogue = catalogue or Catalogue()
         self.options = options or ModelOptions()
         self.record: Record = record or record_for(source)
@@ -147,8 +151,23 @@ class ServedModel:
 
     @property
     def dtype_reason(self) -> str:
-        """The measurement that led to the precision; empty where it was not chosen by one."""
-        return self._dtype_choice.reason if self.options.dtype == "auto" and self._dtype_choice is not None else ""
+        """The measurement or the reason that led to the precision; empty where the operator chose it."""
+        if self.options.dtype != "auto" or self._dtype_choice is None:
+            return ""
+        return self._dtype_choice.reason if self._dtype_to_load() != self.dtype else _SHARED_SPACE
+
+    @property
+    def precision_class(self) -> PrecisionClass | None:
+        """Class of the model's vectors here, loaded or not; None where loading will choose it."""
+        dtype = self._dtype_to_load() if self._dtype_choice is None else self.dtype
+        if self.state == "remote":
+            return "exact"
+        return None if dtype == "auto" else PRECISION_CLASSES[dtype]
+
+    def _dtype_to_load(self) -> DtypeChoice:
+        """Return the precision to ask for. One that loading chose could be of another space than the providers'."""
+        is_free = self.options.dtype == "auto" and self._has_providers(self.record.id)
+        return "float32" if is_free else self.options.dtype
 
     def preload(self) -> None:
         """Begin to load in a thread, before there is an event loop. `engine` then waits for that thread."""
@@ -295,6 +314,12 @@ class ServedModel:
                 f"{self.record.id} went live with the weights {self._live_revision}, and the references are of "
                 f"{references.revision}: make them of the right weights, or run 'unmask onboard {self.record.id}' again"
             )
+        if self.options.dtype == "auto" and self.precision_class not in SHARED_PRECISIONS:
+            log.warning(
+                "%s was loaded in %s before it had providers, and float32 and float16 are another vector space: they "
+                "answer only who asks for them. The next start loads float32, unless --dtype says otherwise",
+                *(self.record.id, self.dtype),
+            )
         fields = {
             "dimensions": references.dim,
             "max_tokens": references.max_tokens,
@@ -387,27 +412,31 @@ class ServedModel:
         return None
 
     def _load_weights(self) -> _LoadedModel:
-        loaded = self._load_here() if self.options.replicas is None else self._load_replicas(self.options.replicas)
+        dtype = self._dtype_to_load()
+        replicas = self.options.replicas
+        loaded = self._load_here(dtype) if replicas is None else self._load_replicas(replicas, dtype)
+        if self._dtype_to_load() != dtype:  # the file of providers has changed meanwhile
+            loaded.close()
+            return self._load_weights()
         try:
             return self._checked(loaded)
         except BaseException:
             loaded.close()
             raise
 
-    def _load_here(self) -> _LoadedModel:
-        options = self.options
-        encoder = Encoder.load(self.source, compat=self.record.compat, dtype=options.dtype, device=options.device)
+    def _load_here(self, dtype: DtypeChoice) -> _LoadedModel:
+        encoder = Encoder.load(self.source, compat=self.record.compat, dtype=dtype, device=self.options.device)
         # The model and its libraries stay for good. Searching them for garbage would stop all requests again and again.
         gc.collect()
         gc.freeze()
         return _LoadedModel(encoder, encoder.checkpoint.revision, encoder.encode)
 
-    def _load_replicas(self, replicas: ReplicaOptions) -> _LoadedModel:
+    def _load_replicas(self, replicas: ReplicaOptions, dtype: DtypeChoice) -> _LoadedModel:
         from unmask.cluster.replicas import open_replicas
 
         options, compat = self.options, self.record.compat
         source = str(Path(self.source).absolute()) if Path(self.source).exists() else self.source
-        load = partial(Encoder.load, source, compat=compat, dtype=options.dtype, device=options.device)
+        load = partial(Encoder.load, source, compat=compat, dtype=dtype, device=options.device)
         encoder, group = open_replicas(self.source, LoadOptions(compat=compat), load, replicas)
 
         def encode(texts: list[str]) -> np.ndarray:

@@ -155,6 +155,7 @@ async def _encode(
         deadline=deadline,
         share=caller,
         preferences=ProviderPreferences(),
+        precision=route.precision,
     )
     try:
         routed = await route.run(work)
