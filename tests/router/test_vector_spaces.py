@@ -16,7 +16,7 @@ from tests.router.test_providers import MODEL, SLOW
 from unmask.conformance import References
 from unmask.conformance.references import vector_space
 from unmask.encoder import Encoder
-from unmask.encoder.precision import PrecisionChoice
+from unmask.encoder.precision_choices import PrecisionChoice
 from unmask.router import ModelOptions, ModelRegistry, ServedModel
 from unmask.router.route import space_of
 
@@ -26,7 +26,7 @@ def bfloat16_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `dtype="auto"` become bfloat16, as on processors with AMX."""
     choice = PrecisionChoice("bfloat16", "faster on this machine")
     monkeypatch.setattr(
-        "unmask.encoder.encoder.load_fastest", lambda identity, device, load: (load(choice.dtype), choice)
+        "unmask.encoder.encoder.load_fastest", lambda name, identity, device, load: (load(choice.dtype), choice)
     )
 
 
