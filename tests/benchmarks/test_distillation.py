@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.training.tiny import texts_of, write_decoder
+from unmask.training import curves
 
 SCRIPT = Path(__file__).parent.parent.parent / "benchmarks" / "distillation.py"
 RECIPE = """
@@ -58,6 +59,8 @@ def test_variations_are_trained_once_and_stand_in_one_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("UNMASK_HOME", str(tmp_path / "home"))
+    # A second of work for each training, which tests/training/test_curves.py tests.
+    monkeypatch.setattr(curves, "draw_curves", lambda folder: None)
     write_decoder(tmp_path / "teacher")
     write_decoder(tmp_path / "student", num_hidden_layers=3)
     (tmp_path / "texts.txt").write_text("\n".join(texts_of(60)), encoding="utf-8")

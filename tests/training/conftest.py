@@ -9,6 +9,7 @@ import torch
 
 from tests.fork_server import fork_server
 from tests.training.tiny import write_pairs
+from unmask.training import curves
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +25,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw no curves at the end of a run: that takes a second, and test_curves.py tests it."""
+    monkeypatch.setattr(curves, "draw_curves", lambda folder: None)
 
 
 @pytest.fixture(scope="session")

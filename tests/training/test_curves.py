@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.training.tiny import recipe_of
+from unmask.training import curves
 from unmask.training.curves import draw_curves
 from unmask.training.mixture import SEVERAL
 from unmask.training.run_folder import RunFolder
+from unmask.training.train import run_training
 
 
 def test_loss_and_scores_are_drawn(tmp_path: Path) -> None:
@@ -37,3 +40,9 @@ def test_batches_of_several_sets_are_one_curve(tmp_path: Path) -> None:
     assert "batches of several sets" in picture
     assert "million tokens" in picture
     assert SEVERAL not in picture
+
+
+def test_a_run_ends_with_its_curves(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curves, "draw_curves", draw_curves)  # which the fixture of all tests here takes away
+    run_training(recipe_of(steps=2), data=data, output=tmp_path / "run")
+    assert {file.name for file in (tmp_path / "run").glob("curves.*")} == {"curves.svg", "curves.png"}

@@ -10,7 +10,6 @@ import pytest
 from tests.training.tiny import recipe_of
 from unmask import Encoder
 from unmask.errors import UsageError
-from unmask.training import curves
 from unmask.training.merging import merge_adapters
 from unmask.training.train import run_training
 
@@ -18,12 +17,6 @@ GEMMA, QWEN = "google/embeddinggemma-300m", "Qwen/Qwen3-Embedding-0.6B"
 TEXTS = ["river", "  The moon walks slowly over the green table.", "many words under the bridge " * 40]
 
 Published = Callable[[str], Path]
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw no curves: that takes a second per run, and test_curves.py tests it."""
-    monkeypatch.setattr(curves, "draw_curves", lambda folder: None)
 
 
 def same_kind(model: Encoder, base: Encoder) -> None:

@@ -15,17 +15,10 @@ from safetensors.torch import load_file
 from tests.training.tiny import CPU, GOLDEN, WORDS, kill_when, recipe_of, run_recipe, steps_logged, texts_of
 from unmask.encoder import Encoder
 from unmask.errors import UsageError
-from unmask.training import curves
 from unmask.training.loop import TrainingProgress
 from unmask.training.recipe import Recipe
 from unmask.training.run_folder import RunFolder
 from unmask.training.train import run_training
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw no curves: that takes a second per run, and test_curves.py tests it."""
-    monkeypatch.setattr(curves, "draw_curves", lambda folder: None)
 
 
 def run(processes: ForkServerContext, *arguments: Any, **named: Any) -> Any:
