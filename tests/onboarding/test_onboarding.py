@@ -2,29 +2,33 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.api.live import until
+from tests.fork_server import fork_server
 from tests.mirror import BASE, FIRST_STAGE, PUBLISHED, published_mirror, small_data
 from unmask.accounts import people, tariff
 from unmask.catalogue import Record
 from unmask.catalogue.actions import go_live
 from unmask.catalogue.canary import cosine, expected_vector
 from unmask.catalogue.lifecycle import GATE_NAMES
-from unmask.catalogue.measurement import LOCAL
+from unmask.catalogue.measurement import LOCAL, PEAK_MEMORY
 from unmask.catalogue.speed import SpeedPoint, points_of
 from unmask.catalogue.store import add_measurements, gate_outcomes, put_fields, read_catalogue, read_record, step
 from unmask.catalogue.votes import notices_of, vote
+from unmask.cli import main
 from unmask.encoder import Encoder
 from unmask.errors import CheckpointError, UsageError
+from unmask.evaluate.memory import measure_memory
 from unmask.onboarding import OnboardingOptions, OnboardingResult, onboard
 from unmask.onboarding import gates as gates_module
 from unmask.onboarding.gates import GATES, Gate, GateResult, in_order_of_needs
@@ -43,6 +47,12 @@ def unseen(gate: str) -> Iterator[Callable[[int, int], None]]:
 def fresh_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("UNMASK_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
+
+
+@pytest.fixture
+def memory_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A figure for the memory of every model. To measure it takes a process that imports torch."""
+    monkeypatch.setattr(gates_module, "measure_memory", lambda *arguments: 500_000_000)
 
 
 @pytest.fixture
@@ -74,7 +84,16 @@ def run(database: Database, options: OnboardingOptions) -> OnboardingResult:
     return onboard(database, options, unseen)
 
 
-def test_all_gates(sqlite: Database, options: OnboardingOptions, fresh_home: Path) -> None:
+def test_all_gates(
+    sqlite: Database, options: OnboardingOptions, fresh_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peaks: list[int | None] = []
+
+    def measure(*arguments: Any) -> int | None:
+        peaks.append(measure_memory(*arguments))
+        return peaks[-1]
+
+    monkeypatch.setattr(gates_module, "measure_memory", measure)
     result = run(sqlite, options)
     assert [(gate.gate, gate.passed, gate.reused) for gate in result.gates] == [(name, True, False) for name in NAMES]
     assert result.status == "live" and result.passed
@@ -96,12 +115,16 @@ def test_all_gates(sqlite: Database, options: OnboardingOptions, fresh_home: Pat
         raw = fresh_home / measurement.raw.removeprefix("UNMASK_HOME/")
         assert json.loads(raw.read_bytes()), measurement.what
     assert len({measurement.raw for measurement in entry.measurements}) == len(NAMES)
+    # One process measured the memory for the gates "load" and "quality".
+    figures = [measurement.value for measurement in entry.measurements if measurement.what == PEAK_MEMORY]
+    assert len(peaks) == 1 and figures == peaks * 2 and figures[0] > 50_000_000
     price = json.loads((options.output / "price.json").read_bytes())
     best = max(point.tokens_per_second for point in points_of(entry.figures.sweep))
     assert price["cost_nanodollars"] == pytest.approx(100_000_000 / 3600 * 1e6 / best, rel=1e-3)
     assert price["proposed_nanodollars"] == pytest.approx(2 * price["cost_nanodollars"], abs=1)
 
 
+@pytest.mark.usefixtures("memory_figure")
 def test_what_was_passed_is_not_run_again(
     sqlite: Database, options: OnboardingOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +146,7 @@ def test_what_was_passed_is_not_run_again(
     assert statuses == ["coming soon", "benchmarking", "coming soon", "benchmarking", "staged", "live"]
 
 
+@pytest.mark.usefixtures("memory_figure")
 @pytest.mark.parametrize(
     ("change", "gate", "finding"),
     [
@@ -146,6 +170,7 @@ def test_a_gate_that_is_not_passed_says_why(
         assert "tiny_llama" in read_catalogue(connection).sources
 
 
+@pytest.mark.usefixtures("memory_figure")
 def test_wrong_weights_do_not_pass(sqlite: Database, options: OnboardingOptions) -> None:
     with sqlite.begin() as connection:
         put_fields(connection, "tiny_llama", {"dimensions": 2048, "pooling": "mean"})
@@ -156,6 +181,7 @@ def test_wrong_weights_do_not_pass(sqlite: Database, options: OnboardingOptions)
     assert record.dimensions == 64 and "dimensions 2048 -> 64" in record.changes[-1].note
 
 
+@pytest.mark.usefixtures("memory_figure")
 def test_parity_with_the_vectors_of_the_reference(
     sqlite: Database, options: OnboardingOptions, golden_dir: Path, tmp_path: Path
 ) -> None:
@@ -174,6 +200,7 @@ def test_parity_with_the_vectors_of_the_reference(
     assert record_of(sqlite, "tiny_llama").compat == "reference"
 
 
+@pytest.mark.usefixtures("memory_figure")
 @pytest.mark.parametrize("content", [b"no numpy", None])
 def test_a_broken_reference_is_named(
     sqlite: Database, options: OnboardingOptions, tmp_path: Path, content: bytes | None
@@ -187,6 +214,7 @@ def test_a_broken_reference_is_named(
     assert failed.gates[-1].gate == "parity" and str(file) in failed.gates[-1].finding
 
 
+@pytest.mark.usefixtures("memory_figure")
 def test_live_weights_are_not_exchanged_under_their_name(sqlite: Database, options: OnboardingOptions, copied) -> None:
     assert run(sqlite, options).status == "live"
     other = copied("tiny_llama")
@@ -227,6 +255,7 @@ def test_a_folder_that_holds_no_model(sqlite: Database, options: OnboardingOptio
         assert read_record(connection, "tiny_llama") is None
 
 
+@pytest.mark.usefixtures("memory_figure")
 def test_staged_and_then_live_with_a_price_and_notices(
     sqlite: Database, options: OnboardingOptions, tmp_path: Path
 ) -> None:
@@ -260,33 +289,54 @@ def test_nothing_goes_live_past_its_gates(sqlite: Database) -> None:
         go_live(connection, PUBLISHED, actor="me")
 
 
+def passes(database: Database, name: str) -> bool:
+    with database.read() as connection:
+        outcome = gate_outcomes(connection, PUBLISHED).get(name)
+    return outcome is not None and outcome.passed
+
+
+def onboard_without_end(command: Sequence[str], home: Path) -> None:
+    """Run the command in a process of its own, with ten minutes for each point of its speed."""
+    os.environ["UNMASK_HOME"] = str(home)
+    gates_module.measure_memory = lambda *arguments: None
+    sys.argv = ["unmask", *command, "--seconds", "600"]
+    main()
+
+
 def test_one_run_at_a_time_and_killed_in_the_middle_it_continues(
-    tmp_path: Path, golden_dir: Path, fresh_home: Path
+    unmask: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+    golden_dir: Path,
+    fresh_home: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The command of the two-step case: a second one beside it, then killed while it measures speed, and again."""
     folder = published_mirror(golden_dir, tmp_path / "mirror")
-    command = [sys.executable, "-m", "unmask", "onboard", PUBLISHED, "--weights", str(folder),
+    command = ["onboard", PUBLISHED, "--weights", str(folder),
                "--replace-specification", "--compat", "reference", "--task", "STSBenchmark",
                "--data", str(small_data(tmp_path / "data")), "--length", "8", "--callers", "1",
                "--cost-per-hour", "0.10"]  # fmt: skip
-    environment = {**os.environ, "COLUMNS": "200"}
-    file = f"sqlite:///{fresh_home / 'accounts' / 'accounts.sqlite'}"
-    first = subprocess.Popen([*command, "--seconds", "600"], env=environment, stderr=subprocess.PIPE, text=True)
-    assert first.stderr is not None
-    assert any(line.rstrip().endswith(" speed") for line in first.stderr)
-    database = Database(file)
+    first = fork_server().Process(target=onboard_without_end, args=(command, fresh_home), daemon=True)
+    first.start()
+    until(lambda: (output_for(PUBLISHED) / "quality.json").exists() or not first.is_alive(), 300)
+    database = Database(f"sqlite:///{fresh_home / 'accounts' / 'accounts.sqlite'}")
+    until(lambda: passes(database, "quality"))
     history = record_of(database, PUBLISHED).history
     again = [*command, "--seconds", "0.05"]
-    beside = subprocess.run(again, env=environment, capture_output=True, text=True, check=False)
+    monkeypatch.setattr(sys, "argv", ["unmask", *again])
+    capsys.readouterr()  # the libraries that wrote the mirror print as well
+    beside = unmask(*again)
     assert beside.returncode == 1 and beside.stdout == ""
     (line,) = beside.stderr.strip().splitlines()
     assert line.startswith(f"unmask: {PUBLISHED} is being onboarded already, by process {first.pid} since 20")
     assert "UTC: wait for that run, or end it and run the same command again" in line
-    assert first.poll() is None and record_of(database, PUBLISHED).history == history
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
+    assert first.exitcode is None and record_of(database, PUBLISHED).history == history
+    first.kill()
+    first.join()
     assert record_of(database, PUBLISHED).status == "benchmarking"
-    second = subprocess.run(again, env=environment, capture_output=True, text=True, check=True)
+    second = unmask(*again)
+    assert second.returncode == 0, second.stderr
     rows = [line.split() for line in second.stdout.splitlines()]
     verdicts = {row[0]: row[1] for row in rows if len(row) > 2}
     assert [verdicts[name] for name in NAMES] == ["kept"] * 5 + ["passed"] * 3

@@ -58,6 +58,7 @@ class Evaluation:
         defaults: option -> value for every model whose kind has the option (dtype, device). Without a dtype, a single
             model is measured in auto, and several in float32, so that their scores differ by nothing else.
         command: command line as the user typed it, for the report.
+        peaks: specification -> bytes of memory that the caller has measured, see `unmask.evaluate.memory`.
     """
 
     models: Sequence[str]
@@ -69,6 +70,7 @@ class Evaluation:
     published: Path | None = None
     defaults: Mapping[str, str] = field(default_factory=dict)
     command: str = ""
+    peaks: Mapping[str, int | None] = field(default_factory=dict)
 
 
 class _StoredScore(msgspec.Struct):
@@ -100,7 +102,7 @@ def run_evaluation(evaluation: Evaluation) -> Results:
         texts = sample_texts()
         defaults = {"dtype": "auto" if len(specifications) == 1 else "float32", **evaluation.defaults}
         models = _load_models(specifications, defaults, texts, progress)
-        peaks = _measure_peaks(specifications, models, defaults, texts, progress)
+        peaks = _measure_peaks(evaluation.peaks, specifications, models, defaults, texts, progress)
         scores = []
         for model in models:
             run = _ModelRun(model, evaluation, published, progress)
@@ -146,6 +148,7 @@ def _load_models(
 
 
 def _measure_peaks(
+    given: Mapping[str, int | None],
     specifications: Sequence[str],
     models: Sequence[EmbeddingModel],
     defaults: Mapping[str, str],
@@ -154,12 +157,15 @@ def _measure_peaks(
 ) -> list[int | None]:
     """Return the memory of each model, None where it is unknown. Truncations of a model need what the model needs.
 
-    The models were loaded here before, so that a measured load finds prepacked weights, as every later one does.
+    Memory that is `given` is not measured. The models were loaded here before, so that a measured load finds prepacked weights, as every later one does.
     """
     peaks: dict[str, int | None] = {}
     for specification, model in zip(specifications, models, strict=True):
         revision = _base_revision(model)
         if revision in peaks:
+            continue
+        if specification in given:
+            peaks[revision] = given[specification]
             continue
         progress.log(f"measuring the memory of {model.name}")
         try:

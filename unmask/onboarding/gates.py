@@ -88,6 +88,16 @@ class OnboardingContext:
         """The model in the precision that a server on this machine chooses, loaded on first use."""
         return Encoder.load(self.options.source, compat=self.record.compat)
 
+    @cached_property
+    def peak_memory(self) -> int | None:
+        """Memory of a process that loads the model in float32 and encodes, measured once; None where it is unknown."""
+        options = {"dtype": "float32", "compat": self.record.compat}
+        try:
+            return measure_memory(f"unmask:{self.options.source}", options, sample_texts())
+        except MemoryUnknown as error:
+            log.warning("the memory of %s stays unknown: %s", self.options.model, error)
+            return None
+
     def provenance(self, gate: str) -> dict[str, Any]:
         """Return the fields that all measurements of a gate share."""
         return {
@@ -196,10 +206,11 @@ def load_weights(context: OnboardingContext, report_progress: ProgressReporter) 
         "architecture": str(encoder.checkpoint.config.get("model_type")),
     }
     measurements = [context.measurement("load", "time to load", round(load_s, 3), "s")]
-    peak_memory = _peak_memory(context)
-    if peak_memory is not None:
+    if context.peak_memory is not None:
         shared = context.provenance("load")
-        measurements.append(Measurement(group=COST, what=PEAK_MEMORY, value=peak_memory, unit="bytes", **shared))
+        measurements.append(
+            Measurement(group=COST, what=PEAK_MEMORY, value=context.peak_memory, unit="bytes", **shared)
+        )
     parameters, dimensions = specification["parameters"], specification["dimensions"]
     return GateResult(
         f"{load_s:.1f} s; {parameters:,} parameters, {dimensions} dimensions",
@@ -207,16 +218,6 @@ def load_weights(context: OnboardingContext, report_progress: ProgressReporter) 
         measurements,
         specification,
     )
-
-
-def _peak_memory(context: OnboardingContext) -> int | None:
-    """Return the memory of a process that loads the model in float32 and encodes; None where it stays unknown."""
-    options = {"dtype": "float32", "compat": context.record.compat}
-    try:
-        return measure_memory(f"unmask:{context.options.source}", options, sample_texts())
-    except MemoryUnknown as error:
-        log.warning("the memory of %s stays unknown: %s", context.options.model, error)
-        return None
 
 
 def _specification_fields(context: OnboardingContext, specification: Mapping[str, Any]) -> dict[str, Any]:
@@ -267,9 +268,12 @@ def measure_quality(context: OnboardingContext, report_progress: ProgressReporte
     suites = options.suites if options.suites or options.tasks else ("local",)
     if not options.tasks and suites == ("local",) and options.data is None:
         raise GateFailed("nothing to measure quality on: --data FOLDER for the suite local, or --task NAME")
+    specification = f"{options.source}?compat={context.record.compat}&name={options.model}"
     results: Results = run_evaluation(
         Evaluation(
-            models=(f"{options.source}?compat={context.record.compat}&name={options.model}",),
+            models=(specification,),
+            # The gate "load" measured it: a large model is not loaded once more for the same figure.
+            peaks={specification: context.peak_memory},
             suites=suites,
             tasks=options.tasks,
             data=options.data,
