@@ -2,17 +2,18 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.fork_server import fork_server
+from unmask.cli import main
 from unmask.errors import UsageError
 from unmask.evaluate import run
 from unmask.evaluate.memory import MemoryUnknown
@@ -35,6 +36,12 @@ def fresh_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home folder without vectors from earlier runs."""
     monkeypatch.setenv("UNMASK_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
+
+
+@pytest.fixture
+def no_memory_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the memory of models unknown. To measure it takes a process that imports torch."""
+    monkeypatch.setattr(run, "measure_memory", lambda *arguments: None)
 
 
 def test_scores_examples_and_files(
@@ -73,6 +80,7 @@ def test_scores_examples_and_files(
 
     # Nothing is measured twice, and nothing is lost by reading it back.
     monkeypatch.setattr(run, "_measure", refuse)
+    monkeypatch.setattr(run, "measure_memory", lambda *arguments: None)
     again = run_evaluation(evaluation)
     assert [model.scores for model in again.models] == [model.scores for model in results.models]
 
@@ -117,22 +125,26 @@ def test_one_failing_task_does_not_lose_the_others(
     assert "of memory" not in (tmp_path / "o" / "report.md").read_text(encoding="utf-8")
 
 
+def evaluate(command: Sequence[str], folder: Path) -> None:
+    """Run the command in a process of its own, which does not measure the memory."""
+    os.environ["UNMASK_HOME"] = str(folder)
+    run.measure_memory = lambda *arguments: None
+    main(command)
+
+
+@pytest.mark.usefixtures("no_memory_figure")
 def test_killed_and_run_again(
     unmask: Callable[..., subprocess.CompletedProcess[str]], data: Path, tmp_path: Path, golden_dir: Path
 ) -> None:
     command = ["evaluate", str(golden_dir / "tiny_llama"), "--data", str(data)]
     command += ["--task", "STS16", "--task", "PassageRetrieval", "--output", str(tmp_path / "out")]
-    child = subprocess.Popen(
-        [sys.executable, "-m", "unmask", *command],
-        env={**os.environ, "UNMASK_HOME": str(tmp_path / "home")},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    child = fork_server().Process(target=evaluate, args=(command, tmp_path / "home"), daemon=True)
+    child.start()
     vectors = tmp_path / "home" / "vectors"
-    while child.poll() is None and not any(file.stat().st_size for file in vectors.glob("*/keys-*.sha256")):
+    while child.exitcode is None and not any(file.stat().st_size for file in vectors.glob("*/keys-*.sha256")):
         time.sleep(0.02)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    child.kill()
+    child.join()
     (keys,) = vectors.glob("*/keys-*.sha256")
     keys_before = keys.read_bytes()
     done = unmask(*command, UNMASK_HOME=str(tmp_path / "home"))
@@ -141,6 +153,7 @@ def test_killed_and_run_again(
     assert "2 scores ->" in done.stderr
 
 
+@pytest.mark.usefixtures("no_memory_figure")
 def test_a_failure_is_the_exit_code(
     unmask: Callable[..., subprocess.CompletedProcess[str]],
     data: Path,
@@ -176,7 +189,10 @@ def test_what_cannot_be_planned(suites: list[str], tasks: list[str], message: st
 
 
 def test_suites() -> None:
-    sizes = {suite: len(plan_jobs([suite], [], None)) for suite in SUITES if suite != "local"}
+    # In a thread: mteb seeds torch for each of 2,200 tasks, and torch formats the whole stack of calls each time.
+    with ThreadPoolExecutor(1) as thread:
+        jobs = {suite: thread.submit(plan_jobs, [suite], [], None) for suite in SUITES if suite != "local"}
+        sizes = {suite: len(planned.result()) for suite, planned in jobs.items()}
     assert sizes == {"llm2vec-15": 15, "mteb-eng-v1": 56, "mteb-eng-v2": 41}
     (job,) = plan_jobs([], ["STS17"], None)
     assert job.build is not None
