@@ -48,7 +48,7 @@ def simulate(seconds_of: Mapping[str, Sequence[float]], *, failing: str = "", se
             group = [
                 Candidate(name, 0, 1, 1.0, load.cost(64, now), load.expected_seconds(64))
                 for name, load in loads.items()
-                if load.has_room()
+                if load.requests < load.limit
             ]
             chosen = choose(group, ProviderPreferences(), draw)
             if chosen is None:

@@ -22,7 +22,7 @@ from unmask.api import ServeSettings, create_app
 from unmask.api.logs import configure_logging
 from unmask.catalogue import Record
 from unmask.router import EmbeddingWork, ModelOptions, ModelRegistry, PublicNames
-from unmask.router.attempts import RoutedVectors
+from unmask.router.embedding_work import RoutedVectors
 from unmask.server.http_server import HttpServer, base_url, listen
 from unmask.server.process import serve_models
 from unmask.storage.database import now_ms

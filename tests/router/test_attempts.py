@@ -20,9 +20,11 @@ from unmask.conformance import Finding
 from unmask.encoder import Prompt
 from unmask.errors import DeadlineExceeded, EngineError, NoConformingProvider, NoProvider, ProviderRefused
 from unmask.router import attempts
-from unmask.router.attempts import EmbeddingWork, ModelEndpoints, answer
+from unmask.router.attempts import answer
 from unmask.router.choosing import ProviderPreferences
+from unmask.router.embedding_work import EmbeddingWork
 from unmask.router.endpoint import ProviderEndpoint
+from unmask.router.model_endpoints import ModelEndpoints
 from unmask.router.outbound import ProviderClient
 from unmask.router.providers import ProviderModel, RemoteProvider
 

@@ -201,18 +201,23 @@ class _ServiceRoutes:
         return _json(Readiness(status="ready" if ready else "not ready", models=verdicts), 200 if ready else 503)
 
     async def metrics_text(self, request: Request) -> Response:
+        groups = self.models.providers.models() if self.models.providers is not None else {}
         for served in self.models.list():
+            group = groups.get(served.record.id)
+            waiting = group.waiting_tokens if group is not None else 0
             if served.state == "ready":
                 engine = await served.engine()
-                self.metrics.set_waiting_tokens(served.record.id, engine.waiting_tokens())
+                self.metrics.set_waiting_tokens(served.record.id, waiting + engine.waiting_tokens())
                 self.metrics.set_reused_inputs(served.record.id, engine.reused_prompts)
                 if engine.has_replicas:
                     self.metrics.set_hands(served.record.id, engine.hands())
             elif served.state in ("failed", "loading"):  # it may have lost its replicas
-                self.metrics.set_waiting_tokens(served.record.id, 0)
+                self.metrics.set_waiting_tokens(served.record.id, waiting)
                 self.metrics.set_hands(served.record.id, [])
+            elif group is not None:
+                self.metrics.set_waiting_tokens(served.record.id, waiting)
         if self.models.providers is not None:
-            self.metrics.set_providers(self.models.providers.models().values(), self.models.public_names)
+            self.metrics.set_providers(groups.values(), self.models.public_names)
         return Response(self.metrics.exposition(), headers={"content-type": CONTENT_TYPE})
 
     async def index(self, request: Request) -> Response:

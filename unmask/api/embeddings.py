@@ -50,7 +50,7 @@ from unmask.router import (
     ServedModel,
     find_route,
 )
-from unmask.router.attempts import RoutedVectors
+from unmask.router.embedding_work import RoutedVectors
 
 MAX_WAIT_S = 60  # for a cold model, by `Prefer: wait`
 MAX_DEADLINE_S = 3600

@@ -9,7 +9,7 @@ import msgspec
 from unmask.api.schema import ConformanceInfo, EndpointInfo, EndpointList, PercentileInfo
 from unmask.conformance import Finding, References
 from unmask.router import ModelRegistry, PublicNames, ServedModel
-from unmask.router.attempts import LOCAL
+from unmask.router.embedding_work import LOCAL
 from unmask.router.endpoint import EndpointStatus, ProviderEndpoint
 from unmask.router.request_history import DAY_S, Percentiles
 from unmask.router.route import space_of

@@ -10,7 +10,7 @@ from unmask.api.provider_metrics import ProviderCollector
 from unmask.api.traffic import TrafficHistory, TrafficInterval
 from unmask.engine.hand_thread import HandFigures
 from unmask.router import PublicNames
-from unmask.router.attempts import ModelEndpoints
+from unmask.router.model_endpoints import ModelEndpoints
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 

@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from unmask.router import PublicNames
-from unmask.router.attempts import ModelEndpoints
+from unmask.router.model_endpoints import ModelEndpoints
 from unmask.router.endpoint import ProviderEndpoint
 from unmask.router.totals import REFUSAL_REASONS
 

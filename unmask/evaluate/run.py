@@ -157,7 +157,8 @@ def _measure_peaks(
 ) -> list[int | None]:
     """Return the memory of each model, None where it is unknown. Truncations of a model need what the model needs.
 
-    Memory that is `given` is not measured. The models were loaded here before, so that a measured load finds prepacked weights, as every later one does.
+    Memory that is `given` is not measured. The models were loaded here before, so that a measured load finds prepacked
+    weights, as every later one does.
     """
     peaks: dict[str, int | None] = {}
     for specification, model in zip(specifications, models, strict=True):

@@ -1,8 +1,8 @@
 """Find who answers for a model id, this process or a provider, and check that the vectors are right."""
 
-from unmask.router.attempts import EmbeddingWork
 from unmask.router.catalogue_sync import CatalogueSync, retired_models, sources_of_answering_models
 from unmask.router.choosing import ProviderPreferences
+from unmask.router.embedding_work import EmbeddingWork
 from unmask.router.pool import ProviderPool
 from unmask.router.public_names import PublicNames
 from unmask.router.registry import ModelRegistry

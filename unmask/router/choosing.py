@@ -44,7 +44,8 @@ class Candidate:
         price: cost of a million tokens there, in nano-dollars.
         share: of its traffic that it may have, below 1 while it starts slowly.
         load: expected load that this request meets there. Only the order of two loads has a meaning.
-        seconds: expected for this request.
+        seconds: expected for this request, from its first byte on.
+        wait: seconds until there is a place for the request; 0 if there is one.
         idle: nothing is in flight there. An idle endpoint may always be tried: what it last took may be long ago.
     """
 
@@ -54,11 +55,12 @@ class Candidate:
     share: float
     load: float
     seconds: float
+    wait: float = 0.0
     idle: bool = False
 
     def fits(self, seconds: float) -> bool:
         """True if the request may be tried there by a caller who has `seconds` left."""
-        return self.idle or self.seconds <= seconds
+        return self.idle or self.wait + self.seconds <= seconds
 
 
 def choose(candidates: Sequence[Candidate], preferences: ProviderPreferences, draw: random.Random) -> Candidate | None:

@@ -18,6 +18,7 @@ from unmask.router.daily_cost import DailyCost, seconds_to_midnight, today
 from unmask.router.hedging import UsualSeconds
 from unmask.router.load import EndpointLoad, slow_start
 from unmask.router.origins import Origins
+from unmask.router.places import Places
 from unmask.router.providers import ProviderModel, RemoteProvider
 from unmask.router.request_history import Outcome, RequestHistory
 from unmask.router.signals import SIGNALS, AttemptFailed
@@ -59,6 +60,7 @@ class ProviderEndpoint:
         run_at: `time.monotonic()` of the next run of canaries; `run_seconds`: that a full one takes.
         costs: nano-dollars of this process's attempts, by reason.
         totals: number, durations and tokens of this process's attempts.
+        load: of callers' requests; `places`: which of their HTTP requests may be under way.
         usual_seconds: durations of its last answers.
         history: outcomes and speed of its last requests.
         state_log: lines for the operator about its failures and its breaker.
@@ -77,6 +79,7 @@ class ProviderEndpoint:
     run_seconds: float = 5.0
     breaker: Breaker = field(init=False)
     load: EndpointLoad = field(init=False)
+    places: Places = field(init=False)
     in_traffic_since: float = field(init=False)
     last_used: float = field(init=False, default=float("-inf"))
     costs: Counter[Reason] = field(init=False, default_factory=Counter)
@@ -93,7 +96,8 @@ class ProviderEndpoint:
     def __post_init__(self) -> None:
         now = time.monotonic()
         self.breaker = Breaker(self.draw)
-        self.load = EndpointLoad(self.provider.max_parallel, FIRST_RATE, now)
+        self.load = load = EndpointLoad(self.provider.max_parallel, FIRST_RATE, now)
+        self.places = Places(lambda: load.limit)
         self.in_traffic_since = now
         self.state_log = StateLog(self.provider.name, self.model.id)
 
@@ -135,12 +139,12 @@ class ProviderEndpoint:
 
     def is_available(self, now: float) -> bool:
         """True if a request may be sent now."""
+        return self.is_open(now) and self.places.has_room()
+
+    def is_open(self, now: float) -> bool:
+        """True if a request may be sent once there is a place for it."""
         return (
-            self.admission == "admitted"
-            and self.breaker.lets_in()
-            and now >= self._avoid_until
-            and self.load.has_room()
-            and not self.is_spent()
+            self.admission == "admitted" and self.breaker.lets_in() and now >= self._avoid_until and not self.is_spent()
         )
 
     def is_spent(self) -> bool:
@@ -188,15 +192,25 @@ class ProviderEndpoint:
             return seconds_to_midnight()
         return max(1.0, self._avoid_until - now)
 
-    def candidate(self, tokens: int, now: float) -> Candidate:
-        """Describe it for the choice."""
+    def candidate(self, tokens: int, texts: int, caller: str, now: float) -> Candidate:
+        """Describe it for the choice.
+
+        Args:
+            tokens, texts: of the request.
+            caller: whose request it is.
+            now: time.
+        """
+        seconds, parts = self.load.expected_seconds(tokens), -(-texts // self.provider.inputs_per_request(self.model))
+        if parts > 1:
+            seconds = max(seconds, self.places.batch_seconds(parts))
         return Candidate(
             name=self.provider.name,
             priority=self.model.priority,
             price=self.model.cost_on(today()),
             share=slow_start(now - self.in_traffic_since),
             load=self.load.cost(tokens, now),
-            seconds=self.load.expected_seconds(tokens),
+            seconds=seconds,
+            wait=self.places.wait_seconds(caller, seconds),
             idle=not self.load.requests,
         )
 
@@ -210,7 +224,7 @@ class ProviderEndpoint:
         """
         if self.admission != "admitted":
             self.in_traffic_since = now
-            self.load = EndpointLoad(self.provider.max_parallel, seconds / max(finding.num_tokens, 1), now)
+            self.load.restart(seconds / max(finding.num_tokens, 1), now)
         before, theirs = self.conformance, finding.their_tokens
         self._admission.change("admitted")
         self.finding, self.conformance, self.run_seconds = "", finding, seconds
@@ -249,6 +263,7 @@ class ProviderEndpoint:
         self._admission, self.finding, self.conformance = earlier._admission, earlier.finding, earlier.conformance
         self.passed_at, self.in_traffic_since = earlier.passed_at, earlier.in_traffic_since
         self.breaker, self.load, self._avoid_until = earlier.breaker, earlier.load, earlier._avoid_until
+        self.places = earlier.places
         self.last_used, self.history, self.costs = earlier.last_used, earlier.history, earlier.costs
         self.usual_seconds, self._token_counts = earlier.usual_seconds, earlier._token_counts
         self.state_log, self.totals, self._origins = earlier.state_log, earlier.totals, earlier._origins
@@ -356,6 +371,7 @@ class ProviderEndpoint:
         """Count a good answer."""
         self.breaker.succeeded(now)
         self.load.succeeded(tokens, seconds, now)
+        self.places.serve()  # there may be one more
         self.usual_seconds.add(tokens, seconds)
         self._note("answered", tokens, seconds, now)
 

@@ -53,7 +53,7 @@ class EndpointLoad:
     """Load of one endpoint, as seen by this process.
 
     Args:
-        max_parallel: most requests at a time.
+        max_parallel: most HTTP requests at a time.
         seconds_per_token: of the admission run.
         now: time.
 
@@ -66,21 +66,21 @@ class EndpointLoad:
     def __init__(self, max_parallel: int, seconds_per_token: float, now: float) -> None:
         self.tokens = 0
         self.requests = 0
+        self._max_parallel = max_parallel
+        self.restart(seconds_per_token, now)
+
+    def restart(self, seconds_per_token: float, now: float) -> None:
+        """Forget all answers and failures, but not the requests in flight. Arguments as for the class."""
         self.answers = 0
         self._rate = PeakEwma(seconds_per_token, now)
         self._typical = seconds_per_token
-        self._max_parallel = max_parallel
-        self._limit = float(max_parallel)
+        self._limit = float(self._max_parallel)
         self._successes = 0
 
     @property
     def limit(self) -> int:
-        """Most requests that may be in flight now."""
+        """Most HTTP requests that may be in flight now."""
         return int(self._limit)
-
-    def has_room(self) -> bool:
-        """True if one more request may start."""
-        return self.requests < self.limit
 
     def cost(self, tokens: int, now: float) -> float:
         """Return the load that a request of `tokens` would meet and add, to compare endpoints.

@@ -15,7 +15,7 @@ from unmask.accounts.usage import day_start
 from unmask.conformance import Answer, Finding, References
 from unmask.engine import Engine
 from unmask.errors import EngineError, UnmaskError, UsageError
-from unmask.router.attempts import EmbeddingWork, ModelEndpoints, RoutedVectors, answer
+from unmask.router.attempts import answer
 from unmask.router.checks import (
     ModelSource,
     NoteProbe,
@@ -29,8 +29,10 @@ from unmask.router.checks import (
 )
 from unmask.router.cross_check import cross_check
 from unmask.router.daily_cost import DailyCost, today
+from unmask.router.embedding_work import EmbeddingWork, RoutedVectors
 from unmask.router.endpoint import ProviderEndpoint
 from unmask.router.load import MIN_TOKENS
+from unmask.router.model_endpoints import ModelEndpoints
 from unmask.router.providers import ProviderModel, Providers, read_providers
 from unmask.router.public_names import PublicNames
 from unmask.router.request_history import Outcome

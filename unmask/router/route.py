@@ -13,7 +13,8 @@ from unmask.conformance.references import space_precisions, vector_space
 from unmask.encoder import Prompt
 from unmask.engine import Engine
 from unmask.errors import NoConformingProvider
-from unmask.router.attempts import LOCAL, EmbeddingWork, ModelEndpoints, RoutedVectors
+from unmask.router.embedding_work import LOCAL, EmbeddingWork, RoutedVectors
+from unmask.router.model_endpoints import ModelEndpoints
 from unmask.router.pool import ProviderPool
 from unmask.router.served_model import ServedModel
 

@@ -19,7 +19,7 @@ from unmask.api.endpoint_info import endpoint_list
 from unmask.api.schema import EndpointInfo
 from unmask.errors import UsageError
 from unmask.router import ModelRegistry, PublicNames
-from unmask.router.attempts import LOCAL
+from unmask.router.embedding_work import LOCAL
 from unmask.router.endpoint import ProviderEndpoint
 from unmask.router.verdicts import order_admission, order_quarantine, verdict_history
 from unmask.storage.database import now_ms
