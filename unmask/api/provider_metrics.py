@@ -11,8 +11,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from unmask.router import PublicNames
-from unmask.router.model_endpoints import ModelEndpoints
 from unmask.router.endpoint import ProviderEndpoint
+from unmask.router.model_endpoints import ModelEndpoints
 from unmask.router.totals import REFUSAL_REASONS
 
 _OF_ENDPOINT = ("provider", "model")
