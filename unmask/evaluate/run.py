@@ -148,7 +148,7 @@ def _load_models(
 
 
 def _measure_peaks(
-    given: Mapping[str, int | None],
+    known_peaks: Mapping[str, int | None],
     specifications: Sequence[str],
     models: Sequence[EmbeddingModel],
     defaults: Mapping[str, str],
@@ -157,7 +157,7 @@ def _measure_peaks(
 ) -> list[int | None]:
     """Return the memory of each model, None where it is unknown. Truncations of a model need what the model needs.
 
-    Memory that is `given` is not measured. The models were loaded here before, so that a measured load finds prepacked
+    Those of `known_peaks` are not measured. The models were loaded here before, so that a measured load finds prepacked
     weights, as every later one does.
     """
     peaks: dict[str, int | None] = {}
@@ -165,8 +165,8 @@ def _measure_peaks(
         revision = _base_revision(model)
         if revision in peaks:
             continue
-        if specification in given:
-            peaks[revision] = given[specification]
+        if specification in known_peaks:
+            peaks[revision] = known_peaks[specification]
             continue
         progress.log(f"measuring the memory of {model.name}")
         try:
