@@ -126,3 +126,56 @@ def test_a_provider_is_added_drifts_and_comes_back(
                 ("provider.admit", admin.id, "gpu-2"),
             ]
     accounts.close()
+
+
+def test_a_models_page_has_price_limits_and_percentiles_also_on_a_phone(
+    browser: Browser, accounts: Accounts, tiny_llama: Path, tmp_path: Path
+) -> None:
+    encoder, lock = Encoder.load(str(tiny_llama)), threading.Lock()
+
+    def right(texts: Sequence[str], instruction: str) -> np.ndarray:
+        with lock:
+            return encoder.encode(list(texts), instruction=instruction)
+
+    key = key_of(accounts, person(accounts, "customer@example.org"))
+    do(accounts, lambda c: tariff.set_price(c, tariff.TariffPrice(MODEL, "default", 8_000_000), now_ms()))
+    file = tmp_path / "providers.toml"
+    options = {"api_keys": (), "accounts_url": "kept by the test", "providers_file": file, "warm": ()}
+    with fault_server_thread(right) as first, fault_server_thread(right) as second:
+        limits = "max_inputs = 32\nmax_tokens = 100\n"
+        file.write_text(
+            f'remote_only = ["{MODEL}"]\n'
+            + entry("acme", first.url)
+            + limits
+            + entry("a-provider-of-a-long-name", second.url)
+        )
+        with running(tiny_llama, accounts, website, intervals=FAST, **options) as service:  # pyright: ignore[reportArgumentType]
+            until(lambda: {admission(service, name) for name in ("acme", "a-provider-of-a-long-name")} == {"admitted"})
+            body = {"model": MODEL, "input": "a ferry leaves", "provider": {"only": ["acme"]}}
+            assert service.call("POST", "/v1/embeddings", body, key=key).status == 200
+            listed = service.call("GET", f"/v1/models/{MODEL}/endpoints", key=key).json
+            assert listed["prices"] == [
+                {"tier": "standard", "nanodollars_per_million_tokens": 8_000_000, "estimated": False}
+            ]
+            acme, other = listed["data"]
+            longest = service.models.list()[0].record.max_tokens
+            assert (acme["max_inputs"], acme["max_tokens"]) == (32, 100)
+            assert (other["max_inputs"], other["max_tokens"]) == (1024, longest)
+            page = page_of(browser, service, "")
+            for width in (1280, 360):
+                page.set_viewport_size({"width": width, "height": 800})
+                page.goto(f"/models/{MODEL}")
+                providers = page.locator("section", has=page.get_by_role("heading", name="Providers", exact=True))
+                expect(providers).to_contain_text("A million tokens cost $0.008, whoever answers.")
+                row = providers.locator("tbody tr").first
+                latency, speed = acme["latency_last_30m"], acme["throughput_last_30m"]
+                expect(row).to_contain_text("32 × 100")
+                expect(row).to_contain_text(f"{latency['p50']:.2g}, {latency['p90']:.2g}, {latency['p99']:.2g} s")
+                expect(row).to_contain_text(f"{int(speed['p50']):,}")
+                assert "0.004" not in providers.inner_text()  # our own cost
+                faultless(page)
+                providers.screenshot(path=str(tmp_path / f"model-{width}.png"))
+                table = providers.locator("table")
+                assert table.evaluate("element => element.scrollWidth <= element.parentElement.clientWidth"), width
+            page.context.close()
+    accounts.close()

@@ -33,10 +33,10 @@ from unmask.api.middleware import (
     ResponseHeadersMiddleware,
 )
 from unmask.api.openapi import openapi_document
-from unmask.api.schema import Health, Index, Model, ModelList, Readiness
+from unmask.api.schema import Health, Index, Model, ModelList, ModelPrice, Readiness
 from unmask.api.settings import ServeSettings
 from unmask.api.web_pages import WebPages, accepts_html
-from unmask.catalogue import Specification
+from unmask.catalogue import Record, Specification
 from unmask.catalogue.pricing import charged_prices
 from unmask.router import ModelRegistry, ServedModel
 from unmask.router.route import space_of
@@ -177,7 +177,10 @@ class _ServiceRoutes:
 
     async def endpoints(self, request: Request) -> Response:
         name, _ = split_use(self.models, request.path_params["id"])
-        return _json(endpoint_list(self.models, find_model(self.models, name)))
+        served = find_model(self.models, name)
+        listed = endpoint_list(self.models, served)
+        listed.prices = _prices_of(served.record, await self._prices())
+        return _json(listed)
 
     async def _prices(self) -> Sequence[TariffPrice] | None:
         """Return the operator's prices; None where nobody is charged."""
@@ -261,6 +264,12 @@ def listed_ids(served: ServedModel) -> list[str]:
     return ids
 
 
+def _prices_of(record: Record, charged: Sequence[TariffPrice] | None) -> tuple[ModelPrice, ...]:
+    """Return the prices of a model: those of its record, or those that are charged on a server with accounts."""
+    prices = record.prices if charged is None else charged_prices(record, charged)
+    return msgspec.convert(msgspec.to_builtins(prices), tuple[ModelPrice, ...])
+
+
 def _model_info(served: ServedModel, id: str, prices: Sequence[TariffPrice] | None) -> Model:
     record = served.record
     until = record.history[-1].until if record.history else None
@@ -270,7 +279,7 @@ def _model_info(served: ServedModel, id: str, prices: Sequence[TariffPrice] | No
         "status": served.state,
         "precision": served.dtype,
         "precision_reason": served.dtype_reason,
-        "prices": msgspec.to_builtins(record.prices if prices is None else charged_prices(record, prices)),
+        "prices": msgspec.to_builtins(_prices_of(record, prices)),
         "lifecycle": record.status,
         "shutdown_date": until.isoformat() if until else None,
         "vector_space": space_of(served),

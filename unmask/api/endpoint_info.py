@@ -30,7 +30,8 @@ def endpoint_list(models: ModelRegistry, served: ServedModel, names: PublicNames
     if (state := served.state) != "remote":
         data.append(_local(served, state))
     if group is not None:
-        data += [_remote(endpoint, group.references, names) for endpoint in group.endpoints]
+        longest = served.record.max_tokens
+        data += [_remote(endpoint, group.references, names, longest) for endpoint in group.endpoints]
     references, precision = group.references if group is not None else None, served.precision_class
     space = references.vector_space(precision) if references and precision else space_of(served)
     if data and data[0].name == LOCAL:
@@ -48,7 +49,10 @@ def _local(served: ServedModel, state: Literal["cold", "loading", "ready", "fail
     )
 
 
-def _remote(endpoint: ProviderEndpoint, references: References | None, names: PublicNames) -> EndpointInfo:
+def _remote(
+    endpoint: ProviderEndpoint, references: References | None, names: PublicNames, longest: int | None
+) -> EndpointInfo:
+    """Describe a provider; `longest` is the model's own limit of tokens."""
     now, provider, model = time.monotonic(), endpoint.provider, endpoint.model
     run, name, status = endpoint.conformance, names.public_name(provider.name), endpoint.status(now)
     return EndpointInfo(
@@ -58,7 +62,7 @@ def _remote(endpoint: ProviderEndpoint, references: References | None, names: Pu
         precision=endpoint.precision,
         vector_space=references.vector_space(endpoint.precision) if references and endpoint.precision else None,
         max_inputs=provider.inputs_per_request(model),
-        max_tokens=model.max_tokens,
+        max_tokens=min(filter(None, (model.max_tokens, longest)), default=None),
         priority=0 if names.hides else model.priority,  # often an order of prices
         data=provider.data,
         country=None if names.hides else provider.country or None,

@@ -199,8 +199,10 @@ class EndpointInfo(msgspec.Struct, kw_only=True):
     vector_space: Annotated[
         str | None, _doc("Of its vectors. Where it is not the model's, only requests that name its precision go there.")
     ] = None
-    max_inputs: int | None = None
-    max_tokens: int | None = None
+    max_inputs: Annotated[
+        int | None, _doc("Most texts of one request there. More are sent in several; null for this server's engine.")
+    ] = None
+    max_tokens: Annotated[int | None, _doc("Longest text that is sent there.")] = None
     priority: int = 0
     data: Annotated[Literal["none", "30d", "trains"], _doc("What it keeps of texts.")] = "none"
     country: str | None = None
@@ -216,6 +218,9 @@ class EndpointList(msgspec.Struct, kw_only=True):
     object: Literal["list"] = "list"
     model: str
     vector_space: str | None
+    prices: Annotated[
+        tuple[ModelPrice, ...], _doc("What a million tokens cost here, whoever answers. Empty: nobody is charged.")
+    ] = ()
     data: list[EndpointInfo]
 
 
