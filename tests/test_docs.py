@@ -10,6 +10,7 @@ import pytest
 
 from unmask import Encoder
 from unmask.checkpoint.adapter_config import LORA_FIELDS
+from unmask.checkpoint.packaged_models import PACKAGED_MODELS
 from unmask.checkpoint.shipped import DEFAULT_MODEL, SHIPPED
 from unmask.encoder.model.architectures import ROPE_TYPES
 
@@ -97,6 +98,15 @@ def test_the_code_of_the_readme_runs():
     assert isinstance(encoder, Encoder)
     scores = encoder.similarity(queries, passages)
     assert scores[0, 0] > scores[0, 1]
+
+
+def test_every_model_that_a_page_fetches_is_there():
+    names = {
+        (file, name)
+        for file in tracked("*.md", "recipes", "examples", "benchmarks")
+        for name in re.findall(r"unmask models fetch ([\w.-]+)", (ROOT / file).read_text(errors="ignore"))
+    }
+    assert len(names) > 3 and {pair for pair in names if pair[1] not in PACKAGED_MODELS} == set()
 
 
 def test_no_text_names_an_install_command_of_the_index():

