@@ -62,6 +62,7 @@ class _Answer(NamedTuple):
     code: str | None = None
     param: str | None = None
     retry_after: float | None = None  # for errors without one of their own
+    headers: Mapping[str, str] = {}
 
 
 # The first matching row counts. Where OpenAI has no such error, the status is chosen by the behaviour of its clients:
@@ -79,7 +80,8 @@ _ANSWERS: tuple[tuple[type[errors.UnmaskError], _Answer], ...] = (
     (errors.ClusterLost, _Answer(503, SERVER, "cluster_lost")),
     (errors.NoProvider, _Answer(503, SERVER, "no_provider")),
     (errors.NoConformingProvider, _Answer(503, SERVER, "no_conforming_provider")),
-    (errors.ProviderRefused, _Answer(502, SERVER, "provider_failed")),
+    # The budget for repeated requests is used up, so a client must not repeat it by itself: openai-python does twice.
+    (errors.ProviderRefused, _Answer(502, SERVER, "provider_failed", headers={"x-should-retry": "false"})),
     (errors.EngineError, _Answer(503, SERVER, "engine_unavailable", retry_after=1)),
     (errors.KeyRefused, _Answer(401, code="invalid_api_key")),
     (errors.SignInRefused, _Answer(401, code="not_signed_in")),
@@ -128,6 +130,7 @@ def api_error(error: errors.UnmaskError) -> ApiError:
                 param=answer.param,
                 code=answer.code,
                 retry_after=getattr(error, "retry_after", answer.retry_after),
+                headers=answer.headers,
             )
     return internal_error()
 
