@@ -40,7 +40,10 @@ SIGNALS: dict[SignalName, Signal] = {
     "rate_limited": Signal("has too many requests", another=True, breaker="rate"),
     # 401, 402, 403, 404, and 429 for want of credit: our account or configuration there
     "no_access": Signal("refuses this server's key, credit or model name", another=True, breaker="open"),
-    # 400, 413, 422: the request was checked here, so the provider's limits are not as described
+    # 400, 413, 422: the request was checked here, so the provider's limits are not as described, or it has a bug.
+    # Another provider is tried even if its limits are said to be no wider: what is said was wrong just now, providers
+    # answer 400 to mistakes of their own as well, and a caller with a valid request is owed an answer. A request that
+    # all reject costs one attempt more, within the budget.
     "rejected": Signal("rejected a valid request", another=True, breaker="none"),
     # 408, 5xx and whatever else is no answer, such as an HTML page or a redirect
     "failed": Signal("answered with an error", another=True, breaker="failure"),
