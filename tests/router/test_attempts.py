@@ -193,6 +193,30 @@ async def test_a_request_that_may_not_be_repeated_says_of_which_model_and_when_t
     )
 
 
+async def test_a_caller_who_wants_no_fallback_is_answered_by_the_first_choice_or_by_nobody(
+    silent_and_right: ModelEndpoints,
+) -> None:
+    async with fault_server(ones, reply({}, 503)) as broken:
+        silent_and_right.endpoints[0] = failing = fast_endpoint("a", broken.url)
+        silent_and_right.endpoint("b").load.failed(9, time.monotonic())  # so that a is preferred
+        work = work_of(1, preferences=ProviderPreferences(allow_fallbacks=False, sort="price"))
+        with pytest.raises(NoProvider):
+            await answer(silent_and_right, None, work, random.Random(1))
+        assert [(row.provider, row.outcome) for row in work.attempts] == [("a", "failed")]
+        work = work_of(1, preferences=ProviderPreferences(allow_fallbacks=False, only=("b",)))
+        assert (await answer(silent_and_right, None, work, random.Random(1))).provider == "b"
+        await failing.client.close()
+
+
+async def test_a_batch_goes_to_the_cheapest_provider_whatever_its_priority(silent_and_right: ModelEndpoints) -> None:
+    b = silent_and_right.endpoint("b")
+    b.model = msgspec.structs.replace(b.model, cost="0.001", priority=5)
+    for seed in range(5):
+        work = dataclasses.replace(work_of(1), by_price_alone=True)
+        assert (await answer(silent_and_right, None, work, random.Random(seed))).attempts == 1
+        assert [row.provider for row in work.attempts] == ["b"]
+
+
 # Fields of an endpoint that are its own after the file was read again; all others are known of the same server.
 OWN_FIELDS = {"client", "model", "draw", "daily_cost", "wake", "full_due", "run_at", "run_seconds", "_loss_logged"}
 

@@ -175,6 +175,8 @@ candidates = st.lists(
         share=st.floats(0.1, 1),
         load=st.floats(0, 1000),
         seconds=st.floats(0, 1000),
+        latency=st.floats(0, 1000),
+        throughput=st.floats(0, 1000),
     ),
     max_size=8,
     unique_by=lambda candidate: candidate.name,
@@ -186,11 +188,11 @@ preferences = st.builds(
 )
 
 
-@given(candidates, preferences, st.integers(0, 1000))
+@given(candidates, preferences, st.booleans(), st.integers(0, 1000))
 def test_a_choice_is_a_candidate_of_the_first_group(
-    group: list[Candidate], preference: ProviderPreferences, seed: int
+    group: list[Candidate], preference: ProviderPreferences, by_price_alone: bool, seed: int
 ) -> None:
-    chosen = choose(group, preference, random.Random(seed))
+    chosen = choose(group, preference, random.Random(seed), by_price_alone=by_price_alone)
     if not group:
         assert chosen is None
         return
@@ -199,11 +201,18 @@ def test_a_choice_is_a_candidate_of_the_first_group(
     if named:
         assert chosen.name == named[0]
         return
+    if by_price_alone and preference.sort is None:  # the tier batch, whatever the priority
+        assert (chosen.price, chosen.load) == min((candidate.price, candidate.load) for candidate in group)
+        return
     first = [candidate for candidate in group if candidate.priority == min(c.priority for c in group)]
     assert chosen in first
     if preference.sort == "price":
         assert chosen.price == min(candidate.price for candidate in first)
-    elif preference.sort or len(first) == 2:
+    elif preference.sort == "latency":
+        assert chosen.latency == min(candidate.latency for candidate in first)
+    elif preference.sort == "throughput":
+        assert chosen.throughput == max(candidate.throughput for candidate in first)
+    elif len(first) == 2:
         assert chosen.load == min(candidate.load for candidate in first)
 
 
@@ -275,6 +284,17 @@ def test_a_penalty_is_never_below_what_is_known() -> None:
     assert fresh.cost(1000, 0.0) == pytest.approx(60)
     fresh.failed(1000, 0.0, retry_after=1e9)
     assert fresh.cost(1000, 0.0) == pytest.approx(300)
+
+
+def test_the_usual_latency_and_speed_are_of_answers_as_they_were() -> None:
+    """One provider gets short requests and answers them slowly, one gets long ones and is fast at them."""
+    short, long = EndpointLoad(8, 0.001, 0.0), EndpointLoad(8, 0.001, 0.0)
+    for _ in range(100):
+        short.succeeded(8, 0.1, 1.0)
+        long.succeeded(4096, 1.0, 1.0)
+        long.failed(4096, 1.0)  # a failure is no answer
+    assert (short.latency, long.latency) == (pytest.approx(0.1, rel=0.01), pytest.approx(1.0, rel=0.01))
+    assert (short.throughput, long.throughput) == (pytest.approx(80, rel=0.1), pytest.approx(4096, rel=0.01))
 
 
 def test_slow_start() -> None:

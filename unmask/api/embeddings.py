@@ -181,12 +181,12 @@ class EmbeddingsRoute:
                     income=charge.cost,
                     is_replay=charge.is_replay,
                     hedged=tier == "default" and not charge.is_replay,
+                    by_price_alone=tier == "batch",
                 )
 
                 def write(vectors: np.ndarray) -> bytes:
-                    rows = _rows(vectors, parsed)
-                    cost, seconds = charge.cost, context.elapsed_s()
-                    result = EmbeddingResult(rows, model, num_tokens, cost, seconds, context.request_id)
+                    rows, seconds = _rows(vectors, parsed), context.elapsed_s()
+                    result = EmbeddingResult(rows, model, num_tokens, charge.cost, seconds, context.request_id)
                     return dialect.write(result, parsed, fields)
 
                 content, routed = await _book_answer(route, work, charge, write)

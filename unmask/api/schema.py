@@ -51,9 +51,13 @@ class ProviderOptions(msgspec.Struct, kw_only=True, frozen=True):
     only: Annotated[ProviderNames, _doc("Names that may answer. `local` is this server's own engine.")] = ()
     ignore: Annotated[ProviderNames, _doc("Names that may not answer.")] = ()
     order: Annotated[ProviderNames, _doc("Names to try first, in this order.")] = ()
-    allow_fallbacks: Annotated[bool, _doc("With `order`: others than the first may answer if it fails.")] = True
+    allow_fallbacks: Annotated[
+        bool,
+        _doc("A second provider may answer. Without: the first choice alone, of `order` or by sorting or balancing."),
+    ] = True
     sort: Annotated[
-        Literal["price", "latency", "throughput"] | None, _doc("Take the best by this, in place of balancing.")
+        Literal["price", "latency", "throughput"] | None,
+        _doc("Take the best by this, in place of balancing: price, usual seconds of an answer, tokens per second."),
     ] = None
     precision: Annotated[
         tuple[Literal["float32", "float16", "bfloat16", "int8"], ...],

@@ -96,7 +96,7 @@ async def answer(
     tried: set[str] = set()
     failure: AttemptFailed | EngineError | None = None
     try:
-        while len(tried) < _MAX_ATTEMPTS:
+        while len(tried) < (_MAX_ATTEMPTS if work.preferences.allow_fallbacks else 1):
             turn = await _next_turn(model, engine, work, tried, failure, draw)
             tried.add(turn.chosen.name)
             try:
@@ -150,7 +150,8 @@ async def _next_turn(
         if isinstance(failure, AttemptFailed) and is_repeated:
             _require_repetition(model, engine, work, tried, failure, left)
             is_repeated = False  # paid for
-        chosen = choose([candidate for candidate in in_time if not candidate.wait], work.preferences, draw)
+        at_once = [candidate for candidate in in_time if not candidate.wait]
+        chosen = choose(at_once, work.preferences, draw, by_price_alone=work.by_price_alone)
         if chosen is not None:
             place = None if chosen.name == LOCAL else model.endpoint(chosen.name).places.take(work.share)
             return _Turn(chosen, place, candidates, left)
@@ -189,20 +190,21 @@ def _require_repetition(
         )
 
 
-def _time_limit(model: ModelEndpoints, turn: _Turn, tokens: int, is_first: bool) -> float:
+def _time_limit(model: ModelEndpoints, turn: _Turn, tokens: int, *, may_repeat: bool) -> float:
     """Return the seconds after which another provider should be asked; infinity if none could answer then.
 
     Args:
         model: its endpoints.
         turn: the provider to ask.
         tokens: of the request.
-        is_first: no other provider was asked before. After a second one that was silent, no third one is asked.
+        may_repeat: another one may be asked after it: not after a second one that was silent, and not against the
+            caller's wish.
     """
     chosen, left = turn.chosen, turn.left
     limit = max(_FIRST_SHARE * left, _ATTEMPT_FACTOR * chosen.seconds)
     others = [other for other in turn.candidates if other.name != chosen.name and other.fits(left - limit)]
-    may_repeat = is_first and limit < left and bool(others) and model.budget.covers(tokens, time.monotonic())
-    return limit if may_repeat else float("inf")
+    will_repeat = may_repeat and limit < left and bool(others) and model.budget.covers(tokens, time.monotonic())
+    return limit if will_repeat else float("inf")
 
 
 async def _attempt_or_hedge(
@@ -219,10 +221,11 @@ async def _attempt_or_hedge(
         draw: source of chance.
     """
     reason: Reason = "answer" if len(tried) == 1 else "retry"
-    limit = _time_limit(model, turn, work.num_tokens, is_first=len(tried) == 1)  # a hedge ends with the caller's time
+    may_repeat, is_hedged = work.preferences.allow_fallbacks, work.hedged and work.preferences.allow_fallbacks
+    limit = _time_limit(model, turn, work.num_tokens, may_repeat=may_repeat and len(tried) == 1)
     endpoint, places = model.endpoint(turn.chosen.name), [place]
     first = _attempt(model, endpoint, place, work, turn.chosen.seconds, reason, limit)
-    delay = endpoint.usual_seconds.hedge_delay(work.num_tokens) if work.hedged and endpoint.model.hedge else None
+    delay = endpoint.usual_seconds.hedge_delay(work.num_tokens) if is_hedged and endpoint.model.hedge else None
 
     def hedge() -> Coroutine[Any, Any, _AttemptResult | None] | None:
         now = time.monotonic()

@@ -19,7 +19,8 @@ class ProviderPreferences:
         only: names that may answer; empty for all.
         ignore: names that may not.
         order: names to try in this order, before all others.
-        allow_fallbacks: others than the first choice may answer if it fails.
+        allow_fallbacks: a second provider may be asked. Without, the first choice answers or nobody: the first name of
+            `order` if there is one.
         sort: take the best by "price", "latency" or "throughput" in place of balancing; None to balance.
         precision: classes that may answer, beyond those of the model's vector space.
         data_collection: "deny" for providers that keep nothing.
@@ -46,6 +47,8 @@ class Candidate:
         load: expected load that this request meets there. Only the order of two loads has a meaning.
         seconds: expected for this request, from its first byte on.
         wait: seconds until there is a place for the request; 0 if there is one.
+        latency: usual seconds of an answer there, whatever its size.
+        throughput: usual tokens per second of an answer there.
         idle: nothing is in flight there. An idle endpoint may always be tried: what it last took may be long ago.
     """
 
@@ -56,6 +59,8 @@ class Candidate:
     load: float
     seconds: float
     wait: float = 0.0
+    latency: float = 0.0
+    throughput: float = 0.0
     idle: bool = False
 
     def fits(self, seconds: float) -> bool:
@@ -63,25 +68,36 @@ class Candidate:
         return self.idle or self.wait + self.seconds <= seconds
 
 
-def choose(candidates: Sequence[Candidate], preferences: ProviderPreferences, draw: random.Random) -> Candidate | None:
+def choose(
+    candidates: Sequence[Candidate],
+    preferences: ProviderPreferences,
+    draw: random.Random,
+    *,
+    by_price_alone: bool = False,
+) -> Candidate | None:
     """Return the endpoint that should answer; None if there is no candidate.
 
     Args:
         candidates: endpoints that can answer and may; see `permitted` for the caller's preferences.
         preferences: of the caller, for order and sorting.
         draw: source of chance.
+        by_price_alone: take the cheapest of all, whatever its priority, unless the caller orders or sorts them.
     """
     if not candidates:
         return None
     for name in preferences.order:
         if match := next((candidate for candidate in candidates if candidate.name == name), None):
             return match
+    if by_price_alone and preferences.sort is None:
+        return min(candidates, key=lambda candidate: (candidate.price, candidate.load))
     first = min(candidate.priority for candidate in candidates)
     group = [candidate for candidate in candidates if candidate.priority == first]
     if preferences.sort == "price":
         return min(group, key=lambda candidate: (candidate.price, candidate.load))
-    if preferences.sort is not None:
-        return min(group, key=lambda candidate: candidate.load)
+    if preferences.sort == "latency":
+        return min(group, key=lambda candidate: (candidate.latency, candidate.load))
+    if preferences.sort == "throughput":
+        return min(group, key=lambda candidate: (-candidate.throughput, candidate.load))
     return min(_two(group, draw), key=lambda candidate: candidate.load)
 
 

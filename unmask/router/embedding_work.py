@@ -30,6 +30,7 @@ class EmbeddingWork:
         income: nano-dollars that the caller pays; None on a server without accounts.
         is_replay: the income was earned by an earlier request, and there is no more of it.
         hedged: a second provider may be asked if the first is slow.
+        by_price_alone: the cheapest provider is to answer, whatever its priority: the work is not urgent.
         preferences: about providers.
         precision: of the model's vectors here. Providers of another vector space answer only if the caller asks for
             their precision.
@@ -48,6 +49,7 @@ class EmbeddingWork:
     income: int | None = None
     is_replay: bool = False
     hedged: bool = False
+    by_price_alone: bool = False
     attempts: list[AttemptRecord] = field(default_factory=list)
     arrived: float = field(default_factory=time.monotonic)
 

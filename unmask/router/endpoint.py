@@ -211,6 +211,8 @@ class ProviderEndpoint:
             load=self.load.cost(tokens, now),
             seconds=seconds,
             wait=self.places.wait_seconds(caller, seconds),
+            latency=self.load.latency,
+            throughput=self.load.throughput,
             idle=not self.load.requests,
         )
 

@@ -23,6 +23,8 @@ _DECREASE = 0.7
 
 _NEWEST_SHARE = 0.1  # of the newest answer in the usual duration
 
+_LEAST_S = 1e-6  # of an answer
+
 
 class PeakEwma:
     """An average that rises at once and falls slowly, so that a provider that becomes slow is noticed at once.
@@ -61,6 +63,8 @@ class EndpointLoad:
         tokens: tokens in flight.
         requests: requests in flight.
         answers: good answers so far, which the expected duration was learnt from.
+        latency: usual seconds of a good answer, whatever its size.
+        throughput: usual tokens per second of one.
     """
 
     def __init__(self, max_parallel: int, seconds_per_token: float, now: float) -> None:
@@ -74,6 +78,8 @@ class EndpointLoad:
         self.answers = 0
         self._rate = PeakEwma(seconds_per_token, now)
         self._typical = seconds_per_token
+        self.latency = seconds_per_token * MIN_TOKENS
+        self.throughput = 1 / seconds_per_token
         self._limit = float(self._max_parallel)
         self._successes = 0
 
@@ -109,6 +115,8 @@ class EndpointLoad:
         rate = seconds / max(tokens, MIN_TOKENS)
         self._rate.observe(rate, now)
         self._typical += _NEWEST_SHARE * (rate - self._typical)
+        self.latency += _NEWEST_SHARE * (seconds - self.latency)
+        self.throughput += _NEWEST_SHARE * (tokens / max(seconds, _LEAST_S) - self.throughput)
         self.answers += 1
         self._successes += 1
         if self._successes >= self._limit:

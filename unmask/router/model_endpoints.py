@@ -134,8 +134,9 @@ class ModelEndpoints:
             rate = engine.tokens_per_second
             seconds = 0.0 if rate is None else (engine.waiting_tokens() + tokens) / rate
             # The engine refuses by itself what it cannot do in time, and says when it could.
-            alone = not candidates
-            candidates.insert(0, Candidate(LOCAL, 0, 0, 1.0, seconds, 0.0 if alone else seconds))
+            expected = 0.0 if not candidates else seconds
+            own = Candidate(LOCAL, 0, 0, 1.0, seconds, expected, latency=seconds, throughput=rate or float("inf"))
+            candidates.insert(0, own)
         return candidates
 
     async def wait_for_place(
