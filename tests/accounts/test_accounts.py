@@ -3,21 +3,24 @@
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from tests.accounts.holds import small_hold
 from tests.api.live import until
-from unmask.accounts import Accounts, BillableRequest, keys, ledger, people, tariff
+from unmask.accounts import Accounts, BillableRequest, costs, keys, ledger, people, tariff
 from unmask.accounts import accounts as accounts_module
 from unmask.accounts.costs import AttemptRecord
 from unmask.accounts.keys import Caller, KeySettings
 from unmask.accounts.verification import verify
 from unmask.errors import SpendLimitReached, StorageError
 from unmask.storage.database import Database, now_ms
+from unmask.storage.schema import provider_attempts
 
 PRICE = 8_000_000  # eight nano-dollars per token
 
@@ -185,6 +188,24 @@ def test_attempts_that_are_not_written_are_logged(accounts: Accounts, caplog: py
     until(lambda: bool(messages(caplog)))
     (message,) = messages(caplog)
     assert "2 attempts at providers are not in the books" in message and "INSERT" not in message
+
+
+def test_a_sweep_forgets_old_attempts_that_cost_nothing(accounts: Accounts) -> None:
+    old = AttemptRecord(
+        at=1,
+        provider="a",
+        model="m",
+        milliseconds=3,
+        outcome="unreachable",
+        reason="answer",
+        tokens=7,
+        their_tokens=None,
+        price=PRICE,
+    )
+    do(accounts, lambda c: costs.add_attempts(c, [old, replace(old, at=now_ms()), replace(old, outcome="failed")]))
+    accounts.sweep()
+    rows = do(accounts, lambda c: c.execute(sa.select(provider_attempts.c.outcome)).scalars().all())
+    assert sorted(rows) == ["failed", "unreachable"]
 
 
 def test_a_release_that_fails_is_logged(

@@ -2,12 +2,14 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlalchemy import event
 
 from unmask.accounts import costs, ledger, people
 from unmask.accounts.costs import AttemptRecord
@@ -125,6 +127,59 @@ def test_verification_finds_damage_to(database: Database, name: str) -> None:
         connection.execute(statement)
     with database.read() as connection:
         assert rule in {drift.what for drift in verify(connection).drift}
+
+
+def test_old_attempts_are_forgotten_unless_money_or_a_taint_report_needs_them(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1_795_900_000_000
+    old, recent = now - costs.RETENTION_MS - 1, now - costs.RETENTION_MS
+    account = answered(database, 1, at=old)
+    with database.begin() as connection:
+        for at in (old, recent):
+            free = replace(attempt("unreachable"), at=at)
+            canary = replace(attempt(), at=at, reason="probe", price=0)
+            paid_canary = replace(attempt("failed"), at=at, reason="probe")
+            costs.add_attempts(connection, [free, canary, free, paid_canary])
+        verdict = {"provider": "acme", "model": "m", "verdict": "quarantined", "actor": "canaries", "finding": "drifts"}
+        connection.execute(provider_events.insert(), verdict | {"at": old, "passed_at": old})
+        assert costs.book_costs(connection, now) == 3
+
+    def report() -> tuple[object, ...]:
+        with database.read() as connection:
+            bill = [line.cost for line in costs.bill(connection, "acme", 0, now)]
+            margins = [(one.income, one.cost) for one in costs.margins(connection, 0, now)]
+            (tainted,) = tainted_answers(connection, tainted_windows(connection))
+            assert tainted.account == account and verify(connection).drift == ()
+            return bill, margins, costs.payables(connection), costs.daily_costs(connection, 0)
+
+    before = report()
+    monkeypatch.setattr(costs, "_BATCH", 2)
+    forgets = []
+    for _ in range(2):
+        with database.begin() as connection:
+            forgets.append(costs.forget_free_attempts(connection, now))
+    assert forgets == [True, False] and report() == before
+    with database.read() as connection:
+        rows = connection.execute(sa.select(provider_attempts.c.at, provider_attempts.c.cost)).all()
+    assert sorted((row.at == old, row.cost > 0) for row in rows) == [
+        (False, False),
+        (False, False),
+        (False, False),
+        (False, True),
+        (True, True),
+        (True, True),
+    ]
+
+
+def test_old_attempts_are_found_by_their_index(sqlite: Database) -> None:
+    statements: list[tuple[str, tuple[Any, ...]]] = []
+    with sqlite.begin() as connection:
+        event.listen(connection, "before_cursor_execute", lambda *call: statements.append(call[2:4]))
+        costs.forget_free_attempts(connection, costs.RETENTION_MS)
+        ((statement, parameters),) = statements
+        plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters).all()
+    assert "ix_provider_attempts_free" in str(plan)
 
 
 def test_an_invoice_is_paid_once(sqlite: Database) -> None:

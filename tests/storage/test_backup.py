@@ -80,7 +80,7 @@ def test_a_damaged_backup_restores_nothing(database: Database, filled: tuple[str
         changed = {
             "fewer lines": lines[:-1],
             "other rows": [lines[0], *lines[2:]],
-            "newer": [lines[0].replace('"0009"', '"9999"'), *lines[1:]],
+            "newer": [lines[0].replace('"0010"', '"9999"'), *lines[1:]],
             "forged": [line.replace('"active", 995,', '"active", 999995,') for line in lines],
         }[damage]
         assert changed != lines

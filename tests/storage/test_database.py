@@ -84,7 +84,7 @@ def test_processes_that_start_together_migrate_once(kind: str, tmp_path: Path, r
 def test_tables_of_a_newer_version_are_left_alone(database: Database):
     with database.begin() as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
-    with pytest.raises(StorageError, match="newest are 0009"):
+    with pytest.raises(StorageError, match="newest are 0010"):
         database.migrate()
 
 

@@ -39,6 +39,9 @@ _SWEEP_S = 5.0
 _REFUND_TRIES = 1000
 _MAX_FAILED_REFUNDS = 10_000
 
+# Batches of old attempts that a sweep deletes: after an update there may be months of them, and holds must not wait.
+_MAX_FORGET_BATCHES = 20
+
 # Interval of checkpoints of SQLite's write-ahead log: often, so that each takes a few milliseconds.
 _CHECKPOINT_S = 0.2
 _READERS = 4
@@ -368,7 +371,7 @@ class Accounts:
 
     def sweep(self) -> int:
         """Repeat failed refunds, expire holds whose server died, book costs, record uses of keys, and delete old
-        sessions and replays.
+        sessions, replays and attempts at providers.
 
         Returns:
             The number of holds that expired.
@@ -394,12 +397,18 @@ class Accounts:
 
         self._writer.submit(forget).result()
         self._book_costs()
+        self._forget_attempts(now)
         self._writer.checkpoint_wal()
         return count
 
     def _book_costs(self) -> None:
         while self._writer.submit(lambda connection: costs.book_costs(connection, now_ms())).result():
             pass
+
+    def _forget_attempts(self, now: int) -> None:
+        for _ in range(_MAX_FORGET_BATCHES):
+            if not self._writer.submit(lambda connection: costs.forget_free_attempts(connection, now)).result():
+                break
 
     def _sweep_often(self) -> None:
         swept = time.monotonic()

@@ -28,6 +28,10 @@ _BATCH = 1000
 
 _DAY_MS = 24 * 3600 * 1000
 
+# Attempts that cost nothing and answered no charge are kept for this long: canaries of free providers, and requests
+# that were refused. All others are evidence: of a charge, of an entry of the ledger, or of what a quarantine taints.
+RETENTION_MS = 90 * _DAY_MS
+
 # A count that differs from ours by more than this factor is no count: it is missing, or of something else.
 ABSURD_FACTOR = 2
 
@@ -181,6 +185,33 @@ def book_costs(connection: Connection, now: int) -> int:
         booked = table.id.in_([row.id for row in attempts])
         connection.execute(provider_attempts.update().where(booked).values(booking=reference))
     return len(rows)
+
+
+def forget_free_attempts(connection: Connection, now: int) -> bool:
+    """Delete attempts older than `RETENTION_MS` that cost nothing and belong to no charge, at most a batch of them.
+
+    Call it again while it returns True, in a transaction of its own each time, so that no other writer waits long.
+
+    Args:
+        connection: of a transaction that writes.
+        now: Unix milliseconds.
+
+    Returns:
+        True if there may be more of them.
+    """
+    table = provider_attempts.c
+    zero = sa.literal_column("0")  # as a parameter, it would not match the condition of the index
+    statement = (
+        sa.select(table.id)
+        .where(table.charge.is_(None), table.cost == zero, table.at < now - RETENTION_MS)
+        .order_by(table.at)
+        .limit(_BATCH)
+        .with_for_update(skip_locked=True)
+    )
+    ids = list(connection.scalars(statement))
+    if ids:
+        connection.execute(provider_attempts.delete().where(table.id.in_(ids)))
+    return len(ids) == _BATCH
 
 
 def costs_since(connection: Connection, start: int) -> dict[str, int]:

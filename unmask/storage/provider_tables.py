@@ -23,6 +23,9 @@ provider_events = Table(
 # Attempts whose cost is not in the ledger yet.
 _OPEN = text("booking IS NULL AND cost > 0")
 
+# Attempts that no charge, no bill and no entry of the ledger refers to: they are deleted after a time.
+_FREE = text("charge IS NULL AND cost = 0")
+
 provider_attempts = Table(
     "provider_attempts",
     metadata,
@@ -45,5 +48,6 @@ provider_attempts = Table(
     Index("ix_provider_attempts_charge", "charge"),
     Index("ix_provider_attempts_booking", "booking"),
     Index("ix_provider_attempts_open", "id", postgresql_where=_OPEN, sqlite_where=_OPEN),
+    Index("ix_provider_attempts_free", "charge", "at", postgresql_where=_FREE, sqlite_where=_FREE),
     sqlite_autoincrement=True,
 )
