@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 from unmask.errors import UsageError
+from unmask.router.checks import ModelSource
+from unmask.router.pool import ProviderPool
 from unmask.router.providers import read_providers
+from unmask.router.retry_budget import LIFE_S, RESERVE_PER_S
 
 GOOD = """
 [[provider]]
@@ -91,6 +94,9 @@ def test_a_good_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ('data = "30d"', 'proxy = "http://user:pw@proxy"', r"provider\[1\].proxy \(acme\): "),
         ("[[provider]]", "[[provider", "cannot be read: "),
+        ("\n[[provider]]", "retry_tokens = 1.5\n[[provider]]", "retry_tokens: expected `float` <= 1"),
+        ("\n[[provider]]", "hedge_tokens = -0.1\n[[provider]]", "hedge_tokens: expected `float` >= 0"),
+        ("\n[[provider]]", "canary_every_s = 1\n[[provider]]", "canary_every_s: expected `float` >= 10"),
     ],
 )
 def test_an_error_names_file_and_key(
@@ -98,10 +104,29 @@ def test_an_error_names_file_and_key(
 ) -> None:
     monkeypatch.setenv("ACME_KEY", "secret-of-acme")
     assert GOOD.count(old) >= 1
-    file = written(tmp_path, GOOD.replace(old, new))
+    file = written(tmp_path, GOOD.replace(old, new, 1))
     with pytest.raises(UsageError, match=message) as refused:
         read_providers(file)
     assert str(file) in str(refused.value) and "secret-of-acme" not in str(refused.value)
+
+
+async def test_budgets_and_canaries_follow_the_file(tmp_path: Path) -> None:
+    good = written(tmp_path, GOOD.replace('key_env = "ACME_KEY"\n', ""))
+    pool = ProviderPool(good, lambda model: ModelSource("/nowhere"))
+    assert (pool.settings.retry_tokens, pool.settings.hedge_tokens) == (0.1, 0.05)
+    assert (pool._pace.busy, pool._pace.idle) == (60, 600)
+    good.write_text("retry_tokens = 0.5\nhedge_tokens = 0.25\ncanary_every_s = 900\n" + good.read_text())
+    pool.reload()
+    try:
+        assert (pool._pace.busy, pool._pace.idle) == (900, 900)
+        model = pool.models()["org/name"]
+        model.budget.deposit(10**6, 0)
+        model.hedge_budget.deposit(10**6, 0)
+        assert model.budget.covers(500_000, 0) and model.hedge_budget.covers(250_000, 0)
+        assert not model.hedge_budget.covers(250_001, 0)
+        assert not model.budget.covers(500_001 + round(RESERVE_PER_S * LIFE_S), 0)
+    finally:
+        await pool.close()
 
 
 def test_a_key_file_belongs_to_its_owner_alone(tmp_path: Path) -> None:

@@ -3,13 +3,14 @@
 import asyncio
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from unmask.checkpoint.tokenizer import TextTokenizer
 from unmask.conformance import PrecisionClass, References
 from unmask.conformance.references import space_precisions
 from unmask.encoder.prompts import PromptBuilder
 from unmask.engine import Engine
-from unmask.router import hedging
+from unmask.router import hedging, retry_budget
 from unmask.router.checks import ReferencesStamp
 from unmask.router.choosing import Candidate, permitted
 from unmask.router.embedding_work import LOCAL, EmbeddingWork
@@ -27,6 +28,16 @@ _REFERENCES_S, _OPERATOR_S = 30.0, 120.0
 _CONTROL_TOKEN = re.compile(r"<[^\s<>]{1,40}>|\[[A-Za-z_0-9]{1,40}\]|!@#\$%")
 
 
+class BudgetShares(NamedTuple):
+    """Shares of a model's tokens that retries and hedges may cost."""
+
+    retry: float = retry_budget.SHARE
+    hedge: float = hedging.SHARE
+
+
+USUAL_SHARES = BudgetShares()
+
+
 class ModelEndpoints:
     """All endpoints of a model.
 
@@ -34,6 +45,7 @@ class ModelEndpoints:
         endpoints: in the order of the file.
         min_margin: share of a request's price that must remain after a provider's cost.
         references_stamp: of the file that the references are read from; None where they are computed here.
+        shares: of its tokens that retries and hedges may cost.
 
     Attributes:
         references: of the model; None until they are computed, and before that nobody is admitted.
@@ -49,6 +61,7 @@ class ModelEndpoints:
         endpoints: Sequence[ProviderEndpoint],
         min_margin: float = 0.0,
         references_stamp: ReferencesStamp | None = None,
+        shares: BudgetShares = USUAL_SHARES,
     ) -> None:
         self.endpoints = list(endpoints)
         self.min_margin, self.references_stamp = min_margin, references_stamp
@@ -58,8 +71,8 @@ class ModelEndpoints:
         self.problem = ""
         self.cross_check: asyncio.Task[None] | None = None
         self.waiting_tokens = 0
-        self.budget = RetryBudget()
-        self.hedge_budget = RetryBudget(hedging.SHARE, 0)
+        self.budget = RetryBudget(shares.retry)
+        self.hedge_budget = RetryBudget(shares.hedge, 0)
         self.totals = RoutingTotals()
 
     def inherit(self, earlier: "ModelEndpoints") -> None:

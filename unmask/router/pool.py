@@ -19,7 +19,6 @@ from unmask.router.attempts import answer
 from unmask.router.checks import (
     ModelSource,
     NoteProbe,
-    ReferencesStamp,
     RemoteModel,
     full_check,
     light_check,
@@ -32,7 +31,7 @@ from unmask.router.daily_cost import DailyCost, today
 from unmask.router.embedding_work import EmbeddingWork, RoutedVectors
 from unmask.router.endpoint import ProviderEndpoint
 from unmask.router.load import MIN_TOKENS
-from unmask.router.model_endpoints import ModelEndpoints
+from unmask.router.model_endpoints import BudgetShares, ModelEndpoints
 from unmask.router.providers import ProviderModel, Providers, read_providers
 from unmask.router.public_names import PublicNames
 from unmask.router.request_history import Outcome
@@ -96,12 +95,13 @@ class ProviderPool:
     _closings: set[asyncio.Task[None]] = field(init=False, default_factory=set)  # of clients from before a reload
     _verdicts: dict[tuple[str, str], Verdict] = field(init=False, default_factory=dict)
     _daily_costs: dict[str, DailyCost] = field(init=False, default_factory=dict)
+    _pace: WatchIntervals = field(init=False)
 
     def __post_init__(self) -> None:
         self._take_settings(read_providers(self.file))
 
     def _take_settings(self, settings: Providers) -> None:
-        self.settings = settings
+        self.settings, self._pace = settings, self.intervals.with_canaries(settings.canary_every_s)
         names = [provider.name for provider in settings.providers]
         self.public_names = PublicNames.of(names, hides=self.hides_names, earlier=self.public_names)
 
@@ -145,12 +145,14 @@ class ProviderPool:
 
         clients = [ProviderClient(provider) for provider in providers.providers]
         stamps = {id: references_stamp(providers.references_file(id)) for id in providers.references}
+        shares = BudgetShares(providers.retry_tokens, providers.hedge_tokens)
         groups: dict[str, list[ProviderEndpoint]] = {}
         for client in clients:
             for model in client.provider.models:
                 groups.setdefault(model.id, []).append(self._new_endpoint(client, model))
         self._models = {
-            id: self._new_model(id, group, providers.min_margin, stamps.get(id)) for id, group in groups.items()
+            id: self._new_model(id, ModelEndpoints(group, providers.min_margin, stamps.get(id), shares))
+            for id, group in groups.items()
         }
         self._restart_watches(providers)
         self._replace_clients(clients)
@@ -159,14 +161,12 @@ class ProviderPool:
         daily_cost = self._daily_costs.setdefault(client.provider.name, DailyCost())
         return ProviderEndpoint(client, model, random.Random(self.draw.random()), daily_cost)
 
-    def _new_model(
-        self, id: str, endpoints: Sequence[ProviderEndpoint], min_margin: float, stamp: ReferencesStamp | None
-    ) -> ModelEndpoints:
-        """Put the endpoints of a model together. What is known of them stays as long as their references do."""
-        model, earlier = ModelEndpoints(endpoints, min_margin, stamp), self._models.get(id)
-        if earlier is not None and earlier.references_stamp == stamp:
+    def _new_model(self, id: str, model: ModelEndpoints) -> ModelEndpoints:
+        """Give a model what is known of its endpoints, which stays as long as its references do."""
+        earlier = self._models.get(id)
+        if earlier is not None and earlier.references_stamp == model.references_stamp:
             model.inherit(earlier)
-        for endpoint in endpoints:
+        for endpoint in model.endpoints:
             self._keep_admission(endpoint)
         return model
 
@@ -201,7 +201,7 @@ class ProviderPool:
             else:
                 for name, cost in self._daily_costs.items():
                     cost.take_books(booked.get(name, 0), own.get(name, 0), day)
-            await asyncio.sleep(self.intervals.costs)
+            await asyncio.sleep(self._pace.costs)
 
     def _keep_admission(self, endpoint: ProviderEndpoint) -> None:
         """Quarantine an endpoint that is quarantined already."""
@@ -311,7 +311,7 @@ class ProviderPool:
                 if str(error) != model.problem:
                     log.error("the right vectors of %s are not known, so no provider of it is used: %s", id, error)
                 model.problem = str(error)
-                await asyncio.sleep(self.intervals.busy)
+                await asyncio.sleep(self._pace.busy)
                 continue
             model.tokenizer, model.prompts, model.problem = opened.checkpoint.tokenizer, opened.prompts, ""
             model.references = opened.references
@@ -328,7 +328,7 @@ class ProviderPool:
                 log.exception("%s cannot be watched, so it is not used", endpoint.provider.name)
                 if endpoint.admission != "quarantined":
                     endpoint.uncheck()
-                await asyncio.sleep(self.intervals.busy)
+                await asyncio.sleep(self._pace.busy)
 
     async def _watch(self, endpoint: ProviderEndpoint, references: References) -> None:
         """Run the canaries of an endpoint when they are due, until cancelled."""
@@ -347,9 +347,9 @@ class ProviderPool:
                 silent_runs = 0 if await self._run_full(endpoint, references) else silent_runs + 1
                 now = time.monotonic()
                 if silent_runs:
-                    next_full = now + min(self.intervals.retry * 2 ** (silent_runs - 1), self.intervals.idle)
+                    next_full = now + min(self._pace.retry * 2 ** (silent_runs - 1), self._pace.idle)
                 else:
-                    next_full = now + self.intervals.full * self.draw.uniform(0.9, 1.1)
+                    next_full = now + self._pace.full * self.draw.uniform(0.9, 1.1)
                     checked_at = now
             elif endpoint.breaker.probe(now) or now >= checked_at + self._light_interval(endpoint, now):
                 if await self._run_light(endpoint, references):
@@ -360,7 +360,7 @@ class ProviderPool:
             # An idle endpoint that is used meanwhile is due sooner, so this never sleeps longer than between two checks
             # of a busy one.
             with suppress(TimeoutError):
-                async with asyncio.timeout(max(0.0, min(due - now, self.intervals.busy))):
+                async with asyncio.timeout(max(0.0, min(due - now, self._pace.busy))):
                     await endpoint.wake.wait()
             endpoint.wake.clear()
 
@@ -373,7 +373,7 @@ class ProviderPool:
         """End a quarantine once full runs have passed, one after the other. Returns earlier if one fails."""
         for _ in range(READMISSION_RUNS):
             with suppress(TimeoutError):
-                async with asyncio.timeout(self.intervals.readmit):
+                async with asyncio.timeout(self._pace.readmit):
                     await endpoint.wake.wait()
             if endpoint.admission != "quarantined" or not self._may_readmit(endpoint):
                 return  # the operator was quicker
@@ -394,8 +394,8 @@ class ProviderPool:
 
     def _light_interval(self, endpoint: ProviderEndpoint, now: float) -> float:
         """Return the seconds between two light runs. To be asked anew each time: traffic may begin at any moment."""
-        is_busy = now - endpoint.last_used < self.intervals.idle
-        return self.intervals.busy if is_busy else self.intervals.idle
+        is_busy = now - endpoint.last_used < self._pace.idle
+        return self._pace.busy if is_busy else self._pace.idle
 
     async def _run_full(self, endpoint: ProviderEndpoint, references: References) -> bool:
         """Admit or quarantine an endpoint by all canaries. Returns False if it did not answer."""
@@ -444,7 +444,7 @@ class ProviderPool:
             log.warning("%s for %s: a canary is off by %.1e", endpoint.provider.name, endpoint.model.id, distance)
             if not last:
                 endpoint.suspend()
-                await asyncio.sleep(self.intervals.second)
+                await asyncio.sleep(self._pace.second)
         if endpoint.admission == "quarantined":
             return False  # by the operator or another process: their verdict stays
         await self._quarantine(endpoint, "gives wrong vectors; a full run is under way")

@@ -18,6 +18,7 @@ from unmask.conformance import PrecisionClass, read_references
 from unmask.conformance.references import PRECISION_CLASSES
 from unmask.encoder import Dtype
 from unmask.errors import CheckpointError, UsageError
+from unmask.router import hedging, retry_budget
 from unmask.router.addresses import check_url
 from unmask.validation import validation_message
 
@@ -178,6 +179,10 @@ class Providers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             leaves it to a person.
         cross_check: share of the answered requests after which a text of our own is asked of the provider and of
             others, or of this server's engine, to see that they agree. 0 for none.
+        retry_tokens: share of a model's tokens that repeated requests may cost, beside a reserve for quiet times.
+        hedge_tokens: share of a model's tokens that hedges may cost, within the budget for repeated requests.
+        canary_every_s: seconds between two light runs of an endpoint with traffic; None for a minute. A provider that
+            drifts answers wrongly for up to this long.
     """
 
     remote_only: tuple[str, ...] = ()
@@ -185,6 +190,9 @@ class Providers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     min_margin: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     readmit: Literal["operator", "auto"] = "operator"
     cross_check: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    retry_tokens: Annotated[float, Meta(ge=0, le=1)] = retry_budget.SHARE
+    hedge_tokens: Annotated[float, Meta(ge=0, le=1)] = hedging.SHARE
+    canary_every_s: Annotated[float, Meta(ge=10, le=3600)] | None = None
     providers: tuple[RemoteProvider, ...] = msgspec.field(name="provider", default=())
 
     def of_model(self, model: str) -> list[tuple[RemoteProvider, ProviderModel]]:

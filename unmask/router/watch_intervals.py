@@ -1,6 +1,6 @@
 """`WatchIntervals`: how often providers are checked by the canaries."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,3 +23,11 @@ class WatchIntervals:
     retry: float = 5.0
     costs: float = 10.0
     readmit: float = 600.0
+
+    def with_canaries(self, seconds: float | None) -> "WatchIntervals":
+        """Return these times with another one between light runs, which is never longer with traffic than without.
+
+        Args:
+            seconds: with traffic; None leaves all as they are.
+        """
+        return self if seconds is None else replace(self, busy=seconds, idle=max(seconds, self.idle))
