@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from tests.bulk.processes import encoding_parts
 from unmask.bulk import chunks as chunks_module
 from unmask.bulk import units as units_module
 from unmask.bulk.encode_job import EncodeJob
@@ -136,23 +135,10 @@ def test_a_run_that_stops_anywhere_goes_on_to_the_same_bytes(
 
 def test_killed_at_any_moment(tmp_path: Path, job: EncodeJob, golden_dir: Path, encoder: Encoder) -> None:
     launch(replace(job, output=f"{tmp_path}/whole/"), encoder)
-    script = (
-        "import sys\nfrom unmask.bulk import chunks, job, units\nfrom unmask.bulk.storage import Store\n"
-        "from unmask.encoder.encoder import Encoder\n"
-        "chunks.CHUNK_ROWS, units.UNIT_CHUNKS = 4, 2\nput = Store.put\n"
-        "def slow(store, name, content):\n    put(store, name, content)\n    print(name, flush=True)\n"
-        "Store.put = slow\n"
-        "job.run(job.EncodeJob((sys.argv[1],), sys.argv[2]), lambda: Encoder.load(sys.argv[3]))\n"
-    )
-    command = [sys.executable, "-c", script, job.inputs[0], job.output, str(golden_dir / "tiny_llama")]
     for after in (3, 8):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT)
-        assert process.stdout
-        for _ in range(after):
-            process.stdout.readline()
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        with encoding_parts(job, golden_dir / "tiny_llama") as names:
+            for _ in range(after):
+                names.recv()
     launch(job, encoder)
     assert parts_of(job.output) == parts_of(f"{tmp_path}/whole/")
 
