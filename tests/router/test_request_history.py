@@ -1,13 +1,11 @@
 """Counts and percentiles of the last requests to an endpoint: right at any rate, and for an idle endpoint."""
 
 import random
-import time
-
-import pytest
 
 from tests.router.test_attempts import fast_endpoint
 from unmask.api.metrics import Metrics
 from unmask.router import PublicNames
+from unmask.router.model_endpoints import ModelEndpoints
 from unmask.router.recent_intervals import RecentIntervals
 from unmask.router.request_history import DAY_S, RequestHistory
 
@@ -57,19 +55,19 @@ def test_memory_is_bounded_and_a_clock_that_was_set_back_loses_nothing() -> None
     assert [count.start for count in intervals.started_after(80)] == [90]
 
 
-async def test_metrics_drop_outcomes_of_yesterday_and_providers_that_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = time.monotonic()
-    first, second = fast_endpoint("a", "http://127.0.0.1:9"), fast_endpoint("b", "http://127.0.0.1:9")
-    first.history.add("timeout", 1, 1.0, now)
-    second.history.add("answered", 1, 1.0, now)
-    metrics, names = Metrics(), PublicNames.of(["a", "b"], hides=False)
-    metrics.set_providers([first, second], names)
-    assert b'provider="a",' in (text := metrics.exposition()) and b'outcome="timeout",provider="a"' in text
-    with monkeypatch.context() as patch:
-        patch.setattr(time, "monotonic", lambda: now + 2 * DAY_S)
-        metrics.set_providers([first], names)
+async def test_metrics_drop_providers_that_are_gone_and_keep_what_was_counted() -> None:
+    first, second = (fast_endpoint(name, "http://127.0.0.1:9") for name in "ab")
+    for endpoint in (first, second):
+        endpoint.record("timeout", "answer", 1, None, 1.0)
+    both, metrics, names = ModelEndpoints([first, second]), Metrics(), PublicNames.of(["a", "b"], hides=False)
+    metrics.set_providers([both], names)
+    for name in (b"a", b"b"):
+        assert b'outcome="timeout",provider="%s",reason="answer"} 1.0' % name in metrics.exposition()
+    alone = ModelEndpoints([first])
+    alone.inherit(both)
+    metrics.set_providers([alone], names)
     text = metrics.exposition()
-    assert b'provider="a"' in text and b"timeout" not in text and b'provider="b"' not in text
+    assert b'outcome="timeout",provider="a",reason="answer"} 1.0' in text and b'provider="b"' not in text
     for endpoint in (first, second):
         await endpoint.client.close()
 

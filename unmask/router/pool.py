@@ -95,15 +95,18 @@ class ProviderPool:
     _closings: set[asyncio.Task[None]] = field(init=False, default_factory=set)  # of clients from before a reload
     _verdicts: dict[tuple[str, str], Verdict] = field(init=False, default_factory=dict)
     _daily_costs: dict[str, DailyCost] = field(init=False, default_factory=dict)
-    _pace: WatchIntervals = field(init=False)
 
     def __post_init__(self) -> None:
         self._take_settings(read_providers(self.file))
 
     def _take_settings(self, settings: Providers) -> None:
-        self.settings, self._pace = settings, self.intervals.with_canaries(settings.canary_every_s)
+        self.settings = settings
         names = [provider.name for provider in settings.providers]
         self.public_names = PublicNames.of(names, hides=self.hides_names, earlier=self.public_names)
+
+    @property
+    def _pace(self) -> WatchIntervals:
+        return self.intervals.with_canaries(self.settings.canary_every_s)
 
     def reload(self) -> None:
         """Read the file again. Requests under way are finished with the providers they began with.
@@ -174,7 +177,9 @@ class ProviderPool:
         """Watch the models and the costs of the day, in place of all earlier tasks."""
         for task in self._watches:
             task.cancel()
-        self._watches = {self._start_watch(id, model) for id, model in self._models.items()}
+        self._watches = {
+            asyncio.create_task(self._watch_model(id, model), name=f"watch {id}") for id, model in self._models.items()
+        }
         if any(provider.max_cost_per_day is not None for provider in providers.providers):
             self._watches.add(asyncio.create_task(self._watch_costs(), name="watch costs"))
 
@@ -185,9 +190,6 @@ class ProviderPool:
             task = asyncio.create_task(client.close_when_idle())
             self._closings.add(task)
             task.add_done_callback(self._closings.discard)
-
-    def _start_watch(self, id: str, model: ModelEndpoints) -> asyncio.Task[None]:
-        return asyncio.create_task(self._watch_model(id, model), name=f"watch {id}")
 
     async def _watch_costs(self) -> None:
         """Keep the day's costs in step with the books, which have those of other processes, until cancelled."""
