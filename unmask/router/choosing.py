@@ -3,7 +3,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from unmask.conformance import PrecisionClass
 
@@ -35,9 +35,8 @@ class ProviderPreferences:
     data_collection: Literal["allow", "deny"] = "allow"
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """An endpoint that could answer a request.
+class Candidate(NamedTuple):
+    """An endpoint that could answer a request. A tuple, since every request makes one for each endpoint.
 
     Attributes:
         name: of the provider.

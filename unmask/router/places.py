@@ -25,6 +25,8 @@ class Place:
         caller: who holds it.
     """
 
+    __slots__ = ("_is_held", "_since", "caller", "places")
+
     def __init__(self, places: "Places", caller: str) -> None:
         self.places, self.caller = places, caller
         self._since = time.monotonic()
