@@ -63,7 +63,7 @@ class Metrics:
         self._tokens = Counter("unmask_tokens", "Tokens processed", ["model"], registry=self._registry)
         self._waiting = Gauge(
             "unmask_waiting_tokens",
-            "Tokens in the queue of a model's engine",
+            "Tokens that wait for a model's engine, or for a place at its providers",
             ["model"],
             registry=self._registry,
         )
