@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from unmask import __version__
-from unmask.encoder.precision_choices import choices_of_processor, processor_name
 
 VERSION_FLAGS = ("--version", "-V")
 _DETAILS = ("-v", "--verbose")
@@ -19,6 +18,8 @@ def asks_for_details(words: Sequence[str]) -> bool:
 
 def version_details() -> str:
     """Describe versions, the processor, and the precision that `dtype="auto"` chose for each model and why."""
+    from unmask.encoder.precision_choices import choices_of_processor, processor_name
+
     lines = [f"unmask {__version__}", f"python {platform.python_version()}"]
     for package in _PACKAGES:
         try:
