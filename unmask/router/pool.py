@@ -177,11 +177,9 @@ class ProviderPool:
         """Watch the models and the costs of the day, in place of all earlier tasks."""
         for task in self._watches:
             task.cancel()
-        self._watches = {
-            asyncio.create_task(self._watch_model(id, model), name=f"watch {id}") for id, model in self._models.items()
-        }
+        self._watches = {asyncio.create_task(self._watch_model(id, model)) for id, model in self._models.items()}
         if any(provider.max_cost_per_day is not None for provider in providers.providers):
-            self._watches.add(asyncio.create_task(self._watch_costs(), name="watch costs"))
+            self._watches.add(asyncio.create_task(self._watch_costs()))
 
     def _replace_clients(self, clients: list["ProviderClient"]) -> None:
         """Use other clients, and close the earlier ones once their requests have ended."""
